@@ -1,0 +1,49 @@
+# Every target makes and fills .venv by itself. With PYTHON=path/to/python, an interpreter that
+# already has torch is used instead, and nothing is installed.
+
+BASE ?= python3
+VENV := .venv
+
+ifdef PYTHON
+PY := PYTHONPATH=src $(PYTHON)
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/ready
+endif
+
+.PHONY: run test test-all bench docs lint format clean
+
+run: $(READY)
+	$(PY) -m batchnorm demo
+
+test: $(READY)
+	$(PY) -m pytest -m "not slow and not cuda"
+
+test-all: $(READY)
+	$(PY) -m pytest -m "not cuda" --cov --cov-report=term
+
+bench: $(READY)
+	$(PY) benchmarks/layers.py
+
+docs: $(READY)
+	$(PY) -m mkdocs build --strict --quiet
+
+lint: $(READY)
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+format: $(READY)
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+$(VENV)/ready: requirements/dev.txt pyproject.toml
+	$(BASE) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --requirement requirements/dev.txt
+	$(VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build site .mypy_cache .ruff_cache .hypothesis .coverage

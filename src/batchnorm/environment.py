@@ -1,0 +1,38 @@
+"""What this installation can do, and why not more."""
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+
+from batchnorm.ops.backend import BACKENDS, UNAVAILABLE
+
+PACKAGES = ("batchnorm", "torch", "triton", "numpy", "matplotlib", "rich", "safetensors", "jax")
+
+
+def env() -> dict[str, Any]:
+    """Return versions, devices and backends, and why a backend is not there.
+
+    Returns:
+        ``python``, ``machine``, ``threads``, ``packages`` (name -> version or None), ``cuda``
+        (device names), ``backends`` (name -> "available" or the reason why not).
+    """
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cuda": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if cuda
+        else [],
+        "backends": {**dict.fromkeys(BACKENDS, "available"), **UNAVAILABLE},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,49 @@
+"""The library's exceptions.
+
+Each derives from the type that ``torch.nn`` raises in the same situation, so that code which
+catches torch's error catches ours. Messages say what was expected, what came and what to do.
+"""
+
+
+class BatchNormError(Exception):
+    """Base of every exception of this library."""
+
+
+class LayoutError(BatchNormError, ValueError):
+    """A tensor has the wrong rank, a mask does not fit, or a channel has too few values."""
+
+
+class ChannelError(BatchNormError, RuntimeError):
+    """The number of channels of the input differs from that of the statistics or parameters."""
+
+
+class DtypeError(BatchNormError, NotImplementedError):
+    """Batch normalization is not defined for the dtype (integers, complex numbers)."""
+
+
+class DeviceError(BatchNormError, RuntimeError):
+    """Tensors of one call live on different devices."""
+
+
+class OptionError(BatchNormError, ValueError):
+    """An option has a value outside its range, or two options contradict each other."""
+
+
+class BackendError(BatchNormError, RuntimeError):
+    """A backend that was asked for by name cannot serve the call."""
+
+
+class SurgeryError(BatchNormError, RuntimeError):
+    """A change to a model would alter what it computes without notice."""
+
+
+class EstimateError(BatchNormError, LookupError):
+    """A layer does not keep the estimate that was asked for."""
+
+
+class CalibrationError(BatchNormError, RuntimeError):
+    """Statistics could not be calibrated; the model is as it was before."""
+
+
+class MissingExtraError(BatchNormError, ImportError):
+    """An optional package is needed and not installed."""

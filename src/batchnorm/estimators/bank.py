@@ -1,0 +1,93 @@
+"""Several estimates kept side by side in one layer, one of them in use."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import EstimateError, OptionError
+from batchnorm.estimators.base import Estimator, Statistics
+from batchnorm.estimators.running import Averages
+from batchnorm.moments import Moments
+
+EstimatorLike = Estimator | Sequence[Estimator] | Mapping[str, Estimator]
+
+
+def named(estimators: EstimatorLike) -> dict[str, Estimator]:
+    """Bring one estimator, several, or a mapping to the form name -> estimator.
+
+    Raises:
+        OptionError: If something is no estimator, there is none, or two share a name.
+    """
+    if isinstance(estimators, Mapping):
+        found = dict(estimators)
+    else:
+        several = estimators if isinstance(estimators, Sequence) else [estimators]
+        found = {getattr(one, "name", repr(one)): one for one in several}
+        if len(found) < len(several):
+            raise OptionError(
+                f"expected estimators of different names, got {list(several)}; give them names: "
+                "estimator={'fast': bn.Running(0.1), 'slow': bn.Running(0.01)}"
+            )
+    for name, one in found.items():
+        if not all(callable(getattr(one, part, None)) for part in ("init", "update", "statistics")):
+            raise OptionError(
+                f"expected an estimator such as bn.Running(0.1) or bn.LastBatches(10), "
+                f"got {one!r} for {name!r}"
+            )
+    if not found:
+        raise OptionError("expected at least one estimator, got none")
+    return found
+
+
+class Bank:
+    """The estimators of a layer and their states; the first is in use until another is selected.
+
+    Attributes:
+        estimators: name -> estimator.
+        states: name -> its state.
+        selected: The name of the estimate that eval uses.
+    """
+
+    def __init__(self, estimators: dict[str, Estimator]) -> None:
+        self.estimators = estimators
+        self.states: dict[str, Any] = {}
+        self.selected = next(iter(estimators))
+
+    def restart(self, channels: int, device: torch.device, known: Averages | None = None) -> None:
+        """Start all states anew; running averages go on from ``known`` where given."""
+        for name, estimator in self.estimators.items():
+            state = estimator.init(channels, device)
+            if known is not None and isinstance(state, Averages):
+                state = Averages(
+                    *(t.to(old, copy=True) for t, old in zip(known, state, strict=True))
+                )
+            self.states[name] = state
+
+    def update(self, batch: Moments) -> None:
+        """Take one more batch into every estimate."""
+        # Assigned in one go: an estimator that raises leaves all of them as they were.
+        self.states = {
+            name: estimator.update(self.states[name], batch)
+            for name, estimator in self.estimators.items()
+        }
+
+    def statistics(self) -> Statistics:
+        """Return mean and variance of the selected estimate."""
+        return self.estimators[self.selected].statistics(self.states[self.selected])
+
+    def check(self, name: str) -> None:
+        """Refuse a name that is not kept.
+
+        Raises:
+            EstimateError: With the names that are.
+        """
+        if name not in self.estimators:
+            kept = ", ".join(repr(known) for known in self.estimators)
+            raise EstimateError(f"no estimate {name!r} is kept here, only {kept}")
+
+    def apply(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor of the states by ``move(tensor)``."""
+        for name, state in self.states.items():
+            self.states[name] = type(state)(*(move(tensor) for tensor in state))

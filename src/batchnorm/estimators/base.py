@@ -1,0 +1,69 @@
+"""What an estimator is: three pure functions on a small state.
+
+    state = estimator.init(channels)
+    for batch in batches:                                   # while the network trains
+        state = estimator.update(state, Moments.of(batch))
+    mean, var = estimator.statistics(state)                 # what eval() normalizes by
+
+An estimator is a frozen record of its options; the state is a NamedTuple of float64 tensors and
+belongs to whoever runs the loop. A batch of no values changes nothing.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import OptionError
+from batchnorm.moments import Moments
+
+Statistics = tuple[Tensor, Tensor]
+
+
+class Estimator(Protocol):
+    """From the Moments of the batches to the mean and variance for use."""
+
+    @property
+    def name(self) -> str:
+        """The name by which ``bn.use_estimate`` selects it."""
+
+    def init(self, channels: int, device: torch.device | str | None = None) -> Any:
+        """Return the state before the first batch: mean 0 and variance 1."""
+
+    def update(self, state: Any, batch: Moments) -> Any:
+        """Return the state after one more batch."""
+
+    def statistics(self, state: Any) -> Statistics:
+        """Return mean and variance for use, each (C,)."""
+
+
+def nothing(batch: Moments) -> bool:
+    """Return whether a batch is known to hold no value."""
+    return not isinstance(batch.count, Tensor) and not batch.count
+
+
+def keep_if_empty(batch: Moments, old: Tensor, new: Tensor) -> Tensor:
+    """Return ``new``, or ``old`` where the batch turns out to be empty on the device."""
+    if isinstance(batch.count, Tensor):
+        return torch.where(batch.count > 0, new, old)
+    return new
+
+
+def unbiased(batch: Moments) -> Tensor:
+    """Return m2 / (n - 1); a single value, of which only a mask can leave one, has variance 0."""
+    if isinstance(batch.count, Tensor):
+        return batch.m2 / (batch.count - 1).clamp_min(1)
+    return batch.m2 / max(batch.count - 1, 1)
+
+
+def check_weight(value: float, what: str) -> float:
+    """Return ``value`` if it is a weight in (0, 1].
+
+    Raises:
+        OptionError: If it is not.
+    """
+    if not (isinstance(value, int | float) and 0 < value <= 1):
+        raise OptionError(
+            f"expected {what} in (0, 1], the weight of the newest batch, got {value!r}"
+        )
+    return float(value)

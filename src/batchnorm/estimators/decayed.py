@@ -1,0 +1,60 @@
+"""Exponential memory of the data itself, not of its finished statistics."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from batchnorm.estimators.base import Statistics, check_weight
+from batchnorm.moments import Moments, merge
+
+
+@dataclass(frozen=True)
+class Decayed:
+    r"""Forget, then merge: every value seen t batches ago weighs :math:`(1-a)^t`.
+
+    .. math:: S \leftarrow \mathrm{merge}\big((1-a)\,S,\; B_i\big), \qquad
+        \hat\mu = \mu_S, \qquad \hat\sigma^2 = M_{2,S} / (n_S - 1)
+
+    Unlike :class:`Running` it counts the spread *between* batches (the two differ by
+    :math:`a(1-a)(\mu_i - \hat\mu)^2` a step), weighs batches by their size, and needs no
+    start value, so that it is not pulled to 0 and 1 in the first steps.
+
+    Args:
+        alpha: a, the share of the memory that each batch replaces.
+    """
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_weight(self.alpha, "alpha")
+
+    @property
+    def name(self) -> str:
+        """``"decayed"``."""
+        return "decayed"
+
+    def init(self, channels: int, device: torch.device | str | None = None) -> Moments:
+        """Return no memory."""
+        zero = Moments.zero(channels, device)
+        return zero._replace(count=zero.mean.new_zeros(()))
+
+    def update(self, state: Moments, batch: Moments) -> Moments:
+        """Return the memory faded by one step and merged with the batch."""
+        faded = state.scale(1 - self.alpha)
+        if isinstance(batch.count, Tensor):
+            faded = state.scale(torch.where(batch.count > 0, 1 - self.alpha, 1.0))
+        elif not batch.count:
+            return state
+        return merge(faded, batch)
+
+    def statistics(self, state: Moments) -> Statistics:
+        """Return mean and unbiased variance; 0 and 1 while they are unknown."""
+        return known(state)
+
+
+def known(state: Moments) -> Statistics:
+    """Finish Moments with a tensor count: mean and unbiased variance, 0 and 1 where unknown."""
+    count = torch.as_tensor(state.count)
+    mean = torch.where(count > 0, state.mean, 0.0)
+    return mean, torch.where(count > 1, state.m2 / torch.where(count > 1, count - 1, 1.0), 1.0)

@@ -1,0 +1,122 @@
+"""Running averages of finished statistics: what ``torch.nn`` keeps."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import OptionError
+from batchnorm.estimators.base import Statistics, keep_if_empty, nothing, unbiased
+from batchnorm.moments import Moments, wide
+
+
+class Averages(NamedTuple):
+    """Averaged mean and variance, (C,), and the number of batches in them, ()."""
+
+    mean: Tensor
+    var: Tensor
+    batches: Tensor
+
+
+def check_momentum(momentum: float | None) -> None:
+    """Refuse a momentum that would make every statistic NaN.
+
+    Raises:
+        OptionError: If it is neither None nor a finite number.
+    """
+    if momentum is None:
+        return
+    number = isinstance(momentum, int | float) and not isinstance(momentum, bool)
+    if not (number and math.isfinite(momentum)):
+        raise OptionError(
+            f"expected momentum to be a finite number (the weight of the newest batch, 0.1 by "
+            f"default) or None for the cumulative average, got {momentum!r}"
+        )
+
+
+def average(old: Tensor, new: Tensor, alpha: float | Tensor) -> Tensor:
+    """Return (1 - alpha) old + alpha new."""
+    return old * (1 - alpha) + new * alpha
+
+
+@dataclass(frozen=True)
+class Running:
+    r"""Exponential running average, torch's rule and the default.
+
+    .. math:: \hat\mu \leftarrow (1-a)\,\hat\mu + a\,\mu_i, \qquad
+        \hat\sigma^2 \leftarrow (1-a)\,\hat\sigma^2 + a\,\tfrac{m}{m-1}\sigma_i^2
+
+    from 0 and 1, with :math:`a` = ``momentum`` and :math:`m` the values per channel in batch i.
+    The start keeps the weight :math:`(1-a)^t` after t batches.
+
+    Args:
+        momentum: Weight of the newest batch.
+    """
+
+    momentum: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.momentum is None:
+            raise OptionError("expected a number for Running; use bn.Cumulative() for None")
+        check_momentum(self.momentum)
+
+    @property
+    def name(self) -> str:
+        """``"running"``."""
+        return "running"
+
+    def init(self, channels: int, device: torch.device | str | None = None) -> Averages:
+        """Return mean 0, variance 1, no batches."""
+        return _start(channels, device)
+
+    def update(self, state: Averages, batch: Moments) -> Averages:
+        """Return the averages with one more batch."""
+        return state if nothing(batch) else _step(state, batch, self.momentum)
+
+    def statistics(self, state: Averages) -> Statistics:
+        """Return the averages as they are."""
+        return state.mean, state.var
+
+
+@dataclass(frozen=True)
+class Cumulative:
+    r"""Equal average over all batches so far: torch's ``momentum=None``.
+
+    .. math:: \hat\mu = \tfrac1t \sum_i \mu_i, \qquad
+        \hat\sigma^2 = \tfrac1t \sum_i \tfrac{m_i}{m_i-1}\sigma_i^2
+    """
+
+    @property
+    def name(self) -> str:
+        """``"cumulative"``."""
+        return "cumulative"
+
+    def init(self, channels: int, device: torch.device | str | None = None) -> Averages:
+        """Return mean 0, variance 1, no batches."""
+        return _start(channels, device)
+
+    def update(self, state: Averages, batch: Moments) -> Averages:
+        """Return the averages with one more batch."""
+        return state if nothing(batch) else _step(state, batch, 1 / (state.batches + 1))
+
+    def statistics(self, state: Averages) -> Statistics:
+        """Return the averages as they are."""
+        return state.mean, state.var
+
+
+def _start(channels: int, device: torch.device | str | None) -> Averages:
+    empty = Moments.zero(channels, device).mean
+    return Averages(empty, torch.ones_like(empty), empty.new_zeros(()))
+
+
+def _step(state: Averages, batch: Moments, alpha: float | Tensor) -> Averages:
+    dtype = wide(state.mean.device)
+    mean = average(state.mean, batch.mean.to(dtype), alpha)
+    var = average(state.var, unbiased(batch).to(dtype), alpha)
+    return Averages(
+        keep_if_empty(batch, state.mean, mean),
+        keep_if_empty(batch, state.var, var),
+        keep_if_empty(batch, state.batches, state.batches + 1),
+    )

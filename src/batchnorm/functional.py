@@ -1,0 +1,160 @@
+"""Batch normalization as functions: pure, and ``torch.nn.functional``'s own signature."""
+
+import math
+
+from torch import Tensor
+from torch.nn.functional import batch_norm as _torch_batch_norm
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from batchnorm import layout
+from batchnorm.errors import OptionError
+from batchnorm.estimators.base import unbiased
+from batchnorm.estimators.running import average, check_momentum
+from batchnorm.moments import Moments, element_weights
+from batchnorm.ops import routes
+from batchnorm.ops.activations import ActivationLike, activation
+from batchnorm.ops.call import Call
+from batchnorm.sources.base import Source
+from batchnorm.sources.batch import Batch
+
+
+def normalize(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    activation: ActivationLike = None,
+    statistics: Source = Batch(),
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    eps: float = 1e-5,
+    axis: int = 1,
+) -> tuple[Tensor, Moments]:
+    r"""Normalize, scale, shift, add and activate; return the statistics beside the result.
+
+    .. math:: y = \mathrm{act}\Big(\frac{x - \mu}{\sqrt{\sigma^2 + \varepsilon}}\,\gamma
+        + \beta + r\Big)
+
+    Pure: nothing is updated. What to do with the Moments is the caller's choice.
+
+    Args:
+        x: Input of any rank >= 2, channels on ``axis``; any real floating dtype.
+        weight: gamma, (C,), any floating dtype.
+        bias: beta, (C,).
+        residual: r, added before the activation; broadcasts and promotes as in ``torch.add``.
+        mask: True where an element counts; x's shape without its channel axis. Elsewhere y is 0
+            and no gradient flows, whatever x holds there.
+        activation: One of ``ops.activations.NAMES``, or its ``torch.nn`` module.
+        statistics: Where mean and variance come from.
+        mean: Stored mean, (C,), for sources that use it.
+        var: Stored variance, (C,).
+        eps: Added to the variance.
+        axis: The channel axis.
+
+    Returns:
+        y in x's dtype, and the Moments of what normalized it, not differentiable.
+
+    Raises:
+        LayoutError: Wrong rank, mask of another shape, or a single value per channel.
+        ChannelError: A per-channel tensor of another size.
+        DtypeError: An integer or complex input.
+        DeviceError: Tensors on several devices.
+        OptionError: eps <= 0, or an activation that cannot be fused.
+    """
+    call = prepare(x, weight, bias, residual, mask, activation, mean, var, eps, axis)
+    check_source(call, statistics)
+    return statistics.normalize(call)
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Do what ``torch.nn.functional.batch_norm`` does, for any pair of dtypes.
+
+    In training, normalizes by the batch and moves ``running_mean`` and ``running_var`` in place by
+    ``momentum`` (the weight of the new value) with the unbiased variance; otherwise normalizes by
+    them. Arguments and errors as there.
+    """
+    tensors = (input, running_mean, running_var, weight, bias)
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            _torch_batch_norm, tensors, *tensors, training=training, momentum=momentum, eps=eps
+        )
+    if training:
+        check_momentum(momentum)
+    call = prepare(input, weight, bias, mean=running_mean, var=running_var, eps=eps)
+    if not training:
+        return evaluate(call)
+    check_source(call, Batch())
+    y, moments = routes.normalize_batch(call)
+    for old, new in ((running_mean, moments.mean), (running_var, unbiased(moments))):
+        if old is not None and moments.count:
+            old.detach().copy_(average(old.detach(), new, momentum))
+    return y
+
+
+def evaluate(call: Call) -> Tensor:
+    """Normalize by the stored statistics.
+
+    Raises:
+        OptionError: If there are none, or eps < 0.
+    """
+    if call.mean is None or call.var is None:
+        raise OptionError(
+            "expected running_mean and running_var to normalize by in evaluation, got "
+            f"{'neither' if call.mean is call.var else 'only one'}; "
+            "use training=True to normalize by the batch"
+        )
+    if not call.eps >= 0:
+        raise OptionError(f"batch_norm eps must be non-negative, but got {call.eps}")
+    return routes.normalize_by(call, call.mean, call.var)
+
+
+def prepare(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    act: ActivationLike = None,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    eps: float = 1e-5,
+    axis: int = 1,
+    portable: bool = False,
+) -> Call:
+    """Check everything that does not depend on where the statistics come from.
+
+    Errors as in ``normalize``.
+    """
+    axis = layout.channel_axis(x.ndim, axis)
+    layout.check_input(x)
+    layout.check_per_channel(x, axis, running_mean=mean, running_var=var, weight=weight, bias=bias)
+    if mask is not None:
+        mask = element_weights(x, axis, mask)
+    act = activation(act)
+    return Call(x, weight, bias, residual, mask, act, eps, axis, mean, var, portable)
+
+
+def check_source(call: Call, source: Source) -> None:
+    """Check what normalizing a training step asks for.
+
+    Raises:
+        OptionError: If eps <= 0 or NaN.
+        LayoutError: If a batch has one value per channel and is to be normalized by itself.
+    """
+    if not (call.eps > 0 and math.isfinite(call.eps)):
+        raise OptionError(f"batch_norm eps must be positive during training, but got {call.eps}")
+    if source.normalizes_by_batch:
+        layout.check_enough_values(call.x, call.axis)
+        if call.mask is not None and call.x.device.type == "cpu" and not routes.is_traced():
+            layout.check_enough_unmasked(call.x, call.mask, call.axis)

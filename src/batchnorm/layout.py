@@ -1,0 +1,154 @@
+"""Every rule about shapes: from (N, C, *) or ``axis=`` to (outer, C, inner).
+
+Legend: ``N`` batch, ``C`` channels, ``*`` any number of further axes. A channel's values are all
+elements with the same index on the channel axis; there are ``outer * inner`` of them.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import ChannelError, DeviceError, DtypeError, LayoutError
+
+TOO_FEW_VALUES = """\
+Expected more than 1 value per channel when training, got input size {shape} (channel axis \
+{axis}), where 1 value per channel counts: its variance is 0 and the output would be the bias alone.
+Drop the last incomplete batch (DataLoader(..., drop_last=True)), use a larger batch, or call \
+.eval() to normalize with the stored statistics."""
+
+
+def channel_axis(ndim: int, axis: int) -> int:
+    """Return ``axis`` counted from the front.
+
+    Raises:
+        LayoutError: If there are fewer than two axes, or no such axis.
+    """
+    if ndim < 2:
+        raise LayoutError(
+            f"expected an input of at least 2 dimensions (batch and channels), got {ndim}D input; "
+            "add a batch axis with x.unsqueeze(0) or a channel axis with x.unsqueeze(1)"
+        )
+    if not -ndim <= axis < ndim:
+        raise LayoutError(
+            f"axis={axis} is outside of a {ndim}D input; expected {-ndim} to {ndim - 1}"
+        )
+    return axis % ndim
+
+
+def values_per_channel(shape: Sequence[int], axis: int) -> int:
+    """Return outer * inner, the number of values in each channel."""
+    count = 1
+    for i, size in enumerate(shape):
+        if i != axis:
+            count *= size
+    return count
+
+
+def per_channel_shape(ndim: int, axis: int) -> list[int]:
+    """Return the shape that makes a (C,) tensor broadcast along ``axis`` of an ``ndim``-D one."""
+    shape = [1] * ndim
+    shape[axis] = -1
+    return shape
+
+
+def canonical(x: Tensor, axis: int) -> Tensor:
+    """View ``x`` as (outer, C, inner); a copy only where its strides allow no view."""
+    channels_last = x.movedim(axis, -1)
+    if channels_last.is_contiguous():
+        return channels_last.reshape(-1 if x.numel() else 0, x.shape[axis], 1)
+    outer = values_per_channel(x.shape[:axis], -1)
+    inner = values_per_channel(x.shape[axis + 1 :], -1)
+    return x.reshape(outer, x.shape[axis], inner)
+
+
+def sample_shape(sample: Tensor, x: Tensor, axis: int, what: str) -> Tensor:
+    """Bring a mask or weights to the rank of ``x``, with size 1 on the channel axis.
+
+    Args:
+        sample: One value per element of a channel: the shape of ``x`` without the channel axis,
+            or with size 1 there; sizes of 1 broadcast.
+        x: The input.
+        axis: Its channel axis.
+        what: The argument's name, for the message.
+
+    Raises:
+        LayoutError: If the shape is another one.
+    """
+    shape = list(sample.shape)
+    if len(shape) == x.ndim - 1:
+        shape.insert(axis, 1)
+    expected = list(x.shape)
+    expected[axis] = 1
+    fits = len(shape) == x.ndim and all(
+        have in (1, want) for have, want in zip(shape, expected, strict=True)
+    )
+    if not fits:
+        without = [size for i, size in enumerate(x.shape) if i != axis]
+        raise LayoutError(
+            f"expected {what} of shape {tuple(without)} (the input's {tuple(x.shape)} without its "
+            f"channel axis {axis}) or {tuple(expected)}, got {tuple(sample.shape)}"
+        )
+    return sample.reshape(shape)
+
+
+def check_input(x: Tensor) -> None:
+    """Refuse a dtype for which batch normalization has no meaning.
+
+    Raises:
+        DtypeError: If ``x`` is not of a real floating dtype.
+    """
+    if not x.dtype.is_floating_point:
+        raise DtypeError(
+            f'"batch_norm" is not defined for {x.dtype} (input of shape {tuple(x.shape)}); '
+            f"expected a real floating dtype: convert with x.float()"
+        )
+
+
+def check_per_channel(x: Tensor, axis: int, **tensors: Tensor | None) -> None:
+    """Compare size and device of per-channel tensors with the input's.
+
+    Raises:
+        ChannelError: If a size differs from the number of channels.
+        DeviceError: If a tensor lives elsewhere.
+    """
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.numel() != x.shape[axis] or tensor.ndim != 1:
+            raise ChannelError(
+                f"{name} should contain {x.shape[axis]} elements not {tensor.numel()}: the input "
+                f"of shape {tuple(x.shape)} ({x.dtype}) has {x.shape[axis]} channels on axis "
+                f"{axis}, and {name} has shape {tuple(tensor.shape)}"
+            )
+        if tensor.device != x.device:
+            raise DeviceError(
+                f"{name} is on device {tensor.device}, but the input of shape {tuple(x.shape)} is "
+                f"on {x.device}; move the layer or the input with .to(device)"
+            )
+
+
+def check_enough_values(x: Tensor, axis: int) -> None:
+    """Refuse to normalize a single value by its own statistics.
+
+    Raises:
+        LayoutError: If each channel has exactly one value.
+    """
+    if values_per_channel(x.shape, axis) == 1:
+        raise LayoutError(TOO_FEW_VALUES.format(shape=tuple(x.shape), axis=axis))
+
+
+def check_enough_unmasked(x: Tensor, mask: Tensor, axis: int) -> None:
+    """Refuse a mask that leaves a single value per channel; one that leaves none is welcome.
+
+    Raises:
+        LayoutError: If exactly one value per channel is left.
+    """
+    repeats = values_per_channel(x.shape, axis) // max(mask.numel(), 1)
+    if int(mask.sum()) * repeats == 1:
+        raise LayoutError(TOO_FEW_VALUES.format(shape=tuple(x.shape), axis=axis))
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of the arithmetic: float32, or float64 for a float64 input."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

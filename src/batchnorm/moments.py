@@ -1,0 +1,247 @@
+"""Moments: the one concept of this library.
+
+The first two moments of a set of values, kept unfinished so that they can be merged: count, mean
+and the sum of squared deviations from it. Every statistic here, of a tile, a batch, a window of
+batches, the ranks of a job or a whole data set, is this value at another scale.
+"""
+
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchnorm import layout
+from batchnorm.errors import LayoutError, OptionError
+
+
+class Moments(NamedTuple):
+    r"""Count, mean and sum of squared deviations per channel: a commutative monoid.
+
+    .. math:: n, \quad \mu = \tfrac1n \sum_i x_i, \quad M_2 = \sum_i (x_i - \mu)^2
+
+    ``zero`` is the identity and ``merge`` the operation. With weights, :math:`n = \sum_i w_i`,
+    and the other sums are weighted alike.
+
+    Reference:
+        Chan, Golub, LeVeque 1983, "Algorithms for computing the sample variance", eq. 2.1.
+    """
+
+    count: float | Tensor  # type: ignore[assignment]
+    mean: Tensor
+    m2: Tensor
+
+    @classmethod
+    def zero(cls, channels: int, device: torch.device | str | None = None) -> "Moments":
+        """Return the moments of no value at all, the identity of ``merge``: float64, (C,)."""
+        device = torch.device(device or "cpu")
+        empty = torch.zeros(channels, dtype=wide(device), device=device)
+        return cls(0.0, empty, empty.clone())
+
+    @classmethod
+    def of(
+        cls, x: Tensor, axis: int = 1, *, mask: Tensor | None = None, weights: Tensor | None = None
+    ) -> "Moments":
+        """Lift a tensor: the moments of its values over all axes but the channel's.
+
+        Two passes in float64, pairwise, in an order that depends on the shape alone: the same bits
+        for any number of threads, accurate whatever the mean.
+
+        Args:
+            x: Input of any rank >= 2 and any floating dtype.
+            axis: The channel axis.
+            mask: True where an element counts; the shape of ``x`` without its channel axis, or
+                with size 1 there. What is masked out may be anything, NaN included.
+            weights: Importance of each element, >= 0; shaped as a mask.
+
+        Returns:
+            Moments with mean and m2 of shape (C,) in float64 (float32 on devices without it);
+            count is a plain number, or a tensor of shape () where mask or weights are given.
+
+        Raises:
+            LayoutError: If the rank is below 2, or mask or weights do not fit.
+            DtypeError: If ``x`` is not floating.
+            OptionError: If a weight is negative, or both mask and weights are given.
+        """
+        axis = layout.channel_axis(x.ndim, axis)
+        layout.check_input(x)
+        values = layout.canonical(x.detach(), axis).to(wide(x.device))
+        if mask is None and weights is None:
+            return cls(layout.values_per_channel(x.shape, axis), *center(values))
+        sample = layout.canonical(element_weights(x, axis, mask, weights), axis)
+        count, mean, m2 = center_weighted(values, sample.to(values.dtype))
+        return cls(count, mean, m2)
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Return the moments of both sets together; see :func:`merge`."""
+        return merge(self, other)
+
+    def scale(self, weight: float | Tensor) -> "Moments":
+        """Weigh every value by ``weight`` >= 0: (w n, mean, w m2); a weight of 0 gives ``zero``.
+
+        Raises:
+            OptionError: If a plain weight is negative or NaN.
+        """
+        if not isinstance(weight, Tensor):
+            if not weight >= 0:
+                raise OptionError(f"expected a weight >= 0 to scale Moments by, got {weight}")
+            if weight == 0:
+                return Moments(0.0, torch.zeros_like(self.mean), torch.zeros_like(self.m2))
+            return Moments(self.count * weight, self.mean, self.m2 * weight)
+        kept = weight > 0
+        mean = torch.where(kept, self.mean, 0.0)
+        return Moments(self.count * weight, mean, torch.where(kept, self.m2 * weight, 0.0))
+
+    def variance(self, correction: float = 0) -> Tensor:
+        """Finish: m2 / (count - correction), NaN where no more than ``correction`` was counted.
+
+        Args:
+            correction: 0 for the variance of these values, 1 for the unbiased estimate (Bessel)
+                of the variance of the population they are drawn from. With weights it is
+                subtracted from their sum.
+
+        Returns:
+            Variance per channel, shape (C,).
+        """
+        left = self.count - correction
+        if isinstance(left, Tensor):
+            return torch.where(left > 0, self.m2 / left, torch.nan)
+        return self.m2 / left if left > 0 else torch.full_like(self.m2, torch.nan)
+
+    def pack(self) -> Tensor:
+        """Flatten into one float64 tensor of 1 + 2 C numbers: count, mean, m2."""
+        count = torch.as_tensor(self.count, dtype=torch.float64, device=self.mean.device)
+        return torch.cat([count.reshape(1), self.mean.double(), self.m2.double()])
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> "Moments":
+        """Invert ``pack``.
+
+        Raises:
+            LayoutError: If ``packed`` is not a vector of odd length.
+        """
+        if packed.ndim != 1 or packed.numel() % 2 == 0:
+            raise LayoutError(
+                "expected packed Moments, a vector of 1 + 2 C numbers, "
+                f"got shape {tuple(packed.shape)}"
+            )
+        channels = packed.numel() // 2
+        return cls(packed[0], packed[1 : 1 + channels], packed[1 + channels :])
+
+
+def merge(first: Moments, *others: Moments) -> Moments:
+    r"""Merge any number of Moments, from left to right.
+
+    .. math::
+
+        n = n_a + n_b, \quad w = n_b / n, \quad d = \mu_b - \mu_a, \quad
+        \mu = \mu_a + d w, \quad M_2 = M_{2a} + M_{2b} + d^2 n_a w
+
+    An empty part is the identity, whatever its mean holds. Numbers of different dtypes promote, so
+    that merging into ``Moments.zero`` (float64) accumulates in float64.
+
+    Returns:
+        The moments of all values together.
+    """
+    return reduce(_merge_two, others, first)
+
+
+def _merge_two(a: Moments, b: Moments) -> Moments:
+    count = a.count + b.count
+    if not isinstance(count, Tensor):
+        # Selected, not multiplied away: 0 * inf is NaN.
+        if not b.count:
+            return _promoted(a, b)
+        if not a.count:
+            return _promoted(b, a)
+    share = b.count / count
+    delta = b.mean - a.mean
+    mean = a.mean + delta * share
+    m2 = a.m2 + b.m2 + delta * delta * (a.count * share)
+    if isinstance(count, Tensor):
+        no_a = torch.as_tensor(a.count, device=count.device) == 0
+        no_b = torch.as_tensor(b.count, device=count.device) == 0
+        mean = torch.where(no_b, a.mean, torch.where(no_a, b.mean, mean))
+        m2 = torch.where(no_b, a.m2, torch.where(no_a, b.m2, m2))
+    return Moments(count, mean, m2)
+
+
+def _promoted(kept: Moments, other: Moments) -> Moments:
+    dtype = torch.promote_types(kept.mean.dtype, other.mean.dtype)
+    return Moments(kept.count, kept.mean.to(dtype), kept.m2.to(dtype))
+
+
+def element_weights(
+    x: Tensor, axis: int, mask: Tensor | None, weights: Tensor | None = None
+) -> Tensor:
+    """Return mask or weights checked and expanded to the shape of ``x``, 1 on the channel axis."""
+    if mask is not None and weights is not None:
+        raise OptionError(
+            "expected a mask or weights, got both; multiply them: weights=weights * mask"
+        )
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise LayoutError(
+                f"expected a boolean mask, got {mask.dtype} of shape {tuple(mask.shape)}; "
+                "use mask=mask.bool(), or weights= for importance"
+            )
+        sample = layout.sample_shape(mask, x, axis, "a mask")
+    else:
+        assert weights is not None
+        sample = layout.sample_shape(weights, x, axis, "weights")
+        if not torch.compiler.is_compiling() and bool((sample < 0).any()):
+            raise OptionError("expected weights >= 0, got a negative one")
+    shape = list(x.shape)
+    shape[axis] = 1
+    return sample.expand(shape)
+
+
+def fold(values: Tensor, dim: int) -> Tensor:
+    """Sum over one axis by halves.
+
+    Pairwise, so that the error grows with log n; and in an order that depends on the shape alone,
+    where ``torch.sum`` splits by the number of threads.
+    """
+    n = values.shape[dim]
+    if n == 0:
+        return values.sum(dim)
+    while n > 1:
+        half = n // 2
+        pairs = values.narrow(dim, 0, half) + values.narrow(dim, half, half)
+        if n % 2:
+            pairs = torch.cat([pairs, values.narrow(dim, n - 1, 1)], dim)
+        values, n = pairs, half + n % 2
+    return values.squeeze(dim)
+
+
+def center(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and m2 of (outer, C, inner) over outer and inner; differentiable."""
+    count = max(x.shape[0] * x.shape[2], 1)
+    mean = total(x) / count
+    deviation = x - mean[:, None]
+    # What rounding left in the mean is taken out of m2 again (Chan et al. 1983, eq. 1.7).
+    left_over = total(deviation)
+    m2 = total(deviation * deviation) - left_over * left_over / count
+    return mean, m2.clamp_min(0)
+
+
+def center_weighted(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return count (), mean and m2 (C,) of (outer, C, inner) with weights (outer, 1, inner)."""
+    counted = weights > 0
+    count = total(weights).squeeze(0)
+    divisor = torch.where(count > 0, count, 1.0)
+    mean = total(torch.where(counted, x, 0.0) * weights) / divisor
+    deviation = torch.where(counted, x - mean[:, None], 0.0)
+    left_over = total(deviation * weights)
+    m2 = total(deviation * deviation * weights) - left_over * left_over / divisor
+    return count, mean, m2.clamp_min(0)
+
+
+def total(x: Tensor) -> Tensor:
+    """Sum (outer, C, inner) over outer and inner, pairwise."""
+    return fold(fold(x, 0), -1)
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """Return the dtype of accumulators: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64

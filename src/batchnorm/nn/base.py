@@ -1,0 +1,185 @@
+"""What all layers share: construction, forward, and the step of the estimate."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm import functional
+from batchnorm.errors import BatchNormError, LayoutError, OptionError
+from batchnorm.estimators.bank import Bank, EstimatorLike, named
+from batchnorm.estimators.running import Cumulative, Running, check_momentum
+from batchnorm.nn import casting, foreign, tracking
+from batchnorm.ops.activations import IDENTITY, ActivationLike, activation
+from batchnorm.ops.call import Call
+from batchnorm.sources.base import Source
+from batchnorm.sources.batch import Batch
+
+
+class _Default(float):
+    """torch's default momentum, told apart from a 0.1 that somebody wrote."""
+
+
+MOMENTUM = _Default(0.1)
+BATCH = Batch()
+
+
+class Layer(_BatchNorm):
+    """Base of every layer: parameters, buffers and names of ``torch.nn``, arithmetic of ours.
+
+    Attributes:
+        activation: What is applied to the result.
+        statistics: The source of mean and variance in training.
+        axis: The channel axis of the input.
+        ranks: The ranks of input that are accepted; none given means any from 2.
+    """
+
+    axis: int = 1
+    ranks: tuple[int, ...] = ()
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = MOMENTUM,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: ActivationLike = None,
+        statistics: Source = BATCH,
+        estimator: EstimatorLike | None = None,
+    ) -> None:
+        momentum, bank = _estimation(momentum, estimator, track_running_stats)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)
+        casting.widen_statistics(self)
+        self._configure(activation, statistics, bank)
+
+    def _configure(self, act: ActivationLike, statistics: Source, bank: Bank | None) -> None:
+        self.activation = activation(act)
+        self.statistics = statistics
+        self._bank = bank
+        if bank is not None and self.running_mean is not None:
+            tracking.restart(self)
+
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Return act((input - mean) / sqrt(var + eps) * weight + bias + residual).
+
+        In training, mean and var come from the source ``statistics`` and move the stored
+        estimate; in evaluation they are the stored ones, or the batch's where none are stored.
+
+        Args:
+            input: Channels on ``axis``; any real floating dtype.
+            residual: Added before the activation, as ``torch.add`` would.
+            mask: True where an element counts; the input's shape without its channel axis.
+                Elsewhere the output is 0.
+
+        Returns:
+            The input's shape and dtype (promoted with the residual's).
+        """
+        if isinstance(input, fx.Proxy):
+            return foreign.call_module(self, input, residual, mask)
+        try:
+            return self._normalize(input, residual, mask)
+        except BatchNormError as error:
+            error.args = (f"{error} [in {self}]",)
+            raise
+
+    def _normalize(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        self._check_input_dim(x)
+        call = self._call(x, residual, mask)
+        if not self.training and call.mean is not None:
+            return functional.evaluate(call)
+        source = self.statistics if self.training else BATCH
+        functional.check_source(call, source)
+        y, moments = source.normalize(call)
+        if self.training and self.track_running_stats and call.mean is not None:
+            tracking.step(self, moments)
+        return y
+
+    def _call(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Call:
+        return functional.prepare(
+            x,
+            self.weight,
+            self.bias,
+            residual,
+            mask,
+            self.activation,
+            self.running_mean,
+            self.running_var,
+            self.eps,
+            self.axis,
+            portable=not self.training,
+        )
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if self.ranks and input.ndim not in self.ranks:
+            expected = " or ".join(f"{rank}D" for rank in self.ranks)
+            raise LayoutError(
+                f"expected {expected} input (got {input.ndim}D input), shape "
+                f"{tuple(input.shape)}, {input.dtype}; bn.BatchNorm takes any rank from 2"
+            )
+
+    def reset_running_stats(self) -> None:
+        """Forget: mean 0, variance 1, no batches, and every further estimate empty."""
+        super().reset_running_stats()
+        if getattr(self, "_bank", None) is not None and self.running_mean is not None:
+            tracking.restart(self)
+
+    def extra_repr(self) -> str:
+        """Return torch's description, and what differs from its defaults."""
+        parts = [super().extra_repr()]
+        if self.activation != IDENTITY:
+            parts.append(f"activation={str(self.activation)!r}")
+        if self.statistics != BATCH:
+            parts.append(f"statistics={self.statistics}")
+        if self._bank is not None:
+            parts.append(f"estimator={list(self._bank.estimators.values())}")
+            parts.append(f"in_use={self._bank.selected!r}")
+        return ", ".join(parts)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Return the children, of which there are none; converters that go on from here lose."""
+        foreign.refuse_converters(self)
+        return super().named_children()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Layer":
+        with casting.statistics_kept_wide(self, fn):
+            super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self._bank is not None and self.running_mean is not None:
+            tracking.restart(self, known=True)
+
+
+def _estimation(
+    momentum: float | None, estimator: EstimatorLike | None, track_running_stats: bool
+) -> tuple[float | None, Bank | None]:
+    """Bring ``momentum`` and ``estimator`` to torch's one number, or to a bank of estimators."""
+    if estimator is None:
+        check_momentum(momentum)
+        return (None if momentum is None else float(momentum)), None
+    if momentum is not MOMENTUM:
+        raise OptionError(
+            f"expected momentum= or estimator=, got both ({momentum!r} and {estimator!r}); "
+            "momentum=a is estimator=bn.Running(a), momentum=None is estimator=bn.Cumulative()"
+        )
+    if not track_running_stats:
+        raise OptionError(
+            f"estimator={estimator!r} has nothing to estimate with track_running_stats=False"
+        )
+    estimators = named(estimator)
+    first = next(iter(estimators.values()))
+    known = first.momentum if isinstance(first, Running) else None
+    alone = len(estimators) == 1 and isinstance(first, Running | Cumulative)
+    return known, None if alone else Bank(estimators)

@@ -1,0 +1,54 @@
+"""Statistics stay at least float32, whatever a model is cast to."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer
+
+STATISTICS = ("running_mean", "running_var")
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of statistics in a layer of dtype ``dtype``."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def widen_statistics(layer: Any) -> None:
+    """Make the fresh buffers of a layer that was constructed in half precision float32."""
+    for name in STATISTICS:
+        buffer = layer._buffers[name]
+        if buffer is not None:
+            layer._buffers[name] = buffer.to(at_least_float32(buffer.dtype))
+
+
+@contextlib.contextmanager
+def statistics_kept_wide(layer: Any, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Hide the statistics while ``Module._apply(fn)`` runs, then move them without narrowing.
+
+    They are never cast and restored: a running_var of 1e6 is infinite in float16.
+    """
+    kept = {name: layer._buffers[name] for name in STATISTICS}
+    for name in kept:
+        layer._buffers[name] = None
+    try:
+        yield
+        moved = {name: _move(buffer, fn) for name, buffer in kept.items()}
+    except BaseException:
+        layer._buffers.update(kept)
+        raise
+    layer._buffers.update(moved)
+    if layer._bank is not None and moved["running_mean"] is not None:
+        device = moved["running_mean"].device
+        layer._bank.apply(lambda tensor: tensor.to(device))
+
+
+def _move(buffer: Tensor | None, fn: Callable[[Tensor], Tensor]) -> Tensor | None:
+    if buffer is None or isinstance(buffer, UninitializedBuffer):
+        return None if buffer is None else fn(buffer)
+    # What fn does to a dtype and a device is asked of a tensor without elements.
+    probe = fn(buffer.new_empty(0))
+    dtype = at_least_float32(probe.dtype)
+    return fn(buffer) if probe.dtype == dtype else buffer.to(probe.device, dtype)

@@ -1,0 +1,108 @@
+"""The layers: ``torch.nn.BatchNorm1d/2d/3d`` with more to say, and one for any rank."""
+
+import torch
+from torch import nn
+
+from batchnorm.estimators.bank import EstimatorLike
+from batchnorm.nn.base import BATCH, MOMENTUM, Layer
+from batchnorm.ops.activations import ActivationLike
+from batchnorm.sources.base import Source
+
+
+class BatchNorm1d(Layer, nn.BatchNorm1d):
+    r"""Batch normalization of dense layers (N, C) per neuron, of sequences (N, C, L) per channel.
+
+    .. math:: y = \mathrm{act}\Big(\frac{x - \mu}{\sqrt{\sigma^2 + \varepsilon}}\,\gamma
+        + \beta + r\Big)
+
+    In training :math:`\mu, \sigma^2` are the batch's mean and biased variance per channel (or what
+    ``statistics`` says); in evaluation the stored estimate. A drop-in for the class of the same
+    name in ``torch.nn``, of which it is a subclass: same parameters, buffers and state dict.
+
+    Args:
+        num_features: C.
+        eps: Added to the variance; > 0 in training.
+        momentum: Weight of the newest batch in the running average; None for the cumulative one.
+        affine: Whether there are ``weight`` (gamma) and ``bias`` (beta), both (C,).
+        track_running_stats: Whether an estimate is kept; without one, evaluation uses the batch.
+        device: Where parameters and buffers live.
+        dtype: Of the parameters; statistics stay at least float32.
+        bias: Whether an affine layer has a bias.
+        activation: Applied to the result; a name, or a ``torch.nn`` activation.
+        statistics: What normalizes a training step: ``bn.Batch()`` or ``bn.Frozen()``.
+        estimator: What is kept for use: one estimator, several side by side, or name -> estimator;
+            the first is in use until ``bn.use_estimate`` selects another.
+
+    Raises:
+        OptionError: NaN momentum, momentum and estimator together, an unknown activation.
+
+    Reference:
+        Ioffe and Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by
+        Reducing Internal Covariate Shift", section 3.
+    """
+
+    ranks = (2, 3)
+
+
+class BatchNorm2d(Layer, nn.BatchNorm2d):
+    """Batch normalization of images (N, C, H, W), per channel over N, H and W.
+
+    Everything else as in :class:`BatchNorm1d`.
+    """
+
+    ranks = (4,)
+
+
+class BatchNorm3d(Layer, nn.BatchNorm3d):
+    """Batch normalization of volumes (N, C, D, H, W), per channel over N, D, H and W.
+
+    Everything else as in :class:`BatchNorm1d`.
+    """
+
+    ranks = (5,)
+
+
+class BatchNorm(Layer):
+    """Batch normalization of any rank >= 2, with the channels on any axis.
+
+    Args:
+        num_features: C.
+        axis: The channel axis, 1 as in ``torch.nn`` or -1 for channels last; others as in
+            :class:`BatchNorm1d`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        axis: int = 1,
+        eps: float = 1e-5,
+        momentum: float | None = MOMENTUM,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: ActivationLike = None,
+        statistics: Source = BATCH,
+        estimator: EstimatorLike | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            bias=bias,
+            activation=activation,
+            statistics=statistics,
+            estimator=estimator,
+        )
+        self.axis = axis
+
+    def extra_repr(self) -> str:
+        """Return the description, with the axis."""
+        features, rest = super().extra_repr().split(", ", 1)
+        return f"{features}, axis={self.axis}, {rest}"

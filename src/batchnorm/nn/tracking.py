@@ -1,0 +1,75 @@
+"""The step of a layer's stored estimate after a training batch."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.estimators.base import keep_if_empty, nothing, unbiased
+from batchnorm.estimators.running import Averages, average
+from batchnorm.moments import Moments
+
+NARROW = """\
+{name} of a batch normalization layer is {dtype}: something cast it past torch.nn.Module's own \
+.to()/.half(). Its steps are computed in float32, but every one of them is rounded to {dtype}, and \
+small steps are lost. Restore it with layer.{name} = layer.{name}.float()."""
+
+
+def step(layer: Any, batch: Moments) -> None:
+    """Move ``running_mean``, ``running_var`` and the counter by one batch, in place.
+
+    Not in the second forward of activation checkpointing, which runs inside of backward, and not
+    for a batch of no values.
+    """
+    if nothing(batch) or _in_backward():
+        return
+    if layer._bank is not None:
+        layer._bank.update(batch)
+        publish(layer)
+    else:
+        _move(layer, batch)
+    if layer.num_batches_tracked is not None:
+        one = (batch.count > 0).long() if isinstance(batch.count, Tensor) else 1
+        layer.num_batches_tracked.add_(one)
+
+
+def _move(layer: Any, batch: Moments) -> None:
+    alpha = layer.momentum
+    if alpha is None:
+        # As in torch, a layer without counter has no cumulative average to move.
+        seen = layer.num_batches_tracked
+        alpha = 0.0 if seen is None else 1.0 / (seen + 1)
+    for name, new in (("running_mean", batch.mean), ("running_var", unbiased(batch))):
+        old = getattr(layer, name)
+        wide = old if _wide_enough(old, name) else old.float()
+        moved = average(wide, new if new.dtype == wide.dtype else new.to(wide.dtype), alpha)
+        old.copy_(keep_if_empty(batch, wide, moved))
+
+
+def publish(layer: Any) -> None:
+    """Write the estimate in use to the buffers, where eval, state dicts and torch.nn look."""
+    mean, var = layer._bank.statistics()
+    with torch.no_grad():
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(var)
+
+
+def restart(layer: Any, known: bool = False) -> None:
+    """Empty all estimates; running averages go on from the buffers if those are known."""
+    start = None
+    if known and layer.num_batches_tracked is not None:
+        start = Averages(layer.running_mean, layer.running_var, layer.num_batches_tracked)
+    layer._bank.restart(layer.num_features, layer.running_mean.device, start)
+
+
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _wide_enough(statistic: Tensor, name: str) -> bool:
+    if statistic.dtype in (torch.float32, torch.float64):
+        return True
+    if not torch.compiler.is_compiling():
+        warnings.warn(NARROW.format(name=name, dtype=statistic.dtype), stacklevel=6)
+    return False

@@ -1,0 +1,74 @@
+"""Which backend serves a call, and why the others declined.
+
+A backend is a module with the six functions of ``reference`` and ``serves``. An automatic choice
+falls back without a word; an explicit one raises. Both can be seen with ``bn.env()``.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from batchnorm.errors import BackendError
+from batchnorm.ops import reference
+
+# Fastest first. The reference serves everything and stands last.
+BACKENDS: dict[str, ModuleType] = {"reference": reference}
+
+# Why a backend that exists in the source is not in the list above: name -> reason.
+UNAVAILABLE: dict[str, str] = {}
+
+_forced: str | None = None
+
+
+def select(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    axis: int = 1,
+) -> Any:
+    """Return the first backend that serves the call.
+
+    Raises:
+        BackendError: If ``use_backend`` named one that does not.
+    """
+    if _forced is not None:
+        backend = BACKENDS[_forced]
+        reason = backend.serves(x, weight, bias, residual, axis)
+        if reason is not None:
+            raise BackendError(
+                f"backend {_forced!r} was asked for and cannot serve an input of shape "
+                f"{tuple(x.shape)}, {x.dtype} on {x.device}: {reason}; "
+                "leave the choice open, or use_backend('reference')"
+            )
+        return backend
+    for backend in BACKENDS.values():
+        if backend.serves(x, weight, bias, residual, axis) is None:
+            return backend
+    raise AssertionError("the reference backend serves everything")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every call inside the ``with`` block by one backend, or raise where it cannot.
+
+    Args:
+        name: ``"reference"``, or another that ``bn.env()`` lists.
+
+    Raises:
+        BackendError: If there is no such backend here.
+    """
+    global _forced
+    if name not in BACKENDS:
+        reason = UNAVAILABLE.get(name)
+        known = ", ".join(repr(known) for known in BACKENDS)
+        because = f": {reason}" if reason else ""
+        raise BackendError(f"backend {name!r} is not available{because}; expected one of {known}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before

@@ -1,0 +1,218 @@
+"""The operations as PyTorch sees them: ``torch.ops.batchnorm.*`` (torch.library).
+
+This is the route of ``torch.compile`` and ``torch.export`` in training, where a graph needs opaque
+nodes with known shapes and a gradient. Results have the strides of ``empty_like(x)``. Each op
+means what the function of the same name in ``reference`` means.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm import layout
+from batchnorm.ops.activations import Activation
+from batchnorm.ops.backend import select
+
+
+@torch.library.custom_op("batchnorm::moments", mutates_args=())
+def moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Return mean and m2 per channel."""
+    mean, m2 = select(x, axis=axis).moments(x, axis)
+    return mean, m2
+
+
+@torch.library.custom_op("batchnorm::normalize", mutates_args=())
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    slope: float,
+    axis: int,
+) -> Tensor:
+    """Return act((x - mean) * rstd * weight + bias + residual); the statistics are constants."""
+    backend = select(x, weight, bias, residual, axis)
+    act = Activation(activation, slope)
+    return _like(x, backend.normalize(x, mean, rstd, weight, bias, residual, act, axis))
+
+
+@torch.library.custom_op("batchnorm::forward", mutates_args=())
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    slope: float,
+    eps: float,
+    axis: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Normalize by the input's own statistics; return y, mean, m2, rstd.
+
+    Differentiable in y; the statistics are not.
+    """
+    backend = select(x, weight, bias, residual, axis)
+    act = Activation(activation, slope)
+    y, mean, m2, rstd = backend.forward(x, weight, bias, residual, act, eps, axis)
+    return _like(x, y), mean, m2, rstd
+
+
+@torch.library.custom_op("batchnorm::backward_sums", mutates_args=())
+def backward_sums(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+    activation: str,
+    slope: float,
+    axis: int,
+) -> tuple[Tensor, Tensor]:
+    """Return sum(dz) and sum(dz * xhat) per channel."""
+    backend = select(x, weight, bias, residual, axis)
+    act = Activation(activation, slope)
+    sum_dz, sum_dz_xhat = backend.backward_sums(
+        dy, x, mean, rstd, weight, bias, residual, y, act, axis
+    )
+    return sum_dz, sum_dz_xhat
+
+
+@torch.library.custom_op("batchnorm::backward_input", mutates_args=())
+def backward_input(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+    activation: str,
+    slope: float,
+    axis: int,
+    sum_dz: Tensor,
+    sum_dz_xhat: Tensor,
+    count: float,
+    want_residual: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return dx and dresidual (of no elements where it is not wanted)."""
+    backend = select(x, weight, bias, residual, axis)
+    act = Activation(activation, slope)
+    given = (dy, x, mean, rstd, weight, bias, residual, y, act, axis)
+    dx, dresidual = backend.backward_input(*given, sum_dz, sum_dz_xhat, count, want_residual)
+    return _like(x, dx), _wanted(x, dresidual)
+
+
+@torch.library.custom_op("batchnorm::backward", mutates_args=())
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+    activation: str,
+    slope: float,
+    axis: int,
+    want_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Invert ``forward``: return dx, dresidual, sum(dz), sum(dz * xhat)."""
+    backend = select(x, weight, bias, residual, axis)
+    act = Activation(activation, slope)
+    dx, dresidual, sum_dz, sum_dz_xhat = backend.backward(
+        dy, x, mean, rstd, weight, bias, residual, y, act, axis, want_residual
+    )
+    return _like(x, dx), _wanted(x, dresidual), sum_dz, sum_dz_xhat
+
+
+def _like(x: Tensor, result: Tensor) -> Tensor:
+    """Give a result the strides that the fake kernel promised."""
+    expected = torch.empty_like(x)
+    return result if result.stride() == expected.stride() else expected.copy_(result)
+
+
+def _wanted(x: Tensor, dresidual: Tensor | None) -> Tensor:
+    return x.new_empty(0) if dresidual is None else _like(x, dresidual).clone()
+
+
+def _statistic(x: Tensor, axis: int) -> Tensor:
+    return x.new_empty(x.shape[axis], dtype=layout.compute_dtype(x))
+
+
+@moments.register_fake
+def _(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    return _statistic(x, axis), _statistic(x, axis)
+
+
+@normalize.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+@forward.register_fake
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean, m2, rstd = (_statistic(x, rest[-1]) for _ in range(3))
+    return torch.empty_like(x), mean, m2, rstd
+
+
+@backward_sums.register_fake
+def _(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _statistic(x, rest[-1]), _statistic(x, rest[-1])
+
+
+def _fake_gradients(x: Tensor, want_residual: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x) if want_residual else x.new_empty(0)
+
+
+@backward_input.register_fake
+def _(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _fake_gradients(x, rest[-1])
+
+
+@backward.register_fake
+def _(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    axis, want_residual = rest[-2:]
+    sums = _statistic(x, axis), _statistic(x, axis)
+    return *_fake_gradients(x, want_residual), *sums
+
+
+def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, residual, activation, slope, _, axis = inputs
+    y, mean, m2, rstd = output
+    act = Activation(activation, slope)
+    ctx.mark_non_differentiable(mean, m2, rstd)
+    ctx.save_for_backward(x, mean, rstd, weight, bias, *needed(act, residual, y))
+    ctx.act, ctx.axis, ctx.adds = act, axis, residual is not None
+
+
+def _differentiate_forward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    x, mean, rstd, weight, bias, residual, y = ctx.saved_tensors
+    dx, dresidual, sum_dz, sum_dz_xhat = backward(
+        dy, x, mean, rstd, weight, bias, residual, y, *ctx.act, ctx.axis, ctx.adds
+    )
+    return (
+        dx,
+        None if weight is None else sum_dz_xhat.to(weight.dtype),
+        None if bias is None else sum_dz.to(bias.dtype),
+        dresidual if ctx.adds else None,
+        *(None,) * 4,
+    )
+
+
+def needed(act: Activation, residual: Tensor | None, y: Tensor) -> tuple[Tensor | None, ...]:
+    """Return (residual, y) as far as backward reads them; without a residual, x tells all."""
+    if residual is None or act.name == "identity":
+        return None, None
+    return (None, y) if act.from_output else (residual, None)
+
+
+forward.register_autograd(_differentiate_forward, setup_context=_save_forward)

@@ -1,0 +1,206 @@
+"""The meaning of every operation, in plain PyTorch operations.
+
+    z = (x - mean) * rstd * weight + bias + residual          y = act(z)
+
+Nobody optimizes this file. It serves wherever nothing faster does, it is what every other backend
+is compared with, and its two forward functions can be differentiated any number of times, in
+either mode and under ``torch.func``, since they are nothing but compositions.
+
+``mean``, ``rstd``, ``m2`` and the sums are (C,) tensors of the arithmetic's dtype: float32, or
+float64 where x is float64. Other per-channel tensors may have any floating dtype.
+"""
+
+import torch
+from torch import Tensor
+
+from batchnorm import layout
+from batchnorm import moments as _moments
+from batchnorm.ops.activations import Activation
+
+name = "reference"
+
+
+def serves(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, axis: int
+) -> str | None:
+    """Return why this backend declines a call: it never does."""
+    return None
+
+
+def moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Return mean and m2 per channel, summed in float64 and rounded once."""
+    dtype = layout.compute_dtype(x)
+    mean, m2 = _moments.center(layout.canonical(x, axis).to(_moments.wide(x.device)))
+    return mean.to(dtype), m2.to(dtype)
+
+
+def reciprocal_std(m2: Tensor, count: float | Tensor, eps: float) -> Tensor:
+    """Return 1 / sqrt(m2 / count + eps); a count of 0 gives 1 / sqrt(eps)."""
+    if isinstance(count, Tensor):
+        count = torch.where(count > 0, count, 1.0).to(m2.dtype)
+    return torch.rsqrt(m2 / (count or 1) + eps)
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: Activation,
+    axis: int,
+) -> Tensor:
+    """Return y = act((x - mean) * rstd * weight + bias + residual), in x's dtype.
+
+    A residual broadcasts and promotes as in ``torch.add``.
+    """
+    z = affine(x, mean, rstd, weight, bias, axis)
+    dtype = x.dtype
+    if residual is not None:
+        dtype = torch.promote_types(dtype, residual.dtype)
+        z = z + residual
+    return act(z).to(dtype)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: Activation,
+    eps: float,
+    axis: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Normalize by the input's own statistics; return y, mean, m2, rstd."""
+    mean, m2 = moments(x, axis)
+    rstd = reciprocal_std(m2, layout.values_per_channel(x.shape, axis), eps)
+    return normalize(x, mean, rstd, weight, bias, residual, act, axis), mean, m2, rstd
+
+
+def backward_sums(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+    act: Activation,
+    axis: int,
+) -> tuple[Tensor, Tensor]:
+    """Return sum(dz) and sum(dz * xhat) per channel: also the gradients of bias and weight.
+
+    Args:
+        dy: Gradient of y.
+        x: Input of the forward pass.
+        mean: Statistics that normalized it.
+        rstd: The same.
+        weight: Scale per channel, or None.
+        bias: Shift per channel, or None.
+        residual: What was added; not needed where y is given.
+        y: Output of the forward pass; used where ``act.from_output``.
+        act: The activation.
+        axis: The channel axis.
+    """
+    dz = gradient_of_z(dy, x, mean, rstd, weight, bias, residual, y, act, axis)
+    xhat = affine(x, mean, rstd, None, None, axis)
+    wide = _moments.wide(x.device)
+    sums = [
+        _moments.total(layout.canonical(part, axis).to(wide)).to(mean.dtype)
+        for part in (dz, dz * xhat)
+    ]
+    return sums[0], sums[1]
+
+
+def backward_input(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+    act: Activation,
+    axis: int,
+    sum_dz: Tensor,
+    sum_dz_xhat: Tensor,
+    count: float,
+    want_residual: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return dx = weight * rstd * (dz - sum_dz / n - xhat * sum_dz_xhat / n), and dresidual = dz.
+
+    The sums are those of ``backward_sums`` merged over all parts and ``count`` is their n; zeros
+    and 1 where the statistics are constants. dresidual is None where it is not wanted.
+    """
+    view = layout.per_channel_shape(x.ndim, axis)
+    dz = gradient_of_z(dy, x, mean, rstd, weight, bias, residual, y, act, axis)
+    xhat = affine(x, mean, rstd, None, None, axis)
+    scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
+    n = count or 1
+    centered = dz - (sum_dz / n).view(view) - xhat * (sum_dz_xhat / n).view(view)
+    dx = (centered * scale.view(view)).to(x.dtype)
+    return dx, dz.to(x.dtype) if want_residual else None
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+    act: Activation,
+    axis: int,
+    want_residual: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Invert ``forward``; return dx, dresidual, sum(dz), sum(dz * xhat)."""
+    given = (dy, x, mean, rstd, weight, bias, residual, y, act, axis)
+    sum_dz, sum_dz_xhat = backward_sums(*given)
+    count = layout.values_per_channel(x.shape, axis)
+    dx, dresidual = backward_input(*given, sum_dz, sum_dz_xhat, count, want_residual)
+    return dx, dresidual, sum_dz, sum_dz_xhat
+
+
+def affine(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int
+) -> Tensor:
+    """Return (x - mean) * rstd * weight + bias in the arithmetic's dtype.
+
+    The mean is taken off first: x * scale + shift loses digits where the mean is large.
+    """
+    view = layout.per_channel_shape(x.ndim, axis)
+    dtype = layout.compute_dtype(x)
+    z = (x.to(dtype) - mean.to(dtype).view(view)) * rstd.to(dtype).view(view)
+    if weight is not None:
+        z = z * weight.to(dtype).view(view)
+    if bias is not None:
+        z = z + bias.to(dtype).view(view)
+    return z
+
+
+def gradient_of_z(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+    act: Activation,
+    axis: int,
+) -> Tensor:
+    """Return dz = dy * act'(z), in the arithmetic's dtype; z is recomputed if y does not tell."""
+    dtype = layout.compute_dtype(x)
+    dy = dy.to(dtype)
+    if act.name == "identity":
+        return dy
+    if act.from_output and y is not None:
+        return act.backward(dy, y.to(dtype))
+    z = affine(x, mean, rstd, weight, bias, axis)
+    return act.backward(dy, z if residual is None else z + residual)

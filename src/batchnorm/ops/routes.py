@@ -1,0 +1,132 @@
+"""Three routes, one meaning.
+
+*Fast*: plain eager tensors go straight to a backend (``eager``). *Compile*: while a graph is being
+traced, training is one opaque op (``library``) and evaluation is ``aten.batch_norm``, so that an
+exported graph needs nothing of ours. *Everything else* (torch.func, forward AD, masks, odd
+tensors, broadcast residuals): the plain operations of ``reference``.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from batchnorm import layout
+from batchnorm import moments as _moments
+from batchnorm.moments import Moments
+from batchnorm.ops import eager, library, reference
+from batchnorm.ops.backend import select
+from batchnorm.ops.call import Call
+
+_DEVICES = ("cpu", "cuda")
+
+
+def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
+    """Normalize by the statistics of the input itself.
+
+    Returns:
+        y and the Moments that normalized it, which are not differentiable.
+    """
+    if call.mask is not None:
+        return _masked_batch(call, call.mask)
+    given = (call.x, call.weight, call.bias, call.residual)
+    rest = (call.eps, call.axis)
+    count = layout.values_per_channel(call.x.shape, call.axis)
+    if is_plain(call):
+        backend = select(*given, call.axis)
+        if torch.is_grad_enabled() and call.needs_grad:
+            found: list[Tensor] = []
+            y = eager.BatchNormalize.apply(*given, call.act, *rest, backend, found)  # type: ignore[no-untyped-call]
+            return y, Moments(count, *found)
+        y, mean, m2, _ = backend.forward(*given, call.act, *rest)
+    elif is_traced() and call.portable:
+        y = _aten(call, None, None)
+        mean, m2 = reference.moments(call.x, call.axis)
+    elif call.same_residual and torch.compiler.is_compiling():
+        y, mean, m2, _ = library.forward(*given, *call.act, *rest)
+    else:
+        y, mean, m2, _ = reference.forward(*given, call.act, *rest)
+    return y, Moments(count, mean.detach(), m2.detach())
+
+
+def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
+    """Normalize by given statistics, which are constants.
+
+    Nothing that is kept for backward aliases ``mean`` or ``var``: they may be updated in between.
+    """
+    if call.mask is not None:
+        return _masked_by(call, call.mask, mean, var)
+    if is_traced():
+        return _aten(call, mean, var)
+    dtype = layout.compute_dtype(call.x)
+    rstd = torch.rsqrt(var.detach().to(dtype) + call.eps)
+    mean = mean.detach().to(dtype)
+    affine = (call.weight, call.bias, call.residual, call.act, call.axis)
+    if not is_plain(call):
+        return reference.normalize(call.x, mean, rstd, *affine)
+    backend = select(call.x, call.weight, call.bias, call.residual, call.axis)
+    if torch.is_grad_enabled() and call.needs_grad:
+        y: Tensor = eager.Normalize.apply(call.x, mean.clone(), rstd, *affine, backend)  # type: ignore[no-untyped-call]
+        return y
+    y = backend.normalize(call.x, mean, rstd, *affine)
+    return y
+
+
+def is_plain(call: Call) -> bool:
+    """Return whether a kernel may touch the tensors directly, with nobody looking on."""
+    x = call.x
+    if x.device.type not in _DEVICES or x.layout is not torch.strided or not call.same_residual:
+        return False
+    for tensor in (x, call.weight, call.bias, call.residual):
+        if tensor is not None and type(tensor) is not Tensor and type(tensor) is not Parameter:
+            return False
+    return (
+        not is_traced()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def is_traced() -> bool:
+    """Return whether a graph is being made: by compile, export or ``torch.jit.trace``."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+def _masked_batch(call: Call, mask: Tensor) -> tuple[Tensor, Moments]:
+    axis, dtype = call.axis, layout.compute_dtype(call.x)
+    sample = mask.expand([1 if i == axis else size for i, size in enumerate(call.x.shape)])
+    # What is masked out is replaced first: its NaN would come back in the gradient as 0 * NaN.
+    x = torch.where(mask, call.x, 0.0)
+    wide = _moments.wide(x.device)
+    values, weights = (layout.canonical(t, axis).to(wide) for t in (x, sample))
+    count, mean, m2 = _moments.center_weighted(values, weights)
+    mean, m2 = mean.to(dtype), m2.to(dtype)
+    rstd = reference.reciprocal_std(m2, count, call.eps)
+    y = reference.normalize(x, mean, rstd, call.weight, call.bias, call.residual, call.act, axis)
+    return torch.where(mask, y, 0.0), Moments(count, mean.detach(), m2.detach())
+
+
+def _masked_by(call: Call, mask: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    x = torch.where(mask, call.x, 0.0)
+    dtype = layout.compute_dtype(x)
+    rstd = torch.rsqrt(var.detach().to(dtype) + call.eps)
+    affine = (call.weight, call.bias, call.residual, call.act, call.axis)
+    y = reference.normalize(x, mean.detach().clone(), rstd, *affine)
+    return torch.where(mask, y, 0.0)
+
+
+def _aten(call: Call, mean: Tensor | None, var: Tensor | None) -> Tensor:
+    """Evaluate with ``aten.batch_norm`` and plain operations, for graphs that travel."""
+    dtype = layout.compute_dtype(call.x)
+    given = [
+        t if t is None or t.dtype == dtype else t.to(dtype)
+        for t in (mean, var, call.weight, call.bias)
+    ]
+    # Nodes that do nothing are left out of the graph.
+    x = call.x if call.axis == 1 else call.x.movedim(call.axis, 1)
+    y = F.batch_norm(x, *given, mean is None, 0.0, call.eps)  # type: ignore[call-arg, arg-type]
+    if call.axis != 1:
+        y = y.movedim(1, call.axis)
+    return call.act(y if call.residual is None else y + call.residual)
