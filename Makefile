@@ -12,7 +12,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-.PHONY: run test test-all bench docs lint format clean
+.PHONY: run test test-slow coverage bench docs lint format clean
 
 run: $(READY)
 	$(PY) -m batchnorm demo
@@ -20,11 +20,14 @@ run: $(READY)
 test: $(READY)
 	$(PY) -m pytest -m "not slow and not cuda"
 
-test-all: $(READY)
+test-slow: $(READY)
+	$(PY) -m pytest -m "slow and not cuda"
+
+coverage: $(READY)
 	$(PY) -m pytest -m "not cuda" --cov --cov-report=term
 
 bench: $(READY)
-	$(PY) benchmarks/layers.py
+	$(PY) -m batchnorm bench
 
 docs: $(READY)
 	$(PY) -m mkdocs build --strict --quiet

@@ -1,14 +1,13 @@
 """One normalization, as a value."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from batchnorm.ops.activations import IDENTITY, Activation
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """Everything about one normalization, checked; shapes as in ``layout``.
 
     Attributes:

@@ -1,0 +1,108 @@
+"""What is measured: a registry of cells."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+OPS = ("bn", "bn+relu", "bn+add+relu")
+MODES = ("train", "forward", "eval")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# Shape -> whether it is also measured in channels-last memory.
+SHAPES: dict[tuple[int, ...], bool] = {
+    (32, 64): False,
+    (128, 256): False,
+    (512, 1024): False,
+    (4096, 1024): False,
+    (32768, 1024): False,
+    (64, 128, 1000): False,
+    (8, 64, 8, 8): True,
+    (32, 64, 28, 28): True,
+    (32, 2048, 7, 7): True,
+    (32, 1024, 14, 14): True,
+    (32, 512, 28, 28): True,
+    (32, 256, 56, 56): True,
+    (32, 64, 112, 112): True,
+    (8, 64, 16, 28, 28): True,
+}
+
+# Copies of the tensor (one read and one write each) that no implementation can do without, each
+# tensor that must be read or written counted once: half a copy per tensor.
+#   forward: x, y (and the residual); eval alike
+#   backward: dy, x, dx (and the residual's gradient, and y or the residual for the mask)
+FLOOR_COPIES = {
+    ("bn", "forward"): 1.0,
+    ("bn+relu", "forward"): 1.0,
+    ("bn+add+relu", "forward"): 1.5,
+    ("bn", "train"): 2.5,
+    ("bn+relu", "train"): 2.5,
+    ("bn+add+relu", "train"): 4.0,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the table.
+
+    Attributes:
+        op: One of ``OPS``.
+        mode: ``train`` is forward and backward, ``forward`` a training forward without
+            gradients, ``eval`` an evaluation forward.
+        dtype: A key of ``DTYPES``; parameters and statistics are float32.
+        shape: Of the input, (N, C, *).
+        channels_last: Whether the input lies in memory with the channels innermost.
+    """
+
+    op: str
+    mode: str
+    dtype: str
+    shape: tuple[int, ...]
+    channels_last: bool
+
+    @property
+    def megabytes(self) -> float:
+        """Size of the input in 10^6 bytes."""
+        return prod(self.shape) * DTYPES[self.dtype].itemsize / 1e6
+
+    @property
+    def layout(self) -> str:
+        """``N,C`` for dense input, else ``channels-last`` or ``contiguous``."""
+        if len(self.shape) == 2:
+            return "N,C"
+        return "channels-last" if self.channels_last else "contiguous"
+
+    @property
+    def floor_copies(self) -> float:
+        """How many copies of the input's size the bytes floor is worth."""
+        return FLOOR_COPIES[self.op, "train" if self.mode == "train" else "forward"]
+
+    def tensor(self, seed: int) -> Tensor:
+        """Return a random tensor of the case's shape, dtype and memory layout."""
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(self.shape, generator=generator).to(DTYPES[self.dtype])
+        if not self.channels_last:
+            return x
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+    def __str__(self) -> str:
+        """Return the cell in words."""
+        shape = "x".join(map(str, self.shape))
+        return f"{self.op} {self.mode} {self.dtype} {shape} {self.layout}"
+
+
+def cases(
+    shapes: dict[tuple[int, ...], bool] = SHAPES,
+    ops: tuple[str, ...] = OPS,
+    modes: tuple[str, ...] = MODES,
+    dtypes: tuple[str, ...] = tuple(DTYPES),
+) -> Iterator[Case]:
+    """Yield the cells, small inputs first."""
+    for shape, both in shapes.items():
+        for channels_last in (False, True) if both else (False,):
+            for dtype in dtypes:
+                for mode in modes:
+                    for op in ops:
+                        yield Case(op, mode, dtype, shape, channels_last)

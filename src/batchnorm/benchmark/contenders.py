@@ -1,0 +1,108 @@
+"""Who is measured: the same operation by different means, each a function without arguments."""
+
+import copy
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from batchnorm.benchmark.cases import Case
+from batchnorm.nn.layers import BatchNorm
+
+Run = Callable[[], Any]
+
+
+class Eager(nn.Module):
+    """``torch.nn.BatchNorm``, the addition and the ReLU as three operations."""
+
+    def __init__(self, case: Case, inplace: bool = False) -> None:
+        super().__init__()
+        layer = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+        self.bn = layer[len(case.shape)](case.shape[1])
+        self.op = case.op
+        self.inplace = inplace
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Return act(bn(x) + residual)."""
+        y: Tensor = self.bn(x)
+        if residual is not None:
+            y = y.add_(residual) if self.inplace else y + residual
+        return F.relu(y, inplace=self.inplace) if "relu" in self.op else y
+
+
+class Ours(nn.Module):
+    """One layer of ours."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.bn = BatchNorm(case.shape[1], activation="relu" if "relu" in case.op else None)
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Return act(bn(x) + residual)."""
+        y: Tensor = self.bn(x, residual)
+        return y
+
+
+def contenders(case: Case, compiled: bool = False, jax: bool = False) -> dict[str, Run]:
+    """Return name -> function for a case, on the same values.
+
+    Args:
+        case: The cell.
+        compiled: Whether to add ``torch.compile`` of the eager module.
+        jax: Whether to add JAX, where it is installed.
+    """
+    modules: dict[str, nn.Module] = {"eager": Eager(case), "ours": Ours(case)}
+    if case.op != "bn":
+        modules["eager in place"] = Eager(case, inplace=True)
+    if compiled:
+        torch.compiler.reset()
+        modules["compile"] = torch.compile(copy.deepcopy(modules["eager"]), dynamic=False)  # type: ignore[assignment]
+    found = {name: step(module, case) for name, module in modules.items()}
+    if jax and find_spec("jax") is not None:
+        from batchnorm.benchmark.with_jax import jax_step
+
+        found["jax"] = jax_step(case)
+    return found
+
+
+def step(module: nn.Module, case: Case) -> Run:
+    """Return a function that does one step of the case's mode with a module."""
+    x = case.tensor(0)
+    residual = case.tensor(1) if "add" in case.op else None
+    module.train(case.mode != "eval")
+    if case.mode != "train":
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                y: Tensor = module(x, residual)
+            return y
+
+        return forward
+    inputs = [x.requires_grad_(), *([] if residual is None else [residual.requires_grad_()])]
+    wanted = [*inputs, *module.parameters()]
+    dy = case.tensor(2)
+
+    def train() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(module(x, residual), wanted, dy)
+
+    return train
+
+
+def saved_bytes(module: nn.Module, case: Case) -> int:
+    """Return the bytes of the storages that a training forward keeps for backward, each once."""
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = case.tensor(0).requires_grad_()
+    residual = case.tensor(1).requires_grad_() if "add" in case.op else None
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = module.train()(x, residual)
+    assert y.requires_grad
+    return sum(storages.values())

@@ -1,0 +1,71 @@
+"""Rows as a table and a plot."""
+
+from collections.abc import Iterable
+
+from batchnorm.benchmark.rows import Row
+from batchnorm.report.model import Plot, Report, Section, Series, Table, Text
+
+RIVALS = ("eager", "eager in place", "compile", "jax")
+Cell = str | float | None
+
+
+def report(rows: Iterable[Row]) -> Report:
+    """Return tables of ratios per mode, and plots of the distance to the bytes floor."""
+    rows = list(rows)
+    modes = list(dict.fromkeys(row.mode for row in rows))
+    first = rows[0]
+    about = f"{first.machine}, {first.threads} threads, torch {first.torch}, {first.date}"
+    sections = [Section(_title(mode), (table(rows, mode), plot(rows, mode))) for mode in modes]
+    floor = Text(
+        "× floor: time over the time of the copies that nobody can do without, at the speed of a "
+        "warm copy in the same run. Each tensor that must be read or written counts once, half a "
+        "copy each: forward and backward 2.5 copies for BN and BN+ReLU, 4 for BN+add+ReLU; a "
+        "forward 1, and 1.5 with the addition."
+    )
+    return Report("Benchmark", (about,), (Section("How to read it", (floor,)), *sections))
+
+
+def table(rows: Iterable[Row], mode: str) -> Table:
+    """Return, for one mode, how many times faster ours is than each rival, and × floor."""
+    cells: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        if row.mode == mode:
+            key = (row.op, row.dtype, row.shape, row.layout)
+            cells.setdefault(key, {})[row.contender] = row
+    rivals = [name for name in RIVALS if any(name in found for found in cells.values())]
+    lines: list[tuple[Cell, ...]] = []
+    for (op, dtype, shape, layout), found in cells.items():
+        ours = found["ours"]
+        faster = [found[name].median / ours.median if name in found else None for name in rivals]
+        floor = ours.floor_ratio
+        lines.append((op, dtype, shape, layout, ours.megabytes, ours.median * 1e3, *faster, floor))
+    columns = ("op", "dtype", "shape", "layout", "MB", "ours ms", *rivals, "× floor")
+    note = "Columns of rivals: their median time over ours; above 1, ours is faster."
+    return Table(_title(mode), columns, tuple(lines), note)
+
+
+def plot(rows: Iterable[Row], mode: str) -> Plot:
+    """Return, for one mode, the distance to the floor over the size of the input."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row.mode == mode and row.dtype == "fp32" and row.layout != "channels-last":
+            points.setdefault(f"{row.contender} {row.op}", []).append(
+                (row.megabytes, row.floor_ratio)
+            )
+    series = tuple(
+        Series(name, tuple(x for x, _ in sorted(found)), tuple(y for _, y in sorted(found)))
+        for name, found in points.items()
+        if name.startswith(("ours", "eager bn"))
+    )
+    caption = (
+        "Time as a multiple of the bytes floor, fp32, contiguous; lower is better, 1 is ideal."
+    )
+    return Plot(
+        f"{_title(mode)}: distance to the floor", "lines", series, "MB of input", "× floor",
+        caption, x_log=True,
+    )  # fmt: skip
+
+
+def _title(mode: str) -> str:
+    titles = {"train": "Forward and backward", "forward": "Training forward", "eval": "Evaluation"}
+    return titles[mode]

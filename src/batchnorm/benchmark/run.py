@@ -1,0 +1,45 @@
+"""A whole benchmark: cells, contenders, rows."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+from batchnorm.benchmark.cases import Case
+from batchnorm.benchmark.contenders import Eager, Ours, contenders, saved_bytes
+from batchnorm.benchmark.measure import copy_run, interleaved
+from batchnorm.benchmark.rows import Row, circumstances, rows_of
+
+Watch = Callable[[str, int, int], None]
+
+
+def measure(
+    chosen: Iterable[Case],
+    watch: Watch = lambda *_: None,
+    seconds: float = 1.0,
+    compiled: bool = False,
+    jax: bool = False,
+) -> Iterator[Row]:
+    """Measure cells one by one, all contenders of a cell side by side with a copy.
+
+    Args:
+        chosen: The cells.
+        watch: Told ``(stage, done, total)``.
+        seconds: About how long each contender is measured.
+        compiled: Whether ``torch.compile`` takes part (it compiles each cell anew).
+        jax: Whether JAX takes part, where it is installed.
+
+    Yields:
+        A row for each contender of each cell, cell by cell.
+    """
+    around = circumstances()
+    cells = list(chosen)
+    for done, case in enumerate(cells):
+        watch("measuring", done, len(cells))
+        runs = contenders(case, compiled, jax)
+        timings = interleaved({"copy": copy_run(case), **runs}, seconds)
+        saved = {}
+        if case.mode == "train":
+            saved = {
+                "eager": saved_bytes(Eager(case), case),
+                "ours": saved_bytes(Ours(case), case),
+            }
+        yield from rows_of(case, timings, saved, around)
+    watch("measuring", len(cells), len(cells))

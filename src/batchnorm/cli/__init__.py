@@ -1,0 +1,3 @@
+"""The command ``batchnorm``."""
+
+from batchnorm.cli.entry import main as main

@@ -1,0 +1,91 @@
+"""The commands: each parses its options, calls one function of the library, and shows the result.
+
+What a command needs is imported in its body, so that ``--help`` and ``env`` answer at once and do
+not ask for packages that only the demo needs.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from batchnorm.cli.bars import bars
+from batchnorm.errors import BatchNormError
+
+app = typer.Typer(
+    help="Batch normalization for PyTorch.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+@app.callback()
+def batchnorm() -> None:
+    """Batch normalization for PyTorch."""
+
+
+@app.command()
+def demo(
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with the four IDX files of MNIST or Fashion-MNIST, plain or .gz. "
+            "Without it: scikit-learn's handwritten digits, which need no download."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the page and the weights.")] = Path(
+        "batchnorm-demo"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same numbers.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each network.")] = 600,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Rounds through the data, instead of --steps.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=2, help="Images in a batch.")] = 64,
+    k: Annotated[int, typer.Option(min=1, help="K of “the last K batches”.")] = 20,
+) -> None:
+    """Train without and with batch normalization on real images, and write a page that shows it."""
+    from batchnorm.demo.run import run_demo
+    from batchnorm.demo.section_race import steps_table
+    from batchnorm.demo.section_use import estimates_table
+    from batchnorm.demo.training import Options
+    from batchnorm.report.terminal import print_table
+
+    with told_in_one_line(), bars(errors) as watch:
+        options = Options(seed, steps, batch_size, k, epochs)
+        tour, files = run_demo(data, out, options, watch)
+    print_table(steps_table(tour), console)
+    print_table(estimates_table(tour), console)
+    for file in files:
+        console.print(Text(str(file)), soft_wrap=True)
+
+
+@app.command()
+def env() -> None:
+    """Print versions, devices and backends, and why a backend is not there."""
+    from batchnorm.environment import env as environment
+
+    for name, value in environment().items():
+        lines = value.items() if isinstance(value, dict) else [("", value)]
+        for key, found in lines:
+            console.print(Text(f"{name:<10} {key:<12} {found}"), soft_wrap=True)
+
+
+@contextlib.contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """Our own errors and Ctrl-C end in one line and an exit code, not in a traceback."""
+    try:
+        yield
+    except BatchNormError as error:
+        errors.print(Text(f"batchnorm: {error}"), soft_wrap=True)
+        raise typer.Exit(1) from error
+    except OSError as error:
+        errors.print(Text(f"batchnorm: a file could not be read or written: {error}"))
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        errors.print("batchnorm: interrupted; every file that is there is whole")
+        raise typer.Exit(130) from None

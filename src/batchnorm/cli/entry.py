@@ -1,0 +1,26 @@
+"""The entry point: it needs none of the packages that the commands need."""
+
+import sys
+
+# Import names of the packages that `pip install 'batchnorm[demo]'` brings.
+EXTRA = {"typer", "rich", "matplotlib", "jinja2", "markupsafe", "sklearn", "safetensors", "numpy"}
+MISSING = "batchnorm: the package '{}' is missing; pip install 'batchnorm[demo]' brings it\n"
+
+
+def main() -> int:
+    """Run the command line; return its exit code, 2 where a package is missing, 130 on Ctrl-C."""
+    try:
+        # Imported here, so that a missing package ends in one line and not in a traceback.
+        from batchnorm.cli.app import app
+
+        app()
+    except ImportError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRA:
+            raise
+        sys.stderr.write(MISSING.format(missing))
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("batchnorm: interrupted\n")
+        return 130
+    return 0

@@ -1,0 +1,60 @@
+"""The files the demo leaves: weights, numbers, and the page that shows them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors.torch import save
+
+from batchnorm.demo.page import to_report
+from batchnorm.demo.tour import Run, Tour
+from batchnorm.errors import OptionError
+from batchnorm.files import write_atomically
+from batchnorm.report.html import to_html
+from batchnorm.report.jsontext import to_json
+
+PAGE, NUMBERS = "report.html", "report.json"
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder for the results, before time is spent on them.
+
+    Raises:
+        OptionError: If something else is in the way, or the place cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"cannot make the folder {folder} for the results: {error}") from error
+
+
+def write_results(tour: Tour, folder: Path) -> tuple[Path, ...]:
+    """Write everything; no file is ever there in part. The page comes last and first in the result.
+
+    Raises:
+        OSError: If the folder is not there, or cannot be written to.
+    """
+    runs = dict(_runs(tour))
+    contents = {name: _weights(run, tour) for name, run in runs.items()}
+    report = to_report(tour, tuple(runs))
+    page, numbers = to_html(report), to_json(report)
+    for name, content in contents.items():
+        write_atomically(folder / name, content)
+    write_atomically(folder / NUMBERS, numbers)
+    write_atomically(folder / PAGE, page)
+    return tuple(folder / name for name in (PAGE, NUMBERS, *runs))
+
+
+def _runs(tour: Tour) -> Iterator[tuple[str, Run]]:
+    for study in tour.studies:
+        yield f"{study.activation}-with-bn.safetensors", study.normalized
+        yield f"{study.activation}-without-bn.safetensors", study.plain
+
+
+def _weights(run: Run, tour: Tour) -> bytes:
+    about = {
+        "data": tour.data_name,
+        "seed": str(tour.options.seed),
+        "steps": str(tour.options.steps),
+        "batch_size": str(tour.options.batch_size),
+    }
+    return save(run.weights, metadata=about)

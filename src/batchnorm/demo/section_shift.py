@@ -1,0 +1,117 @@
+"""The second section of the page: the internal covariate shift."""
+
+from batchnorm.demo.section_race import NAME, WITH, WITHOUT
+from batchnorm.demo.shift import Band, Shift
+from batchnorm.demo.tour import PROBE_IMAGES, Study, Tour
+from batchnorm.report.model import Plot, Section, Series, Table, Text
+
+FLAT = {
+    "sigmoid": "share within 0.053 of 0 or 1",
+    "relu": "share of outputs that are 0",
+}
+
+
+def shift_section(tour: Tour) -> Section:
+    """How the values entering the last hidden activation move, without and with normalization."""
+    count = min(PROBE_IMAGES, tour.train_count)
+    return Section(
+        "Internal covariate shift",
+        (
+            Text(
+                "When the weights of the first layers change, what later layers receive changes "
+                "as well, and the more layers lie between, the more it does: the internal "
+                "covariate shift. Here the same "
+                f"{count} images are passed again and again while the network learns, and the "
+                "values that enter the last hidden activation are recorded. All movement comes "
+                "from the weights."
+            ),
+            Text(
+                "The line is the median; the band reaches from the 15th to the 85th percentile. "
+                "The single unit is not picked by hand: of all 64 it is the one whose median "
+                "moves the middling way."
+            ),
+            *(plot for study in tour.studies for plot in _bands_of(study)),
+            *(_flat_plot(study) for study in tour.studies),
+            _table(tour),
+            Text(
+                "That BN holds the distribution is its arithmetic: the centre can only be β and "
+                "the deviation only γ. Whether this is also why the network learns faster is "
+                "disputed (Santurkar and others, 2018); the plots show the one and the section "
+                "before shows the other."
+            ),
+        ),
+    )
+
+
+def _bands_of(study: Study) -> tuple[Plot, ...]:
+    name = NAME[study.activation]
+    plain, normalized = study.plain.shift, study.normalized.shift
+    units = _common_range(plain.one_unit, normalized.one_unit)
+    everything = _common_range(plain.all_units, normalized.all_units)
+    return (
+        _bands(f"One unit, {name}, {WITHOUT}", plain, plain.one_unit, units),
+        _bands(f"One unit, {name}, {WITH}", normalized, normalized.one_unit, units),
+        _bands(f"All units, {name}, {WITHOUT}", plain, plain.all_units, everything),
+        _bands(f"All units, {name}, {WITH}", normalized, normalized.all_units, everything),
+    )
+
+
+def _flat_plot(study: Study) -> Plot:
+    plain, normalized = study.plain.shift, study.normalized.shift
+    highest = max(*plain.saturated, *normalized.saturated)
+    return Plot(
+        f"Where the activation is flat, {NAME[study.activation]}",
+        "lines",
+        tuple(
+            Series(label, shift.steps, shift.saturated)
+            for label, shift in ((WITHOUT, plain), (WITH, normalized))
+        ),
+        "training step",
+        FLAT[study.activation],
+        f"Greatest share: {max(plain.saturated):.1%} without BN, {max(normalized.saturated):.1%} "
+        "with. Where an activation is flat, its unit hardly learns.",
+        (0.0, 1.1 * highest or 1.0),
+    )
+
+
+def _bands(title: str, shift: Shift, band: Band, ends: tuple[float, float]) -> Plot:
+    series = Series("15th to 85th percentile", shift.steps, band.middle, band.low, band.high)
+    return Plot(
+        title,
+        "bands",
+        (series,),
+        "training step",
+        "value entering the activation",
+        f"Median from {band.middle[0]:.2f} at the start to {band.middle[-1]:.2f}, between "
+        f"{min(band.middle):.2f} and {max(band.middle):.2f} on the way.",
+        ends,
+    )
+
+
+def _common_range(*bands: Band) -> tuple[float, float]:
+    """One vertical range for pictures that are to be compared by eye."""
+    low = min(min(band.low) for band in bands)
+    high = max(max(band.high) for band in bands)
+    margin = 0.05 * (high - low) or 1.0
+    return low - margin, high + margin
+
+
+def _table(tour: Tour) -> Table:
+    rows = tuple(
+        (
+            f"{NAME[study.activation]}, {which}",
+            shift.wander,
+            100 * shift.saturated[0],
+            100 * max(shift.saturated),
+            100 * shift.saturated[-1],
+        )
+        for study in tour.studies
+        for which, shift in ((WITHOUT, study.plain.shift), (WITH, study.normalized.shift))
+    )
+    return Table(
+        "The shift in numbers",
+        ("network", "wander", "flat at the start, %", "flat at most, %", "flat at the end, %"),
+        rows,
+        "Wander: how far the centre of a unit's values moves over the training, in deviations of "
+        "those values. 1 means that the centre strays as far as the values lie apart.",
+    )

@@ -1,0 +1,166 @@
+"""The third and fourth sections of the page: estimates for use, and the two modes."""
+
+from batchnorm.demo.section_race import NAME
+from batchnorm.demo.tour import Study, Tour
+from batchnorm.report.model import Cell, Formula, Plot, Section, Series, Table, Text
+
+
+def estimates_section(tour: Tour) -> Section:
+    """Each way of estimating mean and variance for use, measured on held-out images."""
+    return Section(
+        "Which mean and variance to use afterwards",
+        (
+            Text(
+                "A trained network must answer for a single image, which has no batch to take μ "
+                "and σ² from. Fixed values are used instead, and there are several ways to get "
+                "them. With batches of m values and the variance σᵢ² of batch i (divided by m), "
+                "the last K batches give"
+            ),
+            Formula(
+                "μ = (1/K) · Σ μᵢ          σ² = m/(m−1) · (1/K) · Σ σᵢ²\n"
+                "pooled: σ² = 1/(Km−1) · Σ over all Km values of (x − μ)²"
+            ),
+            Text("and the running average, PyTorch's way, takes one step with every batch:"),
+            Formula("μ ← 0.9 μ + 0.1 μᵢ          σ² ← 0.9 σ² + 0.1 · m/(m−1) · σᵢ²"),
+            Text(
+                "“Decayed” weighs batches like the running average and also counts the spread "
+                "between them; “all batches so far” averages since the first step; “whole training "
+                "set” passes all training images once more through the finished network. The "
+                "weights are the same in every row."
+            ),
+            estimates_table(tour),
+            _distance_table(tour),
+            *(_loss_plot(study) for study in tour.studies),
+        ),
+    )
+
+
+def estimates_table(tour: Tour) -> Table:
+    """Held-out accuracy and loss with each estimate."""
+    columns = [
+        f"{NAME[study.activation]}: {what}"
+        for study in tour.studies
+        for what in ("accuracy, %", "loss")
+    ]
+    rows: list[tuple[Cell, ...]] = []
+    for same in zip(*(study.estimates for study in tour.studies), strict=True):
+        cells = [cell for e in same for cell in (100 * e.score.accuracy, e.score.loss)]
+        rows.append((same[0].name, *cells))
+    return Table(
+        "The trained network with each estimate",
+        ("μ and σ² from", *columns),
+        tuple(rows),
+        f"{tour.test_count} held-out images: one image is {100 / tour.test_count:.2g} %, and "
+        "differences of a few images are chance. The loss is the finer measure.",
+    )
+
+
+def _distance_table(tour: Tour) -> Table:
+    rows: list[tuple[Cell, ...]] = []
+    for same in zip(*(study.estimates for study in tour.studies), strict=True):
+        rows.append((same[0].name, *(x for e in same for x in (e.mean_off, 100 * e.variance_off))))
+    columns = [
+        f"{NAME[study.activation]}: {what}"
+        for study in tour.studies
+        for what in ("μ off, σ", "σ² off, %")
+    ]
+    return Table(
+        "How far each estimate is from the whole training set",
+        ("μ and σ² from", *columns),
+        tuple(rows[:-1]),
+        "Means over all channels of all layers.",
+    )
+
+
+def _loss_plot(study: Study) -> Plot:
+    losses = [value for curve in study.estimate_curves for value in curve.loss]
+    return Plot(
+        f"Held-out loss while training, by estimate, {NAME[study.activation]}",
+        "lines",
+        tuple(Series(curve.name, curve.steps, curve.loss) for curve in study.estimate_curves),
+        "training step",
+        "loss, held out",
+        "The last batch alone is restless; an average over all batches drags the statistics of "
+        "old weights along.",
+        (0.0, 1.05 * max(losses)),
+    )
+
+
+def modes_section(tour: Tour) -> Section:
+    """What `train()` and `eval()` change."""
+    study = tour.studies[0]
+    modes = study.modes
+    return Section(
+        "train() and eval()",
+        (
+            Text(
+                "In train() a layer normalizes with the mean and variance of the present batch, "
+                "so what the network says of an image depends on the images beside it. In eval() "
+                "it uses the fixed values, and the companions do not matter."
+            ),
+            Text(
+                f"Held-out image number {modes.image}, of class {modes.label}, is the one most "
+                f"dependent on company. Among {len(modes.companies)} random companies its class "
+                f"gets between {min(modes.companies):.1%} and {max(modes.companies):.1%} in "
+                f"train(); in eval() {modes.alone:.1%}, alone and in the same companies."
+            ),
+            _companies_plot(study),
+            *(_batch_plot(each) for each in tour.studies),
+            _modes_table(tour),
+            Text(
+                f"A single image is refused by train(), for it has no variance: “{modes.refusal}”"
+            ),
+        ),
+    )
+
+
+def _companies_plot(study: Study) -> Plot:
+    modes = study.modes
+    low, high = modes.in_company
+    return Plot(
+        f"One image, many companies, {NAME[study.activation]}",
+        "histogram",
+        (Series("train()", modes.companies),),
+        f"probability of class {modes.label} in train()",
+        f"of {len(modes.companies)} companies",
+        f"In eval() all of these companies give {modes.alone:.4f}; highest and lowest differ by "
+        f"{high - low:.0e}, which is rounding.",
+    )
+
+
+def _batch_plot(study: Study) -> Plot:
+    modes = study.modes
+    sizes = tuple(mode.batch_size for mode in modes.train_accuracy)
+    return Plot(
+        f"Accuracy by batch size, {NAME[study.activation]}",
+        "lines",
+        (
+            Series("eval()", sizes, tuple(modes.eval_accuracy for _ in sizes)),
+            Series("train(), mixed", sizes, tuple(m.mixed for m in modes.train_accuracy)),
+            Series(
+                "train(), sorted by class", sizes, tuple(m.one_class for m in modes.train_accuracy)
+            ),
+        ),
+        "images per batch",
+        "accuracy, held out",
+        "Forgetting eval() costs most with small batches, and with batches whose images are alike.",
+        (0.0, 1.0),
+        x_log=True,
+    )
+
+
+def _modes_table(tour: Tour) -> Table:
+    modes = [study.modes for study in tour.studies]
+    return Table(
+        "What changes",
+        ("", *(NAME[study.activation] for study in tour.studies)),
+        (
+            (
+                "images whose class depends on company in train(), %",
+                *(100 * m.fickle for m in modes),
+            ),
+            ("the same in eval(), %", *(100 * m.fickle_in_eval for m in modes)),
+            ("one pass in train() moves a running mean by", *(m.moved_by_train for m in modes)),
+            ("one pass in eval() moves a running mean by", *(m.moved_by_eval for m in modes)),
+        ),
+    )

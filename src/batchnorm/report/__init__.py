@@ -1,0 +1,9 @@
+"""Reports: evidence as plain values; the renderers beside it turn them into text, JSON and HTML."""
+
+from batchnorm.report.model import Formula as Formula
+from batchnorm.report.model import Plot as Plot
+from batchnorm.report.model import Report as Report
+from batchnorm.report.model import Section as Section
+from batchnorm.report.model import Series as Series
+from batchnorm.report.model import Table as Table
+from batchnorm.report.model import Text as Text
