@@ -1,0 +1,43 @@
+"""Third-party models of torchvision and timm, on a torch without torchvision's compiled operators.
+
+Importing torchvision registers fake kernels for its operators, for which their schemas must exist.
+Where its extension cannot be loaded they are declared here; none of them is ever called.
+"""
+
+import functools
+import importlib
+from types import ModuleType
+
+import pytest
+import torch
+
+_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "box_iou_rotated(Tensor boxes1, Tensor boxes2) -> Tensor",
+)
+_libraries: list[torch.library.Library] = []
+
+
+@functools.cache
+def torchvision() -> ModuleType:
+    """Return torchvision, or skip the test where it is not installed."""
+    try:
+        return pytest.importorskip("torchvision")
+    except RuntimeError:  # operator torchvision::nms does not exist
+        _declare()
+        return importlib.import_module("torchvision")
+
+
+@functools.cache
+def timm() -> ModuleType:
+    """Return timm, or skip the test where it is not installed."""
+    torchvision()
+    return pytest.importorskip("timm")
+
+
+def _declare() -> None:
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    _libraries.append(library)
+    for schema in _SCHEMAS:
+        library.define(schema)

@@ -1,0 +1,103 @@
+"""A layer of ours and the layer of ``torch.nn`` that it must equal, in the same state."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import batchnorm as bn
+
+PAIRS = {
+    "1d": (bn.BatchNorm1d, nn.BatchNorm1d),
+    "2d": (bn.BatchNorm2d, nn.BatchNorm2d),
+    "3d": (bn.BatchNorm3d, nn.BatchNorm3d),
+}
+# rank -> shape with 5 channels; odd sizes on purpose.
+SHAPES = {2: (7, 5), 3: (3, 5, 9), 4: (3, 5, 4, 7), 5: (2, 5, 3, 2, 5)}
+KIND = {2: "1d", 3: "1d", 4: "2d", 5: "3d"}
+CHANNELS = 5
+
+
+def randomize(layer: nn.Module) -> None:
+    """Give parameters and statistics values that show when one of them is forgotten."""
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) + (name == "weight"))
+        for name, buffer in layer.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_(torch.randn_like(buffer))
+            elif name.endswith("running_var"):
+                buffer.copy_(torch.rand_like(buffer) + 0.5)
+
+
+def twins(kind: str, features: int = CHANNELS, **options: Any) -> tuple[Any, Any]:
+    """Return (ours, torch.nn's) of one kind with the same random parameters and statistics."""
+    ours, theirs = (build(features, **options) for build in PAIRS[kind])
+    randomize(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def step(layer: nn.Module, x: Tensor, dy: Tensor | None = None, **more: Any) -> dict[str, Tensor]:
+    """Run one step; return y, the gradients of x, the parameters and the residual, by name."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    layer.zero_grad()
+    y = layer(x, **more)
+    found = {"y": y}
+    if dy is not None:
+        y.backward(dy.to(y.dtype))
+        found["dx"] = x.grad
+        for name, parameter in layer.named_parameters():
+            if parameter.requires_grad:
+                found[f"d{name}"] = parameter.grad
+    return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Copy everything that a call could change: tensors, plain attributes, estimator states."""
+    found: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            found[f"{path}.{name}"] = None if tensor is None else tensor.detach().clone()
+            found[f"{path}.{name} itself"] = id(tensor)
+        for name in ("momentum", "eps", "track_running_stats", "training", "num_features"):
+            found[f"{path}.{name}"] = getattr(module, name, None)
+        found[f"{path}.hooks"] = (len(module._forward_pre_hooks), len(module._forward_hooks))
+        found[f"{path}.dict"] = sorted(module.__dict__)
+        bank = getattr(module, "_bank", None)
+        if bank is not None:
+            found[f"{path}.selected"] = bank.selected
+            for name, state in bank.states.items():
+                for i, tensor in enumerate(state):
+                    found[f"{path}.{name}.{i}"] = torch.as_tensor(tensor).clone()
+    return found
+
+
+def assert_unchanged(before: dict[str, Any], model: nn.Module) -> None:
+    """Compare with a snapshot, to the last bit; NaN equals NaN."""
+    after = snapshot(model)
+    assert before.keys() == after.keys()
+    for name, old in before.items():
+        new = after[name]
+        if isinstance(old, torch.Tensor):
+            assert old.dtype == new.dtype, name
+            assert torch.equal(old.nan_to_num(nan=1e30), new.nan_to_num(nan=1e30)), name
+        else:
+            assert old == new, name
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], **tolerance: float) -> None:
+    """Compare tensors by name: values, shapes, dtypes."""
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        torch.testing.assert_close(
+            ours[name], expected, msg=lambda text, name=name: f"{name}: {text}", **tolerance
+        )
+
+
+def assert_same_state(ours: nn.Module, theirs: nn.Module, **tolerance: float) -> None:
+    """Compare state dicts: the same keys in the same order, and close values."""
+    state, expected = ours.state_dict(), theirs.state_dict()
+    assert list(state) == list(expected)
+    tolerance = {"check_dtype": False, **tolerance}
+    assert_same(dict(state), dict(expected), **tolerance)
