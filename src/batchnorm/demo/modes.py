@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from batchnorm.demo.data import Images
 from batchnorm.demo.training import evaluate, score
+from batchnorm.nn.base import Layer
 
 BATCH_SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
 # One image is shown among so many different companies.
@@ -66,13 +67,12 @@ def compare_modes(network: nn.Module, images: Images, batch_size: int, seed: int
     size = min(batch_size, len(test))
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(test), generator=generator) for _ in range(20)]
-    outputs = torch.stack([_in_batches(_fresh(network), test, size, order) for order in orders])
+    outputs = torch.stack([_in_batches(_by_batch(network), test, size, order) for order in orders])
     eval_outputs = torch.stack([_in_batches(network.eval(), test, size, order) for order in orders])
     image = _most_dependent(outputs, labels)
     companies = [_company(len(test), image, size, generator) for _ in range(COMPANIES)]
     label = int(labels[image])
-    # In training mode the outputs do not depend on what is kept, so one copy serves all.
-    work = _fresh(network)
+    work = _by_batch(network)
     in_train = tuple(_probability(work, test[rows], label) for rows in companies)
     in_eval = [_probability(network.eval(), test[rows], label) for rows in companies]
     return Modes(
@@ -100,6 +100,15 @@ def _fresh(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).train()
 
 
+def _by_batch(network: nn.Module) -> nn.Module:
+    """A copy in training mode that keeps no statistics: the outputs are the same, and sooner."""
+    network = _fresh(network)
+    for layer in network.modules():
+        if isinstance(layer, Layer):
+            layer.track_running_stats = False
+    return network
+
+
 def _in_batches(network: nn.Module, images: Tensor, size: int, order: Tensor) -> Tensor:
     """Outputs (N, classes) for images that come in batches of ``size``, in the given order."""
     outputs = [network(images[rows]) for rows in _batches(order, size)]
@@ -118,8 +127,8 @@ def _train_accuracies(
     network: nn.Module, images: Tensor, labels: Tensor, size: int, order: Tensor
 ) -> tuple[float, float]:
     by_class = order[labels[order].argsort(stable=True)]
-    mixed = score(_in_batches(_fresh(network), images, size, order), labels)
-    sorted_ = score(_in_batches(_fresh(network), images, size, by_class), labels)
+    mixed = score(_in_batches(_by_batch(network), images, size, order), labels)
+    sorted_ = score(_in_batches(_by_batch(network), images, size, by_class), labels)
     return mixed.accuracy, sorted_.accuracy
 
 

@@ -85,8 +85,8 @@ def _plots(study: Study) -> tuple[Plot, Plot]:
             _series(study, "loss"),
             "training step",
             "loss, held out",
-            f"Cross-entropy; guessing among ten classes costs ln 10 ≈ 2.3. Ends at {plain.loss[-1]:.3f} without "
-            f"BN and {normalized.loss[-1]:.3f} with.",
+            "Cross-entropy; guessing among ten classes costs ln 10 ≈ 2.3. "
+            f"Ends at {plain.loss[-1]:.3f} without BN and {normalized.loss[-1]:.3f} with.",
         ),
     )
 

@@ -1,5 +1,8 @@
 """The third and fourth sections of the page: estimates for use, and the two modes."""
 
+from collections.abc import Callable
+
+from batchnorm.demo.estimates import Estimate
 from batchnorm.demo.section_race import NAME
 from batchnorm.demo.tour import Study, Tour
 from batchnorm.report.model import Cell, Formula, Plot, Section, Series, Table, Text
@@ -42,23 +45,29 @@ def estimates_table(tour: Tour) -> Table:
         for study in tour.studies
         for what in ("accuracy, %", "loss")
     ]
-    rows: list[tuple[Cell, ...]] = []
-    for same in zip(*(study.estimates for study in tour.studies), strict=True):
-        cells = [cell for e in same for cell in (100 * e.score.accuracy, e.score.loss)]
-        rows.append((same[0].name, *cells))
+    rows = _rows(tour, lambda estimate: (100 * estimate.score.accuracy, estimate.score.loss))
     return Table(
         "The trained network with each estimate",
         ("μ and σ² from", *columns),
-        tuple(rows),
+        rows,
         f"{tour.test_count} held-out images: one image is {100 / tour.test_count:.2g} %, and "
         "differences of a few images are chance. The loss is the finer measure.",
     )
 
 
+def _rows(
+    tour: Tour, numbers: Callable[[Estimate], tuple[float, float]]
+) -> tuple[tuple[Cell, ...], ...]:
+    """One row for each estimate: its name, and two numbers for each study."""
+    names = [estimate.name for estimate in tour.studies[0].estimates]
+    return tuple(
+        (name, *(cell for study in tour.studies for cell in numbers(study.estimates[at])))
+        for at, name in enumerate(names)
+    )
+
+
 def _distance_table(tour: Tour) -> Table:
-    rows: list[tuple[Cell, ...]] = []
-    for same in zip(*(study.estimates for study in tour.studies), strict=True):
-        rows.append((same[0].name, *(x for e in same for x in (e.mean_off, 100 * e.variance_off))))
+    rows = _rows(tour, lambda estimate: (estimate.mean_off, 100 * estimate.variance_off))
     columns = [
         f"{NAME[study.activation]}: {what}"
         for study in tour.studies
@@ -67,22 +76,23 @@ def _distance_table(tour: Tour) -> Table:
     return Table(
         "How far each estimate is from the whole training set",
         ("μ and σ² from", *columns),
-        tuple(rows[:-1]),
+        rows[:-1],
         "Means over all channels of all layers.",
     )
 
 
 def _loss_plot(study: Study) -> Plot:
-    losses = [value for curve in study.estimate_curves for value in curve.loss]
+    ends = {curve.name: curve.loss[-1] for curve in study.estimate_curves}
+    best, worst = min(ends, key=ends.__getitem__), max(ends, key=ends.__getitem__)
     return Plot(
         f"Held-out loss while training, by estimate, {NAME[study.activation]}",
         "lines",
         tuple(Series(curve.name, curve.steps, curve.loss) for curve in study.estimate_curves),
         "training step",
         "loss, held out",
-        "The last batch alone is restless; an average over all batches drags the statistics of "
-        "old weights along.",
-        (0.0, 1.05 * max(losses)),
+        "The same network on every line; only μ and σ² differ. Equal steps upwards multiply by "
+        f"equal factors. Ends between {ends[best]:.3f} ({best}) and {ends[worst]:.3f} ({worst}).",
+        y_log=True,
     )
 
 
@@ -130,6 +140,7 @@ def _companies_plot(study: Study) -> Plot:
 
 def _batch_plot(study: Study) -> Plot:
     modes = study.modes
+    least, most = modes.train_accuracy[0], modes.train_accuracy[-1]
     sizes = tuple(mode.batch_size for mode in modes.train_accuracy)
     return Plot(
         f"Accuracy by batch size, {NAME[study.activation]}",
@@ -143,7 +154,9 @@ def _batch_plot(study: Study) -> Plot:
         ),
         "images per batch",
         "accuracy, held out",
-        "Forgetting eval() costs most with small batches, and with batches whose images are alike.",
+        f"eval(): {modes.eval_accuracy:.1%}. train() with {least.batch_size} images: "
+        f"{least.mixed:.1%}; with {most.batch_size}: {most.mixed:.1%}, and {most.one_class:.1%} "
+        "where the batches are sorted by class.",
         (0.0, 1.0),
         x_log=True,
     )

@@ -53,7 +53,9 @@ class Shift:
 class ShiftProbe:
     """Records what enters one activation of a network, whenever it is asked to."""
 
-    def __init__(self, network: nn.Module, layer: str, activation: Activation, images: Tensor):
+    def __init__(
+        self, network: nn.Module, layer: str, activation: Activation, images: Tensor
+    ) -> None:
         self._network = network
         # A copy in training mode takes the passes, so that no statistic of the network moves.
         self._copy = copy.deepcopy(network).train()
@@ -100,7 +102,7 @@ def entering(network: nn.Module, layer: str, images: Tensor) -> Tensor:
     """What enters ``layer`` when ``images`` pass: (N, U), float64."""
     seen: list[Tensor] = []
     hook = network.get_submodule(layer).register_forward_pre_hook(
-        lambda module, inputs: seen.append(inputs[0].double())
+        lambda _, inputs: seen.append(inputs[0].double())
     )
     try:
         network(images)

@@ -94,7 +94,7 @@ def train(
     options: Options,
     rate: float,
     steps: int,
-    measure: Measure = lambda step: None,
+    measure: Measure | None = None,
 ) -> Curve:
     """Train by plain gradient descent; the batches depend on the seed alone.
 
@@ -114,7 +114,8 @@ def train(
         if step % options.every == 0 or step == steps:
             score = evaluate(network, images.test_images, images.test_labels)
             rows.append((step, train_loss, score.loss, score.accuracy))
-            measure(step)
+            if measure is not None:
+                measure(step)
         if step == steps:
             break
         batch = next(batches)
@@ -163,7 +164,7 @@ def score(outputs: Tensor, labels: Tensor) -> Score:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute on one thread: quickest for tensors this small, and sums come out the same anywhere."""
+    """Compute on one thread: quickest for small tensors, and sums come out the same anywhere."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from batchnorm import functional, layout
 from batchnorm.moments import Moments
-from batchnorm.nn import tracking
+from batchnorm.nn import hot, tracking
 from batchnorm.nn.base import BATCH
 from batchnorm.ops import eager, reference, routes
 from batchnorm.ops.activations import IDENTITY, Activation
@@ -22,16 +22,14 @@ class Prepared(NamedTuple):
 
     Attributes:
         call: Input and parameters as they were at the call.
-        mean: What normalizes it, (C,).
-        m2: The batch's, (C,); None where the statistics are stored ones, which are constants.
-        rstd: 1 / sqrt(variance + eps), (C,).
+        stats: (3, C): mean, m2, 1 / sqrt(variance + eps).
+        batch: Whether the statistics are the input's own; constants otherwise, without m2.
         versions: Of x, weight and bias at the call.
     """
 
     call: Call
-    mean: Tensor
-    m2: Tensor | None
-    rstd: Tensor
+    stats: Tensor
+    batch: bool
     versions: tuple[int, ...]
 
     def run(self, residual: Tensor | None, act: Activation) -> Tensor:
@@ -58,37 +56,44 @@ class Prepared(NamedTuple):
         if not (torch.is_grad_enabled() and call.needs_grad):
             return self._normalize(residual, act, backend)
         y: Tensor
-        if self.m2 is None:
+        if not self.batch:
             affine = (call.weight, call.bias, residual, act, call.axis)
-            y = eager.Normalize.apply(call.x, self.mean, self.rstd, *affine, backend)  # type: ignore[no-untyped-call]
+            y = eager.apply_given(call.x, self.stats[0], self.stats[2], *affine, backend)
             return y
-        known = Known(backend, (self.mean, self.m2, self.rstd))
-        given = (call.x, call.weight, call.bias, residual)
-        y = eager.BatchNormalize.apply(*given, act, call.eps, call.axis, known, [])  # type: ignore[no-untyped-call]
+        known = Known(backend, self.stats)
+        step = eager.Step(act, call.eps, call.axis, known, [])
+        y = eager.apply_batch(call.x, call.weight, call.bias, residual, step)
         return y
 
     def _normalize(self, residual: Tensor | None, act: Activation, backend: Any) -> Tensor:
-        c = self.call
-        y: Tensor = backend.normalize(
-            c.x, self.mean, self.rstd, c.weight, c.bias, residual, act, c.axis
-        )
+        c, mean, rstd = self.call, self.stats[0], self.stats[2]
+        y: Tensor = backend.normalize(c.x, mean, rstd, c.weight, c.bias, residual, act, c.axis)
         return y
 
 
 class Known:
     """A backend for one call whose statistics are known: ``forward`` takes no moments."""
 
-    def __init__(self, backend: Any, statistics: tuple[Tensor, ...]) -> None:
+    def __init__(self, backend: Any, stats: Tensor) -> None:
         self.backend = backend
-        self.statistics = statistics
+        self.stats = stats
         self.backward = backend.backward
+        self.backward_sums = backend.backward_sums
 
-    def forward(self, *given: Any) -> tuple[Tensor, ...]:
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        act: Activation,
+        eps: float,
+        axis: int,
+        running: None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Normalize by what is known; return what a backend's ``forward`` does."""
-        x, weight, bias, residual, act, _, axis = given
-        mean, _, rstd = self.statistics
-        y = self.backend.normalize(x, mean, rstd, weight, bias, residual, act, axis)
-        return y, *self.statistics
+        mean, rstd = self.stats[0], self.stats[2]
+        return self.backend.normalize(x, mean, rstd, weight, bias, residual, act, axis), self.stats
 
 
 class Wrapping:
@@ -122,7 +127,7 @@ def prepare(layer: Any, x: Tensor, act: Activation, whole: bool) -> tuple[Prepar
         layer: The layer.
         x: Its input.
         act: The activation that is expected.
-        whole: Whether to compute the result in the same pass; an empty tensor otherwise.
+        whole: Whether to compute the result in the same pass; it is x otherwise.
 
     Returns:
         The preparation and the result, or None where the call cannot be taken apart.
@@ -134,26 +139,30 @@ def prepare(layer: Any, x: Tensor, act: Activation, whole: bool) -> tuple[Prepar
     call = layer._call(x, None, None)
     if not (routes.is_plain(call) and call.eps > 0 and _is_dense(x)):
         return None
-    seen = versions(x, call.weight, call.bias)
-    if call.mean is not None and (not layer.training or isinstance(layer.statistics, Frozen)):
-        dtype = layout.compute_dtype(x)
-        mean = call.mean.detach().to(dtype, copy=True)
-        rstd = torch.rsqrt(call.var.detach().to(dtype) + call.eps)
-        known = Prepared(call, mean, None, rstd, seen)
-        return known, known.run(None, act) if whole else x
+    if call.mean is None or (layer.training and not isinstance(layer.statistics, Frozen)):
+        return _by_batch(layer, call, act, whole)
+    dtype = layout.compute_dtype(x)
+    mean = call.mean.detach().to(dtype)
+    rstd = torch.rsqrt(call.var.detach().to(dtype) + call.eps)
+    stats = torch.stack((mean, mean, rstd))
+    prepared = Prepared(call, stats, False, versions(x, call.weight, call.bias))
+    return prepared, prepared.run(None, act) if whole else x
+
+
+def _by_batch(layer: Any, call: Call, act: Activation, whole: bool) -> tuple[Prepared, Tensor]:
     functional.check_source(call, BATCH)
-    y = x
-    if whole:
-        y, moments = routes.normalize_batch(call._replace(act=act))
-    else:
-        given = (x, call.weight, call.bias, None, call.axis)
-        mean, m2 = select(*given).moments(x, call.axis)
-        count = layout.values_per_channel(x.shape, call.axis)
-        moments = Moments(count, mean, m2)
+    x, seen = call.x, versions(call.x, call.weight, call.bias)
+    found: list[Tensor] = []
+    y = hot.forward(layer, x, None, act, found) if whole and layer.training else None
+    if y is not None:
+        return Prepared(call, found[0], True, seen), y
+    count = layout.values_per_channel(x.shape, call.axis)
+    mean, m2 = select(x, call.weight, call.bias, None, call.axis).moments(x, call.axis)
     if layer.training and layer.track_running_stats and call.mean is not None:
-        tracking.step(layer, moments)
-    rstd = reference.reciprocal_std(moments.m2, moments.count, call.eps)
-    return Prepared(call, moments.mean, moments.m2, rstd, seen), y
+        tracking.step(layer, Moments(count, mean, m2))
+    stats = torch.stack((mean, m2, reference.reciprocal_std(m2, count, call.eps)))
+    prepared = Prepared(call, stats, True, seen)
+    return prepared, prepared.run(None, act) if whole else x
 
 
 def why_whole(layer: Any) -> str:

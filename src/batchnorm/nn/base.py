@@ -11,7 +11,7 @@ from batchnorm import functional
 from batchnorm.errors import BatchNormError, LayoutError, OptionError
 from batchnorm.estimators.bank import Bank, EstimatorLike, named
 from batchnorm.estimators.running import Cumulative, Running, check_momentum
-from batchnorm.nn import casting, foreign, tracking
+from batchnorm.nn import casting, foreign, hot, tracking
 from batchnorm.ops.activations import IDENTITY, ActivationLike, activation
 from batchnorm.ops.call import Call
 from batchnorm.sources.base import Source
@@ -90,11 +90,15 @@ class Layer(_BatchNorm):
         if isinstance(input, fx.Proxy):
             return foreign.call_module(self, input, residual, mask)
         if self._fusion is not None and not torch.compiler.is_compiling():
-            y: Tensor = self._fusion.forward(self, input, residual, mask)
-            return y
+            fused: Tensor = self._fusion.forward(self, input, residual, mask)
+            return fused
         return self._forward(input, residual, mask)
 
     def _forward(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            y = hot.forward(self, input, residual)
+            if y is not None:
+                return y
         try:
             return self._normalize(input, residual, mask)
         except BatchNormError as error:
@@ -180,7 +184,7 @@ def estimation(
     """Bring ``momentum`` and ``estimator`` to torch's one number, or to a bank of estimators."""
     if estimator is None:
         check_momentum(momentum)
-        return (None if momentum is None else float(momentum)), None
+        return (float(momentum) if momentum is MOMENTUM else momentum), None
     if momentum is not MOMENTUM:
         raise OptionError(
             f"expected momentum= or estimator=, got both ({momentum!r} and {estimator!r}); "

@@ -9,6 +9,7 @@ from torch import Tensor
 from batchnorm.estimators.base import keep_if_empty, nothing, unbiased
 from batchnorm.estimators.running import Averages, average
 from batchnorm.moments import Moments
+from batchnorm.ops.routes import is_recomputing
 
 NARROW = """\
 {name} of a batch normalization layer is {dtype}: something cast it past torch.nn.Module's own \
@@ -22,7 +23,7 @@ def step(layer: Any, batch: Moments) -> None:
     Not in the second forward of activation checkpointing, which runs inside of backward, and not
     for a batch of no values.
     """
-    if nothing(batch) or _in_backward():
+    if nothing(batch) or is_recomputing():
         return
     if layer._bank is not None:
         layer._bank.update(batch)
@@ -61,10 +62,6 @@ def restart(layer: Any, known: bool = False) -> None:
     if known and layer.num_batches_tracked is not None:
         start = Averages(layer.running_mean, layer.running_var, layer.num_batches_tracked)
     layer._bank.restart(layer.num_features, layer.running_mean.device, start)
-
-
-def _in_backward() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _wide_enough(statistic: Tensor, name: str) -> bool:

@@ -15,10 +15,20 @@ from batchnorm.errors import BackendError
 from batchnorm.ops import reference
 
 # Fastest first. The reference serves everything and stands last.
-BACKENDS: dict[str, ModuleType] = {"reference": reference}
+BACKENDS: dict[str, ModuleType] = {}
 
 # Why a backend that exists in the source is not in the list above: name -> reason.
 UNAVAILABLE: dict[str, str] = {}
+
+try:
+    from batchnorm.ops import cpu
+except ImportError as error:
+    UNAVAILABLE["cpu"] = f"the native module was not built ({error}); a C++ compiler builds it"
+else:
+    BACKENDS["cpu"] = cpu
+
+BACKENDS["reference"] = reference
+_order = tuple(BACKENDS.values())
 
 _forced: str | None = None
 
@@ -45,7 +55,7 @@ def select(
                 "leave the choice open, or use_backend('reference')"
             )
         return backend
-    for backend in BACKENDS.values():
+    for backend in _order:
         if backend.serves(x, weight, bias, residual, axis) is None:
             return backend
     raise AssertionError("the reference backend serves everything")

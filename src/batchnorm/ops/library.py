@@ -11,8 +11,28 @@ import torch
 from torch import Tensor
 
 from batchnorm import layout
+from batchnorm.errors import ChannelError
 from batchnorm.ops.activations import Activation
-from batchnorm.ops.backend import select
+from batchnorm.ops.backend import select as _select
+
+
+def select(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    axis: int = 1,
+    **per_channel: Tensor,
+) -> Any:
+    """Return the backend, checked first: kernels read addresses, and calls come from anywhere."""
+    axis = layout.channel_axis(x.ndim, axis)
+    layout.check_per_channel(x, axis, weight=weight, bias=bias, **per_channel)
+    if residual is not None and residual.shape != x.shape:
+        raise ChannelError(
+            f"expected a residual of the input's shape {tuple(x.shape)}, "
+            f"got {tuple(residual.shape)}"
+        )
+    return _select(x, weight, bias, residual, axis)
 
 
 @torch.library.custom_op("batchnorm::moments", mutates_args=())
@@ -35,7 +55,7 @@ def normalize(
     axis: int,
 ) -> Tensor:
     """Return act((x - mean) * rstd * weight + bias + residual); the statistics are constants."""
-    backend = select(x, weight, bias, residual, axis)
+    backend = select(x, weight, bias, residual, axis, mean=mean, rstd=rstd)
     act = Activation(activation, slope)
     return _like(x, backend.normalize(x, mean, rstd, weight, bias, residual, act, axis))
 
@@ -50,15 +70,15 @@ def forward(
     slope: float,
     eps: float,
     axis: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Normalize by the input's own statistics; return y, mean, m2, rstd.
+) -> tuple[Tensor, Tensor]:
+    """Normalize by the input's own statistics; return y and stats (3, C): mean, m2, rstd.
 
     Differentiable in y; the statistics are not.
     """
     backend = select(x, weight, bias, residual, axis)
     act = Activation(activation, slope)
-    y, mean, m2, rstd = backend.forward(x, weight, bias, residual, act, eps, axis)
-    return _like(x, y), mean, m2, rstd
+    y, stats = backend.forward(x, weight, bias, residual, act, eps, axis)
+    return _like(x, y), stats
 
 
 @torch.library.custom_op("batchnorm::backward_sums", mutates_args=())
@@ -76,7 +96,7 @@ def backward_sums(
     axis: int,
 ) -> tuple[Tensor, Tensor]:
     """Return sum(dz) and sum(dz * xhat) per channel."""
-    backend = select(x, weight, bias, residual, axis)
+    backend = select(x, weight, bias, residual, axis, mean=mean, rstd=rstd)
     act = Activation(activation, slope)
     sum_dz, sum_dz_xhat = backend.backward_sums(
         dy, x, mean, rstd, weight, bias, residual, y, act, axis
@@ -103,7 +123,8 @@ def backward_input(
     want_residual: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return dx and dresidual (of no elements where it is not wanted)."""
-    backend = select(x, weight, bias, residual, axis)
+    sums = {"sum_dz": sum_dz, "sum_dz_xhat": sum_dz_xhat}
+    backend = select(x, weight, bias, residual, axis, mean=mean, rstd=rstd, **sums)
     act = Activation(activation, slope)
     given = (dy, x, mean, rstd, weight, bias, residual, y, act, axis)
     dx, dresidual = backend.backward_input(*given, sum_dz, sum_dz_xhat, count, want_residual)
@@ -114,8 +135,7 @@ def backward_input(
 def backward(
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    stats: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -126,10 +146,10 @@ def backward(
     want_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Invert ``forward``: return dx, dresidual, sum(dz), sum(dz * xhat)."""
-    backend = select(x, weight, bias, residual, axis)
+    backend = select(x, weight, bias, residual, axis, mean=stats[0], rstd=stats[2])
     act = Activation(activation, slope)
     dx, dresidual, sum_dz, sum_dz_xhat = backend.backward(
-        dy, x, mean, rstd, weight, bias, residual, y, act, axis, want_residual
+        dy, x, stats, weight, bias, residual, y, act, axis, want_residual
     )
     return _like(x, dx), _wanted(x, dresidual), sum_dz, sum_dz_xhat
 
@@ -159,9 +179,9 @@ def _(x: Tensor, *_: Any) -> Tensor:
 
 
 @forward.register_fake
-def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mean, m2, rstd = (_statistic(x, rest[-1]) for _ in range(3))
-    return torch.empty_like(x), mean, m2, rstd
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    stats = x.new_empty(3, x.shape[rest[-1]], dtype=layout.compute_dtype(x))
+    return torch.empty_like(x), stats
 
 
 @backward_sums.register_fake
@@ -187,17 +207,17 @@ def _(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, residual, activation, slope, _, axis = inputs
-    y, mean, m2, rstd = output
+    y, stats = output
     act = Activation(activation, slope)
-    ctx.mark_non_differentiable(mean, m2, rstd)
-    ctx.save_for_backward(x, mean, rstd, weight, bias, *needed(act, residual, y))
+    ctx.mark_non_differentiable(stats)
+    ctx.save_for_backward(x, stats, weight, bias, *needed(act, residual, y))
     ctx.act, ctx.axis, ctx.adds = act, axis, residual is not None
 
 
 def _differentiate_forward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    x, mean, rstd, weight, bias, residual, y = ctx.saved_tensors
+    x, stats, weight, bias, residual, y = ctx.saved_tensors
     dx, dresidual, sum_dz, sum_dz_xhat = backward(
-        dy, x, mean, rstd, weight, bias, residual, y, *ctx.act, ctx.axis, ctx.adds
+        dy, x, stats, weight, bias, residual, y, *ctx.act, ctx.axis, ctx.adds
     )
     return (
         dx,

@@ -7,7 +7,8 @@ is compared with, and its two forward functions can be differentiated any number
 either mode and under ``torch.func``, since they are nothing but compositions.
 
 ``mean``, ``rstd``, ``m2`` and the sums are (C,) tensors of the arithmetic's dtype: float32, or
-float64 where x is float64. Other per-channel tensors may have any floating dtype.
+float64 where x is float64; ``stats`` are the three rows mean, m2, rstd in one tensor (3, C). Other
+per-channel tensors may have any floating dtype.
 """
 
 import torch
@@ -17,7 +18,8 @@ from batchnorm import layout
 from batchnorm import moments as _moments
 from batchnorm.ops.activations import Activation
 
-name = "reference"
+# Whether ``forward`` takes the step of the running statistics in the same call.
+commits = False
 
 
 def serves(
@@ -71,11 +73,32 @@ def forward(
     act: Activation,
     eps: float,
     axis: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Normalize by the input's own statistics; return y, mean, m2, rstd."""
+    running: None = None,
+) -> tuple[Tensor, Tensor]:
+    """Normalize by the input's own statistics; return y and stats.
+
+    ``running`` is (running_mean, running_var, counter, momentum) where a backend ``commits``.
+    """
     mean, m2 = moments(x, axis)
     rstd = reciprocal_std(m2, layout.values_per_channel(x.shape, axis), eps)
-    return normalize(x, mean, rstd, weight, bias, residual, act, axis), mean, m2, rstd
+    y = normalize(x, mean, rstd, weight, bias, residual, act, axis)
+    return y, torch.stack([mean, m2, rstd])
+
+
+def evaluate(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: Activation,
+    eps: float,
+    axis: int,
+) -> Tensor:
+    """Normalize by stored statistics."""
+    rstd = torch.rsqrt(var.to(layout.compute_dtype(x)) + eps)
+    return normalize(x, mean, rstd, weight, bias, residual, act, axis)
 
 
 def backward_sums(
@@ -148,8 +171,7 @@ def backward_input(
 def backward(
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    stats: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -159,6 +181,7 @@ def backward(
     want_residual: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Invert ``forward``; return dx, dresidual, sum(dz), sum(dz * xhat)."""
+    mean, _, rstd = stats
     given = (dy, x, mean, rstd, weight, bias, residual, y, act, axis)
     sum_dz, sum_dz_xhat = backward_sums(*given)
     count = layout.values_per_channel(x.shape, axis)

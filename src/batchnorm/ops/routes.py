@@ -37,17 +37,18 @@ def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
         backend = select(*given, call.axis)
         if torch.is_grad_enabled() and call.needs_grad:
             found: list[Tensor] = []
-            y = eager.BatchNormalize.apply(*given, call.act, *rest, backend, found)  # type: ignore[no-untyped-call]
-            return y, Moments(count, *found)
-        y, mean, m2, _ = backend.forward(*given, call.act, *rest)
+            y = eager.apply_batch(*given, eager.Step(call.act, *rest, backend, found))
+            return y, Moments(count, found[0][0], found[0][1])
+        y, stats = backend.forward(*given, call.act, *rest)
     elif is_traced() and call.portable:
         y = _aten(call, None, None)
-        mean, m2 = reference.moments(call.x, call.axis)
+        stats = torch.stack(reference.moments(call.x, call.axis))
     elif call.same_residual and torch.compiler.is_compiling():
-        y, mean, m2, _ = library.forward(*given, *call.act, *rest)
+        y, stats = library.forward(*given, *call.act, *rest)
     else:
-        y, mean, m2, _ = reference.forward(*given, call.act, *rest)
-    return y, Moments(count, mean.detach(), m2.detach())
+        y, stats = reference.forward(*given, call.act, *rest)
+    stats = stats.detach()
+    return y, Moments(count, stats[0], stats[1])
 
 
 def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
         return reference.normalize(call.x, mean, rstd, *affine)
     backend = select(call.x, call.weight, call.bias, call.residual, call.axis)
     if torch.is_grad_enabled() and call.needs_grad:
-        y: Tensor = eager.Normalize.apply(call.x, mean.clone(), rstd, *affine, backend)  # type: ignore[no-untyped-call]
+        y: Tensor = eager.apply_given(call.x, mean.clone(), rstd, *affine, backend)
         return y
     y = backend.normalize(call.x, mean, rstd, *affine)
     return y
@@ -81,12 +82,22 @@ def is_plain(call: Call) -> bool:
     for tensor in (x, call.weight, call.bias, call.residual):
         if tensor is not None and type(tensor) is not Tensor and type(tensor) is not Parameter:
             return False
+    return is_calm()
+
+
+def is_calm() -> bool:
+    """Return whether nobody looks on: no graph being made, no dispatch mode, functorch or dual."""
     return (
         not is_traced()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0
     )
+
+
+def is_recomputing() -> bool:
+    """Return whether this is the second forward of activation checkpointing, inside backward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def is_traced() -> bool:

@@ -90,6 +90,7 @@ class Plot:
         caption: What a reader sees, also the text for those who cannot see it.
         y_range: Ends of the vertical axis; by default it follows the data.
         x_log: Whether equal steps to the right multiply by equal factors.
+        y_log: The same upwards.
     """
 
     title: str
@@ -100,6 +101,7 @@ class Plot:
     caption: str
     y_range: tuple[float, float] | None = None
     x_log: bool = False
+    y_log: bool = False
 
 
 Block = Text | Formula | Table | Plot

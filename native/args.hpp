@@ -1,0 +1,61 @@
+// What a kernel is told: plain pointers and numbers, nothing of Python or torch.
+#pragma once
+
+#include <cstdint>
+
+namespace batchnorm {
+
+enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+enum class Activation : int {
+    identity, relu, relu6, leaky_relu, elu, silu, gelu, gelu_tanh, hardswish, hardsigmoid, sigmoid, tanh
+};
+constexpr int activation_count = 12;
+
+struct bfloat16 { uint16_t bits; };
+struct float16 { uint16_t bits; };
+
+// A small vector of one value per channel, in whatever dtype the caller keeps it; null means absent.
+struct Param {
+    void* data = nullptr;
+    DType dtype = DType::float32;
+};
+
+// The tensor is seen as (outer, channels, inner), inner running fastest.
+struct Args {
+    int64_t outer = 0, channels = 0, inner = 0;
+    const void* x = nullptr;
+    const void* dy = nullptr;
+    const void* residual = nullptr;
+    const void* y_saved = nullptr;  // the output of forward, from which the backward may take its mask
+    void* y = nullptr;
+    void* dx = nullptr;
+    void* dresidual = nullptr;
+    Param weight, bias;
+    // One value per channel in the compute dtype: double for float64 data, float for the rest.
+    void* mean = nullptr;
+    void* m2 = nullptr;
+    void* rstd = nullptr;
+    void* sum_dz = nullptr;
+    void* sum_dz_xhat = nullptr;
+    Param running_mean, running_var;
+    int64_t* counter = nullptr;
+    double momentum = 0, eps = 0;
+    double count = 0;  // of the merged batch, for backward_input
+    double slope = 0;  // of leaky_relu, alpha of elu
+    Activation activation = Activation::identity;
+    int threads = 1;
+};
+
+inline int64_t size_of(DType t) {
+    return t == DType::float64 ? 8 : t == DType::float32 ? 4 : 2;
+}
+
+using Kernel = void (*)(const Args&);
+
+// One set of kernels for one data type and one instruction set.
+struct Kernels {
+    Kernel moments, normalize, forward, backward_sums, backward_input, backward;
+};
+
+}  // namespace batchnorm

@@ -1,0 +1,36 @@
+// Scratch memory of a call, and advice to the kernel about the pages of large outputs.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace batchnorm {
+
+// Memory for one call on one thread, 64-byte aligned; kept for the next call where it is small.
+class Scratch {
+  public:
+    explicit Scratch(size_t bytes);  // throws std::bad_alloc
+    ~Scratch();
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    template <class A>
+    A* take(int64_t n) {
+        A* p = reinterpret_cast<A*>(base_ + used_);
+        used_ += (static_cast<size_t>(n) * sizeof(A) + 63) & ~size_t(63);
+        return p;
+    }
+    template <class A>
+    static size_t need(int64_t n) {
+        return (static_cast<size_t>(n) * sizeof(A) + 63) & ~size_t(63);
+    }
+
+  private:
+    char* base_;
+    size_t used_ = 0;
+    bool owned_;
+};
+
+// Asks for huge pages where an output is large and not yet touched: a page fault per 2 MiB and not per 4 KiB.
+void advise_huge(void* data, int64_t bytes);
+
+}  // namespace batchnorm

@@ -1,0 +1,37 @@
+// The one concept: count, mean and m2 (sum of squared deviations), merged after Chan, Golub and LeVeque 1983.
+#pragma once
+
+// Everything in here is compiled once per instruction set, each copy in a namespace of its own: an inline
+// function shared between them could be linked from the wrong copy and fault on an older CPU.
+namespace batchnorm::BATCHNORM_ISA {
+
+// V is double for one channel, or a vector of doubles for several channels that share their count.
+template <class V>
+struct Moments {
+    double count;
+    V mean;
+    V m2;
+};
+
+// The only place in C++ that holds this formula. The identity is chosen by its count and not multiplied
+// away: a NaN or an infinity in an empty part must not spread.
+template <class V>
+inline Moments<V> merge(const Moments<V>& a, const Moments<V>& b) {
+    if (a.count == 0) return b;
+    if (b.count == 0) return a;
+    const double count = a.count + b.count;
+    const double w = b.count / count;
+    const double nw = a.count * w;
+    const V d = b.mean - a.mean;
+    return {count, a.mean + d * w, a.m2 + b.m2 + d * d * nw};
+}
+
+// Moments from sums of deviations from a reference that is near the mean: s = sum(x - reference), q = sum((x - reference)^2).
+template <class V>
+inline Moments<V> from_deviations(double count, V reference, V s, V q) {
+    const double inverse = 1.0 / count;
+    const V shift = s * inverse;
+    return {count, reference + shift, q - s * shift};
+}
+
+}  // namespace batchnorm::BATCHNORM_ISA

@@ -1,0 +1,260 @@
+// Drivers for inner = 1: rows of C neighbouring channels, as in channels-last images and dense (N, C) layers.
+//
+// Two passes over memory. Rows are dealt out in chunks whose number depends on the shape alone; each chunk keeps
+// its own moments per channel, and the chunks are folded in index order.
+#pragma once
+
+#include "planes.hpp"
+
+namespace batchnorm::BATCHNORM_ISA {
+
+// Few channels: `repeat` rows are taken as one wide row, whose columns are the channels over and over,
+// so that vectors stay full. What is left over is a narrower row at the end.
+template <class T>
+class Rows {
+  public:
+    using A = Real<T>;
+    const Args& a;
+    const int64_t repeat, width, rows, rest, padded, chunk_rows, chunks;
+
+    explicit Rows(const Args& a)
+        : a(a), repeat(a.channels > 0 && a.channels < 4 * lanes<A> ? wide(a) : 1), width(a.channels * repeat),
+          rows(a.outer / repeat), rest(a.outer % repeat), padded((width + 63) / 64 * 64), chunk_rows(rows_of_chunk(rows, width)),
+          chunks(rows > 0 ? (rows + chunk_rows - 1) / chunk_rows : 0) {}
+
+    int threads() const { return a.outer * a.channels < serial_below ? 1 : a.threads; }
+
+    bool streams(const void* out) const {
+        const int64_t bytes = a.outer * a.channels * int64_t(sizeof(T));
+        return bytes >= stream_bytes && lines_aligned(out, width * int64_t(sizeof(T)));
+    }
+
+    int64_t rows_in(int64_t chunk) const {
+        const int64_t left = rows - chunk * chunk_rows;
+        return left < chunk_rows ? left : chunk_rows;
+    }
+
+    Coefs<A> coefs(Scratch& scratch) const {
+        return {scratch.take<A>(padded), scratch.take<A>(padded), scratch.take<A>(padded), scratch.take<A>(padded), scratch.take<A>(padded)};
+    }
+    size_t need_coefs() const { return 5 * Scratch::need<A>(padded); }
+
+    // Spreads one number per channel over the columns.
+    template <class Set>
+    void each_column(Set&& set) const {
+        for (int64_t j = 0; j < width; ++j) set(j < a.channels ? j : j % a.channels, j);
+    }
+
+    Block<T> block(const Block<T>& whole, int64_t row, int64_t count, int64_t n) const {
+        Block<T> b = whole;
+        const int64_t at = row * width;
+        b.x += at;
+        if (b.dy) b.dy += at;
+        if (b.extra) b.extra += at;
+        if (b.out) b.out += at;
+        if (b.dz) b.dz += at;
+        b.rows = count;
+        b.stride = width;
+        b.n = n;
+        return b;
+    }
+
+    // All rows of the tensor through f(block), last chunk first; the rest belongs to the last chunk.
+    template <class Use>
+    void apply(Team& team, int phase, const Block<T>& whole, Use&& use) const {
+        if (rest && team.id == 0) use(block(whole, rows, 1, rest * a.channels));
+        for_each(team, phase, chunks, 1, [&](int64_t i) {
+            const int64_t chunk = chunks - 1 - i;
+            use(block(whole, chunk * chunk_rows, rows_in(chunk), width));
+        });
+        streaming_done();
+    }
+
+  private:
+    static int64_t wide(const Args& a) {
+        const int64_t most = (8 * lanes<A>) / a.channels;
+        return a.outer < 4 * most ? 1 : most;
+    }
+    static int64_t rows_of_chunk(int64_t rows, int64_t width) {
+        int64_t chunks = rows * width / 65536;
+        if (chunks > 64) chunks = 64;
+        if (chunks < 1) chunks = 1;
+        const int64_t even = (rows + chunks - 1) / chunks;
+        return (even + row_block - 1) / row_block * row_block;
+    }
+};
+
+// Moments of every chunk, then of all: the result is in the first padded mean and m2.
+template <class T>
+struct RowMoments {
+    using A = Real<T>;
+    const Rows<T>& r;
+    double *mean, *m2;
+    A* work;
+    double* wide;
+
+    static size_t need(const Rows<T>& r) {
+        return 2 * Scratch::need<double>(r.padded * (r.chunks + 1)) + Scratch::need<A>(2 * r.padded * r.threads()) +
+               Scratch::need<double>(r.padded * r.threads());
+    }
+    RowMoments(const Rows<T>& r, Scratch& s)
+        : r(r), mean(s.take<double>(r.padded * (r.chunks + 1))), m2(s.take<double>(r.padded * (r.chunks + 1))),
+          work(s.take<A>(2 * r.padded * r.threads())), wide(s.take<double>(r.padded * r.threads())) {}
+
+    void chunk(Team& team, int64_t index, int64_t first, int64_t rows, int64_t n) const {
+        A* w = work + team.id * 2 * r.padded;
+        double *chunk_mean = mean + index * r.padded, *chunk_m2 = m2 + index * r.padded;
+        for (int64_t i = 0; i < r.padded; ++i) chunk_mean[i] = chunk_m2[i] = 0;
+        const T* x = static_cast<const T*>(r.a.x) + first * r.width;
+        for (int64_t at = 0; at < rows; at += row_block) {
+            const int64_t some = rows - at < row_block ? rows - at : row_block;
+            merge_rows(x + at * r.width, some, n, double(at), chunk_mean, chunk_m2, w, wide + team.id * r.padded, w + r.padded,
+                       at + row_block < rows);
+        }
+    }
+
+    void run(Team& team, int phase) const {
+        if (r.rest && team.id == 0) chunk(team, r.chunks, r.rows, 1, r.rest * r.a.channels);
+        for_each(team, phase, r.chunks, 1, [&](int64_t i) { chunk(team, i, i * r.chunk_rows, r.rows_in(i), r.width); });
+        team.barrier();
+    }
+
+    // By one thread: chunks in index order, then the repeats of a channel, then the rest.
+    void fold() const {
+        const Args& a = r.a;
+        double count = r.chunks ? double(r.rows_in(0)) : 0;
+        for (int64_t i = 1; i < r.chunks; ++i) {
+            merge_columns(r.width, count, mean, m2, double(r.rows_in(i)), mean + i * r.padded, m2 + i * r.padded);
+            count += double(r.rows_in(i));
+        }
+        const double *rest_mean = mean + r.chunks * r.padded, *rest_m2 = m2 + r.chunks * r.padded;
+        for (int64_t c = 0; c < a.channels; ++c) {
+            Moments<double> all{0, 0, 0};
+            for (int64_t j = c; j < r.width; j += a.channels) all = merge(all, Moments<double>{count, r.chunks ? mean[j] : 0, r.chunks ? m2[j] : 0});
+            for (int64_t j = c; j < r.rest * a.channels; j += a.channels) all = merge(all, Moments<double>{1, rest_mean[j], rest_m2[j]});
+            finish_channel<T>(a, c, all.mean, all.m2);
+        }
+    }
+};
+
+template <class T>
+void moments_rows(const Args& a, const Loops<T, true>* loops) {
+    using A = Real<T>;
+    const Rows<T> r(a);
+    Scratch scratch(RowMoments<T>::need(r) + r.need_coefs());
+    const RowMoments<T> moments(r, scratch);
+    const Coefs<A> k = r.coefs(scratch);
+    const Block<T> whole{static_cast<const T*>(a.x), nullptr, static_cast<const T*>(a.residual), static_cast<T*>(a.y), nullptr,
+                         0, 0, 0, r.streams(a.y)};
+    parallel(r.threads(), [&](Team& team) {
+        moments.run(team, 0);
+        if (team.id == 0) {
+            moments.fold();
+            if (loops) r.each_column([&](int64_t c, int64_t j) { forward_coefs(a, c, k, j); });
+        }
+        team.barrier();
+        if (loops) r.apply(team, 1, whole, [&](const Block<T>& b) { loops->normalize(b, k, A(a.slope)); });
+    });
+}
+
+template <class T>
+void normalize_rows(const Args& a) {
+    using A = Real<T>;
+    const Rows<T> r(a);
+    const Loops<T, true> loops(a);
+    Scratch scratch(r.need_coefs());
+    const Coefs<A> k = r.coefs(scratch);
+    r.each_column([&](int64_t c, int64_t j) { forward_coefs(a, c, k, j); });
+    const Block<T> whole{static_cast<const T*>(a.x), nullptr, static_cast<const T*>(a.residual), static_cast<T*>(a.y), nullptr,
+                         0, 0, 0, r.streams(a.y)};
+    parallel(r.threads(), [&](Team& team) { r.apply(team, 0, whole, [&](const Block<T>& b) { loops.normalize(b, k, A(a.slope)); }); });
+}
+
+// Sums of every chunk in double, folded in index order.
+template <class T>
+struct RowSums {
+    using A = Real<T>;
+    const Rows<T>& r;
+    double *sum, *dot;
+    A* work;
+
+    static size_t need(const Rows<T>& r) {
+        return 2 * Scratch::need<double>(r.padded * (r.chunks + 1)) + Scratch::need<A>(2 * r.padded * r.threads());
+    }
+    RowSums(const Rows<T>& r, Scratch& s)
+        : r(r), sum(s.take<double>(r.padded * (r.chunks + 1))), dot(s.take<double>(r.padded * (r.chunks + 1))),
+          work(s.take<A>(2 * r.padded * r.threads())) {}
+
+    template <class Loop>
+    void chunk(Team& team, int64_t index, const Block<T>& whole, int64_t first, int64_t rows, int64_t n, Loop&& loop) const {
+        A *s = work + team.id * 2 * r.padded, *d = s + r.padded;
+        double *all = sum + index * r.padded, *all_dot = dot + index * r.padded;
+        for (int64_t j = 0; j < r.padded; ++j) all[j] = all_dot[j] = 0;
+        for (int64_t at = 0; at < rows; at += row_block) {
+            loop(r.block(whole, first + at, rows - at < row_block ? rows - at : row_block, n), s, d);
+            for (int64_t j = 0; j < n; ++j) {
+                all[j] += s[j];
+                all_dot[j] += d[j];
+            }
+        }
+    }
+
+    template <class Loop>
+    void run(Team& team, int phase, const Block<T>& whole, Loop&& loop) const {
+        if (r.rest && team.id == 0) chunk(team, r.chunks, whole, r.rows, 1, r.rest * r.a.channels, loop);
+        for_each(team, phase, r.chunks, 1, [&](int64_t i) { chunk(team, i, whole, i * r.chunk_rows, r.rows_in(i), r.width, loop); });
+        team.barrier();
+    }
+
+    void fold() const {
+        const Args& a = r.a;
+        for (int64_t i = 1; i < r.chunks; ++i)
+            for (int64_t j = 0; j < r.width; ++j) {
+                sum[j] += sum[i * r.padded + j];
+                dot[j] += dot[i * r.padded + j];
+            }
+        const int64_t tail = r.chunks * r.padded;
+        for (int64_t c = 0; c < a.channels; ++c) {
+            double s = 0, d = 0;
+            for (int64_t j = c; r.chunks && j < r.width; j += a.channels) s += sum[j], d += dot[j];
+            for (int64_t j = c; j < r.rest * a.channels; j += a.channels) s += sum[tail + j], d += dot[tail + j];
+            finish_sums<Real<T>>(a, c, s, d);
+        }
+    }
+};
+
+template <class T>
+void backward_rows(const Args& a, bool sums, bool input) {
+    using A = Real<T>;
+    const Rows<T> r(a);
+    const Loops<T, true> loops(a);
+    Scratch scratch(RowSums<T>::need(r) + r.need_coefs());
+    const RowSums<T> partial(r, scratch);
+    const Coefs<A> k = r.coefs(scratch);
+    const double count = input && !sums ? a.count : double(a.outer);
+    const bool two_step = sums && a.dresidual;
+    const Block<T> first{static_cast<const T*>(a.x), static_cast<const T*>(a.dy), static_cast<const T*>(extra_of(a)), nullptr,
+                         static_cast<T*>(two_step ? a.dresidual : nullptr), 0, 0, 0, false};
+    Block<T> second = first;
+    second.out = static_cast<T*>(a.dx);
+    second.stream = r.streams(a.dx) && (!a.dresidual || two_step || r.streams(a.dresidual));
+    second.dz = static_cast<T*>(two_step ? nullptr : a.dresidual);
+    if (two_step) {
+        second.dy = first.dz;
+        second.extra = nullptr;
+    }
+    const auto apply_loop = two_step ? loops.input_from_dz : loops.input;
+    r.each_column([&](int64_t c, int64_t j) { forward_coefs(a, c, k, j); });
+    parallel(r.threads(), [&](Team& team) {
+        if (sums) {
+            partial.run(team, 0, first, [&](const Block<T>& b, A* s, A* d) { loops.sums_by_column(b, k, A(a.slope), s, d); });
+            if (team.id == 0) partial.fold();
+        }
+        if (!input) return;
+        if (team.id == 0) r.each_column([&](int64_t c, int64_t j) { backward_coefs(a, c, count, k, j); });
+        team.barrier();
+        r.apply(team, 1, second, [&](const Block<T>& b) { apply_loop(b, k, A(a.slope)); });
+    });
+}
+
+}  // namespace batchnorm::BATCHNORM_ISA

@@ -1,0 +1,185 @@
+// The element loops. A block is `rows` rows of n elements, `stride` apart; its channel's numbers are either the
+// same for the whole block (Columns = false: n runs over space) or one per column (Columns = true: n runs over channels).
+#pragma once
+
+#include "activations.hpp"
+
+namespace batchnorm::BATCHNORM_ISA {
+
+enum class Source { X, Residual, Y };  // what tells act'(z): x alone, x and the residual, or the output
+
+template <class T>
+struct Block {
+    const T* x;
+    const T* dy;
+    const T* extra;  // residual, or saved output
+    T* out;
+    T* dz;  // where dz is wanted as a tensor (the residual's gradient)
+    int64_t rows, stride, n;
+    bool stream;
+};
+
+// Per channel: z = (x - mean) * scale + shift,  dx = scale * dz + (x - mean) * c1 + c0.
+// Arrays are readable up to a whole number of vectors.
+template <class A>
+struct Coefs {
+    A *mean, *scale, *shift, *c1, *c0;
+};
+
+// Calls f(i, left) for every vector of n elements: left is the number of lanes in use, a constant for whole vectors.
+template <int W>
+struct Whole {
+    constexpr operator int() const { return W; }
+};
+
+template <int W, class Function>
+inline void for_vectors(int64_t n, Function&& f) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) f(i, Whole<W>{});
+    if (i < n) f(i, int(n - i));
+}
+
+template <class T, int W>
+inline Vec<Real<T>> get(const T* p, Whole<W>) { return load(p); }
+template <class T>
+inline Vec<Real<T>> get(const T* p, int left) { return load_part(p, left); }
+
+template <class T, int W>
+inline void put(T* p, Vec<Real<T>> v, Whole<W>, bool stream) {
+    if (stream) store_streaming(p, v);
+    else store(p, v);
+}
+template <class T>
+inline void put(T* p, Vec<Real<T>> v, int left, bool) { store_part(p, v, left); }
+
+template <class A, int W>
+inline Vec<A> used(Vec<A> v, Whole<W>) { return v; }
+template <class A>
+inline Vec<A> used(Vec<A> v, int left) { return keep_first<A>(v, left); }
+
+// One number per channel, seen from column i.
+template <class A, bool Columns>
+struct PerChannel {
+    const A* p;
+    Vec<A> same;
+    explicit PerChannel(const A* p) : p(p), same(Columns ? Vec<A>{} : splat<Vec<A>>(*p)) {}
+    Vec<A> operator[](int64_t i) const {
+        if constexpr (Columns) return load(p + i);
+        else return same;
+    }
+};
+
+template <class T, class Act, bool Residual, bool Columns>
+void normalize_block(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope) {
+    using A = Real<T>;
+    const PerChannel<A, Columns> mean(k.mean), scale(k.scale), shift(k.shift);
+    const bool stream = b.stream;
+    for (int64_t r = 0; r < b.rows; ++r) {
+        const T* x = b.x + r * b.stride;
+        const T* residual = Residual ? b.extra + r * b.stride : nullptr;
+        T* out = b.out + r * b.stride;
+        for_vectors<lanes<A>>(b.n, [&](int64_t i, auto left) {
+            Vec<A> z = fma(get(x + i, left) - mean[i], scale[i], shift[i]);
+            if constexpr (Residual) z += get(residual + i, left);
+            put(out + i, Act::forward(z, slope), left, stream);
+        });
+    }
+}
+
+// dz of one vector. Inlined into both backward loops, so that they see the same mask.
+template <class T, class Act, Source S, bool Columns, class Left>
+inline Vec<Real<T>> dz_at(Vec<Real<T>> deviation, const T* dy, const T* extra, const PerChannel<Real<T>, Columns>& scale,
+                          const PerChannel<Real<T>, Columns>& shift, int64_t i, Left left, Real<T> slope) {
+    const auto grad = get(dy + i, left);
+    if constexpr (!Act::uses_z) return grad;
+    else if constexpr (S == Source::Y) return Act::backward_y(grad, get(extra + i, left), slope);
+    else {
+        auto z = fma(deviation, scale[i], shift[i]);
+        if constexpr (S == Source::Residual) z += get(extra + i, left);
+        return Act::backward(grad, z, slope);
+    }
+}
+
+// dx (and dz where wanted) of a block.
+template <class T, class Act, Source S, bool Columns>
+void input_block(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope) {
+    using A = Real<T>;
+    const PerChannel<A, Columns> mean(k.mean), scale(k.scale), shift(k.shift), c1(k.c1), c0(k.c0);
+    const bool stream = b.stream;
+    for (int64_t r = 0; r < b.rows; ++r) {
+        const T* x = b.x + r * b.stride;
+        const T* dy = b.dy + r * b.stride;
+        const T* extra = S == Source::X ? nullptr : b.extra + r * b.stride;
+        T* out = b.out + r * b.stride;
+        T* dz_out = b.dz ? b.dz + r * b.stride : nullptr;
+        for_vectors<lanes<A>>(b.n, [&](int64_t i, auto left) {
+            const Vec<A> deviation = get(x + i, left) - mean[i];
+            const Vec<A> dz = dz_at<T, Act, S, Columns>(deviation, dy, extra, scale, shift, i, left, slope);
+            if (dz_out) put(dz_out + i, dz, left, stream);
+            put(out + i, fma(scale[i], dz, fma(c1[i], deviation, c0[i])), left, stream);
+        });
+    }
+}
+
+// Sum dz and sum dz * (x - mean) over a block of one channel, added to sums[0] and sums[1]; dz is written where wanted.
+template <class T, class Act, Source S>
+void sums_block(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope, double* sums) {
+    using A = Real<T>;
+    constexpr int W = lanes<A>;
+    const PerChannel<A, false> mean(k.mean), scale(k.scale), shift(k.shift);
+    Vec<A> sum[2] = {}, dot[2] = {};
+    for (int64_t r = 0; r < b.rows; ++r) {
+        const T* x = b.x + r * b.stride;
+        const T* dy = b.dy + r * b.stride;
+        const T* extra = S == Source::X ? nullptr : b.extra + r * b.stride;
+        T* dz_out = b.dz ? b.dz + r * b.stride : nullptr;
+        const auto step = [&](int64_t i, auto left, int lane) {
+            const Vec<A> deviation = get(x + i, left) - mean[i];
+            const Vec<A> dz = used<A>(dz_at<T, Act, S, false>(deviation, dy, extra, scale, shift, i, left, slope), left);
+            if (dz_out) put(dz_out + i, dz, left, false);
+            sum[lane] += dz;
+            dot[lane] = fma(dz, used<A>(deviation, left), dot[lane]);
+        };
+        int64_t i = 0;
+        for (; i + 2 * W <= b.n; i += 2 * W) {
+            step(i, Whole<W>{}, 0);
+            step(i + W, Whole<W>{}, 1);
+        }
+        if (i + W <= b.n) {
+            step(i, Whole<W>{}, 0);
+            i += W;
+        }
+        if (i < b.n) step(i, int(b.n - i), 1);
+    }
+    sums[0] += horizontal(pairs(sum[0]) + pairs(sum[1]));
+    sums[1] += horizontal(pairs(dot[0]) + pairs(dot[1]));
+}
+
+// The same for columns: sum[j] and dot[j] of column j, set by the first rows and added to by the rest.
+template <class T, class Act, Source S>
+void sums_columns(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope, Real<T>* sum, Real<T>* dot) {
+    using A = Real<T>;
+    const PerChannel<A, true> mean(k.mean), scale(k.scale), shift(k.shift);
+    const auto group = [&](int64_t r, auto size) {
+        const int64_t at = r * b.stride;
+        const T* extra = S == Source::X ? b.x : b.extra;
+        for_vectors<lanes<A>>(b.n, [&](int64_t i, auto left) {
+            Vec<A> s = r ? load(sum + i) : Vec<A>{}, d = r ? load(dot + i) : Vec<A>{};
+            for (int g = 0; g < int(size); ++g) {
+                const int64_t row = at + g * b.stride;
+                const Vec<A> deviation = get(b.x + row + i, left) - mean[i];
+                const Vec<A> dz = dz_at<T, Act, S, true>(deviation, b.dy + row, extra + row, scale, shift, i, left, slope);
+                if (b.dz) put(b.dz + row + i, dz, left, false);
+                s += dz;
+                d = fma(dz, deviation, d);
+            }
+            store(sum + i, s);
+            store(dot + i, d);
+        });
+    };
+    int64_t r = 0;
+    for (; r + 4 <= b.rows; r += 4) group(r, Whole<4>{});
+    for (; r < b.rows; ++r) group(r, Whole<1>{});
+}
+
+}  // namespace batchnorm::BATCHNORM_ISA

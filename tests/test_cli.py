@@ -1,0 +1,110 @@
+"""The command as a user meets it: real processes, real exit codes."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SOURCE = str(Path(__file__).parents[1] / "src")
+PACKAGES = ("typer", "rich", "matplotlib", "jinja2", "sklearn", "safetensors")
+TINY = ("--steps", "4", "--batch-size", "16", "--k", "2")
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": SOURCE, "COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
+
+
+def command(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "batchnorm", *arguments],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=environment(),
+        cwd=cwd,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_demo_prints_tables_and_where_the_files_are(tmp_path):
+    done = command("demo", *TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Steps to the same held-out accuracy" in done.stdout
+    assert "whole training set" in done.stdout
+    named = [line for line in done.stdout.splitlines() if line.startswith("batchnorm-demo")]
+    assert len(named) == 6
+    assert all((tmp_path / line).stat().st_size > 0 for line in named)
+    assert len(list((tmp_path / "batchnorm-demo").iterdir())) == 6
+
+
+def test_env_prints_versions_and_backends():
+    done = command("env")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"packages +torch +\d", done.stdout)
+    assert re.search(r"backends +reference +available", done.stdout)
+
+
+def test_wrong_data_ends_in_one_line(tmp_path):
+    done = command("demo", "--data", str(tmp_path / "nothing"), "--out", str(tmp_path / "out"))
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1
+    assert lines[0].startswith("batchnorm: no train-images-idx3-ubyte")
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_option_is_a_usage_error():
+    done = command("demo", "--batch-size", "1")
+    assert done.returncode == 2
+    assert "--batch-size" in done.stderr
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_missing_package_is_named_in_one_line(package, tmp_path):
+    script = (
+        f"import sys; sys.modules[{package!r}] = None; sys.argv[1:] = ['demo', '--steps', '1'];"
+        "from batchnorm.cli import main; sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=tmp_path,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [
+        f"batchnorm: the package '{package}' is missing; pip install 'batchnorm[demo]' brings it"
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGINT is POSIX")
+def test_an_interrupted_demo_leaves_no_file(tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "batchnorm", "demo", "--steps", "100000", "--out", str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env=environment(),
+    )
+    deadline = time.monotonic() + 60
+    while not out.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    assert list(out.iterdir()) == []
