@@ -12,8 +12,14 @@ from batchnorm.fusion.pending import State, current_modes, pend
 from batchnorm.fusion.plan import Plan
 from batchnorm.fusion.prepared import prepare
 
-# Below this many elements the detour costs more than the operations that it saves.
-SMALLEST = 1 << 15
+# (adds, training) -> the number of elements below which the detour costs more than it saves:
+# 16 to 150 microseconds of Python against passes over memory (docs/decisions/0020-pending.md).
+SMALLEST = {
+    (False, True): 1 << 17,
+    (False, False): 1 << 19,
+    (True, True): 1 << 21,
+    (True, False): 1 << 20,
+}
 
 Key = tuple[bool, bool]
 
@@ -55,7 +61,9 @@ class Fusion:
         self.plans[key] = f"expected {self.plans[key]}, then came {reason}"
 
     def _pending(self, layer: Any, x: Tensor, key: Key, plan: Plan) -> Tensor | None:
-        if type(x) is not Tensor or x.numel() < SMALLEST or _seen_by_others(layer, plan):
+        if type(x) is not Tensor or x.numel() < SMALLEST[plan.adds, key[0]]:
+            return None
+        if _seen_by_others(layer, plan):
             return None
         if plan.adds and key[1] and not plan.lasting:
             return None

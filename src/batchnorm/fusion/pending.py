@@ -28,6 +28,8 @@ it together with what follows; the value would be wrong now. Change a copy, or c
 fuse=False."""
 
 _plainly = torch._C.DisableTorchFunctionSubclass
+_grad, _inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
+_autocast, _cuda = torch.is_autocast_enabled, torch.cuda
 
 
 class State(NamedTuple):
@@ -53,11 +55,7 @@ class State(NamedTuple):
 
     def check(self) -> None:
         """Raise if what the result is computed from is not what it was at the call."""
-        x, weight, bias = self.prepared.call[:3]
-        if (
-            versions(x, weight, bias) != self.prepared.versions
-            or versions(self.residual) != self.seen
-        ):
+        if self.prepared.changed() or versions(self.residual) != self.seen:
             raise SurgeryError(CHANGED.format(name=self.name))
 
 
@@ -137,9 +135,8 @@ def real(p: Any) -> Any:
 
 def current_modes() -> tuple[Any, ...]:
     """Return the switches of PyTorch under which an operation means what it means."""
-    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
-    autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, stream
+    switches = (_grad(), _inference(), _autocast("cpu"), _autocast("cuda"))
+    return (*switches, torch.cuda.current_stream()) if _cuda._initialized else switches
 
 
 def _is_pending(value: Any) -> bool:

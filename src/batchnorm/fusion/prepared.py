@@ -21,15 +21,14 @@ class Prepared(NamedTuple):
     """What is needed to compute act(normalize(x) + residual), once or again.
 
     Attributes:
-        call: Input and parameters as they were at the call.
-        stats: (3, C): mean, m2, 1 / sqrt(variance + eps).
-        batch: Whether the statistics are the input's own; constants otherwise, without m2.
-        versions: Of x, weight and bias at the call.
+        call: Input, parameters and stored statistics as they were at the call.
+        batch: The input's own stats (3, C): mean, m2, 1 / sqrt(variance + eps); None where the
+            stored statistics count, which are constants.
+        versions: Of what ``call`` holds.
     """
 
     call: Call
-    stats: Tensor
-    batch: bool
+    batch: Tensor | None
     versions: tuple[int, ...]
 
     def run(self, residual: Tensor | None, act: Activation) -> Tensor:
@@ -41,11 +40,17 @@ class Prepared(NamedTuple):
 
         Its gradient is that without an activation.
         """
+        if not (torch.is_grad_enabled() and self.call._replace(residual=residual).needs_grad):
+            return wrap(self.call.x, cls)
         return self._run(residual, IDENTITY, Wrapping(self._backend(residual), cls))
 
     def values(self, residual: Tensor | None) -> Tensor:
         """Return the result without activation and without gradient."""
         return self._normalize(residual, IDENTITY, self._backend(residual))
+
+    def changed(self) -> bool:
+        """Whether anything that ``call`` holds has been written to since."""
+        return versions(*tensors(self.call, self.batch)) != self.versions
 
     def _backend(self, residual: Tensor | None) -> Any:
         call = self.call
@@ -56,19 +61,30 @@ class Prepared(NamedTuple):
         if not (torch.is_grad_enabled() and call.needs_grad):
             return self._normalize(residual, act, backend)
         y: Tensor
-        if not self.batch:
+        if self.batch is None:
             affine = (call.weight, call.bias, residual, act, call.axis)
-            y = eager.apply_given(call.x, self.stats[0], self.stats[2], *affine, backend)
+            y = eager.apply_given(call.x, *self._stored(), *affine, backend)
             return y
-        known = Known(backend, self.stats)
+        known = Known(backend, self.batch)
         step = eager.Step(act, call.eps, call.axis, known, [])
         y = eager.apply_batch(call.x, call.weight, call.bias, residual, step)
         return y
 
     def _normalize(self, residual: Tensor | None, act: Activation, backend: Any) -> Tensor:
-        c, mean, rstd = self.call, self.stats[0], self.stats[2]
-        y: Tensor = backend.normalize(c.x, mean, rstd, c.weight, c.bias, residual, act, c.axis)
+        c = self.call
+        affine = (c.weight, c.bias, residual, act)
+        y: Tensor
+        if self.batch is None:
+            y = backend.evaluate(c.x, c.mean, c.var, *affine, c.eps, c.axis)
+        else:
+            y = backend.normalize(c.x, self.batch[0], self.batch[2], *affine, c.axis)
         return y
+
+    def _stored(self) -> tuple[Tensor, Tensor]:
+        call: Any = self.call
+        dtype = layout.compute_dtype(call.x)
+        rstd = torch.rsqrt(call.var.detach().to(dtype) + call.eps)
+        return call.mean.detach().to(dtype, copy=True), rstd
 
 
 class Known:
@@ -106,18 +122,29 @@ class Wrapping:
         self.backward_input = backend.backward_input
 
     def normalize(self, x: Tensor, *_: Any) -> Tensor:
-        """Return the wrapper, of the sizes and strides of x."""
-        wrapper: Tensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            self.cls, x.size(), strides=x.stride(), dtype=x.dtype, device=x.device
-        )
-        # A kernel that would read its memory directly shall fail, and not read nothing.
-        torch._C._set_throw_on_mutable_data_ptr(wrapper)
-        return wrapper
+        """Return the wrapper."""
+        return wrap(x, self.cls)
+
+
+def wrap(x: Tensor, cls: Any) -> Tensor:
+    """Return a tensor of class ``cls`` with the sizes and strides of x and no memory."""
+    wrapper: Tensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        cls, x.size(), strides=x.stride(), dtype=x.dtype, device=x.device
+    )
+    # A kernel that would read its memory directly shall fail, and not read nothing.
+    torch._C._set_throw_on_mutable_data_ptr(wrapper)
+    return wrapper
+
+
+def tensors(call: Call, batch: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return what a later computation reads."""
+    stored = (call.mean, call.var) if batch is None else ()
+    return call.x, call.weight, call.bias, *stored
 
 
 def versions(*tensors: Tensor | None) -> tuple[int, ...]:
     """Return the version counters of those that have one; inference tensors have none."""
-    return tuple(t._version for t in tensors if t is not None and not t.is_inference())
+    return tuple([t._version for t in tensors if t is not None and not t.is_inference()])
 
 
 def prepare(layer: Any, x: Tensor, act: Activation, whole: bool) -> tuple[Prepared, Tensor] | None:
@@ -135,34 +162,45 @@ def prepare(layer: Any, x: Tensor, act: Activation, whole: bool) -> tuple[Prepar
     Raises:
         BatchNormError: What the layer itself would raise.
     """
+    if not _is_dense(x):
+        return None
+    if whole:
+        found: list[Tensor] = []
+        y = hot.forward(layer, x, None, act, found)
+        if y is not None:
+            return _prepared(_quick(layer, x), found[0] if found else None), y
     layer._check_input_dim(x)
     call = layer._call(x, None, None)
-    if not (routes.is_plain(call) and call.eps > 0 and _is_dense(x)):
+    if not (routes.is_plain(call) and call.eps > 0):
         return None
+    batch = None
     if call.mean is None or (layer.training and not isinstance(layer.statistics, Frozen)):
-        return _by_batch(layer, call, act, whole)
-    dtype = layout.compute_dtype(x)
-    mean = call.mean.detach().to(dtype)
-    rstd = torch.rsqrt(call.var.detach().to(dtype) + call.eps)
-    stats = torch.stack((mean, mean, rstd))
-    prepared = Prepared(call, stats, False, versions(x, call.weight, call.bias))
+        batch = _take(layer, call)
+    prepared = _prepared(call, batch)
     return prepared, prepared.run(None, act) if whole else x
 
 
-def _by_batch(layer: Any, call: Call, act: Activation, whole: bool) -> tuple[Prepared, Tensor]:
+def _prepared(call: Call, batch: Tensor | None) -> Prepared:
+    return Prepared(call, batch, versions(*tensors(call, batch)))
+
+
+def _quick(layer: Any, x: Tensor) -> Call:
+    """Return the call that the hot path has found to be in order."""
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    buffers = layer._buffers
+    stored = (buffers["running_mean"], buffers["running_var"])
+    return Call(x, weight, bias, None, None, IDENTITY, layer.eps, layer.axis % x.dim(), *stored)
+
+
+def _take(layer: Any, call: Call) -> Tensor:
+    """Take the batch's statistics, and the estimate's step."""
     functional.check_source(call, BATCH)
-    x, seen = call.x, versions(call.x, call.weight, call.bias)
-    found: list[Tensor] = []
-    y = hot.forward(layer, x, None, act, found) if whole and layer.training else None
-    if y is not None:
-        return Prepared(call, found[0], True, seen), y
+    x = call.x
     count = layout.values_per_channel(x.shape, call.axis)
     mean, m2 = select(x, call.weight, call.bias, None, call.axis).moments(x, call.axis)
     if layer.training and layer.track_running_stats and call.mean is not None:
         tracking.step(layer, Moments(count, mean, m2))
-    stats = torch.stack((mean, m2, reference.reciprocal_std(m2, count, call.eps)))
-    prepared = Prepared(call, stats, True, seen)
-    return prepared, prepared.run(None, act) if whole else x
+    return torch.stack((mean, m2, reference.reciprocal_std(m2, count, call.eps)))
 
 
 def why_whole(layer: Any) -> str:
