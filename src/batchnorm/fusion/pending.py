@@ -30,6 +30,7 @@ fuse=False."""
 _plainly = torch._C.DisableTorchFunctionSubclass
 _grad, _inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
 _autocast, _cuda = torch.is_autocast_enabled, torch.cuda
+_packing = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 class State(NamedTuple):
@@ -134,8 +135,11 @@ def real(p: Any) -> Any:
 
 
 def current_modes() -> tuple[Any, ...]:
-    """Return the switches of PyTorch under which an operation means what it means."""
-    switches = (_grad(), _inference(), _autocast("cpu"), _autocast("cuda"))
+    """Return the switches of PyTorch under which an operation means what it means.
+
+    The hooks on saved tensors are among them: activation checkpointing counts what it sees saved.
+    """
+    switches = (_grad(), _inference(), _autocast("cpu"), _autocast("cuda"), _packing(True))
     return (*switches, torch.cuda.current_stream()) if _cuda._initialized else switches
 
 
