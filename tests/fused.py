@@ -10,8 +10,6 @@ from twins import randomize
 
 import batchnorm as bn
 
-# The keys of fusion.layer.SMALLEST.
-STEPS = [(adds, training) for adds in (True, False) for training in (True, False)]
 
 
 class Model(nn.Module):

@@ -9,15 +9,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from fused import STEPS, Model, check, fused_with
+from fused import Model, check, fused_with
 from torch import nn
 
 import batchnorm as bn
 
 
-@pytest.fixture(autouse=True)
-def _everything_is_large_enough(monkeypatch):
-    monkeypatch.setattr("batchnorm.fusion.layer.SMALLEST", dict.fromkeys(STEPS, 0))
+pytestmark = pytest.mark.usefixtures("everything_is_large_enough")
 
 
 ACTIVATIONS = {
@@ -238,5 +236,6 @@ def test_a_filter_of_fusing_and_small_inputs(monkeypatch):
     model = Model(lambda self, y, r: F.relu(y))
     bn.convert(model, fuse=False)
     assert not model._forward_hooks
-    monkeypatch.setattr("batchnorm.fusion.layer.SMALLEST", dict.fromkeys(STEPS, 1 << 30))
+    large = dict.fromkeys([(a, t) for a in (True, False) for t in (True, False)], 1 << 30)
+    monkeypatch.setattr("batchnorm.fusion.layer.SMALLEST", large)
     check(Model(lambda self, y, r: F.relu(y)))

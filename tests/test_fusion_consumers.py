@@ -11,16 +11,14 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from fused import STEPS, Model, check, fused_with, run
+from fused import Model, check, fused_with, run
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 
 
-@pytest.fixture(autouse=True)
-def _everything_is_large_enough(monkeypatch):
-    monkeypatch.setattr("batchnorm.fusion.layer.SMALLEST", dict.fromkeys(STEPS, 0))
+pytestmark = pytest.mark.usefixtures("everything_is_large_enough")
 
 
 class Triple(torch.autograd.Function):
@@ -362,7 +360,7 @@ def test_an_interrupt_leaves_nothing_behind():
     assert torch.overrides._get_current_function_mode() is None
 
 
-@pytest.mark.parametrize("lesson", LESSONS)
+@pytest.mark.parametrize("lesson", ["relu", "add", "add and relu"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_what_is_expected_comes_inside_of_a_checkpointed_region(lesson, reentrant):
     teach = LESSONS[lesson]
