@@ -121,7 +121,7 @@ class Watch(TorchFunctionMode):
         elif step is None or step.target is not tensor or not _fits(step):
             absorbing = step is not None and step.residual is tensor
             track.lose("another normalization absorbs it" if absorbing else f"{name} uses it")
-            self._set(tensor, track, track.stage == "done")
+            del self.followed[id(tensor)]
         elif step.residual is None or track.stage == "made":
             track.absorb(step)
             self._set(tensor, track, True)
@@ -131,6 +131,7 @@ class Watch(TorchFunctionMode):
                 del self.followed[id(tensor)]
         else:
             track.lose(f"{name} uses it")
+            del self.followed[id(tensor)]
 
     def _known(self, tensor: Any) -> bool:
         found = self.followed.get(id(tensor))
