@@ -111,7 +111,8 @@ def _masked_batch(call: Call, mask: Tensor) -> tuple[Tensor, Moments]:
     # What is masked out is replaced first: its NaN would come back in the gradient as 0 * NaN.
     x = torch.where(mask, call.x, 0.0)
     wide = _moments.wide(x.device)
-    values, weights = (layout.canonical(t, axis).to(wide) for t in (x, sample))
+    values = layout.canonical(x, axis).to(wide)
+    weights = layout.canonical(x, axis, sample).to(wide)
     count, mean, m2 = _moments.center_weighted(values, weights)
     mean, m2 = mean.to(dtype), m2.to(dtype)
     rstd = reference.reciprocal_std(m2, count, call.eps)
