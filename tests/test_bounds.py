@@ -1,7 +1,7 @@
 """The promise on accuracy, the same for every route and backend, against float64.
 
-    relative error of the variance <= 1e-6; of the mean <= one float32 rounding;
-    |y - oracle| <= 8 * 2^-24 * (1 + |mean| / std) * |weight|
+relative error of the variance <= 1e-6; of the mean <= one float32 rounding;
+|y - oracle| <= 8 * 2^-24 * (1 + |mean| / std) * |weight|
 """
 
 import pytest

@@ -25,7 +25,9 @@ def tensors(draw, size=sizes):
     """Values at awkward places: empty, single, far from zero, constant."""
     n = draw(size)
     numbers = st.floats(-4, 4, allow_nan=False, width=32)
-    rows = draw(st.lists(st.lists(numbers, min_size=CHANNELS, max_size=CHANNELS), min_size=n, max_size=n))
+    rows = draw(
+        st.lists(st.lists(numbers, min_size=CHANNELS, max_size=CHANNELS), min_size=n, max_size=n)
+    )
     x = torch.tensor(rows, dtype=torch.float64).reshape(n, CHANNELS)
     return x * draw(scales) + draw(offsets)
 
@@ -122,7 +124,9 @@ def test_counts_stay_exact_beyond_float32():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("shape", "axis"), [((5, 3), 1), ((2, 3, 7), 1), ((2, 5, 4, 3), -1), ((3, 4, 2, 2, 2), 0)])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((5, 3), 1), ((2, 3, 7), 1), ((2, 5, 4, 3), -1), ((3, 4, 2, 2, 2), 0)]
+)
 def test_every_rank_axis_dtype_and_memory_order(shape, axis, dtype):
     x = (torch.randn(shape) * 2 + 3).to(dtype)
     rows = x.double().movedim(axis, -1).reshape(-1, 3)
@@ -162,13 +166,20 @@ def test_errors_teach(arguments, words):
         Moments.unpack(torch.zeros(4))
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((5, 3), 1), ((2, 3, 7), 1), ((2, 5, 4, 3), 3), ((2, 3, 5, 4), 1), ((2, 3, 1, 4), 1)])
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((5, 3), 1), ((2, 3, 7), 1), ((2, 5, 4, 3), 3), ((2, 3, 5, 4), 1), ((2, 3, 1, 4), 1)],
+)
 def test_a_mask_fits_in_every_layout(shape, axis):
     x = torch.randn(shape)
     sizes = [size for i, size in enumerate(shape) if i != axis]
     mask = torch.rand(sizes) < 0.6
     rows = x.movedim(axis, -1)[mask].double()
-    for same in (x, x.transpose(0, -1).contiguous().transpose(0, -1), x.movedim(axis, -1).contiguous().movedim(-1, axis)):
+    for same in (
+        x,
+        x.transpose(0, -1).contiguous().transpose(0, -1),
+        x.movedim(axis, -1).contiguous().movedim(-1, axis),
+    ):
         found = Moments.of(same, axis, mask=mask)
         assert float(found.count) == len(rows)
         torch.testing.assert_close(found.mean, rows.mean(0))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 _native = pytest.importorskip("batchnorm._native")
-from batchnorm.ops import cpu, cpu_memory  # noqa: E402
+from batchnorm.ops import cpu  # noqa: E402
 from batchnorm.ops.activations import Activation  # noqa: E402
 
 ACTS = {

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from batchnorm.ops import eager, routes
+from batchnorm.ops import eager
 from batchnorm.ops.backend import select
+from batchnorm.ops.onlookers import is_calm, is_recomputing
 from batchnorm.sources.batch import Batch
 
 _WIDE = (torch.float32, torch.float64)
@@ -21,7 +22,7 @@ _WIDE = (torch.float32, torch.float64)
 
 def forward(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
     """Return the result of the layer, or None where the call is not the common one."""
-    if type(x) is not Tensor or not routes.is_calm():
+    if type(x) is not Tensor or not is_calm():
         return None
     parameters, buffers = layer._parameters, layer._buffers
     weight, bias = parameters.get("weight"), parameters.get("bias")
@@ -86,7 +87,7 @@ def _train(
         return None
     backend = select(x, weight, bias, residual, axis)
     running = None
-    if layer.track_running_stats and mean is not None and not routes.is_recomputing():
+    if layer.track_running_stats and mean is not None and not is_recomputing():
         counter = buffers["num_batches_tracked"]
         if not backend.commits or mean.dtype not in _WIDE or var.dtype != mean.dtype:
             return None

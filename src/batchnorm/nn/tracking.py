@@ -9,7 +9,7 @@ from torch import Tensor
 from batchnorm.estimators.base import keep_if_empty, nothing, unbiased
 from batchnorm.estimators.running import Averages, average
 from batchnorm.moments import Moments
-from batchnorm.ops.routes import is_recomputing
+from batchnorm.ops.onlookers import is_recomputing
 
 NARROW = """\
 {name} of a batch normalization layer is {dtype}: something cast it past torch.nn.Module's own \

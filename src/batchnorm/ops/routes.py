@@ -9,7 +9,6 @@ tensors, broadcast residuals): the plain operations of ``reference``.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from batchnorm import layout
@@ -18,6 +17,7 @@ from batchnorm.moments import Moments
 from batchnorm.ops import eager, library, reference
 from batchnorm.ops.backend import select
 from batchnorm.ops.call import Call
+from batchnorm.ops.onlookers import is_calm, is_traced
 
 _DEVICES = ("cpu", "cuda")
 
@@ -83,26 +83,6 @@ def is_plain(call: Call) -> bool:
         if tensor is not None and type(tensor) is not Tensor and type(tensor) is not Parameter:
             return False
     return is_calm()
-
-
-def is_calm() -> bool:
-    """Return whether nobody looks on: no graph being made, no dispatch mode, functorch or dual."""
-    return (
-        not is_traced()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-    )
-
-
-def is_recomputing() -> bool:
-    """Return whether this is the second forward of activation checkpointing, inside backward."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def is_traced() -> bool:
-    """Return whether a graph is being made: by compile, export or ``torch.jit.trace``."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def _masked_batch(call: Call, mask: Tensor) -> tuple[Tensor, Moments]:
