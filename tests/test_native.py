@@ -283,6 +283,7 @@ LARGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outlier", [False, True], ids=["plain", "outlier"])
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1e3, 1e6])
 @pytest.mark.parametrize("layout", LARGE)

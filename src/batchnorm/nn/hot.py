@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from batchnorm.nn.tracking import WIDE
 from batchnorm.ops import eager
 from batchnorm.ops.backend import select
 from batchnorm.ops.onlookers import is_calm, is_recomputing
 from batchnorm.sources.batch import Batch
-
-_WIDE = (torch.float32, torch.float64)
 
 
 def forward(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
@@ -49,7 +48,7 @@ def forward(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
     wants_grad = wants_grad and torch.is_grad_enabled()
     if layer.training:
         return _train(layer, x, axis, weight, bias, residual, wants_grad)
-    if mean is None or wants_grad or not layer.eps >= 0 or mean.dtype not in _WIDE:
+    if mean is None or wants_grad or not layer.eps >= 0 or mean.dtype not in WIDE:
         return None
     backend = select(x, weight, bias, residual, axis)
     if mean.device != x.device or var.dtype != mean.dtype:
@@ -89,7 +88,7 @@ def _train(
     running = None
     if layer.track_running_stats and mean is not None and not is_recomputing():
         counter = buffers["num_batches_tracked"]
-        if not backend.commits or mean.dtype not in _WIDE or var.dtype != mean.dtype:
+        if not backend.commits or mean.dtype not in WIDE or var.dtype != mean.dtype:
             return None
         if mean.device != x.device or mean.is_inference() or counter is None:
             return None
