@@ -14,7 +14,7 @@ namespace batchnorm::BATCHNORM_ISA {
 constexpr int64_t segment_blocks = 32;
 constexpr int64_t serial_below = 65537;             // elements: less is done sooner than threads are woken
 constexpr int64_t fused_bytes = int64_t(6) << 20;   // of all tensors of one channel
-constexpr int64_t stream_bytes = int64_t(24) << 20; // outputs above this go past the cache
+constexpr int64_t stream_bytes = int64_t(8) << 20;  // outputs above this go past the cache
 
 struct Piece {
     int64_t offset, rows, n;

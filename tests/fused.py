@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from twins import randomize
 
 import batchnorm as bn
-
+from twins import randomize
 
 
 class Model(nn.Module):
@@ -33,7 +32,11 @@ class Model(nn.Module):
 
 def fused_with(model: nn.Module) -> str:
     """Return what the first layer is fused with in its current mode, or nothing."""
-    layer = next(m for m in model.modules() if isinstance(m, bn.BatchNorm1d | bn.BatchNorm2d | bn.BatchNorm3d))
+    layer = next(
+        m
+        for m in model.modules()
+        if isinstance(m, bn.BatchNorm1d | bn.BatchNorm2d | bn.BatchNorm3d)
+    )
     plan = layer._fusion.plans.get((layer.training, torch.is_inference_mode_enabled()))
     return "" if plan is None or isinstance(plan, str) else str(plan)
 
@@ -51,7 +54,9 @@ def run(model: nn.Module, x: Tensor, r: Tensor, dtype: torch.dtype) -> dict[str,
         assert type(y) is Tensor
         found[f"y{i}"] = y
         if y.requires_grad:
-            pairs.append((y, torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)))
+            pairs.append(
+                (y, torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype))
+            )
     if pairs:
         torch.autograd.backward(*zip(*pairs, strict=True))
     found |= {"dx": x.grad, "dr": r.grad}

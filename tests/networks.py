@@ -3,9 +3,10 @@
 from collections.abc import Callable
 
 import pytest
-import third_party
 import torch
 from torch import nn
+
+import third_party
 
 
 def _timm(name: str, **options) -> Callable[[], nn.Module]:

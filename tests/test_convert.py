@@ -5,14 +5,14 @@ import pickle
 import time
 
 import pytest
-import third_party
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
-from twins import assert_unchanged, randomize, snapshot
 
 import batchnorm as bn
+import third_party
+from twins import assert_unchanged, randomize, snapshot
 
 
 def network() -> nn.Module:

@@ -9,11 +9,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from fused import Model, check, fused_with
 from torch import nn
 
 import batchnorm as bn
-
+from fused import Model, check, fused_with
 
 pytestmark = pytest.mark.usefixtures("everything_is_large_enough")
 

@@ -11,12 +11,11 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from fused import Model, check, fused_with, run
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
-
+from fused import Model, check, fused_with, run
 
 pytestmark = pytest.mark.usefixtures("everything_is_large_enough")
 

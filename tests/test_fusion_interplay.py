@@ -7,13 +7,13 @@ import threading
 import pytest
 import torch
 import torch.multiprocessing
-from fused import fused_with
-from ranks import across_ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from twins import randomize
 
 import batchnorm as bn
+from fused import fused_with
+from ranks import across_ranks
+from twins import randomize
 
 pytestmark = pytest.mark.usefixtures("everything_is_large_enough")
 
@@ -213,6 +213,7 @@ def test_the_compiled_model(learned):
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_compiled_part_is_no_obstacle():
     torch._dynamo.reset()
     ours, theirs = pair()

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from networks import NETWORKS
 from torch import Tensor, nn
 
 import batchnorm as bn
+from networks import NETWORKS
 
 pytestmark = pytest.mark.usefixtures("everything_is_large_enough")
 

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+
+import batchnorm as bn
 from twins import (
     CHANNELS,
     KIND,
@@ -18,8 +20,6 @@ from twins import (
     step,
     twins,
 )
-
-import batchnorm as bn
 
 RANKS = sorted(SHAPES)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

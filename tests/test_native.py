@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 _native = pytest.importorskip("batchnorm._native")
-from batchnorm.ops import cpu, cpu_memory  # noqa: E402
+from batchnorm.ops import cpu  # noqa: E402
 from batchnorm.ops.activations import Activation  # noqa: E402
 
 ACTS = {
@@ -283,6 +283,7 @@ LARGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outlier", [False, True], ids=["plain", "outlier"])
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1e3, 1e6])
 @pytest.mark.parametrize("layout", LARGE)

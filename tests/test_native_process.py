@@ -4,10 +4,11 @@ import os
 import subprocess
 import sys
 import threading
-from batchnorm.ops.activations import Activation
 
 import pytest
 import torch
+
+from batchnorm.ops.activations import Activation
 
 _native = pytest.importorskip("batchnorm._native")
 from batchnorm.ops import cpu  # noqa: E402

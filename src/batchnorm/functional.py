@@ -14,6 +14,7 @@ from batchnorm.moments import Moments, element_weights
 from batchnorm.ops import routes
 from batchnorm.ops.activations import ActivationLike, activation
 from batchnorm.ops.call import Call
+from batchnorm.ops.onlookers import is_recorded, is_traced
 from batchnorm.sources.base import Source
 from batchnorm.sources.batch import Batch
 
@@ -138,7 +139,9 @@ def prepare(
     """
     axis = layout.channel_axis(x.ndim, axis)
     layout.check_input(x)
-    layout.check_per_channel(x, axis, running_mean=mean, running_var=var, weight=weight, bias=bias)
+    if not is_recorded():
+        per_channel = {"running_mean": mean, "running_var": var, "weight": weight, "bias": bias}
+        layout.check_per_channel(x, axis, **per_channel)
     if mask is not None:
         mask = element_weights(x, axis, mask)
     act = activation(act)
@@ -152,9 +155,9 @@ def check_source(call: Call, source: Source) -> None:
         OptionError: If eps <= 0 or NaN.
         LayoutError: If a batch has one value per channel and is to be normalized by itself.
     """
-    if not (call.eps > 0 and math.isfinite(call.eps)):
+    if not 0 < call.eps < math.inf:
         raise OptionError(f"batch_norm eps must be positive during training, but got {call.eps}")
     if source.normalizes_by_batch:
         layout.check_enough_values(call.x, call.axis)
-        if call.mask is not None and call.x.device.type == "cpu" and not routes.is_traced():
+        if call.mask is not None and call.x.device.type == "cpu" and not is_traced():
             layout.check_enough_unmasked(call.x, call.mask, call.axis)

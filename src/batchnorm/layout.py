@@ -52,13 +52,21 @@ def per_channel_shape(ndim: int, axis: int) -> list[int]:
     return shape
 
 
-def canonical(x: Tensor, axis: int) -> Tensor:
-    """View ``x`` as (outer, C, inner); a copy only where its strides allow no view."""
-    channels_last = x.movedim(axis, -1)
-    if channels_last.is_contiguous():
-        return channels_last.reshape(-1 if x.numel() else 0, x.shape[axis], 1)
+def canonical(x: Tensor, axis: int, companion: Tensor | None = None) -> Tensor:
+    """View ``x`` as (outer, C, inner); a copy only where its strides allow no view.
+
+    Args:
+        x: Input, channels on ``axis``.
+        axis: The channel axis, counted from the front.
+        companion: A tensor of the same sizes but for the channels, to be viewed in the place of
+            ``x`` and in its order.
+    """
+    innermost = x.movedim(axis, -1).is_contiguous()
+    x = x if companion is None else companion
     outer = values_per_channel(x.shape[:axis], -1)
     inner = values_per_channel(x.shape[axis + 1 :], -1)
+    if innermost:
+        return x.movedim(axis, -1).reshape(outer * inner, x.shape[axis], 1)
     return x.reshape(outer, x.shape[axis], inner)
 
 

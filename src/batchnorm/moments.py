@@ -68,7 +68,7 @@ class Moments(NamedTuple):
         values = layout.canonical(x.detach(), axis).to(wide(x.device))
         if mask is None and weights is None:
             return cls(layout.values_per_channel(x.shape, axis), *center(values))
-        sample = layout.canonical(element_weights(x, axis, mask, weights), axis)
+        sample = layout.canonical(x, axis, element_weights(x, axis, mask, weights))
         count, mean, m2 = center_weighted(values, sample.to(values.dtype))
         return cls(count, mean, m2)
 

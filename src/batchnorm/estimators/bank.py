@@ -23,7 +23,9 @@ def named(estimators: EstimatorLike) -> dict[str, Estimator]:
     if isinstance(estimators, Mapping):
         found = dict(estimators)
     else:
-        several = estimators if isinstance(estimators, Sequence) else [estimators]
+        several: Sequence[Any] = [estimators]
+        if isinstance(estimators, Sequence) and not isinstance(estimators, str):
+            several = estimators
         found = {getattr(one, "name", repr(one)): one for one in several}
         if len(found) < len(several):
             raise OptionError(

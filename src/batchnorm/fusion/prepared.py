@@ -103,9 +103,9 @@ class Known:
         bias: Tensor | None,
         residual: Tensor | None,
         act: Activation,
-        eps: float,
+        _eps: float,
         axis: int,
-        running: None = None,
+        _running: None = None,
     ) -> tuple[Tensor, Tensor]:
         """Normalize by what is known; return what a backend's ``forward`` does."""
         mean, rstd = self.stats[0], self.stats[2]

@@ -124,11 +124,42 @@ def _readers() -> dict[Any, Reader]:
 
 _READERS = _readers()
 
-_ATTRIBUTES = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "itemsize",
-               "nbytes", "is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized", "is_mps",
-               "is_mkldnn", "is_xpu", "is_nested", "is_sparse_csr")  # fmt: skip
-_METHODS = ("size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "is_complex",
-            "is_contiguous", "is_floating_point", "get_device", "is_inference", "__len__")  # fmt: skip
+_ATTRIBUTES = [
+    "shape",
+    "dtype",
+    "device",
+    "layout",
+    "ndim",
+    "requires_grad",
+    "is_leaf",
+    "itemsize",
+    "nbytes",
+    "is_cpu",
+    "is_cuda",
+    "is_meta",
+    "is_mps",
+    "is_xpu",
+    "is_sparse",
+    "is_sparse_csr",
+    "is_quantized",
+    "is_mkldnn",
+    "is_nested",
+]
+_METHODS = [
+    "size",
+    "dim",
+    "ndimension",
+    "numel",
+    "nelement",
+    "element_size",
+    "stride",
+    "is_contiguous",
+    "is_complex",
+    "is_floating_point",
+    "get_device",
+    "is_inference",
+    "__len__",
+]
 _METADATA = frozenset(
     [getattr(Tensor, name).__get__ for name in _ATTRIBUTES]
     + [getattr(Tensor, name) for name in _METHODS]

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from batchnorm.fusion.pending import Pending, real
 from batchnorm.fusion.watch import Watch
-from batchnorm.ops import routes
+from batchnorm.ops.onlookers import is_calm
 
 _PLACE = "_batchnorm_fusing"
 _MOST_LOOKS = 3
@@ -98,7 +98,7 @@ def remove(model: nn.Module) -> None:
 
 
 def _open(model: nn.Module, args: Any) -> None:  # noqa: ARG001
-    if torch.compiler.is_compiling() or not _is_ordinary():
+    if not is_calm():
         return
     running = current()
     if running is not None and running.model is not model and not running.is_over():
@@ -118,11 +118,3 @@ def _close(model: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001
     if type(output) is torch.Tensor or not any(type(one) is Pending for one in tree_leaves(output)):
         return None
     return tree_map_only(Pending, real, output)
-
-
-def _is_ordinary() -> bool:
-    return (
-        not routes.is_traced()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )

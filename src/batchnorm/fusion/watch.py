@@ -104,13 +104,13 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling() or is_metadata(func):
             return func(*args, **kwargs)
-        used = [one for one in _tensors((args, kwargs)) if self._known(one)]
+        used = {id(one): one for one in _tensors((args, kwargs)) if self._known(one)}
         if not used:
             return func(*args, **kwargs)
         step = recognize(func, args, kwargs, self._waiting)
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
-        for tensor in used:
+        for tensor in used.values():
             self._note(tensor, step, result, name)
         return result
 

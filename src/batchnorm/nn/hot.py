@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from batchnorm.ops import eager, routes
+from batchnorm.nn.tracking import WIDE
+from batchnorm.ops import eager
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.backend import select
+from batchnorm.ops.onlookers import is_calm, is_recomputing
 from batchnorm.sources.batch import Batch
-
-_WIDE = (torch.float32, torch.float64)
 
 
 def forward(
@@ -36,7 +36,7 @@ def forward(
         act: An activation in the place of the layer's own.
         found: In training receives stats (3, C): mean, m2, rstd.
     """
-    if type(x) is not Tensor or not routes.is_calm():
+    if type(x) is not Tensor or not is_calm():
         return None
     parameters, buffers = layer._parameters, layer._buffers
     weight, bias = parameters.get("weight"), parameters.get("bias")
@@ -65,7 +65,7 @@ def forward(
     if layer.training:
         found = [] if found is None else found
         return _train(layer, x, axis, weight, bias, residual, wants_grad, act, found)
-    if mean is None or wants_grad or not layer.eps >= 0 or mean.dtype not in _WIDE:
+    if mean is None or wants_grad or not layer.eps >= 0 or mean.dtype not in WIDE:
         return None
     backend = select(x, weight, bias, residual, axis)
     if mean.device != x.device or var.dtype != mean.dtype:
@@ -104,9 +104,9 @@ def _train(
         return None
     backend = select(x, weight, bias, residual, axis)
     running = None
-    if layer.track_running_stats and mean is not None and not routes.is_recomputing():
+    if layer.track_running_stats and mean is not None and not is_recomputing():
         counter = buffers["num_batches_tracked"]
-        if not backend.commits or mean.dtype not in _WIDE or var.dtype != mean.dtype:
+        if not backend.commits or mean.dtype not in WIDE or var.dtype != mean.dtype:
             return None
         if mean.device != x.device or mean.is_inference() or counter is None:
             return None

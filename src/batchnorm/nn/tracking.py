@@ -9,8 +9,9 @@ from torch import Tensor
 from batchnorm.estimators.base import keep_if_empty, nothing, unbiased
 from batchnorm.estimators.running import Averages, average
 from batchnorm.moments import Moments
-from batchnorm.ops.routes import is_recomputing
+from batchnorm.ops.onlookers import is_recomputing
 
+WIDE = (torch.float32, torch.float64)
 NARROW = """\
 {name} of a batch normalization layer is {dtype}: something cast it past torch.nn.Module's own \
 .to()/.half(). Its steps are computed in float32, but every one of them is rounded to {dtype}, and \
@@ -43,7 +44,7 @@ def _move(layer: Any, batch: Moments) -> None:
         alpha = 0.0 if seen is None else 1.0 / (seen + 1)
     for name, new in (("running_mean", batch.mean), ("running_var", unbiased(batch))):
         old = getattr(layer, name)
-        wide = old if _wide_enough(old, name) else old.float()
+        wide = old if old.dtype in WIDE else _widened(layer, name, old)
         moved = average(wide, new if new.dtype == wide.dtype else new.to(wide.dtype), alpha)
         old.copy_(keep_if_empty(batch, wide, moved))
 
@@ -64,9 +65,9 @@ def restart(layer: Any, known: bool = False) -> None:
     layer._bank.restart(layer.num_features, layer.running_mean.device, start)
 
 
-def _wide_enough(statistic: Tensor, name: str) -> bool:
-    if statistic.dtype in (torch.float32, torch.float64):
-        return True
-    if not torch.compiler.is_compiling():
+def _widened(layer: Any, name: str, statistic: Tensor) -> Tensor:
+    """Return a statistic that something narrowed in float32; warn the first time."""
+    if not torch.compiler.is_compiling() and not layer.__dict__.get("_warned"):
+        layer._warned = True
         warnings.warn(NARROW.format(name=name, dtype=statistic.dtype), stacklevel=6)
-    return False
+    return statistic.float()

@@ -59,10 +59,10 @@ def serves(
 def moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Return mean and m2 per channel."""
     x, *shape = plan(x, axis)
-    stats = _empty(2, shape[1], dtype=wide(x))
-    mean, row = stats.data_ptr(), shape[1] * stats.element_size()
-    _native.moments(x.data_ptr(), mean, mean + row, *shape, DTYPES[x.dtype], _threads())
-    return stats[0], stats[1]
+    mean, m2 = (_empty(shape[1], dtype=wide(x)) for _ in range(2))
+    addresses = (x.data_ptr(), mean.data_ptr(), m2.data_ptr())
+    _native.moments(*addresses, *shape, DTYPES[x.dtype], _threads())
+    return mean, m2
 
 
 def normalize(

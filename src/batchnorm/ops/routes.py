@@ -9,7 +9,6 @@ tensors, broadcast residuals): the plain operations of ``reference``.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from batchnorm import layout
@@ -18,6 +17,7 @@ from batchnorm.moments import Moments
 from batchnorm.ops import eager, library, reference
 from batchnorm.ops.backend import select
 from batchnorm.ops.call import Call
+from batchnorm.ops.onlookers import is_calm, is_traced
 
 _DEVICES = ("cpu", "cuda")
 
@@ -85,33 +85,14 @@ def is_plain(call: Call) -> bool:
     return is_calm()
 
 
-def is_calm() -> bool:
-    """Return whether nobody looks on: no graph being made, no dispatch mode, functorch or dual."""
-    return (
-        not is_traced()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-    )
-
-
-def is_recomputing() -> bool:
-    """Return whether this is the second forward of activation checkpointing, inside backward."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def is_traced() -> bool:
-    """Return whether a graph is being made: by compile, export or ``torch.jit.trace``."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-
-
 def _masked_batch(call: Call, mask: Tensor) -> tuple[Tensor, Moments]:
     axis, dtype = call.axis, layout.compute_dtype(call.x)
     sample = mask.expand([1 if i == axis else size for i, size in enumerate(call.x.shape)])
     # What is masked out is replaced first: its NaN would come back in the gradient as 0 * NaN.
     x = torch.where(mask, call.x, 0.0)
     wide = _moments.wide(x.device)
-    values, weights = (layout.canonical(t, axis).to(wide) for t in (x, sample))
+    values = layout.canonical(x, axis).to(wide)
+    weights = layout.canonical(x, axis, sample).to(wide)
     count, mean, m2 = _moments.center_weighted(values, weights)
     mean, m2 = mean.to(dtype), m2.to(dtype)
     rstd = reference.reciprocal_std(m2, count, call.eps)

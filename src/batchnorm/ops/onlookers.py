@@ -1,0 +1,35 @@
+"""Whether anybody looks on while operations run: then a kernel must not touch memory directly."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def is_calm() -> bool:
+    """Return whether nobody looks on: no graph being made, no dispatch mode, functorch or dual."""
+    return (
+        not is_traced()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def is_batch_of_gradients(dy: Tensor) -> bool:
+    """Return whether a cotangent stands for many (``is_grads_batched``, vectorized jacobians)."""
+    return torch._C._functorch.is_legacy_batchedtensor(dy)
+
+
+def is_traced() -> bool:
+    """Return whether a graph is being made: by compile, export or ``torch.jit.trace``."""
+    return torch.compiler.is_compiling() or is_recorded()
+
+
+def is_recorded() -> bool:
+    """Return whether ``torch.jit.trace`` records: sizes are then tensors that must not be asked."""
+    return torch._C._get_tracing_state() is not None
+
+
+def is_recomputing() -> bool:
+    """Return whether this is the second forward of activation checkpointing, inside backward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -1,0 +1,138 @@
+"""The house, as data: who may import whom, and how large things may grow."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "batchnorm"
+TESTS = Path(__file__).parent
+
+# Lowest first; rooms on one level do not know each other. A file imports lower levels, or files of
+# its own room; never a package's __init__.
+LEVELS = [
+    {"errors", "files", "progress", "_native"},
+    {"layout"},
+    {"moments"},
+    {"ops"},
+    {"estimators"},
+    {"sources"},
+    {"functional"},
+    {"nn"},
+    {"models", "environment"},
+    {"observation", "fusion"},
+    {"memory"},
+    {"calibration", "surgery", "report"},
+    {"demo", "benchmark"},
+    {"cli"},
+]
+# Of the report's room, others use its face; cli and the pages of env() are lazy on purpose.
+FACES = {"batchnorm.report"}
+LAZY = {"cli", "benchmark"}
+
+FILES = sorted(
+    path for path in SOURCE.rglob("*.py") if path.name not in ("__init__.py", "__main__.py")
+)
+
+
+def level(room):
+    for number, rooms in enumerate(LEVELS):
+        if room in rooms:
+            return number
+    raise AssertionError(f"{room} has no level: add it to LEVELS")
+
+
+def room_of(path):
+    first = path.relative_to(SOURCE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports(path, deep=True):
+    """Modules of ours that a file imports, as dotted names, and whether inside a function."""
+    tree = ast.parse(path.read_text())
+    top = set(ast.walk(tree)) if deep else set(tree.body)
+    inside = {
+        node
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+    }
+    for node in top:
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.split(".")[0] == "batchnorm"
+        ):
+            for alias in node.names:
+                joined = SOURCE.joinpath(*node.module.split(".")[1:], alias.name)
+                is_module = (
+                    joined.with_suffix(".py").exists() or joined.is_dir() or alias.name == "_native"
+                )
+                yield (f"{node.module}.{alias.name}" if is_module else node.module), node in inside
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "batchnorm":
+                    yield alias.name, node in inside
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_a_file_imports_lower_levels_or_siblings(path):
+    own = room_of(path)
+    for module, lazy in imports(path):
+        other = module.split(".")[1] if "." in module else ""
+        assert other, f"{path.name} imports the root package"
+        if other != own:
+            assert level(other) < level(own), f"{path.name} ({own}) imports {module}"
+        target = SOURCE.joinpath(*module.split(".")[1:])
+        if target.is_dir():
+            assert module in FACES, f"{path.name} imports the package {module}, not a file of it"
+        assert not lazy or own in LAZY, f"{path.name} imports {module} inside a function"
+
+
+def test_there_is_no_circle():
+    graph = {}
+    for path in FILES:
+        name = "batchnorm." + ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+        graph[name] = {module for module, _ in imports(path)}
+    done = set()
+
+    def visit(name, trail):
+        assert name not in trail, " -> ".join([*trail, name])
+        if name not in done:
+            for other in graph.get(name, ()):
+                visit(other, [*trail, name])
+            done.add(name)
+
+    for name in graph:
+        visit(name, [])
+
+
+def test_the_root_holds_names_and_nothing_else():
+    for node in ast.parse((SOURCE / "__init__.py").read_text()).body[1:]:
+        assert isinstance(node, ast.ImportFrom)
+        assert all(alias.asname == alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_files_and_functions_keep_their_size(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, f"{node.name} of {path.name}"
+
+
+def test_the_merge_is_written_once_in_python():
+    holders = [path.name for path in FILES if "delta * share" in path.read_text()]
+    assert holders == ["moments.py"]
+    merging = [path.name for path in FILES if "a.m2 + b.m2" in path.read_text()]
+    assert merging == ["moments.py"]
+
+
+def test_tests_keep_their_size_and_use_no_sum_as_a_loss():
+    loss = ".sum()" + ".backward("
+    for path in TESTS.glob("*.py"):
+        text = path.read_text()
+        assert len(text.splitlines()) <= 500, path.name
+        plain = [line for line in text.splitlines() if loss in line and "square" not in line]
+        assert not plain, path.name

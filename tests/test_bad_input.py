@@ -1,0 +1,167 @@
+"""What is refused, in which type, in which words; and that nothing has changed then."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.errors import BatchNormError
+
+
+def layer_of(**options):
+    layer = bn.BatchNorm2d(3, estimator=[bn.LastBatches(2), bn.Running(0.1)], **options)
+    layer(torch.randn(4, 3, 2, 2))
+    return layer
+
+
+def everything(layer):
+    found = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    for name, state in layer._bank.states.items():
+        found |= {f"{name}.{i}": tensor.clone() for i, tensor in enumerate(state)}
+    return found
+
+
+X = torch.randn(4, 3, 2, 2)
+REFUSED = {
+    "rank": ((torch.randn(4, 3, 2),), {}, ValueError, "expected 4D input.*3D input"),
+    "channels": ((torch.randn(4, 5, 2, 2),), {}, RuntimeError, "5 elements not 3.*(4, 5, 2, 2)"),
+    "integer": ((X.long(),), {}, NotImplementedError, "torch.int64.*x.float"),
+    "bool": ((X > 0,), {}, RuntimeError, "torch.bool"),
+    "complex": ((X.to(torch.complex64),), {}, NotImplementedError, "complex64"),
+    "one value": (
+        (torch.randn(1, 3, 1, 1),),
+        {},
+        ValueError,
+        "more than 1 value per channel.*drop_last",
+    ),
+    "mask shape": (
+        (X,),
+        {"mask": torch.ones(4, 3).bool()},
+        ValueError,
+        r"\(4, 2, 2\).*got \(4, 3\)",
+    ),
+    "mask dtype": ((X,), {"mask": torch.ones(4, 2, 2)}, ValueError, "boolean"),
+    "mask of one": ((X,), {"mask": torch.arange(16).reshape(4, 2, 2) == 3}, ValueError, "1 value"),
+    "device": ((X.to("meta"),), {}, RuntimeError, "running_mean is on device cpu.*meta"),
+    "residual": ((X,), {"residual": torch.randn(4, 2, 2, 2)}, RuntimeError, "size of tensor"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_refused_input_changes_nothing_and_is_told_of(what):
+    arguments, keywords, kind, words = REFUSED[what]
+    layer = layer_of()
+    before = everything(layer)
+    with pytest.raises(kind, match=f"(?s){words}") as caught:
+        layer(*arguments, **keywords)
+    for name, value in everything(layer).items():
+        assert torch.equal(value, before[name]), name
+    if what != "residual":
+        assert isinstance(caught.value, BatchNormError)
+        assert "BatchNorm2d(3" in str(caught.value)
+
+
+@pytest.mark.parametrize("eps", [0.0, -1e-5, math.nan])
+def test_eps_must_be_positive_in_training_and_not_negative_in_use(eps):
+    layer = layer_of()
+    layer.eps = eps
+    before = everything(layer)
+    with pytest.raises(ValueError, match="eps must be positive"):
+        layer(X)
+    layer.eval()
+    if eps == 0:
+        assert torch.isfinite(layer(X)).all()
+    else:
+        with pytest.raises(ValueError, match="eps must be non-negative"):
+            layer(X)
+    for name, value in everything(layer).items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"momentum": math.nan}, "finite.*nan"),
+        ({"momentum": "0.1"}, "finite"),
+        ({"momentum": 0.1, "estimator": bn.Cumulative()}, "both"),
+        ({"momentum": None, "estimator": bn.Cumulative()}, "both"),
+        ({"estimator": []}, "at least one"),
+        ({"estimator": [bn.Running(0.1), bn.Running(0.2)]}, "different names"),
+        ({"estimator": "running"}, "estimator such as"),
+        ({"estimator": bn.Decayed(0.1), "track_running_stats": False}, "track_running_stats=False"),
+        ({"activation": "softmax"}, "can be fused.*softmax"),
+        ({"activation": "relu(2)"}, "can be fused"),
+        ({"activation": nn.PReLU()}, "can be fused"),
+    ],
+)
+def test_options_that_contradict_or_do_not_exist(options, words):
+    with pytest.raises(ValueError, match=words):
+        bn.BatchNorm2d(3, **options)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: bn.LastBatches(0),
+        lambda: bn.LastBatches(2.5),
+        lambda: bn.Decayed(0.0),
+        lambda: bn.Decayed(1.5),
+        lambda: bn.Running(None),
+        lambda: bn.Running(math.inf),
+    ],
+)
+def test_estimators_check_their_options(make):
+    with pytest.raises(ValueError, match="expected"):
+        make()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
+@pytest.mark.parametrize("backend", bn.env()["backends"])
+@pytest.mark.parametrize("shape", [(4, 2, 3, 3), (6, 2), (8, 2, 16, 16)])
+def test_a_batch_with_nan_or_infinity_follows_torch(shape, backend, value, dtype):
+    x = torch.randn(shape).to(dtype)
+    x[0, 0] = value
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    kind = {4: (bn.BatchNorm2d, nn.BatchNorm2d), 2: (bn.BatchNorm1d, nn.BatchNorm1d)}[len(shape)]
+    ours, theirs = (make(2, dtype=wide) for make in kind)
+    with bn.use_backend(backend):
+        y = ours(x)
+    expected = theirs(x)
+    close = {
+        "equal_nan": True,
+        "rtol": 2e-2 if dtype.itemsize == 2 else 1e-4,
+        "atol": 1e-2 if dtype.itemsize == 2 else 1e-5,
+    }
+    torch.testing.assert_close(y[:, 1], expected[:, 1], **close)
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean, **close)
+    torch.testing.assert_close(ours.running_var, theirs.running_var, **close)
+    if math.isnan(value):
+        assert y[:, 0].isnan().all()
+
+
+def test_an_empty_batch_gives_an_empty_result_and_changes_nothing():
+    for shape in [(0, 3, 2, 2), (4, 3, 0, 2)]:
+        for layer in (layer_of(), bn.BatchNorm2d(3), bn.BatchNorm2d(3, momentum=None)):
+            before = copy.deepcopy(layer.state_dict())
+            x = torch.randn(shape, requires_grad=True)
+            y = layer(x)
+            assert y.shape == shape
+            y.backward(torch.randn(shape))
+            assert x.grad.shape == shape
+            for name, value in layer.state_dict().items():
+                assert torch.equal(value, before[name]), name
+            assert layer.eval()(x).shape == shape
+
+
+def test_frozen_statistics_need_statistics():
+    with pytest.raises(ValueError, match="track_running_stats=False"):
+        bn.BatchNorm1d(3, statistics=bn.Frozen(), track_running_stats=False)(torch.randn(4, 3))
+    layer = bn.BatchNorm1d(3, statistics=bn.Frozen())
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(layer(x), x / math.sqrt(1 + 1e-5))
+    assert int(layer.num_batches_tracked) == 0
+    assert layer(torch.randn(1, 3)).shape == (1, 3)

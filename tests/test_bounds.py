@@ -1,0 +1,157 @@
+"""The promise on accuracy, the same for every route and backend, against float64.
+
+relative error of the variance <= 1e-6; of the mean <= one float32 rounding;
+|y - oracle| <= 8 * 2^-24 * (1 + |mean| / std) * |weight|
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import batchnorm as bn
+from batchnorm.ops.backend import BACKENDS
+
+ROUNDING = 2.0**-24
+LAYOUTS = ["(N,C)", "(N,C,L)", "NCHW", "channels-last", "axis=-1", "strided"]
+ROUTES = [*BACKENDS, "compiled", "mask", "vmap"]
+
+
+def arrange(rows, layout):
+    """Rows (n, C) as a tensor of a layout, its channel axis, and the way back to rows."""
+    n, channels = rows.shape
+    if layout == "(N,C)":
+        return rows, 1
+    if layout == "axis=-1":
+        return rows.reshape(4, n // 4, channels), 2
+    if layout == "(N,C,L)":
+        return rows.reshape(n // 8, 8, channels).transpose(1, 2).contiguous(), 1
+    image = rows.reshape(n // 8, 2, 4, channels).permute(0, 3, 1, 2)
+    if layout == "NCHW":
+        return image.contiguous(), 1
+    if layout == "strided":
+        return torch.stack([image, image], -1)[..., 0], 1
+    return image, 1
+
+
+def rows_of(x, axis):
+    return x.movedim(axis, -1).reshape(-1, x.shape[axis])
+
+
+def run(route, x, axis, weight):
+    """y and Moments of one normalization by a route."""
+    ask = {"eps": 1e-12, "axis": axis}
+    if route in BACKENDS:
+        with bn.use_backend(route):
+            return bn.functional.normalize(x, weight, **ask)
+    if route == "compiled":
+        torch.compiler.reset()
+        compiled = torch.compile(bn.functional.normalize, fullgraph=True, backend="aot_eager")
+        return compiled(x, weight, **ask)
+    if route == "mask":
+        shape = [size for i, size in enumerate(x.shape) if i != axis]
+        return bn.functional.normalize(x, weight, mask=torch.ones(shape, dtype=torch.bool), **ask)
+
+    def pure(x):
+        y, moments = bn.functional.normalize(x, weight, **ask)
+        return y, moments.mean, moments.m2
+
+    y, mean, m2 = torch.func.vmap(pure)(x[None])
+    return y[0], bn.Moments(x.numel() // x.shape[axis], mean[0], m2[0])
+
+
+def check(route, rows, layout):
+    x, axis = arrange(rows, layout)
+    weight = torch.tensor([1.0, -3.0, 0.5])
+    y, found = run(route, x, axis, weight)
+    wide = rows_of(x, axis).double()
+    mean, var = wide.mean(0), wide.var(0, correction=0)
+    assert float(((found.variance() - var) / var).abs().max()) <= 1e-6
+    # One rounding at the size of the mean, or of the values where they cancel out to a mean near 0.
+    size = torch.maximum(mean.abs(), var.sqrt())
+    assert float(((found.mean - mean) / size).abs().max()) <= ROUNDING
+    xhat = (wide - mean) / (var + 1e-12).sqrt()
+    error = (rows_of(y, axis).double() - xhat * weight).abs()
+    scale = (1 + mean.abs() / var.sqrt()) * weight.abs()
+    # A result far from 0 cannot be finer than float32 is there: the outlier has four roundings.
+    far = (xhat.abs() / 2) * (xhat.abs() > 8)
+    assert float((error / scale / far.clamp_min(1)).max()) <= 8 * ROUNDING
+    return y, found
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1e3, 1e6])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("route", ROUTES)
+def test_training_keeps_the_bound_in_every_layout(route, layout, ratio):
+    torch.manual_seed(1)
+    rows = torch.randn(4096, 3) + ratio
+    check(route, rows, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_first_value_far_away_spoils_nothing(route, layout):
+    torch.manual_seed(2)
+    rows = torch.randn(4096, 3) + 10
+    rows[0] = 1e5
+    check(route, rows, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("route", BACKENDS)
+@pytest.mark.parametrize("ratio", [0.0, 1e6])
+def test_ten_million_values_keep_the_bound(route, layout, ratio):
+    torch.manual_seed(3)
+    check(route, torch.randn(10_000_000, 3) + ratio, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_bits_do_not_depend_on_the_number_of_threads(route, layout):
+    torch.manual_seed(4)
+    rows = torch.randn(32768, 3) + 100
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            y, found = check(route, rows, layout)
+            results.append((y, found.mean, found.m2))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1e3, 1e6])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("route", [*BACKENDS, "compiled"])
+def test_evaluation_keeps_the_bound(route, layout, ratio):
+    torch.manual_seed(5)
+    x, axis = arrange(torch.randn(4096, 3) + ratio, layout)
+    layer = bn.BatchNorm(3, axis=axis, eps=1e-12).eval()
+    wide = rows_of(x, axis).double()
+    layer.running_mean.copy_(wide.mean(0))
+    layer.running_var.copy_(wide.var(0))
+    mean, var = layer.running_mean.double(), layer.running_var.double()
+    with torch.no_grad():
+        if route == "compiled":
+            torch.compiler.reset()
+            y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+        else:
+            with bn.use_backend(route):
+                y = layer(x)
+    error = (rows_of(y, axis).double() - (wide - mean) / (var + 1e-12).sqrt()).abs()
+    assert float((error / (1 + mean.abs() / var.sqrt())).max()) <= 8 * ROUNDING
+
+
+def test_why_it_matters_what_torch_itself_makes_of_a_large_mean():
+    torch.manual_seed(6)
+    x = torch.randn(1_000_000, 2) + 1e3
+    running = torch.zeros(2), torch.ones(2)
+    F.batch_norm(x, *running, training=True, momentum=1.0)
+    true = x.double().var(0)
+    assert float(((running[1] - true) / true).abs().max()) > 1e-3
+    ours = bn.BatchNorm1d(2, momentum=1.0)
+    ours(x)
+    assert float(((ours.running_var - true) / true).abs().max()) <= 1e-6

@@ -1,0 +1,191 @@
+"""The compile route: one meaning with eager, and graphs that travel without this package."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.library import opcheck
+
+import batchnorm as bn
+from batchnorm.ops import library
+from batchnorm.ops.activations import NAMES, Activation
+
+
+class Block(nn.Module):
+    """Convolution, normalization with everything, convolution."""
+
+    def __init__(self, activation="relu", **options):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = bn.BatchNorm2d(4, activation=activation, **options)
+        self.last = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(self.norm(h, h.flip(0)))
+
+
+def step(model, x, cotangent):
+    x = x.clone().requires_grad_()
+    y = model(x)
+    y.backward(cotangent)
+    return y.detach(), x.grad
+
+
+def assert_same_step(compiled, plain, x):
+    cotangent = torch.randn(len(x), 2, 5, 5)
+    for got, wanted in zip(step(compiled, x, cotangent), step(plain, x, cotangent), strict=True):
+        torch.testing.assert_close(got, wanted)
+    for (name, got), (_, wanted) in zip(
+        compiled.named_buffers(), plain.named_buffers(), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, msg=name)
+    for got, wanted in zip(compiled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, wanted.grad)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}]
+)
+@pytest.mark.parametrize("activation", ["identity", "relu", "silu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_whole_equals_eager(activation, options, training):
+    torch.compiler.reset()
+    plain = Block(activation, **options).train(training)
+    twin = copy.deepcopy(plain)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert_same_step(compiled, plain, torch.randn(6, 3, 5, 5))
+
+
+def test_another_batch_size_is_no_other_meaning():
+    torch.compiler.reset()
+    plain = Block()
+    compiled = torch.compile(
+        copy.deepcopy(plain), fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    for size in (6, 3, 9):
+        assert_same_step(compiled, plain, torch.randn(size, 3, 5, 5))
+
+
+def test_inductor():
+    torch.compiler.reset()
+    plain = Block("gelu")
+    compiled = torch.compile(copy.deepcopy(plain), fullgraph=True)
+    assert_same_step(compiled, plain, torch.randn(6, 3, 5, 5))
+    plain.eval(), compiled.eval()
+    assert_same_step(compiled, plain, torch.randn(6, 3, 5, 5))
+
+
+def test_several_estimators_move_inside_a_compiled_step():
+    torch.compiler.reset()
+    estimators = [
+        bn.LastBatches(3),
+        bn.Running(0.1),
+        bn.Decayed(0.2),
+        bn.LastBatches(2, pooled=True),
+    ]
+    plain = bn.BatchNorm1d(4, estimator=estimators)
+    twin = copy.deepcopy(plain)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    for _ in range(4):
+        x = torch.randn(8, 4)
+        compiled(x), plain(x)
+    for name in plain._bank.estimators:
+        bn.use_estimate(plain, name), bn.use_estimate(twin, name)
+        torch.testing.assert_close(twin.running_mean, plain.running_mean)
+        torch.testing.assert_close(twin.running_var, plain.running_var)
+
+
+def targets(exported):
+    return [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize("activation", NAMES)
+def test_an_exported_evaluation_holds_aten_operations_only(activation):
+    model = Block(activation).eval()
+    x = torch.randn(2, 3, 5, 5)
+    exported = torch.export.export(model, (x,))
+    assert all(target.startswith("aten.") for target in targets(exported)), targets(exported)
+    assert any("batch_norm" in target for target in targets(exported))
+    torch.testing.assert_close(exported.module()(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "layer", [bn.BatchNorm(5, axis=-1), bn.BatchNorm1d(4, track_running_stats=False)]
+)
+def test_so_does_one_with_channels_last_or_without_statistics(layer):
+    exported = torch.export.export(layer.eval(), (torch.randn(3, 4, 5),))
+    assert all(target.startswith("aten.") for target in targets(exported)), targets(exported)
+
+
+def test_an_exported_training_step_moves_the_statistics():
+    model = Block()
+    x = torch.randn(4, 3, 5, 5)
+    exported = torch.export.export(model, (x,))
+    assert "batchnorm.forward.default" in targets(exported)
+    module, plain = exported.module(), copy.deepcopy(model)
+    torch.testing.assert_close(module(x), plain(x))
+    torch.testing.assert_close(
+        dict(module.named_buffers())["norm.running_var"], plain.norm.running_var
+    )
+
+
+ALONE = """
+import sys
+sys.modules["batchnorm"] = None       # from here on it cannot be imported
+import torch
+x, y = torch.load(sys.argv[2])
+torch.testing.assert_close(torch.export.load(sys.argv[1]).module()(x), y)
+torch.testing.assert_close(torch.jit.load(sys.argv[3])(x), y)
+"""
+
+
+def test_exported_and_traced_models_run_where_this_package_is_not(tmp_path):
+    model = Block("hardswish").eval()
+    x = torch.randn(2, 3, 5, 5)
+    files = [str(tmp_path / name) for name in ("model.pt2", "data.pt", "traced.pt")]
+    torch.export.save(torch.export.export(model, (x,)), files[0])
+    torch.save((x, model(x).detach()), files[1])
+    torch.jit.trace(model, x).save(files[2])
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, *files], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", [("identity", 0.0), ("relu", 0.0), ("elu", 1.3)])
+@pytest.mark.parametrize("last", [False, True])
+def test_the_operations_keep_what_they_tell_pytorch(activation, residual, last):
+    def image():
+        x = torch.randn(2, 3, 4, 5)
+        return x.contiguous(memory_format=torch.channels_last) if last else x
+
+    x, dy, r = image(), image(), image() if residual else None
+    weight, bias = torch.randn(3), torch.randn(3)
+    mean, rstd = torch.randn(3), torch.rand(3) + 0.5
+    given = (x, mean, rstd, weight, bias, r, *activation, 1)
+    opcheck(library.moments, (x, 1))
+    opcheck(library.normalize, given)
+    y = library.normalize(*given)
+    back = (dy, *given[:5], *library.needed(Activation(*activation), r, y), *activation, 1)
+    opcheck(library.backward_sums, back)
+    opcheck(library.backward_input, (*back, *library.backward_sums(*back), 40.0, residual))
+    opcheck(library.backward, (dy, x, torch.stack([mean, mean, rstd]), *back[4:], residual))
+    wanting = [None if t is None else t.clone().requires_grad_() for t in (x, weight, bias, r)]
+    opcheck(library.forward, (*wanting, *activation, 1e-5, 1))
+
+
+def test_an_operation_refuses_what_would_read_beyond_its_tensors():
+    with pytest.raises(RuntimeError, match="weight should contain 3 elements not 2"):
+        torch.ops.batchnorm.forward(
+            torch.randn(4, 3), torch.ones(2), None, None, "relu", 0.0, 1e-5, 1
+        )
+    with pytest.raises(RuntimeError, match="residual"):
+        torch.ops.batchnorm.forward(
+            torch.randn(4, 3), None, None, torch.ones(3), "relu", 0.0, 1e-5, 1
+        )

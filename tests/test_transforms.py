@@ -1,0 +1,212 @@
+"""The third route: torch.func, forward AD, double backward, modes and odd tensors."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
+from torch.utils.flop_counter import FlopCounterMode
+
+import batchnorm as bn
+from batchnorm.errors import BackendError
+from batchnorm.ops.activations import NAMES
+
+SMOOTH = [name for name in NAMES if name not in ("hardswish", "hardsigmoid")]
+
+
+def make(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def normalize(x, weight=None, bias=None, residual=None, **options):
+    return bn.functional.normalize(x, weight, bias, residual=residual, **options)[0]
+
+
+@pytest.mark.parametrize("activation", NAMES)
+def test_first_derivatives_in_both_modes(activation):
+    inputs = make(5, 3, 2), make(3), make(3), make(5, 3, 2)
+    function = lambda *given: normalize(*given, activation=activation)
+    assert gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("activation", SMOOTH)
+def test_second_derivatives(activation):
+    inputs = make(4, 3, 2), make(3), make(3), make(4, 3, 2)
+    assert gradgradcheck(lambda *given: normalize(*given, activation=activation), inputs)
+
+
+@pytest.mark.parametrize(("weight", "bias", "residual"), list(itertools.product([0, 1], repeat=3)))
+def test_every_combination_of_what_may_be_missing(weight, bias, residual):
+    x = make(5, 3)
+    optional = [
+        make(3) if weight else None,
+        make(3) if bias else None,
+        make(5, 3) if residual else None,
+    ]
+    given = [t for t in (x, *optional) if t is not None]
+
+    def function(*tensors):
+        found = iter(tensors)
+        x = next(found)
+        return normalize(
+            x, *(next(found) if t is not None else None for t in optional), activation="silu"
+        )
+
+    assert gradcheck(function, given)
+    assert gradgradcheck(function, given)
+
+
+def test_an_input_may_be_its_own_residual():
+    x, weight, bias = make(5, 3), make(3), make(3)
+    function = lambda x, weight, bias: normalize(x, weight, bias, x, activation="tanh")
+    assert gradcheck(function, (x, weight, bias))
+    assert gradgradcheck(function, (x, weight, bias))
+
+
+def test_residuals_broadcast_and_promote_as_in_an_addition():
+    x = torch.randn(4, 3, 2, 2)
+    plain = F.batch_norm(x, None, None, training=True)
+    for shape in [(3, 1, 1), (1, 3, 2, 2), (2,), (5, 4, 3, 2, 2)]:
+        residual = torch.randn(shape)
+        got = normalize(x, residual=residual, activation="relu")
+        torch.testing.assert_close(got, F.relu(plain + residual))
+    half = normalize(x.half(), residual=torch.randn(4, 3, 2, 2))
+    assert half.dtype == torch.float32
+    assert normalize(x, residual=torch.randn(4, 3, 2, 2).half()).dtype == torch.float32
+    assert gradcheck(lambda x, r: normalize(x, residual=r), (make(4, 3, 2), make(3, 1)))
+
+
+def test_constant_statistics_have_derivatives_of_all_orders_too():
+    mean, var = torch.randn(3).double(), torch.rand(3).double() + 0.5
+    inputs = make(5, 3), make(3), make(3), make(5, 3)
+    options = {"statistics": bn.Frozen(), "mean": mean, "var": var, "activation": "elu"}
+    function = lambda *given: normalize(*given, **options)
+    assert gradcheck(function, inputs, check_forward_ad=True)
+    assert gradgradcheck(function, inputs)
+
+
+def test_masked_derivatives():
+    mask = torch.tensor([True, True, False, True, True])
+    function = lambda x, weight: normalize(x, weight, mask=mask, activation="silu")
+    assert gradcheck(function, (make(5, 3), make(3)), check_forward_ad=True)
+    assert gradgradcheck(function, (make(5, 3), make(3)))
+
+
+def plain_normalize(x):
+    """The textbook, of which autograd can be trusted."""
+    x = x.double()
+    mean = x.mean(0)
+    return torch.sigmoid((x - mean) / ((x - mean).square().mean(0) + 1e-5).sqrt())
+
+
+def ours_normalize(x):
+    return normalize(x, activation="sigmoid")
+
+
+def test_functional_transforms_equal_the_textbook():
+    x, v, w = (torch.randn(5, 3).double() for _ in range(3))
+    loss = lambda f: lambda x: (f(x) * w).sum().square()
+    torch.testing.assert_close(grad(loss(ours_normalize))(x), grad(loss(plain_normalize))(x))
+    torch.testing.assert_close(jvp(ours_normalize, (x,), (v,)), jvp(plain_normalize, (x,), (v,)))
+    torch.testing.assert_close(vjp(ours_normalize, x)[1](w), vjp(plain_normalize, x)[1](w))
+    torch.testing.assert_close(jacrev(ours_normalize)(x), jacrev(plain_normalize)(x))
+    torch.testing.assert_close(hessian(loss(ours_normalize))(x), hessian(loss(plain_normalize))(x))
+    many = torch.randn(4, 5, 3).double()
+    torch.testing.assert_close(vmap(ours_normalize)(many), vmap(plain_normalize)(many))
+
+
+def test_a_jvp_of_a_jvp():
+    x, v, w = (torch.randn(5, 3).double() for _ in range(3))
+    nested = lambda f: jvp(lambda x: jvp(f, (x,), (v,))[1], (x,), (w,))[1]
+    expected = nested(plain_normalize)
+    torch.testing.assert_close(nested(ours_normalize), expected)
+    step = 1e-5
+    first = lambda at: jvp(ours_normalize, (at,), (v,))[1]
+    differences = (first(x + step * w) - first(x - step * w)) / (2 * step)
+    torch.testing.assert_close(nested(ours_normalize), differences, rtol=1e-6, atol=1e-8)
+
+
+def test_dual_numbers_through_a_layer():
+    layer = bn.BatchNorm1d(3, activation="tanh").double()
+    x, v = torch.randn(5, 3).double(), torch.randn(5, 3).double()
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, v))).tangent
+    expected = jvp(lambda x: normalize(x, activation="tanh"), (x,), (v,))[1]
+    torch.testing.assert_close(tangent, expected)
+    assert int(layer.num_batches_tracked) == 1
+
+
+def test_an_ensemble_of_layers_under_vmap():
+    models = [
+        nn.Sequential(nn.Linear(4, 3), bn.BatchNorm1d(3, activation="relu")) for _ in range(3)
+    ]
+    parameters, buffers = torch.func.stack_module_state(models)
+    x = torch.randn(3, 6, 4)
+
+    def run(parameters, buffers, x):
+        return functional_call(models[0], (parameters, buffers), (x,))
+
+    got = vmap(run)(parameters, buffers, x)
+    expected = torch.stack([model(part) for model, part in zip(models, x, strict=True)])
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(buffers["1.running_mean"][1], models[1][1].running_mean)
+
+
+def test_a_gradient_penalty_trains_as_with_torch():
+    ours = nn.Sequential(
+        nn.Linear(4, 8), bn.BatchNorm1d(8, activation="silu"), nn.Linear(8, 1)
+    ).double()
+    theirs = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.SiLU(), nn.Linear(8, 1)).double()
+    theirs.load_state_dict(
+        {
+            k.replace("2.", "3.") if k.startswith("2.") else k: v
+            for k, v in ours.state_dict().items()
+        }
+    )
+    x = torch.randn(6, 4).double()
+    found = []
+    for model in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(leaf).square().sum(), leaf, create_graph=True)
+        (slope.norm(dim=1) - 1).square().sum().backward()
+        found.append([p.grad for p in model.parameters()] + [leaf.grad])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class Passing(torch.Tensor):
+    """A tensor subclass that adds nothing."""
+
+
+def test_onlookers_and_odd_tensors_see_a_correct_result():
+    layer = bn.BatchNorm2d(3, activation="relu")
+    x = torch.randn(2, 3, 4, 4)
+    expected = copy.deepcopy(layer)(x)
+    with FlopCounterMode(display=False):
+        torch.testing.assert_close(copy.deepcopy(layer)(x), expected)
+    torch.testing.assert_close(
+        copy.deepcopy(layer)(x.as_subclass(Passing)).as_subclass(torch.Tensor), expected
+    )
+    with torch.inference_mode():
+        torch.testing.assert_close(copy.deepcopy(layer)(x), expected)
+    torch.testing.assert_close(copy.deepcopy(layer)(nn.Parameter(x)), expected)
+    with torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer.eval()(mode.from_tensor(x)).shape == x.shape
+    meta = bn.BatchNorm2d(3, device="meta")
+    assert meta(torch.empty(2, 3, 4, 4, device="meta")).shape == x.shape
+
+
+def test_one_backend_can_be_asked_for_and_only_one_that_is_there():
+    x = torch.randn(4, 3)
+    with bn.use_backend("reference"):
+        expected = bn.BatchNorm1d(3)(x)
+    torch.testing.assert_close(bn.BatchNorm1d(3)(x), expected)
+    with pytest.raises(BackendError, match="not available"), bn.use_backend("gpu"):
+        pass
+    with pytest.raises(KeyboardInterrupt), bn.use_backend("reference"):
+        raise KeyboardInterrupt
+    assert set(bn.env()["backends"]) >= {"reference"}
