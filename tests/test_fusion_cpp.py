@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils import cpp_extension
 
+import batchnorm as bn
 from fused import run
 from test_fusion_consumers import LESSONS, Taught, compare
-
-import batchnorm as bn
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("everything_is_large_enough")]
 
