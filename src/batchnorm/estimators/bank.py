@@ -67,17 +67,16 @@ class Bank:
                 )
             self.states[name] = state
 
-    def update(self, batch: Moments) -> None:
-        """Take one more batch into every estimate."""
-        # Assigned in one go: an estimator that raises leaves all of them as they were.
-        self.states = {
+    def updated(self, batch: Moments) -> dict[str, Any]:
+        """Return the states with one more batch in every estimate."""
+        return {
             name: estimator.update(self.states[name], batch)
             for name, estimator in self.estimators.items()
         }
 
-    def statistics(self) -> Statistics:
+    def statistics(self, states: Mapping[str, Any]) -> Statistics:
         """Return mean and variance of the selected estimate."""
-        return self.estimators[self.selected].statistics(self.states[self.selected])
+        return self.estimators[self.selected].statistics(states[self.selected])
 
     def check(self, name: str) -> None:
         """Refuse a name that is not kept.
