@@ -104,7 +104,9 @@ def test_an_interrupted_demo_leaves_no_file(tmp_path):
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
+    # Where Python was inside exec() of a string, it ends by the signal itself, whatever the exit
+    # code; a shell reports 130 for both.
+    assert process.returncode in (130, -signal.SIGINT), said
     assert "interrupted" in said
     assert "Traceback" not in said
     assert list(out.iterdir()) == []

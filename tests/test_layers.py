@@ -32,11 +32,6 @@ CLOSE: dict[torch.dtype, dict[str, float]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def _layouts(x: Tensor) -> dict[str, Tensor]:
     found = {
         "contiguous": x.contiguous(),
