@@ -20,8 +20,9 @@ LEVELS = [
     {"functional"},
     {"nn"},
     {"models", "environment"},
-    {"observation"},
-    {"calibration", "report"},
+    {"observation", "fusion"},
+    {"memory"},
+    {"calibration", "surgery", "report"},
     {"demo", "benchmark"},
     {"cli"},
 ]

@@ -25,9 +25,12 @@ NAMES = [
     "Moments",
     "Running",
     "calibrate",
+    "convert",
+    "edits",
     "env",
     "functional",
     "merge",
+    "revert",
     "use_backend",
     "use_estimate",
 ]

@@ -38,6 +38,8 @@ class Layer(_BatchNorm):
 
     axis: int = 1
     ranks: tuple[int, ...] = ()
+    # How results meet what follows in a converted model; see batchnorm.fusion.
+    _fusion: Any = None
 
     def __init__(
         self,
@@ -54,7 +56,7 @@ class Layer(_BatchNorm):
         statistics: Source = BATCH,
         estimator: EstimatorLike | None = None,
     ) -> None:
-        momentum, bank = _estimation(momentum, estimator, track_running_stats)
+        momentum, bank = estimation(momentum, estimator, track_running_stats)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
@@ -87,6 +89,12 @@ class Layer(_BatchNorm):
         """
         if isinstance(input, fx.Proxy):
             return foreign.call_module(self, input, residual, mask)
+        if self._fusion is not None and not torch.compiler.is_compiling():
+            fused: Tensor = self._fusion.forward(self, input, residual, mask)
+            return fused
+        return self._forward(input, residual, mask)
+
+    def _forward(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         if mask is None:
             y = hot.forward(self, input, residual)
             if y is not None:
@@ -155,6 +163,10 @@ class Layer(_BatchNorm):
         foreign.refuse_converters(self)
         return super().named_children()
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse ``torch.jit.script`` with a way out."""
+        return foreign.refuse_script(self)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Layer":
         with casting.statistics_kept_wide(self, fn):
             super()._apply(fn, recurse)
@@ -166,7 +178,7 @@ class Layer(_BatchNorm):
             tracking.restart(self, known=True)
 
 
-def _estimation(
+def estimation(
     momentum: float | None, estimator: EstimatorLike | None, track_running_stats: bool
 ) -> tuple[float | None, Bank | None]:
     """Bring ``momentum`` and ``estimator`` to torch's one number, or to a bank of estimators."""

@@ -14,6 +14,11 @@ DROPPED = """\
 would compute something else. Give the activation back to the model first: build the layer without \
 activation= and put the torch.nn module behind it."""
 
+SCRIPTED = """\
+torch.jit.script cannot compile {layer}, which calls kernels that are not operators of PyTorch. \
+For a model that bn.convert changed, call bn.revert(model) first and script the original; \
+torch.jit.trace, torch.export and torch.compile take the model as it is."""
+
 # Converters of torch and timm that rebuild any _BatchNorm by its five numbers.
 _CONVERTERS = ("convert_sync_batchnorm",)
 
@@ -32,14 +37,28 @@ def call_module(
     return proxy
 
 
-def refuse_converters(layer: Any) -> None:
-    """Stop a converter that would drop the activation of ``layer``; called as it looks inside.
+def refuse_converters(layer: Any, act: torch.nn.Module | None = None) -> None:
+    """Stop a converter that would drop what follows ``layer``; called as it looks inside.
+
+    Args:
+        layer: The layer whose children are asked for.
+        act: A module that the layer applies to its result, besides its ``activation``.
 
     Raises:
         SurgeryError: If ``SyncBatchNorm.convert_sync_batchnorm`` or a namesake is calling.
     """
-    if layer.activation == IDENTITY:
+    if layer.activation == IDENTITY and (act is None or type(act) is torch.nn.Identity):
         return
     caller = sys._getframe(2).f_code.co_name
     if caller in _CONVERTERS:
-        raise SurgeryError(DROPPED.format(caller=caller, activation=str(layer.activation)))
+        dropped = str(layer.activation) if act is None else act
+        raise SurgeryError(DROPPED.format(caller=caller, activation=dropped))
+
+
+def refuse_script(layer: torch.nn.Module) -> torch.nn.Module:
+    """Stop ``torch.jit.script``, which cannot read the layer's Python.
+
+    Raises:
+        SurgeryError: Always.
+    """
+    raise SurgeryError(SCRIPTED.format(layer=type(layer).__name__))

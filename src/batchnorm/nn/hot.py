@@ -14,13 +14,28 @@ from torch.nn import Parameter
 
 from batchnorm.nn.tracking import WIDE
 from batchnorm.ops import eager
+from batchnorm.ops.activations import Activation
 from batchnorm.ops.backend import select
 from batchnorm.ops.onlookers import is_calm, is_recomputing
 from batchnorm.sources.batch import Batch
 
 
-def forward(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
-    """Return the result of the layer, or None where the call is not the common one."""
+def forward(
+    layer: Any,
+    x: Tensor,
+    residual: Tensor | None,
+    act: Activation | None = None,
+    found: list[Tensor] | None = None,
+) -> Tensor | None:
+    """Return the result of the layer, or None where the call is not the common one.
+
+    Args:
+        layer: The layer.
+        x: Its input.
+        residual: What is added to it.
+        act: An activation in the place of the layer's own.
+        found: In training receives stats (3, C): mean, m2, rstd.
+    """
     if type(x) is not Tensor or not is_calm():
         return None
     parameters, buffers = layer._parameters, layer._buffers
@@ -49,13 +64,14 @@ def forward(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
             return None
         wants_grad = wants_grad or residual.requires_grad
     wants_grad = wants_grad and torch.is_grad_enabled()
+    act = layer.activation if act is None else act
     if layer.training:
-        return _train(layer, x, axis, weight, bias, residual, wants_grad)
+        found = [] if found is None else found
+        return _train(layer, x, axis, weight, bias, residual, wants_grad, act, found)
     if mean is None or var is None or wants_grad or not layer.eps >= 0:
         return None
     backend = select(x, weight, bias, residual, axis)
-    act, eps = layer.activation, layer.eps
-    y: Tensor = backend.evaluate(x, mean, var, weight, bias, residual, act, eps, axis)
+    y: Tensor = backend.evaluate(x, mean, var, weight, bias, residual, act, layer.eps, axis)
     return y
 
 
@@ -94,6 +110,8 @@ def _train(
     bias: Parameter | None,
     residual: Tensor | None,
     wants_grad: bool,
+    act: Activation,
+    found: list[Tensor],
 ) -> Tensor | None:
     buffers = layer._buffers
     mean, var = buffers["running_mean"], buffers["running_var"]
@@ -110,12 +128,12 @@ def _train(
         if counter.dtype is not torch.int64 or counter.device != x.device:
             return None
         running = (mean, var, counter, momentum)
-    act = layer.activation
     if wants_grad:
-        step = eager.Step(act, eps, axis, backend, [], running)
+        step = eager.Step(act, eps, axis, backend, found, running)
         y: Tensor = eager.apply_batch(x, weight, bias, residual, step)
     else:
-        y = backend.forward(x, weight, bias, residual, act, eps, axis, running)[0]
+        y, stats = backend.forward(x, weight, bias, residual, act, eps, axis, running)
+        found.append(stats)
     if running is not None:
         torch._C._increment_version(running[:3])
     return y

@@ -1,0 +1,117 @@
+"""What a converted layer knows about its place in the model."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules import module as _hooks
+
+from batchnorm.errors import BatchNormError
+from batchnorm.fusion import session
+from batchnorm.fusion.pending import State, current_modes, pend
+from batchnorm.fusion.plan import Plan
+from batchnorm.fusion.prepared import prepare
+
+# (adds, training) -> the number of elements below which the detour costs more than it saves:
+# 16 to 150 microseconds of Python against passes over memory (docs/decisions/0020-pending.md).
+SMALLEST = {
+    (False, True): 1 << 17,
+    (False, False): 1 << 19,
+    (True, True): 1 << 21,
+    (True, False): 1 << 20,
+}
+
+Key = tuple[bool, bool]
+
+
+class Fusion:
+    """The plans of one layer, by (training, inference mode): a Plan, or why there is none.
+
+    Copies and pickles start without plans and learn them anew.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.plans: dict[Key, Plan | str] = {}
+
+    def __reduce__(self) -> Any:
+        return Fusion, (self.name,)
+
+    def forward(self, layer: Any, x: Tensor, residual: Any, mask: Any) -> Tensor:
+        """Compute the layer; the result may be pending where the model will absorb it."""
+        running = session.current()
+        if running is None or residual is not None or mask is not None:
+            return layer._forward(x, residual, mask)  # type: ignore[no-any-return]
+        key = layer.training, torch.is_inference_mode_enabled()
+        if running.watch is not None:
+            y: Tensor = layer._forward(x, None, None)
+            running.watch.follow(layer, key, x, y)
+            return y
+        plan = self.plans.get(key)
+        if isinstance(plan, Plan):
+            pending = self._pending(layer, x, key, plan)
+            if pending is not None:
+                return pending
+        elif plan is None:
+            running.look_again()
+        return layer._forward(x, None, None)  # type: ignore[no-any-return]
+
+    def missed(self, key: Key, reason: str) -> None:
+        """Give up a plan that did not come true."""
+        self.plans[key] = f"expected {self.plans[key]}, then came {reason}"
+
+    def _pending(self, layer: Any, x: Tensor, key: Key, plan: Plan) -> Tensor | None:
+        if type(x) is not Tensor or x.numel() < SMALLEST[plan.adds, key[0]]:
+            return None
+        if _seen_by_others(layer, plan):
+            return None
+        if plan.adds and key[1] and not plan.lasting:
+            return None
+        try:
+            made = prepare(layer, x, plan.act, whole=not plan.adds)
+        except BatchNormError:
+            return None  # the layer raises it again, with its name
+        if made is None:
+            return None
+        prepared, ahead = made
+        state = State(
+            self.name,
+            prepared,
+            plan,
+            None,
+            current_modes(),
+            (),
+            lambda reason: self.missed(key, reason),
+        )
+        return pend(state, None if plan.adds else ahead)
+
+    def __str__(self) -> str:
+        modes = {(True, False): "training", (False, False): "evaluation",
+                 (True, True): "training in inference mode",
+                 (False, True): "evaluation in inference mode"}  # fmt: skip
+        lines = [
+            f"in {modes[key]} "
+            + (f"fused with {plan}" if isinstance(plan, Plan) else f"not fused: {plan}")
+            for key, plan in self.plans.items()
+        ]
+        return "; ".join(lines) or "nothing fused yet: it has not run"
+
+
+def _seen_by_others(layer: Any, plan: Plan) -> bool:
+    """Whether a hook would get hold of the output, or autograd's saved tensors are hooked."""
+    if _hooks._global_forward_hooks or _hooks._global_forward_pre_hooks:
+        return True
+    if _hooks._global_backward_hooks or _hooks._global_backward_pre_hooks:
+        return True
+    if layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return True
+    for module in plan.crossed:
+        if module._forward_hooks or module._forward_pre_hooks:
+            return True
+        if module._backward_hooks or module._backward_pre_hooks:
+            return True
+    # Activation checkpointing counts what is saved, and its second forward runs within backward.
+    if torch._C._current_graph_task_id() != -1:
+        return True
+    packing = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return packing is not None and not getattr(packing[0], "knows_fusion", False)

@@ -1,0 +1,210 @@
+"""A tensor that is not computed yet, because what follows can be computed with it.
+
+It is a wrapper: it has shape, dtype and a gradient of its own, and no memory. Three nets, each
+below the other, keep it right whatever happens to it.
+
+1. ``__torch_function__`` absorbs the addition and the activation that are expected.
+2. Any other call first turns the object itself into an ordinary tensor, and then happens to that.
+3. What does not ask ``__torch_function__`` (``autograd.Function.apply``, C++ extensions) reaches
+   ``__torch_dispatch__``, which computes the values; its gradient goes to the wrapper's own node.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from batchnorm.errors import SurgeryError
+from batchnorm.fusion.plan import Plan, same_kind
+from batchnorm.fusion.prepared import Prepared, versions
+from batchnorm.fusion.recognize import Absorbable, is_metadata, recognize
+from batchnorm.ops.activations import IDENTITY
+
+CHANGED = """\
+The input, weight, bias or residual of the batch normalization {name!r} was changed in place after \
+the layer was called and before its result was used. bn.convert had put the computation off to do \
+it together with what follows; the value would be wrong now. Change a copy, or convert with \
+fuse=False."""
+
+_plainly = torch._C.DisableTorchFunctionSubclass
+_grad, _inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
+_autocast, _cuda = torch.is_autocast_enabled, torch.cuda
+_packing = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+class State(NamedTuple):
+    """What a pending tensor knows.
+
+    Attributes:
+        name: The layer's.
+        prepared: The normalization.
+        plan: What is expected to follow.
+        residual: What has been added already.
+        modes: Of PyTorch, at the call.
+        seen: The residual's version.
+        missed: Called with a reason when something else follows.
+    """
+
+    name: str
+    prepared: Prepared
+    plan: Plan
+    residual: Tensor | None
+    modes: tuple[Any, ...]
+    seen: tuple[int, ...]
+    missed: Any
+
+    def check(self) -> None:
+        """Raise if what the result is computed from is not what it was at the call."""
+        if self.prepared.changed() or versions(self.residual) != self.seen:
+            raise SurgeryError(CHANGED.format(name=self.name))
+
+
+class Pending(torch.Tensor):
+    """The result of a normalization, with or without a residual; see the head of this file.
+
+    Attributes:
+        _state: What it is made from.
+        _node: Its node in the autograd graph when it was made.
+        _ahead: The result with everything that is expected, computed already; None if not.
+        _content: Its own values, once something has looked below the API.
+    """
+
+    _state: State
+    _node: Any
+    _ahead: Tensor | None
+    _content: Tensor | None
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Absorb, or become an ordinary tensor first."""
+        kwargs = kwargs or {}
+        if is_metadata(func):
+            with _plainly():
+                return func(*args, **kwargs)
+        step = recognize(func, args, kwargs, _is_pending)
+        if step is not None:
+            result = _absorb(step)
+            if result is not None:
+                return result
+        missed = getattr(func, "__name__", str(func))
+        args, kwargs = tree_map_only(Pending, lambda p: settle(p, missed), (args, kwargs))
+        if not any(_is_pending(one) for one in _leaves(args, kwargs)):
+            return func(*args, **kwargs)
+        with _plainly():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Compute on the values; autograd has recorded the call already."""
+        args, kwargs = tree_map_only(Pending, _opened, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def pend(state: State, ahead: Tensor | None) -> Tensor:
+    """Return a pending tensor."""
+    wrapper: Any = state.prepared.wrapper(state.residual, Pending)
+    with _plainly():
+        wrapper._node = wrapper.grad_fn
+    wrapper._state, wrapper._ahead, wrapper._content = state, ahead, None
+    return wrapper  # type: ignore[no-any-return]
+
+
+def settle(p: Any, reason: str) -> Tensor:
+    """Turn a pending tensor into an ordinary one without activation, in place where possible."""
+    if not _is_pending(p):
+        return p  # type: ignore[no-any-return]
+    state: State = p._state
+    state.missed(reason)
+    if not _untouched(p):
+        return p  # type: ignore[no-any-return]
+    state.check()
+    _become(p, state.prepared.run(state.residual, IDENTITY))
+    return p  # type: ignore[no-any-return]
+
+
+def real(p: Any) -> Any:
+    """Return an ordinary tensor for a pending one, for whoever is outside of the model."""
+    p = settle(p, "it left the model")
+    if not _is_pending(p):
+        return p
+    with _plainly():
+        return torch.ops.aten.alias(p)
+
+
+def current_modes() -> tuple[Any, ...]:
+    """Return the switches of PyTorch under which an operation means what it means.
+
+    The hooks on saved tensors are among them: activation checkpointing counts what it sees saved.
+    """
+    switches = (_grad(), _inference(), _autocast("cpu"), _autocast("cuda"), _packing(True))
+    return (*switches, torch.cuda.current_stream()) if _cuda._initialized else switches
+
+
+def _is_pending(value: Any) -> bool:
+    return type(value) is Pending
+
+
+def _leaves(args: Any, kwargs: Any) -> list[Any]:
+    leaves: list[Any] = torch.utils._pytree.tree_leaves((args, kwargs))
+    return leaves
+
+
+def _untouched(p: Any) -> bool:
+    """Whether a pending tensor is still only what the layer made, under the same switches."""
+    with _plainly():
+        same_node = p.grad_fn is p._node
+    return same_node and p._content is None and p._state.modes == current_modes()
+
+
+def _opened(p: Any) -> Tensor:
+    if p._content is None:
+        p._state.check()
+        p._content = p._state.prepared.values(p._state.residual)
+    values: Tensor = p._content
+    return values
+
+
+def _absorb(step: Absorbable) -> Tensor | None:
+    p = step.target
+    if not _untouched(p):
+        return None
+    adds = p._state.plan.adds and p._state.residual is None
+    if (step.residual is not None) != adds:
+        return None
+    return _absorb_addition(p, step) if adds else _absorb_activation(p, step)
+
+
+def _absorb_activation(p: Any, step: Absorbable) -> Tensor | None:
+    state: State = p._state
+    if step.act != state.plan.act:
+        return None
+    result, p._ahead = p._ahead, None
+    if result is None:
+        state.check()
+        result = state.prepared.run(state.residual, step.act)
+    return _become(p, result) if step.inplace else result
+
+
+def _absorb_addition(p: Any, step: Absorbable) -> Tensor | None:
+    state: State = p._state
+    residual = settle(step.residual, "it is added to another normalization's output")
+    if residual is p or not same_kind(p, residual):
+        return None
+    state.check()
+    result = state.prepared.run(residual, state.plan.act)
+    if state.plan.act != IDENTITY:
+        result = pend(state._replace(residual=residual, seen=versions(residual)), result)
+    return _become(p, result) if step.inplace else result
+
+
+def _become(p: Any, result: Tensor) -> Tensor | None:
+    """Make the object ``p`` the tensor ``result``; None where somebody below holds it."""
+    with _plainly():
+        try:
+            torch.utils.swap_tensors(p, result)
+        except RuntimeError:
+            return None
+    return p  # type: ignore[no-any-return]

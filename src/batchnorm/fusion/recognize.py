@@ -1,0 +1,167 @@
+"""Which calls of PyTorch's API are an addition or an activation that can be fused."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchnorm.ops.activations import IDENTITY, Activation
+
+
+class Absorbable(NamedTuple):
+    """An operation on a normalized tensor.
+
+    Attributes:
+        target: The tensor it is applied to.
+        act: The activation; the identity for an addition.
+        residual: What is added, in an addition.
+        inplace: Whether the target itself becomes the result.
+    """
+
+    target: Any
+    act: Activation
+    residual: Any = None
+    inplace: bool = False
+
+
+Reader = Callable[..., Absorbable | None]
+
+
+def recognize(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mine: Callable[[Any], bool]
+) -> Absorbable | None:
+    """Read a call, or return None where it is something else.
+
+    Args:
+        func: The function, as ``__torch_function__`` gets it.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        mine: Whether an argument can be the target; decides which side of an addition is.
+    """
+    reader = _READERS.get(func)
+    if reader is None:
+        return None
+    try:
+        found = reader(*args, **kwargs)
+    except TypeError:  # arguments that no fused operation has, such as out=
+        return None
+    if found is None or mine(found.target):
+        return found
+    # r + y is y + r; r += y changes r.
+    if found.residual is None or found.inplace or not mine(found.residual):
+        return None
+    return Absorbable(found.residual, found.act, found.target)
+
+
+def is_metadata(func: Any) -> bool:
+    """Return whether a function looks at shape, dtype or the like, and at no value."""
+    return func in _METADATA
+
+
+def _plain(act: Activation, input: Any) -> Absorbable:
+    return Absorbable(input, act)
+
+
+def _underscore(act: Activation, input: Any) -> Absorbable:
+    return Absorbable(input, act, inplace=True)
+
+
+def _switched(act: Activation, input: Any, inplace: bool = False) -> Absorbable:
+    return Absorbable(input, act, inplace=inplace)
+
+
+def _leaky(input: Any, negative_slope: float = 0.01, inplace: bool = False) -> Absorbable:
+    return Absorbable(input, Activation("leaky_relu", float(negative_slope)), inplace=inplace)
+
+
+def _elu(input: Any, alpha: float = 1.0, inplace: bool = False) -> Absorbable:
+    return Absorbable(input, Activation("elu", float(alpha)), inplace=inplace)
+
+
+def _hardtanh(
+    input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> Absorbable | None:
+    if (min_val, max_val) != (0, 6):
+        return None
+    return Absorbable(input, Activation("relu6"), inplace=inplace)
+
+
+def _gelu(input: Any, *, approximate: str = "none") -> Absorbable:
+    return Absorbable(input, Activation("gelu" if approximate == "none" else "gelu_tanh"))
+
+
+def _added(input: Any, other: Any, *, inplace: bool = False, alpha: float = 1) -> Absorbable | None:
+    if alpha != 1 or not isinstance(other, Tensor) or not isinstance(input, Tensor):
+        return None
+    return Absorbable(input, IDENTITY, other, inplace)
+
+
+def _readers() -> dict[Any, Reader]:
+    found: dict[Any, Reader] = {
+        torch.add: _added,
+        Tensor.add: _added,
+        Tensor.add_: partial(_added, inplace=True),
+        F.hardtanh: _hardtanh,
+        F.hardtanh_: partial(_hardtanh, inplace=True),
+        F.leaky_relu: _leaky,
+        F.leaky_relu_: partial(_leaky, inplace=True),
+        F.elu: _elu,
+        F.elu_: partial(_elu, inplace=True),
+        F.gelu: _gelu,
+    }
+    for name in ("relu", "relu6", "silu", "hardswish", "hardsigmoid"):
+        found[getattr(F, name)] = partial(_switched, Activation(name))
+    for name in ("relu", "sigmoid", "tanh"):
+        act = Activation(name)
+        found |= dict.fromkeys((getattr(torch, name), getattr(Tensor, name)), partial(_plain, act))
+        inplace = (getattr(torch, f"{name}_"), getattr(Tensor, f"{name}_"))
+        found |= dict.fromkeys(inplace, partial(_underscore, act))
+    return found
+
+
+_READERS = _readers()
+
+_ATTRIBUTES = [
+    "shape",
+    "dtype",
+    "device",
+    "layout",
+    "ndim",
+    "requires_grad",
+    "is_leaf",
+    "itemsize",
+    "nbytes",
+    "is_cpu",
+    "is_cuda",
+    "is_meta",
+    "is_mps",
+    "is_xpu",
+    "is_sparse",
+    "is_sparse_csr",
+    "is_quantized",
+    "is_mkldnn",
+    "is_nested",
+]
+_METHODS = [
+    "size",
+    "dim",
+    "ndimension",
+    "numel",
+    "nelement",
+    "element_size",
+    "stride",
+    "is_contiguous",
+    "is_complex",
+    "is_floating_point",
+    "get_device",
+    "is_inference",
+    "__len__",
+]
+_METADATA = frozenset(
+    [getattr(Tensor, name).__get__ for name in _ATTRIBUTES]
+    + [getattr(Tensor, name) for name in _METHODS]
+    + [torch.is_floating_point, torch.is_complex, torch.numel]
+)

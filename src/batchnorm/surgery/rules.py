@@ -1,0 +1,104 @@
+"""Which class becomes which of ours, and what is left alone: exact types only."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import Parameter, is_lazy
+
+from batchnorm.nn.adopted import BatchNormAct2d, FrozenBatchNorm2d, FrozenBatchNormAct2d
+from batchnorm.nn.base import Layer
+from batchnorm.nn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+
+class Becomes(NamedTuple):
+    """The class that a layer changes to, and whether it is a frozen one."""
+
+    cls: type[Layer]
+    frozen: bool = False
+
+
+class Left(NamedTuple):
+    """Why a module that looks like a normalization is left as it is."""
+
+    reason: str
+
+
+# By full name, so that torchvision and timm need not be imported to be recognized.
+_EXACT = {
+    "torch.nn.modules.batchnorm.BatchNorm1d": Becomes(BatchNorm1d),
+    "torch.nn.modules.batchnorm.BatchNorm2d": Becomes(BatchNorm2d),
+    "torch.nn.modules.batchnorm.BatchNorm3d": Becomes(BatchNorm3d),
+    "timm.layers.norm_act.BatchNormAct2d": Becomes(BatchNormAct2d),
+    "timm.layers.norm_act.FrozenBatchNormAct2d": Becomes(FrozenBatchNormAct2d, frozen=True),
+    "torchvision.ops.misc.FrozenBatchNorm2d": Becomes(FrozenBatchNorm2d, frozen=True),
+}
+
+_SYNCED = ("torch.nn.modules.batchnorm.SyncBatchNorm", "timm.layers.norm_act.SyncBatchNormAct")
+
+OURS = Left("it is this library's already")
+SCRIPTED = Left("it is scripted or traced; convert the model before torch.jit sees it")
+SYNC = Left(
+    "it merges statistics over ranks, which this library does not do yet; it goes on as it is"
+)
+LAZY = Left("it has no parameters yet; run the model once, then convert")
+OWN_FORWARD = Left("somebody replaced the forward of this object, and it would still be called")
+PARAMETRIZED = Left(
+    "its parameters are parametrized; remove_parametrizations first, or convert before"
+)
+INSIDE = Left("it is part of a parametrization, which computes a weight and is no layer of the net")
+META = Left("its parameters are on the meta device; load or initialize them, then convert")
+SHARDED = Left(
+    "its parameters are {kind}, not whole tensors; convert before fully_shard or distribute_module"
+)
+SUBCLASS = Left("it is a class of its own, which may do more than what it is made from")
+
+
+def decide(name: str, module: nn.Module) -> Becomes | Left | None:
+    """Return what a module becomes, why it is left, or None where it is no normalization."""
+    if isinstance(module, Layer):
+        return OURS
+    if not _looks_like_one(module):
+        return None
+    if isinstance(module, torch.jit.ScriptModule):
+        return SCRIPTED
+    if nn.utils.parametrize.is_parametrized(module):
+        return PARAMETRIZED
+    if ".parametrizations." in f".{name}":
+        return INSIDE
+    kind = _full_name(module)
+    if kind in _SYNCED:
+        return SYNC
+    if kind not in _EXACT:
+        lazy = kind.startswith("torch.nn.modules.batchnorm.Lazy")
+        return LAZY if lazy else SUBCLASS
+    return _unusable(module) or _EXACT[kind]
+
+
+def _full_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _looks_like_one(module: nn.Module) -> bool:
+    if isinstance(module, _BatchNorm):
+        return True
+    called = type(module).__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        called = module.original_name
+    return "BatchNorm" in called
+
+
+def _unusable(module: nn.Module) -> Left | None:
+    if "forward" in module.__dict__:
+        return OWN_FORWARD
+    for tensor in [*module._parameters.values(), *module._buffers.values()]:
+        if tensor is None:
+            continue
+        if is_lazy(tensor):
+            return LAZY
+        if tensor.is_meta:
+            return META
+        if type(tensor) not in (Tensor, Parameter):
+            return Left(SHARDED.reason.format(kind=type(tensor).__name__))
+    return None

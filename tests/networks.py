@@ -1,0 +1,77 @@
+"""Networks of third parties, small enough for a test, as functions that build them."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import third_party
+
+
+def _timm(name: str, **options) -> Callable[[], nn.Module]:
+    return lambda: third_party.timm().create_model(name, num_classes=10, **options)
+
+
+def _torchvision(name: str, **options) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        models = third_party.torchvision().models
+        return getattr(models, name)(num_classes=10, **options)
+
+    return build
+
+
+def _densenet() -> nn.Module:
+    densenet = third_party.torchvision().models.densenet
+    return densenet.DenseNet(8, (2, 2), 16, num_classes=10)
+
+
+class _Pooled(nn.Module):
+    """A transformers model with its pooled output."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x).pooler_output.flatten(1)
+
+
+def _transformers(name: str, **options) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        third_party.torchvision()
+        transformers = pytest.importorskip("transformers")
+        config = getattr(transformers, f"{name}Config")(**options)
+        return _Pooled(getattr(transformers, f"{name}Model")(config))
+
+    return build
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(3 * 32 * 32, 64), nn.BatchNorm1d(64), nn.ReLU(),
+        nn.Linear(64, 48), nn.BatchNorm1d(48), nn.GELU(), nn.Linear(48, 10),
+    )  # fmt: skip
+
+
+_HF = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2]}
+
+# name -> (builder, how many layers at least are fused in training)
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "mlp": (mlp, 2),
+    "torchvision resnet18": (_torchvision("resnet18"), 17),
+    "torchvision resnet50": (_torchvision("resnet50"), 49),
+    "torchvision mobilenet_v2": (_torchvision("mobilenet_v2"), 45),
+    "torchvision mobilenet_v3": (_torchvision("mobilenet_v3_small"), 20),
+    "torchvision densenet": (_densenet, 8),
+    "torchvision regnet": (_torchvision("regnet_y_400mf"), 48),
+    "transformers resnet": (_transformers("ResNet", layer_type="bottleneck", **_HF), 13),
+    "transformers regnet": (_transformers("RegNet", groups_width=8, **_HF), 13),
+    "transformers mobilenet_v2": (_transformers("MobileNetV2", depth_multiplier=0.35), 45),
+    "timm resnet18": (_timm("resnet18"), 17),
+    "timm efficientnet_b0": (_timm("efficientnet_b0"), 42),
+    "timm mobilenetv3": (_timm("mobilenetv3_small_050"), 20),
+    "timm regnety": (_timm("regnety_002"), 30),
+    "timm cspresnet50": (_timm("cspresnet50"), 40),
+    "timm dla34": (_timm("dla34"), 20),
+}

@@ -1,0 +1,31 @@
+"""Run a function in several processes over gloo."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.multiprocessing
+
+
+def across_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
+    """Return ``function(rank, *args)`` of every rank; it must be at module level."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = torch.multiprocessing.spawn(
+            _one, (function, size, folder, args), nprocs=size, join=False
+        )
+        while not context.join():
+            pass
+        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(size)]
+
+
+def _one(rank: int, function: Callable[..., Any], size: int, folder: str, args: Any) -> None:
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", size)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    try:
+        torch.save(function(rank, *args), Path(folder) / f"{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
