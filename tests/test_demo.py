@@ -19,7 +19,7 @@ from batchnorm.demo.page import to_report
 from batchnorm.demo.run import run_demo
 from batchnorm.demo.shift import ShiftProbe, entering
 from batchnorm.demo.tour import take_tour
-from batchnorm.demo.training import Curve, Options, batch_order, evaluate, train
+from batchnorm.demo.training import Curve, Options, batch_order, evaluate, one_thread, train
 from batchnorm.errors import OptionError
 from batchnorm.estimators.running import Running
 from batchnorm.report.jsontext import to_json
@@ -40,6 +40,13 @@ def small(images, count=200):
         images.test_images[:60],
         images.test_labels[:60],
     )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """On a busy machine two threads wait for each other at every one of thousands of small ops."""
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -240,10 +247,12 @@ def test_the_same_seed_gives_the_same_numbers(digits, tour):
 
 
 def test_the_tour_leaves_the_number_of_threads_alone(digits):
-    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     with pytest.raises(OptionError):
         take_tour(small(digits), Options(batch_size=1000), silent)
-    assert torch.get_num_threads() == threads
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert threads == 2
 
 
 def test_demo_on_idx_files_writes_weights_that_torch_loads(tmp_path):
