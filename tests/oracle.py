@@ -175,7 +175,11 @@ def far_from_kinks(act, z, margin):
     return all(np.abs(np.asarray(z) - kink).min(initial=1) > margin for kink in KINKS.get(act, ()))
 
 
-_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+def _erf(z):
+    return np.array([math.erf(v) for v in z.flat]).reshape(z.shape)
+
+
 _TANH_SLOPE = math.sqrt(2 / math.pi)
 
 
@@ -216,8 +220,8 @@ def derivative(act, z):
     """Its derivative; at a kink, the one of PyTorch (that of the flat side for the ReLUs)."""
     name, slope = act
     z = np.asarray(z, WIDE)
-    s = _sigmoid(z)
-    inner = np.tanh(_tanh_inside(z))
+    inner = np.tanh(_tanh_inside(z)) if name == "gelu_tanh" else None
+    s = _sigmoid(z) if name in ("silu", "sigmoid") else None
     return {
         "identity": lambda: np.ones_like(z),
         "relu": lambda: (z > 0).astype(WIDE),

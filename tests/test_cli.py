@@ -27,7 +27,7 @@ def command(*arguments, cwd=None):
         encoding="utf-8",
         env=environment(),
         cwd=cwd,
-        timeout=120,
+        timeout=280,
         check=False,
     )
 

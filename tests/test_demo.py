@@ -193,7 +193,9 @@ def test_values_entering_the_activation_are_those_the_layer_receives(digits):
 def test_with_normalization_a_fresh_unit_has_centre_0_and_deviation_1(digits):
     values = entering(normalized().train(), WATCHED, digits.train_images[:64])
     assert values.mean(0).abs().max() < 1e-5
-    torch.testing.assert_close(values.var(0, correction=0), torch.ones(64).double(), atol=1e-2, rtol=0)
+    torch.testing.assert_close(
+        values.var(0, correction=0), torch.ones(64).double(), atol=1e-2, rtol=0
+    )
 
 
 def test_shift_probe_moves_no_statistic_and_counts_flat_values(digits):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, grad, replace_all_batch_norm_modules_, vmap
-from torch.nn.utils import fuse_conv_bn_eval
+from torch.nn.utils import fuse_conv_bn_eval, prune
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import batchnorm as bn
@@ -266,7 +266,7 @@ def test_clipping_pruning_and_flat_parameters_see_what_they_see_in_torch():
     for layer in (ours, theirs):
         layer(x).backward(cotangent)
         nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
-        nn.utils.prune.l1_unstructured(layer, "weight", amount=1)
+        prune.l1_unstructured(layer, "weight", amount=1)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
