@@ -175,7 +175,6 @@ def far_from_kinks(act, z, margin):
     return all(np.abs(np.asarray(z) - kink).min(initial=1) > margin for kink in KINKS.get(act, ()))
 
 
-
 def _erf(z):
     return np.array([math.erf(v) for v in z.flat]).reshape(z.shape)
 

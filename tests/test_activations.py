@@ -3,13 +3,13 @@
 import math
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import oracle
 from batchnorm.errors import OptionError
 from batchnorm.ops.activations import IDENTITY, NAMES, Activation, activation
 

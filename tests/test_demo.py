@@ -15,6 +15,7 @@ from batchnorm.demo.data import DataError, load_digits, load_idx, read_idx_image
 from batchnorm.demo.estimates import WHOLE_SET, kept_estimators
 from batchnorm.demo.modes import compare_modes
 from batchnorm.demo.networks import WATCHED, build
+from batchnorm.demo.output import write_results
 from batchnorm.demo.page import to_report
 from batchnorm.demo.run import run_demo
 from batchnorm.demo.shift import ShiftProbe, entering
@@ -272,6 +273,14 @@ def test_demo_on_idx_files_writes_weights_that_torch_loads(tmp_path):
     )
     expected = tour.studies[0].normalized.weights["dense3_bn.running_var"]
     assert torch.equal(layer.running_var, expected)
+
+
+def test_the_same_seed_writes_the_same_bytes(tour, tmp_path):
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    for first, second in zip(*(write_results(tour, folder) for folder in folders), strict=True):
+        assert first.read_bytes() == second.read_bytes()
 
 
 def test_a_file_in_the_way_of_the_folder_is_said_before_training(tmp_path):

@@ -32,6 +32,15 @@ ACTIVATIONS = {
 CLOSE = {"rtol": 1e-4, "atol": 3e-5}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Small tensors on a busy machine: threads that wait for each other take ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def both(kind, activation):
     ours, theirs = (
         build(5, **more)

@@ -23,6 +23,15 @@ SEVERAL = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Small tensors on a busy machine: threads that wait for each other take ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def states(layer):
     return [tensor for state in layer._bank.states.values() for tensor in state]
 

@@ -107,12 +107,7 @@ def test_a_mask_broadcasts_and_counts_what_it_leaves(name, estimator):
     [
         None,
         "relu",
-        pytest.param(
-            "silu",
-            marks=pytest.mark.xfail(
-                strict=True, reason="routes._masked_*: the residual is not replaced where masked"
-            ),
-        ),
+        "silu",
     ],
 )
 def test_what_is_masked_leaks_from_nowhere(activation, training):

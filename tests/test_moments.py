@@ -4,13 +4,13 @@ import itertools
 import math
 from fractions import Fraction
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import batchnorm as bn
+import oracle
 from batchnorm import Moments
 from batchnorm.errors import DtypeError, LayoutError, OptionError
 
@@ -213,8 +213,8 @@ SHAPES = [((7, 3), 1), ((7, 3), 0), ((2, 3, 5), 1), ((2, 4, 3), -1), ((3, 2, 4, 
 SHAPES += [((2, 3, 4, 5), 1), ((2, 4, 3, 5), 2), ((2, 3, 2, 1, 4), 1), ((2, 2, 1, 4, 3), -1)]
 ORDERS = {
     "as it is": lambda x: x,
-    "reversed": lambda x: x.permute(*reversed(range(x.ndim))).contiguous().permute(
-        *reversed(range(x.ndim))
+    "reversed": lambda x: (
+        x.permute(*reversed(range(x.ndim))).contiguous().permute(*reversed(range(x.ndim)))
     ),
     "strided": lambda x: torch.stack([x, x * 0], -1)[..., 0],
     "offset": lambda x: torch.cat([x.new_ones(1), x.flatten()])[1:].view(x.shape),

@@ -4,12 +4,12 @@ import functools
 import itertools
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from torch.library import opcheck
 
 import batchnorm as bn
+import oracle
 from batchnorm import layout as shapes
 from batchnorm.errors import BackendError
 from batchnorm.ops import library, reference

@@ -139,6 +139,10 @@ def prepare(
     """
     axis = layout.channel_axis(x.ndim, axis)
     layout.check_input(x)
+    if (mean is None) is not (var is None):
+        raise OptionError(
+            "expected running_mean and running_var both, or neither, got only one of them"
+        )
     if not is_recorded():
         per_channel = {"running_mean": mean, "running_var": var, "weight": weight, "bias": bias}
         layout.check_per_channel(x, axis, **per_channel)
