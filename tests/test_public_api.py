@@ -31,6 +31,7 @@ NAMES = [
     "functional",
     "merge",
     "revert",
+    "save_memory",
     "use_backend",
     "use_estimate",
 ]

@@ -24,3 +24,4 @@ from batchnorm.sources.frozen import Frozen as Frozen
 from batchnorm.surgery.convert import convert as convert
 from batchnorm.surgery.convert import revert as revert
 from batchnorm.surgery.edits import edits as edits
+from batchnorm.surgery.saving import save_memory as save_memory

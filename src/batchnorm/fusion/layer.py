@@ -11,16 +11,16 @@ from batchnorm.fusion import session
 from batchnorm.fusion.pending import State, current_modes, pend
 from batchnorm.fusion.plan import Plan
 from batchnorm.fusion.prepared import prepare
+from batchnorm.ops.onlookers import is_recomputing
 
 # (adds, training) -> the number of elements below which the detour costs more than it saves:
 # 16 to 150 microseconds of Python against passes over memory (docs/decisions/0020-pending.md).
 SMALLEST = {
     (False, True): 1 << 17,
     (False, False): 1 << 19,
-    (True, True): 1 << 21,
+    (True, True): 1 << 17,
     (True, False): 1 << 20,
 }
-
 Key = tuple[bool, bool]
 
 
@@ -61,7 +61,11 @@ class Fusion:
         self.plans[key] = f"expected {self.plans[key]}, then came {reason}"
 
     def _pending(self, layer: Any, x: Tensor, key: Key, plan: Plan) -> Tensor | None:
+        packing = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if type(x) is not Tensor or x.numel() < SMALLEST[plan.adds, key[0]]:
+            return None
+        # Activation checkpointing counts what is saved; bn.save_memory does not mind.
+        if packing is not None and not getattr(packing[0], "knows_fusion", False):
             return None
         if _seen_by_others(layer, plan):
             return None
@@ -98,7 +102,7 @@ class Fusion:
 
 
 def _seen_by_others(layer: Any, plan: Plan) -> bool:
-    """Whether a hook would get hold of the output, or autograd's saved tensors are hooked."""
+    """Whether a hook would get hold of the output, or backward is running."""
     if _hooks._global_forward_hooks or _hooks._global_forward_pre_hooks:
         return True
     if _hooks._global_backward_hooks or _hooks._global_backward_pre_hooks:
@@ -110,8 +114,5 @@ def _seen_by_others(layer: Any, plan: Plan) -> bool:
             return True
         if module._backward_hooks or module._backward_pre_hooks:
             return True
-    # Activation checkpointing counts what is saved, and its second forward runs within backward.
-    if torch._C._current_graph_task_id() != -1:
-        return True
-    packing = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return packing is not None and not getattr(packing[0], "knows_fusion", False)
+    # The second forward of activation checkpointing runs within backward.
+    return is_recomputing()

@@ -5,7 +5,7 @@ falls back without a word; an explicit one raises. Both can be seen with ``bn.en
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -32,6 +32,9 @@ _order = tuple(BACKENDS.values())
 
 _forced: str | None = None
 
+# What bn.save_memory puts around the backend of a call.
+_wrap: Callable[[Any], Any] | None = None
+
 
 def select(
     x: Tensor,
@@ -54,11 +57,17 @@ def select(
                 f"{tuple(x.shape)}, {x.dtype} on {x.device}: {reason}; "
                 "leave the choice open, or use_backend('reference')"
             )
-        return backend
+        return backend if _wrap is None else _wrap(backend)
     for backend in _order:
         if backend.serves(x, weight, bias, residual, axis) is None:
-            return backend
+            return backend if _wrap is None else _wrap(backend)
     raise AssertionError("the reference backend serves everything")
+
+
+def wrap_with(wrap: Callable[[Any], Any]) -> None:
+    """Let ``wrap(backend)`` serve from now on what ``backend`` is selected for."""
+    global _wrap
+    _wrap = wrap
 
 
 @contextlib.contextmanager

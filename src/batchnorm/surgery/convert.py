@@ -22,6 +22,7 @@ from batchnorm.sources.base import Source
 from batchnorm.sources.frozen import Frozen
 from batchnorm.surgery import edits, rules
 from batchnorm.surgery.edits import Edit
+from batchnorm.surgery.saving import switch_off
 
 Model = TypeVar("Model", bound=nn.Module)
 Filter = Callable[[str, nn.Module], bool]
@@ -101,7 +102,7 @@ def convert(
 def revert(model: Model) -> Model:
     """Take back ``bn.convert``: every layer gets back the class it had, and nothing else changes.
 
-    Parameters and statistics keep the values they have by now. What was kept besides them for
+    ``bn.save_memory(model)`` is taken back too. Parameters and statistics keep the values they have by now. What was kept besides them for
     ``estimator=`` is gone.
 
     Args:
@@ -111,6 +112,7 @@ def revert(model: Model) -> Model:
         The model.
     """
     session.remove(model)
+    switch_off(model)
     for module in model.modules():
         module.__dict__.pop("_fusion", None)
         origin = module.__dict__.pop("_origin", None)

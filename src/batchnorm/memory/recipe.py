@@ -1,0 +1,187 @@
+"""How a normalization's result can be computed again, to the last bit, instead of being kept."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.ops.activations import Activation
+
+# Where a result carries its recipe: an attribute, so that it lives and moves with the tensor.
+_PLACE = "_batchnorm_recipe"
+
+# Smaller results are kept: the recipe would cost more than they do.
+SMALLEST_BYTES = 1 << 16
+
+CHANGED = """\
+one of the variables needed for gradient computation has been modified by an inplace operation: \
+[{kind} {shape}] is at version {now}; expected version {then} instead. (Found by bn.save_memory, \
+which keeps the input of a batch normalization in the place of its output.)"""
+
+
+class Kept:
+    """A tensor that is kept as it is, and must not have been written to when it is needed."""
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        # Detached: the tensor may be the output of the very node that keeps it.
+        self.tensor = tensor.detach()
+        self.version = _version(tensor)
+
+    def value(self) -> Tensor:
+        """Return the tensor.
+
+        Raises:
+            RuntimeError: Torch's own, if it has been changed in place.
+        """
+        now = _version(self.tensor)
+        if now != self.version:
+            kind, shape = self.tensor.type(), list(self.tensor.shape)
+            raise RuntimeError(CHANGED.format(kind=kind, shape=shape, now=now, then=self.version))
+        return self.tensor
+
+
+class Recipe:
+    """act(normalize(x) + residual), of inputs that are kept or have recipes themselves.
+
+    In residual networks recipes are chains: of every block, back to where the stage begins. What
+    is computed on the way is remembered until everybody who needs it has had it.
+
+    Attributes:
+        handles: How many wait for the value.
+        served: How many of them have had it.
+    """
+
+    __slots__ = ("affine", "axis", "backend", "handles", "memo", "residual", "served", "stats",
+                 "version", "x")  # fmt: skip
+
+    def __init__(
+        self,
+        backend: Any,
+        x: Tensor,
+        stats: tuple[Tensor, Tensor],
+        affine: tuple[Tensor | None, Tensor | None, Activation],
+        residual: Tensor | None,
+        axis: int,
+    ) -> None:
+        weight, bias, act = affine
+        self.backend, self.stats, self.axis = backend, stats, axis
+        # Copies, of C numbers each: the optimizer may be faster than backward.
+        self.affine = _copy(weight), _copy(bias), act
+        self.x = source(x)
+        self.residual = None if residual is None else source(residual)
+        self.version = 0
+        self.handles = self.served = 0
+        self.memo: Tensor | None = None
+
+    def value(self) -> Tensor:
+        """Return the result, computed now or before."""
+        if self.memo is not None:
+            return self.memo
+        weight, bias, act = self.affine
+        residual = None if self.residual is None else self.residual.value()
+        x, (mean, rstd) = self.x.value(), self.stats
+        y: Tensor
+        with torch.no_grad():
+            y = self.backend.normalize(x, mean, rstd, weight, bias, residual, act, self.axis)
+        if self.served < self.handles:
+            self.memo = y
+        return y
+
+    def serve(self) -> Tensor:
+        """Return the result to one of those who wait for it."""
+        y = self.value()
+        self.served += 1
+        if self.served >= self.handles:
+            self.served, self.memo = 0, None
+        return y
+
+    def kept(self) -> list[Tensor]:
+        """Return what is kept because of this recipe, without what other recipes keep."""
+        parts = [self.x, *([] if self.residual is None else [self.residual])]
+        tensors = [part.tensor for part in parts if isinstance(part, Kept)]
+        return [*tensors, *self.stats, *(t for t in self.affine[:2] if t is not None)]
+
+
+class Recording:
+    """A backend that gives every result its recipe."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        act: Activation,
+        eps: float,
+        axis: int,
+        running: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Do what the backend does."""
+        given = (x, weight, bias, residual, act)
+        y, stats = self.backend.forward(*given, eps, axis, running)
+        self._record(y, (stats[0], stats[2]), *given, axis)
+        return y, stats
+
+    def normalize(
+        self,
+        x: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        act: Activation,
+        axis: int,
+    ) -> Tensor:
+        """Do what the backend does."""
+        y: Tensor = self.backend.normalize(x, mean, rstd, weight, bias, residual, act, axis)
+        self._record(y, (mean, rstd), x, weight, bias, residual, act, axis)
+        return y
+
+    def _record(
+        self,
+        y: Tensor,
+        stats: tuple[Tensor, Tensor],
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        act: Activation,
+        axis: int,
+    ) -> None:
+        # Without a gradient nothing keeps x, and a recipe would.
+        wanted = any(t is not None and t.requires_grad for t in (x, weight, bias))
+        if not wanted or y.nbytes < SMALLEST_BYTES or y is residual:
+            return
+        recipe = Recipe(self.backend, x, stats, (weight, bias, act), residual, axis)
+        recipe.version = y._version
+        setattr(y, _PLACE, recipe)
+
+
+def recipe_of(tensor: Tensor) -> Recipe | None:
+    """Return the recipe of a tensor, or of what it is a view of, if it is as it was made."""
+    base = tensor if tensor._base is None else tensor._base
+    recipe: Recipe | None = base.__dict__.get(_PLACE)
+    return None if recipe is None or base._version != recipe.version else recipe
+
+
+def source(tensor: Tensor) -> Kept | Recipe:
+    """Return how an input of a recipe comes back: by a recipe of its own, or because it is kept."""
+    recipe = recipe_of(tensor) if tensor._base is None else None
+    return Kept(tensor) if recipe is None else recipe
+
+
+def _copy(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.detach().clone()
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

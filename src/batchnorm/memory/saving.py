@@ -1,0 +1,130 @@
+"""What autograd saves while a network runs forward: recipes in the place of results."""
+
+import threading
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from batchnorm.memory.recipe import Kept, Recipe, Recording, recipe_of
+from batchnorm.ops import backend
+
+_here = threading.local()
+
+
+class Handle(NamedTuple):
+    """A saved tensor that a recipe makes: the result, or a view of it."""
+
+    recipe: Recipe
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class Saved:
+    """The bytes that autograd keeps, counted as unique storages; a fresh one for each block.
+
+    Attributes:
+        without: What it would have kept.
+        kept: What it keeps.
+    """
+
+    def __init__(self) -> None:
+        self.without = 0
+        self.kept = 0
+        self._seen: tuple[dict[int, StorageWeakRef], dict[int, StorageWeakRef]] = {}, {}
+
+    def __str__(self) -> str:
+        share = f" ({100 * self.kept / self.without:.0f} %)" if self.without else ""
+        return f"kept {_megabytes(self.kept)} of {_megabytes(self.without)}{share}"
+
+    def _count(self, tensor: Tensor, which: int) -> int:
+        storage = tensor.untyped_storage()
+        # A weak reference keeps the address from being given to another storage.
+        weak = StorageWeakRef(storage)
+        if weak.cdata in self._seen[which]:
+            return 0
+        self._seen[which][weak.cdata] = weak
+        return storage.nbytes()
+
+    def note(self, tensor: Tensor, recipe: Recipe | None) -> None:
+        """Count a tensor that is about to be saved."""
+        self.without += self._count(tensor, 0)
+        for one in [tensor] if recipe is None else recipe.kept():
+            self.kept += self._count(one, 1)
+
+
+class SaveMemory:
+    """Inside the block, what follows a layer keeps the layer's input and not its output.
+
+    Attributes:
+        saved: The bytes, counted.
+    """
+
+    def __init__(self) -> None:
+        self.saved = Saved()
+        self._hooks: saved_tensors_hooks | None = None
+        self._outer: tuple[Any, Any] | None = None
+
+    def __enter__(self) -> Saved:
+        outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        # Checkpointing counts what is saved; inside of a region there is nothing to add to it.
+        if outer is None or not (_is_ours(outer) or _is_checkpointing(outer)):
+            self._outer = outer
+            self._hooks = saved_tensors_hooks(self._pack, self._unpack)
+            self._hooks.__enter__()
+            backend.wrap_with(_record)
+            _here.depth = getattr(_here, "depth", 0) + 1
+        return self.saved
+
+    def __exit__(self, *error: object) -> None:
+        if self._hooks is not None:
+            self._hooks.__exit__(*error)
+            self._hooks = None
+            _here.depth -= 1
+
+    def _pack(self, tensor: Tensor) -> Any:
+        recipe = recipe_of(tensor) if type(tensor) is Tensor else None
+        if type(tensor) is Tensor:
+            self.saved.note(tensor, recipe)
+        if recipe is not None:
+            recipe.handles += 1
+            return Handle(recipe, tensor.size(), tensor.stride(), tensor.storage_offset())
+        return Kept(tensor) if self._outer is None else self._outer[0](tensor)
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Handle):
+            recipe, size, stride, offset = packed
+            y = recipe.serve()
+            if y.size() == size and y.stride() == stride:
+                return y.detach()
+            return y.as_strided(size, stride, offset)
+        if isinstance(packed, Kept):
+            return packed.value()
+        assert self._outer is not None
+        tensor: Tensor = self._outer[1](packed)
+        return tensor
+
+    # Read by batchnorm.fusion: under these hooks nothing depends on what is saved.
+    _pack.knows_fusion = True  # type: ignore[attr-defined]
+
+
+def _is_ours(hooks: tuple[Any, Any]) -> bool:
+    return isinstance(getattr(hooks[0], "__self__", None), SaveMemory)
+
+
+def _is_checkpointing(hooks: tuple[Any, Any]) -> bool:
+    return getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+
+
+def _record(chosen: Any) -> Any:
+    """Wrap the backend of a call that is differentiated inside of a block."""
+    if getattr(_here, "depth", 0) and torch.is_grad_enabled():
+        return Recording(chosen)
+    return chosen
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MB"
