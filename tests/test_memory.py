@@ -241,7 +241,7 @@ def test_parameters_that_are_edited_behind_autograds_back():
     def edit(model):
         model.bn.bias.data.add_(1)
 
-    x = torch.randn(3, 3, 9, 9)
+    x, results = torch.randn(3, 3, 9, 9), []
     for save in (False, True):
         model = Between(lambda y: y)
         torch.manual_seed(0)
@@ -251,10 +251,9 @@ def test_parameters_that_are_edited_behind_autograds_back():
             torch.manual_seed(0)
             randomize(model)
             found = step(model, x, save, edit)
-        if save:
-            for one, other in zip(expected, found, strict=True):
-                assert torch.equal(one, other)
-        expected = found
+        results.append(found)
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_inputs_that_are_edited_before_backward():
@@ -296,7 +295,7 @@ def test_gradients_of_gradients_retained_graphs_and_partial_ones():
     plain, saving = bn.convert(copy.deepcopy(model)), bn.convert(copy.deepcopy(model))
     x = torch.randn(3, 3, 9, 9)
     for _ in range(3):
-        found = []
+        found, second_order = [], []
         for one in (plain, saving):
             leaf = x.clone().requires_grad_()
             with bn.save_memory() if one is saving else torch.enable_grad():
@@ -308,7 +307,7 @@ def test_gradients_of_gradients_retained_graphs_and_partial_ones():
             (second,) = torch.autograd.grad(first, leaf, x, retain_graph=True)
             (again,) = torch.autograd.grad(y, leaf, dy)
             found.append((part, first.detach(), again))
-            second_order = second if one is plain else (second_order, second)
+            second_order.append(second)
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
         torch.testing.assert_close(*second_order)
 

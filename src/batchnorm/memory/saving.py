@@ -91,7 +91,7 @@ class SaveMemory:
             self.saved.note(tensor, recipe)
         if recipe is not None:
             recipe.handles += 1
-            return Handle(recipe, tensor.size(), tensor.stride(), tensor.storage_offset())
+            return Handle(recipe, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
         return Kept(tensor) if self._outer is None else self._outer[0](tensor)
 
     def _unpack(self, packed: Any) -> Tensor:
