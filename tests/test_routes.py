@@ -142,17 +142,19 @@ def test_a_recorded_graph_of_a_step_holds_no_operation_of_ours():
     torch.testing.assert_close(graph(x * 2), normalize(x * 2, activation="relu"))
 
 
-@pytest.mark.xfail(strict=True, reason="torch.library's register_autograd is opaque to torch.func")
-def test_a_functional_gradient_inside_a_graph():
+def test_transforms_inside_a_graph():
     loss = lambda x: normalize(x, activation="silu").pow(3).sum()
-    x = torch.randn(5, 3)
-    torch.testing.assert_close(whole(torch.func.grad(loss))(x), torch.func.grad(loss)(x))
+    x, many = torch.randn(5, 3), torch.randn(4, 5, 3)
+    for transform in (
+        torch.func.grad(loss),
+        lambda x: torch.func.jvp(normalize, (x,), (x.square(),))[1],
+    ):
+        torch.testing.assert_close(whole(transform)(x), transform(x))
+        mapped = torch.func.vmap(transform)
+        torch.testing.assert_close(whole(mapped)(many), mapped(many))
 
 
-SPLIT = [(2,), (2, 3), (4, 5, 3), (2, 3, 4, 5)]
-
-
-@pytest.mark.parametrize("outer", SPLIT[:2])
+@pytest.mark.parametrize("outer", [(2,), (2, 3)])
 def test_nested_vmap_is_a_loop(outer):
     x, weight = torch.randn(*outer, 6, 3), torch.randn(3)
     function = lambda x: normalize(x, weight, activation="gelu")
