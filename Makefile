@@ -12,7 +12,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-.PHONY: run test test-slow coverage bench docs lint format clean
+.PHONY: run test test-slow coverage bench docs lint sanitize format clean
 
 run: $(READY)
 	$(PY) -m batchnorm demo
@@ -27,7 +27,8 @@ coverage: $(READY)
 	$(PY) -m pytest -m "not cuda" --cov --cov-report=term
 
 bench: $(READY)
-	$(PY) -m batchnorm bench
+	$(PY) -m batchnorm bench --out benchmarks/data/latest
+	$(PY) benchmarks/readme.py benchmarks/data/latest/rows.csv README.md README.zh.md
 
 docs: $(READY)
 	$(PY) -m mkdocs build --strict --quiet
@@ -36,6 +37,15 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+# Memory errors, undefined behaviour and races of the native kernels, without Python around them.
+sanitize:
+	cmake -S . -B build/asan -DBATCHNORM_STRESS=ON -DBATCHNORM_OPENMP=OFF -DBATCHNORM_SANITIZE=address,undefined
+	cmake --build build/asan --parallel 2
+	UBSAN_OPTIONS=halt_on_error=1 build/asan/stress
+	cmake -S . -B build/tsan -DBATCHNORM_STRESS=ON -DBATCHNORM_OPENMP=OFF -DBATCHNORM_SANITIZE=thread
+	cmake --build build/tsan --parallel 2
+	TSAN_OPTIONS=halt_on_error=1 build/tsan/stress
 
 format: $(READY)
 	$(PY) -m ruff format .

@@ -166,20 +166,26 @@ void normalize_planes(const Args& a) {
     const Loops<T, false> loops(a);
     const Block<T> whole{static_cast<const T*>(a.x), nullptr, static_cast<const T*>(a.residual), static_cast<T*>(a.y), nullptr,
                          0, p.stride, 0, p.streams(a.y)};
+    // Coefficients once per channel: a segment may be a few vectors long, and comes back for every sample.
+    using A = Real<T>;
+    Scratch scratch(3 * Scratch::need<A>(a.channels));
+    const Coefs<A> all{scratch.take<A>(a.channels), scratch.take<A>(a.channels), scratch.take<A>(a.channels), nullptr, nullptr};
+    for (int64_t c = 0; c < a.channels; ++c) forward_coefs(a, c, all, c);
     // Through memory in its own order: there is no second pass to keep a channel for.
     const int64_t tasks = a.outer * a.channels;
     const int64_t grain = 1 + 32768 / (a.inner + 1);
     parallel(p.threads(), [&](Team& team) {
+        Block<T> b = whole;
+        b.rows = 1;
+        b.n = a.inner;
+        int64_t c = 0, next = -1;
         for_each(team, 0, tasks, grain, [&](int64_t t) {
-            OneChannel<Real<T>> k;
-            forward_coefs(a, t % a.channels, k.coefs, 0);
-            Block<T> b = whole;
-            b.x += t * a.inner;
-            if (b.extra) b.extra += t * a.inner;
-            b.out += t * a.inner;
-            b.rows = 1;
-            b.n = a.inner;
-            loops.normalize(b, k.coefs, Real<T>(a.slope));
+            c = t != next ? t % a.channels : c + 1 == a.channels ? 0 : c + 1;
+            next = t + 1;
+            b.x = whole.x + t * a.inner;
+            if (whole.extra) b.extra = whole.extra + t * a.inner;
+            b.out = whole.out + t * a.inner;
+            loops.normalize(b, {all.mean + c, all.scale + c, all.shift + c, nullptr, nullptr}, A(a.slope));
         });
         streaming_done();
     });

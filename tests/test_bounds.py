@@ -72,8 +72,9 @@ def check(route, rows, layout):
     xhat = (wide - mean) / (var + 1e-12).sqrt()
     error = (rows_of(y, axis).double() - xhat * weight).abs()
     scale = (1 + mean.abs() / var.sqrt()) * weight.abs()
-    # A result far from 0 cannot be finer than float32 is there: the outlier has four roundings.
-    far = (xhat.abs() / 2) * (xhat.abs() > 8)
+    # Four roundings of float32 lie between x and y. Beyond 2.5 deviations they are the larger bound;
+    # among ten million values some reach that far.
+    far = xhat.abs() / 2.5
     assert float((error / scale / far.clamp_min(1)).max()) <= 8 * ROUNDING
     return y, found
 

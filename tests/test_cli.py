@@ -27,7 +27,7 @@ def command(*arguments, cwd=None):
         encoding="utf-8",
         env=environment(),
         cwd=cwd,
-        timeout=120,
+        timeout=280,
         check=False,
     )
 
@@ -59,6 +59,7 @@ def test_wrong_data_ends_in_one_line(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_wrong_option_is_a_usage_error():
     done = command("demo", "--batch-size", "1")
     assert done.returncode == 2
@@ -87,6 +88,7 @@ def test_a_missing_package_is_named_in_one_line(package, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT is POSIX")
 def test_an_interrupted_demo_leaves_no_file(tmp_path):
     out = tmp_path / "out"
@@ -104,7 +106,9 @@ def test_an_interrupted_demo_leaves_no_file(tmp_path):
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
+    # Where Python was inside exec() of a string, it ends by the signal itself, whatever the exit
+    # code; a shell reports 130 for both.
+    assert process.returncode in (130, -signal.SIGINT), said
     assert "interrupted" in said
     assert "Traceback" not in said
     assert list(out.iterdir()) == []

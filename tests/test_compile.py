@@ -50,7 +50,7 @@ def assert_same_step(compiled, plain, x):
 @pytest.mark.parametrize(
     "options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}]
 )
-@pytest.mark.parametrize("activation", ["identity", "relu", "silu"])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
 @pytest.mark.parametrize("training", [True, False])
 def test_compiled_whole_equals_eager(activation, options, training):
     torch.compiler.reset()

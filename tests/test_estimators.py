@@ -1,5 +1,6 @@
 """Every estimate against its formula in numpy."""
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.errors import EstimateError
+from twins import assert_unchanged, snapshot
 
 
 def batches(sizes, channels=3):
@@ -167,3 +169,126 @@ def test_forgetting():
     layer.load_state_dict(nn.BatchNorm1d(3).state_dict())
     layer(x + 1)
     torch.testing.assert_close(layer.running_mean, x.mean(0) + 1)
+
+
+finite = hypothesis.strategies.floats(-1e3, 1e3, width=32)
+cuts = hypothesis.strategies.lists(hypothesis.strategies.integers(0, 6), min_size=1, max_size=9)
+
+
+@hypothesis.given(
+    sizes=cuts, k=hypothesis.strategies.integers(1, 4), seed=hypothesis.strategies.integers(0, 99)
+)
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_a_window_holds_exactly_the_last_k_batches_that_had_values(sizes, k, seed):
+    rng = np.random.default_rng(seed)
+    data = [rng.normal(1e2, 3, (n, 2)) for n in sizes]
+    last = [x for x in data if len(x)][-k:]
+    for pooled_too in (False, True):
+        estimator = bn.LastBatches(k, pooled=pooled_too)
+        state = estimator.init(2)
+        for x in data:
+            state = estimator.update(state, bn.Moments.of(torch.from_numpy(x)))
+        mean, var = estimator.statistics(state)
+        if not last:
+            assert mean.tolist() == [0, 0] and var.tolist() == [1, 1]
+            continue
+        union = np.concatenate(last)
+        if pooled_too:
+            expected = union.var(0, ddof=1) if len(union) > 1 else np.ones(2)
+            np.testing.assert_allclose(mean, union.mean(0), rtol=1e-12)
+        else:
+            expected = np.mean([x.var(0, ddof=1) if len(x) > 1 else [0, 0] for x in last], 0)
+            np.testing.assert_allclose(mean, np.mean([x.mean(0) for x in last], 0), rtol=1e-12)
+        np.testing.assert_allclose(var, expected, rtol=1e-9, atol=1e-12)
+
+
+@hypothesis.given(
+    a=hypothesis.strategies.floats(0.01, 0.99),
+    d=finite,
+    steps=hypothesis.strategies.integers(1, 5),
+)
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_data_memory_exceeds_the_average_by_a_1_minus_a_d_squared_each_step(a, d, steps):
+    # In a memory of constant weight 1, and biased variances, as the formula is written.
+    values = torch.tensor([[-1.0], [1.0]]).double()
+    old = bn.Moments(1.0, values.mean(0), values.var(0, correction=0))
+    averaged = old.variance()
+    state = old
+    for i in range(steps):
+        batch = bn.Moments.of(values + d * (i + 1)).scale(0.5)
+        gap = batch.mean - state.mean
+        averaged = (1 - a) * state.variance() + a * batch.variance()
+        state = bn.merge(state.scale(1 - a), batch.scale(a))
+        torch.testing.assert_close(state.variance(), averaged + a * (1 - a) * gap**2)
+
+
+def test_an_empty_or_refused_batch_never_enters_an_estimate():
+    layer = bn.BatchNorm1d(3, estimator=[estimator for estimator, _ in CASES])
+    layer(torch.randn(5, 3))
+    before = snapshot(layer)
+    layer(torch.randn(0, 3))
+    layer(torch.randn(4, 3, 0))
+    for bad in (torch.randn(1, 3), torch.randn(4, 4), torch.ones(4, 3).long()):
+        with pytest.raises((ValueError, RuntimeError)):
+            layer(bad)
+    layer.eval()(torch.randn(5, 3))
+    assert_unchanged(before, layer.train())
+
+
+def test_selecting_an_unknown_estimate_changes_no_layer_and_no_selection():
+    net = nn.Sequential(
+        bn.BatchNorm1d(3, estimator=[bn.LastBatches(2), bn.Running(0.1)]),
+        bn.BatchNorm1d(3, estimator=[bn.Running(0.1), bn.Decayed(0.1)]),
+        nn.BatchNorm1d(3),
+    )
+    net(torch.randn(6, 3))
+    before = snapshot(net)
+    for name in ("last_batches", "decayed", "nonsense", "", None):
+        with pytest.raises(EstimateError, match=str(name) if name else "estimate"):
+            bn.use_estimate(net, name)
+        assert_unchanged(before, net)
+    bn.use_estimate(net, "running")
+    net(torch.randn(6, 3))
+    first, second, theirs = net
+    assert first._bank.selected == second._bank.selected == "running"
+    assert theirs.momentum == 0.1
+
+
+def test_own_names_and_an_own_estimator():
+    class Latest:
+        """Keeps the last mean alone, and the variance of the first batch."""
+
+        name = "latest"
+
+        def init(self, channels, device=None):
+            return bn.Moments(torch.zeros(()), torch.zeros(channels), torch.ones(channels))
+
+        def update(self, state, batch):
+            return bn.Moments(state.count + 1, batch.mean.float(), state.m2)
+
+        def statistics(self, state):
+            return state.mean, state.m2
+
+    layer = bn.BatchNorm1d(3, estimator={"mine": Latest(), "slow": bn.Running(0.01)})
+    x = torch.randn(6, 3)
+    layer(x)
+    torch.testing.assert_close(layer.running_mean, x.mean(0))
+    bn.use_estimate(layer, "slow")
+    torch.testing.assert_close(layer.running_mean, 0.01 * x.mean(0))
+    assert layer.half().running_mean.dtype == torch.float32
+
+
+def test_statistics_of_several_layers_follow_the_selection_in_eval():
+    net = model().train()
+    for x in batches(UNEQUAL):
+        net(torch.from_numpy(x).float())
+    x = torch.randn(5, 3)
+    outputs = {name: bn.use_estimate(net, name).eval()(x) for name in ALL}
+    for name in ALL:
+        bn.use_estimate(net, name)
+        assert torch.equal(net(x), outputs[name])
+        fresh = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3))
+        fresh.load_state_dict(net.state_dict(), strict=True)
+        torch.testing.assert_close(fresh.eval()(x), outputs[name], rtol=1e-4, atol=1e-5)
+    names = list(outputs)
+    assert not torch.equal(outputs[names[0]], outputs[names[2]])

@@ -283,6 +283,7 @@ def _distributed(rank: int, buffers: bool) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("buffers", [True, False])
 def test_ddp_with_two_forwards_before_one_backward(buffers):

@@ -55,6 +55,7 @@ def distance(one: Tensor, other: Tensor) -> float:
     return ((one.double() - other).norm() / other.norm()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinks", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_is_as_near_to_float64_as_torch(name, kinks):

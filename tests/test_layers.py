@@ -32,9 +32,13 @@ CLOSE: dict[torch.dtype, dict[str, float]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Small tensors on a busy machine: threads that wait for each other take ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _layouts(x: Tensor) -> dict[str, Tensor]:

@@ -70,7 +70,7 @@ def use_estimate(model: Model, name: str) -> Model:
     for found in layers:
         if isinstance(found.layer, Layer) and found.layer._bank is not None:
             found.layer._bank.selected = name
-            tracking.publish(found.layer)
+            tracking.publish(found.layer, found.layer._bank.states)
     return model
 
 
@@ -97,8 +97,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for layer, attributes, buffers, copies in kept:
             for name in ("momentum", "track_running_stats"):
                 setattr(layer, name, attributes[name])
-            if "forward" not in attributes:
-                layer.__dict__.pop("forward", None)
+            layer.__dict__.pop("forward", None)
+            if "forward" in attributes:
+                layer.__dict__["forward"] = attributes["forward"]
             layer._buffers.update(buffers)
             with torch.no_grad():
                 for name, copy in copies.items():

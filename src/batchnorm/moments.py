@@ -189,8 +189,9 @@ def element_weights(
     else:
         assert weights is not None
         sample = layout.sample_shape(weights, x, axis, "weights")
-        if not torch.compiler.is_compiling() and bool((sample < 0).any()):
-            raise OptionError("expected weights >= 0, got a negative one")
+        # NaN is not >= 0 either.
+        if not torch.compiler.is_compiling() and not bool((sample >= 0).all()):
+            raise OptionError("expected weights >= 0, got a negative one or NaN")
     shape = list(x.shape)
     shape[axis] = 1
     return sample.expand(shape)

@@ -1,8 +1,12 @@
 """Rows as a table and a plot."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
-from batchnorm.benchmark.rows import Row
+from batchnorm.benchmark.rows import Row, write_rows
+from batchnorm.errors import OptionError
+from batchnorm.files import write_atomically
+from batchnorm.report.html import to_html
 from batchnorm.report.model import Plot, Report, Section, Series, Table, Text
 
 RIVALS = ("eager", "eager in place", "compile", "jax")
@@ -23,6 +27,22 @@ def report(rows: Iterable[Row]) -> Report:
         "forward 1, and 1.5 with the addition."
     )
     return Report("Benchmark", (about,), (Section("How to read it", (floor,)), *sections))
+
+
+def write_benchmark(rows: list[Row], out: Path) -> tuple[Path, ...]:
+    """Write rows.csv and report.html into a folder, which is made.
+
+    Raises:
+        OptionError: If there are no rows.
+        OSError: If a file cannot be written.
+    """
+    if not rows:
+        raise OptionError("expected at least one cell to measure; no name has the part asked for")
+    out.mkdir(parents=True, exist_ok=True)
+    data, page = out / "rows.csv", out / "report.html"
+    write_rows(data, rows)
+    write_atomically(page, to_html(report(rows)))
+    return data, page
 
 
 def table(rows: Iterable[Row], mode: str) -> Table:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm import functional
 from batchnorm.calibration.result import Calibration
@@ -81,6 +82,11 @@ def _choose(model: nn.Module) -> tuple[list[Found], dict[str, str]]:
     chosen, skipped = [], {}
     for found in walk(model):
         layer = found.layer
+        if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():  # type: ignore[misc]
+            raise CalibrationError(
+                f"layer {found.name!r} is lazy and uninitialized: pass one batch through the model "
+                "first"
+            )
         if layer.running_mean is None or layer.running_var is None:
             skipped[found.name] = "keeps no statistics (track_running_stats=False)"
         elif model.training and not layer.training:

@@ -65,6 +65,37 @@ def demo(
 
 
 @app.command()
+def bench(
+    out: Annotated[Path, typer.Option(help="Folder for the rows and the page.")] = Path(
+        "batchnorm-bench"
+    ),
+    seconds: Annotated[float, typer.Option(help="About how long to time each contender.")] = 0.5,
+    part: Annotated[
+        str, typer.Option(help="Only cells whose name has this part, as in 'eval fp32 32x64'.")
+    ] = "",
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="With torch.compile, which compiles each cell.")
+    ] = False,
+    jax: Annotated[bool, typer.Option("--jax", help="With JAX, if it is installed.")] = False,
+) -> None:
+    """Time torch and ours side by side on this machine; write the rows and a page with plots."""
+    from batchnorm.benchmark.cases import cases
+    from batchnorm.benchmark.page import report, write_benchmark
+    from batchnorm.benchmark.run import measure
+    from batchnorm.report.terminal import print_table
+
+    chosen = [case for case in cases() if part in str(case)]
+    with told_in_one_line(), bars(errors) as watch:
+        rows = list(measure(chosen, watch, seconds, compiled, jax))
+        files = write_benchmark(rows, out)
+    for section in report(rows).sections:
+        for table in section.tables():
+            print_table(table, console)
+    for file in files:
+        console.print(Text(str(file)), soft_wrap=True)
+
+
+@app.command()
 def env() -> None:
     """Print versions, devices and backends, and why a backend is not there."""
     from batchnorm.environment import env as environment

@@ -171,5 +171,6 @@ def _refusal(network: nn.Module, image: Tensor) -> str:
     try:
         network(image)
     except ValueError as error:
-        return str(error)
+        # What the layer is follows in brackets; here the words are enough.
+        return str(error).partition(" [in ")[0]
     return ""

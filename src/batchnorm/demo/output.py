@@ -1,5 +1,6 @@
 """The files the demo leaves: weights, numbers, and the page that shows them."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,8 +54,9 @@ def _runs(tour: Tour) -> Iterator[tuple[str, Run]]:
 def _weights(run: Run, tour: Tour) -> bytes:
     about = {
         "data": tour.data_name,
-        "seed": str(tour.options.seed),
-        "steps": str(tour.options.steps),
-        "batch_size": str(tour.options.batch_size),
+        "seed": tour.options.seed,
+        "steps": tour.options.steps,
+        "batch_size": tour.options.batch_size,
     }
-    return save(run.weights, metadata=about)
+    # One entry only: safetensors writes several in an order that changes from run to run.
+    return save(run.weights, metadata={"demo": json.dumps(about)})

@@ -20,11 +20,11 @@ def estimates_section(tour: Tour) -> Section:
                 "the last K batches give"
             ),
             Formula(
-                "μ = (1/K) · Σ μᵢ          σ² = m/(m−1) · (1/K) · Σ σᵢ²\n"
+                "μ = (1/K) · Σ μᵢ\nσ² = m/(m−1) · (1/K) · Σ σᵢ²\n"
                 "pooled: σ² = 1/(Km−1) · Σ over all Km values of (x − μ)²"
             ),
             Text("and the running average, PyTorch's way, takes one step with every batch:"),
-            Formula("μ ← 0.9 μ + 0.1 μᵢ          σ² ← 0.9 σ² + 0.1 · m/(m−1) · σᵢ²"),
+            Formula("μ ← 0.9 μ + 0.1 μᵢ\nσ² ← 0.9 σ² + 0.1 · m/(m−1) · σᵢ²"),
             Text(
                 "“Decayed” weighs batches like the running average and also counts the spread "
                 "between them; “all batches so far” averages since the first step; “whole training "
@@ -133,8 +133,8 @@ def _companies_plot(study: Study) -> Plot:
         (Series("train()", modes.companies),),
         f"probability of class {modes.label} in train()",
         f"of {len(modes.companies)} companies",
-        f"In eval() all of these companies give {modes.alone:.4f}; highest and lowest differ by "
-        f"{high - low:.0e}, which is rounding.",
+        f"In eval() these companies give between {low:.4f} and {high:.4f}, and the image alone "
+        f"{modes.alone:.4f}.",
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.errors import EstimateError, OptionError
+from batchnorm.errors import OptionError
 from batchnorm.estimators.base import Estimator, Statistics
 from batchnorm.estimators.running import Averages
 from batchnorm.moments import Moments
@@ -67,27 +67,16 @@ class Bank:
                 )
             self.states[name] = state
 
-    def update(self, batch: Moments) -> None:
-        """Take one more batch into every estimate."""
-        # Assigned in one go: an estimator that raises leaves all of them as they were.
-        self.states = {
+    def updated(self, batch: Moments) -> dict[str, Any]:
+        """Return the states with one more batch in every estimate."""
+        return {
             name: estimator.update(self.states[name], batch)
             for name, estimator in self.estimators.items()
         }
 
-    def statistics(self) -> Statistics:
+    def statistics(self, states: Mapping[str, Any]) -> Statistics:
         """Return mean and variance of the selected estimate."""
-        return self.estimators[self.selected].statistics(self.states[self.selected])
-
-    def check(self, name: str) -> None:
-        """Refuse a name that is not kept.
-
-        Raises:
-            EstimateError: With the names that are.
-        """
-        if name not in self.estimators:
-            kept = ", ".join(repr(known) for known in self.estimators)
-            raise EstimateError(f"no estimate {name!r} is kept here, only {kept}")
+        return self.estimators[self.selected].statistics(states[self.selected])
 
     def apply(self, move: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor of the states by ``move(tensor)``."""

@@ -42,12 +42,21 @@ def statistics_kept_wide(layer: Any, fn: Callable[[Tensor], Tensor]) -> Iterator
     layer._buffers.update(moved)
     if layer._bank is not None and moved["running_mean"] is not None:
         device = moved["running_mean"].device
-        layer._bank.apply(lambda tensor: tensor.to(device))
+        layer._bank.apply(lambda tensor: _carry(tensor, device))
+
+
+def _carry(state: Tensor, device: torch.device) -> Tensor:
+    """Move a state; off the meta device, where there is nothing to move, it starts at 0."""
+    return torch.zeros_like(state, device=device) if state.is_meta else state.to(device)
 
 
 def _move(buffer: Tensor | None, fn: Callable[[Tensor], Tensor]) -> Tensor | None:
-    if buffer is None or isinstance(buffer, UninitializedBuffer):
-        return None if buffer is None else fn(buffer)
+    if buffer is None:
+        return None
+    if isinstance(buffer, UninitializedBuffer):
+        moved = fn(buffer)
+        dtype = at_least_float32(moved.dtype)
+        return UninitializedBuffer(device=moved.device, dtype=dtype)  # type: ignore[call-arg,no-any-return]
     # What fn does to a dtype and a device is asked of a tensor without elements.
     probe = fn(buffer.new_empty(0))
     dtype = at_least_float32(probe.dtype)

@@ -39,17 +39,20 @@ def forward(
     if type(x) is not Tensor or not is_calm():
         return None
     parameters, buffers = layer._parameters, layer._buffers
-    weight, bias = parameters.get("weight"), parameters.get("bias")
-    mean, var = buffers["running_mean"], buffers["running_var"]
+    try:
+        weight, bias = parameters["weight"], parameters["bias"]
+        mean, var = buffers["running_mean"], buffers["running_var"]
+    except KeyError:  # one that is parametrized is an attribute like any other
+        return None
     axis, rank = layer.axis, x.dim()
     if not (rank in layer.ranks if layer.ranks else rank > 1 and -rank <= axis < rank):
         return None
     if axis < 0:
         axis += rank
-    # A parametrized weight is no entry of _parameters.
-    if (weight is None) is layer.affine or not x.dtype.is_floating_point:
+    if (mean is None) is not (var is None) or not x.dtype.is_floating_point:
         return None
-    if not _per_channel(x.shape[axis], weight, bias, mean, var):
+    channels = x.shape[axis]
+    if not (_parameters(channels, weight, bias) and _statistics(channels, x, mean, var)):
         return None
     wants_grad = x.requires_grad
     if weight is not None:
@@ -65,20 +68,36 @@ def forward(
     if layer.training:
         found = [] if found is None else found
         return _train(layer, x, axis, weight, bias, residual, wants_grad, act, found)
-    if mean is None or wants_grad or not layer.eps >= 0 or mean.dtype not in WIDE:
+    if mean is None or var is None or wants_grad or not layer.eps >= 0:
         return None
     backend = select(x, weight, bias, residual, axis)
-    if mean.device != x.device or var.dtype != mean.dtype:
+    if not backend.commits:  # the reference asks nothing of its tensors
         return None
     y: Tensor = backend.evaluate(x, mean, var, weight, bias, residual, act, layer.eps, axis)
     return y
 
 
-def _per_channel(channels: int, *tensors: Tensor | None) -> bool:
+def _parameters(channels: int, *tensors: Tensor | None) -> bool:
     for tensor in tensors:
         if tensor is not None and (tensor.numel() != channels or tensor.dim() != 1):
             return False
+        if tensor is not None and type(tensor) is not Parameter and type(tensor) is not Tensor:
+            return False
     return True
+
+
+def _statistics(channels: int, x: Tensor, mean: Tensor | None, var: Tensor | None) -> bool:
+    """Return whether a kernel can read, and write, the statistics in place."""
+    if mean is None or var is None:
+        return True
+    return (
+        mean.shape == var.shape == (channels,)
+        and mean.dtype in WIDE
+        and mean.dtype == var.dtype
+        and mean.device == var.device == x.device
+        and mean.is_contiguous()
+        and var.is_contiguous()
+    )
 
 
 def _alike(residual: Tensor, x: Tensor) -> bool:
@@ -106,9 +125,9 @@ def _train(
     running = None
     if layer.track_running_stats and mean is not None and not is_recomputing():
         counter = buffers["num_batches_tracked"]
-        if not backend.commits or mean.dtype not in WIDE or var.dtype != mean.dtype:
+        if not backend.commits or mean.is_inference() or counter is None:
             return None
-        if mean.device != x.device or mean.is_inference() or counter is None:
+        if counter.dtype is not torch.int64 or counter.device != x.device:
             return None
         running = (mean, var, counter, momentum)
     if wants_grad:

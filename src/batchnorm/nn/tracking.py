@@ -1,6 +1,7 @@
 """The step of a layer's stored estimate after a training batch."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,8 +28,10 @@ def step(layer: Any, batch: Moments) -> None:
     if nothing(batch) or is_recomputing():
         return
     if layer._bank is not None:
-        layer._bank.update(batch)
-        publish(layer)
+        # Kept once published: a step that torch refuses (in torch.func.grad) changes nothing.
+        states = layer._bank.updated(batch)
+        publish(layer, states)
+        layer._bank.states = states
     else:
         _move(layer, batch)
     if layer.num_batches_tracked is not None:
@@ -49,12 +52,15 @@ def _move(layer: Any, batch: Moments) -> None:
         old.copy_(keep_if_empty(batch, wide, moved))
 
 
-def publish(layer: Any) -> None:
+def publish(layer: Any, states: Mapping[str, Any]) -> None:
     """Write the estimate in use to the buffers, where eval, state dicts and torch.nn look."""
-    mean, var = layer._bank.statistics()
-    with torch.no_grad():
-        layer.running_mean.copy_(mean)
-        layer.running_var.copy_(var)
+    names = ("running_mean", "running_var")
+    for name, statistic in zip(names, layer._bank.statistics(states), strict=True):
+        old = getattr(layer, name)
+        if old.dtype not in WIDE:
+            _widened(layer, name, old)
+        with torch.no_grad():
+            old.copy_(statistic)
 
 
 def restart(layer: Any, known: bool = False) -> None:

@@ -6,7 +6,6 @@ the kinks (``relu'(0) = 0``) and for NaN are those of PyTorch.
 
 import re
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -82,6 +81,9 @@ _GRADIENTS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 NAMES = tuple(_FUNCTIONS)
 
+# Names alone need no parsing. (A dict and no lru_cache: Dynamo warns of one.)
+_PLAIN = {name: Activation(name, _SLOPES.get(name, 0.0)) for name in NAMES}
+
 _MODULES: dict[type, Callable[[Any], Activation]] = {
     nn.Identity: lambda _: IDENTITY,
     nn.ReLU: lambda _: Activation("relu"),
@@ -114,7 +116,7 @@ def activation(spec: ActivationLike) -> Activation:
     if isinstance(spec, Activation) and spec.name in _FUNCTIONS:
         return spec
     if isinstance(spec, str):
-        return _parse(spec)
+        return _PLAIN.get(spec) or _parse(spec)
     if isinstance(spec, type) and spec in _MODULES:
         return _MODULES[spec](spec())
     if type(spec) in _MODULES:
@@ -122,7 +124,6 @@ def activation(spec: ActivationLike) -> Activation:
     raise OptionError(_unknown(spec))
 
 
-@lru_cache
 def _parse(text: str) -> Activation:
     match = re.fullmatch(r"(\w+?)(?:\(([^()]+)\))?", text)
     name = match[1] if match else ""

@@ -23,6 +23,7 @@ from batchnorm.ops.cpu_memory import (
     like_or_none,
     plan,
     vector,
+    walked,
     wide,
 )
 
@@ -82,6 +83,7 @@ def normalize(
     """
     x, *shape = plan(x, axis)
     weight, bias, residual = vector(weight), vector(bias), like_or_none(residual, x)
+    mean, rstd = walked(mean), walked(rstd)
     y = out if out is not None and out.stride() == x.stride() else empty_like(x)
     _native.normalize(
         x.data_ptr(),
@@ -114,6 +116,7 @@ def evaluate(
     """Normalize by stored statistics, finished in the same call."""
     x, *shape = plan(x, axis)
     weight, bias, residual = vector(weight), vector(bias), like_or_none(residual, x)
+    mean, var = walked(mean), walked(var)
     y = empty_like(x)
     _native.evaluate(
         x.data_ptr(),
@@ -195,6 +198,7 @@ def backward_sums(
     """Return sum(dz) and sum(dz * xhat) per channel."""
     x, *shape = plan(x, axis)
     dy, weight, bias = like(dy, x), vector(weight), vector(bias)
+    mean, rstd = walked(mean), walked(rstd)
     residual, y = _mask_source(act, residual, y, x)
     sum_dz, sum_dz_xhat = (_empty(shape[1], dtype=wide(x)) for _ in range(2))
     _native.backward_sums(
@@ -236,6 +240,7 @@ def backward_input(
     """Return dx from the merged sums and count, and dresidual = dz where it is wanted."""
     x, *shape = plan(x, axis)
     dy, weight, bias = like(dy, x), vector(weight), vector(bias)
+    mean, rstd, sum_dz, sum_dz_xhat = map(walked, (mean, rstd, sum_dz, sum_dz_xhat))
     residual, y = _mask_source(act, residual, y, x)
     dx, dresidual = empty_like(x), _dresidual(dy, x, act, want_residual)
     _native.backward_input(
@@ -279,6 +284,7 @@ def backward(
     residual, y = _mask_source(act, residual, y, x)
     dx, dresidual = empty_like(x), _dresidual(dy, x, act, want_residual)
     sum_dz, sum_dz_xhat = (_empty(shape[1], dtype=stats.dtype) for _ in range(2))
+    stats = walked(stats)
     start = stats.data_ptr()
     _native.backward(
         dy.data_ptr(),

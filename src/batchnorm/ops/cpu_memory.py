@@ -18,6 +18,8 @@ _float32 = torch.float32
 
 def plan(x: Tensor, axis: int) -> tuple[Tensor, int, int, int]:
     """Return x in a layout that is served, and (outer, C, inner) with inner running fastest."""
+    if x.is_neg():  # a view whose memory holds the opposite of what it means
+        x = x.resolve_neg()
     if axis == 1 and x.dim() == 2 and x.is_contiguous():
         return x, *x.shape, 1
     shape = x.shape
@@ -50,6 +52,8 @@ def empty_like(x: Tensor) -> Tensor:
 
 def like(tensor: Tensor, x: Tensor) -> Tensor:
     """Bring a tensor into the memory layout of x."""
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
     if tensor.stride() == x.stride() or (tensor.is_contiguous() and x.is_contiguous()):
         return tensor
     return torch.empty_like(x).copy_(tensor)
@@ -61,8 +65,13 @@ def like_or_none(tensor: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def vector(tensor: Tensor | None) -> Tensor | None:
+    """Return a per-channel tensor that can be walked, where there is one."""
+    return None if tensor is None else walked(tensor)
+
+
+def walked(tensor: Tensor) -> Tensor:
     """Return a per-channel tensor that can be walked."""
-    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+    return tensor.contiguous().resolve_neg()
 
 
 def address(tensor: Tensor | None) -> int:

@@ -39,7 +39,7 @@ def moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 def reciprocal_std(m2: Tensor, count: float | Tensor, eps: float) -> Tensor:
     """Return 1 / sqrt(m2 / count + eps); a count of 0 gives 1 / sqrt(eps)."""
     if isinstance(count, Tensor):
-        count = torch.where(count > 0, count, 1.0).to(m2.dtype)
+        return torch.rsqrt(m2 / torch.where(count > 0, count, 1.0).to(m2.dtype) + eps)
     return torch.rsqrt(m2 / (count or 1) + eps)
 
 

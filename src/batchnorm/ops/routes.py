@@ -17,7 +17,7 @@ from batchnorm.moments import Moments
 from batchnorm.ops import eager, library, reference
 from batchnorm.ops.backend import select
 from batchnorm.ops.call import Call
-from batchnorm.ops.onlookers import is_calm, is_traced
+from batchnorm.ops.onlookers import is_calm, is_traced, is_transformed
 
 _DEVICES = ("cpu", "cuda")
 
@@ -43,7 +43,7 @@ def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
     elif is_traced() and call.portable:
         y = _aten(call, None, None)
         stats = torch.stack(reference.moments(call.x, call.axis))
-    elif call.same_residual and torch.compiler.is_compiling():
+    elif call.same_residual and torch.compiler.is_compiling() and not is_transformed():
         y, stats = library.forward(*given, *call.act, *rest)
     else:
         y, stats = reference.forward(*given, call.act, *rest)
@@ -96,7 +96,8 @@ def _masked_batch(call: Call, mask: Tensor) -> tuple[Tensor, Moments]:
     count, mean, m2 = _moments.center_weighted(values, weights)
     mean, m2 = mean.to(dtype), m2.to(dtype)
     rstd = reference.reciprocal_std(m2, count, call.eps)
-    y = reference.normalize(x, mean, rstd, call.weight, call.bias, call.residual, call.act, axis)
+    residual = _unmasked(call.residual, mask)
+    y = reference.normalize(x, mean, rstd, call.weight, call.bias, residual, call.act, axis)
     return torch.where(mask, y, 0.0), Moments(count, mean.detach(), m2.detach())
 
 
@@ -104,9 +105,14 @@ def _masked_by(call: Call, mask: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     x = torch.where(mask, call.x, 0.0)
     dtype = layout.compute_dtype(x)
     rstd = torch.rsqrt(var.detach().to(dtype) + call.eps)
-    affine = (call.weight, call.bias, call.residual, call.act, call.axis)
+    affine = (call.weight, call.bias, _unmasked(call.residual, mask), call.act, call.axis)
     y = reference.normalize(x, mean.detach().clone(), rstd, *affine)
     return torch.where(mask, y, 0.0)
+
+
+def _unmasked(residual: Tensor | None, mask: Tensor) -> Tensor | None:
+    """Replace what is masked out of a residual by 0, as in the input, and for the same reason."""
+    return None if residual is None else torch.where(mask, residual, 0.0)
 
 
 def _aten(call: Call, mean: Tensor | None, var: Tensor | None) -> Tensor:

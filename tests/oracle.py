@@ -1,0 +1,239 @@
+"""Batch normalization by the textbook, in numpy: knows neither the library nor torch.
+
+Statistics are summed exactly (``math.fsum``); everything else is long double where the machine has
+it. Arguments and results are numpy arrays; per-channel ones are (C,).
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+WIDE = np.longdouble
+
+# name -> (half a unit in the last place of 1, the same of the arithmetic that computes it)
+ROUNDING = {
+    "float64": (2.0**-53, 2.0**-53),
+    "float32": (2.0**-24, 2.0**-24),
+    "float16": (2.0**-11, 2.0**-24),
+    "bfloat16": (2.0**-8, 2.0**-24),
+}
+
+
+class Tolerance(NamedTuple):
+    """|got - expected| <= atol + rtol * |expected|."""
+
+    atol: float
+    rtol: float
+
+
+def tolerance(dtype, count=1, ratio=0.0, size=1.0):
+    """How far a result may lie from the oracle: the one judge of every test.
+
+    8 * u * (1 + |mean| / std) * |weight| in the arithmetic's rounding u, whatever the count where
+    sums are wider than the arithmetic (float32 and below) and growing with its logarithm where they
+    are not (float64); and what rounding to the result's dtype adds in proportion to it.
+
+    Args:
+        dtype: Of the result, by name.
+        count: Values per channel.
+        ratio: The largest |mean| / std of a channel.
+        size: The largest |weight|, with what else is added or multiplied on the way.
+    """
+    result, arithmetic = ROUNDING[str(dtype).removeprefix("torch.")]
+    summing = 1 + math.log2(max(count, 1)) if arithmetic == 2.0**-53 else 1
+    atol = 8 * arithmetic * summing * (1 + ratio) * size
+    return Tolerance(atol, 4 * arithmetic + (result if result > arithmetic else 0))
+
+
+def assert_close(got, expected, allowed, what=""):
+    """Compare within a tolerance; NaN and infinities must stand at the same places."""
+    got, expected = np.asarray(got, WIDE), np.asarray(expected, WIDE)
+    assert got.shape == expected.shape, f"{what}: shape {got.shape}, expected {expected.shape}"
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(got[~finite], expected[~finite], err_msg=what)
+    error = np.abs(got[finite] - expected[finite])
+    bound = allowed.atol + allowed.rtol * np.abs(expected[finite])
+    worst = np.argmax(error - bound) if error.size else 0
+    assert (error <= bound).all(), (
+        f"{what}: {got[finite][worst]} for {expected[finite][worst]}, "
+        f"off by {error[worst]:.3g} where {bound[worst]:.3g} is allowed"
+    )
+
+
+def rows(x, axis):
+    """The values of each channel: (C, n)."""
+    x = np.asarray(x, np.float64)
+    return np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
+
+
+def column(v, x, axis):
+    """A (C,) array shaped to broadcast against x."""
+    shape = [1] * np.ndim(x)
+    shape[axis] = -1
+    return np.asarray(v, WIDE).reshape(shape)
+
+
+def moments(x, axis, weights=None):
+    """Count, mean and sum of squared deviations per channel; weights (n,) are of the values."""
+    values = rows(x, axis)
+    weights = np.ones(values.shape[1]) if weights is None else np.asarray(weights, np.float64)
+    count = math.fsum(weights)
+    mean, m2 = np.zeros(len(values)), np.zeros(len(values))
+    for c, channel in enumerate(values):
+        if count:
+            mean[c] = math.fsum(channel * weights) / count
+            deviation = channel - mean[c]
+            left_over = math.fsum(deviation * weights)
+            m2[c] = math.fsum(deviation * deviation * weights) - left_over * left_over / count
+    return count, mean, m2
+
+
+class Pass(NamedTuple):
+    """A forward pass, with what its gradient needs."""
+
+    y: np.ndarray
+    z: np.ndarray
+    xhat: np.ndarray
+    rstd: np.ndarray
+    mean: np.ndarray
+    var: np.ndarray
+    count: float
+
+
+def forward(
+    x,
+    axis=1,
+    weight=None,
+    bias=None,
+    residual=None,
+    act=("identity", 0.0),
+    eps=1e-5,
+    statistics=None,
+):
+    """act((x - mean) / sqrt(var + eps) * weight + bias + residual).
+
+    ``statistics`` is (mean, var) where they are given, else those of x are taken.
+    """
+    count, mean, m2 = moments(x, axis)
+    var = m2 / count if count else np.ones_like(m2)
+    if statistics is not None:
+        mean, var = (np.asarray(v, np.float64) for v in statistics)
+    rstd = 1 / np.sqrt(np.asarray(var, WIDE) + WIDE(eps))
+    xhat = (np.asarray(x, WIDE) - column(mean, x, axis)) * column(rstd, x, axis)
+    z = xhat
+    if weight is not None:
+        z = z * column(weight, x, axis)
+    if bias is not None:
+        z = z + column(bias, x, axis)
+    if residual is not None:
+        z = z + np.asarray(residual, WIDE)
+    return Pass(activate(act, z), z, xhat, rstd, mean, var, count)
+
+
+class Gradients(NamedTuple):
+    """Of x, weight, bias and the residual."""
+
+    x: np.ndarray
+    weight: np.ndarray
+    bias: np.ndarray
+    residual: np.ndarray
+
+
+def backward(dy, done, axis=1, weight=None, act=("identity", 0.0), constant=False):
+    """dx = weight * rstd * (dz - mean(dz) - xhat * mean(dz * xhat)); Ioffe and Szegedy, section 3.
+
+    ``constant`` says that the statistics were given: then both means are nought.
+    """
+    dz = np.asarray(dy, WIDE) * derivative(act, done.z)
+    dbias = np.array([math.fsum(row) for row in rows(dz, axis)])
+    dweight = np.array([math.fsum(row) for row in rows(dz * done.xhat, axis)])
+    scale = done.rstd if weight is None else done.rstd * np.asarray(weight, WIDE)
+    centered = dz
+    if not constant and done.count:
+        centered = (
+            dz
+            - column(dbias, dz, axis) / done.count
+            - done.xhat * column(dweight, dz, axis) / done.count
+        )
+    return Gradients(column(scale, dz, axis) * centered, dweight, dbias, dz)
+
+
+# Where an activation has no derivative.
+KINKS = {
+    "relu": (0,),
+    "relu6": (0, 6),
+    "leaky_relu": (0,),
+    "elu": (0,),
+    "hardswish": (-3, 3),
+    "hardsigmoid": (-3, 3),
+}
+
+
+def far_from_kinks(act, z, margin):
+    """Whether rounding cannot move a value over a kink."""
+    return all(np.abs(np.asarray(z) - kink).min(initial=1) > margin for kink in KINKS.get(act, ()))
+
+
+def _erf(z):
+    return np.array([math.erf(v) for v in z.flat]).reshape(z.shape)
+
+
+_TANH_SLOPE = math.sqrt(2 / math.pi)
+
+
+def _sigmoid(z):
+    grown = np.exp(-np.abs(z))
+    return np.where(z >= 0, 1 / (1 + grown), grown / (1 + grown))
+
+
+def _normal_cdf(z):
+    return (1 + _erf(np.asarray(z, np.float64) / math.sqrt(2))) / 2
+
+
+def _tanh_inside(z):
+    return _TANH_SLOPE * (z + 0.044715 * z**3)
+
+
+def activate(act, z):
+    """The activation (name, slope), by its definition."""
+    name, slope = act
+    z = np.asarray(z, WIDE)
+    return {
+        "identity": lambda: z,
+        "relu": lambda: np.maximum(z, 0),
+        "relu6": lambda: np.minimum(np.maximum(z, 0), 6),
+        "leaky_relu": lambda: np.where(z > 0, z, slope * z),
+        "elu": lambda: np.where(z > 0, z, slope * np.expm1(np.minimum(z, 0))),
+        "silu": lambda: z * _sigmoid(z),
+        "gelu": lambda: z * _normal_cdf(z),
+        "gelu_tanh": lambda: z * (1 + np.tanh(_tanh_inside(z))) / 2,
+        "hardswish": lambda: z * np.clip(z + 3, 0, 6) / 6,
+        "hardsigmoid": lambda: np.clip(z + 3, 0, 6) / 6,
+        "sigmoid": lambda: _sigmoid(z),
+        "tanh": lambda: np.tanh(z),
+    }[name]()
+
+
+def derivative(act, z):
+    """Its derivative; at a kink, the one of PyTorch (that of the flat side for the ReLUs)."""
+    name, slope = act
+    z = np.asarray(z, WIDE)
+    inner = np.tanh(_tanh_inside(z)) if name == "gelu_tanh" else None
+    s = _sigmoid(z) if name in ("silu", "sigmoid") else None
+    return {
+        "identity": lambda: np.ones_like(z),
+        "relu": lambda: (z > 0).astype(WIDE),
+        "relu6": lambda: ((z > 0) & (z < 6)).astype(WIDE),
+        "leaky_relu": lambda: np.where(z > 0, 1, slope),
+        "elu": lambda: np.where(z > 0, 1, slope * np.exp(np.minimum(z, 0))),
+        "silu": lambda: s * (1 + z * (1 - s)),
+        "gelu": lambda: _normal_cdf(z) + z * np.exp(-z * z / 2) / math.sqrt(2 * math.pi),
+        "gelu_tanh": lambda: (
+            (1 + inner) / 2 + z * (1 - inner**2) / 2 * _TANH_SLOPE * (1 + 3 * 0.044715 * z**2)
+        ),
+        "hardswish": lambda: np.where(z <= -3, 0, np.where(z < 3, z / 3 + 0.5, 1)),
+        "hardsigmoid": lambda: ((z > -3) & (z < 3)) / WIDE(6),
+        "sigmoid": lambda: s * (1 - s),
+        "tanh": lambda: 1 - np.tanh(z) ** 2,
+    }[name]()

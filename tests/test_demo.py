@@ -1,0 +1,310 @@
+"""The demo on real digits and on IDX files: it measures what it says, and the same each time."""
+
+import gzip
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from batchnorm.demo.data import DataError, load_digits, load_idx, read_idx_images, read_idx_labels
+from batchnorm.demo.estimates import WHOLE_SET, kept_estimators
+from batchnorm.demo.modes import compare_modes
+from batchnorm.demo.networks import WATCHED, build
+from batchnorm.demo.output import write_results
+from batchnorm.demo.page import to_report
+from batchnorm.demo.run import run_demo
+from batchnorm.demo.shift import ShiftProbe, entering
+from batchnorm.demo.tour import take_tour
+from batchnorm.demo.training import Curve, Options, batch_order, evaluate, one_thread, train
+from batchnorm.errors import OptionError
+from batchnorm.estimators.running import Running
+from batchnorm.report.jsontext import to_json
+
+TINY = Options(seed=3, steps=4, batch_size=16, k=2)
+
+
+def silent(stage, done, total):
+    pass
+
+
+def small(images, count=200):
+    """The same images, fewer of them: the tests need no accuracy."""
+    return type(images)(
+        images.name,
+        images.train_images[:count],
+        images.train_labels[:count],
+        images.test_images[:60],
+        images.test_labels[:60],
+    )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """On a busy machine two threads wait for each other at every one of thousands of small ops."""
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_digits()
+
+
+@pytest.fixture(scope="module")
+def tour(digits):
+    return take_tour(small(digits), TINY, silent)
+
+
+def normalized(seed=0, activation="sigmoid"):
+    return build((8, 8), 10, activation, seed, kept_estimators(2))
+
+
+def write_idx(folder, shape=(6, 7), train=40, test=10, zipped=False):
+    random = np.random.default_rng(0)
+    for prefix, count in (("train", train), ("t10k", test)):
+        pixels = random.integers(0, 256, (count, *shape), dtype=np.uint8).tobytes()
+        marks = (np.arange(count) % 10).astype(np.uint8).tobytes()
+        parts = {
+            f"{prefix}-images-idx3-ubyte": struct.pack(">4I", 0x803, count, *shape) + pixels,
+            f"{prefix}-labels-idx1-ubyte": struct.pack(">2I", 0x801, count) + marks,
+        }
+        for name, raw in parts.items():
+            path = folder / (f"{name}.gz" if zipped else name)
+            path.write_bytes(gzip.compress(raw) if zipped else raw)
+
+
+def test_digits_are_split_without_overlap_and_scaled(digits):
+    assert digits.train_images.shape == (1438, 1, 8, 8)
+    assert digits.test_images.shape == (359, 1, 8, 8)
+    assert digits.classes == 10
+    assert abs(digits.train_images.mean()) < 1e-5
+    assert abs(digits.train_images.std() - 1) < 1e-5
+    train_rows = {tuple(row) for row in digits.train_images.flatten(1).tolist()}
+    shared = [row for row in digits.test_images.flatten(1).tolist() if tuple(row) in train_rows]
+    assert not shared
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_idx_files_are_read_plain_and_zipped(tmp_path, zipped):
+    write_idx(tmp_path, zipped=zipped)
+    images = load_idx(tmp_path)
+    assert images.name == tmp_path.name
+    assert images.train_images.shape == (40, 1, 6, 7)
+    assert images.test_labels.tolist() == [at % 10 for at in range(10)]
+
+
+def test_missing_idx_files_are_named(tmp_path):
+    with pytest.raises(DataError, match="no train-images-idx3-ubyte or .*does not exist"):
+        load_idx(tmp_path / "nowhere")
+    write_idx(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(DataError, match="no t10k-labels-idx1-ubyte or t10k-labels-idx1-ubyte.gz"):
+        load_idx(tmp_path)
+
+
+def test_damaged_idx_files_say_how(tmp_path):
+    write_idx(tmp_path)
+    images = tmp_path / "train-images-idx3-ubyte"
+    with pytest.raises(DataError, match="exchanged"):
+        read_idx_labels(images)
+    raw = images.read_bytes()
+    images.write_bytes(raw[:-1])
+    with pytest.raises(DataError, match=r"40 x 6 x 7 = 1680 bytes of data, but 1679"):
+        read_idx_images(images)
+    images.write_bytes(raw[:9])
+    with pytest.raises(DataError, match="9 bytes, fewer than the 16"):
+        read_idx_images(images)
+    images.write_bytes(b"\x89PNG" + raw[4:])
+    with pytest.raises(DataError, match="not an IDX file"):
+        read_idx_images(images)
+    images.write_bytes(gzip.compress(raw)[:-20])
+    with pytest.raises(DataError, match="damaged gzip"):
+        read_idx_images(images)
+
+
+def test_images_and_labels_must_agree(tmp_path):
+    write_idx(tmp_path)
+    labels = tmp_path / "train-labels-idx1-ubyte"
+    labels.write_bytes(struct.pack(">2I", 0x801, 3) + b"\0\1\2")
+    with pytest.raises(DataError, match="40 images and .* 3 labels"):
+        load_idx(tmp_path)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "relu"])
+def test_both_networks_start_from_the_same_weights(activation):
+    plain = build((8, 8), 10, activation, 5, None).state_dict()
+    with_bn = build((8, 8), 10, activation, 5, kept_estimators(2)).state_dict()
+    assert set(plain) < set(with_bn)
+    for name, value in plain.items():
+        assert torch.equal(value, with_bn[name])
+    assert not torch.equal(plain["conv1.weight"], build((8, 8), 10, activation, 6, None)[0].weight)
+
+
+def test_building_leaves_the_global_random_state_alone():
+    before = torch.random.get_rng_state()
+    build((9, 28), 10, "relu", 1, None)(torch.zeros(1, 1, 9, 28))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_batches_hold_every_image_once_a_round_and_repeat_by_seed():
+    first = [batch.tolist() for batch, _ in zip(batch_order(10, 4, 1), range(4), strict=False)]
+    again = [batch.tolist() for batch, _ in zip(batch_order(10, 4, 1), range(4), strict=False)]
+    assert first == again
+    assert len({*first[0], *first[1]}) == 8
+    assert first[:2] != first[2:]
+    with pytest.raises(OptionError, match="a batch of 11 needs more than the 10"):
+        next(batch_order(10, 11, 1))
+
+
+def test_options_refuse_what_cannot_train_and_turn_epochs_into_steps():
+    for wrong in ({"steps": 0}, {"batch_size": 1}, {"k": 0}, {"seed": -1}, {"epochs": 0}):
+        with pytest.raises(OptionError, match=next(iter(wrong))):
+            Options(**wrong)
+    assert Options(batch_size=64, epochs=2).in_steps(1438).steps == 44
+    assert Options(steps=7).in_steps(1438).steps == 7
+
+
+def test_steps_to_is_the_first_measurement_at_the_level():
+    curve = Curve((0, 5, 10), (1.0,) * 3, (1.0,) * 3, (0.1, 0.6, 0.5))
+    assert curve.steps_to(0.6) == 5
+    assert curve.steps_to(0.7) is None
+
+
+def test_evaluation_leaves_mode_and_statistics_alone(digits):
+    network = normalized().train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    evaluate(network, digits.test_images, digits.test_labels, chunk=100)
+    assert network.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_values_entering_the_activation_are_those_the_layer_receives(digits):
+    network = build((8, 8), 10, "sigmoid", 0, None)
+    images = digits.train_images[:32]
+    expected = network[: list(dict(network.named_children())).index(WATCHED)](images)
+    assert torch.equal(entering(network, WATCHED, images), expected.double())
+    assert not network.get_submodule(WATCHED)._forward_pre_hooks
+
+
+def test_with_normalization_a_fresh_unit_has_centre_0_and_deviation_1(digits):
+    values = entering(normalized().train(), WATCHED, digits.train_images[:64])
+    assert values.mean(0).abs().max() < 1e-5
+    torch.testing.assert_close(
+        values.var(0, correction=0), torch.ones(64).double(), atol=1e-2, rtol=0
+    )
+
+
+def test_shift_probe_moves_no_statistic_and_counts_flat_values(digits):
+    network = normalized().train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    probe = ShiftProbe(network, WATCHED, "sigmoid", digits.train_images[:64])
+    probe.record(0)
+    with torch.no_grad():
+        network.dense3_bn.bias.fill_(100.0)
+    probe.record(1)
+    network.dense3_bn.bias.data.zero_()
+    shift = probe.result()
+    assert shift.steps == (0, 1)
+    assert shift.saturated[0] < 0.05
+    assert shift.saturated[1] == 1.0
+    assert shift.wander == pytest.approx(50, rel=0.02)
+    assert shift.one_unit.middle[1] - shift.one_unit.middle[0] == pytest.approx(100)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_estimates_of_the_tour_are_all_named_and_whole_set_is_exact(tour):
+    for study in tour.studies:
+        names = [estimate.name for estimate in study.estimates]
+        assert names == [*kept_estimators(2), WHOLE_SET]
+        assert study.estimates[-1].mean_off == 0
+        assert study.estimates[-1].variance_off == 0
+        assert all(estimate.mean_off > 0 for estimate in study.estimates[:-1])
+
+
+def test_companions_matter_in_train_mode_only(digits):
+    network = normalized(activation="relu")
+    train(network, digits, Options(steps=20), 0.1, 20)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    modes = compare_modes(network, small(digits), 16, seed=0)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert max(modes.companies) > min(modes.companies)
+    assert modes.in_company == pytest.approx((modes.alone, modes.alone), abs=1e-5)
+    assert modes.fickle > 0
+    assert modes.fickle_in_eval == 0
+    assert modes.moved_by_train > 0
+    assert modes.moved_by_eval == 0
+    assert "more than 1 value" in modes.refusal
+
+
+def test_the_same_seed_gives_the_same_numbers(digits, tour):
+    again = take_tour(small(digits), TINY, silent)
+    assert to_json(to_report(again, ("w",))) == to_json(to_report(tour, ("w",)))
+    for first, second in zip(tour.studies, again.studies, strict=True):
+        for name, value in first.normalized.weights.items():
+            assert torch.equal(value, second.normalized.weights[name])
+
+
+def test_the_tour_leaves_the_number_of_threads_alone(digits):
+    torch.set_num_threads(2)
+    with pytest.raises(OptionError):
+        take_tour(small(digits), Options(batch_size=1000), silent)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert threads == 2
+
+
+def test_demo_on_idx_files_writes_weights_that_torch_loads(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    write_idx(data, zipped=True)
+    tour, files = run_demo(data, tmp_path / "a" / "b", Options(0, 10, 8, 2, epochs=1), silent)
+    assert tour.options.steps == 5
+    assert [file.name for file in files[:2]] == ["report.html", "report.json"]
+    assert json.loads(files[1].read_text("utf-8"))["title"].endswith("on data")
+    weights = load_file(files[2])
+    layer = nn.BatchNorm1d(64)
+    layer.load_state_dict(
+        {name.split(".")[1]: value for name, value in weights.items() if "dense3_bn." in name}
+    )
+    expected = tour.studies[0].normalized.weights["dense3_bn.running_var"]
+    assert torch.equal(layer.running_var, expected)
+
+
+def test_the_same_seed_writes_the_same_bytes(tour, tmp_path):
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    for first, second in zip(*(write_results(tour, folder) for folder in folders), strict=True):
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_file_in_the_way_of_the_folder_is_said_before_training(tmp_path):
+    (tmp_path / "out").write_text("in the way")
+    with pytest.raises(OptionError, match="cannot make the folder"):
+        run_demo(None, Path(tmp_path / "out"), TINY, silent)
+
+
+def test_normalization_learns_sooner_with_the_sigmoid(digits):
+    options = Options(steps=60)
+    plain, with_bn = (
+        train(build((8, 8), 10, "sigmoid", 0, kept), digits, options, 0.3, 60)
+        for kept in (None, {"running": Running(0.1)})
+    )
+    assert with_bn.steps_to(0.8) < 60
+    assert plain.steps_to(0.8) is None
+
+
+@pytest.mark.slow
+def test_the_whole_demo_shows_what_the_article_claims(digits, tmp_path):
+    tour, files = run_demo(None, tmp_path, Options(), silent)
+    sigmoid = tour.studies[0]
+    assert sigmoid.normalized.curve.steps_to(0.9) < sigmoid.plain.curve.steps_to(0.9) / 2
+    assert sigmoid.normalized.shift.wander < sigmoid.plain.shift.wander / 5
+    assert max(sigmoid.normalized.shift.saturated) < max(sigmoid.plain.shift.saturated) / 2
+    assert sigmoid.normalized.curve.accuracy[-1] > 0.95
+    assert all(file.stat().st_size > 0 for file in files)
