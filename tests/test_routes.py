@@ -19,8 +19,6 @@ import batchnorm as bn
 from batchnorm.ops.activations import NAMES
 from batchnorm.ops.backend import BACKENDS
 
-AXES = [((6, 3), 1), ((4, 3, 5), 1), ((3, 3, 4, 2), 1), ((4, 5, 3), -1)]
-
 
 def normalize(x, *given, **options):
     return bn.functional.normalize(x, *given, **options)[0]
@@ -54,8 +52,10 @@ def by_every_route(function, given, cotangent):
     return found
 
 
-@pytest.mark.parametrize(("shape", "axis"), AXES)
-@pytest.mark.parametrize("activation", [None, "relu", "silu", "leaky_relu(0.2)"])
+@pytest.mark.parametrize(
+    ("shape", "axis", "activation"),
+    [((6, 3), 1, "silu"), ((4, 3, 5), 1, None), ((3, 3, 4, 2), 1, "relu"), ((4, 5, 3), -1, "elu")],
+)
 def test_every_route_gives_the_same_step(activation, shape, axis):
     given = torch.randn(shape), torch.randn(3), torch.randn(3), torch.randn(shape)
 
@@ -94,7 +94,10 @@ def test_so_they_do_with_a_mask():
     assert found["compiled"][0].isfinite().all()
     for other in found.values():
         assert_same(other, found["reference"], rtol=1e-5, atol=1e-5)
-    assert not found["func"][1][~mask[:, None].expand(6, 3, 4)].any()
+    hidden = ~mask[:, None].expand(6, 3, 4)
+    for y, dx, _ in found.values():
+        assert not y[hidden].any()
+        assert not dx[hidden].any()
 
 
 @pytest.mark.parametrize("masked", [0, 1, 24])
