@@ -74,7 +74,7 @@ class BatchNormalize(torch.autograd.Function):
             return *_graph(again, dy, x, weight, bias, residual, y, act, adds), None
         rest = (weight, bias, residual, y, act, axis)
         if not (adds or ctx.needs_input_grad[0]):
-            sum_dz, sum_dz_xhat = backend.backward_sums(dy, x, stats[0], stats[2], *rest)
+            sum_dz, sum_dz_xhat = backend.backward_sums(dy, x, stats[0], stats[2:], *rest)
             return None, *_as(weight, sum_dz_xhat, bias, sum_dz), None, None
         dx, dresidual, sum_dz, sum_dz_xhat = backend.backward(dy, x, stats, *rest, adds)
         return dx, *_as(weight, sum_dz_xhat, bias, sum_dz), dresidual, None

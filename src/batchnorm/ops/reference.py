@@ -6,9 +6,10 @@ Nobody optimizes this file. It serves wherever nothing faster does, it is what e
 is compared with, and its two forward functions can be differentiated any number of times, in
 either mode and under ``torch.func``, since they are nothing but compositions.
 
-``mean``, ``rstd``, ``m2`` and the sums are (C,) tensors of the arithmetic's dtype: float32, or
-float64 where x is float64; ``stats`` are the three rows mean, m2, rstd in one tensor (3, C). Other
-per-channel tensors may have any floating dtype.
+``mean``, ``m2`` and the sums are (C,) tensors of the arithmetic's dtype: float32, or float64 where x
+is float64. ``rstd`` is (2, C): the number, and what rounding took from it; without the rest it is
+(C,). ``stats`` are the rows mean, m2 and those two in one tensor (4, C). Other per-channel tensors
+may have any floating dtype.
 """
 
 import torch
@@ -41,6 +42,12 @@ def reciprocal_std(m2: Tensor, count: float | Tensor, eps: float) -> Tensor:
     if isinstance(count, Tensor):
         return torch.rsqrt(m2 / torch.where(count > 0, count, 1.0).to(m2.dtype) + eps)
     return torch.rsqrt(m2 / (count or 1) + eps)
+
+
+def with_rest(rstd: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return (2, C) in ``dtype``: a wider rstd rounded to it, and what that took away."""
+    rounded = rstd.to(dtype)
+    return torch.stack([rounded, (rstd - rounded).to(dtype)])
 
 
 def normalize(
@@ -79,10 +86,12 @@ def forward(
 
     ``running`` is (running_mean, running_var, counter, momentum) where a backend ``commits``.
     """
-    mean, m2 = moments(x, axis)
-    rstd = reciprocal_std(m2, layout.values_per_channel(x.shape, axis), eps)
+    mean, m2 = _moments.center(layout.canonical(x, axis).to(_moments.wide(x.device)))
+    wide = reciprocal_std(m2, layout.values_per_channel(x.shape, axis), eps)
+    dtype = layout.compute_dtype(x)
+    mean, rstd = mean.to(dtype), with_rest(wide, dtype)
     y = normalize(x, mean, rstd, weight, bias, residual, act, axis)
-    return y, torch.stack([mean, m2, rstd])
+    return y, torch.cat([torch.stack([mean, m2.to(dtype)]), rstd])
 
 
 def evaluate(
@@ -97,7 +106,7 @@ def evaluate(
     axis: int,
 ) -> Tensor:
     """Normalize by stored statistics."""
-    rstd = torch.rsqrt(var.to(layout.compute_dtype(x)) + eps)
+    rstd = torch.rsqrt(var.to(_moments.wide(x.device)) + eps)
     return normalize(x, mean, rstd, weight, bias, residual, act, axis)
 
 
@@ -161,6 +170,7 @@ def backward_input(
     view = layout.per_channel_shape(x.ndim, axis)
     dz = gradient_of_z(dy, x, mean, rstd, weight, bias, residual, y, act, axis)
     xhat = affine(x, mean, rstd, None, None, axis)
+    rstd = joined(rstd).to(dz.dtype)
     scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
     n = count or 1
     centered = dz - (sum_dz / n).view(view) - xhat * (sum_dz_xhat / n).view(view)
@@ -181,7 +191,7 @@ def backward(
     want_residual: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Invert ``forward``; return dx, dresidual, sum(dz), sum(dz * xhat)."""
-    mean, _, rstd = stats
+    mean, rstd = stats[0], stats[2:]
     given = (dy, x, mean, rstd, weight, bias, residual, y, act, axis)
     sum_dz, sum_dz_xhat = backward_sums(*given)
     count = layout.values_per_channel(x.shape, axis)
@@ -192,18 +202,26 @@ def backward(
 def affine(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int
 ) -> Tensor:
-    """Return (x - mean) * rstd * weight + bias in the arithmetic's dtype.
+    """Return (x - mean) * rstd * weight + bias in the arithmetic's dtype, rounded to it once.
 
     The mean is taken off first: x * scale + shift loses digits where the mean is large.
     """
     view = layout.per_channel_shape(x.ndim, axis)
-    dtype = layout.compute_dtype(x)
-    z = (x.to(dtype) - mean.to(dtype).view(view)) * rstd.to(dtype).view(view)
+    wide = _moments.wide(x.device)
+    z = (x.to(wide) - mean.to(wide).view(view)) * joined(rstd).to(wide).view(view)
     if weight is not None:
-        z = z * weight.to(dtype).view(view)
+        z = z * weight.to(wide).view(view)
     if bias is not None:
-        z = z + bias.to(dtype).view(view)
-    return z
+        z = z + bias.to(wide).view(view)
+    return z.to(layout.compute_dtype(x))
+
+
+def joined(rstd: Tensor) -> Tensor:
+    """Return (C,): rstd with its rest, in the widest dtype."""
+    if rstd.ndim == 1:
+        return rstd
+    wide = rstd.to(_moments.wide(rstd.device))
+    return wide[0] + wide[1]
 
 
 def gradient_of_z(
