@@ -14,7 +14,7 @@ from batchnorm import layout
 from batchnorm.ops import reference
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.library import needed
-from batchnorm.ops.onlookers import is_batch_of_gradients, is_calm
+from batchnorm.ops.onlookers import has_no_memory, is_calm
 
 Gradients = tuple[Tensor | None, ...]
 Running = tuple[Tensor, Tensor, Tensor | None, float]
@@ -133,7 +133,7 @@ apply_given = super(torch.autograd.Function, Normalize).apply
 
 def _for_backward(backend: Any, dy: Tensor) -> Any:
     """Return the forward's backend, or the reference where somebody looks on by now."""
-    return backend if is_calm() and not is_batch_of_gradients(dy) else reference
+    return backend if is_calm() and not has_no_memory(dy) else reference
 
 
 def _as(

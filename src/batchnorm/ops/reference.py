@@ -2,12 +2,13 @@
 
     z = (x - mean) * rstd * weight + bias + residual          y = act(z)
 
-Nobody optimizes this file. It serves wherever nothing faster does, it is what every other backend
-is compared with, and its two forward functions can be differentiated any number of times, in
-either mode and under ``torch.func``, since they are nothing but compositions.
+All of it is computed in float64, where the device has it, and rounded once. Nobody optimizes this
+file. It serves wherever nothing faster does, it is what every other backend is compared with, and
+its two forward functions can be differentiated any number of times, in either mode and under
+``torch.func``, since they are nothing but compositions.
 
-``mean``, ``m2`` and the sums are (C,) tensors of the arithmetic's dtype: float32, or float64 where x
-is float64. ``rstd`` is (2, C): the number, and what rounding took from it; without the rest it is
+``mean``, ``m2`` and the sums are (C,) tensors of the arithmetic's dtype: float32, or float64 where
+x is float64. ``rstd`` is (2, C): the number, and what rounding took from it; without the rest it is
 (C,). ``stats`` are the rows mean, m2 and those two in one tensor (4, C). Other per-channel tensors
 may have any floating dtype.
 """
@@ -138,12 +139,8 @@ def backward_sums(
     """
     dz = gradient_of_z(dy, x, mean, rstd, weight, bias, residual, y, act, axis)
     xhat = affine(x, mean, rstd, None, None, axis)
-    wide = _moments.wide(x.device)
-    sums = [
-        _moments.total(layout.canonical(part, axis).to(wide)).to(mean.dtype)
-        for part in (dz, dz * xhat)
-    ]
-    return sums[0], sums[1]
+    sums = [_moments.total(layout.canonical(part, axis)) for part in (dz, dz * xhat)]
+    return sums[0].to(mean.dtype), sums[1].to(mean.dtype)
 
 
 def backward_input(
@@ -202,7 +199,7 @@ def backward(
 def affine(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int
 ) -> Tensor:
-    """Return (x - mean) * rstd * weight + bias in the arithmetic's dtype, rounded to it once.
+    """Return (x - mean) * rstd * weight + bias in the widest dtype, to be rounded once.
 
     The mean is taken off first: x * scale + shift loses digits where the mean is large.
     """
@@ -213,7 +210,7 @@ def affine(
         z = z * weight.to(wide).view(view)
     if bias is not None:
         z = z + bias.to(wide).view(view)
-    return z.to(layout.compute_dtype(x))
+    return z
 
 
 def joined(rstd: Tensor) -> Tensor:
@@ -236,12 +233,12 @@ def gradient_of_z(
     act: Activation,
     axis: int,
 ) -> Tensor:
-    """Return dz = dy * act'(z), in the arithmetic's dtype; z is recomputed if y does not tell."""
-    dtype = layout.compute_dtype(x)
-    dy = dy.to(dtype)
+    """Return dz = dy * act'(z), in the widest dtype; z is recomputed if y does not tell."""
+    wide = _moments.wide(x.device)
+    dy = dy.to(wide)
     if act.name == "identity":
         return dy
     if act.from_output and y is not None:
-        return act.backward(dy, y.to(dtype))
+        return act.backward(dy, y.to(wide))
     z = affine(x, mean, rstd, weight, bias, axis)
     return act.backward(dy, z if residual is None else z + residual)
