@@ -14,7 +14,7 @@ LEVELS = [
     {"errors", "files", "progress", "_native"},
     {"layout"},
     {"moments"},
-    {"ops"},
+    {"ops", "collective", "blocks"},
     {"estimators"},
     {"sources"},
     {"functional"},
@@ -23,7 +23,7 @@ LEVELS = [
     {"observation", "fusion"},
     {"memory"},
     {"calibration", "surgery", "report"},
-    {"demo", "benchmark"},
+    {"demo", "benchmark", "integrations"},
     {"cli"},
 ]
 # Of the report's room, others use its face; cli and the pages of env() are lazy on purpose.

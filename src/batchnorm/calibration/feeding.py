@@ -1,0 +1,222 @@
+"""Batches of any kind: how large they are, where they go, and how they enter a model."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.errors import CalibrationError, OptionError
+
+Forward = Callable[[nn.Module, Any], Any]
+
+UNKNOWN = """\
+expected a batch that is a tensor, a tuple or list (its first item is passed), a mapping or a \
+dataclass (passed as keywords), got {kind}; pass forward=lambda model, batch: model(...)"""
+
+UNEXPECTED = """\
+a batch has the items {items}, which are passed as keywords, but {model}.forward has no {missing}; \
+pass forward=lambda model, batch: model(batch[...])"""
+
+ONCE = """\
+expected data that can be read {passes} times, got {kind}, which can be read once, and \
+cache_bytes={cache_bytes} do not hold its batches; pass a list, a DataLoader, or a larger \
+cache_bytes="""
+
+
+class Source:
+    """The data of a calibration, which may be read several times, with its limits.
+
+    Args:
+        data: Any iterable of batches. An iterator, which can be read only once, is kept for
+            further rounds as far as ``cache_bytes`` go.
+        max_batches: Most batches of a round; None for all.
+        max_samples: Most samples of a round.
+        device: Where tensors go; None for where they are.
+        cache_bytes: How much memory batches of an iterator may take.
+        again: Whether it may be read more than once.
+    """
+
+    def __init__(
+        self,
+        data: Iterable[Any],
+        max_batches: int | None,
+        max_samples: int | None,
+        device: torch.device | None,
+        cache_bytes: int,
+        again: bool = False,
+    ) -> None:
+        self._stream: Iterator[Any] | None = iter(data)
+        self._once = self._stream is data and again
+        self._data = data
+        self._limits = max_batches, max_samples
+        self._device = device
+        self._cache_bytes = cache_bytes
+        self._kept: list[Any] | None = [] if self._once else None
+        self._started = False
+
+    @property
+    def batches(self) -> int | None:
+        """How many batches a round has, where that can be known."""
+        try:
+            length = len(self._data)  # type: ignore[arg-type]
+        except TypeError:
+            return self._limits[0]
+        return length if self._limits[0] is None else min(length, self._limits[0])
+
+    def round(self) -> Iterator[tuple[Any, int]]:
+        """Yield each batch, on its device, and how many samples it has."""
+        most_batches, most = self._limits
+        taken = 0
+        for number, batch in enumerate(self._read(), 1):
+            samples = size_of(batch)
+            if most is not None and taken + samples > most:
+                # Cut to fit; what cannot be cut is left out, unless it is all there is.
+                batch = _cut(batch, samples, most - taken)  # noqa: PLW2901
+                if batch is None:
+                    return
+                samples = most - taken
+            taken += samples
+            yield (batch if self._device is None else moved(batch, self._device)), samples
+            # Before the next batch is fetched: an iterator may go on to serve its owner.
+            if taken == most or number == most_batches:
+                return
+
+    def _read(self) -> Iterator[Any]:
+        if self._stream is not None and not self._started:
+            self._started = True
+            yield from self._first(self._stream)
+        elif self._once:
+            if self._kept is None:
+                kind = type(self._data).__name__
+                raise CalibrationError(
+                    ONCE.format(passes="several", kind=kind, cache_bytes=self._cache_bytes)
+                )
+            yield from self._kept
+            if self._stream is not None:
+                yield from self._first(self._stream)
+        else:
+            yield from self._data
+
+    def _first(self, stream: Iterator[Any]) -> Iterator[Any]:
+        for batch in stream:
+            if self._kept is not None:
+                self._cache_bytes -= bytes_of(batch)
+                if self._cache_bytes < 0:
+                    self._kept = None
+                else:
+                    self._kept.append(batch)
+            yield batch
+        self._stream = None
+
+
+def check_limit(name: str, value: int | None) -> None:
+    """Refuse a limit that is not a count.
+
+    Raises:
+        OptionError: If it is neither None nor an integer >= 1.
+    """
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and not (whole and value >= 1):
+        raise OptionError(f"expected {name} to be an integer >= 1 or None, got {value!r}")
+
+
+def feed(model: nn.Module, batch: Any) -> Any:
+    """Pass a batch to a model.
+
+    Raises:
+        CalibrationError: If it is of a kind that says nothing about how.
+    """
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        _check_names(model, batch)
+        return model(**batch)
+    if isinstance(batch, list | tuple) and batch:
+        return model(batch[0])
+    if _is_record(batch):
+        fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+        _check_names(model, fields)
+        return model(**fields)
+    raise CalibrationError(UNKNOWN.format(kind=type(batch).__name__))
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """Return the batch with its tensors on a device, whatever holds them."""
+    return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def size_of(batch: Any) -> int:
+    """Return the number of samples: the length of the first tensor that has one, else 1."""
+    return next((len(tensor) for tensor in _tensors(batch) if tensor.ndim), 1)
+
+
+def bytes_of(batch: Any) -> int:
+    """Return the memory of a batch's tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(batch))
+
+
+def _check_names(model: nn.Module, items: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(model.forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    missing = [name for name in items if name not in parameters]
+    if missing:
+        raise CalibrationError(
+            UNEXPECTED.format(items=list(items), model=type(model).__name__, missing=missing)
+        )
+
+
+def _is_record(batch: Any) -> bool:
+    return dataclasses.is_dataclass(batch) and not isinstance(batch, type)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for item in batch.values():
+            yield from _tensors(item)
+    elif isinstance(batch, list | tuple):
+        for item in batch:
+            yield from _tensors(item)
+    elif _is_record(batch):
+        for field in dataclasses.fields(batch):
+            yield from _tensors(getattr(batch, field.name))
+
+
+def _mapped(batch: Any, change: Callable[[Tensor], Any]) -> Any:
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        items = {name: _mapped(item, change) for name, item in batch.items()}
+        return items if type(batch) is dict else _rebuilt(batch, items)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_mapped(item, change) for item in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(_mapped(item, change) for item in batch)
+    if _is_record(batch):
+        fields = {
+            f.name: _mapped(getattr(batch, f.name), change)
+            for f in dataclasses.fields(batch)
+            if f.init
+        }
+        return dataclasses.replace(batch, **fields)
+    return batch
+
+
+def _rebuilt(batch: Any, items: dict[str, Any]) -> Any:
+    try:
+        return type(batch)(items)
+    except TypeError:  # a mapping with a constructor of its own, as defaultdict
+        return items
+
+
+def _cut(batch: Any, samples: int, wanted: int) -> Any:
+    """Return the first ``wanted`` samples of a batch, or None where it cannot be cut."""
+    sizes = {len(tensor) for tensor in _tensors(batch) if tensor.ndim}
+    if sizes != {samples}:
+        return None
+    return _mapped(batch, lambda tensor: tensor[:wanted] if tensor.ndim else tensor)

@@ -1,0 +1,109 @@
+"""Calibrations as text and pictures."""
+
+import math
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import MissingExtraError
+
+NOTE = """\
+  error: largest standard error, as a shift or half a relative stretch of the normalized values
+  shift, stretch: how far mean (in deviations) and variance (relatively) moved, RMS over channels
+  change: the same in standard errors, the largest of all channels"""
+
+
+def rows(calibration: Any) -> list[dict[str, Any]]:
+    """Return one line of plain numbers per layer; NaN where something is not known."""
+    found = []
+    for name, layer in calibration.layers.items():
+        scale = (layer.new.var + layer.eps).sqrt()
+        stretch = (layer.new.var - layer.old.var) / (layer.new.var + layer.eps)
+        found.append(
+            {
+                "layer": name,
+                "channels": layer.new.mean.numel(),
+                "count": float(layer.moments.count),
+                "error": layer.error,
+                "shift": _rms((layer.new.mean - layer.old.mean) / scale),
+                "stretch": _rms(stretch),
+                "change of mean": _most(layer.change.mean),
+                "change of var": _most(layer.change.var),
+                "remaining": layer.remaining,
+            }
+        )
+    return found
+
+
+def text(calibration: Any) -> str:
+    """Return a table: what was read, a line per layer, and what was left alone."""
+    width = max((len(name) for name in (*calibration.layers, *calibration.skipped)), default=0)
+    lines = [_head(calibration)]
+    some = rows(calibration)
+    for row in some:
+        lines.append(
+            f"  {row['layer']:<{width}}  {row['count']:>14,.0f} values per channel"
+            f"  error {_short(row['error'])}  shift {_short(row['shift'])}"
+            f"  stretch {_short(row['stretch'])}"
+            f"  change {_short(max(row['change of mean'], row['change of var']))}"
+        )
+    for name, reason in calibration.skipped.items():
+        lines.append(f"  {name:<{width}}  unchanged: {reason}")
+    return "\n".join(lines)
+
+
+def plot(calibration: Any, path: str | PathLike[str] | None) -> Any:
+    """Draw, for every layer, its error and how far it moved; return the figure."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError(
+            "plots need the package matplotlib; pip install 'batchnorm[demo]'"
+        ) from error
+    some = rows(calibration)
+    figure = Figure(figsize=(8, 1.5 + 0.25 * len(some)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    places = range(len(some))
+    for at, keys, title in (
+        (axes[0], ("shift", "stretch"), "how far the statistics moved"),
+        (axes[1], ("error",), "standard error"),
+    ):
+        for offset, key in enumerate(keys):
+            height = 0.8 / len(keys)
+            values = [row[key] for row in some]
+            at.barh([p + offset * height for p in places], values, height, label=key)
+        at.set_title(title)
+        at.legend()
+    axes[0].set_yticks(list(places), [row["layer"] or "(the model)" for row in some])
+    axes[0].invert_yaxis()
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def _head(calibration: Any) -> str:
+    parts = [f"calibrated on {calibration.batches} batches"]
+    if calibration.samples:
+        parts.append(f"{calibration.samples:,} samples")
+    if calibration.upstream != "batch":
+        parts.append(f"upstream={calibration.upstream}, {calibration.passes} passes")
+    if calibration.rejected:
+        parts.append(f"{calibration.rejected} batches rejected (NaN or infinite)")
+    if calibration.reached is not None:
+        parts.append("target error " + ("reached" if calibration.reached else "NOT reached"))
+    return ", ".join(parts)
+
+
+def _short(number: float) -> str:
+    return f"{'–':>7}" if math.isnan(number) else f"{number:>7.2g}"
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
+
+
+def _most(values: Tensor) -> float:
+    known = values[~values.isnan()].abs()
+    return float(torch.max(known)) if len(known) else math.nan
