@@ -1,8 +1,8 @@
 """Moments of large tensors in float64, block by block: exact, fast enough, in bounded memory.
 
 A tensor is seen as (outer, C, inner) and cut into blocks that stay in the cache as float64. Blocks
-are so small that PyTorch sums each of them on one thread, and they are merged by pairs of neighbours: the same
-bits for any number of threads.
+are so small that PyTorch sums each of them on one thread, and neighbours are merged with each
+other: the same bits for any number of threads.
 """
 
 import torch
@@ -14,8 +14,6 @@ from batchnorm.moments import Moments, merge, wide
 # Elements of a block. PyTorch's reductions stay on one thread below 32768.
 BLOCK = {"cpu": (1 << 15) - 1}
 LARGE = 1 << 22
-# Below this a single operation is sooner done than several faster ones.
-SMALL = 1 << 10
 
 
 def moments(x: Tensor, axis: int = 1) -> Moments:
@@ -38,11 +36,8 @@ def moments(x: Tensor, axis: int = 1) -> Moments:
     if count == 0 or wide(x.device) != torch.float64:
         return Moments.of(x, axis)
     values = layout.canonical(x.detach(), axis)
-    if values.numel() <= SMALL:
-        var, mean = torch.var_mean(values.double(), dim=(0, 2), correction=0)
-        return Moments(count, mean, var * count)
     size = BLOCK.get(x.device.type, LARGE)
-    outer, channels, inner = values.shape
+    _, channels, inner = values.shape
     rows = max(1, size // (channels * inner))
     some = channels if rows > 1 else max(1, size // inner)
     found = [

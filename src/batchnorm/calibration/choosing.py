@@ -55,7 +55,8 @@ def _unable(found: Found) -> str:
     layer = found.layer
     if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():  # type: ignore[misc]
         raise CalibrationError(
-            f"layer {found.name!r} is lazy and uninitialized: pass one batch through the model first"
+            f"layer {found.name!r} is lazy and uninitialized: pass one batch through the model "
+            "first"
         )
     if layer.running_mean is None or layer.running_var is None:
         return "keeps no statistics (track_running_stats=False)"

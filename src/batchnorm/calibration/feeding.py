@@ -21,8 +21,8 @@ a batch has the items {items}, which are passed as keywords, but {model}.forward
 pass forward=lambda model, batch: model(batch[...])"""
 
 ONCE = """\
-expected data that can be read {passes} times, got {kind}, which can be read once, and \
-cache_bytes={cache_bytes} do not hold its batches; pass a list, a DataLoader, or a larger \
+expected data that can be read several times, got {kind}, which can be read once, and \
+cache_bytes={cache_bytes} does not hold its batches; pass a list, a DataLoader, or a larger \
 cache_bytes="""
 
 
@@ -53,7 +53,7 @@ class Source:
         self._data = data
         self._limits = max_batches, max_samples
         self._device = device
-        self._cache_bytes = cache_bytes
+        self._cache_bytes = self._room = cache_bytes
         self._kept: list[Any] | None = [] if self._once else None
         self._started = False
 
@@ -73,15 +73,16 @@ class Source:
         for number, batch in enumerate(self._read(), 1):
             samples = size_of(batch)
             if most is not None and taken + samples > most:
-                # Cut to fit; what cannot be cut is left out, unless it is all there is.
-                batch = _cut(batch, samples, most - taken)  # noqa: PLW2901
-                if batch is None:
+                part = _cut(batch, samples, most - taken)
+                # A single sample may be too few to normalize; it is no great loss either.
+                if part is not None and (most - taken > 1 or not taken):
+                    batch, samples = part, most - taken  # noqa: PLW2901
+                elif taken:
                     return
-                samples = most - taken
             taken += samples
             yield (batch if self._device is None else moved(batch, self._device)), samples
             # Before the next batch is fetched: an iterator may go on to serve its owner.
-            if taken == most or number == most_batches:
+            if (most is not None and taken >= most) or number == most_batches:
                 return
 
     def _read(self) -> Iterator[Any]:
@@ -91,9 +92,7 @@ class Source:
         elif self._once:
             if self._kept is None:
                 kind = type(self._data).__name__
-                raise CalibrationError(
-                    ONCE.format(passes="several", kind=kind, cache_bytes=self._cache_bytes)
-                )
+                raise CalibrationError(ONCE.format(kind=kind, cache_bytes=self._cache_bytes))
             yield from self._kept
             if self._stream is not None:
                 yield from self._first(self._stream)
@@ -103,8 +102,8 @@ class Source:
     def _first(self, stream: Iterator[Any]) -> Iterator[Any]:
         for batch in stream:
             if self._kept is not None:
-                self._cache_bytes -= bytes_of(batch)
-                if self._cache_bytes < 0:
+                self._room -= bytes_of(batch)
+                if self._room < 0:
                     self._kept = None
                 else:
                     self._kept.append(batch)

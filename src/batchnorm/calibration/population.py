@@ -25,7 +25,7 @@ MOST_REPEATS = 20
 
 
 class Enough(BaseException):
-    """Ends a forward pass of which nothing more is wanted; no error, so that no model catches it."""
+    """Ends a forward pass of which no more is wanted; no Exception, so that no model catches it."""
 
 
 class Strange(BaseException):
@@ -97,7 +97,7 @@ class Population:
             done.append(plan[right])
         if batches is not None:
             # No layer was called: one round all the same, for the count of batches.
-            self._work.measure([], batches, self._work.run)
+            self._work.measure(self._work.names, batches, self._work.run)
 
     def repeat(self, passes: int) -> None:
         """Measure all layers in every pass, each with the estimate of the pass before."""

@@ -80,7 +80,7 @@ class Sweep:
     ranks: Ranks
     target: float | None = None
     allow_nan: bool = False
-    tell: Tell = lambda samples, error: None  # noqa: ARG005, E731
+    tell: Tell = lambda samples, error: None  # noqa: ARG005
     tally: Tally = field(default_factory=Tally)
     _next: int = FEWEST
 

@@ -9,11 +9,6 @@ from torch import Tensor
 
 from batchnorm.errors import MissingExtraError
 
-NOTE = """\
-  error: largest standard error, as a shift or half a relative stretch of the normalized values
-  shift, stretch: how far mean (in deviations) and variance (relatively) moved, RMS over channels
-  change: the same in standard errors, the largest of all channels"""
-
 
 def rows(calibration: Any) -> list[dict[str, Any]]:
     """Return one line of plain numbers per layer; NaN where something is not known."""
@@ -38,17 +33,21 @@ def rows(calibration: Any) -> list[dict[str, Any]]:
 
 
 def text(calibration: Any) -> str:
-    """Return a table: what was read, a line per layer, and what was left alone."""
+    """Return a table: what was read, a line per layer, and what was left alone.
+
+    ``error`` is the largest relative standard error; ``shift`` (in deviations) and ``stretch``
+    (relatively) are how far mean and variance moved, root mean square over the channels;
+    ``change`` is the same in standard errors, the largest of all channels.
+    """
     width = max((len(name) for name in (*calibration.layers, *calibration.skipped)), default=0)
     lines = [_head(calibration)]
-    some = rows(calibration)
-    for row in some:
-        lines.append(
-            f"  {row['layer']:<{width}}  {row['count']:>14,.0f} values per channel"
-            f"  error {_short(row['error'])}  shift {_short(row['shift'])}"
-            f"  stretch {_short(row['stretch'])}"
-            f"  change {_short(max(row['change of mean'], row['change of var']))}"
-        )
+    lines += [
+        f"  {row['layer']:<{width}}  {row['count']:>14,.0f} values per channel"
+        f"  error {_short(row['error'])}  shift {_short(row['shift'])}"
+        f"  stretch {_short(row['stretch'])}"
+        f"  change {_short(max(row['change of mean'], row['change of var']))}"
+        for row in rows(calibration)
+    ]
     for name, reason in calibration.skipped.items():
         lines.append(f"  {name:<{width}}  unchanged: {reason}")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Which normalizations a layer's input depends on, found by following one batch.
 
 Marks travel with the memory of tensors: an operation's results bear the marks of everything it was
-given, and what leaves a normalization bears its mark too. A mark is a bit, a set of layers a number.
+given, and what leaves a normalization bears its mark too. A layer is a bit, a set of them a number.
 """
 
 import contextlib
