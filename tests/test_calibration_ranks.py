@@ -88,7 +88,7 @@ def misfit(rank, kind):
     try:
         upstream = "population" if later else "batch"
         bn.calibrate(model, [] if kind == "no data" else data, forward=forward, upstream=upstream)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         assert_unchanged(before, model)
         return f"{type(error).__name__}: {error}"
     return "no error"

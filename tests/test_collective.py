@@ -50,9 +50,9 @@ def disagreeing(rank):
     for mine in ([("a", 3), ("b", 3 + rank)], [1] * (rank + 1), {"x": rank}):
         try:
             ranks.agree("layers", mine)
-        except CollectiveError as error:
+        except CollectiveError as error:  # noqa: PERF203
             said.append(str(error))
-    return said + [ranks.exchange(rank), [t.tolist() for t in ranks.gather(torch.tensor([rank]))]]
+    return [*said, ranks.exchange(rank), [t.tolist() for t in ranks.gather(torch.tensor([rank]))]]
 
 
 def test_a_difference_is_named_in_every_process(found):
@@ -68,7 +68,7 @@ def failing(rank):
     try:
         with ranks.together():
             if rank == 1:
-                raise ValueError("the disk is full")
+                raise ValueError("the disk is full")  # noqa: TRY301
             ranks.exchange("fine")
     except (ValueError, CollectiveError) as error:
         return f"{type(error).__name__}: {error}"

@@ -5,6 +5,7 @@ the next exchange, so that the others stop with an error instead of waiting for 
 """
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -135,6 +136,26 @@ class Ranks:
         if distributed.get_backend(self._group) == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def launched(backend: str = "gloo") -> Iterator[None]:
+    """Join the processes that ``torchrun`` has started, if it has, for as long as the block runs.
+
+    Args:
+        backend: ``"gloo"``, or ``"nccl"`` for tensors on GPUs.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    if not started or distributed.is_initialized():
+        yield
+        return
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    distributed.init_process_group(backend)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 def _difference(first: Any, other: Any) -> str:

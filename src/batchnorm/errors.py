@@ -51,3 +51,7 @@ class MissingExtraError(BatchNormError, ImportError):
 
 class CollectiveError(BatchNormError, RuntimeError):
     """The processes of a job do not agree, or one of them is gone."""
+
+
+class CheckpointError(BatchNormError, ValueError):
+    """A checkpoint cannot be read, or would run code if it were."""

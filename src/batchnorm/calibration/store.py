@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from batchnorm.errors import CalibrationError, MissingExtraError
+from batchnorm.checkpoints import safetensors
+from batchnorm.errors import CalibrationError
 from batchnorm.files import write_atomically
 
 # What a layer has, in order; the names of its tensors are "layer:key".
@@ -69,17 +70,14 @@ def metadata_of(data: bytes) -> dict[str, str]:
     return found
 
 
-def safetensors() -> Any:
-    """Return ``safetensors.torch``.
+def is_calibration(path: Path) -> bool:
+    """Return whether a file is a calibration rather than a checkpoint.
 
     Raises:
-        MissingExtraError: If it is not installed.
+        OSError: If it cannot be read.
     """
-    try:
-        import safetensors.torch as torch_file
-    except ImportError as error:
-        raise MissingExtraError(
-            "reading and writing safetensors files needs the package safetensors; "
-            "pip install safetensors"
-        ) from error
-    return torch_file
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        # The head of a safetensors file is JSON, and at most 100 MB.
+        head = file.read(min(length, 100_000_000))
+    return f'"{FORMAT}"'.encode() in head
