@@ -9,6 +9,12 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Small tensors gain nothing from more; tests that are about threads set their number."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def everything_is_large_enough(monkeypatch):
     """Fuse inputs of any size, on one thread."""

@@ -113,6 +113,19 @@ def test_the_root_holds_names_and_nothing_else():
         assert all(alias.asname == alias.name for alias in node.names)
 
 
+def test_no_import_is_relative_and_hides_from_the_table():
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}:{node.lineno}"
+
+
+def test_packages_hold_imports_and_nothing_else():
+    for path in SOURCE.rglob("__init__.py"):
+        for node in ast.parse(path.read_text()).body:
+            docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            assert docstring or isinstance(node, ast.ImportFrom), f"{path}:{node.lineno}"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_files_and_functions_keep_their_size(path):
     text = path.read_text()

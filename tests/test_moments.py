@@ -294,8 +294,34 @@ def test_a_constant_has_no_variance_and_one_value_is_its_own_mean():
         for n in (1, 2, 3, 7, 1000):
             found = lift([value] * n)
             assert abs(found.mean.item() - value) <= 2 * U * abs(value)
-            assert found.variance().item() <= (4 * U * value) ** 2
+            assert 0 <= found.variance().item() <= (4 * U * value) ** 2
         assert lift([value]).mean.item() == value
+
+
+def test_what_rounding_left_in_the_mean_is_taken_out_of_m2():
+    """The mean of these lies between two float64 numbers; m2 is exact all the same."""
+    far = 2.0**53
+    for weights in (None, torch.ones(2).double()):
+        assert lift([far, far + 2], weights=weights).m2.item() == 2
+    repeated = lift([far, far + 2] * 512)
+    assert repeated.m2.item() == 1024
+
+
+@pytest.mark.parametrize("n", [3, 5, 7, 11, 13, 100, 1001])
+def test_rounding_makes_no_m2_negative(n):
+    x = torch.rand(n, 1).double().T.repeat(n, 1) * 1e8  # every channel is constant
+    for found in (Moments.of(x), Moments.of(x, weights=torch.full((n,), 0.3).double())):
+        assert (found.m2 >= 0).all()
+        assert (found.variance().sqrt() <= 4 * U * found.mean).all()
+
+
+def test_no_variance_is_left_where_the_correction_takes_the_whole_count():
+    halves = lift([1.0, 3.0], weights=torch.tensor([0.5, 0.5]))
+    for found in (halves, lift([1.0, 3.0]).scale(0.5)):
+        assert float(found.count) == 1
+        assert found.variance().item() == 1
+        assert found.variance(1).isnan().all()
+        assert found.variance(1.5).isnan().all()
 
 
 def test_lifting_leaves_no_trace_on_what_it_read():

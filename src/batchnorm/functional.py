@@ -14,7 +14,7 @@ from batchnorm.moments import Moments, element_weights
 from batchnorm.ops import routes
 from batchnorm.ops.activations import ActivationLike, activation
 from batchnorm.ops.call import Call
-from batchnorm.ops.onlookers import is_recorded, is_traced
+from batchnorm.ops.onlookers import is_calm, is_recorded
 from batchnorm.sources.base import Source
 from batchnorm.sources.batch import Batch
 
@@ -163,5 +163,5 @@ def check_source(call: Call, source: Source) -> None:
         raise OptionError(f"batch_norm eps must be positive during training, but got {call.eps}")
     if source.normalizes_by_batch:
         layout.check_enough_values(call.x, call.axis)
-        if call.mask is not None and call.x.device.type == "cpu" and not is_traced():
+        if call.mask is not None and call.x.device.type == "cpu" and is_calm():
             layout.check_enough_unmasked(call.x, call.mask, call.axis)

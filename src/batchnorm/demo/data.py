@@ -46,6 +46,9 @@ class Images:
         return int(torch.cat([self.train_labels, self.test_labels]).max()) + 1
 
 
+LEARN, HOLD_OUT = 3000, 500
+
+
 def load_images(folder: Path | None) -> Images:
     """The IDX files in ``folder``, or the bundled digits where it is None.
 
@@ -71,6 +74,9 @@ def load_digits() -> Images:
 def load_idx(folder: Path) -> Images:
     """The four files of the MNIST and Fashion-MNIST format, plain or ``.gz``.
 
+    Of large sets the first ``LEARN`` training and ``HOLD_OUT`` test images are taken, so that the
+    tour stays a matter of a minute or two; the page tells how many.
+
     Raises:
         DataError: If a file is missing, damaged, or of another kind, or images and labels differ
             in number.
@@ -86,8 +92,8 @@ def load_idx(folder: Path) -> Images:
             f"{paths[0]} and {paths[2]} must come from the same data set"
         )
     images, labels = np.concatenate([train, test]), np.concatenate([train_labels, test_labels])
-    kept = np.arange(len(train))
-    return _images(folder.resolve().name, images, labels, kept, np.arange(len(train), len(images)))
+    kept, held_out = np.arange(len(train)), np.arange(len(train), len(images))
+    return _images(folder.resolve().name, images, labels, kept[:LEARN], held_out[:HOLD_OUT])
 
 
 def read_idx_images(path: Path) -> np.ndarray:

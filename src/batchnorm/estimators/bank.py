@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.errors import EstimateError, OptionError
+from batchnorm.errors import OptionError
 from batchnorm.estimators.base import Estimator, Statistics
 from batchnorm.estimators.running import Averages
 from batchnorm.moments import Moments
@@ -77,16 +77,6 @@ class Bank:
     def statistics(self, states: Mapping[str, Any]) -> Statistics:
         """Return mean and variance of the selected estimate."""
         return self.estimators[self.selected].statistics(states[self.selected])
-
-    def check(self, name: str) -> None:
-        """Refuse a name that is not kept.
-
-        Raises:
-            EstimateError: With the names that are.
-        """
-        if name not in self.estimators:
-            kept = ", ".join(repr(known) for known in self.estimators)
-            raise EstimateError(f"no estimate {name!r} is kept here, only {kept}")
 
     def apply(self, move: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor of the states by ``move(tensor)``."""

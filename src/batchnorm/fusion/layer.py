@@ -14,7 +14,7 @@ from batchnorm.fusion.prepared import prepare
 from batchnorm.ops.onlookers import is_recomputing
 
 # (adds, training) -> the number of elements below which the detour costs more than it saves:
-# 16 to 150 microseconds of Python against passes over memory (docs/decisions/0020-pending.md).
+# 16 to 150 microseconds of Python against passes over memory (docs/decisions/0008-pending.md).
 SMALLEST = {
     (False, True): 1 << 17,
     (False, False): 1 << 19,

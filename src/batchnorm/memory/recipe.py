@@ -42,49 +42,38 @@ class Kept:
         return self.tensor
 
 
-class Recipe:
-    """act(normalize(x) + residual), of inputs that are kept or have recipes themselves.
+class Source:
+    """A result that is made again when it is needed.
 
-    In residual networks recipes are chains: of every block, back to where the stage begins. What
-    is computed on the way is remembered until everybody who needs it has had it.
+    What is made is remembered until everybody who waits for it has had it.
 
     Attributes:
+        version: Of the result, when it was what this makes.
         handles: How many wait for the value.
         served: How many of them have had it.
     """
 
-    __slots__ = ("affine", "axis", "backend", "handles", "memo", "residual", "served", "stats",
-                 "version", "x")  # fmt: skip
+    __slots__ = ("handles", "memo", "served", "version")
 
-    def __init__(
-        self,
-        backend: Any,
-        x: Tensor,
-        stats: tuple[Tensor, Tensor],
-        affine: tuple[Tensor | None, Tensor | None, Activation],
-        residual: Tensor | None,
-        axis: int,
-    ) -> None:
-        weight, bias, act = affine
-        self.backend, self.stats, self.axis = backend, stats, axis
-        # Copies, of C numbers each: the optimizer may be faster than backward.
-        self.affine = _copy(weight), _copy(bias), act
-        self.x = source(x)
-        self.residual = None if residual is None else source(residual)
-        self.version = 0
+    def __init__(self, version: int) -> None:
+        self.version = version
         self.handles = self.served = 0
         self.memo: Tensor | None = None
+
+    def make(self) -> Tensor:
+        """Compute the result."""
+        raise NotImplementedError
+
+    def kept(self) -> list[Tensor]:
+        """Return what is kept because of this, without what other sources keep."""
+        raise NotImplementedError
 
     def value(self) -> Tensor:
         """Return the result, computed now or before."""
         if self.memo is not None:
             return self.memo
-        weight, bias, act = self.affine
-        residual = None if self.residual is None else self.residual.value()
-        x, (mean, rstd) = self.x.value(), self.stats
-        y: Tensor
         with torch.no_grad():
-            y = self.backend.normalize(x, mean, rstd, weight, bias, residual, act, self.axis)
+            y = self.make()
         if self.served < self.handles:
             self.memo = y
         return y
@@ -97,11 +86,83 @@ class Recipe:
             self.served, self.memo = 0, None
         return y
 
+
+class Recipe(Source):
+    """act(normalize(x) + residual), of inputs that are kept or have recipes themselves.
+
+    In residual networks recipes are chains: of every block, back to where the stage begins.
+    """
+
+    __slots__ = ("affine", "axis", "backend", "residual", "stats", "x")
+
+    def __init__(
+        self,
+        backend: Any,
+        x: Tensor,
+        stats: tuple[Tensor, Tensor],
+        affine: tuple[Tensor | None, Tensor | None, Activation],
+        residual: Tensor | None,
+        axis: int,
+    ) -> None:
+        super().__init__(0)
+        weight, bias, act = affine
+        self.backend, self.stats, self.axis = backend, stats, axis
+        # Copies, of C numbers each: the optimizer may be faster than backward.
+        self.affine = _copy(weight), _copy(bias), act
+        self.x = source(x)
+        self.residual = None if residual is None else source(residual)
+
+    def make(self) -> Tensor:
+        """Normalize as forward did."""
+        weight, bias, act = self.affine
+        residual = None if self.residual is None else self.residual.value()
+        x, (mean, rstd) = self.x.value(), self.stats
+        y: Tensor = self.backend.normalize(x, mean, rstd, weight, bias, residual, act, self.axis)
+        return y
+
     def kept(self) -> list[Tensor]:
-        """Return what is kept because of this recipe, without what other recipes keep."""
+        """Return x and the residual as far as they are kept, and the small tensors."""
         parts = [self.x, *([] if self.residual is None else [self.residual])]
         tensors = [part.tensor for part in parts if isinstance(part, Kept)]
         return [*tensors, *self.stats, *(t for t in self.affine[:2] if t is not None)]
+
+
+class Rectified(Source):
+    """relu_ of a result, where the addition or the layer was not fused with it."""
+
+    __slots__ = ("parent",)
+
+    def __init__(self, parent: Source, version: int) -> None:
+        super().__init__(version)
+        self.parent = parent
+
+    def make(self) -> Tensor:
+        """Return the positive part."""
+        return self.parent.value().relu()
+
+    def kept(self) -> list[Tensor]:
+        """Return what the result keeps."""
+        return self.parent.kept()
+
+
+class Pooled(Source):
+    """What max_pool2d picked from a result: its places are kept for backward anyway."""
+
+    __slots__ = ("parent", "places")
+
+    def __init__(self, parent: Source, places: Kept, version: int) -> None:
+        super().__init__(version)
+        self.parent, self.places = parent, places
+
+    def make(self) -> Tensor:
+        """Pick again."""
+        places = self.places.value()
+        picked = self.parent.value().flatten(2).gather(2, places.flatten(2))
+        return torch.empty_like(places, dtype=picked.dtype).copy_(picked.view(places.shape))
+
+    def kept(self) -> list[Tensor]:
+        """Return the places, and what the result keeps."""
+        return [self.places.tensor, *self.parent.kept()]
 
 
 class Recording:
@@ -163,20 +224,35 @@ class Recording:
             return
         recipe = Recipe(self.backend, x, stats, (weight, bias, act), residual, axis)
         recipe.version = y._version
-        setattr(y, _PLACE, recipe)
+        give(y, recipe)
 
 
-def recipe_of(tensor: Tensor) -> Recipe | None:
+def recipe_of(tensor: Tensor) -> Source | None:
     """Return the recipe of a tensor, or of what it is a view of, if it is as it was made."""
     base = tensor if tensor._base is None else tensor._base
-    recipe: Recipe | None = base.__dict__.get(_PLACE)
-    return None if recipe is None or base._version != recipe.version else recipe
+    recipe: Source | None = base.__dict__.get(_PLACE)
+    if recipe is None:
+        return None
+    if base._version == recipe.version + 1 and _is_rectified(base):
+        recipe = Rectified(recipe, base._version)
+        give(base, recipe)
+    return recipe if base._version == recipe.version else None
 
 
-def source(tensor: Tensor) -> Kept | Recipe:
+def give(tensor: Tensor, recipe: Source) -> None:
+    """Give a tensor its recipe."""
+    setattr(tensor, _PLACE, recipe)
+
+
+def source(tensor: Tensor) -> Kept | Source:
     """Return how an input of a recipe comes back: by a recipe of its own, or because it is kept."""
     recipe = recipe_of(tensor) if tensor._base is None else None
     return Kept(tensor) if recipe is None else recipe
+
+
+def _is_rectified(tensor: Tensor) -> bool:
+    """Whether the one change since was a relu_: nothing else leaves this node and one version."""
+    return tensor.grad_fn is not None and tensor.grad_fn.name() == "ReluBackward0"
 
 
 def _copy(parameter: Tensor | None) -> Tensor | None:

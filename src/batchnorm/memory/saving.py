@@ -1,6 +1,7 @@
 """What autograd saves while a network runs forward: recipes in the place of results."""
 
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from batchnorm.memory.recipe import Kept, Recipe, Recording, recipe_of
+from batchnorm.memory.recipe import Kept, Pooled, Recording, Source, give, recipe_of
 from batchnorm.ops import backend
 
 _here = threading.local()
@@ -17,10 +18,11 @@ _here = threading.local()
 class Handle(NamedTuple):
     """A saved tensor that a recipe makes: the result, or a view of it."""
 
-    recipe: Recipe
+    recipe: Source
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
+    whole: bool
 
 
 class Saved:
@@ -49,7 +51,7 @@ class Saved:
         self._seen[which][weak.cdata] = weak
         return storage.nbytes()
 
-    def note(self, tensor: Tensor, recipe: Recipe | None) -> None:
+    def note(self, tensor: Tensor, recipe: Source | None) -> None:
         """Count a tensor that is about to be saved."""
         self.without += self._count(tensor, 0)
         for one in [tensor] if recipe is None else recipe.kept():
@@ -67,6 +69,7 @@ class SaveMemory:
         self.saved = Saved()
         self._hooks: saved_tensors_hooks | None = None
         self._outer: tuple[Any, Any] | None = None
+        self._looking: list[Any] | None = None
 
     def __enter__(self) -> Saved:
         outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -86,17 +89,49 @@ class SaveMemory:
             _here.depth -= 1
 
     def _pack(self, tensor: Tensor) -> Any:
-        recipe = recipe_of(tensor) if type(tensor) is Tensor else None
+        recipe = None
         if type(tensor) is Tensor:
+            recipe = recipe_of(tensor) or self._pooled(tensor)
             self.saved.note(tensor, recipe)
         if recipe is not None:
+            size, stride = tensor.size(), tuple(map(int, tensor.stride()))
             recipe.handles += 1
-            return Handle(recipe, tensor.size(), tensor.stride(), tensor.storage_offset())
+            offset, whole = int(tensor.storage_offset()), tensor._base is None
+            return Handle(recipe, size, stride, offset, whole)
         return Kept(tensor) if self._outer is None else self._outer[0](tensor)
 
+    def _pooled(self, tensor: Tensor) -> Source | None:
+        """Return a recipe for the output of max_pool2d, if its input has one."""
+        node: Any = tensor.grad_fn
+        if node is None or node.name() != "MaxPool2DWithIndicesBackward0" or tensor._version:
+            return None
+        pooled, places = (
+            self._look(lambda: node._saved_self),
+            self._look(lambda: node._saved_result1),
+        )
+        if not isinstance(pooled, Handle) or not isinstance(places, Kept):
+            return None
+        if not pooled.whole or tensor.dim() != 4 or places.tensor.shape != tensor.shape:
+            return None
+        recipe = Pooled(pooled.recipe, places, 0)
+        give(tensor, recipe)
+        return recipe
+
+    def _look(self, get: Callable[[], Any]) -> Any:
+        """Return what a saved tensor was packed as, without unpacking it."""
+        self._looking = []
+        try:
+            get()
+            return self._looking[0] if self._looking else None
+        finally:
+            self._looking = None
+
     def _unpack(self, packed: Any) -> Tensor:
+        if self._looking is not None:
+            self._looking.append(packed)
+            return torch.empty(0)
         if isinstance(packed, Handle):
-            recipe, size, stride, offset = packed
+            recipe, size, stride, offset, _ = packed
             y = recipe.serve()
             if y.size() == size and y.stride() == stride:
                 return y.detach()

@@ -30,6 +30,11 @@ def is_recorded() -> bool:
     return torch._C._get_tracing_state() is not None
 
 
+def is_transformed() -> bool:
+    """Return whether a transform of torch.func is at work, which custom operations do not know."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def is_recomputing() -> bool:
     """Return whether this is the second forward of activation checkpointing, inside backward."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -17,7 +17,7 @@ from batchnorm.moments import Moments
 from batchnorm.ops import eager, library, reference
 from batchnorm.ops.backend import select
 from batchnorm.ops.call import Call
-from batchnorm.ops.onlookers import is_calm, is_traced
+from batchnorm.ops.onlookers import is_calm, is_traced, is_transformed
 
 _DEVICES = ("cpu", "cuda")
 
@@ -43,7 +43,7 @@ def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
     elif is_traced() and call.portable:
         y = _aten(call, None, None)
         stats = torch.stack(reference.moments(call.x, call.axis))
-    elif call.same_residual and torch.compiler.is_compiling():
+    elif call.same_residual and torch.compiler.is_compiling() and not is_transformed():
         y, stats = library.forward(*given, *call.act, *rest)
     else:
         y, stats = reference.forward(*given, call.act, *rest)

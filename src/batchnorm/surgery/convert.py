@@ -102,8 +102,8 @@ def convert(
 def revert(model: Model) -> Model:
     """Take back ``bn.convert``: every layer gets back the class it had, and nothing else changes.
 
-    ``bn.save_memory(model)`` is taken back too. Parameters and statistics keep the values they have by now. What was kept besides them for
-    ``estimator=`` is gone.
+    ``bn.save_memory(model)`` is taken back too. Parameters and statistics keep the values they
+    have by now. What was kept besides them for ``estimator=`` is gone.
 
     Args:
         model: A converted model, or any; changed in place.

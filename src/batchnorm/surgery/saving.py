@@ -33,7 +33,7 @@ def save_memory(model: Model | None = None, *, enabled: bool = True) -> Model | 
         with bn.save_memory() as saved:
             loss = criterion(model(x), y)
         loss.backward()
-        print(saved)                      # kept 909.0 MB of 1612.0 MB (56 %)
+        print(saved)                      # kept ... of ... MB, each storage once
 
     Args:
         model: Save in every forward pass of this model from now on; without one, in the block.
