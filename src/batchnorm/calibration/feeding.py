@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm.calibration.batches import bytes_of, cut, is_record, moved, size_of
 from batchnorm.errors import CalibrationError, OptionError
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -26,6 +27,20 @@ cache_bytes={cache_bytes} does not hold its batches; pass a list, a DataLoader, 
 cache_bytes="""
 
 
+@dataclasses.dataclass
+class Room:
+    """Bytes of memory that are left."""
+
+    left: int
+
+    def take(self, size: int) -> bool:
+        """Take some, if so much is left."""
+        if size > self.left:
+            return False
+        self.left -= size
+        return True
+
+
 class Source:
     """The data of a calibration, which may be read several times, with its limits.
 
@@ -37,6 +52,9 @@ class Source:
         device: Where tensors go; None for where they are.
         cache_bytes: How much memory batches of an iterator may take.
         again: Whether it may be read more than once.
+
+    Attributes:
+        room: How much of that memory is left.
     """
 
     def __init__(
@@ -53,7 +71,8 @@ class Source:
         self._data = data
         self._limits = max_batches, max_samples
         self._device = device
-        self._cache_bytes = self._room = cache_bytes
+        self._cache_bytes = cache_bytes
+        self.room = Room(cache_bytes)
         self._kept: list[Any] | None = [] if self._once else None
         self._started = False
 
@@ -66,6 +85,11 @@ class Source:
             return self._limits[0]
         return length if self._limits[0] is None else min(length, self._limits[0])
 
+    @property
+    def needs_room(self) -> bool:
+        """Whether batches of an iterator are still to be kept."""
+        return self._once and self._stream is not None
+
     def round(self) -> Iterator[tuple[Any, int]]:
         """Yield each batch, on its device, and how many samples it has."""
         most_batches, most = self._limits
@@ -73,7 +97,7 @@ class Source:
         for number, batch in enumerate(self._read(), 1):
             samples = size_of(batch)
             if most is not None and taken + samples > most:
-                part = _cut(batch, samples, most - taken)
+                part = cut(batch, samples, most - taken)
                 # A single sample may be too few to normalize; it is no great loss either.
                 if part is not None and (most - taken > 1 or not taken):
                     batch, samples = part, most - taken  # noqa: PLW2901
@@ -101,12 +125,10 @@ class Source:
 
     def _first(self, stream: Iterator[Any]) -> Iterator[Any]:
         for batch in stream:
-            if self._kept is not None:
-                self._room -= bytes_of(batch)
-                if self._room < 0:
-                    self._kept = None
-                else:
-                    self._kept.append(batch)
+            if self._kept is not None and self.room.take(bytes_of(batch)):
+                self._kept.append(batch)
+            else:
+                self._kept = None
             yield batch
         self._stream = None
 
@@ -135,26 +157,11 @@ def feed(model: nn.Module, batch: Any) -> Any:
         return model(**batch)
     if isinstance(batch, list | tuple) and batch:
         return model(batch[0])
-    if _is_record(batch):
+    if is_record(batch):
         fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
         _check_names(model, fields)
         return model(**fields)
     raise CalibrationError(UNKNOWN.format(kind=type(batch).__name__))
-
-
-def moved(batch: Any, device: torch.device) -> Any:
-    """Return the batch with its tensors on a device, whatever holds them."""
-    return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
-
-
-def size_of(batch: Any) -> int:
-    """Return the number of samples: the length of the first tensor that has one, else 1."""
-    return next((len(tensor) for tensor in _tensors(batch) if tensor.ndim), 1)
-
-
-def bytes_of(batch: Any) -> int:
-    """Return the memory of a batch's tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(batch))
 
 
 def _check_names(model: nn.Module, items: Mapping[str, Any]) -> None:
@@ -166,56 +173,3 @@ def _check_names(model: nn.Module, items: Mapping[str, Any]) -> None:
         raise CalibrationError(
             UNEXPECTED.format(items=list(items), model=type(model).__name__, missing=missing)
         )
-
-
-def _is_record(batch: Any) -> bool:
-    return dataclasses.is_dataclass(batch) and not isinstance(batch, type)
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for item in batch.values():
-            yield from _tensors(item)
-    elif isinstance(batch, list | tuple):
-        for item in batch:
-            yield from _tensors(item)
-    elif _is_record(batch):
-        for field in dataclasses.fields(batch):
-            yield from _tensors(getattr(batch, field.name))
-
-
-def _mapped(batch: Any, change: Callable[[Tensor], Any]) -> Any:
-    if isinstance(batch, Tensor):
-        return change(batch)
-    if isinstance(batch, Mapping):
-        items = {name: _mapped(item, change) for name, item in batch.items()}
-        return items if type(batch) is dict else _rebuilt(batch, items)
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_mapped(item, change) for item in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(_mapped(item, change) for item in batch)
-    if _is_record(batch):
-        fields = {
-            f.name: _mapped(getattr(batch, f.name), change)
-            for f in dataclasses.fields(batch)
-            if f.init
-        }
-        return dataclasses.replace(batch, **fields)
-    return batch
-
-
-def _rebuilt(batch: Any, items: dict[str, Any]) -> Any:
-    try:
-        return type(batch)(items)
-    except TypeError:  # a mapping with a constructor of its own, as defaultdict
-        return items
-
-
-def _cut(batch: Any, samples: int, wanted: int) -> Any:
-    """Return the first ``wanted`` samples of a batch, or None where it cannot be cut."""
-    sizes = {len(tensor) for tensor in _tensors(batch) if tensor.ndim}
-    if sizes != {samples}:
-        return None
-    return _mapped(batch, lambda tensor: tensor[:wanted] if tensor.ndim else tensor)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from batchnorm.calibration.passes import Passes
+from batchnorm.calibration.segments import Segments
 from batchnorm.calibration.stage import Part, Statistics
 from batchnorm.calibration.tracing import Trace, follow, levels
 from batchnorm.collective import Ranks
@@ -76,10 +77,19 @@ class Population:
         self._model, self._work, self._ranks = model, work, ranks
         self._traces: list[Trace] = []
         self._needs: dict[str, int] = {}
+        self._segments = Segments(model, work.stage, work.source)
 
     def settle(self) -> None:
         """Make as many passes as there are levels, until every layer that is used is settled."""
         batches: Iterator[Any] | None = self._look_ahead()
+        with self._segments.installed():
+            batches = self._levels(batches)
+        if batches is not None:
+            # No layer was called: one round all the same, for the count of batches.
+            self._work.measure(self._work.names, batches, self._work.run)
+
+    def _levels(self, batches: Iterator[Any] | None) -> Iterator[Any] | None:
+        """Settle level after level; return the batches that were given if there is none."""
         done: list[frozenset[str]] = []
         while True:
             level, circular = levels(self._needs, self._work.names)
@@ -91,13 +101,11 @@ class Population:
                     self._work.found.pop(name, None)
                 done = done[:right]
             if right == len(plan):
-                break
-            self._level(plan[right], bool(plan[right] & circular), batches)
+                return batches
+            settled = frozenset[str]().union(*done)
+            self._level(plan[right], settled, bool(plan[right] & circular), batches)
             batches = None
             done.append(plan[right])
-        if batches is not None:
-            # No layer was called: one round all the same, for the count of batches.
-            self._work.measure(self._work.names, batches, self._work.run)
 
     def repeat(self, passes: int) -> None:
         """Measure all layers in every pass, each with the estimate of the pass before."""
@@ -106,12 +114,19 @@ class Population:
             work.cast(frozenset(work.names))
             work.measure(work.names, work.source.round(), work.run)
 
-    def _level(self, wanted: frozenset[str], circular: bool, batches: Iterator[Any] | None) -> None:
+    def _level(
+        self,
+        wanted: frozenset[str],
+        settled: frozenset[str],
+        circular: bool,
+        batches: Iterator[Any] | None,
+    ) -> None:
         work = self._work
         names = [name for name in work.names if name in wanted]
         for _ in range(MOST_REPEATS if circular else 1):
             before = dict(work.current)
             work.cast(wanted)
+            self._segments.begin(settled)
             some = work.source.round() if batches is None else batches
             work.measure(names, some, self._following(wanted))
             self._share()
@@ -127,7 +142,7 @@ class Population:
 
         def run(batch: Any) -> None:
             try:
-                self._attempt(batch, follower)
+                self._segments.run(batch, lambda: self._attempt(batch, follower))
             except Strange:
                 self._follow(batch)
                 self._work.cast(wanted)
@@ -143,7 +158,7 @@ class Population:
 
     def _attempt(self, batch: Any, follower: Follower) -> None:
         stage = self._work.stage
-        stage.on_call = follower
+        stage.on_call = self._segments.watching(follower)
         follower.start()
         try:
             self._work.run(batch)

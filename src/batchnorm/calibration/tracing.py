@@ -5,14 +5,14 @@ given, and what leaves a normalization bears its mark too. A layer is a bit, a s
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from batchnorm.calibration.batches import tensors_in
 from batchnorm.calibration.stage import Stage
 
 
@@ -38,7 +38,7 @@ class Marks:
     def of(self, *values: Any) -> int:
         """Return the marks of all tensors in some values."""
         found = 0
-        for tensor in _tensors(values):
+        for tensor in tensors_in(values):
             _, marks = self._by_storage.get(_key(tensor), (None, 0))
             found |= marks
         return found
@@ -47,7 +47,7 @@ class Marks:
         """Add marks to all tensors in some values."""
         if not marks:
             return
-        for tensor in _tensors(values):
+        for tensor in tensors_in(values):
             key = _key(tensor)
             reference, before = self._by_storage.get(key, (None, 0))
             reference = reference or StorageWeakRef(tensor.untyped_storage())
@@ -157,12 +157,6 @@ def _pass_on(marks: Marks) -> Callable[..., None]:
         marks.put(marks.of(args, kwargs), result)
 
     return hook
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in tree_leaves(values):
-        if isinstance(value, Tensor):
-            yield value
 
 
 def _key(tensor: Tensor) -> int:
