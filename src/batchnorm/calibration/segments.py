@@ -87,14 +87,23 @@ class Segments:
     def run(self, batch: Any, attempt: Callable[[], None]) -> None:
         """Run a batch by ``attempt``, which runs the model, as little of it as need be."""
         number, self._number = self._number, self._number + 1
-        kept = self._store.get(number)
         if not self._on or self._source.needs_room:
             attempt()
-        elif kept is not None and same(kept.batch, batch) and self._again(number, kept, attempt):
-            pass
-        else:
+            return
+        kept = self._store.get(number)
+        if kept is None or not same(kept.batch, batch):
             self._forget(number)
             self._record(number, copied(batch), {}, attempt)
+        elif self._checked:
+            if not self._skips(number, kept, attempt):
+                self._in_full(attempt)
+        else:
+            with random_state_kept(self._devices):
+                skipped = self._skips(number, kept, attempt)
+            found = self._in_full(attempt)
+            self._checked = skipped and same(_plain(found), _plain(self._stage.batch))
+            if not self._checked:
+                self._give_up()
 
     def watching(self, tell: Callable[[str], None]) -> Callable[[str], None]:
         """Return whom to tell of every layer that runs, in place of ``tell``."""
@@ -103,24 +112,25 @@ class Segments:
         self._recording.tell = tell
         return self._recording.entering
 
-    def _again(self, number: int, kept: Kept, attempt: Callable[[], None]) -> bool:
-        """Run a batch with what is kept of it; return False, and keep nothing more, on trouble."""
+    def _skips(self, number: int, kept: Kept, attempt: Callable[[], None]) -> bool:
+        """Run a batch without what is kept of it; return whether that went well."""
         try:
-            if self._checked:
-                self._record(number, kept.batch, kept.calls, attempt)
-                return True
-            with random_state_kept(self._devices):
-                self._record(number, kept.batch, kept.calls, attempt)
-            found, self._stage.batch = self._stage.batch, {}
-            attempt()
-            self._checked = same(_plain(found), _plain(self._stage.batch))
-            self._on = self._checked
+            self._record(number, kept.batch, kept.calls, attempt)
         except Exception:  # noqa: BLE001
             # If it was not for what was skipped, the batch in full raises it again.
-            self._on, self._stage.batch = False, {}
-        if not self._on:
-            self.clear()
-        return self._on
+            self._give_up()
+            return False
+        return True
+
+    def _in_full(self, attempt: Callable[[], None]) -> dict[str, Moments]:
+        """Run a batch anew; return what was found before."""
+        found, self._stage.batch = self._stage.batch, {}
+        attempt()
+        return found
+
+    def _give_up(self) -> None:
+        self._on = False
+        self.clear()
 
     def _record(
         self, number: int, batch: Any, known: dict[Key, Call], attempt: Callable[[], None]
@@ -131,7 +141,7 @@ class Segments:
         try:
             attempt()
             recording.stop()
-            keep = same(before, self._state())
+            keep = all(map(_alike, before, self._state()))
         finally:
             self._recording = None
             calls = recording.close(keep)
@@ -164,12 +174,14 @@ class Segments:
     def _state(self) -> list[Any]:
         """Return what a forward pass changes that is not in its result."""
         numpy = sys.modules.get("numpy")
+        _, keys, *place = numpy.random.get_state() if numpy else ("", None)
         return [
-            [tensor._version for tensor in self._constants],
-            torch.get_rng_state(),
-            [torch.cuda.get_rng_state(device) for device in self._devices],
+            tuple(tensor._version for tensor in self._constants),
             random.getstate(),
-            repr(numpy.random.get_state()[1:]) if numpy else None,
+            place,
+            keys if keys is None else torch.from_numpy(keys.view("int32")),
+            torch.get_rng_state(),
+            *(torch.cuda.get_rng_state(device) for device in self._devices),
         ]
 
 
@@ -182,6 +194,10 @@ def _has_hooks(model: nn.Module, stage: Stage) -> bool:
         module._forward_hooks or len(module._forward_pre_hooks) > (module in layers)
         for module in model.modules()
     )
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
 
 
 def _plain(found: dict[str, Moments]) -> dict[str, list[Any]]:
