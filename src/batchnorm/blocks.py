@@ -1,19 +1,26 @@
 """Moments of large tensors in float64, block by block: exact, fast enough, in bounded memory.
 
-A tensor is seen as (outer, C, inner) and cut into blocks that stay in the cache as float64. Blocks
-are so small that PyTorch sums each of them on one thread, and neighbours are merged with each
-other: the same bits for any number of threads.
+A tensor is seen as (outer, C, inner) and cut into blocks that stay in the cache as float64;
+neighbours are merged with each other. The native kernel adds in an order of its own for any number
+of threads; without it blocks are so small that PyTorch sums each of them on one thread. So the bits
+are the same for any number of threads.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from batchnorm import layout
 from batchnorm.moments import Moments, merge, wide
+from batchnorm.ops import backend, reference
 
 # Elements of a block. PyTorch's reductions stay on one thread below 32768.
 BLOCK = {"cpu": (1 << 15) - 1}
 LARGE = 1 << 22
+NATIVE = 1 << 18
+
+MomentsOf = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 def moments(x: Tensor, axis: int = 1) -> Moments:
@@ -36,12 +43,15 @@ def moments(x: Tensor, axis: int = 1) -> Moments:
     if count == 0 or wide(x.device) != torch.float64:
         return Moments.of(x, axis)
     values = layout.canonical(x.detach(), axis)
-    size = BLOCK.get(x.device.type, LARGE)
+    served = backend.chosen(values).moments if values.is_cpu else reference.moments
+    native = served is not reference.moments
+    size = NATIVE if native else BLOCK.get(x.device.type, LARGE)
     _, channels, inner = values.shape
     rows = max(1, size // (channels * inner))
     some = channels if rows > 1 else max(1, size // inner)
     found = [
-        _rows(part, rows, min(inner, size)) for part in values.split(some, dim=1)
+        _rows(part, rows, min(inner, size), served if native else _block)
+        for part in values.split(some, dim=1)
     ]  # several parts of the channels only where one row is larger than a block
     mean, m2 = (torch.cat(parts) for parts in zip(*found, strict=True))
     return Moments(count, mean, m2)
@@ -70,21 +80,22 @@ def halve(parts: Moments) -> Moments:
     return Moments(*(torch.cat(pair) for pair in zip(merged, rest, strict=True)))  # type: ignore[arg-type]
 
 
-def _rows(values: Tensor, rows: int, some: int) -> tuple[Tensor, Tensor]:
+def _rows(values: Tensor, rows: int, some: int, of: MomentsOf) -> tuple[Tensor, Tensor]:
     """Return mean and m2 of (outer, C, inner), taken in blocks of (rows, C, some)."""
-    counts, means, m2s = [], [], []
+    counts, found = [], []
     for part in values.split(rows):
         for block in part.split(some, dim=2):
-            count = block.shape[0] * block.shape[2]
-            # copy=True: the block of a float64 tensor is written to below.
-            wider = block.to(torch.float64, copy=True)
-            mean = wider.sum((0, 2)).div_(count)
-            wider.sub_(mean[:, None]).square_()
-            counts.append(count)
-            means.append(mean)
-            m2s.append(wider.sum((0, 2)))
+            counts.append(block.shape[0] * block.shape[2])
+            # copy=True: what comes of a float64 tensor may be written to.
+            found.append(of(block.to(torch.float64, copy=True), 1))
     if len(counts) == 1:
-        return means[0], m2s[0]
+        return found[0]
     count = torch.tensor(counts, dtype=torch.float64, device=values.device)[:, None]
-    _, mean, m2 = fold(Moments(count, torch.stack(means), torch.stack(m2s)))
+    _, mean, m2 = fold(Moments(count, *(torch.stack(parts) for parts in zip(*found, strict=True))))
     return mean, m2
+
+
+def _block(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    """Return mean and m2 of a block (outer, C, inner), which is written to."""
+    mean = x.sum((0, 2)).div_(x.shape[0] * x.shape[2])
+    return mean, x.sub_(mean[:, None]).square_().sum((0, 2))
