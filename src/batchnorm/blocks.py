@@ -43,16 +43,17 @@ def moments(x: Tensor, axis: int = 1) -> Moments:
     if count == 0 or wide(x.device) != torch.float64:
         return Moments.of(x, axis)
     values = layout.canonical(x.detach(), axis)
-    served = backend.chosen(values).moments if values.is_cpu else reference.moments
-    native = served is not reference.moments
+    served = backend.chosen(values) if values.is_cpu else reference
+    native = served is not reference
     size = NATIVE if native else BLOCK.get(x.device.type, LARGE)
+    of: MomentsOf = served.moments if native else _block
     _, channels, inner = values.shape
+    if values.numel() <= size:
+        return Moments(count, *of(values.to(torch.float64, copy=True), 1))
     rows = max(1, size // (channels * inner))
+    # Several parts of the channels only where one row is larger than a block.
     some = channels if rows > 1 else max(1, size // inner)
-    found = [
-        _rows(part, rows, min(inner, size), served if native else _block)
-        for part in values.split(some, dim=1)
-    ]  # several parts of the channels only where one row is larger than a block
+    found = [_rows(part, rows, min(inner, size), of) for part in values.split(some, dim=1)]
     mean, m2 = (torch.cat(parts) for parts in zip(*found, strict=True))
     return Moments(count, mean, m2)
 

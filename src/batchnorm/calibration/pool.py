@@ -89,14 +89,17 @@ class Pool:
         self._in_last = 0
         self._size = 1
 
-    def add(self, batch: Mapping[str, Moments]) -> None:
-        """Take one batch; layers it does not mention were not used in it."""
+    def row(self, batch: Mapping[str, Moments]) -> Moments:
+        """Return one batch as a row; layers it does not mention were not used in it."""
         parts = [batch.get(name, zero) for name, zero in self._zeros.items()]
-        row = Moments(
+        return Moments(
             torch.cat([_counts(part) for part in parts]),
             torch.cat([part.mean.to("cpu", torch.float64) for part in parts]),
             torch.cat([part.m2.to("cpu", torch.float64) for part in parts]),
         )
+
+    def add(self, row: Moments) -> None:
+        """Take one batch, as a row."""
         if self._groups and self._in_last < self._size:
             self._groups[-1] = merge(self._groups[-1], row)
             self._in_last += 1

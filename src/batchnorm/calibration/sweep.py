@@ -104,14 +104,14 @@ class Sweep:
         feed(batch)
         found = self.stage.batch
         self.tally.batches += 1
-        bad = [] if self.allow_nan else [name for name, one in found.items() if not _finite(one)]
-        if bad:
+        row = self.pool.row(found)
+        if self.allow_nan or _finite(row):
+            self.pool.add(row)
+            self.tally.samples += samples
+        else:
             self.tally.rejected += 1
             if self.tally.where is None:
-                self.tally.where = bad[0]
-        else:
-            self.pool.add(found)
-            self.tally.samples += samples
+                self.tally.where = next((k for k, v in found.items() if not _finite(v)), None)
         self.tell(samples, lambda: self._error(self.pool.groups()))
 
     def _is_due(self) -> bool:
