@@ -69,6 +69,7 @@ class Sums:
         layer.register_forward_pre_hook(self)
 
     def __call__(self, _: nn.Module, args: tuple[Tensor]) -> None:
+        """Look at what enters the layer."""
         rows = args[0].movedim(1, 0).flatten(1)
         if self.center is None:
             self.center = rows.mean(1, keepdim=True)
