@@ -33,7 +33,7 @@ from batchnorm.demo.data import Images, load_images
 Layers = dict[str, nn.BatchNorm2d]
 Statistics = dict[str, tuple[Tensor, Tensor]]
 STEPS = {2: 200, 8: 150, 64: 60}
-TRAIN = 3000
+TRAIN = 1500
 
 
 def network(side: int, classes: int) -> nn.Sequential:
