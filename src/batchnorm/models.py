@@ -122,8 +122,10 @@ def preserved(model: nn.Module) -> Iterator[None]:
             if "forward" in attributes:
                 layer.__dict__["forward"] = attributes["forward"]
         for module, before, copies in buffers:
-            module._buffers.clear()
-            module._buffers.update(before)
+            # A scripted module lets none of its buffers be replaced.
+            if not isinstance(module, torch.jit.ScriptModule):
+                module._buffers.clear()
+                module._buffers.update(before)
             with torch.no_grad():
                 for name, copy in copies.items():
                     _put_back(module._buffers[name], copy)

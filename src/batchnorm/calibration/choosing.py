@@ -33,6 +33,8 @@ def choose(model: nn.Module, layers: LayersLike) -> tuple[list[Found], dict[str,
         CalibrationError: If none is left, or one is lazy and has not seen an input.
         OptionError: If a name, pattern or module has no layer in the model.
     """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
     found = walk(model)
     asked = None if layers is None else _asked(model, found, layers)
     chosen, skipped = [], {}
@@ -60,6 +62,11 @@ def _unable(found: Found) -> str:
         )
     if layer.running_mean is None or layer.running_var is None:
         return "keeps no statistics (track_running_stats=False)"
+    if layer.running_mean.is_meta:
+        raise CalibrationError(
+            f"layer {found.name!r} is on the device 'meta', where tensors have no values: build "
+            "the model on a real device and load its weights first"
+        )
     return ""
 
 

@@ -66,7 +66,12 @@ class Source:
         cache_bytes: int,
         again: bool = False,
     ) -> None:
-        self._stream: Iterator[Any] | None = iter(data)
+        try:
+            self._stream: Iterator[Any] | None = iter(data)
+        except TypeError as error:
+            raise CalibrationError(
+                f"expected data to be an iterable of batches, got {type(data).__name__}"
+            ) from error
         self._once = self._stream is data and again
         self._data = data
         self._limits = max_batches, max_samples

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -149,7 +150,14 @@ def levels(needs: Mapping[str, int], names: list[str]) -> tuple[dict[str, int], 
 def _leaves(model: nn.Module, stage: Stage) -> list[nn.Module]:
     """Return the modules without children, whose kernels nobody may see, other than the layers."""
     layers = set(stage.layers.values())
-    return [m for m in model.modules() if m not in layers and not any(True for _ in m.children())]
+    return [
+        module
+        for module in model.modules()
+        if module not in layers
+        and not any(True for _ in module.children())
+        # Scripted modules take no hooks, and their operations are seen.
+        and not isinstance(module, torch.jit.ScriptModule)
+    ]
 
 
 def _pass_on(marks: Marks) -> Callable[..., None]:
