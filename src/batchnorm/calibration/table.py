@@ -9,6 +9,11 @@ from torch import Tensor
 
 from batchnorm.errors import MissingExtraError
 
+# What the picture shows, side by side: columns of ``rows``.
+PANELS = (("shift", "stretch"), ("error",))
+UNITS = ("moved by (deviations; share of the variance)", "relative standard error")
+COLOURS = ("#3a86c8", "#e0701a", "#2a9d6f")
+
 
 def rows(calibration: Any) -> list[dict[str, Any]]:
     """Return one line of plain numbers per layer; NaN where something is not known."""
@@ -64,19 +69,22 @@ def plot(calibration: Any, path: str | PathLike[str] | None) -> Any:
     some = rows(calibration)
     figure = Figure(figsize=(8, 1.5 + 0.25 * len(some)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    places = range(len(some))
-    for at, keys, title in (
-        (axes[0], ("shift", "stretch"), "how far the statistics moved"),
-        (axes[1], ("error",), "standard error"),
-    ):
-        for offset, key in enumerate(keys):
-            height = 0.8 / len(keys)
-            values = [row[key] for row in some]
-            at.barh([p + offset * height for p in places], values, height, label=key)
-        at.set_title(title)
-        at.legend()
-    axes[0].set_yticks(list(places), [row["layer"] or "(the model)" for row in some])
-    axes[0].invert_yaxis()
+    for at, keys, unit in zip(axes, PANELS, UNITS, strict=True):
+        height = 0.8 / len(keys)
+        for number, key in enumerate(keys):
+            places = [place - 0.4 + (number + 0.5) * height for place in range(len(some))]
+            colour = COLOURS[number if len(keys) > 1 else -1]
+            at.barh(places, [row[key] for row in some], height, label=key, color=colour)
+        at.set_title(unit, fontsize="medium")
+        at.set_xlim(left=0)
+        at.grid(axis="x", alpha=0.3)
+        at.set_axisbelow(True)
+        at.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
+    if all(math.isnan(row["error"]) for row in some):
+        axes[1].text(0.5, 0.5, "unknown: one batch", transform=axes[1].transAxes, ha="center")
+    axes[0].set_yticks(range(len(some)), [row["layer"] or "(the model)" for row in some])
+    axes[0].set_ylim(len(some) - 0.4, -0.6)
     if path is not None:
         figure.savefig(path)
     return figure
