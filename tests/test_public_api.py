@@ -30,6 +30,7 @@ NAMES = [
     "env",
     "functional",
     "merge",
+    "merge_states",
     "revert",
     "save_memory",
     "use_backend",

@@ -1,6 +1,7 @@
 """Batch normalization for PyTorch that simply works."""
 
 from batchnorm import functional as functional
+from batchnorm.calibration.averaging import merge_states as merge_states
 from batchnorm.calibration.calibrate import calibrate as calibrate
 from batchnorm.calibration.result import Calibration as Calibration
 from batchnorm.environment import env as env
