@@ -24,6 +24,7 @@ NAMES = [
     "LazyBatchNorm3d",
     "Moments",
     "Running",
+    "Synced",
     "calibrate",
     "convert",
     "edits",

@@ -22,6 +22,7 @@ from batchnorm.nn.lazy import LazyBatchNorm3d as LazyBatchNorm3d
 from batchnorm.ops.backend import use_backend as use_backend
 from batchnorm.sources.batch import Batch as Batch
 from batchnorm.sources.frozen import Frozen as Frozen
+from batchnorm.sources.synced import Synced as Synced
 from batchnorm.surgery.convert import convert as convert
 from batchnorm.surgery.convert import revert as revert
 from batchnorm.surgery.edits import edits as edits

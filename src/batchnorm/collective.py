@@ -105,6 +105,13 @@ class Ranks:
             raise CollectiveError(GONE.format(reason=str(error).splitlines()[0])) from error
         return [one.to(home) for one in received]
 
+    def add(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all processes, from rank 0 on, the same in each."""
+        first, *others = self.gather(tensor)
+        for other in others:
+            first = first + other
+        return first
+
     def merge(self, moments: Moments) -> Moments:
         """Return the Moments of all processes together, merged from rank 0 on, the same in each.
 
