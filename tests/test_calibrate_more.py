@@ -92,7 +92,7 @@ FAILURES = {
     "a batch has no items": (lambda: batches_then([]), None, CalibrationError),
     "a batch is text": (lambda: batches_then("x"), None, CalibrationError),
     "no data": (list, None, CalibrationError),
-    "no iterable": (lambda: None, None, TypeError),
+    "no iterable": (lambda: None, None, CalibrationError),
     "nothing is called": (images, lambda model, batch: 1 / 0, ZeroDivisionError),
 }
 

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import weakref
 
 import pytest
 import torch
@@ -125,3 +126,22 @@ def test_gradients_and_requires_grad_are_as_before():
     for parameter, grad in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter.grad, grad)
         assert parameter.requires_grad
+
+
+@pytest.mark.parametrize("upstream", ["batch", "population"])
+def test_memory_holds_one_batch(upstream):
+    alive, most = weakref.WeakSet(), []
+
+    class Stream:
+        def __iter__(self):
+            for i in range(20):
+                batch = torch.full((8, 6), float(i)) + BATCHES[0]
+                alive.add(batch)
+                most.append(len(alive))
+                yield batch
+                del batch
+
+    bn.calibrate(net(), Stream(), upstream=upstream)
+    # One that is fetched while the last is still in the loop's hand, and the one that was followed.
+    assert max(most) <= 3
+    assert most[-1] <= 2

@@ -101,6 +101,15 @@ def wrapped(rank):
     return list(result.layers), packed(result)
 
 
+def cached(rank, shares):
+    found = []
+    for room in (0, 1 << 24):
+        model = network()
+        bn.calibrate(model, share(rank, shares), upstream="population", cache_bytes=room)
+        found.append({k: v for k, v in model.state_dict().items() if "running" in k})
+    return all(torch.equal(value, found[1][key]) for key, value in found[0].items())
+
+
 def alone_in_a_job(rank):
     return bn.calibrate(nn.BatchNorm2d(2), batches([3]), group=False).samples if rank == 0 else 0
 
@@ -126,6 +135,7 @@ def everything(rank, size):
         found |= {("target", upstream): targeted(rank, upstream) for upstream in UPSTREAMS}
         found |= {("failure", kind): misfit(rank, kind) for kind in FAILURES}
         found["limits"] = [limited(n) for n in (51, 40, 7, 1000)]
+        found["cached"] = [cached(rank, s) for s in SHARES.values() if len(s) == size]
         found["wrapped"], found["alone"] = wrapped(rank), alone_in_a_job(rank)
     return found
 
@@ -202,6 +212,10 @@ def test_a_model_in_distributed_data_parallel_is_calibrated_inside():
     first, second = (one["wrapped"] for one in job(2))
     assert first[0] == ["1"]
     assert torch.equal(first[1], second[1])
+
+
+def test_a_cache_changes_no_bit_in_any_process():
+    assert all(all(one["cached"]) for one in job(2))
 
 
 def test_one_process_of_a_job_can_calibrate_alone():
