@@ -12,7 +12,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-.PHONY: run test test-slow coverage bench docs lint sanitize neon format clean
+.PHONY: run test test-slow test-integrations coverage bench docs lint sanitize neon format clean
 
 run: $(READY)
 	$(PY) -m batchnorm demo
@@ -22,6 +22,11 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(PY) -m pytest -m "slow and not cuda"
+
+# The callbacks with the real libraries, which are no requirement of anything else.
+test-integrations: $(READY)
+	$(PY) -m pip install --quiet --requirement requirements/integrations.txt
+	$(PY) -m pytest tests/test_integrations.py -m "not cuda"
 
 coverage: $(READY)
 	$(PY) -m pytest -m "not cuda" --cov --cov-report=term
