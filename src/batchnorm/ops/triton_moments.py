@@ -1,0 +1,93 @@
+"""Moments in Triton: the merge, the moments of a tile, and what is done once all are merged.
+
+A tile's values are summed twice on the chip, about its own mean, in the arithmetic of the data.
+From there on everything is float64: a float32 mean of 1e6 would be off by 0.03. There is little of
+it, one value per channel and tile.
+"""
+
+import triton
+import triton.language as tl
+
+from batchnorm.ops.triton_tiles import over
+
+
+@triton.jit
+def merge(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
+    """Merge two Moments: Chan, Golub, LeVeque 1983, eq. 2.1; the combine function of tl.reduce.
+
+    An empty part is the identity, selected by its count: what its mean holds does not matter.
+    """
+    n = n_a + n_b
+    w = n_b / tl.where(n > 0, n, 1.0)
+    d = mean_b - mean_a
+    mean = tl.where(n_b > 0, tl.where(n_a > 0, mean_a + d * w, mean_b), mean_a)
+    m2 = tl.where(n_b > 0, tl.where(n_a > 0, m2_a + m2_b + d * d * (n_a * w), m2_b), m2_a)
+    return n, mean, m2
+
+
+@triton.jit
+def tile_moments(x, inside, count, ROWS: tl.constexpr):
+    """Return count, mean and m2 per channel of a tile, in float64.
+
+    The center is the tile's mean as far as it is exact; what is left of it is summed with the
+    deviations and taken off (eq. 1.7 of the same paper). A center that overflowed is replaced
+    by 0.
+
+    Args:
+        x: Values (A, B) in the arithmetic's dtype, 0 where not ``inside``.
+        inside: Which of them count.
+        count: How many count per channel, a scalar.
+        ROWS: Whether each column is a channel; else the tile is of one channel.
+    """
+    center = over(x, ROWS) / tl.maximum(count, 1).to(x.dtype)
+    center = tl.where(tl.abs(center) < float("inf"), center, 0.0)
+    deviation = tl.where(inside, x - center[None, :], 0.0)
+    left = over(deviation, ROWS).to(tl.float64)
+    square = over(deviation * deviation, ROWS).to(tl.float64)
+    n = tl.zeros_like(left) + count.to(tl.float64)
+    share = left / tl.where(n > 0, n, 1.0)
+    m2 = square - left * share
+    return n, center.to(tl.float64) + share, tl.where(m2 < 0, 0.0, m2)
+
+
+@triton.jit
+def finish(
+    n,
+    mean,
+    m2,
+    channel,
+    inside,
+    stats,
+    running_mean,
+    running_var,
+    counter,
+    channels,
+    momentum,
+    momentum_rest,
+    EPS: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """Store mean, m2, rstd and its rest, and commit the step of the running statistics; return rstd.
+
+    running <- (1 - momentum) * running + momentum * (mean, m2 / (n - 1)), counter <- counter + 1.
+    Exactly one program holds a channel here, so that there is nothing to race with.
+    """
+    rstd = 1.0 / tl.sqrt(m2 / tl.where(n > 0, n, 1.0) + EPS)
+    tl.store(stats + channel, mean, inside)
+    tl.store(stats + channels + channel, m2, inside)
+    tl.store(stats + 2 * channels + channel, rstd, inside)
+    if REST:
+        rounded = rstd.to(stats.dtype.element_ty).to(tl.float64)
+        tl.store(stats + 3 * channels + channel, rstd - rounded, inside)
+    if running_mean is not None:
+        new = tl.zeros_like(mean) + momentum + momentum_rest
+        old = 1.0 - new
+        var = m2 / tl.where(n > 1, n - 1.0, 1.0)
+        before = tl.load(running_mean + channel, inside, other=0.0).to(tl.float64)
+        tl.store(running_mean + channel, before * old + mean * new, inside)
+        before = tl.load(running_var + channel, inside, other=0.0).to(tl.float64)
+        tl.store(running_var + channel, before * old + var * new, inside)
+        if counter is not None:
+            if tl.program_id(0) == 0:
+                tl.store(counter, tl.load(counter) + 1)
+    return rstd
