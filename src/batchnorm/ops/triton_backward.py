@@ -80,6 +80,7 @@ def sums_kernel(
     ROWS: tl.constexpr,
     LONG: tl.constexpr,
     REAL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Write the sums over ``share`` tiles to partial (2, splits, C); store dz where asked to.
 
@@ -93,7 +94,7 @@ def sums_kernel(
     )
     sum_dz = tl.zeros((A, B), REAL)
     sum_dot = tl.zeros((A, B), REAL)
-    for i in range(share):
+    for i in tl.range(0, share, num_stages=STAGES):
         index = i * splits + split
         at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
         deviation = tl.load(x + at, inside, other=0.0).to(REAL) - center[None, :]

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from batchnorm.ops.triton_activations import activate
-from batchnorm.ops.triton_moments import finish, merge, tile_moments
+from batchnorm.ops.triton_moments import center_of, finish, finite, merge, tile_moments
 from batchnorm.ops.triton_tiles import channels_of, places, values_in
 
 
@@ -72,22 +72,30 @@ def moments_kernel(
     ROWS: tl.constexpr,
     LONG: tl.constexpr,
     REAL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Write the Moments of ``share`` tiles to partial (3, splits, C): count, mean, m2."""
     channel = channels_of(tl.program_id(0), B, ROWS)
     split, splits = tl.program_id(1), tl.num_programs(1)
-    n = tl.zeros_like(channel).to(tl.float64)
-    mean, m2 = n, n
-    for i in range(share):
+    # The first tile is read twice, for a center to begin with; it is in the cache then.
+    at, inside = places(split, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
+    value = tl.load(x + at, inside, other=0.0).to(REAL)
+    count = values_in(split, rows, width, parts, A, B, ALIGN, ROWS, LONG)
+    center = center_of(value, count, ROWS)
+    n = tl.full((), 0, tl.float64)
+    mean = tl.zeros_like(channel).to(tl.float64)
+    m2 = mean
+    for i in tl.range(0, share, num_stages=STAGES):
         index = i * splits + split
         at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
         value = tl.load(x + at, inside, other=0.0).to(REAL)
         count = values_in(index, rows, width, parts, A, B, ALIGN, ROWS, LONG)
-        n_b, mean_b, m2_b = tile_moments(value, inside, count, ROWS)
+        n_b, mean_b, m2_b = tile_moments(value, inside, count, center, ROWS)
         n, mean, m2 = merge(n, mean, m2, n_b, mean_b, m2_b)
+        center = finite(mean.to(REAL))
     row = partial + split * channels + channel
     step = splits * channels
-    tl.store(row, n, channel < channels)
+    tl.store(row, tl.zeros_like(mean) + n, channel < channels)
     tl.store(row + step, mean, channel < channels)
     tl.store(row + 2 * step, m2, channel < channels)
 
@@ -219,7 +227,8 @@ def forward_kernel(
     at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
     value = tl.load(x + at, inside, other=0.0).to(REAL)
     count = values_in(index, rows, width, parts, A, B, ALIGN, ROWS, LONG)
-    n, mean, m2 = tile_moments(value, inside, count, ROWS)
+    center = center_of(value, count, ROWS)
+    n, mean, m2 = tile_moments(value, inside, count, center, ROWS)
     rstd = finish(
         n,
         mean,

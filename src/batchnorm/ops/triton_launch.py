@@ -64,7 +64,8 @@ def moments(x: Tensor, shape: Shape, stats: Tensor, eps: float, running: Running
     partial = _workspace(x, 3, plan)
     with _on(x):
         moments_kernel[(plan.columns, plan.splits)](
-            x, partial, *_sizes(plan), plan.share, **_constants(plan, x), num_warps=plan.warps
+            x, partial, *_sizes(plan), plan.share,
+            **_constants(plan, x), STAGES=triton_plan.STAGES, num_warps=plan.warps,
         )
         grid, constants = _fold(plan)
         finish_kernel[grid](
@@ -151,7 +152,8 @@ def sums_of(
         sums_kernel[(plan.columns, plan.splits)](
             dy, x, mean, *_pair(rstd), weight, bias, extra, dresidual, partial,
             *_sizes(plan), plan.share,
-            SOURCE=source, **_activation(act), **_constants(plan, x), num_warps=plan.warps,
+            SOURCE=source, **_activation(act), **_constants(plan, x), STAGES=triton_plan.STAGES,
+            num_warps=plan.warps,
         )  # fmt: skip
         grid, constants = _fold(plan)
         fold_kernel[grid](partial, sums, plan.splits, plan.channels, **constants)

@@ -1,8 +1,8 @@
 """Moments in Triton: the merge, the moments of a tile, and what is done once all are merged.
 
-A tile's values are summed twice on the chip, about its own mean, in the arithmetic of the data.
-From there on everything is float64: a float32 mean of 1e6 would be off by 0.03. There is little of
-it, one value per channel and tile.
+The values of a tile are summed in the arithmetic of the data, as deviations from a center near
+their mean. From there on everything is float64: a float32 mean of 1e6 would be off by 0.03. There is
+little of it, a few operations per channel and tile.
 """
 
 import triton
@@ -26,26 +26,38 @@ def merge(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
 
 
 @triton.jit
-def tile_moments(x, inside, count, ROWS: tl.constexpr):
+def center_of(x, count, ROWS: tl.constexpr):
+    """Return about the mean of a tile, which is 0 outside; 0 where its sum overflows."""
+    center = over(x, ROWS) / tl.maximum(count, 1).to(x.dtype)
+    return finite(center)
+
+
+@triton.jit
+def finite(center):
+    """Return the center, or 0 where it is none."""
+    return tl.where(tl.abs(center) < float("inf"), center, 0.0)
+
+
+@triton.jit
+def tile_moments(x, inside, count, center, ROWS: tl.constexpr):
     """Return count, mean and m2 per channel of a tile, in float64.
 
-    The center is the tile's mean as far as it is exact; what is left of it is summed with the
-    deviations and taken off (eq. 1.7 of the same paper). A center that overflowed is replaced
-    by 0.
+    m2 = sum(d^2) - sum(d)^2 / n with d = x - center. That loses what (mean - center)^2 is larger
+    than the variance; where the center is the mean of the values that came before, the merge adds
+    as much back as d^2 n_a n_b / n, and the error stays a rounding of what is there.
 
     Args:
-        x: Values (A, B) in the arithmetic's dtype, 0 where not ``inside``.
+        x: Values (A, B) in the arithmetic's dtype.
         inside: Which of them count.
         count: How many count per channel, a scalar.
+        center: Per channel, finite.
         ROWS: Whether each column is a channel; else the tile is of one channel.
     """
-    center = over(x, ROWS) / tl.maximum(count, 1).to(x.dtype)
-    center = tl.where(tl.abs(center) < float("inf"), center, 0.0)
     deviation = tl.where(inside, x - center[None, :], 0.0)
     left = over(deviation, ROWS).to(tl.float64)
     square = over(deviation * deviation, ROWS).to(tl.float64)
-    n = tl.zeros_like(left) + count.to(tl.float64)
-    share = left / tl.where(n > 0, n, 1.0)
+    n = count.to(tl.float64)
+    share = left * (1.0 / tl.maximum(n, 1.0))
     m2 = square - left * share
     return n, center.to(tl.float64) + share, tl.where(m2 < 0, 0.0, m2)
 

@@ -17,8 +17,11 @@ ONE_PASS = {"forward": 32768, "backward": 16384}
 # Programs that share the values of a tensor while it is reduced: four on each of 132 processors.
 PROGRAMS = 512
 
-# Bytes of neighbouring channels in a tile of rows: two cache lines, more where nothing is reduced.
-ROW_BYTES = {"moments": 256, "sums": 256, "apply": 1024}
+# Bytes of neighbouring channels in a tile of rows: two cache lines.
+ROW_BYTES = 256
+
+# Tiles in flight while one is reduced, through shared memory.
+STAGES = 3
 
 # The least that a row of a tile should read: one sector of memory.
 SECTOR = 32
@@ -74,7 +77,7 @@ def tiled(kind: str, outer: int, channels: int, inner: int, itemsize: int) -> Pl
     elements = TILE[kind] // (2 if itemsize == 8 else 1)
     is_rows = inner == 1 and channels > 1
     if is_rows:
-        b = min(_power(channels), max(ROW_BYTES[kind] // itemsize, 1), elements)
+        b = min(_power(channels), max(ROW_BYTES // itemsize, 1), elements)
         parts = 1
     else:
         outer, inner = (1, outer) if inner == 1 else (outer, inner)
@@ -121,9 +124,8 @@ def _plan(
     align = math.gcd(step, 16)
     # The furthest offset that is formed, if only to be masked.
     furthest = (splits * share * a // parts + 1) * (channels * inner) + parts * b
-    warps = min(16, max(1, a * b // 1024))
-    if a * b <= 8192:
-        warps = min(warps, 4)
+    # 16 values of a thread; more where that would take more than 8 warps.
+    warps = min(max(1, a * b // 512), 8 if a * b <= 8192 else 16)
     return Plan(
         rows, channels, step // align, parts, columns, tiles, splits, share,
         a, b, align, is_rows, furthest >= 2**31, warps,
