@@ -13,7 +13,7 @@ import triton.language as tl
 
 from batchnorm.ops.triton_activations import activate
 from batchnorm.ops.triton_moments import center_of, finish, finite, merge, tile_moments
-from batchnorm.ops.triton_tiles import channels_of, places, values_in
+from batchnorm.ops.triton_tiles import channels_of, places, start_of, values_in
 
 
 @triton.jit
@@ -81,7 +81,9 @@ def moments_kernel(
     at, inside = places(split, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
     value = tl.load(x + at, inside, other=0.0).to(REAL)
     count = values_in(split, rows, width, parts, A, B, ALIGN, ROWS, LONG)
-    center = center_of(value, count, ROWS)
+    start = start_of(split, channel, channels, width, parts, A, B, ALIGN, ROWS, LONG)
+    first = tl.load(x + start, channel < channels, other=0.0).to(REAL)
+    center = center_of(value, inside, count, first, ROWS)
     n = tl.full((), 0, tl.float64)
     mean = tl.zeros_like(channel).to(tl.float64)
     m2 = mean
@@ -227,7 +229,9 @@ def forward_kernel(
     at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
     value = tl.load(x + at, inside, other=0.0).to(REAL)
     count = values_in(index, rows, width, parts, A, B, ALIGN, ROWS, LONG)
-    center = center_of(value, count, ROWS)
+    start = start_of(index, channel, channels, width, parts, A, B, ALIGN, ROWS, LONG)
+    first = tl.load(x + start, known, other=0.0).to(REAL)
+    center = center_of(value, inside, count, first, ROWS)
     n, mean, m2 = tile_moments(value, inside, count, center, ROWS)
     rstd = finish(
         n,

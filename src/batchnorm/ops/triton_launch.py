@@ -65,7 +65,7 @@ def moments(x: Tensor, shape: Shape, stats: Tensor, eps: float, running: Running
     with _on(x):
         moments_kernel[(plan.columns, plan.splits)](
             x, partial, *_sizes(plan), plan.share,
-            **_constants(plan, x), STAGES=triton_plan.STAGES, num_warps=plan.warps,
+            **_constants(plan, x), STAGES=_stages(x), num_warps=plan.warps,
         )
         grid, constants = _fold(plan)
         finish_kernel[grid](
@@ -152,7 +152,7 @@ def sums_of(
         sums_kernel[(plan.columns, plan.splits)](
             dy, x, mean, *_pair(rstd), weight, bias, extra, dresidual, partial,
             *_sizes(plan), plan.share,
-            SOURCE=source, **_activation(act), **_constants(plan, x), STAGES=triton_plan.STAGES,
+            SOURCE=source, **_activation(act), **_constants(plan, x), STAGES=_stages(x),
             num_warps=plan.warps,
         )  # fmt: skip
         grid, constants = _fold(plan)
@@ -209,6 +209,10 @@ def _constants(plan: Plan, x: Tensor) -> dict[str, Any]:
         "A": plan.a, "B": plan.b, "ALIGN": plan.align,
         "ROWS": plan.is_rows, "LONG": plan.long, "REAL": real,
     }  # fmt: skip
+
+
+def _stages(x: Tensor) -> int:
+    return triton_plan.STAGES[x.element_size()]
 
 
 def _activation(act: Activation) -> dict[str, Any]:

@@ -26,10 +26,15 @@ def merge(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
 
 
 @triton.jit
-def center_of(x, count, ROWS: tl.constexpr):
-    """Return about the mean of a tile, which is 0 outside; 0 where its sum overflows."""
-    center = over(x, ROWS) / tl.maximum(count, 1).to(x.dtype)
-    return finite(center)
+def center_of(x, inside, count, first, ROWS: tl.constexpr):
+    """Return the mean of a tile, nearly; 0 where it overflows.
+
+    Summed as differences to the tile's ``first`` values: thousands of 1e6 leave no digits for
+    what distinguishes them.
+    """
+    first = finite(first)
+    offset = over(tl.where(inside, x - first[None, :], 0.0), ROWS)
+    return finite(first + offset / tl.maximum(count, 1).to(x.dtype))
 
 
 @triton.jit

@@ -20,8 +20,9 @@ PROGRAMS = 512
 # Bytes of neighbouring channels in a tile of rows: two cache lines.
 ROW_BYTES = 256
 
-# Tiles in flight while one is reduced, through shared memory.
-STAGES = 3
+# Tiles on their way through shared memory while one is reduced, by bytes of a value: with three
+# tensors of 4096 values no more than 48 KiB, of which several programs fit into a multiprocessor.
+STAGES = {2: 3, 4: 2, 8: 2}
 
 # The least that a row of a tile should read: one sector of memory.
 SECTOR = 32
@@ -134,11 +135,9 @@ def _plan(
 
 def _lanes(inner: int, most: int) -> int:
     """Return into rows of how many lanes a plane is cut: few idle ones, but no short rows."""
-    whole = _power(inner)
-    if whole <= 128:
-        return whole
-    choices = [b for b in (1024, 512, 256, 128) if b <= min(whole, most)]
-    return min(choices, key=lambda b: (-(-inner // b) * b / inner > 1.15, -b)) if choices else most
+    whole = min(_power(inner), most)
+    choices = [b for b in (1024, 512, 256) if b <= whole and -(-inner // b) * b <= 1.15 * inner]
+    return choices[0] if choices else min(whole, 128)
 
 
 def _power(n: int) -> int:

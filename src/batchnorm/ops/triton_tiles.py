@@ -83,10 +83,39 @@ def values_in(
 
 
 @triton.jit
+def start_of(
+    index,
+    channel,
+    channels,
+    width,
+    parts,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    LONG: tl.constexpr,
+):
+    """Return the offset of the first value of each channel in the tile ``index``."""
+    if LONG:
+        index = index.to(tl.int64)
+    row = index * A
+    step = width * ALIGN
+    if ROWS:
+        at = row * step + channel
+    else:
+        at = ((row // parts) * channels + channel) * step + (row % parts) * B
+    return at
+
+
+@triton.jit
 def over(x, ROWS: tl.constexpr):
-    """Sum a tile over the values of each channel: (B,), or (1,)."""
+    """Sum a tile over the values of each channel: (B,), or (1,).
+
+    A thread adds a few neighbours one after another, and from there on it is a tree: an outlier
+    swallows no more than its neighbours' last digits.
+    """
     if ROWS:
         total = tl.sum(x, 0)
     else:
-        total = tl.sum(tl.ravel(x), 0, keep_dims=True)
+        total = tl.sum(tl.sum(x, 1), 0, keep_dims=True)
     return total
