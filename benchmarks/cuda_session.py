@@ -86,10 +86,12 @@ def correct(options: Options) -> Iterator[dict[str, Any]]:
             ):
                 share = one_step(shape, layout, dtype, Activation(act, 0.2), adds, options.device)
                 if share > 1:
-                    yield {"shape": shape, "layout": layout, "dtype": dtype, "act": act, **{
-                        "residual": adds, "error over allowed": share}}  # fmt: skip
+                    yield {"shape": shape, "layout": layout, "dtype": dtype, "act": act,
+                        "residual": adds, "error over allowed": share}  # fmt: skip
     for ratio in (0.0, 1e3, 1e6):
-        for shape in [(4096, 3), (3, 3, 999)] if options.tiny else [(2_000_000, 8), (64, 8, 40_000)]:
+        for shape in (
+            [(4096, 3), (3, 3, 999)] if options.tiny else [(2_000_000, 8), (64, 8, 40_000)]
+        ):
             x = torch.randn(shape, device=options.device) + ratio
             mean, m2 = cuda.moments(x, 1)
             exact, m2_exact = reference.moments(x.double(), 1)
@@ -102,7 +104,12 @@ def correct(options: Options) -> Iterator[dict[str, Any]]:
 
 
 def one_step(
-    shape: tuple[int, ...], layout: str, dtype: torch.dtype, act: Activation, adds: bool, device: str
+    shape: tuple[int, ...],
+    layout: str,
+    dtype: torch.dtype,
+    act: Activation,
+    adds: bool,
+    device: str,
 ) -> float:
     """The worst error of a forward and backward pass over what the tests' oracle allows."""
     torch.manual_seed(0)
@@ -320,7 +327,11 @@ def sweep(options: Options) -> Iterator[dict[str, Any]]:
     changes += [("PROGRAMS", n) for n in (256, 1024)]
     changes += [("ROW_BYTES", n) for n in (128, 512)]
     changes += [("STAGES", dict.fromkeys(triton_plan.STAGES, n)) for n in (1, 2, 4)]
-    for kind, sizes in {"moments": (4096, 16384), "sums": (2048, 8192), "apply": (2048, 8192)}.items():
+    for kind, sizes in {
+        "moments": (4096, 16384),
+        "sums": (2048, 8192),
+        "apply": (2048, 8192),
+    }.items():
         changes += [("TILE", {**triton_plan.TILE, kind: n}) for n in sizes]
     shapes = [(8, 4, 3, 3)] if options.tiny else [(256, 256, 56, 56), (256, 1024, 14, 14)]
     clock = measure.clock_of(options.device)

@@ -1,7 +1,7 @@
 """ResNet-50 and an EfficientNet-like net, written out, for machines without torchvision or timm.
 
-    He et al. 2016, "Deep residual learning for image recognition", table 1 (stride in the 3x3
-    convolution, as torchvision has it); Tan and Le 2019, "EfficientNet", table 1.
+He et al. 2016, "Deep residual learning for image recognition", table 1 (stride in the 3x3
+convolution, as torchvision has it); Tan and Le 2019, "EfficientNet", table 1.
 """
 
 import torch

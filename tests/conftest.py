@@ -21,7 +21,6 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in left_out]
 
 
-
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -9,9 +9,9 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs TRITON_INTERPRET unset", allow_module_level=True)
 
-import ahead  # noqa: E402
-from batchnorm.ops import cuda, triton_plan  # noqa: E402
-from batchnorm.ops.activations import NAMES, Activation  # noqa: E402
+import ahead
+from batchnorm.ops import cuda, triton_plan
+from batchnorm.ops.activations import NAMES, Activation
 
 SHAPES = {
     "dense": ((64, 96), False),

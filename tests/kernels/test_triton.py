@@ -18,17 +18,17 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("set TRITON_INTERPRET=1", allow_module_level=True)
 
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
+import triton
+import triton.language as tl
 
-import batchnorm as bn  # noqa: E402
-import oracle  # noqa: E402
-from batchnorm.errors import BackendError, OptionError  # noqa: E402
-from batchnorm.ops import cuda, reference, triton_plan  # noqa: E402
-from batchnorm.ops.activations import NAMES, Activation  # noqa: E402
-from batchnorm.ops.triton_moments import merge  # noqa: E402
-from test_ops import Case, check_gradients, plain  # noqa: E402
-from test_ops import run as step_of  # noqa: E402
+import batchnorm as bn
+import oracle
+from batchnorm.errors import BackendError, OptionError
+from batchnorm.ops import cuda, reference, triton_plan
+from batchnorm.ops.activations import NAMES, Activation
+from batchnorm.ops.triton_moments import merge
+from test_ops import Case, check_gradients, plain
+from test_ops import run as step_of
 
 EPS = 1e-3
 
@@ -87,7 +87,10 @@ def test_the_combine_function_is_the_merge_of_moments():
 
 def test_the_combine_function_is_a_commutative_monoid():
     a, b, c = some_moments(), some_moments(), some_moments()
-    for one, other in ((merged(a, b), merged(b, a)), (merged(merged(a, b), c), merged(a, merged(b, c)))):
+    for one, other in (
+        (merged(a, b), merged(b, a)),
+        (merged(merged(a, b), c), merged(a, merged(b, c))),
+    ):
         counted = one[0] > 0
         torch.testing.assert_close(one[:, counted], other[:, counted])
     # The identity is selected by its count: infinities and NaN in its place do not leak.
@@ -240,7 +243,9 @@ def test_the_other_sources_work_on_the_four_operations(statistics):
 
 
 def test_gradients_of_gradients():
-    x, weight, bias = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((5, 3), 3, 3))
+    x, weight, bias = (
+        torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((5, 3), 3, 3)
+    )
     call = lambda *t: bn.functional.normalize(*t, activation="silu")[0]
     with bn.use_backend("triton"):
         assert torch.autograd.gradcheck(call, (x, weight, bias))

@@ -109,7 +109,8 @@ class CudaClock:
             end.record()
             events.append((start, end))
         torch.cuda.synchronize()
-        return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+        taken: list[float] = [start.elapsed_time(end) for start, end in events]
+        return statistics.median(taken) / 1e3
 
 
 def _calls_per_round(run: Callable[[], Any], clock: Clock) -> int:

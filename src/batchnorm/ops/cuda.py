@@ -63,7 +63,9 @@ def serves(
         return f"its dtype is {dtype}; the Triton kernels take float32, bfloat16, float16, float64"
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and (tensor.device != device or tensor.dtype not in _DTYPES):
-            return f"{name} is {tensor.dtype} on {tensor.device}; expected a floating one on {device}"
+            return (
+                f"{name} is {tensor.dtype} on {tensor.device}; expected a floating one on {device}"
+            )
     if residual is not None and (residual.dtype != dtype or residual.device != device):
         return f"the residual is {residual.dtype} on {residual.device}; expected the input's dtype"
     return None

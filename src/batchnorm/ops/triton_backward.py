@@ -37,7 +37,7 @@ def upstream(
     if SOURCE == "y":
         y = tl.load(extra + at, inside, other=0.0).to(deviation.dtype)
         dz = gradient(dz, y, ACT, SLOPE)
-    elif SOURCE == "x" or SOURCE == "residual":  # noqa: PLR1714 - Triton has no `in` for these
+    elif SOURCE == "x" or SOURCE == "residual":
         z = deviation * gain[None, :] + shift[None, :]
         if SOURCE == "residual":
             z += tl.load(extra + at, inside, other=0.0).to(z.dtype)

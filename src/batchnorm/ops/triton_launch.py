@@ -64,8 +64,13 @@ def moments(x: Tensor, shape: Shape, stats: Tensor, eps: float, running: Running
     partial = _workspace(x, 3, plan)
     with _on(x):
         moments_kernel[(plan.columns, plan.splits)](
-            x, partial, *_sizes(plan), plan.share,
-            **_constants(plan, x), STAGES=_stages(x), num_warps=plan.warps,
+            x,
+            partial,
+            *_sizes(plan),
+            plan.share,
+            **_constants(plan, x),
+            STAGES=_stages(x),
+            num_warps=plan.warps,
         )
         grid, constants = _fold(plan)
         finish_kernel[grid](
@@ -194,9 +199,7 @@ def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def _workspace(x: Tensor, numbers: int, plan: Plan) -> Tensor:
-    return torch.empty(
-        numbers, plan.splits, plan.channels, dtype=torch.float64, device=x.device
-    )
+    return torch.empty(numbers, plan.splits, plan.channels, dtype=torch.float64, device=x.device)
 
 
 def _sizes(plan: Plan) -> tuple[int, int, int, int]:

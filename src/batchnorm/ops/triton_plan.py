@@ -113,9 +113,7 @@ def whole(kind: str, outer: int, channels: int, inner: int, itemsize: int) -> Pl
     return None if a * b > elements else _plan(outer, channels, inner, False, a, b, 1)
 
 
-def _plan(
-    outer: int, channels: int, inner: int, is_rows: bool, a: int, b: int, parts: int
-) -> Plan:
+def _plan(outer: int, channels: int, inner: int, is_rows: bool, a: int, b: int, parts: int) -> Plan:
     rows = outer * parts
     columns = -(-channels // b) if is_rows else channels
     tiles = -(-rows // a)
