@@ -36,6 +36,7 @@ struct Args {
     void* mean = nullptr;
     void* m2 = nullptr;
     void* rstd = nullptr;
+    void* rest = nullptr;  // what rounding took from rstd; null stands for zeros
     void* sum_dz = nullptr;
     void* sum_dz_xhat = nullptr;
     Param running_mean, running_var;

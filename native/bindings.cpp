@@ -114,11 +114,12 @@ void output(Call& call, Address y, Address residual) {
     if (call.args.y != call.args.x && call.args.y != call.args.residual) advise_huge(call.args.y, call.bytes);
 }
 
-void normalize(Address x, Address mean, Address rstd, Address weight, Address bias, Address residual, Address y, int64_t outer,
+void normalize(Address x, Address mean, Address rstd, Address rest, Address weight, Address bias, Address residual, Address y, int64_t outer,
                int64_t channels, int64_t inner, int dtypes, int activation, double slope, int threads) {
     Call call(x, outer, channels, inner, dtypes, threads);
     call.args.mean = call.statistic(mean, "mean");
     call.args.rstd = call.statistic(rstd, "rstd");
+    call.args.rest = rest ? call.statistic(rest, "rest") : nullptr;
     call.affine(weight, bias, dtypes);
     call.activation(activation, slope);
     output(call, y, residual);
@@ -130,8 +131,10 @@ void finish(const void* mean, const void* var, bool wide, int64_t channels, doub
     for (int64_t c = 0; c < channels; ++c) {
         const double m = wide ? static_cast<const double*>(mean)[c] : static_cast<const float*>(mean)[c];
         const double v = wide ? static_cast<const double*>(var)[c] : static_cast<const float*>(var)[c];
+        const double rstd = 1 / std::sqrt(v + eps);
         out[c] = static_cast<T>(m);
-        out[channels + c] = static_cast<T>(1 / std::sqrt(v + eps));
+        out[channels + c] = static_cast<T>(rstd);
+        out[2 * channels + c] = static_cast<T>(rstd - static_cast<T>(rstd));
     }
 }
 
@@ -144,17 +147,19 @@ void evaluate(Address x, Address running_mean, Address running_var, Address weig
     if (size_of(running) < 4) reject("running statistics are kept in float32 or float64; convert the buffers with .float()");
     const void* mean = call.per_channel(running_mean, "running_mean", size_of(running));
     const void* var = call.per_channel(running_var, "running_var", size_of(running));
-    scratch.resize(static_cast<size_t>(2 * channels));
+    scratch.resize(static_cast<size_t>(3 * channels));
     const bool wide = running == DType::float64;
     if (call.dtype == DType::float64) {
         finish(mean, var, wide, channels, eps, scratch.data());
         call.args.mean = scratch.data();
         call.args.rstd = scratch.data() + channels;
+        call.args.rest = scratch.data() + 2 * channels;
     } else {
         float* narrow = reinterpret_cast<float*>(scratch.data());
         finish(mean, var, wide, channels, eps, narrow);
         call.args.mean = narrow;
         call.args.rstd = narrow + channels;
+        call.args.rest = narrow + 2 * channels;
     }
     call.affine(weight, bias, dtypes);
     call.activation(activation, slope);
@@ -162,13 +167,14 @@ void evaluate(Address x, Address running_mean, Address running_var, Address weig
     call.run(kernels(call.dtype).normalize);
 }
 
-void forward(Address x, Address weight, Address bias, Address residual, Address y, Address mean, Address m2, Address rstd,
+void forward(Address x, Address weight, Address bias, Address residual, Address y, Address mean, Address m2, Address rstd, Address rest,
              Address running_mean, Address running_var, Address counter, int64_t outer, int64_t channels, int64_t inner, int dtypes,
              int activation, double slope, double eps, double momentum, int threads) {
     Call call(x, outer, channels, inner, dtypes, threads);
     call.args.mean = call.statistic(mean, "mean");
     call.args.m2 = call.statistic(m2, "m2");
     call.args.rstd = call.statistic(rstd, "rstd");
+    call.args.rest = rest ? call.statistic(rest, "rest") : nullptr;
     call.affine(weight, bias, dtypes);
     call.activation(activation, slope);
     call.args.eps = eps;
@@ -183,11 +189,12 @@ void forward(Address x, Address weight, Address bias, Address residual, Address 
     if (counter && outer * inner > 0) ++*at<int64_t>(counter);
 }
 
-void cotangent(Call& call, Address dy, Address mean, Address rstd, Address weight, Address bias, Address residual, Address y, int dtypes,
+void cotangent(Call& call, Address dy, Address mean, Address rstd, Address rest, Address weight, Address bias, Address residual, Address y, int dtypes,
                int activation, double slope, Address sum_dz, Address sum_dz_xhat) {
     call.args.dy = call.data(dy, "dy");
     call.args.mean = call.statistic(mean, "mean");
     call.args.rstd = call.statistic(rstd, "rstd");
+    call.args.rest = rest ? call.statistic(rest, "rest") : nullptr;
     call.affine(weight, bias, dtypes);
     call.activation(activation, slope);
     call.args.residual = call.data(residual, "residual", true);
@@ -209,29 +216,29 @@ void gradients(Call& call, Address dx, Address dresidual) {
     advise_huge(a.dresidual, call.bytes);
 }
 
-void backward_sums(Address dy, Address x, Address mean, Address rstd, Address weight, Address bias, Address residual, Address y,
+void backward_sums(Address dy, Address x, Address mean, Address rstd, Address rest, Address weight, Address bias, Address residual, Address y,
                    Address sum_dz, Address sum_dz_xhat, int64_t outer, int64_t channels, int64_t inner, int dtypes, int activation,
                    double slope, int threads) {
     Call call(x, outer, channels, inner, dtypes, threads);
-    cotangent(call, dy, mean, rstd, weight, bias, residual, y, dtypes, activation, slope, sum_dz, sum_dz_xhat);
+    cotangent(call, dy, mean, rstd, rest, weight, bias, residual, y, dtypes, activation, slope, sum_dz, sum_dz_xhat);
     call.run(kernels(call.dtype).backward_sums);
 }
 
-void backward_input(Address dy, Address x, Address mean, Address rstd, Address weight, Address bias, Address residual, Address y,
+void backward_input(Address dy, Address x, Address mean, Address rstd, Address rest, Address weight, Address bias, Address residual, Address y,
                     Address sum_dz, Address sum_dz_xhat, Address dx, Address dresidual, int64_t outer, int64_t channels, int64_t inner,
                     int dtypes, int activation, double slope, double count, int threads) {
     Call call(x, outer, channels, inner, dtypes, threads);
-    cotangent(call, dy, mean, rstd, weight, bias, residual, y, dtypes, activation, slope, sum_dz, sum_dz_xhat);
+    cotangent(call, dy, mean, rstd, rest, weight, bias, residual, y, dtypes, activation, slope, sum_dz, sum_dz_xhat);
     gradients(call, dx, dresidual);
     call.args.count = count;
     call.run(kernels(call.dtype).backward_input);
 }
 
-void backward(Address dy, Address x, Address mean, Address rstd, Address weight, Address bias, Address residual, Address y,
+void backward(Address dy, Address x, Address mean, Address rstd, Address rest, Address weight, Address bias, Address residual, Address y,
               Address sum_dz, Address sum_dz_xhat, Address dx, Address dresidual, int64_t outer, int64_t channels, int64_t inner,
               int dtypes, int activation, double slope, int threads) {
     Call call(x, outer, channels, inner, dtypes, threads);
-    cotangent(call, dy, mean, rstd, weight, bias, residual, y, dtypes, activation, slope, sum_dz, sum_dz_xhat);
+    cotangent(call, dy, mean, rstd, rest, weight, bias, residual, y, dtypes, activation, slope, sum_dz, sum_dz_xhat);
     gradients(call, dx, dresidual);
     call.run(kernels(call.dtype).backward);
 }

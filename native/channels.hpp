@@ -53,33 +53,59 @@ inline void finish_channel(const Args& a, int64_t c, double mean, double m2) {
     static_cast<A*>(a.m2)[c] = A(m2);
     if (!a.rstd) return;
     const double variance = count > 0 ? m2 / count : 0;
-    static_cast<A*>(a.rstd)[c] = A(1 / std::sqrt(variance + a.eps));
+    const double rstd = 1 / std::sqrt(variance + a.eps);
+    static_cast<A*>(a.rstd)[c] = A(rstd);
+    if (a.rest) static_cast<A*>(a.rest)[c] = A(rstd - double(A(rstd)));
     if (count > 0) {
         step_running(a.running_mean, c, a.momentum, mean);
         step_running(a.running_var, c, a.momentum, m2 / (count - 1));
     }
 }
 
+// What is taken off the values before they are scaled: the mean, so that no digits are lost where it is large, or
+// nothing where it is small, so that a subtraction does not cost the digits of the values.
+template <class A>
+inline double pivot_of(const Args& a, int64_t c) {
+    const double mean = static_cast<const A*>(a.mean)[c];
+    return std::fabs(mean) * static_cast<const A*>(a.rstd)[c] < 0.5 ? 0 : mean;
+}
+
+// Splits a scale in two of the same sign, neither of which is 0 where it is not: an infinite deviation times 0, or times
+// something of the other sign, would be NaN.
+inline void split(double scale, float& most, float& rest) {
+    most = float(scale);
+    const bool over = std::fabs(double(most)) >= std::fabs(scale) && most != 0;
+    most = bit_cast<float>(bit_cast<uint32_t>(most) - uint32_t(over));
+    rest = float(scale - double(most));
+}
+
 // Coefficients of channel c at place j (they differ where columns are repeated).
 template <class A>
 inline void forward_coefs(const Args& a, int64_t c, const Coefs<A>& k, int64_t j) {
-    k.mean[j] = static_cast<const A*>(a.mean)[c];
-    k.scale[j] = A(static_cast<const A*>(a.rstd)[c] * value_at(a.weight, c, 1));
-    k.shift[j] = A(value_at(a.bias, c, 0));
+    const double pivot = pivot_of<A>(a, c), off = static_cast<const A*>(a.mean)[c] - pivot;
+    const double rstd = static_cast<const A*>(a.rstd)[c] + (a.rest ? double(static_cast<const A*>(a.rest)[c]) : 0);
+    const double scale = rstd * value_at(a.weight, c, 1);
+    k.pivot[j] = A(pivot);
+    if constexpr (sizeof(A) == 4) split(scale, k.scale[j], k.rest[j]);
+    else k.scale[j] = scale;
+    k.shift[j] = A(value_at(a.bias, c, 0) - off * scale);
 }
 
 template <class A>
 inline void backward_coefs(const Args& a, int64_t c, double count, const Coefs<A>& k, int64_t j) {
     const double rstd = static_cast<const A*>(a.rstd)[c];
-    const double scale = rstd * value_at(a.weight, c, 1);
-    k.c1[j] = A(-scale * rstd * static_cast<const A*>(a.sum_dz_xhat)[c] / count);
-    k.c0[j] = A(-scale * static_cast<const A*>(a.sum_dz)[c] / count);
+    const double scale = rstd * value_at(a.weight, c, 1), off = static_cast<const A*>(a.mean)[c] - pivot_of<A>(a, c);
+    const double c1 = -scale * rstd * static_cast<const A*>(a.sum_dz_xhat)[c] / count;
+    k.c1[j] = A(c1);
+    k.c0[j] = A(-scale * static_cast<const A*>(a.sum_dz)[c] / count - off * c1);
 }
 
+// dot is the sum of dz * (x - pivot).
 template <class A>
 inline void finish_sums(const Args& a, int64_t c, double sum, double dot) {
+    const double off = static_cast<const A*>(a.mean)[c] - pivot_of<A>(a, c);
     static_cast<A*>(a.sum_dz)[c] = A(sum);
-    static_cast<A*>(a.sum_dz_xhat)[c] = A(dot * static_cast<const A*>(a.rstd)[c]);
+    static_cast<A*>(a.sum_dz_xhat)[c] = A((dot - off * sum) * static_cast<const A*>(a.rstd)[c]);
 }
 
 // The loops for this activation, chosen once per call.
@@ -124,6 +150,14 @@ inline const void* extra_of(const Args& a) {
                         a.activation == Activation::leaky_relu || a.activation == Activation::hardsigmoid;
     if (a.activation == Activation::identity) return nullptr;
     return from_y && a.y_saved ? a.y_saved : a.residual;
+}
+
+// Whether dz, which is the residual's gradient, is written with the sums and then read in the place of dy and of what told
+// the mask. Not where rounding it to half the digits would go on into dx.
+template <class T>
+inline bool dz_on_the_way(const Args& a) {
+    const bool selects = a.activation == Activation::relu || a.activation == Activation::relu6;
+    return a.dresidual && (sizeof(T) >= 4 || selects);
 }
 
 // Streaming stores need whole aligned lines in every row.

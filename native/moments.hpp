@@ -26,12 +26,11 @@ inline Moments<V> merge(const Moments<V>& a, const Moments<V>& b) {
     return {count, a.mean + d * w, a.m2 + b.m2 + d * d * nw};
 }
 
-// Moments from sums of deviations from a reference that is near the mean: s = sum(x - reference), q = sum((x - reference)^2).
+// Moments from the mean and q = sum((x - reference)^2), where the reference is near the mean.
 template <class V>
-inline Moments<V> from_deviations(double count, V reference, V s, V q) {
-    const double inverse = 1.0 / count;
-    const V shift = s * inverse;
-    return {count, reference + shift, q - s * shift};
+inline Moments<V> from_deviations(double count, V mean, V reference, V q) {
+    const V rest = mean - reference, m2 = q - rest * rest * count;
+    return {count, mean, m2 < 0 ? V{} : m2};
 }
 
 }  // namespace batchnorm::BATCHNORM_ISA

@@ -104,8 +104,8 @@ class Planes {
 // Numbers of one channel, with room for a vector load.
 template <class A>
 struct OneChannel {
-    A value[5] = {};
-    Coefs<A> coefs{&value[0], &value[1], &value[2], &value[3], &value[4]};
+    A value[Coefs<A>::arrays] = {};
+    Coefs<A> coefs{&value[0], &value[1], &value[2], &value[3], &value[4], &value[5]};
 };
 
 // The common shape of every call: `lift` makes a partial of a segment, `fold` takes it into the channel's total,
@@ -168,8 +168,9 @@ void normalize_planes(const Args& a) {
                          0, p.stride, 0, p.streams(a.y)};
     // Coefficients once per channel: a segment may be a few vectors long, and comes back for every sample.
     using A = Real<T>;
-    Scratch scratch(3 * Scratch::need<A>(a.channels));
-    const Coefs<A> all{scratch.take<A>(a.channels), scratch.take<A>(a.channels), scratch.take<A>(a.channels), nullptr, nullptr};
+    Scratch scratch(4 * Scratch::need<A>(a.channels));
+    const auto take = [&] { return scratch.take<A>(a.channels); };
+    const Coefs<A> all{take(), take(), take(), take(), nullptr, nullptr};
     for (int64_t c = 0; c < a.channels; ++c) forward_coefs(a, c, all, c);
     // Through memory in its own order: there is no second pass to keep a channel for.
     const int64_t tasks = a.outer * a.channels;
@@ -185,7 +186,7 @@ void normalize_planes(const Args& a) {
             b.x = whole.x + t * a.inner;
             if (whole.extra) b.extra = whole.extra + t * a.inner;
             b.out = whole.out + t * a.inner;
-            loops.normalize(b, {all.mean + c, all.scale + c, all.shift + c, nullptr, nullptr}, A(a.slope));
+            loops.normalize(b, {all.pivot + c, all.scale + c, all.rest + c, all.shift + c, nullptr, nullptr}, A(a.slope));
         });
         streaming_done();
     });
@@ -203,8 +204,7 @@ void backward_planes(const Args& a, bool sums, bool input) {
     const Loops<T, false> loops(a);
     const double count = input && !sums ? a.count : double(a.outer) * double(a.inner);
     const T* extra = static_cast<const T*>(extra_of(a));
-    // In one go, dz is written with the sums and read again instead of dy and what told the mask.
-    const bool two_step = sums && a.dresidual;
+    const bool two_step = sums && dz_on_the_way<T>(a);
     const Block<T> first{static_cast<const T*>(a.x), static_cast<const T*>(a.dy), extra, nullptr, static_cast<T*>(two_step ? a.dresidual : nullptr),
                          0, p.stride, 0, false};
     Block<T> second = first;

@@ -35,9 +35,10 @@ class Rows {
     }
 
     Coefs<A> coefs(Scratch& scratch) const {
-        return {scratch.take<A>(padded), scratch.take<A>(padded), scratch.take<A>(padded), scratch.take<A>(padded), scratch.take<A>(padded)};
+        const auto take = [&] { return scratch.take<A>(padded); };
+        return {take(), take(), take(), take(), take(), take()};
     }
-    size_t need_coefs() const { return 5 * Scratch::need<A>(padded); }
+    size_t need_coefs() const { return Coefs<A>::arrays * Scratch::need<A>(padded); }
 
     // Spreads one number per channel over the columns.
     template <class Set>
@@ -90,26 +91,35 @@ struct RowMoments {
     using A = Real<T>;
     const Rows<T>& r;
     double *mean, *m2;
-    A* work;
+    A* narrow;
     double* wide;
 
     static size_t need(const Rows<T>& r) {
-        return 2 * Scratch::need<double>(r.padded * (r.chunks + 1)) + Scratch::need<A>(2 * r.padded * r.threads()) +
-               Scratch::need<double>(r.padded * r.threads());
+        return 2 * Scratch::need<double>(r.padded * (r.chunks + 1)) + Scratch::need<A>(ColumnSums<A>::narrow * r.padded * r.threads()) +
+               Scratch::need<double>(ColumnSums<A>::wide * r.padded * r.threads());
     }
     RowMoments(const Rows<T>& r, Scratch& s)
         : r(r), mean(s.take<double>(r.padded * (r.chunks + 1))), m2(s.take<double>(r.padded * (r.chunks + 1))),
-          work(s.take<A>(2 * r.padded * r.threads())), wide(s.take<double>(r.padded * r.threads())) {}
+          narrow(s.take<A>(ColumnSums<A>::narrow * r.padded * r.threads())),
+          wide(s.take<double>(ColumnSums<A>::wide * r.padded * r.threads())) {}
+
+    ColumnSums<A> work(const Team& team) const {
+        A* n = narrow + team.id * ColumnSums<A>::narrow * r.padded;
+        double* w = wide + team.id * ColumnSums<A>::wide * r.padded;
+        return {n, n + r.padded, w, w + r.padded, w + 2 * r.padded, w + 3 * r.padded};
+    }
 
     void chunk(Team& team, int64_t index, int64_t first, int64_t rows, int64_t n) const {
-        A* w = work + team.id * 2 * r.padded;
-        double *chunk_mean = mean + index * r.padded, *chunk_m2 = m2 + index * r.padded;
-        for (int64_t i = 0; i < r.padded; ++i) chunk_mean[i] = chunk_m2[i] = 0;
+        const ColumnSums<A> w = work(team);
+        double *all_mean = mean + index * r.padded, *all_m2 = m2 + index * r.padded;
         const T* x = static_cast<const T*>(r.a.x) + first * r.width;
+        if (lift_rows(x, rows, rows < 8 ? rows : 8, n, w, all_mean, all_m2)) return;
+        // The rows drift: every block about a mean of its own.
+        for (int64_t i = 0; i < r.padded; ++i) all_mean[i] = all_m2[i] = 0;
         for (int64_t at = 0; at < rows; at += row_block) {
             const int64_t some = rows - at < row_block ? rows - at : row_block;
-            merge_rows(x + at * r.width, some, n, double(at), chunk_mean, chunk_m2, w, wide + team.id * r.padded, w + r.padded,
-                       at + row_block < rows);
+            lift_rows(x + at * r.width, some, some, n, w, w.mean, w.m2);
+            merge_columns(n, double(at), all_mean, all_m2, double(some), w.mean, w.m2);
         }
     }
 
@@ -232,7 +242,7 @@ void backward_rows(const Args& a, bool sums, bool input) {
     const RowSums<T> partial(r, scratch);
     const Coefs<A> k = r.coefs(scratch);
     const double count = input && !sums ? a.count : double(a.outer);
-    const bool two_step = sums && a.dresidual;
+    const bool two_step = sums && dz_on_the_way<T>(a);
     const Block<T> first{static_cast<const T*>(a.x), static_cast<const T*>(a.dy), static_cast<const T*>(extra_of(a)), nullptr,
                          static_cast<T*>(two_step ? a.dresidual : nullptr), 0, 0, 0, false};
     Block<T> second = first;

@@ -103,12 +103,42 @@ inline void store(double* p, D v);
 inline D pairs(F v) { return half_of<0>(v) + half_of<1>(v); }
 inline D pairs(D v) { return v; }
 
-// Adds the lanes to an array of doubles, or sets it.
-inline void add_wide(double* sums, D v, bool first) { store(sums, first ? v : v + load(sums)); }
-inline void add_wide(double* sums, F v, bool first) {
-    add_wide(sums, half_of<0>(v), first);
-    add_wide(sums + float_lanes / 2, half_of<1>(v), first);
-}
+// A sum in double of every lane of a vector.
+template <class A>
+struct WideSum {
+    static constexpr int parts = int(sizeof(double) / sizeof(A));
+    D part[parts] = {};
+    void add(F v) {
+        part[0] += half_of<0>(v);
+        part[parts - 1] += half_of<1>(v);
+    }
+    void add(D v) { part[0] += v; }
+    void add_from(const float* p) {
+#if defined(__AVX512F__)
+        part[0] += (D)_mm512_cvtps_pd(_mm256_loadu_ps(p));
+        part[parts - 1] += (D)_mm512_cvtps_pd(_mm256_loadu_ps(p + 8));
+#elif defined(__AVX2__)
+        part[0] += (D)_mm256_cvtps_pd(_mm_loadu_ps(p));
+        part[parts - 1] += (D)_mm256_cvtps_pd(_mm_loadu_ps(p + 4));
+#else
+        F v;
+        std::memcpy(&v, p, sizeof(v));
+        add(v);
+#endif
+    }
+    void add(const WideSum& other) {
+        for (int i = 0; i < parts; ++i) part[i] += other.part[i];
+    }
+    D folded() const { return parts == 1 ? part[0] : part[0] + part[parts - 1]; }
+    static WideSum from(const double* p) {
+        WideSum sum;
+        for (int i = 0; i < parts; ++i) sum.part[i] = load(p + i * lanes<double>);
+        return sum;
+    }
+    void to(double* p) const {
+        for (int i = 0; i < parts; ++i) store(p + i * lanes<double>, part[i]);
+    }
+};
 
 // In a fixed order, so that the sum has the same bits every time.
 inline double horizontal(D v) {

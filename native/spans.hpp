@@ -19,11 +19,12 @@ struct Block {
     bool stream;
 };
 
-// Per channel: z = (x - mean) * scale + shift,  dx = scale * dz + (x - mean) * c1 + c0.
+// Per channel: z = (x - pivot) * (scale + rest) + shift,  dx = scale * dz + (x - pivot) * c1 + c0.
 // Arrays are readable up to a whole number of vectors.
 template <class A>
 struct Coefs {
-    A *mean, *scale, *shift, *c1, *c0;
+    static constexpr int arrays = 6;
+    A *pivot, *scale, *rest, *shift, *c1, *c0;
 };
 
 // Calls f(i, left) for every vector of n elements: left is the number of lanes in use, a constant for whole vectors.
@@ -69,32 +70,46 @@ struct PerChannel {
     }
 };
 
+// z as forward and backward both compute it, so that both see the same mask. `rest` is what rounding took from the
+// scale; results of half the digits do not show it.
+template <class T, bool Columns>
+struct Affine {
+    using A = Real<T>;
+    using V = Vec<A>;
+    const PerChannel<A, Columns> pivot, scale, rest, shift;
+    explicit Affine(const Coefs<A>& k) : pivot(k.pivot), scale(k.scale), rest(k.rest), shift(k.shift) {}
+    V operator()(V deviation, int64_t i) const {
+        if constexpr (sizeof(T) == 4) return fma(deviation, scale[i], fma(deviation, rest[i], shift[i]));
+        else return fma(deviation, scale[i], shift[i]);
+    }
+};
+
 template <class T, class Act, bool Residual, bool Columns>
 void normalize_block(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope) {
     using A = Real<T>;
-    const PerChannel<A, Columns> mean(k.mean), scale(k.scale), shift(k.shift);
+    const Affine<T, Columns> affine(k);
     const bool stream = b.stream;
     for (int64_t r = 0; r < b.rows; ++r) {
         const T* x = b.x + r * b.stride;
         const T* residual = Residual ? b.extra + r * b.stride : nullptr;
         T* out = b.out + r * b.stride;
         for_vectors<lanes<A>>(b.n, [&](int64_t i, auto left) {
-            Vec<A> z = fma(get(x + i, left) - mean[i], scale[i], shift[i]);
+            Vec<A> z = affine(get(x + i, left) - affine.pivot[i], i);
             if constexpr (Residual) z += get(residual + i, left);
             put(out + i, Act::forward(z, slope), left, stream);
         });
     }
 }
 
-// dz of one vector. Inlined into both backward loops, so that they see the same mask.
+// dz of one vector.
 template <class T, class Act, Source S, bool Columns, class Left>
-inline Vec<Real<T>> dz_at(Vec<Real<T>> deviation, const T* dy, const T* extra, const PerChannel<Real<T>, Columns>& scale,
-                          const PerChannel<Real<T>, Columns>& shift, int64_t i, Left left, Real<T> slope) {
+inline Vec<Real<T>> dz_at(Vec<Real<T>> deviation, const T* dy, const T* extra, const Affine<T, Columns>& affine, int64_t i,
+                          Left left, Real<T> slope) {
     const auto grad = get(dy + i, left);
     if constexpr (!Act::uses_z) return grad;
     else if constexpr (S == Source::Y) return Act::backward_y(grad, get(extra + i, left), slope);
     else {
-        auto z = fma(deviation, scale[i], shift[i]);
+        auto z = affine(deviation, i);
         if constexpr (S == Source::Residual) z += get(extra + i, left);
         return Act::backward(grad, z, slope);
     }
@@ -104,7 +119,8 @@ inline Vec<Real<T>> dz_at(Vec<Real<T>> deviation, const T* dy, const T* extra, c
 template <class T, class Act, Source S, bool Columns>
 void input_block(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope) {
     using A = Real<T>;
-    const PerChannel<A, Columns> mean(k.mean), scale(k.scale), shift(k.shift), c1(k.c1), c0(k.c0);
+    const Affine<T, Columns> affine(k);
+    const PerChannel<A, Columns> c1(k.c1), c0(k.c0);
     const bool stream = b.stream;
     for (int64_t r = 0; r < b.rows; ++r) {
         const T* x = b.x + r * b.stride;
@@ -113,20 +129,20 @@ void input_block(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope) {
         T* out = b.out + r * b.stride;
         T* dz_out = b.dz ? b.dz + r * b.stride : nullptr;
         for_vectors<lanes<A>>(b.n, [&](int64_t i, auto left) {
-            const Vec<A> deviation = get(x + i, left) - mean[i];
-            const Vec<A> dz = dz_at<T, Act, S, Columns>(deviation, dy, extra, scale, shift, i, left, slope);
+            const Vec<A> deviation = get(x + i, left) - affine.pivot[i];
+            const Vec<A> dz = dz_at<T, Act, S, Columns>(deviation, dy, extra, affine, i, left, slope);
             if (dz_out) put(dz_out + i, dz, left, stream);
-            put(out + i, fma(scale[i], dz, fma(c1[i], deviation, c0[i])), left, stream);
+            put(out + i, fma(affine.scale[i], dz, fma(c1[i], deviation, c0[i])), left, stream);
         });
     }
 }
 
-// Sum dz and sum dz * (x - mean) over a block of one channel, added to sums[0] and sums[1]; dz is written where wanted.
+// Sum dz and sum dz * (x - pivot) over a block of one channel, added to sums[0] and sums[1]; dz is written where wanted.
 template <class T, class Act, Source S>
 void sums_block(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope, double* sums) {
     using A = Real<T>;
     constexpr int W = lanes<A>;
-    const PerChannel<A, false> mean(k.mean), scale(k.scale), shift(k.shift);
+    const Affine<T, false> affine(k);
     Vec<A> sum[2] = {}, dot[2] = {};
     for (int64_t r = 0; r < b.rows; ++r) {
         const T* x = b.x + r * b.stride;
@@ -134,8 +150,8 @@ void sums_block(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope, doubl
         const T* extra = S == Source::X ? nullptr : b.extra + r * b.stride;
         T* dz_out = b.dz ? b.dz + r * b.stride : nullptr;
         const auto step = [&](int64_t i, auto left, int lane) {
-            const Vec<A> deviation = get(x + i, left) - mean[i];
-            const Vec<A> dz = used<A>(dz_at<T, Act, S, false>(deviation, dy, extra, scale, shift, i, left, slope), left);
+            const Vec<A> deviation = get(x + i, left) - affine.pivot[i];
+            const Vec<A> dz = used<A>(dz_at<T, Act, S, false>(deviation, dy, extra, affine, i, left, slope), left);
             if (dz_out) put(dz_out + i, dz, left, false);
             sum[lane] += dz;
             dot[lane] = fma(dz, used<A>(deviation, left), dot[lane]);
@@ -159,7 +175,7 @@ void sums_block(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope, doubl
 template <class T, class Act, Source S>
 void sums_columns(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope, Real<T>* sum, Real<T>* dot) {
     using A = Real<T>;
-    const PerChannel<A, true> mean(k.mean), scale(k.scale), shift(k.shift);
+    const Affine<T, true> affine(k);
     const auto group = [&](int64_t r, auto size) {
         const int64_t at = r * b.stride;
         const T* extra = S == Source::X ? b.x : b.extra;
@@ -167,8 +183,8 @@ void sums_columns(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope, Rea
             Vec<A> s = r ? load(sum + i) : Vec<A>{}, d = r ? load(dot + i) : Vec<A>{};
             for (int g = 0; g < int(size); ++g) {
                 const int64_t row = at + g * b.stride;
-                const Vec<A> deviation = get(b.x + row + i, left) - mean[i];
-                const Vec<A> dz = dz_at<T, Act, S, true>(deviation, b.dy + row, extra + row, scale, shift, i, left, slope);
+                const Vec<A> deviation = get(b.x + row + i, left) - affine.pivot[i];
+                const Vec<A> dz = dz_at<T, Act, S, true>(deviation, b.dy + row, extra + row, affine, i, left, slope);
                 if (b.dz) put(b.dz + row + i, dz, left, false);
                 s += dz;
                 d = fma(dz, deviation, d);

@@ -165,3 +165,31 @@ def test_frozen_statistics_need_statistics():
     torch.testing.assert_close(layer(x), x / math.sqrt(1 + 1e-5))
     assert int(layer.num_batches_tracked) == 0
     assert layer(torch.randn(1, 3)).shape == (1, 3)
+
+
+def test_what_lives_elsewhere_is_named():
+    layer = bn.BatchNorm1d(3)
+    for name, tensor in (
+        ("residual", torch.randn(4, 3, device="meta")),
+        ("mask", torch.ones(4, dtype=torch.bool, device="meta")),
+    ):
+        with pytest.raises(RuntimeError, match=rf"{name} is on device meta.*\[in BatchNorm1d"):
+            layer(torch.randn(4, 3), **{name: tensor})
+    assert int(layer.num_batches_tracked) == 0
+
+
+@pytest.mark.parametrize("text", ["leaky_relu(nan)", "elu(inf)"])
+def test_a_slope_is_a_number(text):
+    with pytest.raises(ValueError, match="finite slope"):
+        bn.BatchNorm1d(3, activation=text)
+
+
+def test_a_layer_is_no_model_to_trace():
+    with pytest.raises(torch.fx.proxy.TraceError, match="Sequential"):
+        torch.fx.symbolic_trace(bn.BatchNorm1d(3))
+
+
+def test_a_cotangent_may_stand_for_zeros():
+    x = torch.randn(4, 3, requires_grad=True)
+    (dx,) = torch.autograd.grad(bn.BatchNorm1d(3)(x), x, torch._efficientzerotensor((4, 3)))
+    assert not dx.any()

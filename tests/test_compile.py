@@ -167,7 +167,7 @@ def test_the_operations_keep_what_they_tell_pytorch(activation, residual, last):
 
     x, dy, r = image(), image(), image() if residual else None
     weight, bias = torch.randn(3), torch.randn(3)
-    mean, rstd = torch.randn(3), torch.rand(3) + 0.5
+    mean, rstd = torch.randn(3), torch.rand(2, 3) + 0.5
     given = (x, mean, rstd, weight, bias, r, *activation, 1)
     opcheck(library.moments, (x, 1))
     opcheck(library.normalize, given)
@@ -175,7 +175,7 @@ def test_the_operations_keep_what_they_tell_pytorch(activation, residual, last):
     back = (dy, *given[:5], *library.needed(Activation(*activation), r, y), *activation, 1)
     opcheck(library.backward_sums, back)
     opcheck(library.backward_input, (*back, *library.backward_sums(*back), 40.0, residual))
-    opcheck(library.backward, (dy, x, torch.stack([mean, mean, rstd]), *back[4:], residual))
+    opcheck(library.backward, (dy, x, torch.stack([mean, mean, *rstd]), *back[4:], residual))
     wanting = [None if t is None else t.clone().requires_grad_() for t in (x, weight, bias, r)]
     opcheck(library.forward, (*wanting, *activation, 1e-5, 1))
 

@@ -146,6 +146,9 @@ def prepare(
     if not is_recorded():
         per_channel = {"running_mean": mean, "running_var": var, "weight": weight, "bias": bias}
         layout.check_per_channel(x, axis, **per_channel)
+        layout.check_device(x, "mask", mask)
+        if residual is not None and residual.ndim:  # a number may come from anywhere
+            layout.check_device(x, "residual", residual)
     if mask is not None:
         mask = element_weights(x, axis, mask)
     act = activation(act)

@@ -129,11 +129,20 @@ def check_per_channel(x: Tensor, axis: int, **tensors: Tensor | None) -> None:
                 f"of shape {tuple(x.shape)} ({x.dtype}) has {x.shape[axis]} channels on axis "
                 f"{axis}, and {name} has shape {tuple(tensor.shape)}"
             )
-        if tensor.device != x.device:
-            raise DeviceError(
-                f"{name} is on device {tensor.device}, but the input of shape {tuple(x.shape)} is "
-                f"on {x.device}; move the layer or the input with .to(device)"
-            )
+        check_device(x, name, tensor)
+
+
+def check_device(x: Tensor, name: str, tensor: Tensor | None) -> None:
+    """Refuse a tensor that lives elsewhere than the input.
+
+    Raises:
+        DeviceError: If it does.
+    """
+    if tensor is not None and tensor.device != x.device:
+        raise DeviceError(
+            f"{name} is on device {tensor.device}, but the input of shape {tuple(x.shape)} is "
+            f"on {x.device}; move one of them with .to(device)"
+        )
 
 
 def check_enough_values(x: Tensor, axis: int) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import functional, layout
-from batchnorm.moments import Moments
+from batchnorm.moments import Moments, wide
 from batchnorm.nn import hot, tracking
 from batchnorm.nn.base import BATCH
 from batchnorm.ops import eager, reference, routes
@@ -22,8 +22,8 @@ class Prepared(NamedTuple):
 
     Attributes:
         call: Input, parameters and stored statistics as they were at the call.
-        batch: The input's own stats (3, C): mean, m2, 1 / sqrt(variance + eps); None where the
-            stored statistics count, which are constants.
+        batch: The input's own stats (4, C), see ``ops.reference``; None where the stored
+            statistics count, which are constants.
         versions: Of what ``call`` holds.
     """
 
@@ -77,14 +77,14 @@ class Prepared(NamedTuple):
         if self.batch is None:
             y = backend.evaluate(c.x, c.mean, c.var, *affine, c.eps, c.axis)
         else:
-            y = backend.normalize(c.x, self.batch[0], self.batch[2], *affine, c.axis)
+            y = backend.normalize(c.x, self.batch[0], self.batch[2:], *affine, c.axis)
         return y
 
     def _stored(self) -> tuple[Tensor, Tensor]:
         call: Any = self.call
         dtype = layout.compute_dtype(call.x)
-        rstd = torch.rsqrt(call.var.detach().to(dtype) + call.eps)
-        return call.mean.detach().to(dtype, copy=True), rstd
+        rstd = torch.rsqrt(call.var.detach().to(wide(call.x.device)) + call.eps)
+        return call.mean.detach().to(dtype, copy=True), reference.with_rest(rstd, dtype)
 
 
 class Known:
@@ -108,7 +108,7 @@ class Known:
         _running: None = None,
     ) -> tuple[Tensor, Tensor]:
         """Normalize by what is known; return what a backend's ``forward`` does."""
-        mean, rstd = self.stats[0], self.stats[2]
+        mean, rstd = self.stats[0], self.stats[2:]
         return self.backend.normalize(x, mean, rstd, weight, bias, residual, act, axis), self.stats
 
 
@@ -200,7 +200,8 @@ def _take(layer: Any, call: Call) -> Tensor:
     mean, m2 = select(x, call.weight, call.bias, None, call.axis).moments(x, call.axis)
     if layer.training and layer.track_running_stats and call.mean is not None:
         tracking.step(layer, Moments(count, mean, m2))
-    return torch.stack((mean, m2, reference.reciprocal_std(m2, count, call.eps)))
+    rstd = reference.reciprocal_std(m2.to(wide(x.device)), count, call.eps)
+    return torch.cat([torch.stack([mean, m2]), reference.with_rest(rstd, m2.dtype)])
 
 
 def why_whole(layer: Any) -> str:

@@ -188,7 +188,7 @@ class Recording:
         """Do what the backend does."""
         given = (x, weight, bias, residual, act)
         y, stats = self.backend.forward(*given, eps, axis, running)
-        self._record(y, (stats[0], stats[2]), *given, axis)
+        self._record(y, (stats[0], stats[2:]), *given, axis)
         return y, stats
 
     def normalize(

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.proxy import TraceError
 
 from batchnorm.errors import SurgeryError
 from batchnorm.ops.activations import IDENTITY
@@ -19,6 +20,10 @@ torch.jit.script cannot compile {layer}, which calls kernels that are not operat
 For a model that bn.convert changed, call bn.revert(model) first and script the original; \
 torch.jit.trace, torch.export and torch.compile take the model as it is."""
 
+ROOT = """\
+torch.fx cannot trace a {layer} that is the whole model: the layer becomes one node, and there is \
+no model around it to look it up in. Trace torch.nn.Sequential(layer) instead."""
+
 # Converters of torch and timm that rebuild any _BatchNorm by its five numbers.
 _CONVERTERS = ("convert_sync_batchnorm",)
 
@@ -29,9 +34,14 @@ def call_module(
     """Record one ``call_module`` node, as ``torch.fx`` does for the modules of ``torch.nn``.
 
     The node keeps the layer, and with it the switch between train and eval.
+
+    Raises:
+        TraceError: If the layer is itself what is traced; ``torch.nn`` raises it there too.
     """
     given = {"residual": residual, "mask": mask}
     kwargs = {name: value for name, value in given.items() if value is not None}
+    if input.tracer.root is layer:
+        raise TraceError(ROOT.format(layer=type(layer).__name__))
     target = input.tracer.path_of_module(layer)
     proxy: Tensor = input.tracer.create_proxy("call_module", target, (input,), kwargs)
     return proxy

@@ -34,7 +34,7 @@ def forward(
         x: Its input.
         residual: What is added to it.
         act: An activation in the place of the layer's own.
-        found: In training receives stats (3, C): mean, m2, rstd.
+        found: In training receives stats (4, C), see ``ops.reference``.
     """
     if type(x) is not Tensor or not is_calm():
         return None

@@ -4,6 +4,7 @@ Each is PyTorch's own function, and its gradient PyTorch's own backward operator
 the kinks (``relu'(0) = 0``) and for NaN are those of PyTorch.
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -133,6 +134,8 @@ def _parse(text: str) -> Activation:
         slope = float(match[2]) if match[2] else _SLOPES.get(name, 0.0)
     except ValueError:
         raise OptionError(_unknown(text)) from None
+    if not math.isfinite(slope):
+        raise OptionError(f"expected a finite slope, got {text!r}")
     return Activation(name, slope)
 
 

@@ -78,7 +78,7 @@ def normalize(
     _native.normalize(
         x.data_ptr(),
         mean.data_ptr(),
-        rstd.data_ptr(),
+        *_pair(rstd),
         address(weight),
         address(bias),
         address(residual),
@@ -136,7 +136,7 @@ def forward(
     axis: int,
     running: Running | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Normalize by the input's own statistics; return y and stats (3, C): mean, m2, rstd.
+    """Normalize by the input's own statistics; return y and stats (4, C).
 
     With ``running`` the same call moves the running statistics towards the mean and the unbiased
     variance by momentum, and the counter by one; bumping their versions is the caller's.
@@ -150,7 +150,7 @@ def forward(
         code |= DTYPES[mean.dtype] << 6
         commit = (mean.data_ptr(), var.data_ptr(), address(counter))
     y = empty_like(x)
-    stats = _empty(3, shape[1], dtype=wide(x))
+    stats = _empty(4, shape[1], dtype=wide(x))
     start, row = stats.data_ptr(), shape[1] * stats.element_size()
     _native.forward(
         x.data_ptr(),
@@ -161,6 +161,7 @@ def forward(
         start,
         start + row,
         start + 2 * row,
+        start + 3 * row,
         *commit,
         *shape,
         code,
@@ -195,7 +196,7 @@ def backward_sums(
         dy.data_ptr(),
         x.data_ptr(),
         mean.data_ptr(),
-        rstd.data_ptr(),
+        *_pair(rstd),
         address(weight),
         address(bias),
         address(residual),
@@ -230,14 +231,15 @@ def backward_input(
     """Return dx from the merged sums and count, and dresidual = dz where it is wanted."""
     x, *shape = plan(x, axis)
     dy, weight, bias = like(dy, x), vector(weight), vector(bias)
-    mean, rstd, sum_dz, sum_dz_xhat = map(walked, (mean, rstd, sum_dz, sum_dz_xhat))
+    mean, rstd = walked(mean), walked(rstd)
+    sum_dz, sum_dz_xhat = walked(sum_dz), walked(sum_dz_xhat)
     residual, y = _mask_source(act, residual, y, x)
     dx, dresidual = empty_like(x), _dresidual(dy, x, act, want_residual)
     _native.backward_input(
         dy.data_ptr(),
         x.data_ptr(),
         mean.data_ptr(),
-        rstd.data_ptr(),
+        *_pair(rstd),
         address(weight),
         address(bias),
         address(residual),
@@ -275,12 +277,13 @@ def backward(
     dx, dresidual = empty_like(x), _dresidual(dy, x, act, want_residual)
     sum_dz, sum_dz_xhat = (_empty(shape[1], dtype=stats.dtype) for _ in range(2))
     stats = walked(stats)
-    start = stats.data_ptr()
+    start, row = stats.data_ptr(), shape[1] * stats.element_size()
     _native.backward(
         dy.data_ptr(),
         x.data_ptr(),
         start,
-        start + 2 * shape[1] * stats.element_size(),
+        start + 2 * row,
+        start + 3 * row,
         address(weight),
         address(bias),
         address(residual),
@@ -296,6 +299,12 @@ def backward(
         _threads(),
     )
     return dx, dresidual, sum_dz, sum_dz_xhat
+
+
+def _pair(rstd: Tensor) -> tuple[int, int]:
+    """Return where rstd and the rest of it lie."""
+    start = rstd.data_ptr()
+    return start, start + rstd.stride(0) * rstd.element_size() if rstd.dim() == 2 else 0
 
 
 def _mask_source(

@@ -14,7 +14,7 @@ from batchnorm import layout
 from batchnorm.ops import reference
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.library import needed
-from batchnorm.ops.onlookers import is_batch_of_gradients, is_calm
+from batchnorm.ops.onlookers import has_no_memory, is_calm
 
 Gradients = tuple[Tensor | None, ...]
 Running = tuple[Tensor, Tensor, Tensor | None, float]
@@ -74,7 +74,7 @@ class BatchNormalize(torch.autograd.Function):
             return *_graph(again, dy, x, weight, bias, residual, y, act, adds), None
         rest = (weight, bias, residual, y, act, axis)
         if not (adds or ctx.needs_input_grad[0]):
-            sum_dz, sum_dz_xhat = backend.backward_sums(dy, x, stats[0], stats[2], *rest)
+            sum_dz, sum_dz_xhat = backend.backward_sums(dy, x, stats[0], stats[2:], *rest)
             return None, *_as(weight, sum_dz_xhat, bias, sum_dz), None, None
         dx, dresidual, sum_dz, sum_dz_xhat = backend.backward(dy, x, stats, *rest, adds)
         return dx, *_as(weight, sum_dz_xhat, bias, sum_dz), dresidual, None
@@ -133,7 +133,7 @@ apply_given = super(torch.autograd.Function, Normalize).apply
 
 def _for_backward(backend: Any, dy: Tensor) -> Any:
     """Return the forward's backend, or the reference where somebody looks on by now."""
-    return backend if is_calm() and not is_batch_of_gradients(dy) else reference
+    return backend if is_calm() and not has_no_memory(dy) else reference
 
 
 def _as(

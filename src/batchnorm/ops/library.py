@@ -26,6 +26,9 @@ def select(
 ) -> Any:
     """Return the backend, checked first: kernels read addresses, and calls come from anywhere."""
     axis = layout.channel_axis(x.ndim, axis)
+    rstd = per_channel.get("rstd")
+    if rstd is not None and rstd.ndim == 2:
+        per_channel["rstd"], per_channel["the rest of rstd"] = rstd
     layout.check_per_channel(x, axis, weight=weight, bias=bias, **per_channel)
     if residual is not None and residual.shape != x.shape:
         raise ChannelError(
@@ -71,7 +74,7 @@ def forward(
     eps: float,
     axis: int,
 ) -> tuple[Tensor, Tensor]:
-    """Normalize by the input's own statistics; return y and stats (3, C): mean, m2, rstd.
+    """Normalize by the input's own statistics; return y and stats (4, C).
 
     Differentiable in y; the statistics are not.
     """
@@ -180,7 +183,7 @@ def _(x: Tensor, *_: Any) -> Tensor:
 
 @forward.register_fake
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    stats = x.new_empty(3, x.shape[rest[-1]], dtype=layout.compute_dtype(x))
+    stats = x.new_empty(4, x.shape[rest[-1]], dtype=layout.compute_dtype(x))
     return torch.empty_like(x), stats
 
 

@@ -15,9 +15,9 @@ def is_calm() -> bool:
     )
 
 
-def is_batch_of_gradients(dy: Tensor) -> bool:
-    """Return whether a cotangent stands for many (``is_grads_batched``, vectorized jacobians)."""
-    return torch._C._functorch.is_legacy_batchedtensor(dy)
+def has_no_memory(dy: Tensor) -> bool:
+    """Return whether a cotangent stands for many (``is_grads_batched``), or for zeros."""
+    return torch._C._functorch.is_legacy_batchedtensor(dy) or dy._is_zerotensor()
 
 
 def is_traced() -> bool:

@@ -2,13 +2,15 @@
 
     z = (x - mean) * rstd * weight + bias + residual          y = act(z)
 
-Nobody optimizes this file. It serves wherever nothing faster does, it is what every other backend
-is compared with, and its two forward functions can be differentiated any number of times, in
-either mode and under ``torch.func``, since they are nothing but compositions.
+All of it is computed in float64, where the device has it, and rounded once. Nobody optimizes this
+file. It serves wherever nothing faster does, it is what every other backend is compared with, and
+its two forward functions can be differentiated any number of times, in either mode and under
+``torch.func``, since they are nothing but compositions.
 
-``mean``, ``rstd``, ``m2`` and the sums are (C,) tensors of the arithmetic's dtype: float32, or
-float64 where x is float64; ``stats`` are the three rows mean, m2, rstd in one tensor (3, C). Other
-per-channel tensors may have any floating dtype.
+``mean``, ``m2`` and the sums are (C,) tensors of the arithmetic's dtype: float32, or float64 where
+x is float64. ``rstd`` is (2, C): the number, and what rounding took from it; without the rest it is
+(C,). ``stats`` are the rows mean, m2 and those two in one tensor (4, C). Other per-channel tensors
+may have any floating dtype.
 """
 
 import torch
@@ -41,6 +43,12 @@ def reciprocal_std(m2: Tensor, count: float | Tensor, eps: float) -> Tensor:
     if isinstance(count, Tensor):
         return torch.rsqrt(m2 / torch.where(count > 0, count, 1.0).to(m2.dtype) + eps)
     return torch.rsqrt(m2 / (count or 1) + eps)
+
+
+def with_rest(rstd: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return (2, C) in ``dtype``: a wider rstd rounded to it, and what that took away."""
+    rounded = rstd.to(dtype)
+    return torch.stack([rounded, (rstd - rounded).to(dtype)])
 
 
 def normalize(
@@ -79,10 +87,12 @@ def forward(
 
     ``running`` is (running_mean, running_var, counter, momentum) where a backend ``commits``.
     """
-    mean, m2 = moments(x, axis)
-    rstd = reciprocal_std(m2, layout.values_per_channel(x.shape, axis), eps)
+    mean, m2 = _moments.center(layout.canonical(x, axis).to(_moments.wide(x.device)))
+    wide = reciprocal_std(m2, layout.values_per_channel(x.shape, axis), eps)
+    dtype = layout.compute_dtype(x)
+    mean, rstd = mean.to(dtype), with_rest(wide, dtype)
     y = normalize(x, mean, rstd, weight, bias, residual, act, axis)
-    return y, torch.stack([mean, m2, rstd])
+    return y, torch.cat([torch.stack([mean, m2.to(dtype)]), rstd])
 
 
 def evaluate(
@@ -97,7 +107,7 @@ def evaluate(
     axis: int,
 ) -> Tensor:
     """Normalize by stored statistics."""
-    rstd = torch.rsqrt(var.to(layout.compute_dtype(x)) + eps)
+    rstd = torch.rsqrt(var.to(_moments.wide(x.device)) + eps)
     return normalize(x, mean, rstd, weight, bias, residual, act, axis)
 
 
@@ -129,12 +139,8 @@ def backward_sums(
     """
     dz = gradient_of_z(dy, x, mean, rstd, weight, bias, residual, y, act, axis)
     xhat = affine(x, mean, rstd, None, None, axis)
-    wide = _moments.wide(x.device)
-    sums = [
-        _moments.total(layout.canonical(part, axis).to(wide)).to(mean.dtype)
-        for part in (dz, dz * xhat)
-    ]
-    return sums[0], sums[1]
+    sums = [_moments.total(layout.canonical(part, axis)) for part in (dz, dz * xhat)]
+    return sums[0].to(mean.dtype), sums[1].to(mean.dtype)
 
 
 def backward_input(
@@ -161,6 +167,7 @@ def backward_input(
     view = layout.per_channel_shape(x.ndim, axis)
     dz = gradient_of_z(dy, x, mean, rstd, weight, bias, residual, y, act, axis)
     xhat = affine(x, mean, rstd, None, None, axis)
+    rstd = joined(rstd).to(dz.dtype)
     scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
     n = count or 1
     centered = dz - (sum_dz / n).view(view) - xhat * (sum_dz_xhat / n).view(view)
@@ -181,7 +188,7 @@ def backward(
     want_residual: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Invert ``forward``; return dx, dresidual, sum(dz), sum(dz * xhat)."""
-    mean, _, rstd = stats
+    mean, rstd = stats[0], stats[2:]
     given = (dy, x, mean, rstd, weight, bias, residual, y, act, axis)
     sum_dz, sum_dz_xhat = backward_sums(*given)
     count = layout.values_per_channel(x.shape, axis)
@@ -192,18 +199,26 @@ def backward(
 def affine(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int
 ) -> Tensor:
-    """Return (x - mean) * rstd * weight + bias in the arithmetic's dtype.
+    """Return (x - mean) * rstd * weight + bias in the widest dtype, to be rounded once.
 
     The mean is taken off first: x * scale + shift loses digits where the mean is large.
     """
     view = layout.per_channel_shape(x.ndim, axis)
-    dtype = layout.compute_dtype(x)
-    z = (x.to(dtype) - mean.to(dtype).view(view)) * rstd.to(dtype).view(view)
+    wide = _moments.wide(x.device)
+    z = (x.to(wide) - mean.to(wide).view(view)) * joined(rstd).to(wide).view(view)
     if weight is not None:
-        z = z * weight.to(dtype).view(view)
+        z = z * weight.to(wide).view(view)
     if bias is not None:
-        z = z + bias.to(dtype).view(view)
+        z = z + bias.to(wide).view(view)
     return z
+
+
+def joined(rstd: Tensor) -> Tensor:
+    """Return (C,): rstd with its rest, in the widest dtype."""
+    if rstd.ndim == 1:
+        return rstd
+    wide = rstd.to(_moments.wide(rstd.device))
+    return wide[0] + wide[1]
 
 
 def gradient_of_z(
@@ -218,12 +233,12 @@ def gradient_of_z(
     act: Activation,
     axis: int,
 ) -> Tensor:
-    """Return dz = dy * act'(z), in the arithmetic's dtype; z is recomputed if y does not tell."""
-    dtype = layout.compute_dtype(x)
-    dy = dy.to(dtype)
+    """Return dz = dy * act'(z), in the widest dtype; z is recomputed if y does not tell."""
+    wide = _moments.wide(x.device)
+    dy = dy.to(wide)
     if act.name == "identity":
         return dy
     if act.from_output and y is not None:
-        return act.backward(dy, y.to(dtype))
+        return act.backward(dy, y.to(wide))
     z = affine(x, mean, rstd, weight, bias, axis)
     return act.backward(dy, z if residual is None else z + residual)

@@ -61,12 +61,13 @@ def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
     if is_traced():
         return _aten(call, mean, var)
     dtype = layout.compute_dtype(call.x)
-    rstd = torch.rsqrt(var.detach().to(dtype) + call.eps)
+    rstd = torch.rsqrt(var.detach().to(_moments.wide(call.x.device)) + call.eps)
     mean = mean.detach().to(dtype)
     affine = (call.weight, call.bias, call.residual, call.act, call.axis)
     if not is_plain(call):
         return reference.normalize(call.x, mean, rstd, *affine)
     backend = select(call.x, call.weight, call.bias, call.residual, call.axis)
+    rstd = reference.with_rest(rstd, dtype)
     if torch.is_grad_enabled() and call.needs_grad:
         y: Tensor = eager.apply_given(call.x, mean.clone(), rstd, *affine, backend)
         return y
@@ -94,8 +95,8 @@ def _masked_batch(call: Call, mask: Tensor) -> tuple[Tensor, Moments]:
     values = layout.canonical(x, axis).to(wide)
     weights = layout.canonical(x, axis, sample).to(wide)
     count, mean, m2 = _moments.center_weighted(values, weights)
-    mean, m2 = mean.to(dtype), m2.to(dtype)
     rstd = reference.reciprocal_std(m2, count, call.eps)
+    mean, m2 = mean.to(dtype), m2.to(dtype)
     residual = _unmasked(call.residual, mask)
     y = reference.normalize(x, mean, rstd, call.weight, call.bias, residual, call.act, axis)
     return torch.where(mask, y, 0.0), Moments(count, mean.detach(), m2.detach())
@@ -103,8 +104,7 @@ def _masked_batch(call: Call, mask: Tensor) -> tuple[Tensor, Moments]:
 
 def _masked_by(call: Call, mask: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     x = torch.where(mask, call.x, 0.0)
-    dtype = layout.compute_dtype(x)
-    rstd = torch.rsqrt(var.detach().to(dtype) + call.eps)
+    rstd = torch.rsqrt(var.detach().to(_moments.wide(x.device)) + call.eps)
     affine = (call.weight, call.bias, _unmasked(call.residual, mask), call.act, call.axis)
     y = reference.normalize(x, mean.detach().clone(), rstd, *affine)
     return torch.where(mask, y, 0.0)
