@@ -30,8 +30,8 @@ commits = True
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# Rows of stats: mean, m2, rstd.
-_STATS = 3
+# Rows of stats: mean, m2, rstd, and what rounding took from it.
+_STATS = 4
 
 
 def missing() -> str | None:
@@ -121,7 +121,7 @@ def forward(
     axis: int,
     running: Running | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Normalize by the input's own statistics; return y and stats: mean, m2, rstd.
+    """Normalize by the input's own statistics; return y and stats (4, C).
 
     With ``running`` the same call moves the running statistics towards the mean and the unbiased
     variance by momentum, and the counter by one; bumping their versions is the caller's.

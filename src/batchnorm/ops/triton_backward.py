@@ -15,16 +15,18 @@ import triton
 import triton.language as tl
 
 from batchnorm.ops.triton_activations import gradient
-from batchnorm.ops.triton_forward import gain_and_shift, reciprocal
+from batchnorm.ops.triton_forward import affine, coefficients, reciprocal
 from batchnorm.ops.triton_tiles import channels_of, over, places
 
 
 @triton.jit
 def upstream(
     dy,
+    x,
     extra,
-    deviation,
-    gain,
+    pivot,
+    high,
+    low,
     shift,
     at,
     inside,
@@ -32,26 +34,24 @@ def upstream(
     ACT: tl.constexpr,
     SLOPE: tl.constexpr,
 ):
-    """Return dz of a tile, 0 outside; ``deviation`` is x - mean."""
-    dz = tl.load(dy + at, inside, other=0.0).to(deviation.dtype)
+    """Return dz of a tile, 0 outside; z is that of the forward pass, by the same coefficients."""
+    dz = tl.load(dy + at, inside, other=0.0).to(x.dtype)
     if SOURCE == "y":
-        y = tl.load(extra + at, inside, other=0.0).to(deviation.dtype)
+        y = tl.load(extra + at, inside, other=0.0).to(x.dtype)
         dz = gradient(dz, y, ACT, SLOPE)
     elif SOURCE == "x" or SOURCE == "residual":
-        z = deviation * gain[None, :] + shift[None, :]
+        z = affine(x, pivot, high, low, shift)
         if SOURCE == "residual":
-            z += tl.load(extra + at, inside, other=0.0).to(z.dtype)
+            z += tl.load(extra + at, inside, other=0.0).to(x.dtype)
         dz = gradient(dz, z, ACT, SLOPE)
     return tl.where(inside, dz, 0.0)
 
 
 @triton.jit
-def load_statistics(mean, rstd, rest, weight, bias, channel, known, REAL: tl.constexpr):
-    """Return mean, rstd (in float64), rstd * weight and bias per channel."""
-    center = tl.load(mean + channel, known, other=0.0).to(REAL)
-    inverse = reciprocal(rstd, rest, channel, known)
-    gain, shift = gain_and_shift(inverse, weight, bias, channel, known, REAL)
-    return center, inverse, gain, shift
+def load_statistics(mean, rstd, rest, channel, known):
+    """Return mean and rstd per channel in float64."""
+    center = tl.load(mean + channel, known, other=0.0).to(tl.float64)
+    return center, reciprocal(rstd, rest, channel, known)
 
 
 @triton.jit(do_not_specialize=["rows", "parts", "share"])
@@ -89,20 +89,20 @@ def sums_kernel(
     channel = channels_of(tl.program_id(0), B, ROWS)
     known = channel < channels
     split, splits = tl.program_id(1), tl.num_programs(1)
-    center, inverse, gain, shift = load_statistics(
-        mean, rstd, rest, weight, bias, channel, known, REAL
-    )
+    center, inverse = load_statistics(mean, rstd, rest, channel, known)
+    pivot, high, low, shift = coefficients(center, inverse, weight, bias, channel, known, REAL)
+    middle = center.to(REAL)
     sum_dz = tl.zeros((A, B), REAL)
     sum_dot = tl.zeros((A, B), REAL)
     for i in tl.range(0, share, num_stages=STAGES):
         index = i * splits + split
         at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
-        deviation = tl.load(x + at, inside, other=0.0).to(REAL) - center[None, :]
-        dz = upstream(dy, extra, deviation, gain, shift, at, inside, SOURCE, ACT, SLOPE)
+        value = tl.load(x + at, inside, other=0.0).to(REAL)
+        dz = upstream(dy, value, extra, pivot, high, low, shift, at, inside, SOURCE, ACT, SLOPE)
         if dresidual is not None:
             tl.store(dresidual + at, dz, inside)
         sum_dz += dz
-        sum_dot += tl.where(inside, dz * deviation, 0.0)
+        sum_dot += tl.where(inside, dz * (value - middle[None, :]), 0.0)
     row = partial + split * channels + channel
     dot = over(sum_dot, ROWS).to(tl.float64) * inverse
     tl.store(row, over(sum_dz, ROWS).to(tl.float64), known)
@@ -127,22 +127,11 @@ def fold_kernel(partial, sums, splits, channels, S: tl.constexpr, K: tl.constexp
 
 
 @triton.jit
-def store_dx(
-    dz,
-    deviation,
-    inverse,
-    gain,
-    sum_dz,
-    sum_dot,
-    count,
-    dx,
-    at,
-    inside,
-):
-    """Store dx of a tile; the sums and the count are float64."""
+def store_dx(dz, x, middle, inverse, gain, sum_dz, sum_dot, count, dx, at, inside):
+    """Store dx of a tile; rstd, the sums and the count are float64."""
     offset = (sum_dz / count).to(dz.dtype)
     slope = ((sum_dot / count) * inverse).to(dz.dtype)
-    centered = dz - offset[None, :] - deviation * slope[None, :]
+    centered = dz - offset[None, :] - (x - middle[None, :]) * slope[None, :]
     tl.store(dx + at, centered * gain[None, :], inside)
 
 
@@ -182,18 +171,18 @@ def input_kernel(
     column, index = place % columns, place // columns
     channel = channels_of(column, B, ROWS)
     known = channel < channels
-    center, inverse, gain, shift = load_statistics(
-        mean, rstd, rest, weight, bias, channel, known, REAL
-    )
+    center, inverse = load_statistics(mean, rstd, rest, channel, known)
+    pivot, high, low, shift = coefficients(center, inverse, weight, bias, channel, known, REAL)
+    middle = center.to(REAL)
     at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
-    deviation = tl.load(x + at, inside, other=0.0).to(REAL) - center[None, :]
-    dz = upstream(dy, extra, deviation, gain, shift, at, inside, SOURCE, ACT, SLOPE)
+    value = tl.load(x + at, inside, other=0.0).to(REAL)
+    dz = upstream(dy, value, extra, pivot, high, low, shift, at, inside, SOURCE, ACT, SLOPE)
     if dresidual is not None:
         tl.store(dresidual + at, dz, inside)
     total = tl.load(sum_dz + channel, known, other=0.0).to(tl.float64)
     dot = tl.load(sum_dot + channel, known, other=0.0).to(tl.float64)
     values = tl.zeros_like(total) + count + count_rest
-    store_dx(dz, deviation, inverse, gain, total, dot, values, dx, at, inside)
+    store_dx(dz, value, middle, inverse, high + low, total, dot, values, dx, at, inside)
 
 
 @triton.jit(do_not_specialize=["rows", "parts", "count", "count_rest"])
@@ -229,17 +218,18 @@ def backward_kernel(
     channel = channels_of(tl.program_id(0), B, ROWS)
     known = channel < channels
     index = tl.program_id(1)  # always 0
-    center, inverse, gain, shift = load_statistics(
-        mean, rstd, rest, weight, bias, channel, known, REAL
-    )
+    center, inverse = load_statistics(mean, rstd, rest, channel, known)
+    pivot, high, low, shift = coefficients(center, inverse, weight, bias, channel, known, REAL)
+    middle = center.to(REAL)
     at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
-    deviation = tl.load(x + at, inside, other=0.0).to(REAL) - center[None, :]
-    dz = upstream(dy, extra, deviation, gain, shift, at, inside, SOURCE, ACT, SLOPE)
+    value = tl.load(x + at, inside, other=0.0).to(REAL)
+    dz = upstream(dy, value, extra, pivot, high, low, shift, at, inside, SOURCE, ACT, SLOPE)
     if dresidual is not None:
         tl.store(dresidual + at, dz, inside)
     total = over(dz, ROWS).to(tl.float64)
-    dot = over(tl.where(inside, dz * deviation, 0.0), ROWS).to(tl.float64) * inverse
+    dot = over(tl.where(inside, dz * (value - middle[None, :]), 0.0), ROWS)
+    dot = dot.to(tl.float64) * inverse
     tl.store(sums + channel, total, known)
     tl.store(sums + channels + channel, dot, known)
     values = tl.zeros_like(total) + count + count_rest
-    store_dx(dz, deviation, inverse, gain, total, dot, values, dx, at, inside)
+    store_dx(dz, value, middle, inverse, high + low, total, dot, values, dx, at, inside)

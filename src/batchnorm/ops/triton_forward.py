@@ -12,20 +12,29 @@ import triton
 import triton.language as tl
 
 from batchnorm.ops.triton_activations import activate
-from batchnorm.ops.triton_moments import center_of, finish, finite, merge, tile_moments
+from batchnorm.ops.triton_moments import finish, finite, merge, tile_moments
 from batchnorm.ops.triton_tiles import channels_of, places, start_of, values_in
 
 
 @triton.jit
-def gain_and_shift(rstd, weight, bias, channel, inside, REAL: tl.constexpr):
-    """Return rstd * weight, rounded once from float64, and bias, per channel."""
-    gain = rstd
+def coefficients(mean, rstd, weight, bias, channel, inside, REAL: tl.constexpr):
+    """Return (pivot, high, low, shift) so that z = d * high + (d * low + shift), d = x - pivot.
+
+    Computed in float64 per channel, so that z is rounded three times in all
+    (docs/decisions/0009-accuracy.md): the scale rstd * weight comes in two parts of one sign, neither of
+    which is 0, which keeps an infinite x infinite; the pivot is the mean, or 0 where the mean is
+    so small that taking it off would only round.
+    """
+    scale = rstd
     if weight is not None:
-        gain = rstd * tl.load(weight + channel, inside, other=0.0).to(tl.float64)
-    shift = tl.zeros_like(rstd).to(REAL)
+        scale = rstd * tl.load(weight + channel, inside, other=0.0).to(tl.float64)
+    pivot = tl.where(tl.abs(mean) * rstd >= 0.5, mean, 0.0).to(REAL)
+    shift = (pivot.to(tl.float64) - mean) * scale
     if bias is not None:
-        shift = tl.load(bias + channel, inside, other=0.0).to(REAL)
-    return gain.to(REAL), shift
+        shift += tl.load(bias + channel, inside, other=0.0).to(tl.float64)
+    high = (scale * (1.0 - 2.0**-22)).to(REAL)
+    low = (scale - high.to(tl.float64)).to(REAL)
+    return pivot, high, low, shift.to(REAL)
 
 
 @triton.jit
@@ -38,11 +47,15 @@ def reciprocal(rstd, rest, channel, inside):
 
 
 @triton.jit
+def affine(x, pivot, high, low, shift):
+    """Return z of a tile without the residual, by ``coefficients``."""
+    deviation = x - pivot[None, :]
+    return deviation * high[None, :] + (deviation * low[None, :] + shift[None, :])
+
+
+@triton.jit
 def output(
-    x,
-    mean,
-    gain,
-    shift,
+    z,
     residual,
     y,
     at,
@@ -50,8 +63,7 @@ def output(
     ACT: tl.constexpr,
     SLOPE: tl.constexpr,
 ):
-    """Normalize the values of a tile and store them."""
-    z = (x - mean[None, :]) * gain[None, :] + shift[None, :]
+    """Add the residual, activate, and store a tile."""
     if residual is not None:
         z += tl.load(residual + at, inside, other=0.0).to(z.dtype)
     tl.store(y + at, activate(z, ACT, SLOPE), inside)
@@ -77,24 +89,18 @@ def moments_kernel(
     """Write the Moments of ``share`` tiles to partial (3, splits, C): count, mean, m2."""
     channel = channels_of(tl.program_id(0), B, ROWS)
     split, splits = tl.program_id(1), tl.num_programs(1)
-    # The first tile is read twice, for a center to begin with; it is in the cache then.
-    at, inside = places(split, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
-    value = tl.load(x + at, inside, other=0.0).to(REAL)
-    count = values_in(split, rows, width, parts, A, B, ALIGN, ROWS, LONG)
     start = start_of(split, channel, channels, width, parts, A, B, ALIGN, ROWS, LONG)
-    first = tl.load(x + start, channel < channels, other=0.0).to(REAL)
-    center = center_of(value, inside, count, first, ROWS)
+    pivot = finite(tl.load(x + start, channel < channels, other=0.0).to(REAL))
     n = tl.full((), 0, tl.float64)
     mean = tl.zeros_like(channel).to(tl.float64)
     m2 = mean
     for i in tl.range(0, share, num_stages=STAGES):
         index = i * splits + split
         at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
-        value = tl.load(x + at, inside, other=0.0).to(REAL)
+        value = tl.load(x + at, inside, other=0.0)
         count = values_in(index, rows, width, parts, A, B, ALIGN, ROWS, LONG)
-        n_b, mean_b, m2_b = tile_moments(value, inside, count, center, ROWS)
+        n_b, mean_b, m2_b = tile_moments(value, inside, count, pivot, ROWS)
         n, mean, m2 = merge(n, mean, m2, n_b, mean_b, m2_b)
-        center = finite(mean.to(REAL))
     row = partial + split * channels + channel
     step = splits * channels
     tl.store(row, tl.zeros_like(mean) + n, channel < channels)
@@ -185,13 +191,14 @@ def normalize_kernel(
     channel = channels_of(column, B, ROWS)
     at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
     known = channel < channels
-    center = tl.load(mean + channel, known, other=0.0).to(REAL)
+    center = tl.load(mean + channel, known, other=0.0).to(tl.float64)
     rstd = reciprocal(spread, rest, channel, known)
     if EPS is not None:
         rstd = 1.0 / tl.sqrt(rstd + EPS)
-    gain, shift = gain_and_shift(rstd, weight, bias, channel, known, REAL)
+    pivot, high, low, shift = coefficients(center, rstd, weight, bias, channel, known, REAL)
     value = tl.load(x + at, inside, other=0.0).to(REAL)
-    output(value, center, gain, shift, residual, y, at, inside, ACT, SLOPE)
+    z = affine(value, pivot, high, low, shift)
+    output(z, residual, y, at, inside, ACT, SLOPE)
 
 
 @triton.jit(do_not_specialize=["rows", "parts", "momentum", "momentum_rest"])
@@ -227,12 +234,11 @@ def forward_kernel(
     known = channel < channels
     index = tl.program_id(1)  # always 0
     at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
-    value = tl.load(x + at, inside, other=0.0).to(REAL)
+    value = tl.load(x + at, inside, other=0.0)
     count = values_in(index, rows, width, parts, A, B, ALIGN, ROWS, LONG)
     start = start_of(index, channel, channels, width, parts, A, B, ALIGN, ROWS, LONG)
-    first = tl.load(x + start, known, other=0.0).to(REAL)
-    center = center_of(value, inside, count, first, ROWS)
-    n, mean, m2 = tile_moments(value, inside, count, center, ROWS)
+    pivot = finite(tl.load(x + start, known, other=0.0).to(REAL))
+    n, mean, m2 = tile_moments(value, inside, count, pivot, ROWS)
     rstd = finish(
         n,
         mean,
@@ -249,5 +255,6 @@ def forward_kernel(
         EPS,
         REST,
     )
-    gain, shift = gain_and_shift(rstd, weight, bias, channel, known, REAL)
-    output(value, mean.to(REAL), gain, shift, residual, y, at, inside, ACT, SLOPE)
+    pivot, high, low, shift = coefficients(mean, rstd, weight, bias, channel, known, REAL)
+    z = affine(value.to(REAL), pivot, high, low, shift)
+    output(z, residual, y, at, inside, ACT, SLOPE)

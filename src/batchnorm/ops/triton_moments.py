@@ -1,8 +1,8 @@
 """Moments in Triton: the merge, the moments of a tile, and what is done once all are merged.
 
-The values of a tile are summed in the arithmetic of the data, as deviations from a center near
-their mean. From there on everything is float64: a float32 mean of 1e6 would be off by 0.03. There is
-little of it, a few operations per channel and tile.
+Sums are float64, as on the CPU (docs/decisions/0009-accuracy.md), of deviations from a value of
+the channel: a mean that cancels out to near 0 keeps its digits, and so does a variance next to a mean
+of 1e6.
 """
 
 import triton
@@ -26,45 +26,37 @@ def merge(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
 
 
 @triton.jit
-def center_of(x, inside, count, first, ROWS: tl.constexpr):
-    """Return the mean of a tile, nearly; 0 where it overflows.
-
-    Summed as differences to the tile's ``first`` values: thousands of 1e6 leave no digits for
-    what distinguishes them.
-    """
-    first = finite(first)
-    offset = over(tl.where(inside, x - first[None, :], 0.0), ROWS)
-    return finite(first + offset / tl.maximum(count, 1).to(x.dtype))
+def finite(pivot):
+    """Return the pivot, or 0 where it is infinite or NaN."""
+    return tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
 
 
 @triton.jit
-def finite(center):
-    """Return the center, or 0 where it is none."""
-    return tl.where(tl.abs(center) < float("inf"), center, 0.0)
-
-
-@triton.jit
-def tile_moments(x, inside, count, center, ROWS: tl.constexpr):
+def tile_moments(x, inside, count, pivot, ROWS: tl.constexpr):
     """Return count, mean and m2 per channel of a tile, in float64.
 
-    m2 = sum(d^2) - sum(d)^2 / n with d = x - center. That loses what (mean - center)^2 is larger
-    than the variance; where the center is the mean of the values that came before, the merge adds
-    as much back as d^2 n_a n_b / n, and the error stays a rounding of what is there.
+    m2 = sum(d^2) - sum(d)^2 / n with d = x - pivot: that loses (mean - pivot)^2 / variance float64
+    roundings, which is no more than n where the pivot is one of the values.
 
     Args:
-        x: Values (A, B) in the arithmetic's dtype.
+        x: Values (A, B) as they were loaded.
         inside: Which of them count.
         count: How many count per channel, a scalar.
-        center: Per channel, finite.
+        pivot: Per channel, one of the values, finite.
         ROWS: Whether each column is a channel; else the tile is of one channel.
     """
-    deviation = tl.where(inside, x - center[None, :], 0.0)
-    left = over(deviation, ROWS).to(tl.float64)
-    square = over(deviation * deviation, ROWS).to(tl.float64)
+    if x.dtype.primitive_bitwidth == 16:
+        # Two half numbers differ by a float32, exactly but where one is 2^13 times the other.
+        deviation = (x.to(tl.float32) - pivot.to(tl.float32)[None, :]).to(tl.float64)
+    else:
+        deviation = x.to(tl.float64) - pivot.to(tl.float64)[None, :]
+    deviation = tl.where(inside, deviation, 0.0)
+    left = over(deviation, ROWS)
+    square = over(deviation * deviation, ROWS)
     n = count.to(tl.float64)
     share = left * (1.0 / tl.maximum(n, 1.0))
     m2 = square - left * share
-    return n, center.to(tl.float64) + share, tl.where(m2 < 0, 0.0, m2)
+    return n, pivot.to(tl.float64) + share, tl.where(m2 < 0, 0.0, m2)
 
 
 @triton.jit
