@@ -99,7 +99,7 @@ def launches(capability=90):
     genuine = JITFunction.run
 
     def run(kernel, *args, grid, warmup, **kwargs):
-        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in kwargs}
         done = triton.compile(source(kernel, args, kwargs), target=target, options=options)
         registers, spilled = usage(done.asm["cubin"])
         shared = done.metadata.shared

@@ -1,7 +1,8 @@
 """Triton's interpreter, with the rounding of a GPU.
 
 Triton 3.6 truncates in its interpreter where it narrows float32 to bfloat16; a GPU rounds to
-nearest, ties to even. Imported by conftest where TRITON_INTERPRET=1 is set.
+nearest, ties to even. And it adds up the rows of a tile one after another; a GPU adds a few in each
+thread, and the threads' sums in a tree. Imported by conftest where TRITON_INTERPRET=1 is set.
 """
 
 import numpy as np
@@ -24,6 +25,18 @@ def _rounded(data, input_dtype, output_dtype, rounding_mode):
 
 
 interpreter._convert_float = _rounded
+
+
+def _tree(self, data):
+    values = np.moveaxis(data.handle.data, self.axis, 0)
+    while len(values) > 8 and len(values) % 2 == 0:
+        values = values[: len(values) // 2] + values[len(values) // 2 :]
+    total = values.sum(0, keepdims=True, dtype=values.dtype)
+    total = np.moveaxis(total, 0, self.axis) if self.keep_dims else total[0]
+    return self.to_tensor(total, data.dtype)
+
+
+interpreter.ReduceOps.sum = _tree
 
 # A function that a kernel calls patches triton.language all over again; once for a kernel will do,
 # and takes half the time.

@@ -51,12 +51,17 @@ def tile_moments(x, inside, count, pivot, ROWS: tl.constexpr):
     else:
         deviation = x.to(tl.float64) - pivot.to(tl.float64)[None, :]
     deviation = tl.where(inside, deviation, 0.0)
+    n = count.to(tl.float64)
+    pivot = pivot.to(tl.float64)
+    if x.dtype.primitive_bitwidth == 64:
+        # Here float64 is no wider than the values: about the tile's own mean, nothing is lost.
+        pivot += over(deviation, ROWS) / tl.maximum(n, 1.0)
+        deviation = tl.where(inside, x - pivot[None, :], 0.0)
     left = over(deviation, ROWS)
     square = over(deviation * deviation, ROWS)
-    n = count.to(tl.float64)
     share = left * (1.0 / tl.maximum(n, 1.0))
     m2 = square - left * share
-    return n, pivot.to(tl.float64) + share, tl.where(m2 < 0, 0.0, m2)
+    return n, pivot + share, tl.where(m2 < 0, 0.0, m2)
 
 
 @triton.jit

@@ -20,6 +20,9 @@ PROGRAMS = 512
 # Bytes of neighbouring channels in a tile of rows: two cache lines.
 ROW_BYTES = 256
 
+# Registers of a thread while statistics are taken: two programs of 8 warps fit then.
+REGISTERS = 128
+
 # Tiles on their way through shared memory while one is reduced, by bytes of a value: with three
 # tensors of 4096 values no more than 48 KiB, of which several programs fit into a multiprocessor.
 STAGES = {2: 3, 4: 2, 8: 2}
