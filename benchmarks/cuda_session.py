@@ -2,7 +2,7 @@
 
     PYTHONPATH=src OUT=folder python benchmarks/cuda_session.py
 
-Needs torch, triton and numpy, and neither the native module nor a network of anybody else. Parts run
+Needs torch, triton and numpy, and neither the native module nor other packages. Parts run
 in order of what matters and one that fails does not end the rest; none is begun after --minutes.
 
     correct    every operation against plain PyTorch in float64, and the bound on statistics
@@ -254,7 +254,7 @@ def cells(options: Options) -> Iterator[dict[str, Any]]:
         moved = case.megabytes * 1e6 * 2 / timings["copy"].median
         yield {
             "case": str(case), "ours ms": ours * 1e3, "copy GB/s": moved / 1e9,
-            **{name: t.median / ours for name, t in timings.items() if name not in ("ours", "copy")},
+            **{name: t.median / ours for name, t in timings.items() if name in runs},
             "of copy on minimal bytes":
                 case.floor_copies * timings["copy"].median / ours,
         }  # fmt: skip

@@ -89,7 +89,7 @@ def usage(cubin):
             text=True,
             check=True,
         ).stdout
-    return int(re.search(r"REG:(\d+)", said)[1]), int(re.search(r"LOCAL:(\d+)", said)[1])
+    return int(re.search(r"REG:(\d+)", said)[1]), int(re.search(r"STACK:(\d+)", said)[1])
 
 
 @contextlib.contextmanager

@@ -133,6 +133,21 @@ def test_many_small_tiles_give_what_one_large_one_gives(tiny_tiles, layout, resi
             assert one is other is None or torch.equal(one, other)
 
 
+@pytest.mark.parametrize("act", ["relu", "leaky_relu(0.3)", "silu"])
+def test_a_half_residual_costs_the_gradient_no_digits_between_passes(tiny_tiles, act):
+    """dx is made of dz itself, not of what the residual's gradient keeps of it."""
+    x, dy, residual = (torch.randn(16, 3, 4, 4).bfloat16() for _ in range(3))
+    leaves = [t.detach().requires_grad_() for t in (x, residual)]
+    wide = [t.double().requires_grad_() for t in (x, residual)]
+    with bn.use_backend("triton"):
+        y, _ = bn.functional.normalize(leaves[0], residual=leaves[1], activation=act)
+        dx, _ = torch.autograd.grad(y, leaves, dy)
+    y, _ = bn.functional.normalize(wide[0], residual=wide[1], activation=act)
+    expected, _ = torch.autograd.grad(y, wide, dy.double())
+    error = (dx.double() - expected).abs()
+    assert bool((error <= 1.01 * 2.0**-8 * expected.abs() + 1e-5).all())
+
+
 def test_unwritten_memory_never_shows_between_tiles(tiny_tiles, monkeypatch):
     for name in ("empty", "empty_like"):
         genuine = getattr(torch, name)

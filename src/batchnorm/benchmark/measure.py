@@ -82,8 +82,8 @@ class CudaClock:
     """Seconds between two events on the GPU, the cache emptied before each call.
 
     A buffer of several times the L2 cache is written first, as in training, where much else goes
-    through the cache between two uses of a tensor. While that is done, and the GPU then sleeps for a
-    while, the CPU is ahead with launching, so that what is timed is the GPU.
+    through the cache between two uses of a tensor. While that is done, and the GPU then sleeps
+    for a while, the CPU is ahead with launching, so that what is timed is the GPU.
     """
 
     FLUSH = 1 << 28

@@ -101,7 +101,7 @@ def sixth_ramp(z):
 
 @triton.jit
 def expm1(z):
-    """Return exp(z) - 1 with small relative error: a series near 0, where digits would cancel."""
+    """Subtract 1 from exp(z) with small relative error: by a series where digits would cancel."""
     term = 1.0 + z / 12.0
     for k in tl.static_range(11, 1, -1):
         term = 1.0 + z * term / k
@@ -110,7 +110,7 @@ def expm1(z):
 
 @triton.jit
 def tanh(z):
-    """Return tanh(z) with small relative error."""
+    """Return the hyperbolic tangent with small relative error."""
     t = expm1(-2.0 * tl.abs(z))
     size = -t / (2.0 + t)
     return tl.where(z < 0, -size, size)

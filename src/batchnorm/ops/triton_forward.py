@@ -20,10 +20,9 @@ from batchnorm.ops.triton_tiles import channels_of, places, start_of, values_in
 def coefficients(mean, rstd, weight, bias, channel, inside, REAL: tl.constexpr):
     """Return (pivot, high, low, shift) so that z = d * high + (d * low + shift), d = x - pivot.
 
-    Computed in float64 per channel, so that z is rounded three times in all
-    (docs/decisions/0009-accuracy.md): the scale rstd * weight comes in two parts of one sign, neither of
-    which is 0, which keeps an infinite x infinite; the pivot is the mean, or 0 where the mean is
-    so small that taking it off would only round.
+    Computed in float64 per channel (docs/decisions/0009-accuracy.md): the scale rstd * weight
+    comes in two parts of one sign, neither of which is 0, which keeps an infinite x infinite; the
+    pivot is the mean, or 0 where the mean is so small that taking it off would only round.
     """
     scale = rstd
     if weight is not None:

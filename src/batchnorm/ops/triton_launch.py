@@ -71,6 +71,7 @@ def moments(x: Tensor, shape: Shape, stats: Tensor, eps: float, running: Running
             **_constants(plan, x),
             STAGES=_stages(x),
             num_warps=plan.warps,
+            maxnreg=triton_plan.REGISTERS,
         )
         grid, constants = _fold(plan)
         finish_kernel[grid](
@@ -123,15 +124,19 @@ def backward(
     plan = triton_plan.whole("backward", *shape, x.element_size())
     given = (mean, rstd, weight, bias)
     if plan is None:
-        sums_of(dy, x, shape, *given, extra, source, sums, dresidual, act)
-        if dresidual is not None:
-            # The first pass has left dz: the second one reads it instead of dy and y.
-            dy, extra, source = dresidual, None, "dz"
-        input_of(dy, x, shape, *given, extra, source, sums[0], sums[1], dx, None, act, count)
+        # Where dz is exact in the residual's gradient, the first pass leaves it there, and the second
+        # reads it instead of dy and y. ReLU gives dy or 0; other slopes would be rounded to half.
+        exact = act.name in ("relu", "relu6") or x.element_size() > 2
+        early, late = (dresidual, None) if exact else (None, dresidual)
+        sums_of(dy, x, shape, *given, extra, source, sums, early, act)
+        if early is not None:
+            dy, extra, source = early, None, "dz"
+        input_of(dy, x, shape, *given, extra, source, sums[0], sums[1], dx, late, act, count)
         return
     with _on(x):
         backward_kernel[(plan.columns, 1)](
-            dy, x, mean, *_pair(rstd), weight, bias, extra, sums, dx, dresidual, *_sizes(plan), *_two(count),
+            dy, x, mean, *_pair(rstd), weight, bias, extra, sums, dx, dresidual,
+            *_sizes(plan), *_two(count),
             SOURCE=source, **_activation(act), **_constants(plan, x), num_warps=plan.warps,
         )  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Moments in Triton: the merge, the moments of a tile, and what is done once all are merged.
 
 Sums are float64, as on the CPU (docs/decisions/0009-accuracy.md), of deviations from a value of
-the channel: a mean that cancels out to near 0 keeps its digits, and so does a variance next to a mean
-of 1e6.
+the channel: a mean that cancels out to near 0 keeps its digits, and so does a variance next to a
+mean of 1e6.
 """
 
 import triton
@@ -81,7 +81,7 @@ def finish(
     EPS: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """Store mean, m2, rstd and its rest, and commit the step of the running statistics; return rstd.
+    """Store mean, m2, rstd and its rest; commit the running step; return rstd in float64.
 
     running <- (1 - momentum) * running + momentum * (mean, m2 / (n - 1)), counter <- counter + 1.
     Exactly one program holds a channel here, so that there is nothing to race with.

@@ -6,7 +6,7 @@ A tile has A rows and B lanes, which are neighbours in memory. Of the two layout
     planes  (N, C, *): all of a tile belongs to one channel; each plane of ``inner`` values is cut
             into ``parts`` rows of B lanes, so that row r is part r % parts of plane r // parts
 
-so per-channel values are (B,) in rows and (1,) in planes, and ``value[None, :]`` broadcasts in both.
+so per-channel values are (B,) in rows and (1,) in planes; ``value[None, :]`` broadcasts in both.
 The distance of two rows (C, or inner) is given as ``width`` times the compile-time ``ALIGN``: the
 compiler then knows how far addresses are aligned, and loads 16 bytes at a time where it may.
 """
