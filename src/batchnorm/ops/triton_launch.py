@@ -124,8 +124,8 @@ def backward(
     plan = triton_plan.whole("backward", *shape, x.element_size())
     given = (mean, rstd, weight, bias)
     if plan is None:
-        # Where dz is exact in the residual's gradient, the first pass leaves it there, and the second
-        # reads it instead of dy and y. ReLU gives dy or 0; other slopes would be rounded to half.
+        # Where dz is exact in the residual's gradient, the first pass leaves it there, and the
+        # second reads it instead of dy and y. ReLU gives dy or 0; other slopes would be rounded.
         exact = act.name in ("relu", "relu6") or x.element_size() > 2
         early, late = (dresidual, None) if exact else (None, dresidual)
         sums_of(dy, x, shape, *given, extra, source, sums, early, act)
