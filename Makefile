@@ -29,7 +29,7 @@ test-slow: $(READY)
 # Two lanes side by side; the suite of every backend runs with this one.
 test-triton: $(READY) build/triton/ready
 	(	$(PY_TRITON) -m pytest tests/kernels/test_ahead.py && \
-		TRITON_INTERPRET=1 $(PY_TRITON) -m pytest tests/kernels/test_triton.py \
+		TRITON_INTERPRET=1 $(PY_TRITON) -m pytest tests/kernels/test_triton.py tests/kernels/test_session.py \
 	) & kernels=$$!; \
 	TRITON_INTERPRET=1 $(PY_TRITON) -m pytest -m "not slow" -k "triton and not threads" \
 		tests/test_ops.py tests/test_bounds.py tests/test_accuracy.py; \
