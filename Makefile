@@ -14,7 +14,7 @@ PY_TRITON := PYTHONPATH=build/triton $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-.PHONY: run test test-slow test-triton coverage bench docs lint sanitize format clean
+.PHONY: run test test-slow test-triton coverage bench docs lint sanitize neon format clean
 
 run: $(READY)
 	$(PY) -m batchnorm demo
@@ -63,6 +63,12 @@ sanitize:
 	cmake -S . -B build/tsan -DBATCHNORM_STRESS=ON -DBATCHNORM_OPENMP=OFF -DBATCHNORM_SANITIZE=thread
 	cmake --build build/tsan --parallel 2
 	TSAN_OPTIONS=halt_on_error=1 build/tsan/stress
+
+# The kernels for AArch64, compiled and run by an emulator (Debian: g++-aarch64-linux-gnu, qemu-user).
+neon:
+	cmake -S . -B build/neon -DCMAKE_TOOLCHAIN_FILE=native/aarch64.cmake -DBATCHNORM_STRESS=ON -DBATCHNORM_OPENMP=OFF
+	cmake --build build/neon --parallel 2
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/stress
 
 format: $(READY)
 	$(PY) -m ruff format .

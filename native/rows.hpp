@@ -14,6 +14,7 @@ template <class T>
 class Rows {
   public:
     using A = Real<T>;
+    static constexpr int64_t strip = 64;
     const Args& a;
     const int64_t repeat, width, rows, rest, padded, chunk_rows, chunks;
 
@@ -40,11 +41,25 @@ class Rows {
     }
     size_t need_coefs() const { return Coefs<A>::arrays * Scratch::need<A>(padded); }
 
-    // Spreads one number per channel over the columns.
-    template <class Set>
-    void each_column(Set&& set) const {
-        for (int64_t j = 0; j < width; ++j) set(j < a.channels ? j : j % a.channels, j);
+    // Strips of channels, dealt out: f(first, last). Columns are repeated only where one strip holds all channels.
+    template <class Use>
+    void each_strip(Team& team, int phase, Use&& use) const {
+        for_each(team, phase, (a.channels + strip - 1) / strip, 1, [&](int64_t i) {
+            const int64_t last = (i + 1) * strip;
+            use(i * strip, last < a.channels ? last : a.channels);
+        });
     }
+
+    // Spreads one number per channel of a strip over its columns.
+    template <class Set>
+    void each_column(int64_t first, int64_t last, Set&& set) const {
+        for (int64_t c = first; c < last; ++c)
+            for (int64_t j = c; j < width; j += a.channels) set(c, j);
+    }
+    template <class Set>
+    void each_column(Set&& set) const { each_column(0, a.channels, set); }
+
+    int64_t last_column(int64_t last) const { return repeat > 1 ? width : last; }
 
     Block<T> block(const Block<T>& whole, int64_t row, int64_t count, int64_t n) const {
         Block<T> b = whole;
@@ -129,16 +144,17 @@ struct RowMoments {
         team.barrier();
     }
 
-    // By one thread: chunks in index order, then the repeats of a channel, then the rest.
-    void fold() const {
+    // Of a strip of channels: chunks in index order, then the repeats of a channel, then the rest.
+    void fold(int64_t first, int64_t last) const {
         const Args& a = r.a;
         double count = r.chunks ? double(r.rows_in(0)) : 0;
         for (int64_t i = 1; i < r.chunks; ++i) {
-            merge_columns(r.width, count, mean, m2, double(r.rows_in(i)), mean + i * r.padded, m2 + i * r.padded);
+            const int64_t at = i * r.padded + first;
+            merge_columns(r.last_column(last) - first, count, mean + first, m2 + first, double(r.rows_in(i)), mean + at, m2 + at);
             count += double(r.rows_in(i));
         }
         const double *rest_mean = mean + r.chunks * r.padded, *rest_m2 = m2 + r.chunks * r.padded;
-        for (int64_t c = 0; c < a.channels; ++c) {
+        for (int64_t c = first; c < last; ++c) {
             Moments<double> all{0, 0, 0};
             for (int64_t j = c; j < r.width; j += a.channels) all = merge(all, Moments<double>{count, r.chunks ? mean[j] : 0, r.chunks ? m2[j] : 0});
             for (int64_t j = c; j < r.rest * a.channels; j += a.channels) all = merge(all, Moments<double>{1, rest_mean[j], rest_m2[j]});
@@ -158,12 +174,12 @@ void moments_rows(const Args& a, const Loops<T, true>* loops) {
                          0, 0, 0, r.streams(a.y)};
     parallel(r.threads(), [&](Team& team) {
         moments.run(team, 0);
-        if (team.id == 0) {
-            moments.fold();
-            if (loops) r.each_column([&](int64_t c, int64_t j) { forward_coefs(a, c, k, j); });
-        }
+        r.each_strip(team, 1, [&](int64_t first, int64_t last) {
+            moments.fold(first, last);
+            if (loops) r.each_column(first, last, [&](int64_t c, int64_t j) { forward_coefs(a, c, k, j); });
+        });
         team.barrier();
-        if (loops) r.apply(team, 1, whole, [&](const Block<T>& b) { loops->normalize(b, k, A(a.slope)); });
+        if (loops) r.apply(team, 2, whole, [&](const Block<T>& b) { loops->normalize(b, k, A(a.slope)); });
     });
 }
 
@@ -216,15 +232,15 @@ struct RowSums {
         team.barrier();
     }
 
-    void fold() const {
+    void fold(int64_t first, int64_t last) const {
         const Args& a = r.a;
         for (int64_t i = 1; i < r.chunks; ++i)
-            for (int64_t j = 0; j < r.width; ++j) {
+            for (int64_t j = first; j < r.last_column(last); ++j) {
                 sum[j] += sum[i * r.padded + j];
                 dot[j] += dot[i * r.padded + j];
             }
         const int64_t tail = r.chunks * r.padded;
-        for (int64_t c = 0; c < a.channels; ++c) {
+        for (int64_t c = first; c < last; ++c) {
             double s = 0, d = 0;
             for (int64_t j = c; r.chunks && j < r.width; j += a.channels) s += sum[j], d += dot[j];
             for (int64_t j = c; j < r.rest * a.channels; j += a.channels) s += sum[tail + j], d += dot[tail + j];
@@ -258,12 +274,14 @@ void backward_rows(const Args& a, bool sums, bool input) {
     parallel(r.threads(), [&](Team& team) {
         if (sums) {
             partial.run(team, 0, first, [&](const Block<T>& b, A* s, A* d) { loops.sums_by_column(b, k, A(a.slope), s, d); });
-            if (team.id == 0) partial.fold();
         }
+        r.each_strip(team, 1, [&](int64_t c0, int64_t c1) {
+            if (sums) partial.fold(c0, c1);
+            if (input) r.each_column(c0, c1, [&](int64_t c, int64_t j) { backward_coefs(a, c, count, k, j); });
+        });
         if (!input) return;
-        if (team.id == 0) r.each_column([&](int64_t c, int64_t j) { backward_coefs(a, c, count, k, j); });
         team.barrier();
-        r.apply(team, 1, second, [&](const Block<T>& b) { apply_loop(b, k, A(a.slope)); });
+        r.apply(team, 2, second, [&](const Block<T>& b) { apply_loop(b, k, A(a.slope)); });
     });
 }
 

@@ -12,9 +12,10 @@ TESTS = Path(__file__).parent
 # its own room; never a package's __init__.
 LEVELS = [
     {"errors", "files", "progress", "_native"},
-    {"layout"},
+    {"layout", "checkpoints"},
     {"moments"},
-    {"ops"},
+    {"ops", "collective"},
+    {"blocks"},
     {"estimators"},
     {"sources"},
     {"functional"},
@@ -23,7 +24,7 @@ LEVELS = [
     {"observation", "fusion"},
     {"memory"},
     {"calibration", "surgery", "report"},
-    {"demo", "benchmark"},
+    {"demo", "benchmark", "integrations"},
     {"cli"},
 ]
 # Of the report's room, others use its face; cli and the pages of env() are lazy on purpose.

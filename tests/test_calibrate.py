@@ -27,10 +27,10 @@ def exact(data):
     return rows.mean(0), rows.var(0, ddof=1)
 
 
-def assert_exact(layer, data):
+def assert_exact(layer, data, rtol=2e-7):
     mean, var = exact(data)
-    np.testing.assert_allclose(layer.running_mean.double(), mean, rtol=2e-7, atol=1e-7)
-    np.testing.assert_allclose(layer.running_var.double(), var, rtol=2e-7)
+    np.testing.assert_allclose(layer.running_mean.double(), mean, rtol=rtol, atol=rtol / 2)
+    np.testing.assert_allclose(layer.running_var.double(), var, rtol=rtol)
 
 
 LAYERS = {
@@ -81,17 +81,13 @@ def test_whole_networks_of_others():
     ):
         seen = {}
         chosen = {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
-        twin = copy.deepcopy(model)
-        for name, module in twin.named_modules():
-            if name in chosen:
-                module.register_forward_pre_hook(
-                    lambda _, args, name=name: seen.setdefault(name, []).append(
-                        args[0].detach().clone()
-                    )
+        for name, module in chosen.items():
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: seen.setdefault(name, []).append(
+                    args[0].detach().clone()
                 )
+            )
         data = images([4, 3], side=32)
-        for x in data:
-            twin(x)
         found = bn.calibrate(model.eval(), data)
         assert set(found.moments) == set(chosen)
         assert not model.training
@@ -183,8 +179,8 @@ def failing(kind):
         raise OSError("the disk is gone")
     if kind == "interrupt":
         raise KeyboardInterrupt
-    if kind == "not a number":
-        yield images()[1] * torch.nan
+    if kind == "one value":
+        yield images()[1][:1, :, :1, :1]
     if kind == "channels":
         yield torch.randn(2, 5, 8, 8)
     if kind == "object":
@@ -196,7 +192,7 @@ def failing(kind):
     [
         ("data", OSError),
         ("interrupt", KeyboardInterrupt),
-        ("not a number", CalibrationError),
+        ("one value", ValueError),
         ("channels", RuntimeError),
         ("object", CalibrationError),
     ],

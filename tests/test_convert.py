@@ -253,10 +253,6 @@ def test_an_object_with_a_forward_of_its_own_is_left():
     assert "forward of this object" in reason_for(layer)
 
 
-def test_sync_batch_norm_is_left_for_now():
-    assert "over ranks" in reason_for(nn.SyncBatchNorm(3))
-
-
 def test_meta_lazy_parametrized():
     assert "meta" in reason_for(nn.BatchNorm2d(3, device="meta"))
     assert "run the model once" in reason_for(nn.LazyBatchNorm2d())

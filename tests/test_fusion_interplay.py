@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.multiprocessing
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
@@ -292,3 +294,39 @@ def test_ddp_with_two_forwards_before_one_backward(buffers):
             if name.startswith("ours"):
                 other = found[name.replace("ours", "theirs")]
                 torch.testing.assert_close(value, other, atol=1e-3, rtol=1e-3, msg=name)
+
+
+def _sharded(rank, convert_first):
+    mesh = init_device_mesh("cpu", (2,))
+    found = {}
+    for which in ("ours", "theirs"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        if which == "ours" and convert_first:
+            bn.convert(model)
+        fully_shard(model, mesh=mesh)
+        if which == "ours" and not convert_first:
+            bn.convert(model)
+            (edit,) = bn.edits(model)
+            assert "convert before fully_shard" in str(edit)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        torch.manual_seed(rank)
+        for _ in range(4):
+            model(torch.randn(4, 3, 8, 8)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found |= {f"{which} {n}": p.full_tensor().detach() for n, p in model.named_parameters()}
+        found |= {f"{which} {n}": b.clone() for n, b in model.named_buffers()}
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("convert_first", [True, False])
+def test_sharded_parameters(convert_first):
+    """Converted before fully_shard, a layer trains as torch's does; after it, it is left alone."""
+    for found in across_ranks(_sharded, 2, convert_first):
+        for name, value in found.items():
+            if name.startswith("ours"):
+                other = found[name.replace("ours", "theirs")]
+                torch.testing.assert_close(value, other, atol=1e-4, rtol=1e-4, msg=name)

@@ -1,6 +1,7 @@
 """Batch normalization for PyTorch that simply works."""
 
 from batchnorm import functional as functional
+from batchnorm.calibration.averaging import merge_states as merge_states
 from batchnorm.calibration.calibrate import calibrate as calibrate
 from batchnorm.calibration.result import Calibration as Calibration
 from batchnorm.environment import env as env
@@ -21,6 +22,7 @@ from batchnorm.nn.lazy import LazyBatchNorm3d as LazyBatchNorm3d
 from batchnorm.ops.backend import use_backend as use_backend
 from batchnorm.sources.batch import Batch as Batch
 from batchnorm.sources.frozen import Frozen as Frozen
+from batchnorm.sources.synced import Synced as Synced
 from batchnorm.surgery.convert import convert as convert
 from batchnorm.surgery.convert import revert as revert
 from batchnorm.surgery.edits import edits as edits

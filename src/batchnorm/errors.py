@@ -47,3 +47,11 @@ class CalibrationError(BatchNormError, RuntimeError):
 
 class MissingExtraError(BatchNormError, ImportError):
     """An optional package is needed and not installed."""
+
+
+class CollectiveError(BatchNormError, RuntimeError):
+    """The processes of a job do not agree, or one of them is gone."""
+
+
+class CheckpointError(BatchNormError, ValueError):
+    """A checkpoint cannot be read, or would run code if it were."""

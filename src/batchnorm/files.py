@@ -30,3 +30,13 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def refuse_existing(path: Path, force: bool) -> None:
+    """Refuse to replace a file, unless it is asked for.
+
+    Raises:
+        FileExistsError: If it is there.
+    """
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} exists; choose another name, or replace it with --force")

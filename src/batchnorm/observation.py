@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from batchnorm import blocks
 from batchnorm.errors import BatchNormError
 from batchnorm.models import Found
 from batchnorm.moments import Moments
@@ -32,11 +33,18 @@ def observed(layers: Iterable[Found], sink: Sink) -> Iterator[None]:
             handle.remove()
 
 
+def entering(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Moments:
+    """Return the Moments of what enters a layer that is called with these arguments: float64."""
+    x = args[0] if args else kwargs["input"]
+    axis = getattr(layer, "axis", 1)
+    mask = _mask(layer, args, kwargs)
+    return blocks.moments(x, axis) if mask is None else Moments.of(x, axis, mask=mask)
+
+
 def _hook(name: str, sink: Sink) -> Any:
     def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["input"]
         try:
-            sink(name, Moments.of(x, getattr(layer, "axis", 1), mask=_mask(layer, args, kwargs)))
+            sink(name, entering(layer, args, kwargs))
         except BatchNormError as error:
             error.args = (f"{error} [entering layer {name!r}]",)
             raise

@@ -1,158 +1,247 @@
-"""Statistics of use from the whole training set, at fixed weights."""
+r"""Statistics of use from the whole training set, at fixed weights.
 
-from collections.abc import Callable, Iterable, Mapping
+The inputs of each layer are merged exactly over all batches, within and between, weighed by their
+size, in float64, over all processes. For batches of :math:`m_i` values per channel:
+
+.. math:: \hat\mu = \tfrac1n \sum_i m_i \mu_i, \qquad
+    \hat\sigma^2 = \tfrac{1}{n-1} \sum_i m_i \big(\sigma_i^2 + (\mu_i - \hat\mu)^2\big)
+
+What enters a layer depends on how the layers before it normalize. With ``upstream="batch"`` they do
+it as in training, by the batch at hand: one pass. With ``"population"`` they do it as in use, by
+the very statistics that are looked for; see ``population``.
+"""
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.lazy import LazyModuleMixin
+from torch import nn
 
-from batchnorm import functional
-from batchnorm.calibration.result import Calibration
-from batchnorm.errors import CalibrationError
-from batchnorm.models import Found, preserved, walk
-from batchnorm.moments import Moments, merge
-from batchnorm.nn.base import Layer
-from batchnorm.observation import observed
-from batchnorm.progress import track
+from batchnorm.calibration.choosing import LayersLike, choose
+from batchnorm.calibration.commit import write
+from batchnorm.calibration.feeding import Forward, Source, check_limit, feed
+from batchnorm.calibration.passes import Passes
+from batchnorm.calibration.pool import Pool
+from batchnorm.calibration.population import Population
+from batchnorm.calibration.result import Calibration, LayerStatistics
+from batchnorm.calibration.stage import Stage, Statistics, as_stored, staged
+from batchnorm.calibration.sweep import Sweep
+from batchnorm.collective import Group, Ranks
+from batchnorm.errors import CalibrationError, OptionError
+from batchnorm.models import preserved, unwrapped
+from batchnorm.progress import meter
 
-Forward = Callable[[nn.Module, Any], Any]
+UPSTREAM = ("batch", "population")
+
+FAILED = """\
+the input of layer {layer!r} has NaN or infinite values in {which}, and so would its statistics; \
+the model is unchanged. allow_nan=True takes them as they are"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to calibrate; ``calibrate`` says what each means."""
+
+    upstream: str = "batch"
+    max_batches: int | None = None
+    max_samples: int | None = None
+    target_error: float | None = None
+    passes: int | None = None
+    cache_bytes: int = 0
+    allow_nan: bool = False
+
+    def check(self) -> None:
+        """Refuse what has no meaning.
+
+        Raises:
+            OptionError: Naming the option.
+        """
+        if self.upstream not in UPSTREAM:
+            raise OptionError(f"expected upstream to be one of {UPSTREAM}, got {self.upstream!r}")
+        for name in ("max_batches", "max_samples", "passes"):
+            check_limit(name, getattr(self, name))
+        target = self.target_error
+        if target is not None and not (isinstance(target, int | float) and 0 < target < math.inf):
+            raise OptionError(f"expected target_error to be a positive number, got {target!r}")
+        if self.passes is not None and self.upstream == "batch":
+            raise OptionError(
+                f'passes={self.passes} repeats upstream="population"; with upstream="batch" one '
+                "pass is exact"
+            )
+        if not isinstance(self.cache_bytes, int) or self.cache_bytes < 0:
+            raise OptionError(f"expected cache_bytes >= 0, got {self.cache_bytes!r}")
 
 
 def calibrate(
-    model: nn.Module, data: Iterable[Any], *, forward: Forward | None = None, progress: bool = True
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    forward: Forward | None = None,
+    upstream: str = "batch",
+    max_batches: int | None = None,
+    max_samples: int | None = None,
+    target_error: float | None = None,
+    layers: LayersLike = None,
+    passes: int | None = None,
+    cache_bytes: int = 0,
+    allow_nan: bool = False,
+    device: torch.device | str | int | None = None,
+    group: Group = None,
+    progress: bool = True,
 ) -> Calibration:
-    r"""Set ``running_mean`` and ``running_var`` to those of everything that enters each layer.
+    """Set ``running_mean`` and ``running_var`` to those of everything that enters each layer.
 
-    Each batch passes the network as in training, normalized by its own statistics; the inputs of
-    each layer are merged exactly over all batches, within and between, weighed by their size:
-
-    .. math:: \hat\mu = \tfrac1n \sum_i m_i \mu_i, \qquad
-        \hat\sigma^2 = \tfrac{1}{n-1} \sum_i m_i \big(\sigma_i^2 + (\mu_i - \hat\mu)^2\big)
-
-    in float64. Works on our layers and on ``torch.nn``, SyncBatchNorm and timm layers.
+    Exact in float64 for any batches, shares and processes; the module says what is computed.
 
     Args:
-        model: Changed in place, and only when all is done. Everything but the statistics is as
-            before, also after an exception. Dropout and the like keep their modes.
-        data: Batches of any sizes. A tensor is passed to the model as it is, of a tuple or list
-            the first item, a mapping as keywords.
+        model: Changed in place, when all is done; else, and on any exception, it stays as it was.
+        data: Batches of any sizes, each process its own share. A tensor goes to the model as it
+            is, of a tuple or list the first item, a mapping or dataclass as keywords.
         forward: ``forward(model, batch)``, for batches of any other kind.
+        upstream: What the layers before normalize by: ``"batch"`` or ``"population"``.
+        max_batches: Most batches that a process reads in a pass.
+        max_samples: Most samples of a pass, of all processes; the last batch is cut to fit.
+        target_error: Stop where ``Calibration.error`` is this small, after 8 batches or more.
+        layers: Names, patterns, modules or ``layers(name, module)``; default all but frozen ones.
+        passes: With ``"population"``, passes in full with all layers in eval.
+        cache_bytes: With ``"population"``, memory to keep what the next pass would do again.
+        allow_nan: Whether batches with NaN or infinities count; else left out and reported.
+        device: Where batches go; by default to the model's device, if it has only one.
+        group: A process group; default all processes; False for this one alone.
         progress: Whether to show a bar on a terminal.
 
-    Returns:
-        The counts and Moments per layer, and which layers were left alone: those that keep no
-        statistics, that are frozen (in eval while the model trains), or were never called.
-
     Raises:
-        CalibrationError: No data, no layer to calibrate, a batch that cannot be passed on,
-            statistics that are not finite, or a layer that saw a single value per channel.
+        CalibrationError: Nothing to calibrate or to do it with; see the message.
+        LayoutError: With ``"batch"``, one value per channel in a batch.
+        CollectiveError: Processes that differ, failed or are gone.
+        OptionError: An option outside its range.
     """
-    chosen, skipped = _choose(model)
-    if not chosen:
-        raise CalibrationError(
-            f"expected a model with a batch normalization to calibrate, got "
-            f"{type(model).__name__} with {skipped or 'none'}"
-        )
-    pooled: dict[str, list[Moments]] = {}
-
-    def sink(name: str, batch: Moments) -> None:
-        before = pooled.get(name, [Moments.zero(batch.mean.numel(), batch.mean.device)])
-        pooled[name] = [merge(*before, batch)]
-
-    batches = 0
-    with preserved(model), torch.no_grad():
-        for found in chosen:
-            _normalize_by_batch(found.layer)
-        with observed(chosen, sink):
-            for batch in track(data, "calibrating", progress):
-                (forward or _feed)(model, batch)
-                batches += 1
-    if not batches:
-        raise CalibrationError("expected at least one batch of data, got none")
-    moments = {name: merged for name, (merged,) in pooled.items()}
-    _check(moments)
-    _write(chosen, moments, batches)
-    unused = {found.name: "not called" for found in chosen if found.name not in moments}
-    return Calibration(moments, {**skipped, **unused}, batches)
+    options = Options(upstream, max_batches, max_samples, target_error, passes, cache_bytes, allow_nan)  # fmt: skip  # noqa: E501
+    options.check()
+    ranks = Ranks(group)
+    with ranks.together():
+        return _calibrate(unwrapped(model), data, forward or feed, layers, device, ranks, options, progress)  # fmt: skip  # noqa: E501
 
 
-def _choose(model: nn.Module) -> tuple[list[Found], dict[str, str]]:
-    chosen, skipped = [], {}
-    for found in walk(model):
-        layer = found.layer
-        if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():  # type: ignore[misc]
-            raise CalibrationError(
-                f"layer {found.name!r} is lazy and uninitialized: pass one batch through the model "
-                "first"
-            )
-        if layer.running_mean is None or layer.running_var is None:
-            skipped[found.name] = "keeps no statistics (track_running_stats=False)"
-        elif model.training and not layer.training:
-            skipped[found.name] = "frozen (in eval while the model trains)"
-        elif isinstance(layer, Layer) and not layer.statistics.normalizes_by_batch:
-            skipped[found.name] = f"frozen (statistics={layer.statistics})"
+def _calibrate(
+    model: nn.Module,
+    data: Iterable[Any],
+    forward: Forward,
+    layers: LayersLike,
+    device: torch.device | str | int | None,
+    ranks: Ranks,
+    options: Options,
+    progress: bool,
+) -> Calibration:
+    chosen, skipped = choose(model, layers)
+    ranks.agree("layers to calibrate", [(one.name, one.layer.num_features) for one in chosen])
+    ranks.agree("options", options)
+    source = _source(model, data, device, ranks, options)
+    before = {found.name: as_stored(found.layer) for found in chosen}
+    with (
+        preserved(model),
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+        staged(model, chosen) as stage,
+        meter("calibrating", source.batches, progress) as tell,
+    ):
+
+        def sweep(names: list[str]) -> Sweep:
+            pool = Pool({name: stage.layers[name].num_features for name in names})
+            eps = [torch.full((n,), stage.layers[k].eps) for k, n in pool.channels.items()]
+            row = torch.cat(eps).double()
+            return Sweep(stage, pool, row, ranks, options.target_error, options.allow_nan, tell)
+
+        work = Passes(stage, source, lambda batch: forward(model, batch), sweep)
+        if options.upstream == "batch":
+            work.once()
         else:
-            chosen.append(found)
-    return chosen, skipped
+            population = Population(model, work, ranks)
+            population.settle() if options.passes is None else population.repeat(options.passes)
+    result = _result(work, before, skipped, stage, options)
+    write(stage.layers, {n: one.new for n, one in result.layers.items()}, result.accepted)
+    return result
 
 
-def _normalize_by_batch(layer: _BatchNorm) -> None:
-    """Let a layer normalize by its batch without touching what it keeps."""
-    layer.training = True
-    layer.track_running_stats = False
-    if isinstance(layer, nn.SyncBatchNorm):
-        layer.forward = _local_forward(layer)  # type: ignore[assignment, method-assign]
+def _source(
+    model: nn.Module,
+    data: Iterable[Any],
+    device: torch.device | str | int | None,
+    ranks: Ranks,
+    options: Options,
+) -> Source:
+    share = options.max_samples
+    if share is not None:
+        share = share // ranks.size + (ranks.rank < share % ranks.size)
+    if device is None:
+        devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+        place = devices.pop() if len(devices) == 1 else None
+    else:
+        place = torch.device(device)
+    again = options.upstream == "population" and options.passes != 1
+    return Source(data, options.max_batches, share, place, options.cache_bytes, again)
 
 
-def _local_forward(layer: nn.SyncBatchNorm) -> Callable[[Tensor], Tensor]:
-    """Return what a SyncBatchNorm computes on one process; its own forward refuses the CPU."""
-
-    def forward(x: Tensor) -> Tensor:
-        y, _ = functional.normalize(x, layer.weight, layer.bias, eps=layer.eps)
-        # timm's subclass carries these two.
-        for part in (getattr(layer, "drop", None), getattr(layer, "act", None)):
-            y = y if part is None else part(y)
-        return y
-
-    return forward
-
-
-def _feed(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Tensor):
-        return model(batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, list | tuple) and batch:
-        return model(batch[0])
-    raise CalibrationError(
-        f"expected a batch that is a tensor, a tuple or list (its first item is passed) or a "
-        f"mapping (passed as keywords), got {type(batch).__name__}; "
-        "pass forward=lambda model, batch: model(...)"
+def _result(
+    work: Passes,
+    before: Mapping[str, Statistics],
+    skipped: Mapping[str, str],
+    stage: Stage,
+    options: Options,
+) -> Calibration:
+    _check(work, options.allow_nan)
+    layers = {
+        name: LayerStatistics(
+            one.moments,
+            one.groups,
+            before[name],
+            stage.layers[name].eps,
+            work.remaining.get(name, 0.0),
+        )
+        for name, one in ((name, work.found[name]) for name in stage.layers if name in work.found)
+    }
+    unused = {name: "not called" for name in stage.layers if name not in layers}
+    tallies = [result.tally for result in work.results]
+    reached = [result.reached for result in work.results]
+    rejected = max(tally.rejected for tally in tallies)
+    if rejected:
+        logging.getLogger("batchnorm").warning(
+            "bn.calibrate left out %d of %d batches: the input of layer %r had NaN or infinities",
+            rejected,
+            max(tally.batches for tally in tallies),
+            next(tally.where for tally in tallies if tally.where is not None),
+        )
+    return Calibration(
+        layers,
+        {**skipped, **unused},
+        max(tally.batches for tally in tallies),
+        max(tally.samples for tally in tallies),
+        rejected,
+        options.upstream,
+        len(tallies),
+        None if options.target_error is None else all(reached),
     )
 
 
-def _check(found: Mapping[str, Moments]) -> None:
-    for name, moments in found.items():
-        if not bool(torch.isfinite(moments.mean).all() & torch.isfinite(moments.m2).all()):
+def _check(work: Passes, allow_nan: bool) -> None:
+    tallies = [result.tally for result in work.results]
+    if not any(tally.batches for tally in tallies):
+        raise CalibrationError("expected at least one batch of data, got none")
+    for tally in tallies:
+        if tally.rejected and tally.rejected == tally.batches:
+            which = "each batch" if tally.batches > 1 else "the data"
+            raise CalibrationError(FAILED.format(layer=tally.where, which=which))
+    if not work.found:
+        raise CalibrationError(
+            "no layer to calibrate was called: the model's forward does not use them, or the data "
+            "were all empty; the model is unchanged"
+        )
+    for name, one in work.found.items():
+        if float(one.moments.count) < 2 and not allow_nan:
             raise CalibrationError(
-                f"the input of layer {name!r} has NaN or infinite values in the data, and so would "
-                "its statistics; the model is unchanged"
+                f"layer {name!r} saw {float(one.moments.count):g} values per channel; a variance "
+                "needs at least 2; the model is unchanged"
             )
-        if float(moments.count) < 2:
-            raise CalibrationError(
-                f"layer {name!r} saw {float(moments.count):g} values per channel; a variance needs "
-                "at least 2; the model is unchanged"
-            )
-
-
-@torch.no_grad()
-def _write(chosen: list[Found], found: Mapping[str, Moments], batches: int) -> None:
-    for name, _, layer in chosen:
-        if name not in found:
-            continue
-        layer.get_buffer("running_mean").copy_(found[name].mean)
-        layer.get_buffer("running_var").copy_(found[name].variance(correction=1))
-        if layer.num_batches_tracked is not None:
-            layer.num_batches_tracked.fill_(batches)

@@ -1,37 +1,256 @@
 """What a calibration found."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from os import PathLike
+from typing import Any
 
-from batchnorm.moments import Moments
+import torch
+from torch import Tensor, nn
+
+from batchnorm import blocks
+from batchnorm.calibration import store, table
+from batchnorm.calibration.commit import write
+from batchnorm.calibration.pool import GROUPS, Errors, relative_error, standard_errors
+from batchnorm.calibration.stage import Statistics
+from batchnorm.errors import CalibrationError
+from batchnorm.models import unwrapped, walk
+from batchnorm.moments import Moments, merge
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What was found for one layer; everything per channel, (C,), float64.
+
+    Attributes:
+        moments: Of everything that entered the layer; ``count`` is the number of values.
+        groups: Of groups of batches in order: count (K, 1), mean and m2 (K, C).
+        old: Mean and variance that the layer had before.
+        eps: What the layer adds to the variance.
+        remaining: With ``upstream="population"``, how far the last pass moved the statistics, in
+            standard errors (the largest of all channels): 0 where they are settled.
+    """
+
+    moments: Moments
+    groups: Moments
+    old: Statistics
+    eps: float
+    remaining: float = 0.0
+
+    @cached_property
+    def new(self) -> Statistics:
+        """Mean and unbiased variance, as they are put in the buffers."""
+        return Statistics(self.moments.mean, self.moments.variance(correction=1))
+
+    @cached_property
+    def errors(self) -> Errors:
+        """Standard errors of mean and variance, from the scatter between batches; may be NaN."""
+        return standard_errors(self.groups)
+
+    @cached_property
+    def error(self) -> float:
+        """The largest relative error: what it may shift or stretch normalized values by."""
+        return _largest(relative_error(self.groups, torch.tensor(self.eps, dtype=torch.float64)))
+
+    @cached_property
+    def change(self) -> Errors:
+        """(new - old) / standard error, of mean and variance; 0 where nothing changed."""
+        pairs = zip(self.new, self.old, self.errors, strict=True)
+        return Errors(*(_in_units(new - old, unit) for new, old, unit in pairs))
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The Moments of everything that entered each layer.
+    """The statistics of everything that entered each layer, with their uncertainty.
 
     Attributes:
-        moments: Layer name -> Moments of all data, float64; its ``count`` is the number of values
-            per channel.
+        layers: Layer name -> what was found.
         skipped: Layer name -> why its statistics are as they were.
-        batches: How many batches the data had.
+        batches: How many batches were read, of all processes together.
+        samples: How many samples their accepted batches had.
+        rejected: How many batches were left out because a layer's input had NaN or infinities.
+        upstream: What the layers before were normalized by: ``"batch"`` or ``"population"``.
+        passes: How often the data were read.
+        reached: Whether the target error was reached; None where there was none.
     """
 
-    moments: Mapping[str, Moments]
-    skipped: Mapping[str, str]
-    batches: int
+    layers: Mapping[str, LayerStatistics]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    batches: int = 0
+    samples: int = 0
+    rejected: int = 0
+    upstream: str = "batch"
+    passes: int = 1
+    reached: bool | None = None
+
+    @property
+    def moments(self) -> dict[str, Moments]:
+        """Layer name -> Moments of all data, float64."""
+        return {name: found.moments for name, found in self.layers.items()}
 
     @property
     def counts(self) -> dict[str, float]:
         """Layer name -> number of values per channel."""
-        return {name: float(found.count) for name, found in self.moments.items()}
+        return {name: float(found.moments.count) for name, found in self.layers.items()}
+
+    @property
+    def accepted(self) -> int:
+        """How many batches count."""
+        return self.batches - self.rejected
+
+    @property
+    def error(self) -> float:
+        """The largest relative error of any layer; NaN if unknown."""
+        known = [found.error for found in self.layers.values() if found.error == found.error]
+        return max(known, default=float("nan"))
+
+    def merge(self, *others: "Calibration") -> "Calibration":
+        """Return the calibration of all data together, as of several machines or days.
+
+        Exact for ``upstream="batch"``. With ``"population"`` each part had its own estimate of
+        the layers before; the result is their pooled statistics, a close estimate.
+
+        Raises:
+            CalibrationError: If a layer has another number of channels, or ``upstream`` differs.
+        """
+        return _merge([self, *others])
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Put the statistics in the buffers of a model, in place; all of them or, on error, none.
+
+        Args:
+            model: A model with these layers, by name.
+
+        Returns:
+            The model.
+
+        Raises:
+            CalibrationError: If a layer is missing, has another number of channels, or no buffers.
+        """
+        layers = {
+            name: found.layer for found in walk(unwrapped(model))
+            for name in (found.name, *found.aliases)
+        }  # fmt: skip
+        for name, found in self.layers.items():
+            layer = layers.get(name)
+            has = None if layer is None else layer.running_mean
+            if layer is None or has is None or has.shape != found.new.mean.shape:
+                came = "no such layer" if layer is None else (
+                    "one that keeps no statistics" if has is None else f"{has.numel()} channels"
+                )  # fmt: skip
+                raise CalibrationError(
+                    f"expected a layer {name!r} of {found.new.mean.numel()} channels in "
+                    f"{type(model).__name__}, got {came}; the model is unchanged"
+                )
+        new = {name: found.new for name, found in self.layers.items()}
+        write({name: layers[name] for name in new}, new, self.accepted)
+        return model
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a safetensors file, in one step; needs the package safetensors.
+
+        Raises:
+            MissingExtraError: If it is not installed.
+            OSError: If the file cannot be written.
+        """
+        store.save(self.to_tensors(), path)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Calibration":
+        """Read what ``save`` has written.
+
+        Raises:
+            CalibrationError: If the file is no such thing, or damaged.
+            MissingExtraError: If safetensors is not installed.
+            OSError: If the file cannot be read.
+        """
+        return cls.from_tensors(*store.load(path))
+
+    def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return everything as named tensors, and the rest as plain values."""
+        tensors: dict[str, Tensor] = {}
+        for name, found in self.layers.items():
+            count = torch.as_tensor(float(found.moments.count), dtype=torch.float64)
+            parts: Any = (count, *found.moments[1:], *found.groups, *found.old)
+            tensors |= {f"{name}:{key}": t for key, t in zip(store.KEYS, parts, strict=True)}
+        plain = {key: getattr(self, key) for key in store.PLAIN}
+        layers = {name: [found.eps, found.remaining] for name, found in self.layers.items()}
+        return tensors, {**plain, "skipped": dict(self.skipped), "layers": layers}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> "Calibration":
+        """Invert ``to_tensors``."""
+        layers = {}
+        for name, (eps, remaining) in plain["layers"].items():
+            count, mean, m2, counts, means, m2s, *old = (tensors[f"{name}:{k}"] for k in store.KEYS)
+            moments, groups = Moments(float(count), mean, m2), Moments(counts, means, m2s)
+            layers[name] = LayerStatistics(moments, groups, Statistics(*old), eps, remaining)
+        return cls(layers, plain["skipped"], **{key: plain[key] for key in store.PLAIN})
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one line of plain numbers per calibrated layer, for tables and plots."""
+        return table.rows(self)
+
+    def plot(self, path: str | PathLike[str] | None = None) -> Any:
+        """Draw error and change of every layer; return the matplotlib figure.
+
+        Args:
+            path: Where to write it as well, in the format that its ending says.
+
+        Raises:
+            MissingExtraError: If matplotlib is not installed.
+        """
+        return table.plot(self, path)
 
     def __str__(self) -> str:
         """Return a table: a line per layer."""
-        width = max((len(name) for name in (*self.moments, *self.skipped)), default=0)
-        lines = [f"calibrated on {self.batches} batches"]
-        for name, count in self.counts.items():
-            lines.append(f"  {name:<{width}}  {count:>14,.0f} values per channel")
-        for name, reason in self.skipped.items():
-            lines.append(f"  {name:<{width}}  unchanged: {reason}")
-        return "\n".join(lines)
+        return table.text(self)
+
+
+def _merge(several: list[Calibration]) -> Calibration:
+    first = several[0]
+    if len({one.upstream for one in several}) > 1:
+        raise CalibrationError(
+            f"expected calibrations of one kind to merge, got upstream="
+            f"{[one.upstream for one in several]}"
+        )
+    layers: dict[str, LayerStatistics] = {}
+    for one in several:
+        for name, found in one.layers.items():
+            known = layers.get(name)
+            layers[name] = found if known is None else _merge_layer(name, known, found)
+    reached = [one.reached for one in several]
+    skipped = {k: v for one in several for k, v in one.skipped.items() if k not in layers}
+    return replace(
+        first,
+        layers=layers,
+        skipped=skipped,
+        batches=sum(one.batches for one in several),
+        samples=sum(one.samples for one in several),
+        rejected=sum(one.rejected for one in several),
+        passes=max(one.passes for one in several),
+        reached=None if None in reached else all(reached),
+    )
+
+
+def _merge_layer(name: str, a: LayerStatistics, b: LayerStatistics) -> LayerStatistics:
+    if a.moments.mean.shape != b.moments.mean.shape:
+        raise CalibrationError(
+            f"expected layer {name!r} with the same number of channels in all calibrations, got "
+            f"{a.moments.mean.numel()} and {b.moments.mean.numel()}"
+        )
+    groups = Moments(*(torch.cat([x, y]) for x, y in zip(a.groups, b.groups, strict=True)))  # type: ignore[list-item]
+    while len(groups.mean) > GROUPS:
+        groups = blocks.halve(groups)
+    remaining = max(a.remaining, b.remaining)
+    return replace(a, moments=merge(a.moments, b.moments), groups=groups, remaining=remaining)
+
+
+def _in_units(change: Tensor, unit: Tensor) -> Tensor:
+    return torch.where(change == 0, 0.0, change / unit)
+
+
+def _largest(values: Tensor) -> float:
+    known = values[~values.isnan()]
+    return float(known.max()) if len(known) else float("nan")

@@ -4,18 +4,16 @@ What a command needs is imported in its body, so that ``--help`` and ``env`` ans
 not ask for packages that only the demo needs.
 """
 
-import contextlib
 import enum
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from batchnorm.cli.bars import bars
-from batchnorm.errors import BatchNormError
+from batchnorm.cli.calibration import calibrate, merge
+from batchnorm.cli.telling import console, errors, told_in_one_line
 
 app = typer.Typer(
     help="Batch normalization for PyTorch.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -27,10 +25,6 @@ class Device(enum.Enum):
 
     CPU = "cpu"
     CUDA = "cuda"
-
-
-console = Console()
-errors = Console(stderr=True)
 
 
 @app.callback()
@@ -120,17 +114,5 @@ def env() -> None:
             console.print(Text(f"{name:<10} {key:<12} {found}"), soft_wrap=True)
 
 
-@contextlib.contextmanager
-def told_in_one_line() -> Iterator[None]:
-    """Our own errors and Ctrl-C end in one line and an exit code, not in a traceback."""
-    try:
-        yield
-    except BatchNormError as error:
-        errors.print(Text(f"batchnorm: {error}"), soft_wrap=True)
-        raise typer.Exit(1) from error
-    except OSError as error:
-        errors.print(Text(f"batchnorm: a file could not be read or written: {error}"))
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        errors.print("batchnorm: interrupted; every file that is there is whole")
-        raise typer.Exit(130) from None
+app.command()(calibrate)
+app.command()(merge)

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from batchnorm import functional
 from batchnorm.nn import foreign
-from batchnorm.nn.layers import BatchNorm2d
+from batchnorm.nn.layers import BatchNorm, BatchNorm2d
 
 
 class _Activated:
@@ -52,6 +52,10 @@ class _Stored:
 
 class BatchNormAct2d(_Activated, BatchNorm2d):
     """A converted ``timm.layers.BatchNormAct2d``: ``drop`` and ``act`` are its own modules."""
+
+
+class SyncBatchNormAct(_Activated, BatchNorm):
+    """A converted ``timm.layers.norm_act.SyncBatchNormAct``, of any rank."""
 
 
 class FrozenBatchNorm2d(_Stored, BatchNorm2d):

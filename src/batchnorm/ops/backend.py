@@ -50,7 +50,23 @@ def select(
     residual: Tensor | None = None,
     axis: int = 1,
 ) -> Any:
-    """Return the first backend that serves the call.
+    """Return the first backend that serves the call, in what ``wrap_with`` puts around it.
+
+    Raises:
+        BackendError: If ``use_backend`` named one that does not.
+    """
+    backend = chosen(x, weight, bias, residual, axis)
+    return backend if _wrap is None else _wrap(backend)
+
+
+def chosen(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    axis: int = 1,
+) -> ModuleType:
+    """Return the first backend that serves the call, as it is.
 
     Raises:
         BackendError: If ``use_backend`` named one that does not.
@@ -64,10 +80,10 @@ def select(
                 f"{tuple(x.shape)}, {x.dtype} on {x.device}: {reason}; "
                 "leave the choice open, or use_backend('reference')"
             )
-        return backend if _wrap is None else _wrap(backend)
+        return backend
     for backend in _order:
         if backend.serves(x, weight, bias, residual, axis) is None:
-            return backend if _wrap is None else _wrap(backend)
+            return backend
     raise AssertionError("the reference backend serves everything")
 
 

@@ -20,6 +20,7 @@ from batchnorm.nn.base import BATCH, MOMENTUM, Layer, estimation
 from batchnorm.ops.activations import IDENTITY
 from batchnorm.sources.base import Source
 from batchnorm.sources.frozen import Frozen
+from batchnorm.sources.synced import Synced
 from batchnorm.surgery import edits, rules
 from batchnorm.surgery.edits import Edit
 from batchnorm.surgery.saving import switch_off
@@ -62,14 +63,16 @@ def convert(
 ) -> Model:
     """Make every batch normalization of a model ours, in place.
 
-    These are, by exact type, ``torch.nn.BatchNorm1d/2d/3d``, timm's ``BatchNormAct2d`` with its
+    These are, by exact type, ``torch.nn.BatchNorm1d/2d/3d``, ``SyncBatchNorm`` (which becomes a
+    ``BatchNorm`` with ``statistics=Synced(its group)``), timm's ``BatchNormAct2d`` with its
     activation and drop layer, and the frozen ones of torchvision and timm. Other classes and what
     cannot be converted are left as they are and listed in ``bn.edits(model)``. Parameters, buffers,
     hooks, modes and names are untouched: optimizers and checkpoints go on as they were.
 
     Args:
         model: The model; changed in place.
-        statistics: What normalizes a training step, in every converted layer that is not frozen.
+        statistics: What normalizes a training step, in every converted layer that is not frozen
+            and does not normalize over ranks.
         estimator: What is kept for use; running averages go on from the present statistics.
         filter: ``filter(name, module)`` says whether a module is converted; all by default.
         fuse: Whether an addition and an activation behind a layer are computed with it. This
@@ -161,7 +164,9 @@ def _become(
         channels = layer.running_mean.numel()
         new |= {"statistics": Frozen(), "num_features": channels, "momentum": 0.0}
         new |= {"affine": True, "track_running_stats": False}
-    elif estimator is not None:
+    elif verdict.synced:
+        new["statistics"] = Synced(layer.process_group)
+    if estimator is not None and not verdict.frozen:
         new["momentum"], new["_bank"] = estimation(MOMENTUM, estimator, track_running_stats=True)
     has = layer.__dict__
     changed = {name: has[name] for name in new if name in has}

@@ -7,16 +7,22 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import Parameter, is_lazy
 
-from batchnorm.nn.adopted import BatchNormAct2d, FrozenBatchNorm2d, FrozenBatchNormAct2d
+from batchnorm.nn.adopted import (
+    BatchNormAct2d,
+    FrozenBatchNorm2d,
+    FrozenBatchNormAct2d,
+    SyncBatchNormAct,
+)
 from batchnorm.nn.base import Layer
-from batchnorm.nn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.nn.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 
 class Becomes(NamedTuple):
-    """The class that a layer changes to, and whether it is a frozen one."""
+    """The class that a layer changes to, and whether it is frozen or normalizes over ranks."""
 
     cls: type[Layer]
     frozen: bool = False
+    synced: bool = False
 
 
 class Left(NamedTuple):
@@ -33,15 +39,12 @@ _EXACT = {
     "timm.layers.norm_act.BatchNormAct2d": Becomes(BatchNormAct2d),
     "timm.layers.norm_act.FrozenBatchNormAct2d": Becomes(FrozenBatchNormAct2d, frozen=True),
     "torchvision.ops.misc.FrozenBatchNorm2d": Becomes(FrozenBatchNorm2d, frozen=True),
+    "torch.nn.modules.batchnorm.SyncBatchNorm": Becomes(BatchNorm, synced=True),
+    "timm.layers.norm_act.SyncBatchNormAct": Becomes(SyncBatchNormAct, synced=True),
 }
-
-_SYNCED = ("torch.nn.modules.batchnorm.SyncBatchNorm", "timm.layers.norm_act.SyncBatchNormAct")
 
 OURS = Left("it is this library's already")
 SCRIPTED = Left("it is scripted or traced; convert the model before torch.jit sees it")
-SYNC = Left(
-    "it merges statistics over ranks, which this library does not do yet; it goes on as it is"
-)
 LAZY = Left("it has no parameters yet; run the model once, then convert")
 OWN_FORWARD = Left("somebody replaced the forward of this object, and it would still be called")
 PARAMETRIZED = Left(
@@ -68,8 +71,6 @@ def decide(name: str, module: nn.Module) -> Becomes | Left | None:
     if ".parametrizations." in f".{name}":
         return INSIDE
     kind = _full_name(module)
-    if kind in _SYNCED:
-        return SYNC
     if kind not in _EXACT:
         lazy = kind.startswith("torch.nn.modules.batchnorm.Lazy")
         return LAZY if lazy else SUBCLASS

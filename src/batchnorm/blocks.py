@@ -1,0 +1,102 @@
+"""Moments of large tensors in float64, block by block: exact, fast enough, in bounded memory.
+
+A tensor is seen as (outer, C, inner) and cut into blocks that stay in the cache as float64;
+neighbours are merged with each other. The native kernel adds in an order of its own for any number
+of threads; without it blocks are so small that PyTorch sums each of them on one thread. So the bits
+are the same for any number of threads.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from batchnorm import layout
+from batchnorm.moments import Moments, merge, wide
+from batchnorm.ops import backend, reference
+
+# Elements of a block. PyTorch's reductions stay on one thread below 32768.
+BLOCK = {"cpu": (1 << 15) - 1}
+LARGE = 1 << 22
+NATIVE = 1 << 18
+
+MomentsOf = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+
+def moments(x: Tensor, axis: int = 1) -> Moments:
+    """Return the Moments of a tensor over all axes but ``axis``, as ``Moments.of`` does.
+
+    Args:
+        x: Input of any rank >= 2 and any floating dtype, channels on ``axis``.
+        axis: The channel axis.
+
+    Returns:
+        Moments with a plain count and mean and m2 of shape (C,), float64 where the device has it.
+
+    Raises:
+        LayoutError: If the rank is below 2.
+        DtypeError: If ``x`` is not floating.
+    """
+    axis = layout.channel_axis(x.ndim, axis)
+    layout.check_input(x)
+    count = layout.values_per_channel(x.shape, axis)
+    if count == 0 or wide(x.device) != torch.float64:
+        return Moments.of(x, axis)
+    values = layout.canonical(x.detach(), axis)
+    served = backend.chosen(values) if values.is_cpu else reference
+    native = served is not reference
+    size = NATIVE if native else BLOCK.get(x.device.type, LARGE)
+    of: MomentsOf = served.moments if native else _block
+    _, channels, inner = values.shape
+    if values.numel() <= size:
+        return Moments(count, *of(values.to(torch.float64, copy=True), 1))
+    rows = max(1, size // (channels * inner))
+    # Several parts of the channels only where one row is larger than a block.
+    some = channels if rows > 1 else max(1, size // inner)
+    found = [_rows(part, rows, min(inner, size), of) for part in values.split(some, dim=1)]
+    mean, m2 = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Moments(count, mean, m2)
+
+
+def fold(parts: Moments) -> Moments:
+    """Merge Moments that are stacked along a leading axis, neighbours first.
+
+    Args:
+        parts: count (K, 1) or (K, C); mean and m2 (K, C).
+
+    Returns:
+        Moments without the leading axis.
+    """
+    while len(parts.mean) > 1:
+        parts = halve(parts)
+    return Moments(*(part[0] for part in parts))  # type: ignore[index]
+
+
+def halve(parts: Moments) -> Moments:
+    """Merge neighbours of Moments that are stacked along a leading axis; an odd last one stays."""
+    even = len(parts.mean) // 2 * 2
+    first, second, odd = slice(0, even, 2), slice(1, even, 2), slice(even, None)
+    merged = merge(*(Moments(*(part[i] for part in parts)) for i in (first, second)))  # type: ignore[index]
+    rest = (part[odd] for part in parts)  # type: ignore[index]
+    return Moments(*(torch.cat(pair) for pair in zip(merged, rest, strict=True)))  # type: ignore[arg-type]
+
+
+def _rows(values: Tensor, rows: int, some: int, of: MomentsOf) -> tuple[Tensor, Tensor]:
+    """Return mean and m2 of (outer, C, inner), taken in blocks of (rows, C, some)."""
+    counts, found = [], []
+    for part in values.split(rows):
+        for block in part.split(some, dim=2):
+            counts.append(block.shape[0] * block.shape[2])
+            # copy=True: what comes of a float64 tensor may be written to.
+            found.append(of(block.to(torch.float64, copy=True), 1))
+    if len(counts) == 1:
+        return found[0]
+    count = torch.tensor(counts, dtype=torch.float64, device=values.device)[:, None]
+    _, mean, m2 = fold(Moments(count, *(torch.stack(parts) for parts in zip(*found, strict=True))))
+    return mean, m2
+
+
+def _block(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    """Return mean and m2 of a block (outer, C, inner), which is written to."""
+    mean = x.sum((0, 2)).div_(x.shape[0] * x.shape[2])
+    return mean, x.sub_(mean[:, None]).square_().sum((0, 2))

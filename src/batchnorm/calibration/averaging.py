@@ -1,0 +1,124 @@
+"""Averages of checkpoints in which batch normalization stays what it is."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import OptionError
+from batchnorm.moments import Moments, merge, wide
+
+MEAN, VAR, COUNTER = "running_mean", "running_var", "num_batches_tracked"
+
+DIFFERENT = """\
+expected state dicts of one architecture, but {name!r} {what}; average states of the same model \
+only"""
+
+
+def merge_states(
+    states: Sequence[Mapping[str, Any]], counts: Sequence[float] | None = None
+) -> "OrderedDict[str, Any]":
+    r"""Average state dicts, with statistics pooled as those of one set of data.
+
+    For weights :math:`w_i` (``counts``), with the spread *between* the states in the variance:
+
+    .. math:: \hat\mu = \frac{\sum w_i \mu_i}{\sum w_i}, \qquad
+        \hat\sigma^2 = \frac{\sum w_i \big(\sigma_i^2 + (\mu_i - \hat\mu)^2\big)}{\sum w_i}
+
+    For moving averages (counts ``[1 - a, a]``), SWA, model soups and federated rounds. What the
+    averaged *weights* need is ``calibrate`` on some data; without data this is the best there is.
+
+    Args:
+        states: State dicts with the same keys and shapes, of any model.
+        counts: The weight of each, such as its number of samples; equal by default.
+
+    Returns:
+        A new state dict that shares no memory with the given ones: other floating tensors are
+        averaged (in float64), ``num_batches_tracked`` is the largest, other integers and objects
+        are those of the state with the largest count.
+
+    Raises:
+        OptionError: Different keys or shapes, or counts that are no weights.
+    """
+    weights = _weights(states, counts)
+    _check_alike(states)
+    heaviest = states[max(range(len(weights)), key=weights.__getitem__)]
+    merged: OrderedDict[str, Any] = OrderedDict()
+    for name in states[0]:
+        values = [state[name] for state in states]
+        stem, _, leaf = name.rpartition(".")
+        sibling = (
+            f"{stem}.{VAR if leaf == MEAN else MEAN}" if stem else (VAR if leaf == MEAN else MEAN)
+        )
+        if leaf in (MEAN, VAR) and sibling in states[0]:
+            pairs = [(values[i], s[sibling]) for i, s in enumerate(states)]
+            means_vars = [pair if leaf == MEAN else pair[::-1] for pair in pairs]
+            pooled = _pooled(means_vars, weights)
+            merged[name] = pooled[leaf == VAR].to(values[0])
+        elif not isinstance(values[0], Tensor):
+            merged[name] = heaviest[name]
+        elif leaf == COUNTER:
+            merged[name] = torch.stack([value.to(values[0]) for value in values]).amax(0)
+        elif values[0].is_floating_point() or values[0].is_complex():
+            merged[name] = _average(values, weights)
+        else:
+            merged[name] = heaviest[name].clone()
+    return merged
+
+
+def _pooled(
+    pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of all states as one set."""
+    first = pairs[0][0]
+    dtype = wide(first.device)
+    parts = []
+    for (mean, var), weight in zip(pairs, weights, strict=True):
+        mean, var = (t.detach().to(first.device, dtype) for t in (mean, var))  # noqa: PLW2901
+        parts.append(Moments(weight, mean, var * weight))
+    all_of_them = merge(*parts)
+    return all_of_them.mean.clone(), all_of_them.variance()
+
+
+def _average(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    first = values[0]
+    kind = torch.complex128 if first.is_complex() else wide(first.device)
+    total = torch.zeros_like(first, dtype=kind)
+    for value, weight in zip(values, weights, strict=True):
+        # A state that does not count may hold anything.
+        if weight:
+            total += value.detach().to(first.device, kind) * (weight / math.fsum(weights))
+    return total.to(first.dtype)
+
+
+def _weights(states: Sequence[Any], counts: Sequence[float] | None) -> list[float]:
+    if not states:
+        raise OptionError("expected at least one state dict to merge, got none")
+    weights = [1.0] * len(states) if counts is None else [float(count) for count in counts]
+    if len(weights) != len(states):
+        raise OptionError(f"expected a count for each of {len(states)} states, got {len(weights)}")
+    if not all(0 <= weight < math.inf for weight in weights) or not sum(weights):
+        raise OptionError(f"expected counts >= 0, finite, not all of them 0, got {weights}")
+    return weights
+
+
+def _check_alike(states: Sequence[Mapping[str, Any]]) -> None:
+    first = states[0]
+    for number, state in enumerate(states[1:], 1):
+        for name in [*first, *state]:
+            if name not in state or name not in first:
+                where = number if name not in state else 0
+                raise OptionError(DIFFERENT.format(name=name, what=f"is missing in state {where}"))
+            shapes = [getattr(one[name], "shape", None) for one in (first, state)]
+            if shapes[0] != shapes[1]:
+                what = (
+                    f"is {_shape(shapes[0])} in state 0 and {_shape(shapes[1])} in state {number}"
+                )
+                raise OptionError(DIFFERENT.format(name=name, what=what))
+
+
+def _shape(shape: Any) -> str:
+    return "no tensor" if shape is None else f"of shape {tuple(shape)}"

@@ -1,0 +1,105 @@
+"""Which layers of a model are calibrated, and why the others are left alone."""
+
+import fnmatch
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from batchnorm.errors import CalibrationError, OptionError
+from batchnorm.models import Found, walk
+from batchnorm.nn.base import Layer
+
+# A name or pattern, a module, several of them, or a question.
+LayersLike = str | nn.Module | Iterable[str | nn.Module] | Callable[[str, nn.Module], bool] | None
+
+NONE = """\
+expected a model with a batch normalization to calibrate, got {model} with {found}. Layers must \
+derive from torch.nn's, as those of this library, SyncBatchNorm and timm do; a scripted or traced \
+model has none: calibrate the one it was made from."""
+
+
+def choose(model: nn.Module, layers: LayersLike) -> tuple[list[Found], dict[str, str]]:
+    """Return the layers to calibrate, and name -> reason for the others.
+
+    Args:
+        model: Any model.
+        layers: None for all but the frozen ones; or exactly which, frozen or not: names, patterns
+            such as ``"layer4.*"``, modules (with everything inside them), or
+            ``layers(name, module)``.
+
+    Raises:
+        CalibrationError: If none is left, or one is lazy and has not seen an input.
+        OptionError: If a name, pattern or module has no layer in the model.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
+    found = walk(model)
+    asked = None if layers is None else _asked(model, found, layers)
+    chosen, skipped = [], {}
+    for one in found:
+        reason = _unable(one) or (
+            _frozen(one, model) if asked is None else "" if one.name in asked else "not asked for"
+        )
+        if reason:
+            skipped[one.name] = reason
+        else:
+            chosen.append(one)
+    if not chosen:
+        raise CalibrationError(
+            NONE.format(model=type(model).__name__, found=skipped or "none that is recognized")
+        )
+    return chosen, skipped
+
+
+def _unable(found: Found) -> str:
+    layer = found.layer
+    if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():  # type: ignore[misc]
+        raise CalibrationError(
+            f"layer {found.name!r} is lazy and uninitialized: pass one batch through the model "
+            "first"
+        )
+    if layer.running_mean is None or layer.running_var is None:
+        return "keeps no statistics (track_running_stats=False)"
+    if layer.running_mean.is_meta:
+        raise CalibrationError(
+            f"layer {found.name!r} is on the device 'meta', where tensors have no values: build "
+            "the model on a real device and load its weights first"
+        )
+    return ""
+
+
+def _frozen(found: Found, model: nn.Module) -> str:
+    layer = found.layer
+    if isinstance(layer, Layer) and not layer.statistics.normalizes_by_batch:
+        return f"frozen (statistics={layer.statistics})"
+    if model.training and not layer.training:
+        return "frozen (in eval while the model trains)"
+    return ""
+
+
+def _asked(model: nn.Module, found: list[Found], layers: LayersLike) -> set[str]:
+    if callable(layers) and not isinstance(layers, nn.Module):
+        return {one.name for one in found if layers(one.name, one.layer)}
+    several: Any = [layers] if isinstance(layers, str | nn.Module) else layers
+    asked: set[str] = set()
+    for want in several:
+        if isinstance(want, nn.Module):
+            inside = set(want.modules())
+            names = {one.name for one in found if one.layer in inside}
+        else:
+            names = {one.name for one in found if _matches(one, want)}
+        if not names:
+            what = want if isinstance(want, str) else type(want).__name__
+            known = ", ".join(repr(one.name) for one in found[:8])
+            raise OptionError(
+                f"layers={what!r} has no batch normalization in {type(model).__name__}; "
+                f"it has {known}{', ...' if found[8:] else ''}"
+            )
+        asked |= names
+    return asked
+
+
+def _matches(found: Found, pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (found.name, *found.aliases))

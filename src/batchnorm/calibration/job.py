@@ -1,0 +1,180 @@
+"""A calibration from files to a file: what the command ``batchnorm calibrate`` does."""
+
+import importlib
+import inspect
+import itertools
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from batchnorm.calibration.calibrate import calibrate
+from batchnorm.calibration.result import Calibration
+from batchnorm.checkpoints import read_state, write_state
+from batchnorm.collective import Ranks, launched
+from batchnorm.errors import CheckpointError, OptionError
+from batchnorm.files import refuse_existing
+
+PREFIXES = ("module.", "_orig_mod.", "model.")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to calibrate, with what, and where the result goes.
+
+    Attributes:
+        model: ``"package.module:name"`` of a model or of a function that returns one.
+        data: The same of an iterable of batches, or of a function that returns one. A function
+            with the parameters ``rank`` and ``world_size`` is given them, and returns the share of
+            that process; of other data each process takes every n-th batch, unless a
+            ``DistributedSampler`` already deals them out.
+        checkpoint: File with the weights; None for the model as it is built.
+        out: File for the checkpoint with the new statistics.
+        forward: The same of ``forward(model, batch)``.
+        device: Where model and batches go.
+        save: File for the calibration itself.
+        force: Whether files that exist are replaced.
+        options: Further options of ``calibrate``.
+    """
+
+    model: str
+    data: str
+    checkpoint: Path | None
+    out: Path
+    forward: str | None = None
+    device: str | None = None
+    save: Path | None = None
+    force: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of a job: the calibration, how long it took, and the number of this process."""
+
+    calibration: Calibration
+    seconds: float
+    rank: int
+
+
+def run(job: Job) -> Done:
+    """Do a job; under ``torchrun`` together with the other processes, of which the first writes.
+
+    Raises:
+        OptionError: A name that cannot be imported.
+        CheckpointError: A checkpoint that cannot be read, would run code, or is of another model.
+        BatchNormError: Whatever ``calibrate`` raises.
+        OSError: A file that cannot be read or written, or an output file that exists.
+    """
+    on_gpu = (job.device or "").startswith("cuda")
+    with launched("nccl" if on_gpu else "gloo"):
+        ranks = Ranks()
+        with ranks.together():
+            for path in (job.out, job.save):
+                if path is not None:
+                    refuse_existing(path, job.force)
+            model = _built(named(job.model), nn.Module, job.model)
+            state = model.state_dict() if job.checkpoint is None else read_state(job.checkpoint)
+            prefix = _load(model, state, job.checkpoint)
+            if job.device is not None:
+                model = model.to(job.device)
+            data = _share(named(job.data), ranks, job.data)
+        forward = None if job.forward is None else named(job.forward)
+        start = time.monotonic()
+        shown = {"progress": ranks.rank == 0}
+        found = calibrate(model, data, forward=forward, **{**shown, **job.options})
+        seconds = time.monotonic() - start
+        with ranks.together():
+            if ranks.rank == 0:
+                write_state(_updated(state, model, found, prefix), job.out)
+                if job.save is not None:
+                    found.save(job.save)
+            ranks.exchange("written")
+        return Done(found, seconds, ranks.rank)
+
+
+def named(path: str) -> Any:
+    """Return what ``"package.module:name"`` names; modules are also looked for where one stands.
+
+    Raises:
+        OptionError: If there is no such thing.
+    """
+    module, colon, name = path.partition(":")
+    if not (module and colon and name):
+        raise OptionError(f"expected package.module:name, got {path!r}")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise OptionError(f"{path!r} cannot be imported: {error}") from error
+    return found
+
+
+def _built(found: Any, kind: type, path: str) -> Any:
+    made = found() if callable(found) and not isinstance(found, kind) else found
+    if not isinstance(made, kind):
+        raise OptionError(f"expected {path!r} to give a {kind.__name__}, got {type(made).__name__}")
+    return made
+
+
+def _share(found: Any, ranks: Ranks, path: str) -> Iterable[Any]:
+    """Return this process's share of the data."""
+    if callable(found):
+        wanted = inspect.signature(found).parameters
+        if {"rank", "world_size"} <= set(wanted):
+            dealt: Iterable[Any] = found(rank=ranks.rank, world_size=ranks.size)
+            return dealt
+        found = found()
+    if not isinstance(found, Iterable):
+        raise OptionError(f"expected {path!r} to give batches, got {type(found).__name__}")
+    if ranks.size == 1 or (
+        isinstance(found, DataLoader) and isinstance(found.sampler, DistributedSampler)
+    ):
+        return found
+    return _Every(found, ranks.rank, ranks.size)
+
+
+class _Every:
+    """Every n-th batch of some data, from the first-th on."""
+
+    def __init__(self, data: Iterable[Any], first: int, step: int) -> None:
+        self._data, self._first, self._step = data, first, step
+
+    def __iter__(self) -> Any:
+        return itertools.islice(self._data, self._first, None, self._step)
+
+
+def _load(model: nn.Module, state: Mapping[str, Any], path: Path | None) -> str:
+    """Load a state dict; return the prefix that its names had before those of the model."""
+    own = set(model.state_dict())
+    prefixes = ("", *(p for p in PREFIXES if all(name.startswith(p) for name in state)))
+    best = max(prefixes, key=lambda p: sum(name.removeprefix(p) in own for name in state))
+    plain = {name.removeprefix(best): value for name, value in state.items()}
+    try:
+        model.load_state_dict(plain)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} is no checkpoint of this model: {error}") from error
+    return best
+
+
+def _updated(
+    state: Mapping[str, Any], model: nn.Module, found: Calibration, prefix: str
+) -> dict[str, Any]:
+    """Return the checkpoint's own state dict with new statistics, and all else as it was."""
+    now = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
+    updated = dict(state)
+    for layer in found.layers:
+        for buffer in ("running_mean", "running_var", "num_batches_tracked"):
+            name = f"{layer}.{buffer}" if layer else buffer
+            if prefix + name in updated:
+                updated[prefix + name] = now[name].cpu()
+    return updated

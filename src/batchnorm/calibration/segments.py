@@ -1,0 +1,204 @@
+"""``cache_bytes=``: the part of a pass that the pass before has done already.
+
+A batch is recognized by its contents. Kept is only what drew no random numbers and wrote to no
+buffer; models with hooks, which skipping would silence, are run in full. And each pass runs its
+first batch both ways: if what the layers receive differs in a bit, nothing is kept any more.
+"""
+
+import contextlib
+import functools
+import random
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_modules
+
+from batchnorm.calibration.batches import bytes_of, copied, same
+from batchnorm.calibration.feeding import Source
+from batchnorm.calibration.recording import Call, Key, Recording
+from batchnorm.calibration.stage import Stage
+from batchnorm.models import random_state_kept
+from batchnorm.moments import Moments
+
+
+@dataclass
+class Kept:
+    """A copy of a batch, and the calls to skip when it comes again."""
+
+    batch: Any
+    calls: dict[Key, Call]
+    size: int
+
+
+class Segments:
+    """Keeps results of modules from one pass to the next, in bounded memory.
+
+    Args:
+        model: The model.
+        stage: Its layers.
+        source: The data, with the room that they leave.
+    """
+
+    def __init__(self, model: nn.Module, stage: Stage, source: Source) -> None:
+        self._model, self._stage, self._source = model, stage, source
+        self._room = source.room
+        self._constants = [*model.parameters(), *model.buffers()]
+        self._devices = sorted({t.device.index or 0 for t in self._constants if t.is_cuda})
+        odd = any(tensor.is_inference() for tensor in self._constants)
+        self._on = self._room.left > 0 and not odd and not _has_hooks(model, stage)
+        self._store: dict[int, Kept] = {}
+        self._settled: frozenset[str] = frozenset()
+        self._number, self._checked = 0, False
+        self._recording: Recording | None = None
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Let every module ask before it runs."""
+        wrapped = []
+        try:
+            for module in list(self._model.modules()) if self._on else ():
+                if "forward" not in module.__dict__ and not isinstance(
+                    module, torch.jit.ScriptModule
+                ):
+                    wrapped.append(module)
+                    ask = functools.partial(self._forward, module, module.forward)
+                    module.__dict__["forward"] = ask
+            yield
+        finally:
+            for module in wrapped:
+                module.__dict__.pop("forward", None)
+            self.clear()
+
+    def begin(self, settled: frozenset[str]) -> None:
+        """Begin a pass, in which some layers are settled."""
+        if not settled >= self._settled:
+            self.clear()
+        self._settled, self._number, self._checked = settled, 0, False
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for number in list(self._store):
+            self._forget(number)
+
+    def run(self, batch: Any, attempt: Callable[[], None]) -> None:
+        """Run a batch by ``attempt``, which runs the model, as little of it as need be."""
+        number, self._number = self._number, self._number + 1
+        if not self._on or self._source.needs_room:
+            attempt()
+            return
+        kept = self._store.get(number)
+        if kept is None or not same(kept.batch, batch):
+            self._forget(number)
+            self._record(number, copied(batch), {}, attempt)
+        elif self._checked:
+            if not self._skips(number, kept, attempt):
+                self._in_full(attempt)
+        else:
+            with random_state_kept(self._devices):
+                skipped = self._skips(number, kept, attempt)
+            found = self._in_full(attempt)
+            self._checked = skipped and same(_plain(found), _plain(self._stage.batch))
+            if not self._checked:
+                self._give_up()
+
+    def watching(self, tell: Callable[[str], None]) -> Callable[[str], None]:
+        """Return whom to tell of every layer that runs, in place of ``tell``."""
+        if self._recording is None:
+            return tell
+        self._recording.tell = tell
+        return self._recording.entering
+
+    def _skips(self, number: int, kept: Kept, attempt: Callable[[], None]) -> bool:
+        """Run a batch without what is kept of it; return whether that went well."""
+        try:
+            self._record(number, kept.batch, kept.calls, attempt)
+        except Exception:  # noqa: BLE001
+            # If it was not for what was skipped, the batch in full raises it again.
+            self._give_up()
+            return False
+        return True
+
+    def _in_full(self, attempt: Callable[[], None]) -> dict[str, Moments]:
+        """Run a batch anew; return what was found before."""
+        found, self._stage.batch = self._stage.batch, {}
+        attempt()
+        return found
+
+    def _give_up(self) -> None:
+        self._on = False
+        self.clear()
+
+    def _record(
+        self, number: int, batch: Any, known: dict[Key, Call], attempt: Callable[[], None]
+    ) -> None:
+        """Run a batch, and keep what the next pass may skip."""
+        before, keep = self._state(), False
+        recording = self._recording = Recording(known, self._settled, self._room)
+        try:
+            attempt()
+            recording.stop()
+            keep = all(map(_alike, before, self._state()))
+        finally:
+            self._recording = None
+            calls = recording.close(keep)
+            if not calls:
+                self._forget(number)
+            elif number in self._store:
+                self._store[number].calls = calls
+            elif self._room.take(size := bytes_of(batch)):
+                self._store[number] = Kept(batch, calls, size)
+            else:
+                self._release(calls)
+
+    def _forward(
+        self, module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if self._recording is None:
+            return original(*args, **kwargs)
+        return self._recording.call(module, original, args, kwargs)
+
+    def _forget(self, number: int) -> None:
+        kept = self._store.pop(number, None)
+        if kept is not None:
+            self._release(kept.calls)
+            self._room.left += kept.size
+
+    def _release(self, calls: dict[Key, Call]) -> None:
+        for call in calls.values():
+            call.release(self._room)
+
+    def _state(self) -> list[Any]:
+        """Return what a forward pass changes that is not in its result."""
+        numpy = sys.modules.get("numpy")
+        _, keys, *place = numpy.random.get_state() if numpy else ("", None)
+        return [
+            tuple(tensor._version for tensor in self._constants),
+            random.getstate(),
+            place,
+            keys if keys is None else torch.from_numpy(keys.view("int32")),
+            torch.get_rng_state(),
+            *(torch.cuda.get_rng_state(device) for device in self._devices),
+        ]
+
+
+def _has_hooks(model: nn.Module, stage: Stage) -> bool:
+    """Return whether anything but the stage looks at what the modules do."""
+    layers = set(stage.layers.values())
+    if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
+        return True
+    return any(
+        module._forward_hooks or len(module._forward_pre_hooks) > (module in layers)
+        for module in model.modules()
+    )
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
+
+
+def _plain(found: dict[str, Moments]) -> dict[str, list[Any]]:
+    return {name: list(moments) for name, moments in found.items()}

@@ -1,0 +1,114 @@
+"""Checkpoints on disk: safetensors, and ``.pt``/``.pth`` files without any code in them."""
+
+import io
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import CheckpointError, MissingExtraError
+from batchnorm.files import write_atomically
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+
+UNSAFE = """\
+{path} was not loaded: it is damaged, or holds more than tensors and plain values, and loading it \
+would run code ({reason}). Where you trust its origin, convert it once:
+    state = torch.load("{path}", weights_only=False, map_location="cpu")
+    safetensors.torch.save_file(state_dict, "converted.safetensors")
+where state_dict is the part of state that maps names to tensors, such as state["state_dict"] or \
+state.state_dict()."""
+
+KIND = """\
+expected a checkpoint that ends in .safetensors, {pickles}, got {path}"""
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return the state dict of a checkpoint, on the CPU.
+
+    Of a file with more in it, the part named ``state_dict``, ``model`` or the like.
+
+    Raises:
+        CheckpointError: If it is damaged, of another kind, or would run code.
+        MissingExtraError: If safetensors is needed and not installed.
+        OSError: If it cannot be read.
+    """
+    data = path.read_bytes()
+    if path.suffix == ".safetensors":
+        try:
+            found: dict[str, Any] = safetensors().load(data)
+        except MissingExtraError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"{path} is no safetensors file, or a damaged one ({error}); write it anew, or "
+                "give a .pt file its own ending"
+            ) from error
+        return found
+    if path.suffix not in PICKLES:
+        raise CheckpointError(KIND.format(pickles=", ".join(PICKLES), path=path))
+    try:
+        with warnings.catch_warnings(action="ignore"):  # the error says it all
+            loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise CheckpointError(UNSAFE.format(path=path, reason=reason)) from error
+    return _state_in(loaded, path)
+
+
+def write_state(state: Mapping[str, Any], path: Path) -> None:
+    """Write a state dict in one step, in the format that the path's ending says.
+
+    Raises:
+        CheckpointError: If the ending is unknown, or safetensors cannot hold a value.
+        MissingExtraError: If safetensors is needed and not installed.
+        OSError: If it cannot be written.
+    """
+    if path.suffix == ".safetensors":
+        odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
+        if odd:
+            raise CheckpointError(
+                f"safetensors files hold tensors only, but {odd[0]!r} is "
+                f"{type(state[odd[0]]).__name__}; use an --out that ends in .pt"
+            )
+        # Tensors that share memory are written one by one.
+        whole = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+        write_atomically(path, safetensors().save(whole, {"format": "pt"}))
+    elif path.suffix in PICKLES:
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        write_atomically(path, buffer.getvalue())
+    else:
+        raise CheckpointError(KIND.format(pickles=", ".join(PICKLES), path=path))
+
+
+def _state_in(loaded: Any, path: Path) -> dict[str, Any]:
+    if isinstance(loaded, Mapping):
+        if any(isinstance(value, Tensor) for value in loaded.values()):
+            return dict(loaded)
+        for name in ("state_dict", "model_state_dict", "model", "module", "state_dict_ema"):
+            if isinstance(loaded.get(name), Mapping):
+                return _state_in(loaded[name], path)
+    raise CheckpointError(
+        f"{path} has no state dict: expected a mapping from names to tensors, or one under "
+        f"'state_dict' or 'model', got {type(loaded).__name__}"
+        + (f" with {list(loaded)[:5]}" if isinstance(loaded, Mapping) else "")
+    )
+
+
+def safetensors() -> Any:
+    """Return ``safetensors.torch``.
+
+    Raises:
+        MissingExtraError: If it is not installed.
+    """
+    try:
+        import safetensors.torch as torch_file
+    except ImportError as error:
+        raise MissingExtraError(
+            "safetensors files need the package safetensors; pip install safetensors"
+        ) from error
+    return torch_file

@@ -1,0 +1,92 @@
+"""The commands that calibrate a checkpoint, and that merge calibrations or checkpoints."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from batchnorm.cli.telling import console, told_in_one_line
+
+THING = "package.module:name"
+
+
+def calibrate(
+    model: Annotated[str, typer.Option(help="Model, or a function that builds it.", metavar=THING)],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Batches, or a function that returns them; rank= and world_size= are given "
+            "to one that takes them.",
+            metavar=THING,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Checkpoint to write: .safetensors, .pt or .pth.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights: .safetensors, or .pt/.pth without code in it.")
+    ] = None,
+    forward: Annotated[
+        str | None, typer.Option(help="forward(model, batch).", metavar=THING)
+    ] = None,
+    upstream: Annotated[
+        str, typer.Option(help="Layers before go by the 'batch' or the 'population'.")
+    ] = "batch",
+    max_batches: Annotated[int | None, typer.Option(help="Most batches of a process.")] = None,
+    max_samples: Annotated[int | None, typer.Option(help="Most samples, of all.")] = None,
+    target_error: Annotated[
+        float | None, typer.Option(help="Stop at this relative standard error, as 0.01.")
+    ] = None,
+    passes: Annotated[int | None, typer.Option(help="Repeats with 'population'.")] = None,
+    cache_bytes: Annotated[int, typer.Option(help="Memory to keep results in.")] = 0,
+    layers: Annotated[list[str] | None, typer.Option(help="Names or patterns; repeat.")] = None,
+    allow_nan: Annotated[bool, typer.Option("--allow-nan", help="Count batches with NaN.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Also write the calibration itself.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+) -> None:
+    """Put exact statistics of use into a checkpoint; torchrun shares the work."""
+    from batchnorm.calibration.job import Job, run
+
+    options = {
+        "upstream": upstream,
+        "max_batches": max_batches,
+        "max_samples": max_samples,
+        "target_error": target_error,
+        "passes": passes,
+        "cache_bytes": cache_bytes,
+        "layers": layers or None,
+        "allow_nan": allow_nan,
+    }
+    with told_in_one_line():
+        job = Job(model, data, checkpoint, out, forward, device, save, force, options)
+        done = run(job)
+    if done.rank == 0:
+        console.print(Text(str(done.calibration)), soft_wrap=True)
+        rate = done.calibration.samples * done.calibration.passes / max(done.seconds, 1e-9)
+        console.print(Text(f"{done.seconds:.1f} s, {rate:,.0f} samples/s"))
+        console.print(Text(str(out)), soft_wrap=True)
+
+
+def merge(
+    files: Annotated[list[Path], typer.Argument(help="Calibrations, or checkpoints of one model.")],
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    counts: Annotated[str | None, typer.Option(help="Weights of checkpoints, as 1000,250.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+) -> None:
+    """Merge calibrations of several machines or days, or average checkpoints."""
+    from batchnorm.calibration.combine import combine
+
+    with told_in_one_line():
+        merged = combine(files, out, _numbers(counts), force)
+    if merged is not None:
+        console.print(Text(str(merged)), soft_wrap=True)
+    console.print(Text(str(out)), soft_wrap=True)
+
+
+def _numbers(counts: str | None) -> list[float] | None:
+    if counts is None:
+        return None
+    try:
+        return [float(part) for part in counts.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"expected numbers such as 1000,250, got {counts!r}") from error

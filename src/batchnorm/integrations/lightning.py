@@ -1,0 +1,72 @@
+"""Lightning: exact statistics of use before every validation and at the end of training."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from batchnorm.calibration.calibrate import calibrate
+from batchnorm.calibration.result import Calibration
+from batchnorm.errors import MissingExtraError
+from batchnorm.models import walk
+
+try:
+    # Both packages have their own classes: that of the one which is in use.
+    if "pytorch_lightning" not in sys.modules:
+        from lightning.pytorch import Callback
+    else:
+        from pytorch_lightning import Callback
+except ImportError:
+    try:
+        from pytorch_lightning import Callback
+    except ImportError as error:
+        raise MissingExtraError(
+            "batchnorm.integrations.lightning needs Lightning; pip install 'batchnorm[lightning]'"
+        ) from error
+
+
+class CalibrateCallback(Callback):
+    """Calls ``bn.calibrate`` where an epoch's training is over, before what is then validated.
+
+        trainer = Trainer(callbacks=[CalibrateCallback(max_samples=10_000)])
+
+    Args:
+        data: Batches; by default the trainer's training data. Validations in the midst of an epoch
+            are only preceded by a calibration if data are given: the trainer still reads its own.
+        options: Of ``bn.calibrate``, such as ``forward``, ``upstream``, ``max_samples``.
+
+    Attributes:
+        calibration: The last result; None before.
+    """
+
+    def __init__(self, data: Iterable[Any] | None = None, **options: Any) -> None:
+        self._data, self._options = data, {"progress": False, **options}
+        self._trained: list[nn.Module] | None = None
+        self._stale = False
+        self.calibration: Calibration | None = None
+
+    def on_train_batch_end(self, _: Any, pl_module: nn.Module, *__: Any, **___: Any) -> None:
+        """Remember which layers train: at validation all are in eval."""
+        self._trained = [found.layer for found in walk(pl_module) if found.layer.training]
+        self._stale = True
+
+    def on_validation_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Calibrate, unless nothing was trained since."""
+        if self._data is not None or trainer.is_last_batch:
+            self._calibrate(trainer, pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Calibrate what was trained after the last validation."""
+        self._calibrate(trainer, pl_module)
+
+    def _calibrate(self, trainer: Any, module: nn.Module) -> None:
+        if not (self._stale and self._trained):
+            return
+        options = {"layers": self._trained, **self._options}
+        data = trainer.train_dataloader if self._data is None else self._data
+        # Validation runs in inference mode; what is computed here outlives it.
+        with torch.inference_mode(mode=False):
+            self.calibration = calibrate(module, data, **options)
+        self._stale = False

@@ -1,0 +1,64 @@
+"""More than 2^31 elements in one tensor: offsets are 64 bits wide everywhere."""
+
+import os
+
+import pytest
+import torch
+
+from batchnorm.ops.backend import BACKENDS
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif("cpu" not in BACKENDS, reason="the native module was not built"),
+    pytest.mark.skipif(
+        os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 7 << 30,
+        reason="needs 7 GB of free memory",
+    ),
+]
+
+COUNT = 2**31 + 976
+PLACES = [0, 2**31 - 3, 2**31 + 5, COUNT - 1]  # where the channel of index 0 holds other values
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((1, 1, COUNT), 1), ((COUNT // 8, 8), 1), ((3, COUNT // 24, 8), 0)],
+    ids=["one plane", "rows", "few planes"],
+)
+def test_beyond_32_bits(shape, axis):
+    from batchnorm.ops import cpu
+    from batchnorm.ops.activations import activation
+
+    x = torch.empty(COUNT, dtype=torch.bfloat16)
+    x.view(-1, 2)[:] = torch.tensor([1.0, -1.0], dtype=torch.bfloat16)
+    x[PLACES] = 64.0
+    x = x.view(shape)
+    channels = shape[axis]
+    per_channel = COUNT // channels
+    wide = [torch.zeros(channels, dtype=torch.float64) for _ in range(2)]
+    for place in PLACES:
+        channel = torch.unravel_index(torch.tensor(place), shape)[axis]
+        old = 1.0 if place % 2 == 0 else -1.0
+        wide[0][channel] += 64 - old
+        wide[1][channel] += 64**2 - 1
+    constant = torch.tensor([1.0, -1.0]).repeat(4).double() if shape[-1] == 8 and axis == 1 else 0
+    mean = wide[0] / per_channel + constant
+    m2 = wide[1] + per_channel - per_channel * mean**2
+
+    found = cpu.moments(x, axis)
+    torch.testing.assert_close(found[0].double(), mean, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(found[1].double(), m2, rtol=1e-6, atol=1e-3)
+
+    rest = (None, None, None, activation("relu"), axis)
+    sums = cpu.backward_sums(
+        x, x, torch.zeros(channels), torch.ones(channels), *rest[:3], None, *rest[3:]
+    )
+    positive = per_channel / 2 if axis == 0 or channels == 1 else per_channel * (constant > 0)
+    assert float((sums[0].double() - positive).abs().max()) <= 4 * 64 + 1e-6 * per_channel
+
+    scale = torch.full((channels,), 0.5)
+    cpu.normalize(x, torch.zeros(channels), scale, *rest, out=x)
+    flat = x.view(-1)
+    assert flat[PLACES].tolist() == [32.0] * len(PLACES)
+    assert flat[2**31 - 64 : 2**31 - 3].tolist() == ([0.5, 0.0] * 31)[:61]
+    assert flat[-9:-1].tolist() == [0.0, 0.5] * 4 or flat[-9:-1].tolist() == [0.5, 0.0] * 4
