@@ -6,13 +6,15 @@ VENV := .venv
 
 ifdef PYTHON
 PY := PYTHONPATH=src $(PYTHON)
+PY_TRITON := PYTHONPATH=build/triton:src $(PYTHON)
 READY :=
 else
 PY := $(VENV)/bin/python
+PY_TRITON := PYTHONPATH=build/triton $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-.PHONY: run test test-slow test-integrations coverage bench docs lint sanitize neon format clean
+.PHONY: run test test-slow test-integrations test-triton coverage bench docs lint sanitize neon format clean
 
 run: $(READY)
 	$(PY) -m batchnorm demo
@@ -27,6 +29,21 @@ test-slow: $(READY)
 test-integrations: $(READY)
 	$(PY) -m pip install --quiet --requirement requirements/integrations.txt
 	$(PY) -m pytest tests/test_integrations.py -m "not cuda"
+
+# The Triton kernels without a GPU: run by Triton's interpreter in numpy, and compiled for Hopper.
+# Two lanes side by side; the suite of every backend runs with this one.
+test-triton: $(READY) build/triton/ready
+	(	$(PY_TRITON) -m pytest tests/kernels/test_ahead.py && \
+		TRITON_INTERPRET=1 $(PY_TRITON) -m pytest tests/kernels/test_triton.py tests/kernels/test_session.py \
+	) & kernels=$$!; \
+	TRITON_INTERPRET=1 $(PY_TRITON) -m pytest -m "not slow" -k "triton and not threads" \
+		tests/test_ops.py tests/test_bounds.py tests/test_accuracy.py; \
+	suite=$$?; wait $$kernels && exit $$suite
+
+build/triton/ready: requirements/triton.txt | $(READY)
+	$(or $(PYTHON),$(VENV)/bin/python) -m pip install --quiet --upgrade --no-deps \
+		--target build/triton --requirement requirements/triton.txt
+	touch $@
 
 coverage: $(READY)
 	$(PY) -m pytest -m "not cuda" --cov --cov-report=term

@@ -29,6 +29,22 @@ SHAPES: dict[tuple[int, ...], bool] = {
     (8, 64, 16, 28, 28): True,
 }
 
+# What a GPU is measured with: ResNet-50's normalizations at a batch of 256, and dense layers.
+CUDA_SHAPES: dict[tuple[int, ...], bool] = {
+    (256, 1024): False,
+    (8192, 4096): False,
+    (32, 64, 56, 56): True,
+    (256, 2048, 7, 7): True,
+    (256, 512, 7, 7): True,
+    (256, 1024, 14, 14): True,
+    (256, 256, 14, 14): True,
+    (256, 512, 28, 28): True,
+    (256, 128, 28, 28): True,
+    (256, 256, 56, 56): True,
+    (256, 64, 56, 56): True,
+    (256, 64, 112, 112): True,
+}
+
 # Copies of the tensor (one read and one write each) that no implementation can do without, each
 # tensor that must be read or written counted once: half a copy per tensor.
 #   forward: x, y (and the residual); eval alike
@@ -54,6 +70,7 @@ class Case:
         dtype: A key of ``DTYPES``; parameters and statistics are float32.
         shape: Of the input, (N, C, *).
         channels_last: Whether the input lies in memory with the channels innermost.
+        device: ``cpu`` or ``cuda``.
     """
 
     op: str
@@ -61,6 +78,7 @@ class Case:
     dtype: str
     shape: tuple[int, ...]
     channels_last: bool
+    device: str = "cpu"
 
     @property
     def megabytes(self) -> float:
@@ -81,8 +99,8 @@ class Case:
 
     def tensor(self, seed: int) -> Tensor:
         """Return a random tensor of the case's shape, dtype and memory layout."""
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(self.shape, generator=generator).to(DTYPES[self.dtype])
+        generator = torch.Generator(self.device).manual_seed(seed)
+        x = torch.randn(self.shape, generator=generator, device=self.device).to(DTYPES[self.dtype])
         if not self.channels_last:
             return x
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -98,6 +116,7 @@ def cases(
     ops: tuple[str, ...] = OPS,
     modes: tuple[str, ...] = MODES,
     dtypes: tuple[str, ...] = tuple(DTYPES),
+    device: str = "cpu",
 ) -> Iterator[Case]:
     """Yield the cells, small inputs first."""
     for shape, both in shapes.items():
@@ -105,4 +124,4 @@ def cases(
             for dtype in dtypes:
                 for mode in modes:
                     for op in ops:
-                        yield Case(op, mode, dtype, shape, channels_last)
+                        yield Case(op, mode, dtype, shape, channels_last, device)

@@ -14,6 +14,12 @@ from batchnorm.nn.layers import BatchNorm
 
 Run = Callable[[], Any]
 
+# Device -> names and modes of torch.compile. Graphs would copy inputs into buffers of their own.
+COMPILED: dict[str, dict[str, str | None]] = {
+    "cpu": {"compile": None},
+    "cuda": {"compile": None, "compile max-autotune": "max-autotune-no-cudagraphs"},
+}
+
 
 class Eager(nn.Module):
     """``torch.nn.BatchNorm``, the addition and the ReLU as three operations."""
@@ -51,17 +57,21 @@ def contenders(case: Case, compiled: bool = False, jax: bool = False) -> dict[st
 
     Args:
         case: The cell.
-        compiled: Whether to add ``torch.compile`` of the eager module.
-        jax: Whether to add JAX, where it is installed.
+        compiled: Whether to add ``torch.compile`` of the eager module; on a GPU also with
+            ``mode="max-autotune"``.
+        jax: Whether to add JAX, where it is installed; on the CPU only.
     """
     modules: dict[str, nn.Module] = {"eager": Eager(case), "ours": Ours(case)}
     if case.op != "bn":
         modules["eager in place"] = Eager(case, inplace=True)
+    modules = {name: module.to(case.device) for name, module in modules.items()}
     if compiled:
         torch.compiler.reset()
-        modules["compile"] = torch.compile(copy.deepcopy(modules["eager"]), dynamic=False)  # type: ignore[assignment]
+        for name, mode in COMPILED[case.device].items():
+            eager = copy.deepcopy(modules["eager"])
+            modules[name] = torch.compile(eager, dynamic=False, mode=mode)  # type: ignore[assignment]
     found = {name: step(module, case) for name, module in modules.items()}
-    if jax and find_spec("jax") is not None:
+    if jax and case.device == "cpu" and find_spec("jax") is not None:
         from batchnorm.benchmark.with_jax import jax_step
 
         found["jax"] = jax_step(case)

@@ -9,7 +9,7 @@ from batchnorm.files import write_atomically
 from batchnorm.report.html import to_html
 from batchnorm.report.model import Plot, Report, Section, Series, Table, Text
 
-RIVALS = ("eager", "eager in place", "compile", "jax")
+RIVALS = ("eager", "eager in place", "compile", "compile max-autotune", "jax")
 Cell = str | float | None
 
 
@@ -18,7 +18,8 @@ def report(rows: Iterable[Row]) -> Report:
     rows = list(rows)
     modes = list(dict.fromkeys(row.mode for row in rows))
     first = rows[0]
-    about = f"{first.machine}, {first.threads} threads, torch {first.torch}, {first.date}"
+    threads = f", {first.threads} threads" if first.threads else ""
+    about = f"{first.machine}{threads}, torch {first.torch}, {first.date}"
     sections = [Section(_title(mode), (table(rows, mode), plot(rows, mode))) for mode in modes]
     floor = Text(
         "× floor: time over the time of the copies that nobody can do without, at the speed of a "
@@ -67,8 +68,10 @@ def table(rows: Iterable[Row], mode: str) -> Table:
 def plot(rows: Iterable[Row], mode: str) -> Plot:
     """Return, for one mode, the distance to the floor over the size of the input."""
     points: dict[str, list[tuple[float, float]]] = {}
+    rows = list(rows)
+    dtype = "fp32" if any(row.dtype == "fp32" for row in rows) else "bf16"
     for row in rows:
-        if row.mode == mode and row.dtype == "fp32" and row.layout != "channels-last":
+        if row.mode == mode and row.dtype == dtype and row.layout != "channels-last":
             points.setdefault(f"{row.contender} {row.op}", []).append(
                 (row.megabytes, row.floor_ratio)
             )
@@ -78,7 +81,7 @@ def plot(rows: Iterable[Row], mode: str) -> Plot:
         if name.startswith(("ours", "eager bn"))
     )
     caption = (
-        "Time as a multiple of the bytes floor, fp32, contiguous; lower is better, 1 is ideal."
+        f"Time as a multiple of the bytes floor, {dtype}, contiguous; lower is better, 1 is ideal."
     )
     return Plot(
         f"{_title(mode)}: distance to the floor", "lines", series, "MB of input", "× floor",

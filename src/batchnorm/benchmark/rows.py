@@ -19,7 +19,10 @@ from batchnorm.files import write_atomically
 
 @dataclass(frozen=True)
 class Row:
-    """One contender in one cell; times in seconds, ``copy`` is that of the same run's copy."""
+    """One contender in one cell; times in seconds, ``copy`` is that of the same run's copy.
+
+    ``machine`` is the processor, or the GPU, which has no ``threads`` (0).
+    """
 
     op: str
     mode: str
@@ -47,13 +50,14 @@ class Row:
         return self.median / (self.copy * self.floor_copies)
 
 
-def circumstances() -> dict[str, str | int]:
+def circumstances(device: str = "cpu") -> dict[str, str | int]:
     """Return date, commit, machine, threads and torch's version."""
+    on_gpu = device != "cpu"
     return {
         "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "machine": _processor(),
-        "threads": torch.get_num_threads(),
+        "machine": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "threads": 0 if on_gpu else torch.get_num_threads(),
         "torch": torch.__version__,
     }
 

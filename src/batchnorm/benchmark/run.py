@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from batchnorm.benchmark.cases import Case
 from batchnorm.benchmark.contenders import Eager, Ours, contenders, saved_bytes
-from batchnorm.benchmark.measure import copy_run, interleaved
+from batchnorm.benchmark.measure import clock_of, copy_run, interleaved
 from batchnorm.benchmark.rows import Row, circumstances, rows_of
 
 Watch = Callable[[str, int, int], None]
@@ -26,20 +26,25 @@ def measure(
         compiled: Whether ``torch.compile`` takes part (it compiles each cell anew).
         jax: Whether JAX takes part, where it is installed.
 
+    Raises:
+        DeviceError: If a cell is of a device that is not here.
+
     Yields:
         A row for each contender of each cell, cell by cell.
     """
-    around = circumstances()
     cells = list(chosen)
+    device = cells[0].device if cells else "cpu"
+    clock = clock_of(device)
+    around = circumstances(device)
     for done, case in enumerate(cells):
         watch("measuring", done, len(cells))
         runs = contenders(case, compiled, jax)
-        timings = interleaved({"copy": copy_run(case), **runs}, seconds)
+        timings = interleaved({"copy": copy_run(case), **runs}, seconds, clock=clock)
         saved = {}
         if case.mode == "train":
             saved = {
-                "eager": saved_bytes(Eager(case), case),
-                "ours": saved_bytes(Ours(case), case),
+                "eager": saved_bytes(Eager(case).to(device), case),
+                "ours": saved_bytes(Ours(case).to(device), case),
             }
         yield from rows_of(case, timings, saved, around)
     watch("measuring", len(cells), len(cells))

@@ -4,6 +4,7 @@ What a command needs is imported in its body, so that ``--help`` and ``env`` ans
 not ask for packages that only the demo needs.
 """
 
+import enum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,13 @@ from batchnorm.cli.telling import console, errors, told_in_one_line
 app = typer.Typer(
     help="Batch normalization for PyTorch.", no_args_is_help=True, pretty_exceptions_enable=False
 )
+
+
+class Device(enum.Enum):
+    """Where ``bench`` measures."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
 
 
 @app.callback()
@@ -73,14 +81,18 @@ def bench(
         bool, typer.Option("--compiled", help="With torch.compile, which compiles each cell.")
     ] = False,
     jax: Annotated[bool, typer.Option("--jax", help="With JAX, if it is installed.")] = False,
+    device: Annotated[
+        Device, typer.Option(help="What to measure on; a GPU with its own clock and shapes.")
+    ] = Device.CPU,
 ) -> None:
     """Time torch and ours side by side on this machine; write the rows and a page with plots."""
-    from batchnorm.benchmark.cases import cases
+    from batchnorm.benchmark.cases import CUDA_SHAPES, SHAPES, cases
     from batchnorm.benchmark.page import report, write_benchmark
     from batchnorm.benchmark.run import measure
     from batchnorm.report.terminal import print_table
 
-    chosen = [case for case in cases() if part in str(case)]
+    shapes = SHAPES if device is Device.CPU else CUDA_SHAPES
+    chosen = [case for case in cases(shapes, device=device.value) if part in str(case)]
     with told_in_one_line(), bars(errors) as watch:
         rows = list(measure(chosen, watch, seconds, compiled, jax))
         files = write_benchmark(rows, out)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from batchnorm.errors import BackendError
-from batchnorm.ops import reference
+from batchnorm.ops import cuda, reference
 
 # Fastest first. The reference serves everything and stands last.
 BACKENDS: dict[str, ModuleType] = {}
@@ -27,8 +27,15 @@ except ImportError as error:
 else:
     BACKENDS["cpu"] = cpu
 
+_missing = cuda.missing()
+if _missing is None:
+    BACKENDS["triton"] = cuda
+else:
+    UNAVAILABLE["triton"] = _missing
+
 BACKENDS["reference"] = reference
-_order = tuple(BACKENDS.values())
+# Triton's interpreter serves whoever asks for it by name, and nobody else.
+_order = tuple(one for one in BACKENDS.values() if one is not cuda or not cuda.interprets())
 
 _forced: str | None = None
 

@@ -14,18 +14,8 @@ from torch import Tensor
 from batchnorm import _native
 from batchnorm.errors import OptionError
 from batchnorm.ops.activations import NAMES, Activation
-from batchnorm.ops.cpu_memory import (
-    DTYPES,
-    address,
-    codes,
-    empty_like,
-    like,
-    like_or_none,
-    plan,
-    vector,
-    walked,
-    wide,
-)
+from batchnorm.ops.cpu_memory import DTYPES, address, codes, empty_like
+from batchnorm.ops.strides import like, like_or_none, plan, vector, walked, wide
 
 # running_mean, running_var, num_batches_tracked, momentum
 Running = tuple[Tensor, Tensor, Tensor | None, float]

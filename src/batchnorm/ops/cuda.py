@@ -1,0 +1,276 @@
+"""The Triton kernels, seen as functions of plain tensors; the counterpart of ``cpu``.
+
+Statistics are fresh tensors in the arithmetic's dtype, and every function means what the one of
+the same name in ``reference`` means. Served in place are contiguous inputs, and dense ones with
+the channels innermost (channels-last, or (N, C)); any other is copied to a contiguous one first.
+
+Triton is imported at the first call: a program that never runs a kernel does not wait for it. With
+``TRITON_INTERPRET=1`` in the environment when that happens, the kernels run on the CPU in numpy:
+that is for tests, and only what ``use_backend("triton")`` asks for is then served.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import OptionError
+from batchnorm.ops.activations import Activation
+from batchnorm.ops.strides import like, like_or_none, plan, vector, walked, wide
+
+# running_mean, running_var, num_batches_tracked, momentum
+Running = tuple[Tensor, Tensor, Tensor | None, float]
+
+# Whether ``forward`` takes the step of the running statistics in the same call.
+commits = True
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# Rows of stats: mean, m2, rstd, and what rounding took from it.
+_STATS = 4
+
+
+def missing() -> str | None:
+    """Return why there is no such backend here, or None where there is."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; it comes with the CUDA builds of torch"
+    if not interprets() and torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} is built without CUDA; "
+            "TRITON_INTERPRET=1 runs the kernels on the CPU, for tests"
+        )
+    return None
+
+
+def interprets() -> bool:
+    """Return whether kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def serves(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, axis: int
+) -> str | None:
+    """Return why these tensors cannot be served, or None where they can."""
+    device = x.device
+    if x.layout is not torch.strided or not (x.is_cuda or (x.is_cpu and interprets())):
+        return f"it is {x.layout} on {device}; the Triton kernels take strided CUDA tensors"
+    dtype = x.dtype
+    if dtype not in _DTYPES:
+        return f"its dtype is {dtype}; the Triton kernels take float32, bfloat16, float16, float64"
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.device != device or tensor.dtype not in _DTYPES):
+            return (
+                f"{name} is {tensor.dtype} on {tensor.device}; expected a floating one on {device}"
+            )
+    if residual is not None and (residual.dtype != dtype or residual.device != device):
+        return f"the residual is {residual.dtype} on {residual.device}; expected the input's dtype"
+    return None
+
+
+def moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Return mean and m2 per channel."""
+    x, *shape = plan(x, axis)
+    if not x.numel():
+        stats = _nothing(x, shape[1], 1.0)
+    else:
+        stats = _empty_stats(x, shape[1])
+        _kernels().moments(x, tuple(shape), stats, 1.0, None)
+    return stats[0], stats[1]
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: Activation,
+    axis: int,
+) -> Tensor:
+    """Return act((x - mean) * rstd * weight + bias + residual), in one pass."""
+    return _normalize(x, mean, rstd, weight, bias, residual, act, None, axis)
+
+
+def evaluate(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: Activation,
+    eps: float,
+    axis: int,
+) -> Tensor:
+    """Normalize by stored statistics, finished in the same pass."""
+    return _normalize(x, mean, var, weight, bias, residual, act, eps, axis)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: Activation,
+    eps: float,
+    axis: int,
+    running: Running | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Normalize by the input's own statistics; return y and stats (4, C).
+
+    With ``running`` the same call moves the running statistics towards the mean and the unbiased
+    variance by momentum, and the counter by one; bumping their versions is the caller's.
+    """
+    x, *shape = plan(x, axis)
+    y = torch.empty_like(x)
+    if not x.numel():
+        return y, _nothing(x, shape[1], eps)
+    stats = _empty_stats(x, shape[1])
+    given = vector(weight), vector(bias), like_or_none(residual, x)
+    _kernels().forward(x, tuple(shape), *given, y, stats, act, eps, running)
+    return y, stats
+
+
+def backward_sums(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+    act: Activation,
+    axis: int,
+) -> tuple[Tensor, Tensor]:
+    """Return sum(dz) and sum(dz * xhat) per channel."""
+    x, *shape = plan(x, axis)
+    if not x.numel():
+        sums = torch.zeros(2, shape[1], dtype=wide(x), device=x.device)
+    else:
+        sums = torch.empty(2, shape[1], dtype=wide(x), device=x.device)
+        source, extra = _source(act, residual, y, x)
+        given = walked(mean), walked(rstd), vector(weight), vector(bias), extra, source
+        _kernels().sums_of(like(dy, x), x, tuple(shape), *given, sums, None, act)
+    return sums[0], sums[1]
+
+
+def backward_input(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+    act: Activation,
+    axis: int,
+    sum_dz: Tensor,
+    sum_dz_xhat: Tensor,
+    count: float,
+    want_residual: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return dx from the merged sums and count, and dresidual = dz where it is wanted."""
+    x, *shape = plan(x, axis)
+    dy = like(dy, x)
+    dx, dresidual = torch.empty_like(x), _dresidual(dy, x, act, want_residual)
+    if x.numel():
+        source, extra = _source(act, residual, y, x)
+        given = walked(mean), walked(rstd), vector(weight), vector(bias), extra, source
+        sums = walked(sum_dz), walked(sum_dz_xhat)
+        stored = None if dresidual is dy else dresidual
+        _kernels().input_of(dy, x, tuple(shape), *given, *sums, dx, stored, act, count)
+    return dx, dresidual
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+    act: Activation,
+    axis: int,
+    want_residual: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Invert ``forward``; return dx, dresidual, sum(dz), sum(dz * xhat)."""
+    x, *shape = plan(x, axis)
+    dy, stats = like(dy, x), walked(stats)
+    dx, dresidual = torch.empty_like(x), _dresidual(dy, x, act, want_residual)
+    if not x.numel():
+        sums = torch.zeros(2, shape[1], dtype=wide(x), device=x.device)
+        return dx, dresidual, sums[0], sums[1]
+    sums = torch.empty(2, shape[1], dtype=wide(x), device=x.device)
+    source, extra = _source(act, residual, y, x)
+    given = stats[0], stats[2:], vector(weight), vector(bias), extra, source
+    stored = None if dresidual is dy else dresidual
+    _kernels().backward(dy, x, tuple(shape), *given, sums, dx, stored, act)
+    return dx, dresidual, sums[0], sums[1]
+
+
+@functools.cache
+def _kernels() -> Any:
+    """Import Triton, and the kernels with it, at the first call."""
+    return importlib.import_module("batchnorm.ops.triton_launch")
+
+
+def _normalize(
+    x: Tensor,
+    mean: Tensor,
+    spread: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: Activation,
+    eps: float | None,
+    axis: int,
+) -> Tensor:
+    x, *shape = plan(x, axis)
+    y = torch.empty_like(x)
+    if x.numel():
+        given = vector(weight), vector(bias), like_or_none(residual, x)
+        _kernels().normalize(x, tuple(shape), walked(mean), walked(spread), *given, y, act, eps)
+    return y
+
+
+def _empty_stats(x: Tensor, channels: int) -> Tensor:
+    return torch.empty(_STATS, channels, dtype=wide(x), device=x.device)
+
+
+def _nothing(x: Tensor, channels: int, eps: float) -> Tensor:
+    """Return the stats of no value at all: mean and m2 are 0, rstd is 1 / sqrt(eps)."""
+    stats = torch.zeros(_STATS, channels, dtype=wide(x), device=x.device)
+    stats[2] = eps**-0.5
+    return stats
+
+
+def _source(
+    act: Activation, residual: Tensor | None, y: Tensor | None, x: Tensor
+) -> tuple[str, Tensor | None]:
+    """Return what tells act'(z), and the tensor that is read for it besides x."""
+    if act.name == "identity":
+        return "none", None
+    if y is not None and act.from_output:
+        return "y", like(y, x)
+    if residual is not None:
+        return "residual", like(residual, x)
+    if y is not None:
+        raise OptionError(
+            f"the derivative of {act.name} cannot be read off y; pass the residual that was added"
+        )
+    return "x", None
+
+
+def _dresidual(dy: Tensor, x: Tensor, act: Activation, wanted: bool) -> Tensor | None:
+    """Return where dz goes; without an activation it is dy itself."""
+    if not wanted:
+        return None
+    return dy if act.name == "identity" else torch.empty_like(x)

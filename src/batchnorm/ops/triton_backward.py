@@ -1,0 +1,235 @@
+"""The backward kernels in Triton.
+
+    sums_kernel        a share of a column of tiles -> partial sums of dz and dz * xhat
+    fold_kernel        partial sums, folded in index order -> the sums
+    input_kernel       one tile -> dx, and dz as the gradient of the residual
+    backward_kernel    all three where a channel's values fit into one tile
+
+``dz = dy * act'(z)`` and ``dx = weight * rstd * (dz - sum_dz / n - xhat * sum_dz_xhat / n)``. What
+tells act'(z) is ``SOURCE``: nothing, "x" (z is computed again), "residual" (the same, with what was
+added), "y" (the ReLU family), or "dz" itself, which the pass before has left where the residual's
+gradient goes.
+"""
+
+import triton
+import triton.language as tl
+
+from batchnorm.ops.triton_activations import gradient
+from batchnorm.ops.triton_forward import affine, coefficients, reciprocal
+from batchnorm.ops.triton_tiles import channels_of, over, places
+
+
+@triton.jit
+def upstream(
+    dy,
+    x,
+    extra,
+    pivot,
+    high,
+    low,
+    shift,
+    at,
+    inside,
+    SOURCE: tl.constexpr,
+    ACT: tl.constexpr,
+    SLOPE: tl.constexpr,
+):
+    """Return dz of a tile, 0 outside; z is that of the forward pass, by the same coefficients."""
+    dz = tl.load(dy + at, inside, other=0.0).to(x.dtype)
+    if SOURCE == "y":
+        y = tl.load(extra + at, inside, other=0.0).to(x.dtype)
+        dz = gradient(dz, y, ACT, SLOPE)
+    elif SOURCE == "x" or SOURCE == "residual":
+        z = affine(x, pivot, high, low, shift)
+        if SOURCE == "residual":
+            z += tl.load(extra + at, inside, other=0.0).to(x.dtype)
+        dz = gradient(dz, z, ACT, SLOPE)
+    return tl.where(inside, dz, 0.0)
+
+
+@triton.jit
+def load_statistics(mean, rstd, rest, channel, known):
+    """Return mean and rstd per channel in float64."""
+    center = tl.load(mean + channel, known, other=0.0).to(tl.float64)
+    return center, reciprocal(rstd, rest, channel, known)
+
+
+@triton.jit(do_not_specialize=["rows", "parts", "share"])
+def sums_kernel(
+    dy,
+    x,
+    mean,
+    rstd,
+    rest,
+    weight,
+    bias,
+    extra,
+    dresidual,
+    partial,
+    rows,
+    channels,
+    width,
+    parts,
+    share,
+    SOURCE: tl.constexpr,
+    ACT: tl.constexpr,
+    SLOPE: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    LONG: tl.constexpr,
+    REAL: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Write the sums over ``share`` tiles to partial (2, splits, C); store dz where asked to.
+
+    Each lane of the tile keeps its own sums, so that the multiprocessor's threads meet once.
+    """
+    channel = channels_of(tl.program_id(0), B, ROWS)
+    known = channel < channels
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    center, inverse = load_statistics(mean, rstd, rest, channel, known)
+    pivot, high, low, shift = coefficients(center, inverse, weight, bias, channel, known, REAL)
+    middle = center.to(REAL)
+    sum_dz = tl.zeros((A, B), REAL)
+    sum_dot = tl.zeros((A, B), REAL)
+    for i in tl.range(0, share, num_stages=STAGES):
+        index = i * splits + split
+        at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
+        value = tl.load(x + at, inside, other=0.0).to(REAL)
+        dz = upstream(dy, value, extra, pivot, high, low, shift, at, inside, SOURCE, ACT, SLOPE)
+        if dresidual is not None:
+            tl.store(dresidual + at, dz, inside)
+        sum_dz += dz
+        sum_dot += tl.where(inside, dz * (value - middle[None, :]), 0.0)
+    row = partial + split * channels + channel
+    dot = over(sum_dot, ROWS).to(tl.float64) * inverse
+    tl.store(row, over(sum_dz, ROWS).to(tl.float64), known)
+    tl.store(row + splits * channels, dot, known)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def fold_kernel(partial, sums, splits, channels, S: tl.constexpr, K: tl.constexpr):
+    """Fold partial sums of K channels, S at a time in index order, into sums (2, C)."""
+    channel = tl.program_id(0) * K + tl.arange(0, K)
+    known = channel < channels
+    sum_dz = tl.zeros_like(channel).to(tl.float64)
+    sum_dot = sum_dz
+    for first in range(0, splits, S):
+        split = first + tl.arange(0, S)
+        at = split[:, None] * channels + channel[None, :]
+        there = (split < splits)[:, None] & known[None, :]
+        sum_dz += tl.sum(tl.load(partial + at, there, other=0.0), 0)
+        sum_dot += tl.sum(tl.load(partial + splits * channels + at, there, other=0.0), 0)
+    tl.store(sums + channel, sum_dz, known)
+    tl.store(sums + channels + channel, sum_dot, known)
+
+
+@triton.jit
+def store_dx(dz, x, middle, inverse, gain, sum_dz, sum_dot, count, dx, at, inside):
+    """Store dx of a tile; rstd, the sums and the count are float64."""
+    offset = (sum_dz / count).to(dz.dtype)
+    slope = ((sum_dot / count) * inverse).to(dz.dtype)
+    centered = dz - offset[None, :] - (x - middle[None, :]) * slope[None, :]
+    tl.store(dx + at, centered * gain[None, :], inside)
+
+
+@triton.jit(do_not_specialize=["rows", "parts", "columns", "count", "count_rest"])
+def input_kernel(
+    dy,
+    x,
+    mean,
+    rstd,
+    rest,
+    weight,
+    bias,
+    extra,
+    sum_dz,
+    sum_dot,
+    dx,
+    dresidual,
+    rows,
+    channels,
+    width,
+    parts,
+    columns,
+    count,
+    count_rest,
+    SOURCE: tl.constexpr,
+    ACT: tl.constexpr,
+    SLOPE: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    LONG: tl.constexpr,
+    REAL: tl.constexpr,
+):
+    """Write dx of a tile, and dz where asked to; the last tile first, as in the forward pass."""
+    place = tl.num_programs(0) - 1 - tl.program_id(0)
+    column, index = place % columns, place // columns
+    channel = channels_of(column, B, ROWS)
+    known = channel < channels
+    center, inverse = load_statistics(mean, rstd, rest, channel, known)
+    pivot, high, low, shift = coefficients(center, inverse, weight, bias, channel, known, REAL)
+    middle = center.to(REAL)
+    at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
+    value = tl.load(x + at, inside, other=0.0).to(REAL)
+    dz = upstream(dy, value, extra, pivot, high, low, shift, at, inside, SOURCE, ACT, SLOPE)
+    if dresidual is not None:
+        tl.store(dresidual + at, dz, inside)
+    total = tl.load(sum_dz + channel, known, other=0.0).to(tl.float64)
+    dot = tl.load(sum_dot + channel, known, other=0.0).to(tl.float64)
+    values = tl.zeros_like(total) + count + count_rest
+    store_dx(dz, value, middle, inverse, high + low, total, dot, values, dx, at, inside)
+
+
+@triton.jit(do_not_specialize=["rows", "parts", "count", "count_rest"])
+def backward_kernel(
+    dy,
+    x,
+    mean,
+    rstd,
+    rest,
+    weight,
+    bias,
+    extra,
+    sums,
+    dx,
+    dresidual,
+    rows,
+    channels,
+    width,
+    parts,
+    count,
+    count_rest,
+    SOURCE: tl.constexpr,
+    ACT: tl.constexpr,
+    SLOPE: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    LONG: tl.constexpr,
+    REAL: tl.constexpr,
+):
+    """Write the sums and dx, and dz where asked to: a tile holds all values of its channels."""
+    channel = channels_of(tl.program_id(0), B, ROWS)
+    known = channel < channels
+    index = tl.program_id(1)  # always 0
+    center, inverse = load_statistics(mean, rstd, rest, channel, known)
+    pivot, high, low, shift = coefficients(center, inverse, weight, bias, channel, known, REAL)
+    middle = center.to(REAL)
+    at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
+    value = tl.load(x + at, inside, other=0.0).to(REAL)
+    dz = upstream(dy, value, extra, pivot, high, low, shift, at, inside, SOURCE, ACT, SLOPE)
+    if dresidual is not None:
+        tl.store(dresidual + at, dz, inside)
+    total = over(dz, ROWS).to(tl.float64)
+    dot = over(tl.where(inside, dz * (value - middle[None, :]), 0.0), ROWS)
+    dot = dot.to(tl.float64) * inverse
+    tl.store(sums + channel, total, known)
+    tl.store(sums + channels + channel, dot, known)
+    values = tl.zeros_like(total) + count + count_rest
+    store_dx(dz, value, middle, inverse, high + low, total, dot, values, dx, at, inside)

@@ -1,0 +1,259 @@
+"""The forward kernels in Triton.
+
+    moments_kernel     a share of a column of tiles -> partial Moments in the workspace
+    finish_kernel      partial Moments, folded in index order -> stats, and the running step
+    normalize_kernel   one tile -> y
+    forward_kernel     all three where a channel's values fit into one tile: x is read once
+
+``z = (x - mean) * (rstd * weight) + bias + residual`` and ``y = act(z)``.
+"""
+
+import triton
+import triton.language as tl
+
+from batchnorm.ops.triton_activations import activate
+from batchnorm.ops.triton_moments import finish, finite, merge, tile_moments
+from batchnorm.ops.triton_tiles import channels_of, places, start_of, values_in
+
+
+@triton.jit
+def coefficients(mean, rstd, weight, bias, channel, inside, REAL: tl.constexpr):
+    """Return (pivot, high, low, shift) so that z = d * high + (d * low + shift), d = x - pivot.
+
+    Computed in float64 per channel (docs/decisions/0009-accuracy.md): the scale rstd * weight
+    comes in two parts of one sign, neither of which is 0, which keeps an infinite x infinite; the
+    pivot is the mean, or 0 where the mean is so small that taking it off would only round.
+    """
+    scale = rstd
+    if weight is not None:
+        scale = rstd * tl.load(weight + channel, inside, other=0.0).to(tl.float64)
+    pivot = tl.where(tl.abs(mean) * rstd >= 0.5, mean, 0.0).to(REAL)
+    shift = (pivot.to(tl.float64) - mean) * scale
+    if bias is not None:
+        shift += tl.load(bias + channel, inside, other=0.0).to(tl.float64)
+    high = (scale * (1.0 - 2.0**-22)).to(REAL)
+    low = (scale - high.to(tl.float64)).to(REAL)
+    return pivot, high, low, shift.to(REAL)
+
+
+@triton.jit
+def reciprocal(rstd, rest, channel, inside):
+    """Load rstd in float64: the number, and where it is given what rounding took from it."""
+    inverse = tl.load(rstd + channel, inside, other=0.0).to(tl.float64)
+    if rest is not None:
+        inverse += tl.load(rest + channel, inside, other=0.0).to(tl.float64)
+    return inverse
+
+
+@triton.jit
+def affine(x, pivot, high, low, shift):
+    """Return z of a tile without the residual, by ``coefficients``."""
+    deviation = x - pivot[None, :]
+    return deviation * high[None, :] + (deviation * low[None, :] + shift[None, :])
+
+
+@triton.jit
+def output(
+    z,
+    residual,
+    y,
+    at,
+    inside,
+    ACT: tl.constexpr,
+    SLOPE: tl.constexpr,
+):
+    """Add the residual, activate, and store a tile."""
+    if residual is not None:
+        z += tl.load(residual + at, inside, other=0.0).to(z.dtype)
+    tl.store(y + at, activate(z, ACT, SLOPE), inside)
+
+
+@triton.jit(do_not_specialize=["rows", "parts", "share"])
+def moments_kernel(
+    x,
+    partial,
+    rows,
+    channels,
+    width,
+    parts,
+    share,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    LONG: tl.constexpr,
+    REAL: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Write the Moments of ``share`` tiles to partial (3, splits, C): count, mean, m2."""
+    channel = channels_of(tl.program_id(0), B, ROWS)
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    start = start_of(split, channel, channels, width, parts, A, B, ALIGN, ROWS, LONG)
+    pivot = finite(tl.load(x + start, channel < channels, other=0.0).to(REAL))
+    n = tl.full((), 0, tl.float64)
+    mean = tl.zeros_like(channel).to(tl.float64)
+    m2 = mean
+    for i in tl.range(0, share, num_stages=STAGES):
+        index = i * splits + split
+        at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
+        value = tl.load(x + at, inside, other=0.0)
+        count = values_in(index, rows, width, parts, A, B, ALIGN, ROWS, LONG)
+        n_b, mean_b, m2_b = tile_moments(value, inside, count, pivot, ROWS)
+        n, mean, m2 = merge(n, mean, m2, n_b, mean_b, m2_b)
+    row = partial + split * channels + channel
+    step = splits * channels
+    tl.store(row, tl.zeros_like(mean) + n, channel < channels)
+    tl.store(row + step, mean, channel < channels)
+    tl.store(row + 2 * step, m2, channel < channels)
+
+
+@triton.jit(do_not_specialize=["splits", "momentum", "momentum_rest"])
+def finish_kernel(
+    partial,
+    stats,
+    running_mean,
+    running_var,
+    counter,
+    splits,
+    channels,
+    momentum,
+    momentum_rest,
+    EPS: tl.constexpr,
+    REST: tl.constexpr,
+    S: tl.constexpr,
+    K: tl.constexpr,
+):
+    """Fold partial Moments of K channels, S at a time in index order, and finish."""
+    channel = tl.program_id(0) * K + tl.arange(0, K)
+    known = channel < channels
+    n = tl.zeros_like(channel).to(tl.float64)
+    mean, m2 = n, n
+    step = splits * channels
+    for first in range(0, splits, S):
+        split = first + tl.arange(0, S)
+        at = split[:, None] * channels + channel[None, :]
+        there = (split < splits)[:, None] & known[None, :]
+        n_b = tl.load(partial + at, there, other=0.0)
+        mean_b = tl.load(partial + step + at, there, other=0.0)
+        m2_b = tl.load(partial + 2 * step + at, there, other=0.0)
+        n_b, mean_b, m2_b = tl.reduce((n_b, mean_b, m2_b), 0, merge)
+        n, mean, m2 = merge(n, mean, m2, n_b, mean_b, m2_b)
+    finish(
+        n,
+        mean,
+        m2,
+        channel,
+        known,
+        stats,
+        running_mean,
+        running_var,
+        counter,
+        channels,
+        momentum,
+        momentum_rest,
+        EPS,
+        REST,
+    )
+
+
+@triton.jit(do_not_specialize=["rows", "parts", "columns"])
+def normalize_kernel(
+    x,
+    mean,
+    spread,
+    rest,
+    weight,
+    bias,
+    residual,
+    y,
+    rows,
+    channels,
+    width,
+    parts,
+    columns,
+    EPS: tl.constexpr,
+    ACT: tl.constexpr,
+    SLOPE: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    LONG: tl.constexpr,
+    REAL: tl.constexpr,
+):
+    """Normalize a tile; ``spread`` and ``rest`` are rstd, or with an EPS the variance.
+
+    The last tile comes first: it is what the pass before has left in the cache.
+    """
+    place = tl.num_programs(0) - 1 - tl.program_id(0)
+    column, index = place % columns, place // columns
+    channel = channels_of(column, B, ROWS)
+    at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
+    known = channel < channels
+    center = tl.load(mean + channel, known, other=0.0).to(tl.float64)
+    rstd = reciprocal(spread, rest, channel, known)
+    if EPS is not None:
+        rstd = 1.0 / tl.sqrt(rstd + EPS)
+    pivot, high, low, shift = coefficients(center, rstd, weight, bias, channel, known, REAL)
+    value = tl.load(x + at, inside, other=0.0).to(REAL)
+    z = affine(value, pivot, high, low, shift)
+    output(z, residual, y, at, inside, ACT, SLOPE)
+
+
+@triton.jit(do_not_specialize=["rows", "parts", "momentum", "momentum_rest"])
+def forward_kernel(
+    x,
+    weight,
+    bias,
+    residual,
+    y,
+    stats,
+    running_mean,
+    running_var,
+    counter,
+    rows,
+    channels,
+    width,
+    parts,
+    momentum,
+    momentum_rest,
+    EPS: tl.constexpr,
+    REST: tl.constexpr,
+    ACT: tl.constexpr,
+    SLOPE: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    LONG: tl.constexpr,
+    REAL: tl.constexpr,
+):
+    """Normalize by the tile's own statistics: a tile holds all values of its channels."""
+    channel = channels_of(tl.program_id(0), B, ROWS)
+    known = channel < channels
+    index = tl.program_id(1)  # always 0
+    at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
+    value = tl.load(x + at, inside, other=0.0)
+    count = values_in(index, rows, width, parts, A, B, ALIGN, ROWS, LONG)
+    start = start_of(index, channel, channels, width, parts, A, B, ALIGN, ROWS, LONG)
+    pivot = finite(tl.load(x + start, known, other=0.0).to(REAL))
+    n, mean, m2 = tile_moments(value, inside, count, pivot, ROWS)
+    rstd = finish(
+        n,
+        mean,
+        m2,
+        channel,
+        known,
+        stats,
+        running_mean,
+        running_var,
+        counter,
+        channels,
+        momentum,
+        momentum_rest,
+        EPS,
+        REST,
+    )
+    pivot, high, low, shift = coefficients(mean, rstd, weight, bias, channel, known, REAL)
+    z = affine(value.to(REAL), pivot, high, low, shift)
+    output(z, residual, y, at, inside, ACT, SLOPE)

@@ -1,0 +1,253 @@
+"""Launching the Triton kernels: workspace, grids and arguments.
+
+Tensors arrive as the adapter ``cuda`` has laid them out: dense, in the memory order of ``shape``
+(outer, C, inner). Launches go to the current stream of the tensor's device, read nothing back,
+and so can be captured in a CUDA graph.
+"""
+
+import contextlib
+import ctypes
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from batchnorm.ops import triton_plan
+from batchnorm.ops.activations import Activation
+from batchnorm.ops.triton_backward import backward_kernel, fold_kernel, input_kernel, sums_kernel
+from batchnorm.ops.triton_forward import (
+    finish_kernel,
+    forward_kernel,
+    moments_kernel,
+    normalize_kernel,
+)
+from batchnorm.ops.triton_plan import Plan
+
+Shape = tuple[int, int, int]
+Running = tuple[Tensor, Tensor, Tensor | None, float]
+
+# Partial results that are folded at a time, and channels of a program that folds.
+FOLD_SPLITS, FOLD_CHANNELS = 64, 8
+
+
+def forward(
+    x: Tensor,
+    shape: Shape,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    stats: Tensor,
+    act: Activation,
+    eps: float,
+    running: Running | None,
+) -> None:
+    """Fill y and stats, whose rows are mean, m2, rstd and its rest; commit the running step."""
+    plan = triton_plan.whole("forward", *shape, x.element_size())
+    if plan is None:
+        moments(x, shape, stats, eps, running)
+        normalize(x, shape, stats[0], stats[2:], weight, bias, residual, y, act, None)
+        return
+    with _on(x):
+        forward_kernel[(plan.columns, 1)](
+            x, weight, bias, residual, y, stats,
+            *_step(running), *_sizes(plan), *_momentum(running),
+            EPS=eps, REST=len(stats) > 3, **_activation(act), **_constants(plan, x),
+            num_warps=plan.warps,
+        )  # fmt: skip
+
+
+def moments(x: Tensor, shape: Shape, stats: Tensor, eps: float, running: Running | None) -> None:
+    """Fill stats, and commit the running step."""
+    plan = triton_plan.tiled("moments", *shape, x.element_size())
+    partial = _workspace(x, 3, plan)
+    with _on(x):
+        moments_kernel[(plan.columns, plan.splits)](
+            x,
+            partial,
+            *_sizes(plan),
+            plan.share,
+            **_constants(plan, x),
+            STAGES=_stages(x),
+            num_warps=plan.warps,
+            maxnreg=triton_plan.REGISTERS,
+        )
+        grid, constants = _fold(plan)
+        finish_kernel[grid](
+            partial, stats, *_step(running), plan.splits, plan.channels, *_momentum(running),
+            EPS=eps, REST=len(stats) > 3, **constants,
+        )  # fmt: skip
+
+
+def normalize(
+    x: Tensor,
+    shape: Shape,
+    mean: Tensor,
+    spread: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    act: Activation,
+    eps: float | None,
+) -> None:
+    """Fill y; ``spread`` is rstd where eps is None, and the variance where it is given.
+
+    rstd is (C,), or (2, C) with its rest.
+    """
+    plan = triton_plan.tiled("apply", *shape, x.element_size())
+    with _on(x):
+        normalize_kernel[(plan.columns * plan.tiles,)](
+            x, mean, *_pair(spread), weight, bias, residual, y, *_sizes(plan), plan.columns,
+            EPS=eps, **_activation(act), **_constants(plan, x), num_warps=plan.warps,
+        )  # fmt: skip
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    shape: Shape,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    extra: Tensor | None,
+    source: str,
+    sums: Tensor,
+    dx: Tensor,
+    dresidual: Tensor | None,
+    act: Activation,
+) -> None:
+    """Fill sums (2, C), dx, and dresidual where it is given."""
+    count = shape[0] * shape[2]
+    plan = triton_plan.whole("backward", *shape, x.element_size())
+    given = (mean, rstd, weight, bias)
+    if plan is None:
+        # Where dz is exact in the residual's gradient, the first pass leaves it there, and the
+        # second reads it instead of dy and y. ReLU gives dy or 0; other slopes would be rounded.
+        exact = act.name in ("relu", "relu6") or x.element_size() > 2
+        early, late = (dresidual, None) if exact else (None, dresidual)
+        sums_of(dy, x, shape, *given, extra, source, sums, early, act)
+        if early is not None:
+            dy, extra, source = early, None, "dz"
+        input_of(dy, x, shape, *given, extra, source, sums[0], sums[1], dx, late, act, count)
+        return
+    with _on(x):
+        backward_kernel[(plan.columns, 1)](
+            dy, x, mean, *_pair(rstd), weight, bias, extra, sums, dx, dresidual,
+            *_sizes(plan), *_two(count),
+            SOURCE=source, **_activation(act), **_constants(plan, x), num_warps=plan.warps,
+        )  # fmt: skip
+
+
+def sums_of(
+    dy: Tensor,
+    x: Tensor,
+    shape: Shape,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    extra: Tensor | None,
+    source: str,
+    sums: Tensor,
+    dresidual: Tensor | None,
+    act: Activation,
+) -> None:
+    """Fill sums (2, C) with those of dz and dz * xhat, and dresidual with dz where it is given."""
+    plan = triton_plan.tiled("sums", *shape, x.element_size())
+    partial = _workspace(x, 2, plan)
+    with _on(x):
+        sums_kernel[(plan.columns, plan.splits)](
+            dy, x, mean, *_pair(rstd), weight, bias, extra, dresidual, partial,
+            *_sizes(plan), plan.share,
+            SOURCE=source, **_activation(act), **_constants(plan, x), STAGES=_stages(x),
+            num_warps=plan.warps,
+        )  # fmt: skip
+        grid, constants = _fold(plan)
+        fold_kernel[grid](partial, sums, plan.splits, plan.channels, **constants)
+
+
+def input_of(
+    dy: Tensor,
+    x: Tensor,
+    shape: Shape,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    extra: Tensor | None,
+    source: str,
+    sum_dz: Tensor,
+    sum_dz_xhat: Tensor,
+    dx: Tensor,
+    dresidual: Tensor | None,
+    act: Activation,
+    count: float,
+) -> None:
+    """Fill dx, and dresidual with dz where it is given."""
+    plan = triton_plan.tiled("apply", *shape, x.element_size())
+    with _on(x):
+        input_kernel[(plan.columns * plan.tiles,)](
+            dy, x, mean, *_pair(rstd), weight, bias, extra, sum_dz, sum_dz_xhat, dx, dresidual,
+            *_sizes(plan), plan.columns, *_two(count or 1),
+            SOURCE=source, **_activation(act), **_constants(plan, x), num_warps=plan.warps,
+        )  # fmt: skip
+
+
+def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Make the tensor's device the current one, on whose current stream Triton launches."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def _workspace(x: Tensor, numbers: int, plan: Plan) -> Tensor:
+    return torch.empty(numbers, plan.splits, plan.channels, dtype=torch.float64, device=x.device)
+
+
+def _sizes(plan: Plan) -> tuple[int, int, int, int]:
+    return plan.rows, plan.channels, plan.width, plan.parts
+
+
+def _constants(plan: Plan, x: Tensor) -> dict[str, Any]:
+    real = tl.float64 if x.dtype is torch.float64 else tl.float32
+    return {
+        "A": plan.a, "B": plan.b, "ALIGN": plan.align,
+        "ROWS": plan.is_rows, "LONG": plan.long, "REAL": real,
+    }  # fmt: skip
+
+
+def _stages(x: Tensor) -> int:
+    return triton_plan.STAGES[x.element_size()]
+
+
+def _activation(act: Activation) -> dict[str, Any]:
+    return {"ACT": act.name, "SLOPE": act.slope}
+
+
+def _fold(plan: Plan) -> tuple[tuple[int], dict[str, int]]:
+    block = min(FOLD_SPLITS, 1 << (plan.splits - 1).bit_length())
+    return (-(-plan.channels // FOLD_CHANNELS),), {"S": block, "K": FOLD_CHANNELS}
+
+
+def _step(running: Running | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return (None, None, None) if running is None else running[:3]
+
+
+def _momentum(running: Running | None) -> tuple[float, float]:
+    return (0.0, 0.0) if running is None else _two(running[3])
+
+
+def _pair(rstd: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return rstd and its rest, if it is given."""
+    if rstd.dim() == 1:
+        return rstd, None
+    return rstd[0], rstd[1] if len(rstd) > 1 else None
+
+
+def _two(value: float) -> tuple[float, float]:
+    """Split a number into what float32, the type of a kernel's numbers, keeps, and the rest."""
+    high = ctypes.c_float(value).value
+    return high, float(value) - high

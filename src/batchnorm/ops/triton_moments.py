@@ -1,0 +1,107 @@
+"""Moments in Triton: the merge, the moments of a tile, and what is done once all are merged.
+
+Sums are float64, as on the CPU (docs/decisions/0009-accuracy.md), of deviations from a value of
+the channel: a mean that cancels out to near 0 keeps its digits, and so does a variance next to a
+mean of 1e6.
+"""
+
+import triton
+import triton.language as tl
+
+from batchnorm.ops.triton_tiles import over
+
+
+@triton.jit
+def merge(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
+    """Merge two Moments: Chan, Golub, LeVeque 1983, eq. 2.1; the combine function of tl.reduce.
+
+    An empty part is the identity, selected by its count: what its mean holds does not matter.
+    """
+    n = n_a + n_b
+    w = n_b / tl.where(n > 0, n, 1.0)
+    d = mean_b - mean_a
+    mean = tl.where(n_b > 0, tl.where(n_a > 0, mean_a + d * w, mean_b), mean_a)
+    m2 = tl.where(n_b > 0, tl.where(n_a > 0, m2_a + m2_b + d * d * (n_a * w), m2_b), m2_a)
+    return n, mean, m2
+
+
+@triton.jit
+def finite(pivot):
+    """Return the pivot, or 0 where it is infinite or NaN."""
+    return tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
+
+
+@triton.jit
+def tile_moments(x, inside, count, pivot, ROWS: tl.constexpr):
+    """Return count, mean and m2 per channel of a tile, in float64.
+
+    m2 = sum(d^2) - sum(d)^2 / n with d = x - pivot: that loses (mean - pivot)^2 / variance float64
+    roundings, which is no more than n where the pivot is one of the values.
+
+    Args:
+        x: Values (A, B) as they were loaded.
+        inside: Which of them count.
+        count: How many count per channel, a scalar.
+        pivot: Per channel, one of the values, finite.
+        ROWS: Whether each column is a channel; else the tile is of one channel.
+    """
+    if x.dtype.primitive_bitwidth == 16:
+        # Two half numbers differ by a float32, exactly but where one is 2^13 times the other.
+        deviation = (x.to(tl.float32) - pivot.to(tl.float32)[None, :]).to(tl.float64)
+    else:
+        deviation = x.to(tl.float64) - pivot.to(tl.float64)[None, :]
+    deviation = tl.where(inside, deviation, 0.0)
+    n = count.to(tl.float64)
+    pivot = pivot.to(tl.float64)
+    if x.dtype.primitive_bitwidth == 64:
+        # Here float64 is no wider than the values: about the tile's own mean, nothing is lost.
+        pivot += over(deviation, ROWS) / tl.maximum(n, 1.0)
+        deviation = tl.where(inside, x - pivot[None, :], 0.0)
+    left = over(deviation, ROWS)
+    square = over(deviation * deviation, ROWS)
+    share = left * (1.0 / tl.maximum(n, 1.0))
+    m2 = square - left * share
+    return n, pivot + share, tl.where(m2 < 0, 0.0, m2)
+
+
+@triton.jit
+def finish(
+    n,
+    mean,
+    m2,
+    channel,
+    inside,
+    stats,
+    running_mean,
+    running_var,
+    counter,
+    channels,
+    momentum,
+    momentum_rest,
+    EPS: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """Store mean, m2, rstd and its rest; commit the running step; return rstd in float64.
+
+    running <- (1 - momentum) * running + momentum * (mean, m2 / (n - 1)), counter <- counter + 1.
+    Exactly one program holds a channel here, so that there is nothing to race with.
+    """
+    rstd = 1.0 / tl.sqrt(m2 / tl.where(n > 0, n, 1.0) + EPS)
+    tl.store(stats + channel, mean, inside)
+    tl.store(stats + channels + channel, m2, inside)
+    tl.store(stats + 2 * channels + channel, rstd, inside)
+    if REST:
+        rounded = rstd.to(stats.dtype.element_ty).to(tl.float64)
+        tl.store(stats + 3 * channels + channel, rstd - rounded, inside)
+    if running_mean is not None:
+        new = tl.zeros_like(mean) + momentum + momentum_rest
+        old = 1.0 - new
+        var = m2 / tl.where(n > 1, n - 1.0, 1.0)
+        before = tl.load(running_mean + channel, inside, other=0.0).to(tl.float64)
+        tl.store(running_mean + channel, before * old + mean * new, inside)
+        before = tl.load(running_var + channel, inside, other=0.0).to(tl.float64)
+        tl.store(running_var + channel, before * old + var * new, inside)
+        if counter is not None:
+            if tl.program_id(0) == 0:
+                tl.store(counter, tl.load(counter) + 1)
+    return rstd

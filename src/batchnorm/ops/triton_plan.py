@@ -1,0 +1,146 @@
+"""How the Triton kernels cut a tensor into tiles and shares: a static table, cached per shape.
+
+Decided by shape and item size alone, never by the device or by trial, so that the order of every
+sum is the same in every run and on every GPU. The reasons stand in docs/decisions/0040-triton.md.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+# Elements of a tile: (while statistics are taken, while gradients are summed, otherwise).
+TILE = {"moments": 8192, "sums": 4096, "apply": 4096}
+
+# A channel's values are handled in one pass if they fit into a tile of so many elements.
+ONE_PASS = {"forward": 32768, "backward": 16384}
+
+# Programs that share the values of a tensor while it is reduced: four on each of 132 processors.
+PROGRAMS = 512
+
+# Bytes of neighbouring channels in a tile of rows: two cache lines.
+ROW_BYTES = 256
+
+# Registers of a thread while statistics are taken: two programs of 8 warps fit then.
+REGISTERS = 128
+
+# Tiles on their way through shared memory while one is reduced, by bytes of a value: with three
+# tensors of 4096 values no more than 48 KiB, of which several programs fit into a multiprocessor.
+STAGES = {2: 3, 4: 2, 8: 2}
+
+# The least that a row of a tile should read: one sector of memory.
+SECTOR = 32
+
+
+class Plan(NamedTuple):
+    """A tiling; see ``triton_tiles`` for rows, lanes, parts and width.
+
+    Attributes:
+        rows: Rows of a column of tiles.
+        channels: Channels of the tensor.
+        width: Distance of two rows, over ``align``.
+        parts: Rows that a plane is cut into.
+        columns: Columns of tiles.
+        tiles: Tiles in a column.
+        splits: Programs that share a column while it is reduced.
+        share: Tiles that each of them takes.
+        a: Rows of a tile.
+        b: Lanes of a tile.
+        align: What divides the distance of two rows, up to 16.
+        is_rows: Whether a lane is a channel.
+        long: Whether offsets need 64 bits.
+        warps: Warps of a program.
+    """
+
+    rows: int
+    channels: int
+    width: int
+    parts: int
+    columns: int
+    tiles: int
+    splits: int
+    share: int
+    a: int
+    b: int
+    align: int
+    is_rows: bool
+    long: bool
+    warps: int
+
+
+@functools.lru_cache(maxsize=4096)
+def tiled(kind: str, outer: int, channels: int, inner: int, itemsize: int) -> Plan:
+    """Plan a kernel that goes over a tensor (outer, C, inner) tile by tile.
+
+    Args:
+        kind: A key of ``TILE``.
+        outer: Samples.
+        channels: Channels.
+        inner: Neighbouring values of one channel.
+        itemsize: Bytes of a value.
+    """
+    elements = TILE[kind] // (2 if itemsize == 8 else 1)
+    is_rows = inner == 1 and channels > 1
+    if is_rows:
+        b = min(_power(channels), max(ROW_BYTES // itemsize, 1), elements)
+        parts = 1
+    else:
+        outer, inner = (1, outer) if inner == 1 else (outer, inner)
+        b = _lanes(inner, elements)
+        parts = -(-inner // b)
+    a = min(elements // b, _power(outer * parts))
+    return _plan(outer, channels, inner, is_rows, a, b, parts)
+
+
+@functools.lru_cache(maxsize=4096)
+def whole(kind: str, outer: int, channels: int, inner: int, itemsize: int) -> Plan | None:
+    """Plan a kernel whose tiles hold all values of their channels, or None where they do not fit.
+
+    Args:
+        kind: A key of ``ONE_PASS``.
+        outer: Samples.
+        channels: Channels.
+        inner: Neighbouring values of one channel.
+        itemsize: Bytes of a value.
+    """
+    elements = ONE_PASS[kind] // (2 if itemsize == 8 else 1)
+    if inner == 1 and channels > 1:
+        a = _power(outer)
+        least = min(_power(channels), SECTOR // itemsize)
+        if a * least > elements:
+            return None
+        # As few channels as a sector allows, so that many processors have some.
+        b = max(least, min(_power(channels) // 128, 64, elements // a))
+        return _plan(outer, channels, 1, True, a, b, 1)
+    outer, inner = (1, outer) if inner == 1 else (outer, inner)
+    a, b = _power(outer), _power(inner)
+    return None if a * b > elements else _plan(outer, channels, inner, False, a, b, 1)
+
+
+def _plan(outer: int, channels: int, inner: int, is_rows: bool, a: int, b: int, parts: int) -> Plan:
+    rows = outer * parts
+    columns = -(-channels // b) if is_rows else channels
+    tiles = -(-rows // a)
+    share = -(-tiles // min(tiles, max(1, PROGRAMS // columns)))
+    splits = -(-tiles // share)
+    step = channels if is_rows else inner
+    align = math.gcd(step, 16)
+    # The furthest offset that is formed, if only to be masked.
+    furthest = (splits * share * a // parts + 1) * (channels * inner) + parts * b
+    # 16 values of a thread; more where that would take more than 8 warps.
+    warps = min(max(1, a * b // 512), 8 if a * b <= 8192 else 16)
+    return Plan(
+        rows, channels, step // align, parts, columns, tiles, splits, share,
+        a, b, align, is_rows, furthest >= 2**31, warps,
+    )  # fmt: skip
+
+
+def _lanes(inner: int, most: int) -> int:
+    """Return into rows of how many lanes a plane is cut: few idle ones, but no short rows."""
+    whole = min(_power(inner), most)
+    choices = [b for b in (1024, 512, 256) if b <= whole and -(-inner // b) * b <= 1.15 * inner]
+    return choices[0] if choices else min(whole, 128)
+
+
+def _power(n: int) -> int:
+    """Return the least power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()

@@ -1,0 +1,121 @@
+"""Where the values of a tile lie in memory.
+
+A tile has A rows and B lanes, which are neighbours in memory. Of the two layouts,
+
+    rows    (N, C), channels-last: a row is one sample, a lane is one channel
+    planes  (N, C, *): all of a tile belongs to one channel; each plane of ``inner`` values is cut
+            into ``parts`` rows of B lanes, so that row r is part r % parts of plane r // parts
+
+so per-channel values are (B,) in rows and (1,) in planes; ``value[None, :]`` broadcasts in both.
+The distance of two rows (C, or inner) is given as ``width`` times the compile-time ``ALIGN``: the
+compiler then knows how far addresses are aligned, and loads 16 bytes at a time where it may.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def channels_of(column, B: tl.constexpr, ROWS: tl.constexpr):
+    """Return the channels of a tile in the given column of tiles: (B,), or (1,)."""
+    if ROWS:
+        channel = column * B + tl.arange(0, B)
+    else:
+        channel = column + tl.arange(0, 1)
+    return channel
+
+
+@triton.jit
+def places(
+    index,
+    channel,
+    rows,
+    channels,
+    width,
+    parts,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    LONG: tl.constexpr,
+):
+    """Return offsets (A, B) of the tile ``index`` of a column, and which of them are inside."""
+    if LONG:
+        index = index.to(tl.int64)
+    row = index * A + tl.arange(0, A)
+    lane = tl.arange(0, B)
+    step = width * ALIGN
+    if ROWS:
+        at = row[:, None] * step + channel[None, :]
+        inside = (row < rows)[:, None] & (channel < step)[None, :]
+    else:
+        start = (row % parts) * B
+        plane = (row // parts) * channels + channel
+        at = (plane * step + start)[:, None] + lane[None, :]
+        inside = (row < rows)[:, None] & (start[:, None] + lane[None, :] < step)
+    return at, inside
+
+
+@triton.jit
+def values_in(
+    index,
+    rows,
+    width,
+    parts,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    LONG: tl.constexpr,
+):
+    """Return how many values of a channel the tile ``index`` holds, without counting them."""
+    if LONG:
+        index = index.to(tl.int64)
+    first = tl.minimum(index * A, rows)
+    last = tl.minimum(index * A + A, rows)
+    if ROWS:
+        count = last - first
+    else:
+        # The last part of each plane is shorter than B.
+        short = last // parts - first // parts
+        count = (last - first) * B - short * (parts * B - width * ALIGN)
+    return count
+
+
+@triton.jit
+def start_of(
+    index,
+    channel,
+    channels,
+    width,
+    parts,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    LONG: tl.constexpr,
+):
+    """Return the offset of the first value of each channel in the tile ``index``."""
+    if LONG:
+        index = index.to(tl.int64)
+    row = index * A
+    step = width * ALIGN
+    if ROWS:
+        at = row * step + channel
+    else:
+        at = ((row // parts) * channels + channel) * step + (row % parts) * B
+    return at
+
+
+@triton.jit
+def over(x, ROWS: tl.constexpr):
+    """Sum a tile over the values of each channel: (B,), or (1,).
+
+    A thread adds a few neighbours one after another, and from there on it is a tree: an outlier
+    swallows no more than its neighbours' last digits.
+    """
+    if ROWS:
+        total = tl.sum(x, 0)
+    else:
+        total = tl.sum(tl.sum(x, 1), 0, keep_dims=True)
+    return total

@@ -1,0 +1,104 @@
+"""The kernels compiled for a GPU that is not there: what the interpreter forgives, ptxas does not."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiling needs TRITON_INTERPRET unset", allow_module_level=True)
+
+import ahead
+from batchnorm.ops import cuda, triton_plan
+from batchnorm.ops.activations import NAMES, Activation
+
+SHAPES = {
+    "dense": ((64, 96), False),
+    "dense, large": ((8192, 1024), False),
+    "channels-last": ((8, 64, 56, 56), True),
+    "channels-last, odd": ((8, 24, 28, 28), True),
+    "planes": ((32, 64, 56, 56), False),
+    "planes, small": ((8, 64, 7, 7), False),
+    "planes, odd": ((4, 8, 99, 99), False),
+}
+HOPPER, AMPERE = 90, 80
+# Bytes of a thread's stack: ptxas spends 8 here and there to end at 64 or 128 registers.
+FEW = 16
+
+
+def compiled(layout, dtype, act="relu", adds=True, capability=HOPPER, parameters=torch.float32):
+    """What a training step and an evaluation launch, by name of the kernel."""
+    shape, last = SHAPES[layout]
+    x = torch.empty(shape, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    channels = shape[1]
+    weight, bias = (torch.empty(channels, dtype=parameters) for _ in range(2))
+    residual = torch.empty_like(x) if adds else None
+    act = Activation(act, 0.5)
+    running = torch.empty(channels), torch.empty(channels), torch.empty((), dtype=torch.int64), 0.1
+    with ahead.launches(capability) as found:
+        y, stats = cuda.forward(x, weight, bias, residual, act, 1e-5, 1, running)
+        cuda.evaluate(x, running[0], running[1], weight, bias, residual, act, 1e-5, 1)
+        kept = (None, y) if adds and act.from_output else (residual, None)
+        given = (weight, bias, *kept, act, 1)
+        cuda.backward(y, x, stats, *given, adds)
+        sums = cuda.backward_sums(y, x, stats[0], stats[2], *given)
+        cuda.backward_input(y, x, stats[0], stats[2], *given, *sums, 64, adds)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", SHAPES)
+def test_every_layout_compiles_for_hopper_and_spills_next_to_nothing(layout, dtype):
+    for one in compiled(layout, dtype):
+        assert one.spilled <= FEW, one
+        # Three programs of a kernel on a multiprocessor of 227 KiB, two where a tile is large.
+        assert one.shared <= 76 * 1024, (one.name, one.shared)
+        assert one.registers * one.warps * 32 <= 65536, (one.name, one.registers)
+
+
+@pytest.mark.parametrize("act", NAMES)
+def test_every_activation_compiles(act):
+    for adds in (False, True):
+        assert all(one.spilled <= FEW for one in compiled("dense", torch.float32, act, adds))
+
+
+def test_float64_and_parameters_of_other_dtypes_compile():
+    assert compiled("planes, small", torch.float64, "tanh", parameters=torch.float64)
+    assert compiled("dense, large", torch.bfloat16, "silu", parameters=torch.bfloat16)
+
+
+def test_an_older_gpu_gets_code_too():
+    for layout in ("channels-last", "planes"):
+        assert all(one.spilled <= FEW for one in compiled(layout, torch.float16, capability=AMPERE))
+
+
+@pytest.mark.parametrize("layout", ["dense, large", "channels-last", "planes"])
+def test_tiles_are_read_16_bytes_at_a_time_and_copied_ahead(layout):
+    found = {one.name: one for one in compiled(layout, torch.bfloat16)}
+    for name in ("normalize_kernel", "moments_kernel", "sums_kernel", "input_kernel"):
+        assert found[name].widest_load == 16, name
+    assert found["moments_kernel"].pipelined
+    assert found["sums_kernel"].pipelined
+
+
+def test_rows_that_divide_by_8_are_read_in_whole_vectors_too():
+    found = {one.name: one for one in compiled("channels-last, odd", torch.bfloat16)}
+    assert found["normalize_kernel"].widest_load == 16
+
+
+def test_more_elements_than_32_bits_address(monkeypatch):
+    real = triton_plan._plan
+    monkeypatch.setattr(triton_plan, "_plan", lambda *a: real(*a)._replace(long=True))
+    triton_plan.tiled.cache_clear(), triton_plan.whole.cache_clear()
+    found = compiled("planes", torch.bfloat16) + compiled("channels-last", torch.bfloat16)
+    triton_plan.tiled.cache_clear(), triton_plan.whole.cache_clear()
+    assert all(one.spilled <= FEW for one in found)
+    assert {one.widest_load for one in found if one.name == "normalize_kernel"} == {16}
+
+
+def test_nothing_is_added_by_atomics():
+    for layout in SHAPES:
+        for one in compiled(layout, torch.bfloat16):
+            assert " atom." not in one.ptx and " red." not in one.ptx, one.name
