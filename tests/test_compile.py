@@ -189,3 +189,19 @@ def test_an_operation_refuses_what_would_read_beyond_its_tensors():
         torch.ops.batchnorm.forward(
             torch.randn(4, 3), None, None, torch.ones(3), "relu", 0.0, 1e-5, 1
         )
+
+
+def test_a_compiled_step_is_one_operation_and_under_torch_func_it_is_plain_ones():
+    seen = []
+
+    def look(graph, _):
+        seen.append([str(n.target) for n in graph.graph.nodes if n.op == "call_function"])
+        return graph
+
+    torch.compiler.reset()
+    layer, x = bn.BatchNorm1d(3, track_running_stats=False), torch.randn(4, 3)
+    torch.compile(layer, backend=look, fullgraph=True)(x)
+    torch.compile(torch.func.vmap(lambda x: layer(x)), backend=look, fullgraph=True)(x[None])
+    step, transformed = seen
+    assert "batchnorm.forward.default" in step
+    assert not any("batchnorm" in target for target in transformed)

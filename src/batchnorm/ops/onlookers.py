@@ -32,7 +32,8 @@ def is_recorded() -> bool:
 
 def is_transformed() -> bool:
     """Return whether a transform of torch.func is at work, which custom operations do not know."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    # Dynamo knows the answer to this question; the one of is_calm() it would answer wrongly.
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
 
 
 def is_recomputing() -> bool:
