@@ -37,7 +37,7 @@ def fused_with(model: nn.Module) -> str:
         for m in model.modules()
         if isinstance(m, bn.BatchNorm1d | bn.BatchNorm2d | bn.BatchNorm3d)
     )
-    plan = layer._fusion.plans.get((layer.training, torch.is_inference_mode_enabled()))
+    plan = layer._fusion.plans.get(layer.training)
     return "" if plan is None or isinstance(plan, str) else str(plan)
 
 

@@ -201,6 +201,36 @@ def test_a_wrong_option_changes_nothing():
     assert_identical(before, everything(model))
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"statistics": "frozen"}, "bn.Frozen"),
+        ({"statistics": bn.Frozen}, "bn.Frozen"),
+        ({"filter": "layer1"}, "filter=function"),
+    ],
+)
+def test_options_of_the_wrong_kind_change_nothing(options, words):
+    model = network()
+    before = everything(model)
+    with pytest.raises(bn.errors.OptionError, match=words):
+        bn.convert(model, **options)
+    assert_identical(before, everything(model))
+
+
+def test_a_filter_that_fails_changes_nothing():
+    model = network()
+    before = everything(model)
+    with pytest.raises(ZeroDivisionError):
+        bn.convert(model, filter=lambda name, _: name != "8" or 1 / 0)
+    assert_identical(before, everything(model))
+
+
+@pytest.mark.parametrize("verb", [bn.convert, bn.revert, bn.edits, bn.save_memory])
+def test_what_is_no_model_is_told(verb):
+    with pytest.raises(bn.errors.SurgeryError, match="expected a model"):
+        verb(iter(()))
+
+
 def test_converting_twice_is_converting_once():
     model = bn.convert(network())
     bn.convert(model)

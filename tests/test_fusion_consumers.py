@@ -218,7 +218,7 @@ def test_hooks_see_ordinary_tensors():
         x, r = torch.randn(2, 3, 4, 5, 5)
         for _ in range(2):
             model(x, r)
-        assert model.part.bn._fusion.plans[True, False] is not None
+        assert model.part.bn._fusion.plans[True] is not None
         seen = []
         hooked = everywhere(model)[choose]
         hooked.register_forward_hook(lambda m, a, y, seen=seen: seen.extend([*a, y]))
@@ -280,7 +280,109 @@ def test_a_part_that_is_called_alone_returns_ordinary_tensors():
     assert type(model.part.bn(x)) is torch.Tensor
 
 
+# What a model keeps, and what is written to the object.
+
+
+class Keeping(Taught):
+    """Keeps the output of the layer beyond its pass, where nobody sees it returned."""
+
+    def forward(self, x, r):
+        y = self.layer(x)
+        self.__dict__["kept"] = y
+        return self.lesson(y, r)
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_what_a_model_keeps_is_an_ordinary_tensor_of_that_pass(lesson, mode):
+    ours = Keeping(None)
+    ours.lesson = LESSONS[lesson]
+    theirs = copy.deepcopy(ours)
+    bn.convert(ours)
+    for _ in range(4):
+        x, r = torch.randn(2, 3, 4, 5, 5)
+        found = []
+        for model in (ours, theirs):
+            leaf = x.clone().requires_grad_()
+            with mode():
+                model(leaf, r)
+            grads = ()
+            if mode is torch.enable_grad:
+                grads = torch.autograd.grad(model.kept.square().sum(), leaf, retain_graph=True)
+            with torch.no_grad():  # an optimizer's step, before somebody looks
+                model.layer.weight.mul_(1.5)
+            found.append((model.kept.detach().clone(), *grads))
+        assert type(ours.kept) is torch.Tensor
+        torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
+def test_what_a_failing_pass_keeps_does_not_end_fusing():
+    model = bn.convert(Taught(lambda s, y, r: y.view(7, 7, 7)))
+    x, r = torch.randn(2, 3, 4, 5, 5)
+    model(x, r)
+    model.teach = False
+    model.rest = lambda s, y, r: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        model(x, r)
+    assert fused_with(model) == "relu"
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_what_others_write_to_the_object_stays(lesson):
+    def forward(self, y, r):
+        y.mark = 2
+        y += r
+        F.relu(y, inplace=True)
+        y = y * y.mark
+        return y
+
+    model = Taught(forward)
+    model.lesson = LESSONS[lesson]
+    compare(model)
+    compare(Taught(lambda s, y, r: (setattr(y, "mark", 3), str(y), y * y.mark)[2]))
+
+
 # What is changed between the call and the use.
+
+
+READ_BY_BACKWARD = {
+    "the residual of silu": lambda s, y, r: ((r := r * 1), F.silu(y + r), r.mul_(2))[1],
+    "the result of relu6": lambda s, y, r: F.relu6(y + r).mul_(2),
+    "the result of leaky_relu": lambda s, y, r: F.leaky_relu(y + r, 0.1).mul_(2),
+}
+
+
+@pytest.mark.parametrize("name", READ_BY_BACKWARD)
+@pytest.mark.parametrize("training", [True, False])
+def test_in_place_changes_that_torch_allows(name, training):
+    """A fused backward reads other tensors than torch's; where they are edited nothing is fused."""
+    model = Model(READ_BY_BACKWARD[name], training)
+    check(model)
+    assert fused_with(model) == ""
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+@pytest.mark.parametrize("what", ["x", "r"])
+def test_changes_of_inference_tensors_leave_no_trace_and_do_no_harm(what, lesson):
+    class Changing(Taught):
+        def forward(self, x, r):
+            x, r = x * 1, r * 1
+            y = self.layer(x)
+            if self.teach:
+                return self.lesson(y, r)
+            y = y if what == "x" else y + r
+            (x if what == "x" else r).mul_(2)
+            return y * 3
+
+    ours = Changing(None)
+    ours.lesson = LESSONS[lesson]
+    theirs = copy.deepcopy(ours)
+    bn.convert(ours)
+    x, r = torch.randn(2, 3, 4, 5, 5)
+    with torch.inference_mode():
+        for i in range(4):
+            ours.teach = theirs.teach = i < 2
+            torch.testing.assert_close(ours(x, r), theirs(x, r), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("what", ["x", "weight", "bias"])

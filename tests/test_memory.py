@@ -185,6 +185,11 @@ class Between(nn.Module):
         return self.last(self.edit(F.silu(self.bn(self.first(x)))))
 
 
+def complexly(y: Tensor, f) -> Tensor:
+    pairs = torch.view_as_complex(y.view(y.shape[0], -1, 2))
+    return torch.view_as_real(f(pairs)).reshape(y.shape)
+
+
 EDITS = {
     "dropout in place": lambda y: F.dropout(y, 0.5, True, inplace=True),
     "scaled in place": lambda y: y.mul_(y.mean((2, 3), keepdim=True).sigmoid()),
@@ -204,6 +209,10 @@ EDITS = {
     "saved by sigmoid": lambda y: y.sigmoid() * y,
     "saved by sigmoid_": lambda y: (y + 0).sigmoid_() * 2,
     "copied": lambda y: y.clone().mul_(2),
+    "given other data": lambda y: (setattr(y, "data", torch.ones_like(y)), y * y)[1],
+    "seen as complex": lambda y: complexly(y, lambda c: c * c),
+    "seen as conjugate": lambda y: complexly(y, lambda c: (c.conj() * c.conj()).resolve_conj()),
+    "seen as negative": lambda y: complexly(y, lambda c: torch.complex(c.conj().imag ** 2, c.real)),
     "checkpointed": lambda y: checkpoint(lambda t: t * t, y, use_reentrant=False),
     "checkpointed the old way": lambda y: checkpoint(lambda t: t * t, y, use_reentrant=True),
 }

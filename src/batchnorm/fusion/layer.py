@@ -21,18 +21,17 @@ SMALLEST = {
     (True, True): 1 << 17,
     (True, False): 1 << 20,
 }
-Key = tuple[bool, bool]
 
 
 class Fusion:
-    """The plans of one layer, by (training, inference mode): a Plan, or why there is none.
+    """The plans of one layer, by training or not: a Plan, or why there is none.
 
     Copies and pickles start without plans and learn them anew.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.plans: dict[Key, Plan | str] = {}
+        self.plans: dict[bool, Plan | str] = {}
 
     def __reduce__(self) -> Any:
         return Fusion, (self.name,)
@@ -40,36 +39,36 @@ class Fusion:
     def forward(self, layer: Any, x: Tensor, residual: Any, mask: Any) -> Tensor:
         """Compute the layer; the result may be pending where the model will absorb it."""
         running = session.current()
-        if running is None or residual is not None or mask is not None:
+        if running is None or residual is not None or mask is not None or _leave_no_trace(layer, x):
             return layer._forward(x, residual, mask)  # type: ignore[no-any-return]
-        key = layer.training, torch.is_inference_mode_enabled()
+        key = layer.training
         if running.watch is not None:
             y: Tensor = layer._forward(x, None, None)
-            running.watch.follow(layer, key, x, y)
+            running.watch.follow(layer, key, y)
             return y
         plan = self.plans.get(key)
         if isinstance(plan, Plan):
-            pending = self._pending(layer, x, key, plan)
+            pending = self._pending(layer, x, key, plan, running.alive)
             if pending is not None:
                 return pending
         elif plan is None:
             running.look_again()
         return layer._forward(x, None, None)  # type: ignore[no-any-return]
 
-    def missed(self, key: Key, reason: str) -> None:
+    def missed(self, key: bool, reason: str) -> None:
         """Give up a plan that did not come true."""
         self.plans[key] = f"expected {self.plans[key]}, then came {reason}"
 
-    def _pending(self, layer: Any, x: Tensor, key: Key, plan: Plan) -> Tensor | None:
+    def _pending(
+        self, layer: Any, x: Tensor, key: bool, plan: Plan, alive: list[list[Any]]
+    ) -> Tensor | None:
         packing = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        if type(x) is not Tensor or x.numel() < SMALLEST[plan.adds, key[0]]:
+        if type(x) is not Tensor or x.numel() < SMALLEST[plan.adds, key]:
             return None
         # Activation checkpointing counts what is saved; bn.save_memory does not mind.
         if packing is not None and not getattr(packing[0], "knows_fusion", False):
             return None
         if _seen_by_others(layer, plan):
-            return None
-        if plan.adds and key[1] and not plan.lasting:
             return None
         try:
             made = prepare(layer, x, plan.act, whole=not plan.adds)
@@ -86,19 +85,25 @@ class Fusion:
             current_modes(),
             (),
             lambda reason: self.missed(key, reason),
+            alive,
         )
         return pend(state, None if plan.adds else ahead)
 
     def __str__(self) -> str:
-        modes = {(True, False): "training", (False, False): "evaluation",
-                 (True, True): "training in inference mode",
-                 (False, True): "evaluation in inference mode"}  # fmt: skip
         lines = [
-            f"in {modes[key]} "
+            f"in {'training' if training else 'evaluation'} "
             + (f"fused with {plan}" if isinstance(plan, Plan) else f"not fused: {plan}")
-            for key, plan in self.plans.items()
+            for training, plan in self.plans.items()
         ]
         return "; ".join(lines) or "nothing fused yet: it has not run"
+
+
+def _leave_no_trace(layer: Any, x: Tensor) -> bool:
+    """Whether a change in place of what a result is made from could not be seen."""
+    if torch.is_inference_mode_enabled() or x.is_inference():
+        return True
+    parts = (*layer._parameters.values(), *layer._buffers.values())
+    return any(part is not None and part.is_inference() for part in parts)
 
 
 def _seen_by_others(layer: Any, plan: Plan) -> bool:

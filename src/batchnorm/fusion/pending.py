@@ -9,6 +9,7 @@ below the other, keep it right whatever happens to it.
    ``__torch_dispatch__``, which computes the values; its gradient goes to the wrapper's own node.
 """
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,7 @@ class State(NamedTuple):
         modes: Of PyTorch, at the call.
         seen: The residual's version.
         missed: Called with a reason when something else follows.
+        alive: Where the pass writes down what is pending; see ``pend``.
     """
 
     name: str
@@ -53,6 +55,7 @@ class State(NamedTuple):
     modes: tuple[Any, ...]
     seen: tuple[int, ...]
     missed: Any
+    alive: list[list[Any]]
 
     def check(self) -> None:
         """Raise if what the result is computed from is not what it was at the call."""
@@ -68,12 +71,14 @@ class Pending(torch.Tensor):
         _node: Its node in the autograd graph when it was made.
         _ahead: The result with everything that is expected, computed already; None if not.
         _content: Its own values, once something has looked below the API.
+        _place: A list with a weak reference to it, for the end of the pass.
     """
 
     _state: State
     _node: Any
     _ahead: Tensor | None
     _content: Tensor | None
+    _place: list[Any]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -109,15 +114,18 @@ def pend(state: State, ahead: Tensor | None) -> Tensor:
     with _plainly():
         wrapper._node = wrapper.grad_fn
     wrapper._state, wrapper._ahead, wrapper._content = state, ahead, None
+    wrapper._place = [weakref.ref(wrapper)]
+    state.alive.append(wrapper._place)
     return wrapper  # type: ignore[no-any-return]
 
 
-def settle(p: Any, reason: str) -> Tensor:
+def settle(p: Any, reason: str | None) -> Tensor:
     """Turn a pending tensor into an ordinary one without activation, in place where possible."""
     if not _is_pending(p):
         return p  # type: ignore[no-any-return]
     state: State = p._state
-    state.missed(reason)
+    if reason is not None:
+        state.missed(reason)
     if not _untouched(p):
         return p  # type: ignore[no-any-return]
     state.check()
@@ -132,6 +140,25 @@ def real(p: Any) -> Any:
         return p
     with _plainly():
         return torch.ops.aten.alias(p)
+
+
+def settle_rest(alive: list[list[Any]], reason: str | None) -> None:
+    """Make ordinary what a model keeps beyond its pass: weights may change before it is used.
+
+    Args:
+        alive: The places of what the pass made.
+        reason: What is told of it; None tells nothing.
+    """
+    for place in alive:
+        p = place[0]() if place else None
+        if p is None:
+            continue
+        try:
+            settle(p, reason)
+            if _is_pending(p):
+                _opened(p)
+        except SurgeryError:
+            continue  # whoever uses it is told
 
 
 def current_modes() -> tuple[Any, ...]:
@@ -200,11 +227,22 @@ def _absorb_addition(p: Any, step: Absorbable) -> Tensor | None:
     return _become(p, result) if step.inplace else result
 
 
-def _become(p: Any, result: Tensor) -> Tensor | None:
+def _become(p: Any, result: Any) -> Tensor | None:
     """Make the object ``p`` the tensor ``result``; None where somebody below holds it."""
+    # What others have written to the object stays with it.
+    written = {name: value for name, value in p.__dict__.items() if name not in _OURS}
+    for one in (p, result):  # what is weakly held cannot be swapped
+        one.__dict__.get("_place", []).clear()
     with _plainly():
         try:
             torch.utils.swap_tensors(p, result)
         except RuntimeError:
+            p._place.append(weakref.ref(p))
             return None
+    p.__dict__.update(written)
+    if _is_pending(p):
+        p._place.append(weakref.ref(p))
     return p  # type: ignore[no-any-return]
+
+
+_OURS = frozenset(Pending.__annotations__)

@@ -16,13 +16,11 @@ class Plan(NamedTuple):
         adds: Whether something is added first.
         act: The activation behind that; the identity for none.
         crossed: Modules that are left or entered on the way: a hook there would see the output.
-        lasting: Whether nobody else had the layer's input by the time of the addition.
     """
 
     adds: bool = False
     act: Activation = IDENTITY
     crossed: tuple[nn.Module, ...] = ()
-    lasting: bool = False
 
     def __str__(self) -> str:
         parts = ["add"] * self.adds + [str(self.act)] * (self.act != IDENTITY)
@@ -37,4 +35,5 @@ def same_kind(y: Tensor, residual: Any) -> bool:
         and residual.dtype == y.dtype
         and residual.device == y.device
         and residual.layout is torch.strided
+        and not residual.is_inference()  # a change of it could not be seen
     )

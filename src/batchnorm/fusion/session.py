@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from batchnorm.fusion.pending import Pending, real
+from batchnorm.fusion.pending import Pending, real, settle_rest
 from batchnorm.fusion.watch import Watch
 from batchnorm.ops.onlookers import is_calm
 
@@ -22,16 +22,16 @@ _here = threading.local()
 
 
 class Looks:
-    """How often a model has been watched, by (training, inference mode), and whether to again."""
+    """How often a model has been watched, by training or not, and whether to again."""
 
     def __init__(self) -> None:
-        self.taken: dict[tuple[bool, bool], int] = {}
+        self.taken: dict[bool, int] = {}
         self.again = False
 
     def __reduce__(self) -> Any:
         return Looks, ()
 
-    def wanted(self, key: tuple[bool, bool]) -> bool:
+    def wanted(self, key: bool) -> bool:
         """Return whether this pass is to be watched; if so, count it."""
         taken = self.taken.get(key, 0)
         if taken and not (self.again and taken < _MOST_LOOKS):
@@ -47,8 +47,9 @@ class Session:
         self.model = model
         self.frame = frame
         self.looks: Looks = model.__dict__[_PLACE]
-        key = model.training, torch.is_inference_mode_enabled()
-        self.watch = Watch() if self.looks.wanted(key) else None
+        # What the pass made and is pending; see Pending.
+        self.alive: list[list[Any]] = []
+        self.watch = Watch() if self.looks.wanted(model.training) else None
         if self.watch is not None:
             self.watch.__enter__()
 
@@ -64,10 +65,15 @@ class Session:
 
     def is_over(self) -> bool:
         """Whether the pass has ended without telling, as an interrupt makes it."""
-        frame: Any = sys._getframe(2)
-        while frame is not None and frame is not self.frame:
-            frame = frame.f_back
-        return frame is None
+        return not is_running(self.frame)
+
+
+def is_running(call: Any) -> bool:
+    """Return whether a frame is on the stack of this thread."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame is not call:
+        frame = frame.f_back
+    return frame is not None
 
 
 def current() -> Session | None:
@@ -98,7 +104,7 @@ def remove(model: nn.Module) -> None:
 
 
 def _open(model: nn.Module, args: Any) -> None:  # noqa: ARG001
-    if not is_calm():
+    if torch.is_inference_mode_enabled() or not is_calm():
         return
     running = current()
     if running is not None and running.model is not model and not running.is_over():
@@ -115,6 +121,9 @@ def _close(model: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001
     if running is not None and running.model is model:
         _here.session = None
         running.close()
+        # After an error it is the traceback that keeps them.
+        failed = sys.exc_info()[0] is not None
+        settle_rest(running.alive, None if failed else "the model keeps it")
     if type(output) is torch.Tensor or not any(type(one) is Pending for one in tree_leaves(output)):
         return None
     return tree_map_only(Pending, real, output)

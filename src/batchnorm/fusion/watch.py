@@ -6,18 +6,34 @@ PyTorch's API beside them.
 
 import sys
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from batchnorm.fusion.plan import Plan, same_kind
-from batchnorm.fusion.prepared import why_whole
+from batchnorm.fusion.prepared import versions, why_whole
 from batchnorm.fusion.recognize import Absorbable, is_metadata, recognize
 from batchnorm.ops.activations import IDENTITY
 
 _CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
+
+
+class Held(NamedTuple):
+    """A tensor of the watched pass, and its version when it was met."""
+
+    tensor: Tensor
+    version: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Held | None":
+        """Hold what backward may need; without a gradient there is nothing to hold."""
+        return cls(tensor.detach(), versions(tensor)) if torch.is_grad_enabled() else None
+
+    def changed(self) -> bool:
+        """Whether it has been written to since."""
+        return versions(self.tensor) != self.version
 
 
 class Track:
@@ -32,10 +48,11 @@ class Track:
         inside: The modules that were being called when it was made.
     """
 
-    def __init__(self, layer: Any, key: Any, x: Tensor) -> None:
+    def __init__(self, layer: Any, key: Any) -> None:
         self.layer = layer
         self.key = key
-        self.x = weakref.ref(x)
+        self.residual: Held | None = None
+        self.made: Held | None = None
         self.plan = Plan()
         self.stage = "made"
         self.reason = "nothing in PyTorch's API used its output"
@@ -53,21 +70,28 @@ class Track:
         """Note that the output was used beside what absorbs it."""
         self.stage, self.reason = "lost", reason
 
-    def absorb(self, step: Absorbable) -> None:
+    def absorb(self, step: Absorbable, result: Tensor) -> None:
         """Note an addition or an activation."""
         entered = _modules_being_called()
         crossed = {*self.inside, *entered} - {*self.inside} & {*entered} - {self.layer}
         crossed |= {*self.plan.crossed}
         if step.residual is not None:
-            self.plan = Plan(True, IDENTITY, tuple(crossed), self.x() is None)
+            self.plan = Plan(True, IDENTITY, tuple(crossed))
+            self.residual = Held.of(step.residual)
             self.stage = "added"
         else:
             self.plan = self.plan._replace(act=step.act, crossed=tuple(crossed))
+            self.made = Held.of(result)
             self.stage = "done"
 
     @property
     def result(self) -> Plan | str:
         """The plan, or why there is none."""
+        if self.plan.adds and self.plan.act != IDENTITY:
+            # Backward reads one of them, where torch's may not.
+            read = self.made if self.plan.act.from_output else self.residual
+            if read is not None and read.changed():
+                return "what its backward would need is changed in place"
         return self.plan if self.stage in ("added", "done") else self.reason
 
 
@@ -80,9 +104,9 @@ class Watch(TorchFunctionMode):
         # id -> the tensor, its track, and whether it has been absorbed already.
         self.followed: dict[int, tuple[weakref.ref[Tensor], Track, bool]] = {}
 
-    def follow(self, layer: Any, key: Any, x: Tensor, y: Tensor) -> None:
+    def follow(self, layer: Any, key: Any, y: Tensor) -> None:
         """Begin with the output ``y`` of a layer."""
-        track = Track(layer, key, x)
+        track = Track(layer, key)
         self.tracks.append(track)
         reason = why_whole(layer)
         if reason:
@@ -123,7 +147,7 @@ class Watch(TorchFunctionMode):
             track.lose("another normalization absorbs it" if absorbing else f"{name} uses it")
             del self.followed[id(tensor)]
         elif step.residual is None or track.stage == "made":
-            track.absorb(step)
+            track.absorb(step, result)
             self._set(tensor, track, True)
             if track.stage == "added":
                 self._set(result, track, False)

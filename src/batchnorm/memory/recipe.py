@@ -49,14 +49,16 @@ class Source:
 
     Attributes:
         version: Of the result, when it was what this makes.
+        pointer: To the result's memory at that time.
         handles: How many wait for the value.
         served: How many of them have had it.
     """
 
-    __slots__ = ("handles", "memo", "served", "version")
+    __slots__ = ("handles", "memo", "pointer", "served", "version")
 
     def __init__(self, version: int) -> None:
         self.version = version
+        self.pointer = 0
         self.handles = self.served = 0
         self.memo: Tensor | None = None
 
@@ -231,8 +233,10 @@ def recipe_of(tensor: Tensor) -> Source | None:
     """Return the recipe of a tensor, or of what it is a view of, if it is as it was made."""
     base = tensor if tensor._base is None else tensor._base
     recipe: Source | None = base.__dict__.get(_PLACE)
-    if recipe is None:
+    if recipe is None or base.data_ptr() != recipe.pointer:  # y.data = z leaves no other trace
         return None
+    if tensor.dtype != base.dtype or tensor.is_conj() or tensor.is_neg():
+        return None  # seen as complex numbers; sizes and strides do not tell that
     if base._version == recipe.version + 1 and _is_rectified(base):
         recipe = Rectified(recipe, base._version)
         give(base, recipe)
@@ -241,6 +245,7 @@ def recipe_of(tensor: Tensor) -> Source | None:
 
 def give(tensor: Tensor, recipe: Source) -> None:
     """Give a tensor its recipe."""
+    recipe.pointer = tensor.data_ptr()
     setattr(tensor, _PLACE, recipe)
 
 

@@ -9,10 +9,16 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from batchnorm.errors import SurgeryError
 from batchnorm.memory.recipe import Kept, Pooled, Recording, Source, give, recipe_of
 from batchnorm.ops import backend
+from batchnorm.ops.onlookers import is_calm
 
 _here = threading.local()
+
+REUSED = """\
+expected a fresh block, this one has been entered before; write bn.save_memory() in each with \
+statement, which then has a report of its own"""
 
 
 class Handle(NamedTuple):
@@ -70,11 +76,17 @@ class SaveMemory:
         self._hooks: saved_tensors_hooks | None = None
         self._outer: tuple[Any, Any] | None = None
         self._looking: list[Any] | None = None
+        self._used = False
 
     def __enter__(self) -> Saved:
+        if self._used:
+            raise SurgeryError(REUSED)
+        self._used = True
         outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
         # Checkpointing counts what is saved; inside of a region there is nothing to add to it.
-        if outer is None or not (_is_ours(outer) or _is_checkpointing(outer)):
+        known = outer is not None and (_is_ours(outer) or _is_checkpointing(outer))
+        # The transforms of torch.func have no hooks, and there are no recipes in them.
+        if not known and is_calm():
             self._outer = outer
             self._hooks = saved_tensors_hooks(self._pack, self._unpack)
             self._hooks.__enter__()
@@ -88,9 +100,14 @@ class SaveMemory:
             self._hooks = None
             _here.depth -= 1
 
+    def is_innermost(self) -> bool:
+        """Whether leaving the block now takes its own hooks away, and nobody else's."""
+        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return top is not None and getattr(top[0], "__self__", None) is self
+
     def _pack(self, tensor: Tensor) -> Any:
         recipe = None
-        if type(tensor) is Tensor:
+        if type(tensor) is Tensor and tensor.layout is torch.strided:
             recipe = recipe_of(tensor) or self._pooled(tensor)
             self.saved.note(tensor, recipe)
         if recipe is not None:

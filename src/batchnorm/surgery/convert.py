@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from batchnorm.errors import SurgeryError
+from batchnorm.errors import OptionError, SurgeryError
 from batchnorm.estimators.bank import Bank, EstimatorLike, named
 from batchnorm.fusion import session
 from batchnorm.fusion.layer import Fusion
@@ -33,6 +33,11 @@ _VERB = "convert"
 SCRIPTED = """\
 bn.convert expected a model in Python, got a {kind}, whose code torch.jit has already compiled. \
 Convert the model it was made from; torch.jit.trace takes the converted one in eval mode."""
+
+SOURCE = """\
+expected a source such as statistics=bn.Batch(), bn.Frozen() or bn.Synced(), got {got!r}"""
+
+FILTER = "expected filter=function of (name, module), true for those to convert, got {got!r}"
 
 NOTHING = "there is no batch normalization in it"
 
@@ -82,11 +87,16 @@ def convert(
         The model.
 
     Raises:
-        SurgeryError: If the model is scripted or traced; it is then as it was.
+        SurgeryError: If the model is scripted or traced, or none; it is then as it was.
         OptionError: If an option is wrong; likewise.
     """
+    edits.expect_model(model, _VERB)
     if isinstance(model, torch.jit.ScriptModule):
         raise SurgeryError(SCRIPTED.format(kind=type(model).__name__))
+    if isinstance(statistics, type) or not callable(getattr(statistics, "normalize", None)):
+        raise OptionError(SOURCE.format(got=statistics))
+    if filter is not None and not callable(filter):
+        raise OptionError(FILTER.format(got=filter))
     if estimator is not None:
         named(estimator)
     steps = list(_plan(model, estimator, filter))
@@ -114,6 +124,7 @@ def revert(model: Model) -> Model:
     Returns:
         The model.
     """
+    edits.expect_model(model, "revert")
     session.remove(model)
     switch_off(model)
     for module in model.modules():

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from batchnorm.errors import SurgeryError
+
 # Where a model keeps its log: a plain attribute, so that copies and pickles of the model have it.
 _PLACE = "_batchnorm_edits"
 
@@ -77,6 +79,7 @@ def edits(model: nn.Module) -> Edits:
     Returns:
         The edits that still hold: ``bn.revert`` takes back those of ``bn.convert``.
     """
+    expect_model(model, "edits")
     modules = dict(model.named_modules())
     return Edits(
         replace(edit, fused=_fused(modules.get(edit.name))) if edit.after else edit
@@ -87,6 +90,14 @@ def edits(model: nn.Module) -> Edits:
 def _fused(module: nn.Module | None) -> str:
     fusion: Any = getattr(module, "_fusion", None)
     return "" if fusion is None else str(fusion)
+
+
+def expect_model(model: Any, verb: str) -> None:
+    """Raise if a verb of surgery was given something that is no model."""
+    if not isinstance(model, nn.Module):
+        raise SurgeryError(
+            f"bn.{verb} expected a model (torch.nn.Module), got {type(model).__name__}"
+        )
 
 
 def record(model: nn.Module, verb: str, new: Iterable[Edit]) -> None:

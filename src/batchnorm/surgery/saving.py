@@ -1,12 +1,14 @@
 """``bn.save_memory``: a block, or a switch of a model."""
 
+import sys
 import threading
 from typing import Any, TypeVar, overload
 
-import torch
 from torch import nn
 
+from batchnorm.fusion.session import is_running
 from batchnorm.memory.saving import SaveMemory
+from batchnorm.ops.onlookers import is_calm
 from batchnorm.surgery import edits
 from batchnorm.surgery.edits import Edit
 
@@ -49,6 +51,7 @@ def save_memory(model: Model | None = None, *, enabled: bool = True) -> Model | 
     """
     if model is None:
         return SaveMemory()
+    edits.expect_model(model, _VERB)
     switch_off(model)
     if enabled:
         model.__dict__[_PLACE] = True
@@ -73,10 +76,14 @@ def switch_off(model: nn.Module) -> None:
 
 
 def _enter(model: nn.Module, args: Any) -> None:  # noqa: ARG001
-    if not torch.compiler.is_compiling():
+    blocks = _here.__dict__.setdefault("blocks", [])
+    # An interrupt ends a pass without telling.
+    while blocks and not is_running(blocks[-1][2]) and blocks[-1][1].is_innermost():
+        blocks.pop()[1].__exit__(None, None, None)
+    if is_calm():
         block = SaveMemory()
         block.__enter__()
-        _here.__dict__.setdefault("blocks", []).append((model, block))
+        blocks.append((model, block, sys._getframe(1)))
 
 
 def _leave(model: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
