@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import layout
+from batchnorm import moments as _moments
 from batchnorm.ops import reference
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.library import needed
@@ -52,15 +53,15 @@ class BatchNormalize(torch.autograd.Function):
         y: Tensor
         y, stats = backend.forward(x, weight, bias, residual, act, eps, axis, running)
         found.append(stats)
-        ctx.save_for_backward(x, stats, weight, bias, *needed(act, residual, y))
-        ctx.rest = act, eps, axis, backend, residual is not None
+        ctx.save_for_backward(x, stats, weight, *kept(act, bias, residual, y))
+        ctx.rest = act, eps, axis, backend, residual is not None, _dtype(bias)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Gradients:
         """Return the gradients of x, weight, bias and residual."""
         x, stats, weight, bias, residual, y = ctx.saved_tensors
-        act, eps, axis, backend, adds = ctx.rest
+        act, eps, axis, backend, adds, bias_dtype = ctx.rest
         dy = grads[0]
         backend = _for_backward(backend, dy)
         if torch.is_grad_enabled():
@@ -71,13 +72,14 @@ class BatchNormalize(torch.autograd.Function):
                 rstd = reference.reciprocal_std(m2, count, eps)
                 return reference.affine(x, mean, rstd, weight, bias, axis)
 
-            return *_graph(again, dy, x, weight, bias, residual, y, act, adds), None
+            given = (dy, x, weight, bias, residual, y, act, axis, adds)
+            return *_graph(again, *given, bias_dtype), None
         rest = (weight, bias, residual, y, act, axis)
         if not (adds or ctx.needs_input_grad[0]):
             sum_dz, sum_dz_xhat = backend.backward_sums(dy, x, stats[0], stats[2:], *rest)
-            return None, *_as(weight, sum_dz_xhat, bias, sum_dz), None, None
+            return None, *_as(weight, sum_dz_xhat, bias_dtype, sum_dz), None, None
         dx, dresidual, sum_dz, sum_dz_xhat = backend.backward(dy, x, stats, *rest, adds)
-        return dx, *_as(weight, sum_dz_xhat, bias, sum_dz), dresidual, None
+        return dx, *_as(weight, sum_dz_xhat, bias_dtype, sum_dz), dresidual, None
 
 
 class Normalize(torch.autograd.Function):
@@ -98,15 +100,15 @@ class Normalize(torch.autograd.Function):
     ) -> Tensor:
         """Return y."""
         y: Tensor = backend.normalize(x, mean, rstd, weight, bias, residual, act, axis)
-        ctx.save_for_backward(x, mean, rstd, weight, bias, *needed(act, residual, y))
-        ctx.rest = act, axis, backend, residual is not None
+        ctx.save_for_backward(x, mean, rstd, weight, *kept(act, bias, residual, y))
+        ctx.rest = act, axis, backend, residual is not None, _dtype(bias)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Gradients:
         """Return the gradients of x, (statistics: none), weight, bias and residual."""
         x, mean, rstd, weight, bias, residual, y = ctx.saved_tensors
-        act, axis, backend, adds = ctx.rest
+        act, axis, backend, adds, bias_dtype = ctx.rest
         dy = grads[0]
         backend = _for_backward(backend, dy)
         if torch.is_grad_enabled():
@@ -114,7 +116,8 @@ class Normalize(torch.autograd.Function):
             def again(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
                 return reference.affine(x, mean, rstd, weight, bias, axis)
 
-            dx, *others = _graph(again, dy, x, weight, bias, residual, y, act, adds)
+            rest = (dy, x, weight, bias, residual, y, act, axis, adds)
+            dx, *others = _graph(again, *rest, bias_dtype)
             return dx, None, None, *others, None, None, None
         given = (dy, x, mean, rstd, weight, bias, residual, y, act, axis)
         sum_dz = sum_dz_xhat = None
@@ -122,7 +125,7 @@ class Normalize(torch.autograd.Function):
             sum_dz, sum_dz_xhat = backend.backward_sums(*given)
         zero = torch.zeros_like(mean)
         dx, dresidual = backend.backward_input(*given, zero, zero, 1, adds)
-        affine = _as(weight, sum_dz_xhat, bias, sum_dz)
+        affine = _as(weight, sum_dz_xhat, bias_dtype, sum_dz)
         return dx, None, None, *affine, dresidual, None, None, None
 
 
@@ -136,18 +139,31 @@ def _for_backward(backend: Any, dy: Tensor) -> Any:
     return backend if is_calm() and not has_no_memory(dy) else reference
 
 
+def kept(
+    act: Activation, bias: Tensor | None, residual: Tensor | None, y: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return (bias, residual, y) as far as backward reads them: the bias to compute z again."""
+    residual, result = needed(act, residual, y)
+    if act.name == "identity" or result is not None:
+        bias = None
+    return bias, residual, result
+
+
 def _as(
-    weight: Tensor | None, dweight: Tensor | None, bias: Tensor | None, dbias: Tensor | None
+    weight: Tensor | None,
+    dweight: Tensor | None,
+    bias_dtype: torch.dtype | None,
+    dbias: Tensor | None,
 ) -> Gradients:
     """Bring the sums to the dtypes of the parameters they are gradients of."""
     if weight is None:
         dweight = None
     elif dweight is not None and dweight.dtype != weight.dtype:
         dweight = dweight.to(weight.dtype)
-    if bias is None:
+    if bias_dtype is None:
         dbias = None
-    elif dbias is not None and dbias.dtype != bias.dtype:
-        dbias = dbias.to(bias.dtype)
+    elif dbias is not None and dbias.dtype != bias_dtype:
+        dbias = dbias.to(bias_dtype)
     return dweight, dbias
 
 
@@ -160,15 +176,17 @@ def _graph(
     residual: Tensor | None,
     y: Tensor | None,
     act: Activation,
+    axis: int,
     adds: bool,
+    bias_dtype: torch.dtype | None,
 ) -> Gradients:
     """Take the gradients through plain operations, with a graph of their own.
 
     Aliases keep the paths apart where one tensor is given twice (x as its own residual).
     """
-    aliases = [None if t is None else t.view_as(t) for t in (x, weight, bias)]
+    aliases = [None if t is None else t.view_as(t) for t in (x, weight)]
     wanted = [t for t in aliases if t is not None and t.requires_grad]
-    z = again(*aliases)
+    z = again(*aliases, bias)
     if act.from_output and y is not None:
         dz = act.backward(dy.to(z.dtype), y.detach().to(z.dtype))
     elif act.name == "identity":
@@ -177,11 +195,16 @@ def _graph(
         added = z if residual is None else z + residual
         dz = _chain(act, added, dy)
     found = iter(torch.autograd.grad(z, wanted, dz, create_graph=True)) if wanted else iter(())
-    dx, dweight, dbias = (
-        next(found) if t is not None and t.requires_grad else None for t in aliases
-    )
+    dx, dweight = (next(found) if t is not None and t.requires_grad else None for t in aliases)
+    dbias = None
+    if bias_dtype is not None:
+        dbias = _moments.total(layout.canonical(dz, axis)).to(bias_dtype)
     dresidual = dz.to(dy.dtype) if adds else None
     return dx, dweight, dbias, dresidual
+
+
+def _dtype(tensor: Tensor | None) -> torch.dtype | None:
+    return None if tensor is None else tensor.dtype
 
 
 def _chain(act: Activation, z: Tensor, dy: Tensor) -> Tensor:
