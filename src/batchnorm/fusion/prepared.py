@@ -197,7 +197,8 @@ def _take(layer: Any, call: Call) -> Tensor:
     functional.check_source(call, BATCH)
     x = call.x
     count = layout.values_per_channel(x.shape, call.axis)
-    mean, m2 = select(x, call.weight, call.bias, None, call.axis).moments(x, call.axis)
+    backend = select(x, call.weight, call.bias, None, call.axis)
+    mean, m2 = backend.moments(x.detach(), call.axis)
     if layer.training and layer.track_running_stats and call.mean is not None:
         tracking.step(layer, Moments(count, mean, m2))
     rstd = reference.reciprocal_std(m2.to(wide(x.device)), count, call.eps)

@@ -104,7 +104,7 @@ def remove(model: nn.Module) -> None:
 
 
 def _open(model: nn.Module, args: Any) -> None:  # noqa: ARG001
-    if torch.is_inference_mode_enabled() or not is_calm():
+    if not is_calm() or torch.is_inference_mode_enabled():  # Dynamo stops at the second
         return
     running = current()
     if running is not None and running.model is not model and not running.is_over():

@@ -192,8 +192,7 @@ def _graph(
     elif act.name == "identity":
         dz = dy.to(z.dtype)
     else:
-        added = z if residual is None else z + residual
-        dz = _chain(act, added, dy)
+        dz = _chain(act, reference.added(z, x, residual), dy)
     found = iter(torch.autograd.grad(z, wanted, dz, create_graph=True)) if wanted else iter(())
     dx, dweight = (next(found) if t is not None and t.requires_grad else None for t in aliases)
     dbias = None

@@ -32,8 +32,9 @@ def is_recorded() -> bool:
 
 def is_transformed() -> bool:
     """Return whether a transform of torch.func is at work, which custom operations do not know."""
-    # Dynamo knows the answer to this question; the one of is_calm() it would answer wrongly.
-    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+    # Not "is not None": Dynamo wraps the None.
+    top = torch._C._functorch.peek_interpreter_stack()
+    return isinstance(top, torch._C._functorch.CInterpreter)
 
 
 def is_recomputing() -> bool:

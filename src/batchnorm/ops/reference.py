@@ -65,12 +65,11 @@ def normalize(
 
     A residual broadcasts and promotes as in ``torch.add``.
     """
-    z = affine(x, mean, rstd, weight, bias, axis)
     dtype = x.dtype
     if residual is not None:
         dtype = torch.promote_types(dtype, residual.dtype)
-        z = z + residual
-    return act(z).to(dtype)
+    z = affine(x, mean, rstd, weight, bias, axis)
+    return act(added(z, x, residual)).to(dtype)
 
 
 def forward(
@@ -213,6 +212,17 @@ def affine(
     return z
 
 
+def added(z: Tensor, x: Tensor, residual: Tensor | None) -> Tensor:
+    """Return z + residual, each rounded to the arithmetic's dtype, so that kinks are torch's.
+
+    In the widest dtype again, in which what follows is computed.
+    """
+    z = z.to(layout.compute_dtype(x))
+    if residual is not None:
+        z = z + residual
+    return z.to(_moments.wide(x.device))
+
+
 def joined(rstd: Tensor) -> Tensor:
     """Return (C,): rstd with its rest, in the widest dtype."""
     if rstd.ndim == 1:
@@ -241,4 +251,4 @@ def gradient_of_z(
     if act.from_output and y is not None:
         return act.backward(dy, y.to(wide))
     z = affine(x, mean, rstd, weight, bias, axis)
-    return act.backward(dy, z if residual is None else z + residual)
+    return act.backward(dy, added(z, x, residual))
