@@ -83,7 +83,7 @@ class Prepared(NamedTuple):
     def _stored(self) -> tuple[Tensor, Tensor]:
         call: Any = self.call
         dtype = layout.compute_dtype(call.x)
-        rstd = torch.rsqrt(call.var.detach().to(wide(call.x.device)) + call.eps)
+        rstd = reference.stored_rstd(call.var, call.eps)
         return call.mean.detach().to(dtype, copy=True), reference.with_rest(rstd, dtype)
 
 

@@ -45,6 +45,11 @@ def reciprocal_std(m2: Tensor, count: float | Tensor, eps: float) -> Tensor:
     return torch.rsqrt(m2 / (count or 1) + eps)
 
 
+def stored_rstd(var: Tensor, eps: float) -> Tensor:
+    """Return 1 / sqrt(var + eps) of stored statistics, which are constants, in the widest dtype."""
+    return torch.rsqrt(var.detach().to(_moments.wide(var.device)) + eps)
+
+
 def with_rest(rstd: Tensor, dtype: torch.dtype) -> Tensor:
     """Return (2, C) in ``dtype``: a wider rstd rounded to it, and what that took away."""
     rounded = rstd.to(dtype)

@@ -61,7 +61,7 @@ def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
     if is_traced():
         return _aten(call, mean, var)
     dtype = layout.compute_dtype(call.x)
-    rstd = torch.rsqrt(var.detach().to(_moments.wide(call.x.device)) + call.eps)
+    rstd = reference.stored_rstd(var, call.eps)
     mean = mean.detach().to(dtype)
     affine = (call.weight, call.bias, call.residual, call.act, call.axis)
     if not is_plain(call):
@@ -104,7 +104,7 @@ def _masked_batch(call: Call, mask: Tensor) -> tuple[Tensor, Moments]:
 
 def _masked_by(call: Call, mask: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     x = torch.where(mask, call.x, 0.0)
-    rstd = torch.rsqrt(var.detach().to(_moments.wide(x.device)) + call.eps)
+    rstd = reference.stored_rstd(var, call.eps)
     affine = (call.weight, call.bias, _unmasked(call.residual, mask), call.act, call.axis)
     y = reference.normalize(x, mean.detach().clone(), rstd, *affine)
     return torch.where(mask, y, 0.0)
