@@ -10,7 +10,7 @@
 namespace batchnorm {
 namespace {
 
-constexpr size_t keep = size_t(1) << 20;
+constexpr size_t keep = size_t(8) << 20;
 constexpr int64_t huge_from = int64_t(4) << 20;
 
 void* aligned(size_t bytes) {

@@ -17,8 +17,8 @@ struct Moments {
 // away: a NaN or an infinity in an empty part must not spread.
 template <class V>
 inline Moments<V> merge(const Moments<V>& a, const Moments<V>& b) {
-    if (a.count == 0) return b;
     if (b.count == 0) return a;
+    if (a.count == 0) return b;
     const double count = a.count + b.count;
     const double w = b.count / count;
     const double nw = a.count * w;

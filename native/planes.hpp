@@ -1,8 +1,8 @@
-// Drivers for (outer, C, inner) with inner > 1: a channel is `outer` planes of `inner` elements.
+// Drivers for (outer, C, inner) with inner > 1: in memory, a sample is a plane of `inner` elements per channel.
 //
-// Where a channel fits the cache, one task does a whole channel, statistics and normalisation, so that memory is
-// read once. Where channels are few or large, tasks are segments of channels, in phases. Both fold the same
-// segments in the same order, so both give the same bits.
+// A task is a panel of neighbouring channels, so that memory is read in long runs. Where all of a panel fits the cache, one
+// task does statistics and normalization, and memory is read once; where channels are few or large, tasks are chunks of
+// panels, in phases. A channel's chunks depend on the shape alone and are folded in index order: both give the same bits.
 #pragma once
 
 #include "channels.hpp"
@@ -11,73 +11,55 @@
 
 namespace batchnorm::BATCHNORM_ISA {
 
-constexpr int64_t segment_blocks = 32;
+constexpr int64_t chunk_elements = 65536;           // of one channel
 constexpr int64_t serial_below = 65537;             // elements: less is done sooner than threads are woken
+constexpr int64_t run_bytes = int64_t(128) << 10;    // read in one go
+constexpr int64_t panel_bytes = int64_t(4) << 20;   // of all tensors of a panel, in the cache
 constexpr int64_t fused_bytes = int64_t(6) << 20;   // of all tensors of one channel
 constexpr int64_t stream_bytes = int64_t(8) << 20;  // outputs above this go past the cache
 
-struct Piece {
-    int64_t offset, rows, n;
-};
-
+// Where things lie. A long plane is cut into parts; what is read in one go is one part, of every channel of a panel.
 template <class T>
 class Planes {
   public:
     using A = Real<T>;
     const Args& a;
-    const int64_t stride, per_row, rows_per_block, blocks, segments;
+    const int64_t stride, parts, part, positions, chunks, panel, panels;
 
-    explicit Planes(const Args& a)
-        : a(a), stride(a.channels * a.inner),
-          per_row(a.inner >= block_elements<A> ? (a.inner + block_elements<A> - 1) / block_elements<A> : 1),
-          rows_per_block(a.inner >= block_elements<A> || a.inner == 0 ? 1 : block_elements<A> / a.inner),
-          blocks(a.inner == 0 ? 0 : (a.outer + rows_per_block - 1) / rows_per_block * per_row),
-          segments((blocks + segment_blocks - 1) / segment_blocks) {}
+    Planes(const Args& a, int tensors)
+        : a(a), stride(a.channels * a.inner), parts((a.inner + chunk_elements - 1) / chunk_elements),
+          part(parts ? ((a.inner + parts - 1) / parts + 63) / 64 * 64 : 0), positions(a.outer * parts),
+          chunks(chunks_of(a.outer * a.inner, positions)), panel(channels_together(tensors)),
+          panels((a.channels + panel - 1) / panel) {}
 
-    Piece piece(int64_t c, int64_t b) const {
-        if (per_row > 1) {
-            const int64_t row = b / per_row, at = (b - row * per_row) * block_elements<A>;
-            const int64_t n = a.inner - at < block_elements<A> ? a.inner - at : block_elements<A>;
-            return {row * stride + c * a.inner + at, 1, n};
-        }
-        const int64_t row = b * rows_per_block;
-        const int64_t rows = a.outer - row < rows_per_block ? a.outer - row : rows_per_block;
-        return {row * stride + c * a.inner, rows, a.inner};
+    int64_t first(int64_t chunk) const { return positions * chunk / chunks; }
+
+    // f(offset in the tensor, elements): a chunk of one channel, in memory's order.
+    template <class Use>
+    void each_position(int64_t chunk, Use&& use) const {
+        for (int64_t p = first(chunk); p < first(chunk + 1); ++p) position(p, use);
     }
 
-    int64_t end_of(int64_t segment) const {
-        const int64_t end = (segment + 1) * segment_blocks;
-        return end < blocks ? end : blocks;
+    template <class Use>
+    void position(int64_t p, Use&& use) const {
+        const int64_t sample = p / parts, at = (p - sample * parts) * part;
+        use(sample * stride + at, a.inner - at < part ? a.inner - at : part);
     }
 
-    Moments<double> moments(int64_t c, int64_t segment) const {
-        Moments<double> all{0, 0, 0};
-        for (int64_t b = segment * segment_blocks; b < end_of(segment); ++b) {
-            const Piece p = piece(c, b);
-            const T* x = static_cast<const T*>(a.x);
-            const T* next = b + 1 < blocks ? x + piece(c, b + 1).offset : nullptr;
-            all = merge(all, block_moments(x + p.offset, p.rows, stride, p.n, next));
-        }
-        return all;
-    }
+    int64_t last_of(int64_t panel_first) const { return panel_first + panel < a.channels ? panel_first + panel : a.channels; }
 
-    // Backwards through the blocks: what the statistics read last is what the cache still holds.
-    template <class Loop>
-    void each_block(int64_t c, int64_t segment, const Block<T>& whole, Loop&& loop) const {
-        for (int64_t b = end_of(segment) - 1; b >= segment * segment_blocks; --b) loop(at(c, b, whole));
-    }
-
-    Block<T> at(int64_t c, int64_t b, const Block<T>& whole) const {
-        const Piece p = piece(c, b);
-        Block<T> block = whole;
-        block.x += p.offset;
-        if (block.dy) block.dy += p.offset;
-        if (block.extra) block.extra += p.offset;
-        if (block.out) block.out += p.offset;
-        if (block.dz) block.dz += p.offset;
-        block.rows = p.rows;
-        block.n = p.n;
-        return block;
+    Block<T> block(const Block<T>& whole, int64_t channel, int64_t last, int64_t offset, int64_t n) const {
+        const int64_t at = channel * a.inner + offset;
+        Block<T> b = whole;
+        b.x += at;
+        if (b.dy) b.dy += at;
+        if (b.extra) b.extra += at;
+        if (b.out) b.out += at;
+        if (b.dz) b.dz += at;
+        b.rows = last - channel;
+        b.stride = a.inner;
+        b.n = n;
+        return b;
     }
 
     bool streams(const void* out) const {
@@ -88,125 +70,232 @@ class Planes {
     int threads() const { return a.outer * stride < serial_below ? 1 : a.threads; }
 
     bool fused(int tensors) const {
-        const int64_t bytes = a.outer * a.inner * int64_t(sizeof(T)) * tensors;
-        return threads() == 1 || segments <= 1 || (a.channels >= 4 * threads() && bytes <= fused_bytes);
+        return threads() == 1 || chunks <= 1 || (a.channels >= 4 * threads() && channel_bytes(tensors) <= fused_bytes);
     }
 
-    // Neighbouring channels share lines and pages where planes are small.
-    int64_t grain() const {
-        const int64_t bytes = a.inner * int64_t(sizeof(T));
-        const int64_t most = a.channels / (4 * threads());
-        const int64_t some = bytes >= 4096 ? 1 : 4096 / (bytes + 1) + 1;
-        return some < most ? some : (most < 1 ? 1 : most);
+  private:
+    int64_t channel_bytes(int tensors) const { return a.outer * a.inner * int64_t(sizeof(T)) * tensors; }
+
+    static int64_t chunks_of(int64_t count, int64_t positions) {
+        int64_t chunks = count / chunk_elements;
+        if (chunks > 64) chunks = 64;
+        if (chunks > positions) chunks = positions;
+        return chunks < 1 ? 1 : chunks;
+    }
+
+    int64_t channels_together(int tensors) const {
+        int64_t some = 1 + run_bytes / (a.inner * int64_t(sizeof(T)) + 1);
+        const int64_t fit = panel_bytes / (channel_bytes(tensors) + 1), even = a.channels / (4 * threads());
+        if (some > fit) some = fit;
+        if (some > even) some = even;
+        return some < 1 ? 1 : some;
     }
 };
 
-// Numbers of one channel, with room for a vector load.
-template <class A>
-struct OneChannel {
-    A value[Coefs<A>::arrays] = {};
-    Coefs<A> coefs{&value[0], &value[1], &value[2], &value[3], &value[4], &value[5]};
-};
+template <class T>
+Coefs<Real<T>> take_coefs(Scratch& scratch, int64_t channels) {
+    const auto take = [&] { return scratch.take<Real<T>>(channels); };
+    return {take(), take(), take(), take(), take(), take()};
+}
+template <class T>
+size_t need_coefs(int64_t channels) { return Coefs<Real<T>>::arrays * Scratch::need<Real<T>>(channels); }
 
-// The common shape of every call: `lift` makes a partial of a segment, `fold` takes it into the channel's total,
-// `finish` ends the channel, `apply` runs over a segment again. Null apply: statistics only.
-template <class T, class Part, class Lift, class Fold, class Finish, class Apply>
-void over_planes(const Planes<T>& p, int tensors, bool applies, Part zero, Lift lift, Fold fold, Finish finish, Apply apply) {
-    const int64_t channels = p.a.channels;
+// The common shape of every call: lift(team, chunk, c0, c1) makes partials of a panel, finish(c0, c1) ends its channels,
+// apply(chunk, c0, c1) runs over it again.
+template <class T, class Lift, class Finish, class Apply>
+void over_planes(const Planes<T>& p, int tensors, bool lifts, bool applies, Lift lift, Finish finish, Apply apply) {
+    const auto first = [&](int64_t panel) { return panel * p.panel; };
     if (p.fused(tensors)) {
         parallel(p.threads(), [&](Team& team) {
-            for_each(team, 0, channels, p.grain(), [&](int64_t c) {
-                Part all = zero;
-                for (int64_t s = 0; s < p.segments; ++s) all = fold(all, lift(c, s));
-                finish(c, all);
-                if (!applies) return;
-                for (int64_t s = p.segments - 1; s >= 0; --s) apply(c, s);
+            for_each(team, 0, p.panels, 1, [&](int64_t i) {
+                const int64_t c0 = first(i), c1 = p.last_of(c0);
+                for (int64_t s = 0; lifts && s < p.chunks; ++s) lift(team, s, c0, c1);
+                finish(c0, c1);
+                for (int64_t s = p.chunks - 1; applies && s >= 0; --s) apply(s, c0, c1);
             });
             streaming_done();
         });
         return;
     }
-    Scratch scratch(Scratch::need<Part>(channels * p.segments));
-    Part* parts = scratch.take<Part>(channels * p.segments);
-    const int64_t tasks = channels * p.segments;
+    const int64_t tasks = p.panels * p.chunks;
     parallel(p.threads(), [&](Team& team) {
-        for_each(team, 0, tasks, 1, [&](int64_t t) { parts[t] = lift(t / p.segments, t % p.segments); });
+        if (lifts) {
+            for_each(team, 0, tasks, 1, [&](int64_t t) { lift(team, t / p.panels, first(t % p.panels), p.last_of(first(t % p.panels))); });
+            team.barrier();
+        }
+        for_each(team, 1, p.panels, 1, [&](int64_t i) { finish(first(i), p.last_of(first(i))); });
         team.barrier();
-        for_each(team, 1, channels, 1, [&](int64_t c) {
-            Part all = zero;
-            for (int64_t s = 0; s < p.segments; ++s) all = fold(all, parts[c * p.segments + s]);
-            finish(c, all);
-        });
-        team.barrier();
-        if (applies) for_each(team, 2, tasks, 1, [&](int64_t t) { apply((tasks - 1 - t) / p.segments, (tasks - 1 - t) % p.segments); });
+        if (applies) {
+            for_each(team, 2, tasks, 1, [&](int64_t t) {
+                const int64_t i = tasks - 1 - t, c0 = first(i % p.panels);
+                apply(i / p.panels, c0, p.last_of(c0));
+            });
+        }
         streaming_done();
     });
 }
 
+// Moments of every chunk of every channel, and their fold.
+template <class T>
+struct PlaneMoments {
+    using A = Real<T>;
+    static constexpr int H = lanes<double>;
+    const Planes<T>& p;
+    double *mean, *m2, *work;
+    A* reference;
+
+    static size_t need(const Planes<T>& p) {
+        return 2 * Scratch::need<double>(p.a.channels * p.chunks) + Scratch::need<double>(2 * H * p.panel * p.threads()) +
+               Scratch::need<A>(p.panel * p.threads());
+    }
+    PlaneMoments(const Planes<T>& p, Scratch& s)
+        : p(p), mean(s.take<double>(p.a.channels * p.chunks)), m2(s.take<double>(p.a.channels * p.chunks)),
+          work(s.take<double>(2 * H * p.panel * p.threads())), reference(s.take<A>(p.panel * p.threads())) {}
+
+    void lift(const Team& team, int64_t chunk, int64_t c0, int64_t c1) const {
+        A* ref = reference + team.id * p.panel;
+        double* sums = work + team.id * 2 * H * p.panel;
+        for (int64_t c = c0; c < c1; ++c) ref[c - c0] = guess(chunk, c);
+        add(chunk, c0, c1, ref, sums);
+        for (int64_t c = c0; c < c1; ++c, ++ref, sums += 2 * H) {
+            if (keep(chunk, c, *ref, sums)) continue;
+            *ref = A(mean[c * p.chunks + chunk]);
+            add(chunk, c, c + 1, ref, sums);
+            keep(chunk, c, *ref, sums);
+        }
+    }
+
+    void fold(int64_t c0, int64_t c1) const {
+        for (int64_t c = c0; c < c1; ++c) {
+            Moments<double> all{0, 0, 0};
+            for (int64_t i = 0; i < p.chunks; ++i) all = merge(all, Moments<double>{count(i), mean[c * p.chunks + i], m2[c * p.chunks + i]});
+            finish_channel<T>(p.a, c, all.mean, all.m2);
+        }
+    }
+
+  private:
+    double count(int64_t chunk) const {
+        double n = 0;
+        p.each_position(chunk, [&](int64_t, int64_t some) { n += double(some); });
+        return n;
+    }
+
+    // A mean of a few values from all over the chunk, and of the middle of planes: their rims are often unlike the rest.
+    A guess(int64_t chunk, int64_t c) const {
+        constexpr int64_t W = lanes<A>, samples = 4;
+        const int64_t first = p.first(chunk), many = p.first(chunk + 1) - first;
+        Vec<A> sum = {};
+        int64_t n = 0;
+        for (int64_t i = 0; many > 0 && i < samples; ++i)
+            p.position(first + (2 * i + 1) * many / (2 * samples), [&](int64_t offset, int64_t some) {
+                n = some < W ? some : W;
+                sum += load_part(static_cast<const T*>(p.a.x) + c * p.a.inner + offset + (some - n) / 2, int(n));
+            });
+        return A(horizontal(pairs(sum)) / double(samples * n));
+    }
+
+    void add(int64_t chunk, int64_t c0, int64_t c1, const A* ref, double* sums) const {
+        for (int64_t i = 0; i < 2 * H * (c1 - c0); ++i) sums[i] = 0;
+        const T* x = static_cast<const T*>(p.a.x) + c0 * p.a.inner;
+        p.each_position(chunk, [&](int64_t offset, int64_t n) { add_planes(x + offset, c1 - c0, p.a.inner, n, ref, sums); });
+    }
+
+    bool keep(int64_t chunk, int64_t c, A ref, const double* sums) const {
+        const double n = count(chunk), square = horizontal(load(sums + H));
+        const auto all = from_deviations<double>(n, horizontal(load(sums)) / n, double(ref), square);
+        mean[c * p.chunks + chunk] = all.mean;
+        m2[c * p.chunks + chunk] = all.m2;
+        return !is_far<A, double>(n, all.mean, double(ref), square);
+    }
+};
+
 template <class T>
 void moments_planes(const Args& a, const Loops<T, false>* loops) {
-    const Planes<T> p(a);
-    const Block<T> whole{static_cast<const T*>(a.x), nullptr, static_cast<const T*>(a.residual), static_cast<T*>(a.y), nullptr,
-                         0, p.stride, 0, p.streams(a.y)};
-    over_planes<T>(
-        p, a.residual ? 2 : 1, loops != nullptr, Moments<double>{0, 0, 0},
-        [&](int64_t c, int64_t s) { return p.moments(c, s); },
-        [](const Moments<double>& all, const Moments<double>& part) { return merge(all, part); },
-        [&](int64_t c, const Moments<double>& all) { finish_channel<T>(a, c, all.mean, all.m2); },
-        [&](int64_t c, int64_t s) {
-            OneChannel<Real<T>> k;
-            forward_coefs(a, c, k.coefs, 0);
-            p.each_block(c, s, whole, [&](const Block<T>& b) { loops->normalize(b, k.coefs, Real<T>(a.slope)); });
+    using A = Real<T>;
+    const int tensors = a.residual ? 2 : 1;
+    const Planes<T> p(a, tensors);
+    Scratch scratch(PlaneMoments<T>::need(p) + need_coefs<T>(a.channels));
+    const PlaneMoments<T> moments(p, scratch);
+    const Coefs<A> k = take_coefs<T>(scratch, a.channels);
+    const Block<T> whole{static_cast<const T*>(a.x), nullptr, static_cast<const T*>(a.residual), static_cast<T*>(a.y), nullptr, 0, 0, 0, p.streams(a.y)};
+    over_planes(
+        p, tensors, true, loops != nullptr, [&](Team& team, int64_t s, int64_t c0, int64_t c1) { moments.lift(team, s, c0, c1); },
+        [&](int64_t c0, int64_t c1) {
+            moments.fold(c0, c1);
+            for (int64_t c = c0; loops && c < c1; ++c) forward_coefs(a, c, k, c);
+        },
+        [&](int64_t s, int64_t c0, int64_t c1) {
+            p.each_position(s, [&](int64_t offset, int64_t n) { loops->normalize(p.block(whole, c0, c1, offset, n), k.from(c0), A(a.slope)); });
         });
 }
 
 template <class T>
 void normalize_planes(const Args& a) {
-    const Planes<T> p(a);
-    const Loops<T, false> loops(a);
-    const Block<T> whole{static_cast<const T*>(a.x), nullptr, static_cast<const T*>(a.residual), static_cast<T*>(a.y), nullptr,
-                         0, p.stride, 0, p.streams(a.y)};
-    // Coefficients once per channel: a segment may be a few vectors long, and comes back for every sample.
     using A = Real<T>;
-    Scratch scratch(4 * Scratch::need<A>(a.channels));
-    const auto take = [&] { return scratch.take<A>(a.channels); };
-    const Coefs<A> all{take(), take(), take(), take(), nullptr, nullptr};
-    for (int64_t c = 0; c < a.channels; ++c) forward_coefs(a, c, all, c);
-    // Through memory in its own order: there is no second pass to keep a channel for.
-    const int64_t tasks = a.outer * a.channels;
-    const int64_t grain = 1 + 32768 / (a.inner + 1);
+    const Planes<T> p(a, 0);
+    const Loops<T, false> loops(a);
+    Scratch scratch(need_coefs<T>(a.channels));
+    const Coefs<A> k = take_coefs<T>(scratch, a.channels);
+    for (int64_t c = 0; c < a.channels; ++c) forward_coefs(a, c, k, c);
+    const Block<T> whole{static_cast<const T*>(a.x), nullptr, static_cast<const T*>(a.residual), static_cast<T*>(a.y), nullptr, 0, 0, 0, p.streams(a.y)};
+    // Through memory in its own order: there is no second pass to keep a panel for.
     parallel(p.threads(), [&](Team& team) {
-        Block<T> b = whole;
-        b.rows = 1;
-        b.n = a.inner;
-        int64_t c = 0, next = -1;
-        for_each(team, 0, tasks, grain, [&](int64_t t) {
-            c = t != next ? t % a.channels : c + 1 == a.channels ? 0 : c + 1;
-            next = t + 1;
-            b.x = whole.x + t * a.inner;
-            if (whole.extra) b.extra = whole.extra + t * a.inner;
-            b.out = whole.out + t * a.inner;
-            loops.normalize(b, {all.pivot + c, all.scale + c, all.rest + c, all.shift + c, nullptr, nullptr}, A(a.slope));
+        for_each(team, 0, p.positions * p.panels, 1 + 32768 / (p.panel * p.part + 1), [&](int64_t t) {
+            const int64_t c0 = t % p.panels * p.panel;
+            p.position(t / p.panels, [&](int64_t offset, int64_t n) { loops.normalize(p.block(whole, c0, p.last_of(c0), offset, n), k.from(c0), A(a.slope)); });
         });
         streaming_done();
     });
 }
 
-struct Sums {
-    double dz, dot;
+// Sums of every chunk of every channel, and their fold.
+template <class T>
+struct PlaneSums {
+    static constexpr int H = lanes<double>;
+    const Planes<T>& p;
+    double *sum, *dot, *work;
+
+    static size_t need(const Planes<T>& p) {
+        return 2 * Scratch::need<double>(p.a.channels * p.chunks) + Scratch::need<double>(2 * H * p.panel * p.threads());
+    }
+    PlaneSums(const Planes<T>& p, Scratch& s)
+        : p(p), sum(s.take<double>(p.a.channels * p.chunks)), dot(s.take<double>(p.a.channels * p.chunks)),
+          work(s.take<double>(2 * H * p.panel * p.threads())) {}
+
+    template <class Loop>
+    void lift(const Team& team, int64_t chunk, int64_t c0, int64_t c1, Loop&& loop) const {
+        double* sums = work + team.id * 2 * H * p.panel;
+        for (int64_t i = 0; i < 2 * H * (c1 - c0); ++i) sums[i] = 0;
+        p.each_position(chunk, [&](int64_t offset, int64_t n) { loop(offset, n, sums); });
+        for (int64_t c = c0; c < c1; ++c, sums += 2 * H) {
+            sum[c * p.chunks + chunk] = horizontal(load(sums));
+            dot[c * p.chunks + chunk] = horizontal(load(sums + H));
+        }
+    }
+
+    void fold(int64_t c0, int64_t c1) const {
+        for (int64_t c = c0; c < c1; ++c) {
+            double s = 0, d = 0;
+            for (int64_t i = 0; i < p.chunks; ++i) s += sum[c * p.chunks + i], d += dot[c * p.chunks + i];
+            finish_sums<Real<T>>(p.a, c, s, d);
+        }
+    }
 };
 
 // sums only, dx only, or both: what the three backward entries share.
 template <class T>
 void backward_planes(const Args& a, bool sums, bool input) {
     using A = Real<T>;
-    const Planes<T> p(a);
-    const Loops<T, false> loops(a);
-    const double count = input && !sums ? a.count : double(a.outer) * double(a.inner);
     const T* extra = static_cast<const T*>(extra_of(a));
+    const int tensors = sums ? 2 + (extra != nullptr) : 0;
+    const Planes<T> p(a, tensors);
+    const Loops<T, false> loops(a);
+    Scratch scratch(PlaneSums<T>::need(p) + need_coefs<T>(a.channels));
+    const PlaneSums<T> partial(p, scratch);
+    const Coefs<A> k = take_coefs<T>(scratch, a.channels);
+    const double count = input && !sums ? a.count : double(a.outer) * double(a.inner);
     const bool two_step = sums && dz_on_the_way<T>(a);
-    const Block<T> first{static_cast<const T*>(a.x), static_cast<const T*>(a.dy), extra, nullptr, static_cast<T*>(two_step ? a.dresidual : nullptr),
-                         0, p.stride, 0, false};
+    const Block<T> first{static_cast<const T*>(a.x), static_cast<const T*>(a.dy), extra, nullptr, static_cast<T*>(two_step ? a.dresidual : nullptr), 0, 0, 0, false};
     Block<T> second = first;
     second.out = static_cast<T*>(a.dx);
     second.stream = p.streams(a.dx) && (!a.dresidual || two_step || p.streams(a.dresidual));
@@ -216,28 +305,21 @@ void backward_planes(const Args& a, bool sums, bool input) {
         second.extra = nullptr;
     }
     const auto apply_loop = two_step ? loops.input_from_dz : loops.input;
-    const auto lift = [&](int64_t c, int64_t s) {
-        Sums part{0, 0};
-        if (!sums) return part;
-        OneChannel<A> k;
-        forward_coefs(a, c, k.coefs, 0);
-        double total[2] = {0, 0};
-        for (int64_t b = s * segment_blocks; b < p.end_of(s); ++b) loops.sums(p.at(c, b, first), k.coefs, A(a.slope), total);
-        return Sums{total[0], total[1]};
-    };
-    const auto apply = [&](int64_t c, int64_t s) {
-        OneChannel<A> k;
-        forward_coefs(a, c, k.coefs, 0);
-        backward_coefs(a, c, count, k.coefs, 0);
-        p.each_block(c, s, second, [&](const Block<T>& b) { apply_loop(b, k.coefs, A(a.slope)); });
-    };
-    over_planes<T>(
-        p, 2 + (extra != nullptr), input, Sums{0, 0}, lift,
-        [](const Sums& all, const Sums& part) { return Sums{all.dz + part.dz, all.dot + part.dot}; },
-        [&](int64_t c, const Sums& all) {
-            if (sums) finish_sums<A>(a, c, all.dz, all.dot);
+    for (int64_t c = 0; c < a.channels; ++c) forward_coefs(a, c, k, c);
+    over_planes(
+        p, tensors, sums, input,
+        [&](Team& team, int64_t s, int64_t c0, int64_t c1) {
+            partial.lift(team, s, c0, c1, [&](int64_t offset, int64_t n, double* to) {
+                loops.sums(p.block(first, c0, c1, offset, n), k.from(c0), A(a.slope), to);
+            });
         },
-        apply);
+        [&](int64_t c0, int64_t c1) {
+            if (sums) partial.fold(c0, c1);
+            for (int64_t c = c0; input && c < c1; ++c) backward_coefs(a, c, count, k, c);
+        },
+        [&](int64_t s, int64_t c0, int64_t c1) {
+            p.each_position(s, [&](int64_t offset, int64_t n) { apply_loop(p.block(second, c0, c1, offset, n), k.from(c0), A(a.slope)); });
+        });
 }
 
 }  // namespace batchnorm::BATCHNORM_ISA

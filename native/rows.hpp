@@ -14,13 +14,15 @@ template <class T>
 class Rows {
   public:
     using A = Real<T>;
-    static constexpr int64_t strip = 64;
+    static constexpr int64_t strip = 64;   // channels finished by one task
+    static constexpr int64_t panel = 4096;  // columns summed by one task: its sums stay in the first level of the cache
     const Args& a;
-    const int64_t repeat, width, rows, rest, padded, chunk_rows, chunks;
+    const int64_t repeat, width, rows, rest, padded, panels, chunk_rows, chunks;
 
     explicit Rows(const Args& a)
         : a(a), repeat(a.channels > 0 && a.channels < 4 * lanes<A> ? wide(a) : 1), width(a.channels * repeat),
-          rows(a.outer / repeat), rest(a.outer % repeat), padded((width + 63) / 64 * 64), chunk_rows(rows_of_chunk(rows, width)),
+          rows(a.outer / repeat), rest(a.outer % repeat), padded((width + 63) / 64 * 64), panels((width + panel - 1) / panel),
+          chunk_rows(rows_of_chunk(rows, width)),
           chunks(rows > 0 ? (rows + chunk_rows - 1) / chunk_rows : 0) {}
 
     int threads() const { return a.outer * a.channels < serial_below ? 1 : a.threads; }
@@ -28,6 +30,17 @@ class Rows {
     bool streams(const void* out) const {
         const int64_t bytes = a.outer * a.channels * int64_t(sizeof(T));
         return bytes >= stream_bytes && lines_aligned(out, width * int64_t(sizeof(T)));
+    }
+
+    // The partial sums of all: f(chunk, its first row, its rows, its first column, its columns). The rest is a chunk at the end.
+    template <class Lift>
+    void each_part(Team& team, int phase, Lift&& lift) const {
+        if (rest && team.id == 0) lift(chunks, rows, 1, 0, rest * a.channels);
+        for_each(team, phase, chunks * panels, 1, [&](int64_t i) {
+            const int64_t chunk = i / panels, at = i % panels * panel;
+            lift(chunk, chunk * chunk_rows, rows_in(chunk), at, width - at < panel ? width - at : panel);
+        });
+        team.barrier();
     }
 
     int64_t rows_in(int64_t chunk) const {
@@ -61,9 +74,9 @@ class Rows {
 
     int64_t last_column(int64_t last) const { return repeat > 1 ? width : last; }
 
-    Block<T> block(const Block<T>& whole, int64_t row, int64_t count, int64_t n) const {
+    Block<T> block(const Block<T>& whole, int64_t row, int64_t count, int64_t n, int64_t column = 0) const {
         Block<T> b = whole;
-        const int64_t at = row * width;
+        const int64_t at = row * width + column;
         b.x += at;
         if (b.dy) b.dy += at;
         if (b.extra) b.extra += at;
@@ -92,7 +105,7 @@ class Rows {
         return a.outer < 4 * most ? 1 : most;
     }
     static int64_t rows_of_chunk(int64_t rows, int64_t width) {
-        int64_t chunks = rows * width / 65536;
+        int64_t chunks = rows * (width < 256 ? width : 256) / 65536;
         if (chunks > 64) chunks = 64;
         if (chunks < 1) chunks = 1;
         const int64_t even = (rows + chunks - 1) / chunks;
@@ -109,39 +122,39 @@ struct RowMoments {
     A* narrow;
     double* wide;
 
+    static int64_t most(const Rows<T>& r) { return r.padded < Rows<T>::panel ? r.padded : Rows<T>::panel; }
     static size_t need(const Rows<T>& r) {
-        return 2 * Scratch::need<double>(r.padded * (r.chunks + 1)) + Scratch::need<A>(ColumnSums<A>::narrow * r.padded * r.threads()) +
-               Scratch::need<double>(ColumnSums<A>::wide * r.padded * r.threads());
+        return 2 * Scratch::need<double>(r.padded * (r.chunks + 1)) + Scratch::need<A>(ColumnSums<A>::narrow * most(r) * r.threads()) +
+               Scratch::need<double>(ColumnSums<A>::wide * most(r) * r.threads());
     }
     RowMoments(const Rows<T>& r, Scratch& s)
         : r(r), mean(s.take<double>(r.padded * (r.chunks + 1))), m2(s.take<double>(r.padded * (r.chunks + 1))),
-          narrow(s.take<A>(ColumnSums<A>::narrow * r.padded * r.threads())),
-          wide(s.take<double>(ColumnSums<A>::wide * r.padded * r.threads())) {}
+          narrow(s.take<A>(ColumnSums<A>::narrow * most(r) * r.threads())),
+          wide(s.take<double>(ColumnSums<A>::wide * most(r) * r.threads())) {}
 
     ColumnSums<A> work(const Team& team) const {
-        A* n = narrow + team.id * ColumnSums<A>::narrow * r.padded;
-        double* w = wide + team.id * ColumnSums<A>::wide * r.padded;
-        return {n, n + r.padded, w, w + r.padded, w + 2 * r.padded, w + 3 * r.padded};
+        const int64_t n = most(r);
+        A* a = narrow + team.id * ColumnSums<A>::narrow * n;
+        double* w = wide + team.id * ColumnSums<A>::wide * n;
+        return {a, a + n, w, w + n, w + 2 * n, w + 3 * n};
     }
 
-    void chunk(Team& team, int64_t index, int64_t first, int64_t rows, int64_t n) const {
+    void part(Team& team, int64_t index, int64_t first, int64_t rows, int64_t column, int64_t n) const {
         const ColumnSums<A> w = work(team);
-        double *all_mean = mean + index * r.padded, *all_m2 = m2 + index * r.padded;
-        const T* x = static_cast<const T*>(r.a.x) + first * r.width;
-        if (lift_rows(x, rows, rows < 8 ? rows : 8, n, w, all_mean, all_m2)) return;
+        double *all_mean = mean + index * r.padded + column, *all_m2 = m2 + index * r.padded + column;
+        const T* x = static_cast<const T*>(r.a.x) + first * r.width + column;
+        if (lift_rows(x, rows, rows < 8 ? rows : 8, r.width, n, w, all_mean, all_m2)) return;
         // The rows drift: every block about a mean of its own.
-        for (int64_t i = 0; i < r.padded; ++i) all_mean[i] = all_m2[i] = 0;
+        for (int64_t i = 0; i < n; ++i) all_mean[i] = all_m2[i] = 0;
         for (int64_t at = 0; at < rows; at += row_block) {
             const int64_t some = rows - at < row_block ? rows - at : row_block;
-            lift_rows(x + at * r.width, some, some, n, w, w.mean, w.m2);
+            lift_rows(x + at * r.width, some, some, r.width, n, w, w.mean, w.m2);
             merge_columns(n, double(at), all_mean, all_m2, double(some), w.mean, w.m2);
         }
     }
 
     void run(Team& team, int phase) const {
-        if (r.rest && team.id == 0) chunk(team, r.chunks, r.rows, 1, r.rest * r.a.channels);
-        for_each(team, phase, r.chunks, 1, [&](int64_t i) { chunk(team, i, i * r.chunk_rows, r.rows_in(i), r.width); });
-        team.barrier();
+        r.each_part(team, phase, [&](int64_t index, int64_t first, int64_t rows, int64_t column, int64_t n) { part(team, index, first, rows, column, n); });
     }
 
     // Of a strip of channels: chunks in index order, then the repeats of a channel, then the rest.
@@ -204,32 +217,27 @@ struct RowSums {
     double *sum, *dot;
     A* work;
 
+    static int64_t most(const Rows<T>& r) { return r.padded < Rows<T>::panel ? r.padded : Rows<T>::panel; }
     static size_t need(const Rows<T>& r) {
-        return 2 * Scratch::need<double>(r.padded * (r.chunks + 1)) + Scratch::need<A>(2 * r.padded * r.threads());
+        return 2 * Scratch::need<double>(r.padded * (r.chunks + 1)) + Scratch::need<A>(2 * most(r) * r.threads());
     }
     RowSums(const Rows<T>& r, Scratch& s)
         : r(r), sum(s.take<double>(r.padded * (r.chunks + 1))), dot(s.take<double>(r.padded * (r.chunks + 1))),
-          work(s.take<A>(2 * r.padded * r.threads())) {}
+          work(s.take<A>(2 * most(r) * r.threads())) {}
 
     template <class Loop>
-    void chunk(Team& team, int64_t index, const Block<T>& whole, int64_t first, int64_t rows, int64_t n, Loop&& loop) const {
-        A *s = work + team.id * 2 * r.padded, *d = s + r.padded;
-        double *all = sum + index * r.padded, *all_dot = dot + index * r.padded;
-        for (int64_t j = 0; j < r.padded; ++j) all[j] = all_dot[j] = 0;
-        for (int64_t at = 0; at < rows; at += row_block) {
-            loop(r.block(whole, first + at, rows - at < row_block ? rows - at : row_block, n), s, d);
-            for (int64_t j = 0; j < n; ++j) {
-                all[j] += s[j];
-                all_dot[j] += d[j];
+    void run(Team& team, int phase, const Block<T>& whole, const Coefs<A>& k, Loop&& loop) const {
+        A *s = work + team.id * 2 * most(r), *d = s + most(r);
+        r.each_part(team, phase, [&](int64_t index, int64_t first, int64_t rows, int64_t column, int64_t n) {
+            double *all = sum + index * r.padded + column, *all_dot = dot + index * r.padded + column;
+            const Coefs<A> here = k.from(column);
+            for (int64_t j = 0; j < n; ++j) all[j] = all_dot[j] = 0;
+            for (int64_t at = 0; at < rows; at += row_block) {
+                loop(r.block(whole, first + at, rows - at < row_block ? rows - at : row_block, n, column), here, s, d);
+                add_wide(all, s, n);
+                add_wide(all_dot, d, n);
             }
-        }
-    }
-
-    template <class Loop>
-    void run(Team& team, int phase, const Block<T>& whole, Loop&& loop) const {
-        if (r.rest && team.id == 0) chunk(team, r.chunks, whole, r.rows, 1, r.rest * r.a.channels, loop);
-        for_each(team, phase, r.chunks, 1, [&](int64_t i) { chunk(team, i, whole, i * r.chunk_rows, r.rows_in(i), r.width, loop); });
-        team.barrier();
+        });
     }
 
     void fold(int64_t first, int64_t last) const {
@@ -273,7 +281,7 @@ void backward_rows(const Args& a, bool sums, bool input) {
     r.each_column([&](int64_t c, int64_t j) { forward_coefs(a, c, k, j); });
     parallel(r.threads(), [&](Team& team) {
         if (sums) {
-            partial.run(team, 0, first, [&](const Block<T>& b, A* s, A* d) { loops.sums_by_column(b, k, A(a.slope), s, d); });
+            partial.run(team, 0, first, k, [&](const Block<T>& b, const Coefs<A>& here, A* s, A* d) { loops.sums_by_column(b, here, A(a.slope), s, d); });
         }
         r.each_strip(team, 1, [&](int64_t c0, int64_t c1) {
             if (sums) partial.fold(c0, c1);

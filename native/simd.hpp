@@ -100,6 +100,20 @@ inline D half_of(F v) {
 inline D load(const double* p);
 inline void store(double* p, D v);
 
+// A vector of doubles from as many floats.
+inline D load_wide(const float* p) {
+#if defined(__AVX512F__)
+    return (D)_mm512_cvtps_pd(_mm256_loadu_ps(p));
+#elif defined(__AVX2__)
+    return (D)_mm256_cvtps_pd(_mm_loadu_ps(p));
+#else
+    Lanes<float, lanes<double>> v;
+    std::memcpy(&v, p, sizeof(v));
+    return __builtin_convertvector(v, D);
+#endif
+}
+inline D load_wide(const double* p) { return load(p); }
+
 inline D pairs(F v) { return half_of<0>(v) + half_of<1>(v); }
 inline D pairs(D v) { return v; }
 
@@ -114,17 +128,8 @@ struct WideSum {
     }
     void add(D v) { part[0] += v; }
     void add_from(const float* p) {
-#if defined(__AVX512F__)
-        part[0] += (D)_mm512_cvtps_pd(_mm256_loadu_ps(p));
-        part[parts - 1] += (D)_mm512_cvtps_pd(_mm256_loadu_ps(p + 8));
-#elif defined(__AVX2__)
-        part[0] += (D)_mm256_cvtps_pd(_mm_loadu_ps(p));
-        part[parts - 1] += (D)_mm256_cvtps_pd(_mm_loadu_ps(p + 4));
-#else
-        F v;
-        std::memcpy(&v, p, sizeof(v));
-        add(v);
-#endif
+        part[0] += load_wide(p);
+        part[parts - 1] += load_wide(p + lanes<double>);
     }
     void add(const WideSum& other) {
         for (int i = 0; i < parts; ++i) part[i] += other.part[i];
@@ -166,9 +171,15 @@ inline uint16_t narrow_half(float f) {
 inline F load(const float* p) { F v; std::memcpy(&v, p, sizeof(v)); return v; }
 inline D load(const double* p) { D v; std::memcpy(&v, p, sizeof(v)); return v; }
 
+#if defined(__AVX512F__)
+// Sixteen halves as floats; the pointer tells which kind.
+inline F widened(const bfloat16*, __m256i h) { return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16); }
+inline F widened(const float16*, __m256i h) { return (F)_mm512_cvtph_ps(h); }
+#endif
+
 inline F load(const bfloat16* p) {
 #if defined(__AVX512F__)
-    return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+    return widened(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__AVX2__)
     return (F)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16);
 #else
@@ -180,7 +191,7 @@ inline F load(const bfloat16* p) {
 
 inline F load(const float16* p) {
 #if defined(__AVX512F__)
-    return (F)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return widened(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__F16C__)
     return (F)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
@@ -251,11 +262,7 @@ inline Vec<Real<T>> load_part(const T* p, int n) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 4) return (F)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
     if constexpr (sizeof(T) == 8) return (D)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
-    if constexpr (sizeof(T) == 2) {
-        alignas(32) T whole[float_lanes];
-        _mm256_store_si256((__m256i*)whole, _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
-        return load(whole);
-    }
+    if constexpr (sizeof(T) == 2) return widened(p, _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
 #endif
     T whole[lanes<Real<T>>] = {};
     for (int i = 0; i < n; ++i) whole[i] = p[i];

@@ -1,5 +1,5 @@
-// The element loops. A block is `rows` rows of n elements, `stride` apart; its channel's numbers are either the
-// same for the whole block (Columns = false: n runs over space) or one per column (Columns = true: n runs over channels).
+// The element loops. A block is `rows` rows of n elements, `stride` apart. Either every row is a part of another channel
+// (Columns = false: n runs over space), or every column is a channel (Columns = true: n runs over channels).
 #pragma once
 
 #include "activations.hpp"
@@ -19,12 +19,16 @@ struct Block {
     bool stream;
 };
 
+template <class A>
+constexpr int64_t block_elements = 128 * lanes<A>;  // summed in the compute dtype: few additions per lane
+
 // Per channel: z = (x - pivot) * (scale + rest) + shift,  dx = scale * dz + (x - pivot) * c1 + c0.
 // Arrays are readable up to a whole number of vectors.
 template <class A>
 struct Coefs {
     static constexpr int arrays = 6;
     A *pivot, *scale, *rest, *shift, *c1, *c0;
+    Coefs from(int64_t i) const { return {pivot + i, scale + i, rest + i, shift + i, c1 + i, c0 + i}; }
 };
 
 // Calls f(i, left) for every vector of n elements: left is the number of lanes in use, a constant for whole vectors.
@@ -87,9 +91,9 @@ struct Affine {
 template <class T, class Act, bool Residual, bool Columns>
 void normalize_block(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope) {
     using A = Real<T>;
-    const Affine<T, Columns> affine(k);
     const bool stream = b.stream;
     for (int64_t r = 0; r < b.rows; ++r) {
+        const Affine<T, Columns> affine(Columns ? k : k.from(r));
         const T* x = b.x + r * b.stride;
         const T* residual = Residual ? b.extra + r * b.stride : nullptr;
         T* out = b.out + r * b.stride;
@@ -119,10 +123,11 @@ inline Vec<Real<T>> dz_at(Vec<Real<T>> deviation, const T* dy, const T* extra, c
 template <class T, class Act, Source S, bool Columns>
 void input_block(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope) {
     using A = Real<T>;
-    const Affine<T, Columns> affine(k);
-    const PerChannel<A, Columns> c1(k.c1), c0(k.c0);
     const bool stream = b.stream;
     for (int64_t r = 0; r < b.rows; ++r) {
+        const Coefs<A> here = Columns ? k : k.from(r);
+        const Affine<T, Columns> affine(here);
+        const PerChannel<A, Columns> c1(here.c1), c0(here.c0);
         const T* x = b.x + r * b.stride;
         const T* dy = b.dy + r * b.stride;
         const T* extra = S == Source::X ? nullptr : b.extra + r * b.stride;
@@ -137,38 +142,43 @@ void input_block(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope) {
     }
 }
 
-// Sum dz and sum dz * (x - pivot) over a block of one channel, added to sums[0] and sums[1]; dz is written where wanted.
+// Adds dz and dz * (x - pivot) of every row to two vectors of doubles per row; dz is written where wanted.
 template <class T, class Act, Source S>
 void sums_block(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope, double* sums) {
     using A = Real<T>;
-    constexpr int W = lanes<A>;
-    const Affine<T, false> affine(k);
-    Vec<A> sum[2] = {}, dot[2] = {};
-    for (int64_t r = 0; r < b.rows; ++r) {
+    constexpr int W = lanes<A>, H = lanes<double>;
+    for (int64_t r = 0; r < b.rows; ++r, sums += 2 * H) {
+        const Affine<T, false> affine(k.from(r));
         const T* x = b.x + r * b.stride;
         const T* dy = b.dy + r * b.stride;
         const T* extra = S == Source::X ? nullptr : b.extra + r * b.stride;
         T* dz_out = b.dz ? b.dz + r * b.stride : nullptr;
-        const auto step = [&](int64_t i, auto left, int lane) {
-            const Vec<A> deviation = get(x + i, left) - affine.pivot[i];
-            const Vec<A> dz = used<A>(dz_at<T, Act, S, false>(deviation, dy, extra, affine, i, left, slope), left);
-            if (dz_out) put(dz_out + i, dz, left, false);
-            sum[lane] += dz;
-            dot[lane] = fma(dz, used<A>(deviation, left), dot[lane]);
-        };
-        int64_t i = 0;
-        for (; i + 2 * W <= b.n; i += 2 * W) {
-            step(i, Whole<W>{}, 0);
-            step(i + W, Whole<W>{}, 1);
+        for (int64_t i = 0; i < b.n;) {
+            Vec<A> sum[2] = {}, dot[2] = {};
+            const auto step = [&](int64_t i, auto left, int lane) {
+                const Vec<A> deviation = get(x + i, left) - affine.pivot[i];
+                const Vec<A> dz = used<A>(dz_at<T, Act, S, false>(deviation, dy, extra, affine, i, left, slope), left);
+                if (dz_out) put(dz_out + i, dz, left, false);
+                sum[lane] += dz;
+                dot[lane] = fma(dz, used<A>(deviation, left), dot[lane]);
+            };
+            const int64_t end = b.n - i < block_elements<A> ? b.n : i + block_elements<A>;
+            for (; i + 2 * W <= end; i += 2 * W) {
+                step(i, Whole<W>{}, 0);
+                step(i + W, Whole<W>{}, 1);
+            }
+            if (i + W <= end) {
+                step(i, Whole<W>{}, 0);
+                i += W;
+            }
+            if (i < end) {
+                step(i, int(end - i), 1);
+                i = end;
+            }
+            store(sums, load(sums) + pairs(sum[0] + sum[1]));
+            store(sums + H, load(sums + H) + pairs(dot[0] + dot[1]));
         }
-        if (i + W <= b.n) {
-            step(i, Whole<W>{}, 0);
-            i += W;
-        }
-        if (i < b.n) step(i, int(b.n - i), 1);
     }
-    sums[0] += horizontal(pairs(sum[0]) + pairs(sum[1]));
-    sums[1] += horizontal(pairs(dot[0]) + pairs(dot[1]));
 }
 
 // The same for columns: sum[j] and dot[j] of column j, set by the first rows and added to by the rest.
@@ -194,7 +204,7 @@ void sums_columns(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope, Rea
         });
     };
     int64_t r = 0;
-    for (; r + 4 <= b.rows; r += 4) group(r, Whole<4>{});
+    
     for (; r < b.rows; ++r) group(r, Whole<1>{});
 }
 

@@ -5,10 +5,9 @@
 #include "moments.hpp"
 #include "spans.hpp"
 
-namespace batchnorm::BATCHNORM_ISA {
+#include <utility>
 
-template <class A>
-constexpr int64_t block_elements = 128 * lanes<A>;  // 16 additions per accumulator: rounding stays below 1e-6
+namespace batchnorm::BATCHNORM_ISA {
 
 // Adds vectors `step` apart to a sum. Four numbers of half the digits add up in float exactly, or nearly so; doubles are
 // converted on their way from memory.
@@ -25,55 +24,68 @@ inline void add_vectors(WideSum<Real<T>>& sum, const T* p, int64_t step, Left le
     }
 }
 
-// A block of one channel: its sum in double, then squared deviations from the rounded mean, whose rest is put right after.
-// While the second pass reads the cache, memory is asked for the next block.
+// f(0), f(1), ... as constants.
+template <class Function, int... I>
+inline void each_of(Function&& f, std::integer_sequence<int, I...>) { (f(std::integral_constant<int, I>{}), ...); }
+template <int N, class Function>
+inline void each(Function&& f) { each_of(f, std::make_integer_sequence<int, N>{}); }
+
+// Adds n <= block_elements values of one channel, and squares of x - ref, to two vectors of doubles: 16 additions per lane
+// in the compute dtype.
 template <class T>
-Moments<double> block_moments(const T* x, int64_t rows, int64_t stride, int64_t n, const T* next) {
+inline void add_span(const T* p, int64_t n, Vec<Real<T>> reference, double* to) {
     using A = Real<T>;
     using V = Vec<A>;
-    constexpr int W = lanes<A>, S = 4, U = 8;
-    const double count = double(rows) * double(n);
-    WideSum<A> sum[S];
-    for (int64_t r = 0; r < rows; ++r) {
-        const T* p = x + r * stride;
-        int64_t i = 0;
-        for (; i + S * W <= n; i += S * W)
-            if constexpr (sizeof(T) == 2) add_vectors<S>(sum[i / W / S & 1], p + i, W, Whole<W>{});
-            else
-                for (int u = 0; u < S; ++u) add_vectors<1>(sum[u], p + i + u * W, W, Whole<W>{});
-        for (int u = 0; i + W <= n; i += W, u ^= 1) sum[u].add(load(p + i));
-        if (i < n) sum[2].add(load_part(p + i, int(n - i)));
-    }
-    for (int u = 1; u < S; ++u) sum[0].add(sum[u]);
-    const double mean = horizontal(sum[0].folded()) / count;
-    const A reference = A(mean);
-    const V ref = splat<V>(reference);
+    constexpr int W = lanes<A>, H = lanes<double>, U = 8;
+    WideSum<A> sum[2];
     V q[U] = {};
-    D square = {};  // takes what a row leaves over: a long sum of equal terms rounds always the same way
-    for (int64_t r = 0; r < rows; ++r) {
-        const T* p = x + r * stride;
-        int64_t i = 0;
-        for (; i + U * W <= n; i += U * W) {
-            if (next)
-                for (int64_t l = 0; l < U * W; l += 64 / int64_t(sizeof(T))) prefetch(next + r * stride + i + l);
-            for (int u = 0; u < U; ++u) {
-                const V d = load(p + i + u * W) - ref;
-                q[u] = fma(d, d, q[u]);
-            }
-        }
-        V left = {};
-        for (; i + W <= n; i += W) {
-            const V d = load(p + i) - ref;
-            left = fma(d, d, left);
-        }
-        if (i < n) {
-            const V d = keep_first<A>(load_part(p + i, int(n - i)) - ref, int(n - i));
-            left = fma(d, d, left);
-        }
-        square += pairs(left);
+    int64_t i = 0;
+    for (; i + U * W <= n; i += U * W) {
+        add_vectors<U / 2>(sum[0], p + i, W, Whole<W>{});
+        add_vectors<U / 2>(sum[1], p + i + U / 2 * W, W, Whole<W>{});
+        each<U>([&](auto u) {
+            const V d = load(p + i + u * W) - reference;
+            q[u] = fma(d, d, q[u]);
+        });
     }
-    for (int u = 0; u < U; ++u) square += pairs(q[u]);
-    return from_deviations<double>(count, mean, double(reference), horizontal(square));
+    // What is left is few enough to add up in the compute dtype, where that is exact.
+    V few = {};
+    const auto add = [&](V v) {
+        if constexpr (sizeof(T) == 2) few += v;
+        else sum[1].add(v);
+    };
+    each<U - 1>([&](auto u) {
+        if (i + W > n) return;
+        const V v = load(p + i), d = v - reference;
+        add(v);
+        q[u] = fma(d, d, q[u]);
+        i += W;
+    });
+    if (i < n) {
+        const V v = load_part(p + i, int(n - i)), d = keep_first<A>(v - reference, int(n - i));
+        add(v);
+        q[U - 1] = fma(d, d, q[U - 1]);
+    }
+    if constexpr (sizeof(T) == 2) sum[1].add(few);
+    sum[0].add(sum[1]);
+    store(to, load(to) + sum[0].folded());
+    store(to + H, load(to + H) + pairs(((q[0] + q[1]) + (q[2] + q[3])) + ((q[4] + q[5]) + (q[6] + q[7]))));
+}
+
+// The same for rows of n values, each a part of another channel.
+template <class T>
+void add_planes(const T* x, int64_t rows, int64_t stride, int64_t n, const Real<T>* reference, double* to) {
+    using A = Real<T>;
+    for (int64_t r = 0; r < rows; ++r, to += 2 * lanes<double>)
+        for (int64_t i = 0; i < n; i += block_elements<A>)
+            add_span(x + r * stride + i, n - i < block_elements<A> ? n - i : block_elements<A>, splat<Vec<A>>(reference[r]), to);
+}
+
+// Whether a reference lies too far from the mean for the squares about it to be accurate, and could lie nearer.
+template <class A, class V>
+inline auto is_far(double count, V mean, V reference, V square) {
+    const V off = mean - reference, rounding = mean * (sizeof(A) == 4 ? 1e-7 : 2e-16);
+    return (off * off * count > square * 0.75) & (off * off > rounding * rounding);
 }
 
 constexpr int64_t row_block = 32;  // rows whose squares are summed in the compute dtype
@@ -90,63 +102,63 @@ struct ColumnSums {
     }
 };
 
-// Adds x and (x - ref)^2 of `rows` <= row_block rows to sum and square.
+// Adds n numbers of the compute dtype to as many doubles; both may be read up to a whole vector.
+template <class A>
+inline void add_wide(double* to, const A* from, int64_t n) {
+    for (int64_t i = 0; i < n; i += lanes<double>) store(to + i, load(to + i) + load_wide(from + i));
+}
+
+// Adds x and (x - ref)^2 of `rows` <= row_block rows, `stride` apart, to sum and square.
 template <class T>
-void add_rows(const T* x, int64_t rows, int64_t n, const ColumnSums<Real<T>>& to, bool more) {
+void add_rows(const T* x, int64_t rows, int64_t stride, int64_t n, const ColumnSums<Real<T>>& to, bool more) {
     using A = Real<T>;
     using V = Vec<A>;
-    constexpr int W = lanes<A>, H = lanes<double>;
-    const auto group = [&](int64_t r, auto size) {
+    constexpr int W = lanes<A>;
+    const auto [ref, q, sum_of, square_of, unused, unused_too] = to;
+    const auto group = [&, ref = ref, q = q, sum_of = sum_of](int64_t r, auto size) {
         for_vectors<W>(n, [&](int64_t i, auto left) {
-            const T* p = x + r * n + i;
-            const V reference = load(to.ref + i);
-            V square = r ? load(to.q + i) : V{};
-            auto sum = WideSum<A>::from(to.sum + i);
+            const T* p = x + r * stride + i;
+            const V reference = load(ref + i);
+            V square = r ? load(q + i) : V{};
+            auto sum = WideSum<A>::from(sum_of + i);
             if (more && i % (64 / int64_t(sizeof(T))) == 0)
-                for (int g = 0; g < int(size); ++g) prefetch(p + (rows + g) * n);
-            add_vectors<int(decltype(size){})>(sum, p, n, left);
+                for (int g = 0; g < int(size); ++g) prefetch(p + (rows + g) * stride);
+            add_vectors<int(decltype(size){})>(sum, p, stride, left);
             for (int g = 0; g < int(size); ++g) {
-                const V d = get(p + g * n, left) - reference;
+                const V d = get(p + g * stride, left) - reference;
                 square = fma(d, d, square);
             }
-            sum.to(to.sum + i);
-            store(to.q + i, square);
+            sum.to(sum_of + i);
+            store(q + i, square);
         });
     };
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4) group(r, Whole<4>{});
     for (; r < rows; ++r) group(r, Whole<1>{});
-    for (int64_t i = 0; i < n; i += H) {
-        D q;
-        for (int l = 0; l < H; ++l) q[l] = to.q[i + l];
-        store(to.square + i, load(to.square + i) + q);
-    }
+    add_wide(square_of, q, n);
 }
 
 // Moments of rows of n columns in one pass. The reference is the mean of the `first` rows, which are read twice;
 // returns false where that turns out too far from the mean of all for squares to be accurate.
 template <class T>
-bool lift_rows(const T* x, int64_t rows, int64_t first, int64_t n, const ColumnSums<Real<T>>& w, double* mean, double* m2) {
+bool lift_rows(const T* x, int64_t rows, int64_t first, int64_t stride, int64_t n, const ColumnSums<Real<T>>& w, double* mean, double* m2) {
     using A = Real<T>;
     constexpr int H = lanes<double>;
     const int64_t padded = (n + 63) / 64 * 64;
     for (int64_t i = 0; i < padded; ++i) w.ref[i] = 0;
     w.clear(padded);
-    add_rows(x, first, n, w, false);
+    add_rows(x, first, stride, n, w, false);
     for (int64_t i = 0; i < n; ++i) w.ref[i] = A(w.sum[i] / double(first));
     w.clear(padded);
     for (int64_t at = 0; at < rows; at += row_block) {
         const int64_t some = rows - at < row_block ? rows - at : row_block;
-        add_rows(x + at * n, some, n, w, at + row_block < rows);
+        add_rows(x + at * stride, some, stride, n, w, at + row_block < rows);
     }
     const double count = double(rows);
     bool near = true;
     for (int64_t i = 0; i < n; i += H) {
-        D ref;
-        for (int l = 0; l < H; ++l) ref[l] = w.ref[i + l];
-        const auto all = from_deviations<D>(count, load(w.sum + i) / count, ref, load(w.square + i));
-        const D off = all.mean - ref, rounding = all.mean * 1e-7;
-        const auto far = (off * off * count > load(w.square + i) * 0.75) & (off * off > rounding * rounding);
+        const auto all = from_deviations<D>(count, load(w.sum + i) / count, load_wide(w.ref + i), load(w.square + i));
+        const auto far = is_far<A>(count, all.mean, load_wide(w.ref + i), load(w.square + i));
         for (int l = 0; l < H; ++l) near &= !far[l];
         store(mean + i, all.mean);
         store(m2 + i, all.m2);
