@@ -35,7 +35,7 @@ struct Args {
     // One value per channel in the compute dtype: double for float64 data, float for the rest.
     void* mean = nullptr;
     void* m2 = nullptr;
-    void* rstd = nullptr;
+    void* rstd = nullptr;  // null, to normalize: taken from running_mean, running_var and eps, and mean with it
     void* rest = nullptr;  // what rounding took from rstd; null stands for zeros
     void* sum_dz = nullptr;
     void* sum_dz_xhat = nullptr;

@@ -2,9 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
-#include <cmath>
 #include <string>
-#include <vector>
 
 #define BATCHNORM_ISA common
 #include "dispatch.hpp"
@@ -79,6 +77,13 @@ struct Call {
         args.bias = param(bias, "bias", dtype_at(dtypes, 2));
     }
 
+    void running(Address mean, Address var, int dtypes) {
+        const DType code = dtype_at(dtypes, 3);
+        if ((mean || var) && size_of(code) < 4) reject("running statistics are kept in float32 or float64; convert the buffers with .float()");
+        args.running_mean = param(mean, "running_mean", code);
+        args.running_var = param(var, "running_var", code);
+    }
+
     void activation(int code, double slope) {
         if (code < 0 || code >= activation_count) reject("activation code must be in 0.." + std::to_string(activation_count - 1) + ", got " + std::to_string(code));
         args.activation = static_cast<Activation>(code);
@@ -126,41 +131,12 @@ void normalize(Address x, Address mean, Address rstd, Address rest, Address weig
     call.run(kernels(call.dtype).normalize);
 }
 
-template <class T>
-void finish(const void* mean, const void* var, bool wide, int64_t channels, double eps, T* out) {
-    for (int64_t c = 0; c < channels; ++c) {
-        const double m = wide ? static_cast<const double*>(mean)[c] : static_cast<const float*>(mean)[c];
-        const double v = wide ? static_cast<const double*>(var)[c] : static_cast<const float*>(var)[c];
-        const double rstd = 1 / std::sqrt(v + eps);
-        out[c] = static_cast<T>(m);
-        out[channels + c] = static_cast<T>(rstd);
-        out[2 * channels + c] = static_cast<T>(rstd - static_cast<T>(rstd));
-    }
-}
-
-// Normalize by stored statistics, finished here: for small inputs the tensor operations would cost more than the kernel.
+// Normalize by stored statistics, finished by the kernel: for small inputs tensor operations would cost more than it does.
 void evaluate(Address x, Address running_mean, Address running_var, Address weight, Address bias, Address residual, Address y,
               int64_t outer, int64_t channels, int64_t inner, int dtypes, int activation, double slope, double eps, int threads) {
-    thread_local std::vector<double> scratch;
     Call call(x, outer, channels, inner, dtypes, threads);
-    const DType running = dtype_at(dtypes, 3);
-    if (size_of(running) < 4) reject("running statistics are kept in float32 or float64; convert the buffers with .float()");
-    const void* mean = call.per_channel(running_mean, "running_mean", size_of(running));
-    const void* var = call.per_channel(running_var, "running_var", size_of(running));
-    scratch.resize(static_cast<size_t>(3 * channels));
-    const bool wide = running == DType::float64;
-    if (call.dtype == DType::float64) {
-        finish(mean, var, wide, channels, eps, scratch.data());
-        call.args.mean = scratch.data();
-        call.args.rstd = scratch.data() + channels;
-        call.args.rest = scratch.data() + 2 * channels;
-    } else {
-        float* narrow = reinterpret_cast<float*>(scratch.data());
-        finish(mean, var, wide, channels, eps, narrow);
-        call.args.mean = narrow;
-        call.args.rstd = narrow + channels;
-        call.args.rest = narrow + 2 * channels;
-    }
+    call.running(running_mean, running_var, dtypes);
+    call.args.eps = eps;
     call.affine(weight, bias, dtypes);
     call.activation(activation, slope);
     output(call, y, residual);
@@ -179,10 +155,7 @@ void forward(Address x, Address weight, Address bias, Address residual, Address 
     call.activation(activation, slope);
     call.args.eps = eps;
     call.args.momentum = momentum;
-    const DType running = dtype_at(dtypes, 3);
-    if ((running_mean || running_var) && size_of(running) < 4) reject("running statistics are kept in float32 or float64; convert the buffers with .float()");
-    call.args.running_mean = call.param(running_mean, "running_mean", running);
-    call.args.running_var = call.param(running_var, "running_var", running);
+    call.running(running_mean, running_var, dtypes);
     output(call, y, residual);
     call.run(kernels(call.dtype).forward);
     // After the kernel, so that a failed call leaves no trace; an empty batch is no step.

@@ -12,25 +12,55 @@ inline double scalar(float v) { return v; }
 inline double scalar(float16 v) { return widen(v); }
 inline double scalar(bfloat16 v) { return bit_cast<float>(uint32_t(v.bits) << 16); }
 
-inline double value_at(const Param& p, int64_t c, double absent) {
-    if (!p.data) return absent;
+constexpr int together = lanes<double>;  // channels that are finished at once, all in double
+
+// The channels first..last in groups: f(c, how many).
+template <class Use>
+inline void for_channels(int64_t first, int64_t last, Use&& use) {
+    for (int64_t c = first; c < last; c += together) use(c, last - c < together ? int(last - c) : together);
+}
+
+// The numbers of `n` channels from c on, as doubles; the lanes past them are zero.
+template <class E>
+inline D numbers(const E* p, int64_t c, int n) {
+    if constexpr (sizeof(E) >= 4)
+        if (n == together) return load_wide(p + c);
+    D v = {};
+    for (int i = 0; i < n; ++i) v[i] = scalar(p[c + i]);
+    return v;
+}
+
+inline D numbers(const Param& p, int64_t c, int n, double absent) {
+    if (!p.data) return splat<D>(absent);
     switch (p.dtype) {
-        case DType::float64: return static_cast<const double*>(p.data)[c];
-        case DType::float32: return static_cast<const float*>(p.data)[c];
-        case DType::bfloat16: return scalar(static_cast<const bfloat16*>(p.data)[c]);
-        default: return scalar(static_cast<const float16*>(p.data)[c]);
+        case DType::float64: return numbers(static_cast<const double*>(p.data), c, n);
+        case DType::float32: return numbers(static_cast<const float*>(p.data), c, n);
+        case DType::bfloat16: return numbers(static_cast<const bfloat16*>(p.data), c, n);
+        default: return numbers(static_cast<const float16*>(p.data), c, n);
     }
 }
 
-inline void step_running(const Param& p, int64_t c, double momentum, double value) {
+template <class E>
+inline void put_numbers(E* p, int64_t c, int n, D v) {
+    if (n == together) return store_narrow(p + c, v);
+    for (int i = 0; i < n; ++i) p[c + i] = E(v[i]);
+}
+
+// What rounding to A takes from v.
+template <class A>
+inline D rounding_of(D v) {
+    A rounded[together];
+    store_narrow(rounded, v);
+    return v - load_wide(rounded);
+}
+
+inline D magnitude(D v) { return v < 0.0 ? -v : v; }
+
+inline void step_running(const Param& p, int64_t c, int n, double momentum, D value) {
     if (!p.data) return;
-    if (p.dtype == DType::float64) {
-        double& kept = static_cast<double*>(p.data)[c];
-        kept = (1 - momentum) * kept + momentum * value;
-    } else {
-        float& kept = static_cast<float*>(p.data)[c];
-        kept = float((1 - momentum) * kept + momentum * value);
-    }
+    const D moved = (1 - momentum) * numbers(p, c, n, 0) + momentum * value;
+    if (p.dtype == DType::float64) put_numbers(static_cast<double*>(p.data), c, n, moved);
+    else put_numbers(static_cast<float*>(p.data), c, n, moved);
 }
 
 // Where a deviation was infinite or NaN the merge has lost the mean: the plain sum tells what torch would say.
@@ -44,68 +74,94 @@ inline void plain_mean(const Args& a, int64_t c, double& mean, double& m2) {
     m2 = NAN;
 }
 
+inline D reciprocal_std(D variance, double eps) { return 1.0 / sqrt(variance + eps); }
+
+// Hands out what was found for the channels first..last, and takes the step of the running statistics.
 template <class T>
-inline void finish_channel(const Args& a, int64_t c, double mean, double m2) {
+void finish_moments(const Args& a, int64_t first, int64_t last, double* mean, double* m2) {
     using A = Real<T>;
     const double count = double(a.outer) * double(a.inner);
-    if (!(std::fabs(mean) <= 1.7976931348623157e308)) plain_mean<T>(a, c, mean, m2);
-    static_cast<A*>(a.mean)[c] = A(mean);
-    static_cast<A*>(a.m2)[c] = A(m2);
-    if (!a.rstd) return;
-    const double variance = count > 0 ? m2 / count : 0;
-    const double rstd = 1 / std::sqrt(variance + a.eps);
-    static_cast<A*>(a.rstd)[c] = A(rstd);
-    if (a.rest) static_cast<A*>(a.rest)[c] = A(rstd - double(A(rstd)));
-    if (count > 0) {
-        step_running(a.running_mean, c, a.momentum, mean);
-        step_running(a.running_var, c, a.momentum, m2 / (count - 1));
+    for_channels(first, last, [&](int64_t c, int n) {
+        for (int i = 0; i < n; ++i)
+            if (!(std::fabs(mean[c + i]) <= 1.7976931348623157e308)) plain_mean<T>(a, c + i, mean[c + i], m2[c + i]);
+        const D m = numbers(mean, c, n), q = numbers(m2, c, n);
+        put_numbers(static_cast<A*>(a.mean), c, n, m);
+        put_numbers(static_cast<A*>(a.m2), c, n, q);
+        if (!a.rstd) return;
+        const D rstd = reciprocal_std(count > 0 ? q / count : D{}, a.eps);
+        put_numbers(static_cast<A*>(a.rstd), c, n, rstd);
+        if (a.rest) put_numbers(static_cast<A*>(a.rest), c, n, rounding_of<A>(rstd));
+        if (count > 0) {
+            step_running(a.running_mean, c, n, a.momentum, m);
+            step_running(a.running_var, c, n, a.momentum, q / (count - 1));
+        }
+    });
+}
+
+// What normalizes n channels. The pivot is taken off the values before they are scaled: the mean, so that no digits are lost
+// where it is large, or nothing where it is small, so that a subtraction does not cost the digits of the values.
+template <class A>
+struct Normal {
+    D mean, rstd, exact, pivot;  // exact: 1 / std before it was rounded
+
+    Normal(const Args& a, int64_t c, int n) {
+        if (a.rstd) {
+            mean = numbers(static_cast<const A*>(a.mean), c, n);
+            rstd = exact = numbers(static_cast<const A*>(a.rstd), c, n);
+            if (a.rest) exact += numbers(static_cast<const A*>(a.rest), c, n);
+        } else {
+            mean = numbers(a.running_mean, c, n, 0);
+            rstd = exact = reciprocal_std(numbers(a.running_var, c, n, 1), a.eps);
+        }
+        pivot = magnitude(mean) * rstd < 0.5 ? D{} : mean;
     }
-}
+};
 
-// What is taken off the values before they are scaled: the mean, so that no digits are lost where it is large, or
-// nothing where it is small, so that a subtraction does not cost the digits of the values.
-template <class A>
-inline double pivot_of(const Args& a, int64_t c) {
-    const double mean = static_cast<const A*>(a.mean)[c];
-    return std::fabs(mean) * static_cast<const A*>(a.rstd)[c] < 0.5 ? 0 : mean;
-}
-
-// Splits a scale in two of the same sign, neither of which is 0 where it is not: an infinite deviation times 0, or times
+// Splits scales in two of the same sign, neither of which is 0 where it is not: an infinite deviation times 0, or times
 // something of the other sign, would be NaN.
-inline void split(double scale, float& most, float& rest) {
-    most = float(scale);
-    const bool over = std::fabs(double(most)) >= std::fabs(scale) && most != 0;
-    most = bit_cast<float>(bit_cast<uint32_t>(most) - uint32_t(over));
-    rest = float(scale - double(most));
-}
-
-// Coefficients of channel c at place j (they differ where columns are repeated).
-template <class A>
-inline void forward_coefs(const Args& a, int64_t c, const Coefs<A>& k, int64_t j) {
-    const double pivot = pivot_of<A>(a, c), off = static_cast<const A*>(a.mean)[c] - pivot;
-    const double rstd = static_cast<const A*>(a.rstd)[c] + (a.rest ? double(static_cast<const A*>(a.rest)[c]) : 0);
-    const double scale = rstd * value_at(a.weight, c, 1);
-    k.pivot[j] = A(pivot);
-    if constexpr (sizeof(A) == 4) split(scale, k.scale[j], k.rest[j]);
-    else k.scale[j] = scale;
-    k.shift[j] = A(value_at(a.bias, c, 0) - off * scale);
+inline void split(D scale, float* most, float* rest, int64_t c, int n) {
+    float rounded[together];
+    store_narrow(rounded, scale);
+    for (int i = 0; i < n; ++i) {
+        const bool over = std::fabs(double(rounded[i])) >= std::fabs(scale[i]) && rounded[i] != 0;
+        rounded[i] = bit_cast<float>(bit_cast<uint32_t>(rounded[i]) - uint32_t(over));
+    }
+    put_numbers(most, c, n, load_wide(rounded));
+    put_numbers(rest, c, n, scale - load_wide(rounded));
 }
 
 template <class A>
-inline void backward_coefs(const Args& a, int64_t c, double count, const Coefs<A>& k, int64_t j) {
-    const double rstd = static_cast<const A*>(a.rstd)[c];
-    const double scale = rstd * value_at(a.weight, c, 1), off = static_cast<const A*>(a.mean)[c] - pivot_of<A>(a, c);
-    const double c1 = -scale * rstd * static_cast<const A*>(a.sum_dz_xhat)[c] / count;
-    k.c1[j] = A(c1);
-    k.c0[j] = A(-scale * static_cast<const A*>(a.sum_dz)[c] / count - off * c1);
+void forward_coefs(const Args& a, int64_t first, int64_t last, const Coefs<A>& k) {
+    for_channels(first, last, [&](int64_t c, int n) {
+        const Normal<A> s(a, c, n);
+        const D scale = s.exact * numbers(a.weight, c, n, 1);
+        put_numbers(k.pivot, c, n, s.pivot);
+        if constexpr (sizeof(A) == 4) split(scale, k.scale, k.rest, c, n);
+        else put_numbers(k.scale, c, n, scale);
+        put_numbers(k.shift, c, n, numbers(a.bias, c, n, 0) - (s.mean - s.pivot) * scale);
+    });
+}
+
+template <class A>
+void backward_coefs(const Args& a, int64_t first, int64_t last, double count, const Coefs<A>& k) {
+    for_channels(first, last, [&](int64_t c, int n) {
+        const Normal<A> s(a, c, n);
+        const D scale = s.rstd * numbers(a.weight, c, n, 1);
+        const D c1 = -scale * s.rstd * numbers(static_cast<const A*>(a.sum_dz_xhat), c, n) / count;
+        put_numbers(k.c1, c, n, c1);
+        put_numbers(k.c0, c, n, -scale * numbers(static_cast<const A*>(a.sum_dz), c, n) / count - (s.mean - s.pivot) * c1);
+    });
 }
 
 // dot is the sum of dz * (x - pivot).
 template <class A>
-inline void finish_sums(const Args& a, int64_t c, double sum, double dot) {
-    const double off = static_cast<const A*>(a.mean)[c] - pivot_of<A>(a, c);
-    static_cast<A*>(a.sum_dz)[c] = A(sum);
-    static_cast<A*>(a.sum_dz_xhat)[c] = A((dot - off * sum) * static_cast<const A*>(a.rstd)[c]);
+void finish_sums(const Args& a, int64_t first, int64_t last, const double* sum, const double* dot) {
+    for_channels(first, last, [&](int64_t c, int n) {
+        const Normal<A> s(a, c, n);
+        const D dz = numbers(sum, c, n);
+        put_numbers(static_cast<A*>(a.sum_dz), c, n, dz);
+        put_numbers(static_cast<A*>(a.sum_dz_xhat), c, n, (numbers(dot, c, n) - (s.mean - s.pivot) * dz) * s.rstd);
+    });
 }
 
 // The loops for this activation, chosen once per call.

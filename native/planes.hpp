@@ -159,18 +159,21 @@ struct PlaneMoments {
         add(chunk, c0, c1, ref, sums);
         for (int64_t c = c0; c < c1; ++c, ++ref, sums += 2 * H) {
             if (keep(chunk, c, *ref, sums)) continue;
-            *ref = A(mean[c * p.chunks + chunk]);
+            *ref = A(mean[chunk * p.a.channels + c]);
             add(chunk, c, c + 1, ref, sums);
             keep(chunk, c, *ref, sums);
         }
     }
 
     void fold(int64_t c0, int64_t c1) const {
-        for (int64_t c = c0; c < c1; ++c) {
-            Moments<double> all{0, 0, 0};
-            for (int64_t i = 0; i < p.chunks; ++i) all = merge(all, Moments<double>{count(i), mean[c * p.chunks + i], m2[c * p.chunks + i]});
-            finish_channel<T>(p.a, c, all.mean, all.m2);
-        }
+        double before = count(0);
+        for (int64_t i = 1; i < p.chunks; before += count(i++))
+            for (int64_t c = c0, at = i * p.a.channels + c0; c < c1; ++c, ++at) {
+                const auto all = merge(Moments<double>{before, mean[c], m2[c]}, Moments<double>{count(i), mean[at], m2[at]});
+                mean[c] = all.mean;
+                m2[c] = all.m2;
+            }
+        finish_moments<T>(p.a, c0, c1, mean, m2);
     }
 
   private:
@@ -191,7 +194,7 @@ struct PlaneMoments {
                 n = some < W ? some : W;
                 sum += load_part(static_cast<const T*>(p.a.x) + c * p.a.inner + offset + (some - n) / 2, int(n));
             });
-        return A(horizontal(pairs(sum)) / double(samples * n));
+        return n > 0 ? A(horizontal(pairs(sum)) / double(samples * n)) : 0;
     }
 
     void add(int64_t chunk, int64_t c0, int64_t c1, const A* ref, double* sums) const {
@@ -202,9 +205,9 @@ struct PlaneMoments {
 
     bool keep(int64_t chunk, int64_t c, A ref, const double* sums) const {
         const double n = count(chunk), square = horizontal(load(sums + H));
-        const auto all = from_deviations<double>(n, horizontal(load(sums)) / n, double(ref), square);
-        mean[c * p.chunks + chunk] = all.mean;
-        m2[c * p.chunks + chunk] = all.m2;
+        const auto all = from_deviations<double>(n, n > 0 ? horizontal(load(sums)) / n : 0, double(ref), square);
+        mean[chunk * p.a.channels + c] = all.mean;
+        m2[chunk * p.a.channels + c] = all.m2;
         return !is_far<A, double>(n, all.mean, double(ref), square);
     }
 };
@@ -222,7 +225,7 @@ void moments_planes(const Args& a, const Loops<T, false>* loops) {
         p, tensors, true, loops != nullptr, [&](Team& team, int64_t s, int64_t c0, int64_t c1) { moments.lift(team, s, c0, c1); },
         [&](int64_t c0, int64_t c1) {
             moments.fold(c0, c1);
-            for (int64_t c = c0; loops && c < c1; ++c) forward_coefs(a, c, k, c);
+            if (loops) forward_coefs(a, c0, c1, k);
         },
         [&](int64_t s, int64_t c0, int64_t c1) {
             p.each_position(s, [&](int64_t offset, int64_t n) { loops->normalize(p.block(whole, c0, c1, offset, n), k.from(c0), A(a.slope)); });
@@ -236,7 +239,7 @@ void normalize_planes(const Args& a) {
     const Loops<T, false> loops(a);
     Scratch scratch(need_coefs<T>(a.channels));
     const Coefs<A> k = take_coefs<T>(scratch, a.channels);
-    for (int64_t c = 0; c < a.channels; ++c) forward_coefs(a, c, k, c);
+    forward_coefs(a, 0, a.channels, k);
     const Block<T> whole{static_cast<const T*>(a.x), nullptr, static_cast<const T*>(a.residual), static_cast<T*>(a.y), nullptr, 0, 0, 0, p.streams(a.y)};
     // Through memory in its own order: there is no second pass to keep a panel for.
     parallel(p.threads(), [&](Team& team) {
@@ -268,17 +271,15 @@ struct PlaneSums {
         for (int64_t i = 0; i < 2 * H * (c1 - c0); ++i) sums[i] = 0;
         p.each_position(chunk, [&](int64_t offset, int64_t n) { loop(offset, n, sums); });
         for (int64_t c = c0; c < c1; ++c, sums += 2 * H) {
-            sum[c * p.chunks + chunk] = horizontal(load(sums));
-            dot[c * p.chunks + chunk] = horizontal(load(sums + H));
+            sum[chunk * p.a.channels + c] = horizontal(load(sums));
+            dot[chunk * p.a.channels + c] = horizontal(load(sums + H));
         }
     }
 
     void fold(int64_t c0, int64_t c1) const {
-        for (int64_t c = c0; c < c1; ++c) {
-            double s = 0, d = 0;
-            for (int64_t i = 0; i < p.chunks; ++i) s += sum[c * p.chunks + i], d += dot[c * p.chunks + i];
-            finish_sums<Real<T>>(p.a, c, s, d);
-        }
+        for (int64_t i = 1; i < p.chunks; ++i)
+            for (int64_t c = c0, at = i * p.a.channels + c0; c < c1; ++c, ++at) sum[c] += sum[at], dot[c] += dot[at];
+        finish_sums<Real<T>>(p.a, c0, c1, sum, dot);
     }
 };
 
@@ -305,7 +306,7 @@ void backward_planes(const Args& a, bool sums, bool input) {
         second.extra = nullptr;
     }
     const auto apply_loop = two_step ? loops.input_from_dz : loops.input;
-    for (int64_t c = 0; c < a.channels; ++c) forward_coefs(a, c, k, c);
+    forward_coefs(a, 0, a.channels, k);
     over_planes(
         p, tensors, sums, input,
         [&](Team& team, int64_t s, int64_t c0, int64_t c1) {
@@ -315,7 +316,7 @@ void backward_planes(const Args& a, bool sums, bool input) {
         },
         [&](int64_t c0, int64_t c1) {
             if (sums) partial.fold(c0, c1);
-            for (int64_t c = c0; input && c < c1; ++c) backward_coefs(a, c, count, k, c);
+            if (input) backward_coefs(a, c0, c1, count, k);
         },
         [&](int64_t s, int64_t c0, int64_t c1) {
             p.each_position(s, [&](int64_t offset, int64_t n) { apply_loop(p.block(second, c0, c1, offset, n), k.from(c0), A(a.slope)); });

@@ -14,16 +14,15 @@ template <class T>
 class Rows {
   public:
     using A = Real<T>;
-    static constexpr int64_t strip = 64;   // channels finished by one task
-    static constexpr int64_t panel = 4096;  // columns summed by one task: its sums stay in the first level of the cache
+    static constexpr int64_t strip = 64;  // channels finished by one task
     const Args& a;
-    const int64_t repeat, width, rows, rest, padded, panels, chunk_rows, chunks;
+    const int64_t repeat, width, rows, rest, padded, chunk_rows, chunks, panel, panels;
 
     explicit Rows(const Args& a)
         : a(a), repeat(a.channels > 0 && a.channels < 4 * lanes<A> ? wide(a) : 1), width(a.channels * repeat),
-          rows(a.outer / repeat), rest(a.outer % repeat), padded((width + 63) / 64 * 64), panels((width + panel - 1) / panel),
-          chunk_rows(rows_of_chunk(rows, width)),
-          chunks(rows > 0 ? (rows + chunk_rows - 1) / chunk_rows : 0) {}
+          rows(a.outer / repeat), rest(a.outer % repeat), padded((width + 63) / 64 * 64),
+          chunk_rows(rows_of_chunk(rows, width)), chunks(rows > 0 ? (rows + chunk_rows - 1) / chunk_rows : 1),
+          panel(columns_of_part()), panels((width + panel - 1) / panel) {}
 
     int threads() const { return a.outer * a.channels < serial_below ? 1 : a.threads; }
 
@@ -63,14 +62,11 @@ class Rows {
         });
     }
 
-    // Spreads one number per channel of a strip over its columns.
-    template <class Set>
-    void each_column(int64_t first, int64_t last, Set&& set) const {
-        for (int64_t c = first; c < last; ++c)
-            for (int64_t j = c; j < width; j += a.channels) set(c, j);
+    // Repeats the coefficients of channels in the columns behind them.
+    template <class... Number>
+    void repeat_columns(Number*... k) const {
+        for (int64_t j = a.channels; j < width; ++j) (void(k[j] = k[j - a.channels]), ...);
     }
-    template <class Set>
-    void each_column(Set&& set) const { each_column(0, a.channels, set); }
 
     int64_t last_column(int64_t last) const { return repeat > 1 ? width : last; }
 
@@ -88,13 +84,14 @@ class Rows {
         return b;
     }
 
-    // All rows of the tensor through f(block), last chunk first; the rest belongs to the last chunk.
+    // All rows of the tensor through f(block), from the end: what the statistics read last is what the cache still holds.
     template <class Use>
     void apply(Team& team, int phase, const Block<T>& whole, Use&& use) const {
         if (rest && team.id == 0) use(block(whole, rows, 1, rest * a.channels));
-        for_each(team, phase, chunks, 1, [&](int64_t i) {
-            const int64_t chunk = chunks - 1 - i;
-            use(block(whole, chunk * chunk_rows, rows_in(chunk), width));
+        const int64_t some = 1 + 65536 / (width + 1), tasks = (rows + some - 1) / some;
+        for_each(team, phase, tasks, 1, [&](int64_t i) {
+            const int64_t first = (tasks - 1 - i) * some;
+            use(block(whole, first, rows - first < some ? rows - first : some, width));
         });
         streaming_done();
     }
@@ -104,12 +101,20 @@ class Rows {
         const int64_t most = (8 * lanes<A>) / a.channels;
         return a.outer < 4 * most ? 1 : most;
     }
+    // At least 256 rows, where there are so many: what is done once per chunk then costs little.
     static int64_t rows_of_chunk(int64_t rows, int64_t width) {
         int64_t chunks = rows * (width < 256 ? width : 256) / 65536;
         if (chunks > 64) chunks = 64;
         if (chunks < 1) chunks = 1;
         const int64_t even = (rows + chunks - 1) / chunks;
         return (even + row_block - 1) / row_block * row_block;
+    }
+
+    // All, in one run through memory, unless that leaves threads without work. Columns do not know of each other.
+    int64_t columns_of_part() const {
+        if (chunks >= 2 * threads()) return padded;
+        const int64_t some = (width * chunks / (2 * threads()) + 63) / 64 * 64;
+        return some < 256 ? (padded < 256 ? padded : 256) : some;
     }
 };
 
@@ -122,35 +127,30 @@ struct RowMoments {
     A* narrow;
     double* wide;
 
-    static int64_t most(const Rows<T>& r) { return r.padded < Rows<T>::panel ? r.padded : Rows<T>::panel; }
     static size_t need(const Rows<T>& r) {
-        return 2 * Scratch::need<double>(r.padded * (r.chunks + 1)) + Scratch::need<A>(ColumnSums<A>::narrow * most(r) * r.threads()) +
-               Scratch::need<double>(ColumnSums<A>::wide * most(r) * r.threads());
+        return 2 * Scratch::need<double>(r.padded * (r.chunks + 1)) + Scratch::need<A>(ColumnSums<A>::narrow * r.panel * r.threads()) +
+               Scratch::need<double>(ColumnSums<A>::wide * r.panel * r.threads());
     }
     RowMoments(const Rows<T>& r, Scratch& s)
         : r(r), mean(s.take<double>(r.padded * (r.chunks + 1))), m2(s.take<double>(r.padded * (r.chunks + 1))),
-          narrow(s.take<A>(ColumnSums<A>::narrow * most(r) * r.threads())),
-          wide(s.take<double>(ColumnSums<A>::wide * most(r) * r.threads())) {}
+          narrow(s.take<A>(ColumnSums<A>::narrow * r.panel * r.threads())),
+          wide(s.take<double>(ColumnSums<A>::wide * r.panel * r.threads())) {}
 
     ColumnSums<A> work(const Team& team) const {
-        const int64_t n = most(r);
+        const int64_t n = r.panel;
         A* a = narrow + team.id * ColumnSums<A>::narrow * n;
         double* w = wide + team.id * ColumnSums<A>::wide * n;
-        return {a, a + n, w, w + n, w + 2 * n, w + 3 * n};
+        return {a, a + n, w, w + n};
     }
 
     void part(Team& team, int64_t index, int64_t first, int64_t rows, int64_t column, int64_t n) const {
         const ColumnSums<A> w = work(team);
         double *all_mean = mean + index * r.padded + column, *all_m2 = m2 + index * r.padded + column;
         const T* x = static_cast<const T*>(r.a.x) + first * r.width + column;
-        if (lift_rows(x, rows, rows < 8 ? rows : 8, r.width, n, w, all_mean, all_m2)) return;
-        // The rows drift: every block about a mean of its own.
-        for (int64_t i = 0; i < n; ++i) all_mean[i] = all_m2[i] = 0;
-        for (int64_t at = 0; at < rows; at += row_block) {
-            const int64_t some = rows - at < row_block ? rows - at : row_block;
-            lift_rows(x + at * r.width, some, some, r.width, n, w, w.mean, w.m2);
-            merge_columns(n, double(at), all_mean, all_m2, double(some), w.mean, w.m2);
-        }
+        mean_of_rows(x, rows < 8 ? rows : 8, r.width, n, w);
+        if (lift_rows(x, rows, r.width, n, w, all_mean, all_m2)) return;
+        for (int64_t i = 0; i < n; ++i) w.ref[i] = A(all_mean[i]);
+        lift_rows(x, rows, r.width, n, w, all_mean, all_m2);
     }
 
     void run(Team& team, int phase) const {
@@ -160,19 +160,21 @@ struct RowMoments {
     // Of a strip of channels: chunks in index order, then the repeats of a channel, then the rest.
     void fold(int64_t first, int64_t last) const {
         const Args& a = r.a;
-        double count = r.chunks ? double(r.rows_in(0)) : 0;
+        double count = double(r.rows_in(0));
         for (int64_t i = 1; i < r.chunks; ++i) {
             const int64_t at = i * r.padded + first;
             merge_columns(r.last_column(last) - first, count, mean + first, m2 + first, double(r.rows_in(i)), mean + at, m2 + at);
             count += double(r.rows_in(i));
         }
-        const double *rest_mean = mean + r.chunks * r.padded, *rest_m2 = m2 + r.chunks * r.padded;
-        for (int64_t c = first; c < last; ++c) {
+        for (int64_t c = first; r.repeat > 1 && c < last; ++c) {
             Moments<double> all{0, 0, 0};
-            for (int64_t j = c; j < r.width; j += a.channels) all = merge(all, Moments<double>{count, r.chunks ? mean[j] : 0, r.chunks ? m2[j] : 0});
-            for (int64_t j = c; j < r.rest * a.channels; j += a.channels) all = merge(all, Moments<double>{1, rest_mean[j], rest_m2[j]});
-            finish_channel<T>(a, c, all.mean, all.m2);
+            for (int64_t j = c; j < r.width; j += a.channels) all = merge(all, Moments<double>{count, mean[j], m2[j]});
+            const int64_t tail = r.chunks * r.padded;
+            for (int64_t j = c; j < r.rest * a.channels; j += a.channels) all = merge(all, Moments<double>{1, mean[tail + j], m2[tail + j]});
+            mean[c] = all.mean;
+            m2[c] = all.m2;
         }
+        finish_moments<T>(a, first, last, mean, m2);
     }
 };
 
@@ -189,7 +191,9 @@ void moments_rows(const Args& a, const Loops<T, true>* loops) {
         moments.run(team, 0);
         r.each_strip(team, 1, [&](int64_t first, int64_t last) {
             moments.fold(first, last);
-            if (loops) r.each_column(first, last, [&](int64_t c, int64_t j) { forward_coefs(a, c, k, j); });
+            if (!loops) return;
+            forward_coefs(a, first, last, k);
+            r.repeat_columns(k.pivot, k.scale, k.rest, k.shift);
         });
         team.barrier();
         if (loops) r.apply(team, 2, whole, [&](const Block<T>& b) { loops->normalize(b, k, A(a.slope)); });
@@ -203,7 +207,8 @@ void normalize_rows(const Args& a) {
     const Loops<T, true> loops(a);
     Scratch scratch(r.need_coefs());
     const Coefs<A> k = r.coefs(scratch);
-    r.each_column([&](int64_t c, int64_t j) { forward_coefs(a, c, k, j); });
+    forward_coefs(a, 0, a.channels, k);
+    r.repeat_columns(k.pivot, k.scale, k.rest, k.shift);
     const Block<T> whole{static_cast<const T*>(a.x), nullptr, static_cast<const T*>(a.residual), static_cast<T*>(a.y), nullptr,
                          0, 0, 0, r.streams(a.y)};
     parallel(r.threads(), [&](Team& team) { r.apply(team, 0, whole, [&](const Block<T>& b) { loops.normalize(b, k, A(a.slope)); }); });
@@ -217,17 +222,16 @@ struct RowSums {
     double *sum, *dot;
     A* work;
 
-    static int64_t most(const Rows<T>& r) { return r.padded < Rows<T>::panel ? r.padded : Rows<T>::panel; }
     static size_t need(const Rows<T>& r) {
-        return 2 * Scratch::need<double>(r.padded * (r.chunks + 1)) + Scratch::need<A>(2 * most(r) * r.threads());
+        return 2 * Scratch::need<double>(r.padded * (r.chunks + 1)) + Scratch::need<A>(2 * r.panel * r.threads());
     }
     RowSums(const Rows<T>& r, Scratch& s)
         : r(r), sum(s.take<double>(r.padded * (r.chunks + 1))), dot(s.take<double>(r.padded * (r.chunks + 1))),
-          work(s.take<A>(2 * most(r) * r.threads())) {}
+          work(s.take<A>(2 * r.panel * r.threads())) {}
 
     template <class Loop>
     void run(Team& team, int phase, const Block<T>& whole, const Coefs<A>& k, Loop&& loop) const {
-        A *s = work + team.id * 2 * most(r), *d = s + most(r);
+        A *s = work + team.id * 2 * r.panel, *d = s + r.panel;
         r.each_part(team, phase, [&](int64_t index, int64_t first, int64_t rows, int64_t column, int64_t n) {
             double *all = sum + index * r.padded + column, *all_dot = dot + index * r.padded + column;
             const Coefs<A> here = k.from(column);
@@ -248,12 +252,11 @@ struct RowSums {
                 dot[j] += dot[i * r.padded + j];
             }
         const int64_t tail = r.chunks * r.padded;
-        for (int64_t c = first; c < last; ++c) {
-            double s = 0, d = 0;
-            for (int64_t j = c; r.chunks && j < r.width; j += a.channels) s += sum[j], d += dot[j];
-            for (int64_t j = c; j < r.rest * a.channels; j += a.channels) s += sum[tail + j], d += dot[tail + j];
-            finish_sums<Real<T>>(a, c, s, d);
+        for (int64_t c = first; r.repeat > 1 && c < last; ++c) {
+            for (int64_t j = c + a.channels; j < r.width; j += a.channels) sum[c] += sum[j], dot[c] += dot[j];
+            for (int64_t j = c; j < r.rest * a.channels; j += a.channels) sum[c] += sum[tail + j], dot[c] += dot[tail + j];
         }
+        finish_sums<Real<T>>(a, first, last, sum, dot);
     }
 };
 
@@ -278,14 +281,17 @@ void backward_rows(const Args& a, bool sums, bool input) {
         second.extra = nullptr;
     }
     const auto apply_loop = two_step ? loops.input_from_dz : loops.input;
-    r.each_column([&](int64_t c, int64_t j) { forward_coefs(a, c, k, j); });
+    forward_coefs(a, 0, a.channels, k);
+    r.repeat_columns(k.pivot, k.scale, k.rest, k.shift);
     parallel(r.threads(), [&](Team& team) {
         if (sums) {
             partial.run(team, 0, first, k, [&](const Block<T>& b, const Coefs<A>& here, A* s, A* d) { loops.sums_by_column(b, here, A(a.slope), s, d); });
         }
         r.each_strip(team, 1, [&](int64_t c0, int64_t c1) {
             if (sums) partial.fold(c0, c1);
-            if (input) r.each_column(c0, c1, [&](int64_t c, int64_t j) { backward_coefs(a, c, count, k, j); });
+            if (!input) return;
+            backward_coefs(a, c0, c1, count, k);
+            r.repeat_columns(k.c1, k.c0);
         });
         if (!input) return;
         team.barrier();

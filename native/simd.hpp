@@ -114,6 +114,30 @@ inline D load_wide(const float* p) {
 }
 inline D load_wide(const double* p) { return load(p); }
 
+// As many floats from a vector of doubles, rounded.
+inline void store_narrow(float* p, D v) {
+#if defined(__AVX512F__)
+    _mm256_storeu_ps(p, _mm512_cvtpd_ps((__m512d)v));
+#elif defined(__AVX2__)
+    _mm_storeu_ps(p, _mm256_cvtpd_ps((__m256d)v));
+#else
+    const auto narrow = __builtin_convertvector(v, Lanes<float, lanes<double>>);
+    std::memcpy(p, &narrow, sizeof(narrow));
+#endif
+}
+inline void store_narrow(double* p, D v) { store(p, v); }
+
+inline D sqrt(D v) {
+#if defined(__AVX512F__)
+    return (D)_mm512_sqrt_pd((__m512d)v);
+#elif defined(__AVX2__)
+    return (D)_mm256_sqrt_pd((__m256d)v);
+#else
+    for (int i = 0; i < lanes<double>; ++i) v[i] = __builtin_sqrt(v[i]);
+    return v;
+#endif
+}
+
 inline D pairs(F v) { return half_of<0>(v) + half_of<1>(v); }
 inline D pairs(D v) { return v; }
 

@@ -94,11 +94,11 @@ constexpr int64_t row_block = 32;  // rows whose squares are summed in the compu
 template <class A>
 struct ColumnSums {
     A *ref, *q;                          // reference and squares of a block
-    double *sum, *square, *mean, *m2;    // of all rows; moments of one block
+    double *sum, *square;                // of all rows
 
-    static constexpr int narrow = 2, wide = 4;
+    static constexpr int narrow = 2, wide = 2;
     void clear(int64_t n) const {
-        for (int64_t i = 0; i < n; ++i) sum[i] = square[i] = 0;
+        for (int64_t i = 0; i < (n + 63) / 64 * 64; ++i) sum[i] = square[i] = 0;
     }
 };
 
@@ -114,7 +114,7 @@ void add_rows(const T* x, int64_t rows, int64_t stride, int64_t n, const ColumnS
     using A = Real<T>;
     using V = Vec<A>;
     constexpr int W = lanes<A>;
-    const auto [ref, q, sum_of, square_of, unused, unused_too] = to;
+    const auto [ref, q, sum_of, square_of] = to;
     const auto group = [&, ref = ref, q = q, sum_of = sum_of](int64_t r, auto size) {
         for_vectors<W>(n, [&](int64_t i, auto left) {
             const T* p = x + r * stride + i;
@@ -138,18 +138,21 @@ void add_rows(const T* x, int64_t rows, int64_t stride, int64_t n, const ColumnS
     add_wide(square_of, q, n);
 }
 
-// Moments of rows of n columns in one pass. The reference is the mean of the `first` rows, which are read twice;
-// returns false where that turns out too far from the mean of all for squares to be accurate.
+// A first reference: the mean of a few rows.
 template <class T>
-bool lift_rows(const T* x, int64_t rows, int64_t first, int64_t stride, int64_t n, const ColumnSums<Real<T>>& w, double* mean, double* m2) {
+void mean_of_rows(const T* x, int64_t rows, int64_t stride, int64_t n, const ColumnSums<Real<T>>& w) {
+    for (int64_t i = 0; i < (n + 63) / 64 * 64; ++i) w.ref[i] = 0;
+    w.clear(n);
+    add_rows(x, rows, stride, n, w, false);
+    for (int64_t i = 0; i < n; ++i) w.ref[i] = Real<T>(w.sum[i] / double(rows > 0 ? rows : 1));
+}
+
+// Moments of rows of n columns in one pass about a reference; false where that lies too far from the mean of all.
+template <class T>
+bool lift_rows(const T* x, int64_t rows, int64_t stride, int64_t n, const ColumnSums<Real<T>>& w, double* mean, double* m2) {
     using A = Real<T>;
     constexpr int H = lanes<double>;
-    const int64_t padded = (n + 63) / 64 * 64;
-    for (int64_t i = 0; i < padded; ++i) w.ref[i] = 0;
-    w.clear(padded);
-    add_rows(x, first, stride, n, w, false);
-    for (int64_t i = 0; i < n; ++i) w.ref[i] = A(w.sum[i] / double(first));
-    w.clear(padded);
+    w.clear(n);
     for (int64_t at = 0; at < rows; at += row_block) {
         const int64_t some = rows - at < row_block ? rows - at : row_block;
         add_rows(x + at * stride, some, stride, n, w, at + row_block < rows);
@@ -157,7 +160,7 @@ bool lift_rows(const T* x, int64_t rows, int64_t first, int64_t stride, int64_t 
     const double count = double(rows);
     bool near = true;
     for (int64_t i = 0; i < n; i += H) {
-        const auto all = from_deviations<D>(count, load(w.sum + i) / count, load_wide(w.ref + i), load(w.square + i));
+        const auto all = from_deviations<D>(count, load(w.sum + i) / (rows > 0 ? count : 1), load_wide(w.ref + i), load(w.square + i));
         const auto far = is_far<A>(count, all.mean, load_wide(w.ref + i), load(w.square + i));
         for (int l = 0; l < H; ++l) near &= !far[l];
         store(mean + i, all.mean);
