@@ -27,7 +27,7 @@ from batchnorm.calibration.passes import Passes
 from batchnorm.calibration.pool import Pool
 from batchnorm.calibration.population import Population
 from batchnorm.calibration.result import Calibration, LayerStatistics
-from batchnorm.calibration.stage import Stage, Statistics, as_stored, staged
+from batchnorm.calibration.stage import Stage, Statistics, as_stored
 from batchnorm.calibration.sweep import Sweep
 from batchnorm.collective import Group, Ranks
 from batchnorm.errors import CalibrationError, OptionError
@@ -145,9 +145,9 @@ def _calibrate(
         preserved(model),
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
-        staged(model, chosen) as stage,
         meter("calibrating", source.batches, progress) as tell,
     ):
+        stage = Stage(model, chosen)
 
         def sweep(names: list[str]) -> Sweep:
             pool = Pool({name: stage.layers[name].num_features for name in names})
