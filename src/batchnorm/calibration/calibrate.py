@@ -15,6 +15,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -64,15 +65,17 @@ class Options:
         for name in ("max_batches", "max_samples", "passes"):
             check_limit(name, getattr(self, name))
         target = self.target_error
-        if target is not None and not (isinstance(target, int | float) and 0 < target < math.inf):
+        number = isinstance(target, Real) and not isinstance(target, bool)
+        if target is not None and not (number and 0 < target < math.inf):
             raise OptionError(f"expected target_error to be a positive number, got {target!r}")
         if self.passes is not None and self.upstream == "batch":
             raise OptionError(
                 f'passes={self.passes} repeats upstream="population"; with upstream="batch" one '
                 "pass is exact"
             )
-        if not isinstance(self.cache_bytes, int) or self.cache_bytes < 0:
-            raise OptionError(f"expected cache_bytes >= 0, got {self.cache_bytes!r}")
+        whole = isinstance(self.cache_bytes, Integral) and not isinstance(self.cache_bytes, bool)
+        if not (whole and self.cache_bytes >= 0):
+            raise OptionError(f"expected cache_bytes >= 0, an integer, got {self.cache_bytes!r}")
 
 
 def calibrate(

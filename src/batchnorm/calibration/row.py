@@ -23,7 +23,7 @@ class Row:
     Attributes:
         counts: Layer name -> values per channel, in the order in which the layers were called.
         values: mean and m2, float64 on the CPU, (2, A). Those of layers without a count are left
-            over from earlier batches, and finite.
+            over from an earlier batch that was taken.
         parts: Layer name -> its mean and m2, views of ``values``.
     """
 
@@ -65,8 +65,9 @@ class Row:
 
     def is_finite(self) -> bool:
         """Return whether no layer met a NaN or an infinity."""
-        # One number tells: with one of these anywhere the sum of all is not finite.
-        return math.isfinite(self.values.sum().item())
+        # One number tells: with one of these anywhere the sum of all is not finite. Huge float64
+        # numbers have such a sum as well.
+        return math.isfinite(self.values.sum().item()) or bool(self.values.isfinite().all())
 
     def where(self) -> str | None:
         """Return the first layer that met a NaN or an infinity."""

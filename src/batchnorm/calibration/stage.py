@@ -15,12 +15,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import blocks
 from batchnorm.calibration.row import Row
-from batchnorm.errors import BatchNormError, LayoutError
+from batchnorm.errors import BatchNormError, CalibrationError, LayoutError
 from batchnorm.layout import TOO_FEW_VALUES
 from batchnorm.models import Found, walk
 from batchnorm.observation import entering
 from batchnorm.ops import backend
 from batchnorm.ops.activations import IDENTITY
+from batchnorm.ops.onlookers import is_transformed
+
+UNNAMED = """\
+expected the layer's input as the first argument or as input=, got the keywords {names}: what it \
+is given cannot be told"""
+
+TRANSFORMED = """\
+layer {name!r} is called inside of a transform of torch.func (vmap, grad, ...), where what enters \
+it cannot be measured; pass forward= that calls the model without it"""
 
 _WIDE = (torch.float32, torch.float64)
 _BUFFERS = ("running_mean", "running_var")
@@ -110,6 +119,8 @@ class _Seat:
             stage.on_call(self.name)
         if part.given is not None and not part.observed:
             return self._forward(*args, **kwargs)
+        if is_transformed():
+            raise CalibrationError(TRANSFORMED.format(name=self.name))
         if part.observed and len(args) == 1 and not kwargs and self.name not in stage.row.counts:
             mean, m2 = stage.row.parts[self.name]
             count = blocks.write(args[0], self._axis, mean, m2)
@@ -142,6 +153,8 @@ class _Seat:
 
     def _measure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Measure any input, with or without a mask, in any call of a batch."""
+        if not args and "input" not in kwargs:
+            raise CalibrationError(UNNAMED.format(names=list(kwargs)))
         found = entering(self._layer, args, kwargs)
         count = float(found.count)
         if count == 1 and self._part.needs_several:
