@@ -1,4 +1,4 @@
-"""Which statistics of use serve a small CNN best, and what they cost: rows of data as CSV.
+"""Which statistics of use serve a small CNN best: rows of data as CSV.
 
     python benchmarks/statistics_of_use.py --fashion /usr/share/datasets/fashion-mnist
 
@@ -8,14 +8,12 @@ with the running average, and with what torch's ``update_bn``, fvcore's ``update
 float64: by batch, of everything that a layer receives from networks in training mode; of the
 population, in eval and layer after layer. ``distance`` is the root mean
 square over all channels of the shift of the mean in deviations, likewise of the stretch of the
-deviation. Throughput is that of interleaved runs over the same data, with medians.
+deviation. What it costs is measured by ``throughput_of_use.py``.
 """
 
 import argparse
 import copy
 import csv
-import functools
-import statistics
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -177,49 +175,6 @@ def compare(images: Images, size: int, seed: int) -> Iterable[dict[str, Any]]:
         }  # fmt: skip
 
 
-def throughput(rounds: int) -> Iterable[dict[str, Any]]:
-    """Rows of forward passes without gradients in training mode, against ``upstream="batch"``."""
-    torch.manual_seed(0)
-    for name, model, shape, number in (
-        ("cnn", network(28, 10), (2, 1, 28, 28), 200),
-        ("cnn", network(28, 10), (8, 1, 28, 28), 100),
-        ("cnn", network(28, 10), (64, 1, 28, 28), 20),
-        ("wide cnn", wide(), (32, 3, 32, 32), 8),
-    ):
-        data = [torch.randn(shape) for _ in range(number)]
-        model.train()
-
-        @torch.no_grad()
-        def plain(model: nn.Module = model, data: list[Tensor] = data) -> None:
-            for batch in data:
-                model(batch)
-
-        calibrate = functools.partial(ours("batch"), model, data)
-        times: tuple[list[float], list[float]] = ([], [])
-        for number_of_round in range(rounds + 1):
-            for work, found in zip((plain, calibrate), times, strict=True):
-                start = time.perf_counter()
-                work()
-                if number_of_round:  # the first warms up
-                    found.append(time.perf_counter() - start)
-        a, b = (statistics.median(found) for found in times)
-        yield {
-            "network": name, "shape": "x".join(map(str, shape)), "batches": number,
-            "plain_seconds": a, "calibrate_seconds": b, "ratio": a / b,
-        }  # fmt: skip
-
-
-def wide() -> nn.Module:
-    parts: list[nn.Module] = []
-    before = 3
-    for width in (64, 64, 128, 128, 256):
-        stride = 1 if before in {3, width} else 2
-        parts += [nn.Conv2d(before, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)]
-        parts += [nn.ReLU()]
-        before = width
-    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10))
-
-
 def write(rows: list[dict[str, Any]], path: Path, *, around: dict[str, Any]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *around], lineterminator="\n")
@@ -232,13 +187,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fashion", type=Path, help="folder with the files of Fashion-MNIST")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/data/use"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     around = {"threads": 1, **circumstances()}
-    write(list(throughput(options.rounds)), options.out / "throughput.csv", around=around)
     rows: list[dict[str, Any]] = []
     for folder in (None, options.fashion) if options.fashion else (None,):
         images = load_images(folder)

@@ -6,14 +6,19 @@ of threads; without it blocks are so small that PyTorch sums each of them on one
 are the same for any number of threads.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from batchnorm import layout
-from batchnorm.moments import Moments, merge, wide
-from batchnorm.ops import backend, reference
+from batchnorm.moments import Moments, wide
+from batchnorm.moments import fold as sum_by_halves
+from batchnorm.ops import backend, reference, strides
+
+with contextlib.suppress(ImportError):  # not built: then no backend is called "cpu"
+    from batchnorm import _native
 
 # Elements of a block. PyTorch's reductions stay on one thread below 32768.
 BLOCK = {"cpu": (1 << 15) - 1}
@@ -58,8 +63,34 @@ def moments(x: Tensor, axis: int = 1) -> Moments:
     return Moments(count, mean, m2)
 
 
+def write(x: Tensor, axis: int, mean: Tensor, m2: Tensor) -> int:
+    """Write mean and m2 of a tensor to vectors, if that takes no more than one native call.
+
+    Args:
+        x: Anything a layer may be given.
+        axis: The channel axis.
+        mean: A float64 vector on the CPU for the means, of the right size or another.
+        m2: Likewise.
+
+    Returns:
+        The count; 0 where nothing is written, and the tensor is one for ``moments``, as are those
+        that it refuses.
+    """
+    if type(x) is not Tensor or not x.is_cpu or not 0 < x.numel() <= NATIVE:
+        return 0
+    dims = x.dim()
+    if not -dims <= axis < dims or dims < 2 or x.shape[axis] != mean.shape[0]:
+        return 0
+    if x.dtype is torch.float64 or backend.chosen(x) is not backend.BACKENDS.get("cpu"):
+        return 0
+    values, outer, channels, inner = strides.plan(x.double(), axis % dims)
+    addresses = values.data_ptr(), mean.data_ptr(), m2.data_ptr()
+    _native.moments(*addresses, outer, channels, inner, 1, torch.get_num_threads())
+    return outer * inner
+
+
 def fold(parts: Moments) -> Moments:
-    """Merge Moments that are stacked along a leading axis, neighbours first.
+    """Merge Moments that are stacked along a leading axis.
 
     Args:
         parts: count (K, 1) or (K, C); mean and m2 (K, C).
@@ -67,18 +98,44 @@ def fold(parts: Moments) -> Moments:
     Returns:
         Moments without the leading axis.
     """
-    while len(parts.mean) > 1:
-        parts = halve(parts)
-    return Moments(*(part[0] for part in parts))  # type: ignore[index]
+    return Moments(*(part[0] for part in neighbours(parts, len(parts.mean))))  # type: ignore[index]
 
 
-def halve(parts: Moments) -> Moments:
-    """Merge neighbours of Moments that are stacked along a leading axis; an odd last one stays."""
-    even = len(parts.mean) // 2 * 2
-    first, second, odd = slice(0, even, 2), slice(1, even, 2), slice(even, None)
-    merged = merge(*(Moments(*(part[i] for part in parts)) for i in (first, second)))  # type: ignore[index]
-    rest = (part[odd] for part in parts)  # type: ignore[index]
-    return Moments(*(torch.cat(pair) for pair in zip(merged, rest, strict=True)))  # type: ignore[arg-type]
+def neighbours(parts: Moments, number: int) -> Moments:
+    r"""Merge each so many neighbours of Moments that are stacked along a leading axis.
+
+    Of all at once, in sums by halves around the first mean :math:`\mu_1`:
+
+    .. math::
+
+        n = \sum_i n_i, \quad \mu = \mu_1 + \sum_i \tfrac{n_i}{n} (\mu_i - \mu_1), \quad
+        M_2 = \sum_i \big(M_{2i} + n_i (\mu_i - \mu)^2\big)
+
+    Args:
+        parts: count (K, 1) or (K, C); mean and m2 (K, C). An empty part may hold anything.
+        number: How many become one; the last may be of fewer.
+
+    Returns:
+        Moments stacked likewise, ceil(K / number) of them.
+    """
+    count, mean, m2 = (_in_rows(part, number) for part in parts)  # type: ignore[arg-type]
+    some = count > 0
+    if not some.all():
+        mean, m2 = (torch.where(some, part, 0.0) for part in (mean, m2))
+    total = sum_by_halves(count, 1)
+    share = count / total.clamp_min(torch.finfo(total.dtype).tiny)[:, None]
+    first = mean[:, :1]
+    middle = first[:, 0] + sum_by_halves((mean - first).mul_(share), 1)
+    squares = (mean - middle[:, None]).square_().mul_(count).add_(m2)
+    return Moments(total, middle, sum_by_halves(squares, 1))
+
+
+def _in_rows(part: Tensor, number: int) -> Tensor:
+    """View (K, C) as (K / number, number, C); filled up with zeros."""
+    missing = -len(part) % number
+    if missing:
+        part = torch.cat([part, part.new_zeros(missing, part.shape[1])])
+    return part.view(-1, number, part.shape[1])
 
 
 def _rows(values: Tensor, rows: int, some: int, of: MomentsOf) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,8 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 def size_of(batch: Any) -> int:
     """Return the number of samples: the length of the first tensor that has one, else 1."""
+    if isinstance(batch, Tensor) and batch.ndim:
+        return batch.shape[0]
     return next((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), 1)
 
 

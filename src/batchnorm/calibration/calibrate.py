@@ -15,6 +15,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from batchnorm.calibration.passes import Passes
 from batchnorm.calibration.pool import Pool
 from batchnorm.calibration.population import Population
 from batchnorm.calibration.result import Calibration, LayerStatistics
-from batchnorm.calibration.stage import Stage, Statistics, as_stored, staged
+from batchnorm.calibration.stage import Stage, Statistics, as_stored
 from batchnorm.calibration.sweep import Sweep
 from batchnorm.collective import Group, Ranks
 from batchnorm.errors import CalibrationError, OptionError
@@ -64,15 +65,17 @@ class Options:
         for name in ("max_batches", "max_samples", "passes"):
             check_limit(name, getattr(self, name))
         target = self.target_error
-        if target is not None and not (isinstance(target, int | float) and 0 < target < math.inf):
+        number = isinstance(target, Real) and not isinstance(target, bool)
+        if target is not None and not (number and 0 < target < math.inf):
             raise OptionError(f"expected target_error to be a positive number, got {target!r}")
         if self.passes is not None and self.upstream == "batch":
             raise OptionError(
                 f'passes={self.passes} repeats upstream="population"; with upstream="batch" one '
                 "pass is exact"
             )
-        if not isinstance(self.cache_bytes, int) or self.cache_bytes < 0:
-            raise OptionError(f"expected cache_bytes >= 0, got {self.cache_bytes!r}")
+        whole = isinstance(self.cache_bytes, Integral) and not isinstance(self.cache_bytes, bool)
+        if not (whole and self.cache_bytes >= 0):
+            raise OptionError(f"expected cache_bytes >= 0, an integer, got {self.cache_bytes!r}")
 
 
 def calibrate(
@@ -145,9 +148,9 @@ def _calibrate(
         preserved(model),
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
-        staged(model, chosen) as stage,
         meter("calibrating", source.batches, progress) as tell,
     ):
+        stage = Stage(model, chosen)
 
         def sweep(names: list[str]) -> Sweep:
             pool = Pool({name: stage.layers[name].num_features for name in names})

@@ -14,6 +14,10 @@ from batchnorm.nn.base import Layer
 # A name or pattern, a module, several of them, or a question.
 LayersLike = str | nn.Module | Iterable[str | nn.Module] | Callable[[str, nn.Module], bool] | None
 
+KINDS = """\
+expected layers= to be a name, a pattern, a module, several of these, or a function of name and \
+module, got {kind}"""
+
 NONE = """\
 expected a model with a batch normalization to calibrate, got {model} with {found}. Layers must \
 derive from torch.nn's, as those of this library, SyncBatchNorm and timm do; a scripted or traced \
@@ -83,8 +87,12 @@ def _asked(model: nn.Module, found: list[Found], layers: LayersLike) -> set[str]
     if callable(layers) and not isinstance(layers, nn.Module):
         return {one.name for one in found if layers(one.name, one.layer)}
     several: Any = [layers] if isinstance(layers, str | nn.Module) else layers
+    if not isinstance(several, Iterable):
+        raise OptionError(KINDS.format(kind=type(several).__name__))
     asked: set[str] = set()
     for want in several:
+        if not isinstance(want, str | nn.Module):
+            raise OptionError(KINDS.format(kind=f"{type(want).__name__} among them"))
         if isinstance(want, nn.Module):
             inside = set(want.modules())
             names = {one.name for one in found if one.layer in inside}

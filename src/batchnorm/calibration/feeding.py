@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -144,7 +145,7 @@ def check_limit(name: str, value: int | None) -> None:
     Raises:
         OptionError: If it is neither None nor an integer >= 1.
     """
-    whole = isinstance(value, int) and not isinstance(value, bool)
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
     if value is not None and not (whole and value >= 1):
         raise OptionError(f"expected {name} to be an integer >= 1 or None, got {value!r}")
 

@@ -1,6 +1,6 @@
 """The passes of one calibration, and what they bring."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from batchnorm.calibration.feeding import Source
@@ -45,7 +45,6 @@ class Passes:
         part = Part(observed=True, given=None, needs_several=True)
         self.stage.cast(dict.fromkeys(self.names, part))
         self.measure(self.names, self.source.round(), self.run)
-        self.remaining.clear()
 
     def cast(self, observed: frozenset[str]) -> None:
         """Let all layers normalize by the present estimate, and measure some."""
@@ -55,17 +54,21 @@ class Passes:
         """Read the data once, and make what is found the present estimate of some layers."""
         result = self._sweep(names).run(batches, run)
         self.results.append(result)
-        for name, measured in result.layers.items():
-            new = finished(measured.moments)
+        for name in result.layers:
+            self.remaining.pop(name, None)
+        self.found |= result.layers
+        self.current |= {name: finished(one.moments) for name, one in result.layers.items()}
+
+    def compare(self, before: Mapping[str, Statistics]) -> None:
+        """Note by how many standard errors the estimates have moved."""
+        for name, measured in self.results[-1].layers.items():
             errors = standard_errors(measured.groups)
             steps = [
                 (a - b).abs()[a != b] / unit[a != b]
-                for a, b, unit in zip(new, self.current[name], errors, strict=True)
+                for a, b, unit in zip(self.current[name], before[name], errors, strict=True)
             ]
             moved = [float(step.max()) for step in steps if len(step)]
             self.remaining[name] = max(moved, default=0.0)
-            self.current[name] = new
-            self.found[name] = measured
 
 
 def finished(moments: Moments) -> Statistics:

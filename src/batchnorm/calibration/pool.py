@@ -1,20 +1,22 @@
 """What a calibration collects: the Moments of all batches, and how far they may be off.
 
-The channels of all layers lie in one row, so that a batch costs a few operations however many
-layers there are. Legend: ``A`` all channels of all layers, ``K`` groups of batches.
+Legend: ``A`` all channels of all layers, ``K`` groups of batches.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from batchnorm import blocks
+from batchnorm.calibration.row import Row
 from batchnorm.moments import Moments, merge
 
 # Groups of batches that are told apart for the standard errors; they double in size when full.
 GROUPS = 64
+# Numbers that may wait to be merged, at most: 4 MB.
+WAITING = 1 << 19
 
 
 class Errors(NamedTuple):
@@ -80,65 +82,74 @@ class Pool:
 
     Args:
         channels: Layer name -> number of channels, in order.
+
+    Attributes:
+        channels: The same.
+        row: Takes the batch at hand.
     """
 
     def __init__(self, channels: Mapping[str, int]) -> None:
         self.channels = dict(channels)
-        self._zeros = {name: Moments.zero(size) for name, size in channels.items()}
-        self._groups: list[Moments] = []
-        self._in_last = 0
-        self._size = 1
+        self.row = Row(channels)
+        sizes = torch.tensor(list(channels.values()), dtype=torch.int64)
+        self._layers = torch.arange(len(sizes)).repeat_interleave(sizes)
+        # Batches wait, so that many are merged at once.
+        self._waiting = self.row.values.new_empty(_room(self.row), *self.row.values.shape)
+        self._places = self._waiting.unbind()
+        self._counts: list[list[float]] = []
+        empty = self.row.values[:0]
+        self._groups, self._size, self._taken = Moments(empty, empty, empty), 1, 0
 
-    def row(self, batch: Mapping[str, Moments]) -> Moments:
-        """Return one batch as a row; layers it does not mention were not used in it."""
-        parts = [batch.get(name, zero) for name, zero in self._zeros.items()]
-        return Moments(
-            torch.cat([_counts(part) for part in parts]),
-            torch.cat([part.mean.to("cpu", torch.float64) for part in parts]),
-            torch.cat([part.m2.to("cpu", torch.float64) for part in parts]),
-        )
-
-    def add(self, row: Moments) -> None:
-        """Take one batch, as a row."""
-        if self._groups and self._in_last < self._size:
-            self._groups[-1] = merge(self._groups[-1], row)
-            self._in_last += 1
-            return
-        if len(self._groups) == GROUPS:
-            self._groups = _halved(self._groups)
-            self._size *= 2
-        self._groups.append(row)
-        self._in_last = 1
+    def add(self) -> None:
+        """Take what is in the row; layers that it does not mention were not used."""
+        row, number = self.row, len(self._counts)
+        self._places[number].copy_(row.values)
+        self._counts.append([row.counts.get(name, 0.0) for name in row.parts])
+        row.counts = {}
+        if number + 1 == len(self._places):
+            self._groups, self._size = self._grouped()
+            self._taken += len(self._counts)
+            self._counts.clear()
 
     def groups(self, most: int = GROUPS) -> Moments:
         """Return at most ``most`` groups in order: count, mean, m2, each (K, A)."""
-        groups = self._groups
-        while len(groups) > max(most, 1):
-            groups = _halved(groups)
-        if not groups:
-            empty = torch.zeros(0, sum(self.channels.values()), dtype=torch.float64)
-            return Moments(empty, empty, empty)
-        count, mean, m2 = (torch.stack(parts) for parts in zip(*groups, strict=True))  # type: ignore[arg-type]
-        return Moments(count, mean, m2)
+        groups, _ = self._grouped()
+        while len(groups.mean) > max(most, 1):
+            groups = blocks.neighbours(groups, 2)
+        return groups
 
     def total(self) -> Moments:
         """Return the Moments of everything: count, mean, m2, each (A,)."""
-        if not self._groups:
-            zero = torch.zeros(sum(self.channels.values()), dtype=torch.float64)
-            return Moments(zero, zero.clone(), zero.clone())
-        return blocks.fold(self.groups())
+        groups = self.groups()
+        if not len(groups.mean):
+            return Moments(*(torch.zeros_like(row) for row in (self.row.values[0],) * 3))
+        return blocks.fold(groups)
 
     def split(self, row: Tensor) -> dict[str, Tensor]:
         """Cut the last axis of a tensor, A, into layers."""
         parts = row.split(list(self.channels.values()), dim=-1)
         return dict(zip(self.channels, parts, strict=True))
 
+    def _grouped(self) -> tuple[Moments, int]:
+        """Return the groups with what waits in them, and how many batches a group has."""
+        groups, size = self._groups, self._size
+        if not self._counts:
+            return groups, size
+        counts = torch.tensor(self._counts, dtype=torch.float64).index_select(1, self._layers)
+        new = Moments(counts, *self._waiting[: len(counts)].unbind(1))
+        if size > 1:
+            new = blocks.neighbours(new, min(size, len(self._places)))
+        if self._taken % size:
+            # The last group is not full, and more than what can wait is missing.
+            new = merge(Moments(*(part[-1:] for part in groups)), new)  # type: ignore[index]
+            groups = Moments(*(part[:-1] for part in groups))  # type: ignore[index]
+        groups = Moments(*(torch.cat(pair) for pair in zip(groups, new, strict=True)))  # type: ignore[arg-type]
+        while len(groups.mean) > GROUPS:
+            groups, size = blocks.neighbours(groups, 2), 2 * size
+        return groups, size
 
-def _counts(part: Moments) -> Tensor:
-    return torch.full(part.mean.shape, float(part.count), dtype=torch.float64)
 
-
-def _halved(groups: Sequence[Moments]) -> list[Moments]:
-    """Merge neighbours."""
-    pairs = [merge(*groups[i : i + 2]) for i in range(0, len(groups), 2)]
-    return pairs
+def _room(row: Row) -> int:
+    """Return how many batches may wait: a power of two, so that groups are filled by them."""
+    fit = WAITING // max(row.values.numel(), 1)
+    return 1 << min(max(fit, 1), GROUPS).bit_length() - 1

@@ -111,8 +111,10 @@ class Population:
         """Measure all layers in every pass, each with the estimate of the pass before."""
         work = self._work
         for _ in range(passes):
+            before = dict(work.current)
             work.cast(frozenset(work.names))
             work.measure(work.names, work.source.round(), work.run)
+            work.compare(before)
 
     def _level(
         self,
@@ -132,8 +134,9 @@ class Population:
             self._share()
             batches = None
             if not circular:
-                work.remaining |= dict.fromkeys(work.found.keys() & wanted, 0.0)
-            elif all(self._moved(name, before[name]) < SETTLED for name in names):
+                return
+            work.compare(before)
+            if all(self._moved(name, before[name]) < SETTLED for name in names):
                 return
 
     def _following(self, wanted: frozenset[str]) -> Callable[[Any], None]:
@@ -146,12 +149,12 @@ class Population:
             except Strange:
                 self._follow(batch)
                 self._work.cast(wanted)
-                stage.batch = {}
+                stage.row.clear()
                 try:
                     self._attempt(batch, follower)
                 except Strange:
                     # A model that does not do the same thing twice: all of it, unobserved.
-                    stage.batch = {}
+                    stage.row.clear()
                     self._work.run(batch)
 
         return run

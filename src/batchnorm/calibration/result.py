@@ -242,7 +242,7 @@ def _merge_layer(name: str, a: LayerStatistics, b: LayerStatistics) -> LayerStat
         )
     groups = Moments(*(torch.cat([x, y]) for x, y in zip(a.groups, b.groups, strict=True)))  # type: ignore[list-item]
     while len(groups.mean) > GROUPS:
-        groups = blocks.halve(groups)
+        groups = blocks.neighbours(groups, 2)
     remaining = max(a.remaining, b.remaining)
     return replace(a, moments=merge(a.moments, b.moments), groups=groups, remaining=remaining)
 

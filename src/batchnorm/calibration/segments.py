@@ -22,7 +22,6 @@ from batchnorm.calibration.feeding import Source
 from batchnorm.calibration.recording import Call, Key, Recording
 from batchnorm.calibration.stage import Stage
 from batchnorm.models import random_state_kept
-from batchnorm.moments import Moments
 
 
 @dataclass
@@ -49,7 +48,7 @@ class Segments:
         self._constants = [*model.parameters(), *model.buffers()]
         self._devices = sorted({t.device.index or 0 for t in self._constants if t.is_cuda})
         odd = any(tensor.is_inference() for tensor in self._constants)
-        self._on = self._room.left > 0 and not odd and not _has_hooks(model, stage)
+        self._on = self._room.left > 0 and not odd and not _has_hooks(model)
         self._store: dict[int, Kept] = {}
         self._settled: frozenset[str] = frozenset()
         self._number, self._checked = 0, False
@@ -61,16 +60,16 @@ class Segments:
         wrapped = []
         try:
             for module in list(self._model.modules()) if self._on else ():
-                if "forward" not in module.__dict__ and not isinstance(
-                    module, torch.jit.ScriptModule
-                ):
-                    wrapped.append(module)
+                if not isinstance(module, torch.jit.ScriptModule):
+                    wrapped.append((module, module.__dict__.get("forward")))
                     ask = functools.partial(self._forward, module, module.forward)
                     module.__dict__["forward"] = ask
             yield
         finally:
-            for module in wrapped:
-                module.__dict__.pop("forward", None)
+            for module, before in wrapped:
+                del module.__dict__["forward"]
+                if before is not None:
+                    module.__dict__["forward"] = before
             self.clear()
 
     def begin(self, settled: frozenset[str]) -> None:
@@ -101,7 +100,7 @@ class Segments:
             with random_state_kept(self._devices):
                 skipped = self._skips(number, kept, attempt)
             found = self._in_full(attempt)
-            self._checked = skipped and same(_plain(found), _plain(self._stage.batch))
+            self._checked = skipped and same(found, self._stage.row.copies())
             if not self._checked:
                 self._give_up()
 
@@ -122,9 +121,10 @@ class Segments:
             return False
         return True
 
-    def _in_full(self, attempt: Callable[[], None]) -> dict[str, Moments]:
+    def _in_full(self, attempt: Callable[[], None]) -> dict[str, list[Any]]:
         """Run a batch anew; return what was found before."""
-        found, self._stage.batch = self._stage.batch, {}
+        found = self._stage.row.copies()
+        self._stage.row.clear()
         attempt()
         return found
 
@@ -185,20 +185,12 @@ class Segments:
         ]
 
 
-def _has_hooks(model: nn.Module, stage: Stage) -> bool:
-    """Return whether anything but the stage looks at what the modules do."""
-    layers = set(stage.layers.values())
+def _has_hooks(model: nn.Module) -> bool:
+    """Return whether anybody looks at what the modules do."""
     if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
         return True
-    return any(
-        module._forward_hooks or len(module._forward_pre_hooks) > (module in layers)
-        for module in model.modules()
-    )
+    return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def _alike(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
-
-
-def _plain(found: dict[str, Moments]) -> dict[str, list[Any]]:
-    return {name: list(moments) for name, moments in found.items()}

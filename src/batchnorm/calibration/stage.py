@@ -3,23 +3,36 @@
 During a calibration every chosen layer runs its own forward in eval mode, whatever its class, and
 the statistics it finds in its buffers are put there for the occasion: the batch's own, or given
 ones. So there is one pass over the input for its Moments and one to normalize, as in training.
+Where the forward is torch's own, our kernel takes its place.
 """
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.errors import BatchNormError, LayoutError
+from batchnorm import blocks
+from batchnorm.calibration.row import Row
+from batchnorm.errors import BatchNormError, CalibrationError, LayoutError
 from batchnorm.layout import TOO_FEW_VALUES
 from batchnorm.models import Found, walk
-from batchnorm.moments import Moments, merge
 from batchnorm.observation import entering
+from batchnorm.ops import backend
+from batchnorm.ops.activations import IDENTITY
+from batchnorm.ops.onlookers import is_transformed
+
+UNNAMED = """\
+expected the layer's input as the first argument or as input=, got the keywords {names}: what it \
+is given cannot be told"""
+
+TRANSFORMED = """\
+layer {name!r} is called inside of a transform of torch.func (vmap, grad, ...), where what enters \
+it cannot be measured; pass forward= that calls the model without it"""
 
 _WIDE = (torch.float32, torch.float64)
+_BUFFERS = ("running_mean", "running_var")
 
 
 class Statistics(NamedTuple):
@@ -44,104 +57,131 @@ class Part(NamedTuple):
 
 
 class Stage:
-    """The chosen layers of a model during a calibration.
+    """The chosen layers of a model during a calibration; the others go by what they keep.
+
+    To be used inside of ``models.preserved``, which gives everything back.
 
     Attributes:
-        batch: What the present batch brought so far: layer name -> Moments.
+        layers: Name -> layer.
+        row: Takes what the present batch brings.
         on_call: Told the name of each layer before it runs; may raise to end the forward.
     """
 
-    def __init__(self, chosen: Iterable[Found]) -> None:
+    def __init__(self, model: nn.Module, chosen: Iterable[Found]) -> None:
+        for _, _, layer in walk(model):
+            if layer.running_mean is not None:
+                layer.training = False
         self.layers = {found.name: found.layer for found in chosen}
-        self.batch: dict[str, Moments] = {}
+        self._seats = [_Seat(self, name, layer) for name, layer in self.layers.items()]
+        self.row = Row({})
         self.on_call: Callable[[str], None] | None = None
-        self._parts: dict[str, Part] = {}
 
     def cast(self, parts: Mapping[str, Part]) -> None:
         """Say what every layer does from now on."""
-        self._parts = dict(parts)
-        for name, layer in self.layers.items():
-            given = parts[name].given
-            own_path = given is None and not _is_wide(layer)
-            # A layer that something cast to half precision would round what is put in its buffers.
-            layer.training, layer.track_running_stats = own_path, not own_path
-            if given is not None:
-                _put(layer, *given)
+        for seat in self._seats:
+            seat.cast(parts[seat.name])
 
-    def before(
-        self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Measure what enters a layer, and put the batch's statistics in its buffers."""
-        if self.on_call is not None:
-            self.on_call(name)
-        part = self._parts[name]
-        if not part.observed and part.given is not None:
-            return
-        found = entering(layer, args, kwargs)
+
+class _Seat:
+    """A layer on the stage, with another forward around its own.
+
+    This is what a calibration costs beside the network itself: in small layers every line is felt.
+    """
+
+    def __init__(self, stage: Stage, name: str, layer: _BatchNorm) -> None:
+        self._stage, self.name, self._layer = stage, name, layer
+        self._axis: int = getattr(layer, "axis", 1)
+        self._forward = layer.forward
+        own = getattr(self._forward, "__func__", None)
+        # torch's forward does nothing but normalize: that needs no detour through buffers.
+        self._is_torch = own is _BatchNorm.forward
+        self._part = Part(observed=False, given=None)
+        # Buffers for a batch's statistics; None where the layer computes them by itself.
+        self._own: Statistics | None = None
+        layer.__dict__["forward"] = self.forward
+
+    def cast(self, part: Part) -> None:
+        """Say what the layer does from now on."""
+        self._part, self._own, layer = part, None, self._layer
+        # A layer that something cast to half precision would round what is put in its buffers.
+        own_path = part.given is None and layer.get_buffer("running_mean").dtype not in _WIDE
+        layer.training, layer.track_running_stats = own_path, not own_path
+        if part.given is not None:
+            self._put(*part.given)
+        elif not own_path:
+            old = (layer.get_buffer(name) for name in _BUFFERS)
+            self._own = Statistics(*(torch.empty_like(buffer) for buffer in old))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Measure what enters the layer, and run it with the statistics that it goes by."""
+        stage, part = self._stage, self._part
+        if stage.on_call is not None:
+            stage.on_call(self.name)
+        if part.given is not None and not part.observed:
+            return self._forward(*args, **kwargs)
+        if is_transformed():
+            raise CalibrationError(TRANSFORMED.format(name=self.name))
+        if part.observed and len(args) == 1 and not kwargs and self.name not in stage.row.counts:
+            mean, m2 = stage.row.parts[self.name]
+            count = blocks.write(args[0], self._axis, mean, m2)
+            if count > 1:
+                stage.row.counts[self.name] = count
+                return self._run(args[0], mean, m2, count)
+        try:
+            self._measure(args, kwargs)
+        except BatchNormError as error:
+            error.args = (f"{error} [entering layer {self.name!r}]",)
+            raise
+        return self._forward(*args, **kwargs)
+
+    def _run(self, x: Tensor, mean: Tensor, m2: Tensor, count: int) -> Any:
+        """Run the layer with one tensor, of which the Moments are in the row."""
+        if self._part.given is not None:
+            return self._forward(x)
+        layer = self._layer
+        if self._is_torch:
+            layer._check_input_dim(x)
+            weight, bias = layer.weight, layer.bias
+            served = backend.chosen(x, weight, bias)
+            return served.evaluate(x, mean, m2 / count, weight, bias, None, IDENTITY, layer.eps, 1)
+        if self._own is not None:
+            buffers = layer._buffers
+            buffers["running_mean"], buffers["running_var"] = self._own
+            self._own.mean.copy_(mean)
+            self._own.var.copy_(m2 / count)
+        return self._forward(x)
+
+    def _measure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Measure any input, with or without a mask, in any call of a batch."""
+        if not args and "input" not in kwargs:
+            raise CalibrationError(UNNAMED.format(names=list(kwargs)))
+        found = entering(self._layer, args, kwargs)
         count = float(found.count)
-        if count == 1 and part.needs_several:
+        if count == 1 and self._part.needs_several:
             shape = tuple((args[0] if args else kwargs["input"]).shape)
             raise LayoutError(
-                TOO_FEW_VALUES.format(shape=shape, axis=getattr(layer, "axis", 1))
+                TOO_FEW_VALUES.format(shape=shape, axis=self._axis)
                 + '\nupstream="population" has no use for the statistics of a batch, and takes '
                 "batches of any size."
             )
         if not count:
             return
-        if part.observed:
-            seen = self.batch.get(name)
-            self.batch[name] = found if seen is None else merge(seen, found)
-        if part.given is None and not layer.training:
-            _put(layer, found.mean, found.m2 / count)
+        if self._part.observed:
+            self._stage.row.put(self.name, found)
+        if self._own is not None:
+            # In new tensors: results of an earlier call may not have been read yet.
+            self._put(found.mean, found.m2 / count)
 
-
-@contextlib.contextmanager
-def staged(model: nn.Module, chosen: list[Found]) -> Iterator[Stage]:
-    """Put the chosen layers on a stage; the others go by what they keep.
-
-    To be used inside of ``models.preserved``, which gives everything back.
-    """
-    stage = Stage(chosen)
-    for _, _, layer in walk(model):
-        if layer.running_mean is not None:
-            layer.training = False
-    handles = []
-    try:
-        for found in chosen:
-            hook = _hook(stage, found.name)
-            handles.append(found.layer.register_forward_pre_hook(hook, with_kwargs=True))
-        yield stage
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hook(stage: Stage, name: str) -> Any:
-    def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        try:
-            stage.before(name, layer, args, kwargs)
-        except BatchNormError as error:
-            error.args = (f"{error} [entering layer {name!r}]",)
-            raise
-
-    return look
-
-
-def _is_wide(layer: _BatchNorm) -> bool:
-    return layer.get_buffer("running_mean").dtype in _WIDE
-
-
-def _put(layer: nn.Module, mean: Tensor, var: Tensor) -> None:
-    """Put statistics in the place of a layer's buffers, which ``preserved`` keeps."""
-    for name, new in (("running_mean", mean), ("running_var", var)):
-        old = layer._buffers[name]
-        assert old is not None
-        layer._buffers[name] = new.to(old.device, old.dtype)
+    def _put(self, mean: Tensor, var: Tensor) -> None:
+        """Put statistics in the place of the layer's buffers, which ``preserved`` keeps."""
+        for name, new in zip(_BUFFERS, (mean, var), strict=True):
+            old = self._layer.get_buffer(name)
+            self._layer._buffers[name] = new.to(old.device, old.dtype)
 
 
 def as_stored(layer: _BatchNorm) -> Statistics:
     """Return the statistics that a layer has, in float64 on the CPU."""
-    mean, var = (layer.get_buffer(f"running_{what}").double().cpu() for what in ("mean", "var"))
+    mean, var = (layer.get_buffer(name).double().cpu() for name in _BUFFERS)
     return Statistics(mean.clone(), var.clone())
 
 

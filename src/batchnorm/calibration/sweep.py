@@ -86,6 +86,7 @@ class Sweep:
 
     def run(self, batches: Iterator[tuple[Any, int]], feed: Callable[[Any], None]) -> Result:
         """Feed every batch, and return what all processes have found together."""
+        self.stage.row = self.pool.row
         reached = None if self.target is None else False
         for batch, samples in batches:
             self._take(batch, samples, feed)
@@ -100,19 +101,22 @@ class Sweep:
         return self._result(reached)
 
     def _take(self, batch: Any, samples: int, feed: Callable[[Any], None]) -> None:
-        self.stage.batch = {}
+        row, tally = self.pool.row, self.tally
         feed(batch)
-        found = self.stage.batch
-        self.tally.batches += 1
-        row = self.pool.row(found)
-        if self.allow_nan or _finite(row):
-            self.pool.add(row)
-            self.tally.samples += samples
+        row.fetch()
+        tally.batches += 1
+        if self.allow_nan or row.is_finite():
+            self.pool.add()
+            tally.samples += samples
         else:
-            self.tally.rejected += 1
-            if self.tally.where is None:
-                self.tally.where = next((k for k, v in found.items() if not _finite(v)), None)
-        self.tell(samples, lambda: self._error(self.pool.groups()))
+            tally.rejected += 1
+            if tally.where is None:
+                tally.where = row.where()
+            row.clear()
+        self.tell(samples, self._error_now)
+
+    def _error_now(self) -> float | None:
+        return self._error(self.pool.groups())
 
     def _is_due(self) -> bool:
         if self.target is None or self.tally.batches < self._next:
@@ -139,10 +143,10 @@ class Sweep:
     def _groups(self) -> Moments:
         """Return the groups of all processes, few enough of each to be sent."""
         ranks = self.ranks
-        groups = self.pool.groups(GROUPS if ranks.size == 1 else max(2, GROUPS // ranks.size))
+        most = max(2, GROUPS // ranks.size)
+        groups = self.pool.groups(most)
         if ranks.size == 1:
             return groups
-        most = max(2, GROUPS // ranks.size)
         packed = torch.zeros(3, most, groups.mean.shape[1], dtype=torch.float64)
         packed[:, : len(groups.mean)] = torch.stack(list(groups))  # type: ignore[arg-type]
         return Moments(*torch.cat(ranks.gather(packed), dim=1))
@@ -173,8 +177,3 @@ class Sweep:
                     Moments(counts[used, :1], means[used], m2s[used]),
                 )
         return found
-
-
-def _finite(moments: Moments) -> bool:
-    # One number tells: with a NaN or an infinity anywhere the sum of all is not finite.
-    return bool(torch.isfinite(moments.mean.sum() + moments.m2.sum()))

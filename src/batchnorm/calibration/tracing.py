@@ -40,7 +40,7 @@ class Marks:
         """Return the marks of all tensors in some values."""
         found = 0
         for tensor in tensors_in(values):
-            _, marks = self._by_storage.get(_key(tensor), (None, 0))
+            _, marks = self._by_storage.get(_memory(tensor)._cdata, (None, 0))
             found |= marks
         return found
 
@@ -49,10 +49,10 @@ class Marks:
         if not marks:
             return
         for tensor in tensors_in(values):
-            key = _key(tensor)
-            reference, before = self._by_storage.get(key, (None, 0))
-            reference = reference or StorageWeakRef(tensor.untyped_storage())
-            self._by_storage[key] = reference, before | marks
+            memory = _memory(tensor)
+            reference, before = self._by_storage.get(memory._cdata, (None, 0))
+            reference = reference or StorageWeakRef(memory)
+            self._by_storage[memory._cdata] = reference, before | marks
 
 
 class _Following(TorchDispatchMode):
@@ -85,32 +85,27 @@ def follow(stage: Stage, model: nn.Module, run: Callable[[], None]) -> Trace:
         run: Passes the batch to the model.
     """
     marks = Marks()
-    bits = {name: 1 << i for i, name in enumerate(stage.layers)}
     calls: list[str] = []
     needs: dict[str, int] = {}
-    inside: list[int] = []
 
-    def enter(name: str) -> Callable[..., None]:
-        def hook(layer: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG001
+    def around(name: str, bit: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             marked = marks.of(args, kwargs)
             calls.append(name)
             needs[name] = needs.get(name, 0) | marked
-            inside.append(marked)
+            result = original(*args, **kwargs)
+            marks.put(marked | bit, result)
+            return result
 
-        return hook
-
-    def leave(name: str) -> Callable[..., None]:
-        def hook(layer: Any, args: Any, result: Any) -> None:  # noqa: ARG001
-            marks.put(inside.pop() | bits[name], result)
-
-        return hook
+        return forward
 
     with contextlib.ExitStack() as stack:
         for module in _leaves(model, stage):
             stack.callback(module.register_forward_hook(_pass_on(marks), with_kwargs=True).remove)
-        for name, layer in stage.layers.items():
-            stack.callback(layer.register_forward_pre_hook(enter(name), with_kwargs=True).remove)
-            stack.callback(layer.register_forward_hook(leave(name)).remove)
+        for number, (name, layer) in enumerate(stage.layers.items()):
+            original = layer.forward
+            stack.callback(layer.__dict__.__setitem__, "forward", original)
+            layer.__dict__["forward"] = around(name, 1 << number, original)
         with _Following(marks):
             run()
     return Trace(tuple(calls), needs)
@@ -167,6 +162,8 @@ def _pass_on(marks: Marks) -> Callable[..., None]:
     return hook
 
 
-def _key(tensor: Tensor) -> int:
-    key: int = tensor.untyped_storage()._cdata
-    return key
+def _memory(tensor: Tensor) -> torch.UntypedStorage:
+    # Inside of torch.func's transforms tensors are wrapped, and have no memory themselves.
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.untyped_storage()

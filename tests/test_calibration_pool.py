@@ -1,0 +1,130 @@
+"""What collects the batches of a calibration, against sums in plain float64 that share no code."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchnorm import blocks
+from batchnorm.calibration import pool
+from batchnorm.calibration.pool import GROUPS, Pool
+from batchnorm.moments import Moments
+
+CHANNELS = {"a": 3, "b": 1, "c": 2}
+
+
+def batches_of(number, seed, mean=0.0):
+    """For each batch, layer -> values (n, C); some batches miss some layers, or are empty there."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(0, 4, (number, len(CHANNELS)), generator=generator).tolist()
+    return [
+        {
+            name: mean + torch.randn(n, c, dtype=torch.float64, generator=generator)
+            for n, (name, c) in zip(row, CHANNELS.items(), strict=True)
+        }
+        for row in sizes
+    ]
+
+
+def put(collected, batch):
+    for name, values in batch.items():
+        if len(values):
+            mean = values.mean(0)
+            collected.row.put(name, Moments(len(values), mean, (values - mean).square().sum(0)))
+    collected.add()
+
+
+def collect(batches, waiting, monkeypatch):
+    monkeypatch.setattr(pool, "WAITING", waiting)
+    collected = Pool(CHANNELS)
+    for batch in batches:
+        put(collected, batch)
+    return collected
+
+
+def oracle(batches, name):
+    values = torch.cat([batch[name] for batch in batches])
+    mean = values.mean(0)
+    return len(values), mean, (values - mean).square().sum(0)
+
+
+def assert_close(found, collected, batches, mean):
+    for name, at in collected.split(torch.arange(len(found.mean))).items():
+        count, exact_mean, exact_m2 = oracle(batches, name)
+        assert (found.count[at] == count).all()
+        if count:
+            tight = {"rtol": 1e-12, "atol": 1e-14 * (1 + abs(mean))}
+            torch.testing.assert_close(found.mean[at], exact_mean, **tight)
+            loose = {"rtol": 1e-12, "atol": 1e-12 * count * (1 + 1e-3 * abs(mean))}
+            torch.testing.assert_close(found.m2[at], exact_m2, **loose)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    number=st.integers(1, 300),
+    seed=st.integers(0, 2**32 - 1),
+    waiting=st.sampled_from([1, 12, 24, 100, 1 << 19]),
+    mean=st.sampled_from([0.0, -1e4]),
+)
+def test_groups_are_runs_of_neighbours_and_all_is_exact(number, seed, waiting, mean):
+    batches = batches_of(number, seed, mean)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        collected = collect(batches, waiting, monkeypatch)
+    assert_close(collected.total(), collected, batches, mean)
+    groups = collected.groups()
+    assert len(groups.mean) <= GROUPS
+    size = 1
+    while -(-number // size) > len(groups.mean):
+        size *= 2
+    assert len(groups.mean) == -(-number // size)
+    for i in {0, 1, len(groups.mean) // 2, len(groups.mean) - 1} & set(range(len(groups.mean))):
+        one = Moments(*(part[i] for part in groups))
+        assert_close(one, collected, batches[i * size : (i + 1) * size], mean)
+    assert len(collected.groups(5).mean) <= 5
+
+
+def test_of_no_batch_there_are_no_groups():
+    empty = Pool(CHANNELS)
+    assert empty.groups().mean.shape == (0, 6)
+    assert not empty.total().count.any()
+
+
+@pytest.mark.parametrize("waiting", [1, 48, 1 << 19])
+def test_who_asks_in_between_changes_no_bit(waiting, monkeypatch):
+    batches = batches_of(200, seed=1)
+    alone = collect(batches, waiting, monkeypatch)
+    asked = Pool(CHANNELS)
+    for batch in batches:
+        put(asked, batch)
+        asked.groups()
+    for a, b in zip(alone.groups(), asked.groups(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_equal_parts_leave_no_variance_and_empty_ones_may_hold_anything():
+    count = torch.tensor([[0.0], [7], [3], [0]], dtype=torch.float64)
+    odd = torch.tensor([[torch.nan], [0.1], [0.1], [torch.inf]], dtype=torch.float64)
+    m2 = torch.tensor([[torch.nan], [0], [0], [1e9]], dtype=torch.float64)
+    found = blocks.fold(Moments(count[1:], odd[1:], m2[1:]))
+    assert [float(part) for part in found] == [10, 0.1, 0]
+    found = blocks.fold(Moments(count, odd, m2))
+    assert float(found.count) == 10
+    assert float(found.mean) == pytest.approx(0.1, rel=1e-15)
+    assert float(found.m2) < 1e-30
+
+
+def test_a_row_that_is_taken_twice_is_one_and_finite_numbers_may_be_huge():
+    collected = Pool(CHANNELS)
+    first, second = torch.randn(5, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    for values in (first, second):
+        mean = values.mean(0)
+        collected.row.put("a", Moments(len(values), mean, (values - mean).square().sum(0)))
+    mean, m2 = collected.row.parts["a"]
+    both = torch.cat([first, second])
+    torch.testing.assert_close(mean, both.mean(0), rtol=1e-14, atol=1e-15)
+    torch.testing.assert_close(m2, both.var(0, correction=0) * 9, rtol=1e-13, atol=0)
+    collected.row.values.fill_(1e308)
+    assert collected.row.is_finite()
+    mean[1] = torch.nan
+    assert not collected.row.is_finite()
+    assert collected.row.where() == "a"
