@@ -39,7 +39,8 @@ def tiny_tiles(monkeypatch):
     monkeypatch.setattr(triton_plan, "TILE", dict.fromkeys(triton_plan.TILE, 16))
     monkeypatch.setattr(triton_plan, "ONE_PASS", dict.fromkeys(triton_plan.ONE_PASS, 0))
     monkeypatch.setattr(triton_plan, "ROW_BYTES", 8)
-    monkeypatch.setattr(triton_plan, "PROGRAMS", 6)
+    monkeypatch.setattr(triton_plan, "PROGRAMS", dict.fromkeys(triton_plan.PROGRAMS, 6))
+    monkeypatch.setattr(triton_plan, "MOST_TILES", 3)
     triton_plan.tiled.cache_clear(), triton_plan.whole.cache_clear()
     yield
     triton_plan.tiled.cache_clear(), triton_plan.whole.cache_clear()
@@ -189,7 +190,9 @@ def test_a_plan_covers_every_value_once(shape, itemsize):
         p = triton_plan.tiled(kind, *shape, itemsize)
         assert p.tiles * p.a >= p.rows > (p.tiles - 1) * p.a
         assert p.splits * p.share >= p.tiles > p.splits * (p.share - 1)
-        assert p.splits <= p.tiles and p.columns * p.splits <= max(triton_plan.PROGRAMS, p.columns)
+        programs = max(triton_plan.PROGRAMS[kind], p.columns)
+        capped = kind == "apply" and p.share == triton_plan.MOST_TILES
+        assert p.splits <= p.tiles and (p.columns * p.splits <= programs or capped)
         lanes = p.columns * p.b if p.is_rows else p.parts * p.b
         assert lanes >= (channels if p.is_rows else p.width * p.align)
         assert p.rows * (1 if p.is_rows else p.width * p.align) == outer * inner * p.parts

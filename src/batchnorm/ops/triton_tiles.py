@@ -57,6 +57,17 @@ def places(
 
 
 @triton.jit
+def block_of(columns, share):
+    """Return the column of this program's ``share`` tiles, and the last of them.
+
+    Programs go from the end of the tensor to its beginning, and each over its tiles likewise: what
+    the pass before has read last is what is still in the cache.
+    """
+    place = tl.num_programs(0) - 1 - tl.program_id(0)
+    return place % columns, (place // columns) * share + share - 1
+
+
+@triton.jit
 def values_in(
     index,
     rows,
