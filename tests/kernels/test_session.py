@@ -52,7 +52,7 @@ def test_cells_of_a_gpu_are_those_of_resnet_50():
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="set TRITON_INTERPRET=1")
 def test_the_session_walks_through_its_parts(tmp_path):
     pytest.importorskip("triton")
-    parts = ("bits", "graph", "large", "cells", "sweep")
+    parts = ("bits", "graph", "large", "cells", "choices", "sweep")
     done = run(
         "benchmarks/cuda_session.py", "--device", "cpu", "--tiny", "--out", str(tmp_path),
         "--parts", *parts,
