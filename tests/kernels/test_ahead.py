@@ -28,10 +28,12 @@ HOPPER, AMPERE = 90, 80
 FEW = 16
 
 
-def compiled(layout, dtype, act="relu", adds=True, capability=HOPPER, parameters=torch.float32):
+def compiled(
+    layout, dtype, act="relu", adds=True, capability=HOPPER, parameters=torch.float32, offset=0
+):
     """What a training step and an evaluation launch, by name of the kernel."""
     shape, last = SHAPES[layout]
-    x = torch.empty(shape, dtype=dtype)
+    x = torch.empty(torch.Size(shape).numel() + offset, dtype=dtype)[offset:].view(shape)
     x = x.contiguous(memory_format=torch.channels_last) if last else x
     channels = shape[1]
     weight, bias = (torch.empty(channels, dtype=parameters) for _ in range(2))
@@ -82,6 +84,13 @@ def test_tiles_are_read_16_bytes_at_a_time_and_copied_ahead(layout):
         assert found[name].widest_load == 16, name
     assert found["moments_kernel"].pipelined
     assert found["sums_kernel"].pipelined
+
+
+@pytest.mark.parametrize("layout", ["dense, large", "planes"])
+def test_what_begins_anywhere_is_read_in_small_pieces(layout):
+    found = {one.name: one for one in compiled(layout, torch.bfloat16, offset=1)}
+    assert found["moments_kernel"].widest_load == 2
+    assert all(one.spilled <= FEW for one in found.values())
 
 
 def test_what_a_multiprocessor_does_slowly_is_done_once_for_many_values():
