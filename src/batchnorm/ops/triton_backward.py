@@ -52,15 +52,15 @@ def read(
     z is that of the forward pass, by the same coefficients. The policies are the cache's, for x and
     for all else that is read.
     """
-    value = tl.load(x + at, inside, other=0.0, eviction_policy=X_POLICY).to(REAL)
-    dz = tl.load(dy + at, inside, other=0.0, eviction_policy=POLICY).to(REAL)
+    value = tl.load(x + at, inside, eviction_policy=X_POLICY).to(REAL)
+    dz = tl.load(dy + at, inside, eviction_policy=POLICY).to(REAL)
     if SOURCE == "y":
-        y = tl.load(extra + at, inside, other=0.0, eviction_policy=POLICY).to(REAL)
+        y = tl.load(extra + at, inside, eviction_policy=POLICY).to(REAL)
         dz = gradient(dz, y, ACT, SLOPE)
     elif SOURCE == "x" or SOURCE == "residual":
         z = affine(value, pivot, high, low, shift)
         if SOURCE == "residual":
-            z += tl.load(extra + at, inside, other=0.0, eviction_policy=POLICY).to(REAL)
+            z += tl.load(extra + at, inside, eviction_policy=POLICY).to(REAL)
         dz = gradient(dz, z, ACT, SLOPE)
     dz = tl.where(inside, dz, 0.0)
     if dresidual is not None:
@@ -93,6 +93,7 @@ def sums_kernel(
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     LONG: tl.constexpr,
+    EVEN: tl.constexpr,
     REAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -112,7 +113,9 @@ def sums_kernel(
     POLICY: tl.constexpr = "" if dresidual is None else "evict_first"
     for i in tl.range(0, share, num_stages=STAGES):
         index = i * splits + split
-        at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
+        at, inside = places(
+            index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG, EVEN
+        )
         value, dz = read(
             dy, x, extra, dresidual, pivot, high, low, shift, at, inside,
             SOURCE, ACT, SLOPE, REAL, POLICY, "",
@@ -186,6 +189,7 @@ def input_kernel(
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     LONG: tl.constexpr,
+    EVEN: tl.constexpr,
     REAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -203,7 +207,9 @@ def input_kernel(
     POLICY: tl.constexpr = "" if SOURCE == "dz" else "evict_first"
     for i in tl.range(0, share, num_stages=STAGES):
         index = first - i
-        at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
+        at, inside = places(
+            index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG, EVEN
+        )
         value, dz = read(
             dy, x, extra, dresidual, pivot, high, low, shift, at, inside,
             SOURCE, ACT, SLOPE, REAL, POLICY, "evict_first",
@@ -238,6 +244,7 @@ def backward_kernel(
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     LONG: tl.constexpr,
+    EVEN: tl.constexpr,
     REAL: tl.constexpr,
 ):
     """Write the sums and dx, and dz where asked to: a tile holds all values of its channels."""
@@ -247,7 +254,7 @@ def backward_kernel(
     inverse, middle, pivot, high, low, shift = constants_of(
         mean, rstd, rest, weight, bias, channel, known, REAL
     )
-    at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
+    at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG, EVEN)
     value, dz = read(
         dy, x, extra, dresidual, pivot, high, low, shift, at, inside,
         SOURCE, ACT, SLOPE, REAL, "", "",

@@ -56,7 +56,7 @@ def affine(x, pivot, high, low, shift):
 def output(z, residual, y, at, inside, ACT: tl.constexpr, SLOPE: tl.constexpr):
     """Add the residual, activate, and store a tile."""
     if residual is not None:
-        added = tl.load(residual + at, inside, other=0.0, eviction_policy="evict_first")
+        added = tl.load(residual + at, inside, eviction_policy="evict_first")
         z += added.to(z.dtype)
     tl.store(y + at, activate(z, ACT, SLOPE), inside)
 
@@ -75,6 +75,7 @@ def moments_kernel(
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     LONG: tl.constexpr,
+    EVEN: tl.constexpr,
     REAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -88,18 +89,22 @@ def moments_kernel(
     start = start_of(split, channel, channels, width, parts, A, B, ALIGN, ROWS, LONG)
     pivot = finite(tl.load(x + start, channel < channels, other=0.0).to(REAL))
     if x.dtype.element_ty.primitive_bitwidth == 64:
-        at, inside = places(split, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
+        at, inside = places(
+            split, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG, EVEN
+        )
         count = values_in(split, rows, width, parts, A, B, ALIGN, ROWS, LONG).to(tl.float64)
-        pivot = centered(tl.load(x + at, inside, other=0.0), inside, count, pivot, ROWS)
+        pivot = centered(tl.load(x + at, inside), inside, count, pivot, ROWS)
     pivot = pivot.to(tl.float64)
     left = tl.zeros((A, B), tl.float64)
     square = tl.zeros((A, B), tl.float64)
     n = tl.full((), 0, tl.int64)
     for i in tl.range(0, share, num_stages=STAGES):
         index = i * splits + split
-        at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
+        at, inside = places(
+            index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG, EVEN
+        )
         n += values_in(index, rows, width, parts, A, B, ALIGN, ROWS, LONG)
-        deviation = deviations(tl.load(x + at, inside, other=0.0), inside, pivot)
+        deviation = deviations(tl.load(x + at, inside), inside, pivot)
         left += deviation
         square += deviation * deviation
     count = n.to(tl.float64)
@@ -172,6 +177,7 @@ def normalize_kernel(
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     LONG: tl.constexpr,
+    EVEN: tl.constexpr,
     REAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -186,8 +192,10 @@ def normalize_kernel(
     pivot, high, low, shift = coefficients(center, rstd, weight, bias, channel, known, REAL)
     for i in tl.range(0, share, num_stages=STAGES):
         index = first - i
-        at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
-        value = tl.load(x + at, inside, other=0.0, eviction_policy="evict_first").to(REAL)
+        at, inside = places(
+            index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG, EVEN
+        )
+        value = tl.load(x + at, inside, eviction_policy="evict_first").to(REAL)
         z = affine(value, pivot, high, low, shift)
         output(z, residual, y, at, inside, ACT, SLOPE)
 
@@ -218,14 +226,15 @@ def forward_kernel(
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     LONG: tl.constexpr,
+    EVEN: tl.constexpr,
     REAL: tl.constexpr,
 ):
     """Normalize by the tile's own statistics: a tile holds all values of its channels."""
     channel = channels_of(tl.program_id(0), B, ROWS)
     known = channel < channels
     index = tl.program_id(1)  # always 0
-    at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
-    value = tl.load(x + at, inside, other=0.0)
+    at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG, EVEN)
+    value = tl.load(x + at, inside)
     n = values_in(index, rows, width, parts, A, B, ALIGN, ROWS, LONG).to(tl.float64)
     start = start_of(index, channel, channels, width, parts, A, B, ALIGN, ROWS, LONG)
     pivot = finite(tl.load(x + start, known, other=0.0).to(REAL))

@@ -213,7 +213,7 @@ def _constants(plan: Plan, x: Tensor) -> dict[str, Any]:
     real = tl.float64 if x.dtype is torch.float64 else tl.float32
     return {
         "A": plan.a, "B": plan.b, "ALIGN": plan.align,
-        "ROWS": plan.is_rows, "LONG": plan.long, "REAL": real,
+        "ROWS": plan.is_rows, "LONG": plan.long, "EVEN": plan.even, "REAL": real,
     }  # fmt: skip
 
 

@@ -54,6 +54,7 @@ class Plan(NamedTuple):
         align: What divides the distance of two rows, up to 16.
         is_rows: Whether a lane is a channel.
         long: Whether offsets need 64 bits.
+        even: Whether all tiles that programs go over are full.
         warps: Warps of a program.
     """
 
@@ -70,6 +71,7 @@ class Plan(NamedTuple):
     align: int
     is_rows: bool
     long: bool
+    even: bool
     warps: int
 
 
@@ -128,11 +130,12 @@ def _plan(
     rows = outer * parts
     columns = -(-channels // b) if is_rows else channels
     tiles = -(-rows // a)
-    share = -(-tiles // min(tiles, max(1, PROGRAMS.get(kind, 1) // columns)))
-    if kind == "apply":
-        share = min(share, MOST_TILES)
+    share = _share(tiles, max(1, PROGRAMS.get(kind, 1) // columns), kind == "apply")
     splits = -(-tiles // share)
     step = channels if is_rows else inner
+    even = rows == splits * share * a and (
+        columns * b == channels if is_rows else parts * b == inner
+    )
     align = math.gcd(step, 16)
     # The furthest offset that is formed, if only to be masked.
     furthest = (splits * share * a // parts + 1) * (channels * inner) + parts * b
@@ -140,8 +143,18 @@ def _plan(
     warps = min(max(1, a * b // 512), 8 if a * b <= 8192 else 16)
     return Plan(
         rows, channels, step // align, parts, columns, tiles, splits, share,
-        a, b, align, is_rows, furthest >= 2**31, warps,
+        a, b, align, is_rows, furthest >= 2**31, even, warps,
     )  # fmt: skip
+
+
+def _share(tiles: int, programs: int, capped: bool) -> int:
+    """Return how many tiles a program takes: such that none is left over, if that is near."""
+    share = -(-tiles // min(tiles, programs))
+    near = range(share, min(tiles, int(1.15 * share)) + 1)
+    if capped:
+        share = min(share, MOST_TILES)
+        near = range(share, share // 2, -1)
+    return next((some for some in near if tiles % some == 0), share)
 
 
 def _lanes(inner: int, most: int) -> int:
