@@ -2,7 +2,7 @@
 
     sums_kernel        a share of a column of tiles -> partial sums of dz and dz * xhat
     fold_kernel        partial sums, folded in index order -> the sums
-    input_kernel       one tile -> dx, and dz as the gradient of the residual
+    input_kernel       a few tiles -> dx, and dz as the gradient of the residual
     backward_kernel    all three where a channel's values fit into one tile
 
 ``dz = dy * act'(z)`` and ``dx = weight * rstd * (dz - sum_dz / n - xhat * sum_dz_xhat / n)``. What

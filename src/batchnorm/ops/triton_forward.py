@@ -2,7 +2,7 @@
 
     moments_kernel     a share of a column of tiles -> partial Moments in the workspace
     finish_kernel      partial Moments, folded in index order -> stats, and the running step
-    normalize_kernel   one tile -> y
+    normalize_kernel   a few tiles -> y
     forward_kernel     all three where a channel's values fit into one tile: x is read once
 
 ``z = (x - mean) * (rstd * weight) + bias + residual`` and ``y = act(z)``.
