@@ -34,7 +34,8 @@ test-integrations: $(READY)
 # Two lanes side by side; the suite of every backend runs with this one.
 test-triton: $(READY) build/triton/ready
 	(	$(PY_TRITON) -m pytest tests/kernels/test_ahead.py && \
-		TRITON_INTERPRET=1 $(PY_TRITON) -m pytest tests/kernels/test_triton.py tests/kernels/test_session.py \
+		TRITON_INTERPRET=1 $(PY_TRITON) -m pytest \
+			tests/kernels/test_triton.py tests/kernels/test_hostile.py tests/kernels/test_session.py \
 	) & kernels=$$!; \
 	TRITON_INTERPRET=1 $(PY_TRITON) -m pytest -m "not slow" -k "triton and not threads" \
 		tests/test_ops.py tests/test_bounds.py tests/test_accuracy.py; \

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from batchnorm.ops import cuda_choice
 from batchnorm.ops.backend import BACKENDS, UNAVAILABLE
 
 PACKAGES = ("batchnorm", "torch", "triton", "numpy", "matplotlib", "rich", "safetensors", "jax")
@@ -16,7 +17,8 @@ def env() -> dict[str, Any]:
 
     Returns:
         ``python``, ``machine``, ``threads``, ``packages`` (name -> version or None), ``cuda``
-        (device names), ``backends`` (name -> "available" or the reason why not).
+        (device names), ``backends`` (name -> "available" or the reason why not), ``choice`` (what
+        decides between those for CUDA).
     """
     cuda = torch.cuda.is_available()
     return {
@@ -28,6 +30,7 @@ def env() -> dict[str, Any]:
         if cuda
         else [],
         "backends": {**dict.fromkeys(BACKENDS, "available"), **UNAVAILABLE},
+        "choice": cuda_choice.said(),
     }
 
 

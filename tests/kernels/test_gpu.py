@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import batchnorm as bn
-from batchnorm.ops.backend import BACKENDS, select
+from batchnorm.ops import cuda_choice
+from batchnorm.ops.backend import chosen
 
 pytestmark = [
     pytest.mark.cuda,
@@ -55,17 +56,29 @@ def test_the_same_bits_every_time_and_on_every_stream(shape, last):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_triton_serves_and_agrees_with_the_reference(shape, dtype):
+@pytest.mark.parametrize("ours", [True, False])
+def test_both_backends_agree_with_the_reference(shape, dtype, ours):
     layer, *given = prepared(shape, dtype)
-    assert select(given[0]) is BACKENDS["triton"]
+    assert chosen(given[0]) is cuda_choice
     twin = copy.deepcopy(layer)
-    found = step(layer, *given)
+    with bn.use_backend("triton" if ours else "aten"):
+        found = step(layer, *given)
     with bn.use_backend("reference"):
         expected = step(twin, *given)
     close = {"rtol": 2e-2, "atol": 2e-2} if dtype.itemsize == 2 else {"rtol": 1e-4, "atol": 1e-4}
     for a, b in zip(found[:2], expected[:2], strict=True):
         torch.testing.assert_close(a, b, **close)
     torch.testing.assert_close(layer.running_var, twin.running_var)
+
+
+def test_what_save_memory_makes_again_has_the_same_bits_by_torch_s_kernels():
+    layer, x, residual, dy = prepared((32, 64, 28, 28), last=True)
+    found = []
+    for kept in (True, False):
+        one = copy.deepcopy(layer) if kept else bn.save_memory(copy.deepcopy(layer))
+        with bn.use_backend("aten"):
+            found.append(step(one, x, residual, dy))
+    assert alike(*found)
 
 
 def test_a_step_in_a_graph_moves_the_running_statistics_at_every_replay():

@@ -39,7 +39,8 @@ def tiny_tiles(monkeypatch):
     monkeypatch.setattr(triton_plan, "TILE", dict.fromkeys(triton_plan.TILE, 16))
     monkeypatch.setattr(triton_plan, "ONE_PASS", dict.fromkeys(triton_plan.ONE_PASS, 0))
     monkeypatch.setattr(triton_plan, "ROW_BYTES", 8)
-    monkeypatch.setattr(triton_plan, "PROGRAMS", 6)
+    monkeypatch.setattr(triton_plan, "PROGRAMS", dict.fromkeys(triton_plan.PROGRAMS, 6))
+    monkeypatch.setattr(triton_plan, "MOST_TILES", 3)
     triton_plan.tiled.cache_clear(), triton_plan.whole.cache_clear()
     yield
     triton_plan.tiled.cache_clear(), triton_plan.whole.cache_clear()
@@ -189,16 +190,29 @@ def test_a_plan_covers_every_value_once(shape, itemsize):
         p = triton_plan.tiled(kind, *shape, itemsize)
         assert p.tiles * p.a >= p.rows > (p.tiles - 1) * p.a
         assert p.splits * p.share >= p.tiles > p.splits * (p.share - 1)
-        assert p.splits <= p.tiles and p.columns * p.splits <= max(triton_plan.PROGRAMS, p.columns)
+        programs = max(triton_plan.PROGRAMS[kind], p.columns)
+        assert p.splits <= p.tiles and (p.columns * p.splits <= programs or kind == "apply")
+        assert kind != "apply" or p.share <= triton_plan.MOST_TILES
         lanes = p.columns * p.b if p.is_rows else p.parts * p.b
         assert lanes >= (channels if p.is_rows else p.width * p.align)
         assert p.rows * (1 if p.is_rows else p.width * p.align) == outer * inner * p.parts
+        covered = p.splits * p.share * p.a * (lanes if p.is_rows else p.b * p.columns)
+        assert p.even == (covered == outer * channels * inner)
         assert p.long or outer * channels * inner < 2**31
         assert p.a & (p.a - 1) == p.b & (p.b - 1) == 0
         assert p.a * p.b <= triton_plan.TILE[kind]
     for kind in triton_plan.ONE_PASS:
         p = triton_plan.whole(kind, *shape, itemsize)
         assert p is None or (p.tiles == 1 and p.a * p.b <= triton_plan.ONE_PASS[kind])
+
+
+def test_tiles_are_full_in_the_common_networks():
+    """With the batches of a power of two that are used, no program asks which values are inside."""
+    for side, channels in ((112, 64), (56, 64), (56, 256), (28, 512), (14, 1024), (7, 2048)):
+        for kind in triton_plan.TILE:
+            p = triton_plan.tiled(kind, 256 * side * side, channels, 1, 2)
+            assert p.even, (kind, side, channels)
+            assert kind == "apply" or p.columns * p.splits >= 0.8 * triton_plan.PROGRAMS[kind]
 
 
 def test_few_lanes_idle_in_the_planes_of_common_networks():

@@ -1,7 +1,8 @@
 """Who is measured: the same operation by different means, each a function without arguments."""
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from batchnorm.benchmark.cases import Case
 from batchnorm.nn.layers import BatchNorm
+from batchnorm.ops.backend import use_backend
 
 Run = Callable[[], Any]
 
@@ -40,15 +42,18 @@ class Eager(nn.Module):
 
 
 class Ours(nn.Module):
-    """One layer of ours."""
+    """One layer of ours, served by a backend that is named or chosen."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, backend: str | None = None) -> None:
         super().__init__()
         self.bn = BatchNorm(case.shape[1], activation="relu" if "relu" in case.op else None)
+        self.backend = backend
 
     def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Return act(bn(x) + residual)."""
-        y: Tensor = self.bn(x, residual)
+        served = use_backend(self.backend) if self.backend else contextlib.nullcontext()
+        with served:
+            y: Tensor = self.bn(x, residual)
         return y
 
 
@@ -76,6 +81,13 @@ def contenders(case: Case, compiled: bool = False, jax: bool = False) -> dict[st
 
         found["jax"] = jax_step(case)
     return found
+
+
+def backends(case: Case, names: Iterable[str]) -> dict[str, Run]:
+    """Return eager's function for a case, and ours by each of the named backends."""
+    modules: dict[str, nn.Module] = {"eager": Eager(case)}
+    modules |= {name: Ours(case, name) for name in names}
+    return {name: step(module.to(case.device), case) for name, module in modules.items()}
 
 
 def step(module: nn.Module, case: Case) -> Run:

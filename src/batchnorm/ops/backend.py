@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from batchnorm.errors import BackendError
-from batchnorm.ops import cuda, reference
+from batchnorm.ops import aten, cuda, cuda_choice, reference
 
 # Fastest first. The reference serves everything and stands last.
 BACKENDS: dict[str, ModuleType] = {}
@@ -27,15 +27,22 @@ except ImportError as error:
 else:
     BACKENDS["cpu"] = cpu
 
-_missing = cuda.missing()
-if _missing is None:
-    BACKENDS["triton"] = cuda
-else:
-    UNAVAILABLE["triton"] = _missing
+for _name, _module in (("triton", cuda), ("aten", aten)):
+    _missing = _module.missing()
+    if _missing is None:
+        BACKENDS[_name] = _module
+    else:
+        UNAVAILABLE[_name] = _missing
 
 BACKENDS["reference"] = reference
-# Triton's interpreter serves whoever asks for it by name, and nobody else.
-_order = tuple(one for one in BACKENDS.values() if one is not cuda or not cuda.interprets())
+
+# Between the two for CUDA, measured rows decide. Triton's interpreter serves whoever asks for it by
+# name, and nobody else.
+_order = tuple(
+    cuda_choice if one is cuda else one
+    for one in BACKENDS.values()
+    if one is not aten and (one is not cuda or not cuda.interprets())
+)
 
 _forced: str | None = None
 

@@ -2,7 +2,7 @@
 
     sums_kernel        a share of a column of tiles -> partial sums of dz and dz * xhat
     fold_kernel        partial sums, folded in index order -> the sums
-    input_kernel       one tile -> dx, and dz as the gradient of the residual
+    input_kernel       a few tiles -> dx, and dz as the gradient of the residual
     backward_kernel    all three where a channel's values fit into one tile
 
 ``dz = dy * act'(z)`` and ``dx = weight * rstd * (dz - sum_dz / n - xhat * sum_dz_xhat / n)``. What
@@ -16,14 +16,24 @@ import triton.language as tl
 
 from batchnorm.ops.triton_activations import gradient
 from batchnorm.ops.triton_forward import affine, coefficients, reciprocal
-from batchnorm.ops.triton_tiles import channels_of, over, places
+from batchnorm.ops.triton_tiles import block_of, channels_of, over, places
 
 
 @triton.jit
-def upstream(
+def constants_of(mean, rstd, rest, weight, bias, channel, known, REAL: tl.constexpr):
+    """Return per channel (rstd in float64, mean, coefficients of the forward pass)."""
+    center = tl.load(mean + channel, known, other=0.0).to(tl.float64)
+    inverse = reciprocal(rstd, rest, channel, known)
+    pivot, high, low, shift = coefficients(center, inverse, weight, bias, channel, known, REAL)
+    return inverse, center.to(REAL), pivot, high, low, shift
+
+
+@triton.jit
+def read(
     dy,
     x,
     extra,
+    dresidual,
     pivot,
     high,
     low,
@@ -33,25 +43,29 @@ def upstream(
     SOURCE: tl.constexpr,
     ACT: tl.constexpr,
     SLOPE: tl.constexpr,
+    REAL: tl.constexpr,
+    POLICY: tl.constexpr,
+    X_POLICY: tl.constexpr,
 ):
-    """Return dz of a tile, 0 outside; z is that of the forward pass, by the same coefficients."""
-    dz = tl.load(dy + at, inside, other=0.0).to(x.dtype)
+    """Return x and dz of a tile, 0 outside; leave dz in dresidual where it is given.
+
+    z is that of the forward pass, by the same coefficients. The policies are the cache's, for x and
+    for all else that is read.
+    """
+    value = tl.load(x + at, inside, eviction_policy=X_POLICY).to(REAL)
+    dz = tl.load(dy + at, inside, eviction_policy=POLICY).to(REAL)
     if SOURCE == "y":
-        y = tl.load(extra + at, inside, other=0.0).to(x.dtype)
+        y = tl.load(extra + at, inside, eviction_policy=POLICY).to(REAL)
         dz = gradient(dz, y, ACT, SLOPE)
     elif SOURCE == "x" or SOURCE == "residual":
-        z = affine(x, pivot, high, low, shift)
+        z = affine(value, pivot, high, low, shift)
         if SOURCE == "residual":
-            z += tl.load(extra + at, inside, other=0.0).to(x.dtype)
+            z += tl.load(extra + at, inside, eviction_policy=POLICY).to(REAL)
         dz = gradient(dz, z, ACT, SLOPE)
-    return tl.where(inside, dz, 0.0)
-
-
-@triton.jit
-def load_statistics(mean, rstd, rest, channel, known):
-    """Return mean and rstd per channel in float64."""
-    center = tl.load(mean + channel, known, other=0.0).to(tl.float64)
-    return center, reciprocal(rstd, rest, channel, known)
+    dz = tl.where(inside, dz, 0.0)
+    if dresidual is not None:
+        tl.store(dresidual + at, dz, inside)
+    return value, dz
 
 
 @triton.jit(do_not_specialize=["rows", "parts", "share"])
@@ -79,28 +93,33 @@ def sums_kernel(
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     LONG: tl.constexpr,
+    EVEN: tl.constexpr,
     REAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Write the sums over ``share`` tiles to partial (2, splits, C); store dz where asked to.
 
-    Each lane of the tile keeps its own sums, so that the multiprocessor's threads meet once.
+    Each lane of the tile keeps its own sums, so that the multiprocessor's threads meet once. With
+    dz stored, the pass after this reads that and x, and the cache need not keep the others.
     """
     channel = channels_of(tl.program_id(0), B, ROWS)
     known = channel < channels
     split, splits = tl.program_id(1), tl.num_programs(1)
-    center, inverse = load_statistics(mean, rstd, rest, channel, known)
-    pivot, high, low, shift = coefficients(center, inverse, weight, bias, channel, known, REAL)
-    middle = center.to(REAL)
+    inverse, middle, pivot, high, low, shift = constants_of(
+        mean, rstd, rest, weight, bias, channel, known, REAL
+    )
     sum_dz = tl.zeros((A, B), REAL)
     sum_dot = tl.zeros((A, B), REAL)
+    POLICY: tl.constexpr = "" if dresidual is None else "evict_first"
     for i in tl.range(0, share, num_stages=STAGES):
         index = i * splits + split
-        at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
-        value = tl.load(x + at, inside, other=0.0).to(REAL)
-        dz = upstream(dy, value, extra, pivot, high, low, shift, at, inside, SOURCE, ACT, SLOPE)
-        if dresidual is not None:
-            tl.store(dresidual + at, dz, inside)
+        at, inside = places(
+            index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG, EVEN
+        )
+        value, dz = read(
+            dy, x, extra, dresidual, pivot, high, low, shift, at, inside,
+            SOURCE, ACT, SLOPE, REAL, POLICY, "",
+        )  # fmt: skip
         sum_dz += dz
         sum_dot += tl.where(inside, dz * (value - middle[None, :]), 0.0)
     row = partial + split * channels + channel
@@ -127,15 +146,20 @@ def fold_kernel(partial, sums, splits, channels, S: tl.constexpr, K: tl.constexp
 
 
 @triton.jit
-def store_dx(dz, x, middle, inverse, gain, sum_dz, sum_dot, count, dx, at, inside):
-    """Store dx of a tile; rstd, the sums and the count are float64."""
-    offset = (sum_dz / count).to(dz.dtype)
-    slope = ((sum_dot / count) * inverse).to(dz.dtype)
+def shares(inverse, sum_dz, sum_dot, count, count_rest, REAL: tl.constexpr):
+    """Return sum_dz / n and rstd * sum_dot / n per channel; the count comes in two parts."""
+    each = 1.0 / (tl.full((), 0, tl.float64) + count + count_rest)
+    return (sum_dz * each).to(REAL), (sum_dot * each * inverse).to(REAL)
+
+
+@triton.jit
+def gradient_of_x(dz, x, middle, gain, offset, slope):
+    """Return dx of a tile."""
     centered = dz - offset[None, :] - (x - middle[None, :]) * slope[None, :]
-    tl.store(dx + at, centered * gain[None, :], inside)
+    return centered * gain[None, :]
 
 
-@triton.jit(do_not_specialize=["rows", "parts", "columns", "count", "count_rest"])
+@triton.jit(do_not_specialize=["rows", "parts", "columns", "share", "count", "count_rest"])
 def input_kernel(
     dy,
     x,
@@ -154,6 +178,7 @@ def input_kernel(
     width,
     parts,
     columns,
+    share,
     count,
     count_rest,
     SOURCE: tl.constexpr,
@@ -164,25 +189,32 @@ def input_kernel(
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     LONG: tl.constexpr,
+    EVEN: tl.constexpr,
     REAL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Write dx of a tile, and dz where asked to; the last tile first, as in the forward pass."""
-    place = tl.num_programs(0) - 1 - tl.program_id(0)
-    column, index = place % columns, place // columns
+    """Write dx of ``share`` tiles, and dz where asked to, from the last tile to the first."""
+    column, first = block_of(columns, share)
     channel = channels_of(column, B, ROWS)
     known = channel < channels
-    center, inverse = load_statistics(mean, rstd, rest, channel, known)
-    pivot, high, low, shift = coefficients(center, inverse, weight, bias, channel, known, REAL)
-    middle = center.to(REAL)
-    at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
-    value = tl.load(x + at, inside, other=0.0).to(REAL)
-    dz = upstream(dy, value, extra, pivot, high, low, shift, at, inside, SOURCE, ACT, SLOPE)
-    if dresidual is not None:
-        tl.store(dresidual + at, dz, inside)
+    inverse, middle, pivot, high, low, shift = constants_of(
+        mean, rstd, rest, weight, bias, channel, known, REAL
+    )
     total = tl.load(sum_dz + channel, known, other=0.0).to(tl.float64)
     dot = tl.load(sum_dot + channel, known, other=0.0).to(tl.float64)
-    values = tl.zeros_like(total) + count + count_rest
-    store_dx(dz, value, middle, inverse, high + low, total, dot, values, dx, at, inside)
+    offset, slope = shares(inverse, total, dot, count, count_rest, REAL)
+    # Whoever gets the residual's gradient reads dz next.
+    POLICY: tl.constexpr = "" if SOURCE == "dz" else "evict_first"
+    for i in tl.range(0, share, num_stages=STAGES):
+        index = first - i
+        at, inside = places(
+            index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG, EVEN
+        )
+        value, dz = read(
+            dy, x, extra, dresidual, pivot, high, low, shift, at, inside,
+            SOURCE, ACT, SLOPE, REAL, POLICY, "evict_first",
+        )  # fmt: skip
+        tl.store(dx + at, gradient_of_x(dz, value, middle, high + low, offset, slope), inside)
 
 
 @triton.jit(do_not_specialize=["rows", "parts", "count", "count_rest"])
@@ -212,24 +244,25 @@ def backward_kernel(
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     LONG: tl.constexpr,
+    EVEN: tl.constexpr,
     REAL: tl.constexpr,
 ):
     """Write the sums and dx, and dz where asked to: a tile holds all values of its channels."""
     channel = channels_of(tl.program_id(0), B, ROWS)
     known = channel < channels
     index = tl.program_id(1)  # always 0
-    center, inverse = load_statistics(mean, rstd, rest, channel, known)
-    pivot, high, low, shift = coefficients(center, inverse, weight, bias, channel, known, REAL)
-    middle = center.to(REAL)
-    at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
-    value = tl.load(x + at, inside, other=0.0).to(REAL)
-    dz = upstream(dy, value, extra, pivot, high, low, shift, at, inside, SOURCE, ACT, SLOPE)
-    if dresidual is not None:
-        tl.store(dresidual + at, dz, inside)
+    inverse, middle, pivot, high, low, shift = constants_of(
+        mean, rstd, rest, weight, bias, channel, known, REAL
+    )
+    at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG, EVEN)
+    value, dz = read(
+        dy, x, extra, dresidual, pivot, high, low, shift, at, inside,
+        SOURCE, ACT, SLOPE, REAL, "", "",
+    )  # fmt: skip
     total = over(dz, ROWS).to(tl.float64)
     dot = over(tl.where(inside, dz * (value - middle[None, :]), 0.0), ROWS)
     dot = dot.to(tl.float64) * inverse
     tl.store(sums + channel, total, known)
     tl.store(sums + channels + channel, dot, known)
-    values = tl.zeros_like(total) + count + count_rest
-    store_dx(dz, value, middle, inverse, high + low, total, dot, values, dx, at, inside)
+    offset, slope = shares(inverse, total, dot, count, count_rest, REAL)
+    tl.store(dx + at, gradient_of_x(dz, value, middle, high + low, offset, slope), inside)

@@ -2,7 +2,7 @@
 
     moments_kernel     a share of a column of tiles -> partial Moments in the workspace
     finish_kernel      partial Moments, folded in index order -> stats, and the running step
-    normalize_kernel   one tile -> y
+    normalize_kernel   a few tiles -> y
     forward_kernel     all three where a channel's values fit into one tile: x is read once
 
 ``z = (x - mean) * (rstd * weight) + bias + residual`` and ``y = act(z)``.
@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from batchnorm.ops.triton_activations import activate
-from batchnorm.ops.triton_moments import finish, finite, merge, tile_moments
-from batchnorm.ops.triton_tiles import channels_of, places, start_of, values_in
+from batchnorm.ops.triton_moments import about, centered, deviations, finish, finite, merge
+from batchnorm.ops.triton_tiles import block_of, channels_of, places, start_of, values_in
 
 
 @triton.jit
@@ -53,18 +53,11 @@ def affine(x, pivot, high, low, shift):
 
 
 @triton.jit
-def output(
-    z,
-    residual,
-    y,
-    at,
-    inside,
-    ACT: tl.constexpr,
-    SLOPE: tl.constexpr,
-):
+def output(z, residual, y, at, inside, ACT: tl.constexpr, SLOPE: tl.constexpr):
     """Add the residual, activate, and store a tile."""
     if residual is not None:
-        z += tl.load(residual + at, inside, other=0.0).to(z.dtype)
+        added = tl.load(residual + at, inside, eviction_policy="evict_first")
+        z += added.to(z.dtype)
     tl.store(y + at, activate(z, ACT, SLOPE), inside)
 
 
@@ -82,27 +75,43 @@ def moments_kernel(
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     LONG: tl.constexpr,
+    EVEN: tl.constexpr,
     REAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Write the Moments of ``share`` tiles to partial (3, splits, C): count, mean, m2."""
+    """Write the Moments of ``share`` tiles to partial (3, splits, C): count, mean, m2.
+
+    Each lane of the tile keeps sums of its own, of deviations from the first value of the share:
+    per value one conversion to float64, of which a multiprocessor does few, and two operations.
+    """
     channel = channels_of(tl.program_id(0), B, ROWS)
     split, splits = tl.program_id(1), tl.num_programs(1)
     start = start_of(split, channel, channels, width, parts, A, B, ALIGN, ROWS, LONG)
     pivot = finite(tl.load(x + start, channel < channels, other=0.0).to(REAL))
-    n = tl.full((), 0, tl.float64)
-    mean = tl.zeros_like(channel).to(tl.float64)
-    m2 = mean
+    if x.dtype.element_ty.primitive_bitwidth == 64:
+        at, inside = places(
+            split, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG, EVEN
+        )
+        count = values_in(split, rows, width, parts, A, B, ALIGN, ROWS, LONG).to(tl.float64)
+        pivot = centered(tl.load(x + at, inside), inside, count, pivot, ROWS)
+    pivot = pivot.to(tl.float64)
+    left = tl.zeros((A, B), tl.float64)
+    square = tl.zeros((A, B), tl.float64)
+    n = tl.full((), 0, tl.int64)
     for i in tl.range(0, share, num_stages=STAGES):
         index = i * splits + split
-        at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
-        value = tl.load(x + at, inside, other=0.0)
-        count = values_in(index, rows, width, parts, A, B, ALIGN, ROWS, LONG)
-        n_b, mean_b, m2_b = tile_moments(value, inside, count, pivot, ROWS)
-        n, mean, m2 = merge(n, mean, m2, n_b, mean_b, m2_b)
+        at, inside = places(
+            index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG, EVEN
+        )
+        n += values_in(index, rows, width, parts, A, B, ALIGN, ROWS, LONG)
+        deviation = deviations(tl.load(x + at, inside), inside, pivot)
+        left += deviation
+        square += deviation * deviation
+    count = n.to(tl.float64)
+    mean, m2 = about(pivot, count, left, square, ROWS)
     row = partial + split * channels + channel
     step = splits * channels
-    tl.store(row, tl.zeros_like(mean) + n, channel < channels)
+    tl.store(row, tl.zeros_like(mean) + count, channel < channels)
     tl.store(row + step, mean, channel < channels)
     tl.store(row + 2 * step, m2, channel < channels)
 
@@ -139,24 +148,12 @@ def finish_kernel(
         n_b, mean_b, m2_b = tl.reduce((n_b, mean_b, m2_b), 0, merge)
         n, mean, m2 = merge(n, mean, m2, n_b, mean_b, m2_b)
     finish(
-        n,
-        mean,
-        m2,
-        channel,
-        known,
-        stats,
-        running_mean,
-        running_var,
-        counter,
-        channels,
-        momentum,
-        momentum_rest,
-        EPS,
-        REST,
-    )
+        n, mean, m2, channel, known, stats, running_mean, running_var, counter,
+        channels, momentum, momentum_rest, EPS, REST,
+    )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows", "parts", "columns"])
+@triton.jit(do_not_specialize=["rows", "parts", "columns", "share"])
 def normalize_kernel(
     x,
     mean,
@@ -171,6 +168,7 @@ def normalize_kernel(
     width,
     parts,
     columns,
+    share,
     EPS: tl.constexpr,
     ACT: tl.constexpr,
     SLOPE: tl.constexpr,
@@ -179,25 +177,27 @@ def normalize_kernel(
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     LONG: tl.constexpr,
+    EVEN: tl.constexpr,
     REAL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Normalize a tile; ``spread`` and ``rest`` are rstd, or with an EPS the variance.
-
-    The last tile comes first: it is what the pass before has left in the cache.
-    """
-    place = tl.num_programs(0) - 1 - tl.program_id(0)
-    column, index = place % columns, place // columns
+    """Normalize ``share`` tiles; ``spread`` and ``rest`` are rstd, or with an EPS the variance."""
+    column, first = block_of(columns, share)
     channel = channels_of(column, B, ROWS)
-    at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
     known = channel < channels
     center = tl.load(mean + channel, known, other=0.0).to(tl.float64)
     rstd = reciprocal(spread, rest, channel, known)
     if EPS is not None:
         rstd = 1.0 / tl.sqrt(rstd + EPS)
     pivot, high, low, shift = coefficients(center, rstd, weight, bias, channel, known, REAL)
-    value = tl.load(x + at, inside, other=0.0).to(REAL)
-    z = affine(value, pivot, high, low, shift)
-    output(z, residual, y, at, inside, ACT, SLOPE)
+    for i in tl.range(0, share, num_stages=STAGES):
+        index = first - i
+        at, inside = places(
+            index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG, EVEN
+        )
+        value = tl.load(x + at, inside, eviction_policy="evict_first").to(REAL)
+        z = affine(value, pivot, high, low, shift)
+        output(z, residual, y, at, inside, ACT, SLOPE)
 
 
 @triton.jit(do_not_specialize=["rows", "parts", "momentum", "momentum_rest"])
@@ -226,34 +226,25 @@ def forward_kernel(
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     LONG: tl.constexpr,
+    EVEN: tl.constexpr,
     REAL: tl.constexpr,
 ):
     """Normalize by the tile's own statistics: a tile holds all values of its channels."""
     channel = channels_of(tl.program_id(0), B, ROWS)
     known = channel < channels
     index = tl.program_id(1)  # always 0
-    at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG)
-    value = tl.load(x + at, inside, other=0.0)
-    count = values_in(index, rows, width, parts, A, B, ALIGN, ROWS, LONG)
+    at, inside = places(index, channel, rows, channels, width, parts, A, B, ALIGN, ROWS, LONG, EVEN)
+    value = tl.load(x + at, inside)
+    n = values_in(index, rows, width, parts, A, B, ALIGN, ROWS, LONG).to(tl.float64)
     start = start_of(index, channel, channels, width, parts, A, B, ALIGN, ROWS, LONG)
     pivot = finite(tl.load(x + start, known, other=0.0).to(REAL))
-    n, mean, m2 = tile_moments(value, inside, count, pivot, ROWS)
+    pivot = centered(value, inside, n, pivot, ROWS)
+    deviation = deviations(value, inside, pivot)
+    mean, m2 = about(pivot, n, deviation, deviation * deviation, ROWS)
     rstd = finish(
-        n,
-        mean,
-        m2,
-        channel,
-        known,
-        stats,
-        running_mean,
-        running_var,
-        counter,
-        channels,
-        momentum,
-        momentum_rest,
-        EPS,
-        REST,
-    )
+        n, mean, m2, channel, known, stats, running_mean, running_var, counter,
+        channels, momentum, momentum_rest, EPS, REST,
+    )  # fmt: skip
     pivot, high, low, shift = coefficients(mean, rstd, weight, bias, channel, known, REAL)
     z = affine(value.to(REAL), pivot, high, low, shift)
     output(z, residual, y, at, inside, ACT, SLOPE)

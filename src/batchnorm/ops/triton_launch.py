@@ -28,7 +28,7 @@ Shape = tuple[int, int, int]
 Running = tuple[Tensor, Tensor, Tensor | None, float]
 
 # Partial results that are folded at a time, and channels of a program that folds.
-FOLD_SPLITS, FOLD_CHANNELS = 64, 8
+FOLD_SPLITS, FOLD_CHANNELS = 256, 8
 
 
 def forward(
@@ -64,15 +64,10 @@ def moments(x: Tensor, shape: Shape, stats: Tensor, eps: float, running: Running
     partial = _workspace(x, 3, plan)
     with _on(x):
         moments_kernel[(plan.columns, plan.splits)](
-            x,
-            partial,
-            *_sizes(plan),
-            plan.share,
-            **_constants(plan, x),
-            STAGES=_stages(x),
-            num_warps=plan.warps,
-            maxnreg=triton_plan.REGISTERS,
-        )
+            x, partial, *_sizes(plan), plan.share,
+            **_constants(plan, x), STAGES=_stages("moments", x),
+            num_warps=plan.warps, maxnreg=triton_plan.REGISTERS,
+        )  # fmt: skip
         grid, constants = _fold(plan)
         finish_kernel[grid](
             partial, stats, *_step(running), plan.splits, plan.channels, *_momentum(running),
@@ -98,9 +93,11 @@ def normalize(
     """
     plan = triton_plan.tiled("apply", *shape, x.element_size())
     with _on(x):
-        normalize_kernel[(plan.columns * plan.tiles,)](
-            x, mean, *_pair(spread), weight, bias, residual, y, *_sizes(plan), plan.columns,
-            EPS=eps, **_activation(act), **_constants(plan, x), num_warps=plan.warps,
+        normalize_kernel[(plan.columns * plan.splits,)](
+            x, mean, *_pair(spread), weight, bias, residual, y,
+            *_sizes(plan), plan.columns, plan.share,
+            EPS=eps, **_activation(act), **_constants(plan, x), STAGES=_stages("apply", x),
+            num_warps=plan.warps,
         )  # fmt: skip
 
 
@@ -162,7 +159,7 @@ def sums_of(
         sums_kernel[(plan.columns, plan.splits)](
             dy, x, mean, *_pair(rstd), weight, bias, extra, dresidual, partial,
             *_sizes(plan), plan.share,
-            SOURCE=source, **_activation(act), **_constants(plan, x), STAGES=_stages(x),
+            SOURCE=source, **_activation(act), **_constants(plan, x), STAGES=_stages("sums", x),
             num_warps=plan.warps,
         )  # fmt: skip
         grid, constants = _fold(plan)
@@ -189,10 +186,11 @@ def input_of(
     """Fill dx, and dresidual with dz where it is given."""
     plan = triton_plan.tiled("apply", *shape, x.element_size())
     with _on(x):
-        input_kernel[(plan.columns * plan.tiles,)](
+        input_kernel[(plan.columns * plan.splits,)](
             dy, x, mean, *_pair(rstd), weight, bias, extra, sum_dz, sum_dz_xhat, dx, dresidual,
-            *_sizes(plan), plan.columns, *_two(count or 1),
-            SOURCE=source, **_activation(act), **_constants(plan, x), num_warps=plan.warps,
+            *_sizes(plan), plan.columns, plan.share, *_two(count or 1),
+            SOURCE=source, **_activation(act), **_constants(plan, x), STAGES=_stages("apply", x),
+            num_warps=plan.warps,
         )  # fmt: skip
 
 
@@ -215,12 +213,12 @@ def _constants(plan: Plan, x: Tensor) -> dict[str, Any]:
     real = tl.float64 if x.dtype is torch.float64 else tl.float32
     return {
         "A": plan.a, "B": plan.b, "ALIGN": plan.align,
-        "ROWS": plan.is_rows, "LONG": plan.long, "REAL": real,
+        "ROWS": plan.is_rows, "LONG": plan.long, "EVEN": plan.even, "REAL": real,
     }  # fmt: skip
 
 
-def _stages(x: Tensor) -> int:
-    return triton_plan.STAGES[x.element_size()]
+def _stages(kind: str, x: Tensor) -> int:
+    return triton_plan.STAGES[kind][x.element_size() > 2]
 
 
 def _activation(act: Activation) -> dict[str, Any]:

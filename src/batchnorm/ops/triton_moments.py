@@ -32,36 +32,43 @@ def finite(pivot):
 
 
 @triton.jit
-def tile_moments(x, inside, count, pivot, ROWS: tl.constexpr):
-    """Return count, mean and m2 per channel of a tile, in float64.
-
-    m2 = sum(d^2) - sum(d)^2 / n with d = x - pivot: that loses (mean - pivot)^2 / variance float64
-    roundings, which is no more than n where the pivot is one of the values.
+def deviations(x, inside, pivot):
+    """Return x - pivot of a tile in float64, and 0 outside; ``pivot`` is per channel.
 
     Args:
         x: Values (A, B) as they were loaded.
         inside: Which of them count.
-        count: How many count per channel, a scalar.
-        pivot: Per channel, one of the values, finite.
-        ROWS: Whether each column is a channel; else the tile is of one channel.
+        pivot: Per channel, finite.
     """
     if x.dtype.primitive_bitwidth == 16:
         # Two half numbers differ by a float32, exactly but where one is 2^13 times the other.
-        deviation = (x.to(tl.float32) - pivot.to(tl.float32)[None, :]).to(tl.float64)
+        deviation = x.to(tl.float32) - pivot.to(tl.float32)[None, :]
     else:
         deviation = x.to(tl.float64) - pivot.to(tl.float64)[None, :]
-    deviation = tl.where(inside, deviation, 0.0)
-    n = count.to(tl.float64)
+    return tl.where(inside, deviation, 0.0).to(tl.float64)
+
+
+@triton.jit
+def centered(x, inside, n, pivot, ROWS: tl.constexpr):
+    """Return a better pivot for values of 64 bits, than which float64 is no wider: their mean."""
     pivot = pivot.to(tl.float64)
     if x.dtype.primitive_bitwidth == 64:
-        # Here float64 is no wider than the values: about the tile's own mean, nothing is lost.
-        pivot += over(deviation, ROWS) / tl.maximum(n, 1.0)
-        deviation = tl.where(inside, x - pivot[None, :], 0.0)
-    left = over(deviation, ROWS)
-    square = over(deviation * deviation, ROWS)
+        mean = pivot + over(deviations(x, inside, pivot), ROWS) / tl.maximum(n, 1.0)
+        pivot = tl.where(tl.abs(mean) < float("inf"), mean, pivot)
+    return pivot
+
+
+@triton.jit
+def about(pivot, n, left, square, ROWS: tl.constexpr):
+    """Return mean and m2 per channel from the sums of d and d^2 of a tile, d = x - pivot.
+
+    m2 = sum(d^2) - sum(d)^2 / n loses (mean - pivot)^2 / variance float64 roundings, which is no
+    more than n where the pivot is one of the n values.
+    """
+    left, square = over(left, ROWS), over(square, ROWS)
     share = left * (1.0 / tl.maximum(n, 1.0))
     m2 = square - left * share
-    return n, pivot + share, tl.where(m2 < 0, 0.0, m2)
+    return pivot + share, tl.where(m2 < 0, 0.0, m2)
 
 
 @triton.jit

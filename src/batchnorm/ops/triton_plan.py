@@ -8,14 +8,19 @@ import functools
 import math
 from typing import NamedTuple
 
-# Elements of a tile: (while statistics are taken, while gradients are summed, otherwise).
-TILE = {"moments": 8192, "sums": 4096, "apply": 4096}
+# Elements of a tile: while statistics are taken, while gradients are summed, otherwise.
+TILE = {"moments": 4096, "sums": 4096, "apply": 4096}
 
 # A channel's values are handled in one pass if they fit into a tile of so many elements.
 ONE_PASS = {"forward": 32768, "backward": 16384}
 
-# Programs that share the values of a tensor while it is reduced: four on each of 132 processors.
-PROGRAMS = 512
+# Programs that share a tensor. Two reducing ones fit on each of 132 processors, so that all start
+# at once and end together; the others are more, and come and go.
+PROGRAMS = {"moments": 264, "sums": 264, "apply": 528}
+
+# Tiles that a program goes over at the most where nothing is reduced: they share the arithmetic in
+# float64 that each channel needs, and a longer way would leave the last programs alone.
+MOST_TILES = 8
 
 # Bytes of neighbouring channels in a tile of rows: two cache lines.
 ROW_BYTES = 256
@@ -23,9 +28,10 @@ ROW_BYTES = 256
 # Registers of a thread while statistics are taken: two programs of 8 warps fit then.
 REGISTERS = 128
 
-# Tiles on their way through shared memory while one is reduced, by bytes of a value: with three
-# tensors of 4096 values no more than 48 KiB, of which several programs fit into a multiprocessor.
-STAGES = {2: 3, 4: 2, 8: 2}
+# Tiles on their way to a multiprocessor while one is worked on, and that one, of values of 2 bytes
+# and of wider ones: in the two programs of a processor some 64 KiB are on the way then. Tiles that
+# are copied ahead take no hint of what the cache should keep; with 1 they are not.
+STAGES = {"moments": (5, 3), "sums": (3, 2), "apply": (1, 1)}
 
 # The least that a row of a tile should read: one sector of memory.
 SECTOR = 32
@@ -41,13 +47,14 @@ class Plan(NamedTuple):
         parts: Rows that a plane is cut into.
         columns: Columns of tiles.
         tiles: Tiles in a column.
-        splits: Programs that share a column while it is reduced.
+        splits: Programs that share a column.
         share: Tiles that each of them takes.
         a: Rows of a tile.
         b: Lanes of a tile.
         align: What divides the distance of two rows, up to 16.
         is_rows: Whether a lane is a channel.
         long: Whether offsets need 64 bits.
+        even: Whether all tiles that programs go over are full.
         warps: Warps of a program.
     """
 
@@ -64,6 +71,7 @@ class Plan(NamedTuple):
     align: int
     is_rows: bool
     long: bool
+    even: bool
     warps: int
 
 
@@ -88,7 +96,7 @@ def tiled(kind: str, outer: int, channels: int, inner: int, itemsize: int) -> Pl
         b = _lanes(inner, elements)
         parts = -(-inner // b)
     a = min(elements // b, _power(outer * parts))
-    return _plan(outer, channels, inner, is_rows, a, b, parts)
+    return _plan(kind, outer, channels, inner, is_rows, a, b, parts)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -110,19 +118,24 @@ def whole(kind: str, outer: int, channels: int, inner: int, itemsize: int) -> Pl
             return None
         # As few channels as a sector allows, so that many processors have some.
         b = max(least, min(_power(channels) // 128, 64, elements // a))
-        return _plan(outer, channels, 1, True, a, b, 1)
+        return _plan(kind, outer, channels, 1, True, a, b, 1)
     outer, inner = (1, outer) if inner == 1 else (outer, inner)
     a, b = _power(outer), _power(inner)
-    return None if a * b > elements else _plan(outer, channels, inner, False, a, b, 1)
+    return None if a * b > elements else _plan(kind, outer, channels, inner, False, a, b, 1)
 
 
-def _plan(outer: int, channels: int, inner: int, is_rows: bool, a: int, b: int, parts: int) -> Plan:
+def _plan(
+    kind: str, outer: int, channels: int, inner: int, is_rows: bool, a: int, b: int, parts: int
+) -> Plan:
     rows = outer * parts
     columns = -(-channels // b) if is_rows else channels
     tiles = -(-rows // a)
-    share = -(-tiles // min(tiles, max(1, PROGRAMS // columns)))
+    share = _share(tiles, max(1, PROGRAMS.get(kind, 1) // columns), kind == "apply")
     splits = -(-tiles // share)
     step = channels if is_rows else inner
+    even = rows == splits * share * a and (
+        columns * b == channels if is_rows else parts * b == inner
+    )
     align = math.gcd(step, 16)
     # The furthest offset that is formed, if only to be masked.
     furthest = (splits * share * a // parts + 1) * (channels * inner) + parts * b
@@ -130,8 +143,18 @@ def _plan(outer: int, channels: int, inner: int, is_rows: bool, a: int, b: int, 
     warps = min(max(1, a * b // 512), 8 if a * b <= 8192 else 16)
     return Plan(
         rows, channels, step // align, parts, columns, tiles, splits, share,
-        a, b, align, is_rows, furthest >= 2**31, warps,
+        a, b, align, is_rows, furthest >= 2**31, even, warps,
     )  # fmt: skip
+
+
+def _share(tiles: int, programs: int, capped: bool) -> int:
+    """Return how many tiles a program takes: such that none is left over, if that is near."""
+    share = -(-tiles // min(tiles, programs))
+    near = range(share, min(tiles, int(1.15 * share)) + 1)
+    if capped:
+        share = min(share, MOST_TILES)
+        near = range(share, share // 2, -1)
+    return next((some for some in near if tiles % some == 0), share)
 
 
 def _lanes(inner: int, most: int) -> int:

@@ -38,8 +38,12 @@ def places(
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     LONG: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
-    """Return offsets (A, B) of the tile ``index`` of a column, and which of them are inside."""
+    """Return offsets (A, B) of the tile ``index`` of a column, and which of them are inside.
+
+    With EVEN that is all of them, and the compiler leaves out what else depends on it.
+    """
     if LONG:
         index = index.to(tl.int64)
     row = index * A + tl.arange(0, A)
@@ -53,7 +57,20 @@ def places(
         plane = (row // parts) * channels + channel
         at = (plane * step + start)[:, None] + lane[None, :]
         inside = (row < rows)[:, None] & (start[:, None] + lane[None, :] < step)
+    if EVEN:
+        inside = tl.full((A, B), True, tl.int1)
     return at, inside
+
+
+@triton.jit
+def block_of(columns, share):
+    """Return the column of this program's ``share`` tiles, and the last of them.
+
+    Programs go from the end of the tensor to its beginning, and each over its tiles likewise: what
+    the pass before has read last is what is still in the cache.
+    """
+    place = tl.num_programs(0) - 1 - tl.program_id(0)
+    return place % columns, (place // columns) * share + share - 1
 
 
 @triton.jit

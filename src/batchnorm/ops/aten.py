@@ -1,0 +1,166 @@
+"""Torch's own kernels for CUDA, seen as the other backends are: those that ``F.batch_norm`` runs.
+
+They serve where they were measured to be faster (``cuda_choice``), and whoever asks for them. Mean
+and variance come from ``batch_norm_update_stats``, which hands out the variance itself: from the
+float32 1 / sqrt(var + eps) of ``native_batch_norm`` no variance that is small next to eps could be
+had. An addition and an activation are operations of their own, as in any torch program.
+
+Torch's kernel sums in float32, by Welford's recurrence in each thread: the mean may be off by a few
+roundings instead of one, and the variance by more than 1e-6 where |mean| / std is 1000 or more
+(docs/decisions/0040-triton.md).
+
+The operations of which synchronized and frozen statistics are made are those of ``reference``.
+"""
+
+import torch
+from torch import Tensor
+
+from batchnorm.ops import reference
+from batchnorm.ops.activations import IDENTITY, Activation
+from batchnorm.ops.strides import wide
+
+# running_mean, running_var, num_batches_tracked, momentum
+Running = tuple[Tensor, Tensor, Tensor | None, float]
+
+# Whether ``forward`` takes the step of the running statistics in the same call.
+commits = True
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def missing() -> str | None:
+    """Return why there is no such backend here, or None where there is."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA, whose kernels these are"
+    return None
+
+
+def serves(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, axis: int
+) -> str | None:
+    """Return why these tensors cannot be served, or None where they can."""
+    if axis != 1:
+        return f"the channels are on axis {axis}; torch's kernels take them on axis 1"
+    if x.dtype not in _DTYPES or x.layout is not torch.strided:
+        return f"it is {x.layout} of {x.dtype}; torch's kernels take strided floating tensors"
+    if x.numel() <= x.shape[1]:
+        return "torch's kernels take more than one value per channel"
+    dtype = wide(x)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.dtype != dtype or tensor.device != x.device):
+            return f"{name} is {tensor.dtype} on {tensor.device}; expected {dtype} on {x.device}"
+    if residual is not None and (residual.dtype != x.dtype or residual.device != x.device):
+        return f"the residual is {residual.dtype} on {residual.device}; expected the input's dtype"
+    return None
+
+
+def moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Return mean and m2 per channel."""
+    mean, var = _statistics(x, None)
+    return mean, var * (x.numel() // x.shape[1])
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: Activation,
+    axis: int,
+) -> Tensor:
+    """Return act((x - mean) * rstd * weight + bias + residual)."""
+    rstd = rstd if rstd.ndim == 1 else rstd[0]
+    if x.is_cuda:
+        y = torch.batch_norm_elemt(x, weight, bias, mean, rstd, 0.0)
+    else:  # the same formula; for tests
+        y = torch.native_batch_norm(x, weight, bias, mean, rstd**-2, False, 0.0, 0.0)[0]
+    return act(y if residual is None else y + residual)
+
+
+def evaluate(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: Activation,
+    eps: float,
+    axis: int,
+) -> Tensor:
+    """Normalize by stored statistics."""
+    mean, rstd = mean.to(wide(x)), torch.rsqrt(var + eps).to(wide(x))
+    return normalize(x, mean, rstd, weight, bias, residual, act, axis)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: Activation,
+    eps: float,
+    axis: int,
+    running: Running | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Normalize by the input's own statistics; return y and stats (4, C), of which the last is 0.
+
+    With ``running`` the same call moves the running statistics and the counter.
+    """
+    mean, var = _statistics(x, running)
+    rstd = torch.rsqrt(var + eps)
+    m2 = var * (x.numel() // x.shape[1])
+    stats = torch.stack([mean, m2, rstd, torch.zeros_like(mean)])
+    return normalize(x, mean, rstd, weight, bias, residual, act, axis), stats
+
+
+backward_sums = reference.backward_sums
+backward_input = reference.backward_input
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+    act: Activation,
+    axis: int,
+    want_residual: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Invert ``forward``; return dx, dresidual, sum(dz), sum(dz * xhat)."""
+    mean, rstd = stats[0], stats[2]
+    dz = dy
+    if act.name != "identity":
+        z = y
+        if y is None or not act.from_output:
+            z = normalize(x, mean, rstd, weight, bias, residual, IDENTITY, axis)
+        assert z is not None
+        dz = act.backward(dy, z)
+    # Torch takes the dtype of the sums from the weight, and does not ask whether there is one.
+    scale = torch.ones_like(mean) if weight is None else weight
+    dx, sum_dz_xhat, sum_dz = torch.ops.aten.native_batch_norm_backward(
+        dz, x, scale, None, None, mean, rstd, True, 0.0, [True, True, True]
+    )
+    return dx, dz if want_residual else None, sum_dz, sum_dz_xhat
+
+
+def _statistics(x: Tensor, running: Running | None) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance in the arithmetic's dtype, and take the running step."""
+    if not x.is_cuda:  # where they would have x's dtype
+        x = x.to(wide(x))
+    if running is None or running[0].dtype != wide(x):
+        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+        if running is not None:
+            n = x.numel() // x.shape[1]
+            running[0].lerp_(mean.to(running[0].dtype), running[3])
+            running[1].lerp_(var.to(running[1].dtype) * (n / (n - 1)), running[3])
+    else:
+        mean, var = torch.batch_norm_update_stats(x, running[0], running[1], running[3])
+    if running is not None and running[2] is not None:
+        running[2].add_(1)
+    return mean, var

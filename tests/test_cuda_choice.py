@@ -1,0 +1,207 @@
+"""Torch's own kernels as a backend, on the CPU, where they mean the same; and who is chosen by rows."""
+
+import copy
+import csv
+import itertools
+from dataclasses import fields
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+import oracle
+from batchnorm.benchmark.cases import Case as Cell
+from batchnorm.benchmark.measure import Timing
+from batchnorm.benchmark.rows import Row, rows_of, write_rows
+from batchnorm.errors import BackendError
+from batchnorm.ops import aten, backend, cuda, cuda_choice, library
+from batchnorm.ops.activations import IDENTITY, Activation
+from test_ops import ACTS, COARSE, EPS, Case, check_gradients, plain
+
+RELU = Activation("relu")
+AROUND = {"date": "", "commit": "", "machine": "cpu", "threads": 0, "torch": ""}
+
+
+def looser(case, dtype):
+    """Torch sums in float32 and, for 16 bits, rounds between normalization, addition and activation."""
+    narrow = oracle.ROUNDING[dtype][0] if dtype in ("bfloat16", "float16") else 0
+    size = 12 * max(1.0, float(abs(case.done.z).max()))
+    for name in ("allowed", "fine", "inner", "sums"):
+        judge = getattr(case, name)
+        scale = case.done.count if name == "sums" else 1
+        more = judge.atol + (narrow + 2.0**-22 * (dtype != "float64")) * size * scale
+        setattr(case, name, judge._replace(atol=more))
+    return case
+
+
+@pytest.mark.parametrize("layout", ["rows", "line", "image", "channels_last", "volume", "strided"])
+@pytest.mark.parametrize("act", [a for a in ACTS if a.name not in COARSE], ids=str)
+def test_every_function_is_the_textbook(layout, act):
+    for dtype, adds in itertools.product(("float32", "float64", "bfloat16"), (False, True)):
+        case = looser(Case(layout, act, dtype, adds), dtype)
+        assert aten.serves(case.x, case.weight, case.bias, case.residual, case.axis) is None
+        mean, m2, rstd = case.statistics()
+        for got, expected in zip(aten.moments(case.x, 1), (mean, m2), strict=True):
+            oracle.assert_close(plain(got), plain(expected), case.sums, "moments")
+        y = aten.normalize(case.x, mean, rstd, *case.given, 1)
+        assert y.dtype == case.x.dtype
+        oracle.assert_close(plain(y), case.done.y, case.allowed, "normalize")
+        y = aten.evaluate(case.x, mean, m2 / case.done.count, *case.given, EPS, 1)
+        oracle.assert_close(plain(y), case.done.y, case.allowed, "evaluate")
+        y, stats = aten.forward(case.x, *case.given, EPS, 1)
+        oracle.assert_close(plain(y), case.done.y, case.allowed, "forward")
+        oracle.assert_close(plain(stats[2]), case.done.rstd, case.fine, "rstd")
+        kept = library.needed(act, case.residual, y)
+        given = (case.weight, case.bias, *kept, act, 1, adds)
+        dx, dresidual, *sums = aten.backward(case.dy, case.x, stats, *given)
+        check_gradients(case, (dx, sums[1], sums[0], dresidual))
+        assert (dresidual is None) == (not adds)
+
+
+def test_the_result_and_its_recipe_have_the_same_bits():
+    x, weight, bias = torch.randn(4, 3, 5).bfloat16(), torch.randn(3), torch.randn(3)
+    y, stats = aten.forward(x, weight, bias, x, RELU, EPS, 1)
+    assert torch.equal(y, aten.normalize(x, stats[0], stats[2:], weight, bias, x, RELU, 1))
+
+
+def test_a_variance_that_is_small_next_to_eps_keeps_its_digits():
+    x = (torch.randn(64, 3, 4, dtype=torch.float64) * 1e-4).float()
+    _, stats = aten.forward(x, None, None, None, IDENTITY, 1e-3, 1)
+    exact = x.double().var((0, 2), correction=0) * 256
+    assert float((stats[1].double() / exact - 1).abs().max()) <= 1e-6
+    # Of what F.batch_norm hands to its backward, only so much is left.
+    invstd = torch.native_batch_norm(x, None, None, None, None, True, 0.0, 1e-3)[2]
+    assert float(((invstd.double() ** -2 - 1e-3) * 256 / exact - 1).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_the_running_step_is_torch_s(wide):
+    x = torch.randn(6, 3, 4)
+    theirs = nn.BatchNorm1d(3, momentum=0.3)
+    running = torch.zeros(3, dtype=wide), torch.ones(3, dtype=wide), torch.tensor(0), 0.3
+    for _ in range(2):
+        theirs(x)
+        aten.forward(x, None, None, None, IDENTITY, EPS, 1, running)
+    for ours, buffer in zip(running[:3], theirs.buffers(), strict=True):
+        torch.testing.assert_close(ours, buffer, check_dtype=False)
+
+
+def test_who_cannot_be_served_is_told_why(monkeypatch):
+    x, w = torch.randn(4, 3, 2), torch.ones(3)
+    assert aten.serves(x, w, w, x, 1) is None
+    assert "axis" in aten.serves(x, None, None, None, 2)
+    assert "int64" in aten.serves(x.long(), None, None, None, 1)
+    assert "more than one value" in aten.serves(x[:1, :, :1], None, None, None, 1)
+    assert "weight" in aten.serves(x, w.half(), None, None, 1)
+    assert "residual" in aten.serves(x, w, w, x.double(), 1)
+    monkeypatch.setitem(backend.BACKENDS, "aten", aten)
+    with bn.use_backend("aten"):
+        assert backend.chosen(x) is aten
+        with pytest.raises(BackendError, match="on axis 2"):
+            bn.functional.normalize(x, axis=2)
+    if torch.version.cuda is None:
+        assert "without CUDA" in aten.missing()
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """Write measured rows: (case, seconds of triton, seconds of aten)."""
+    monkeypatch.setattr(cuda_choice, "TABLE", tmp_path / "choices.csv")
+
+    def write(*cells, **around):
+        rows = []
+        for cell, triton, torchs in cells:
+            times = {"triton": triton, "aten": torchs, "eager": 1.0, "copy": 1.0}
+            timings = {name: Timing(t, t, t, 5) for name, t in times.items()}
+            rows += rows_of(cell, timings, {}, {**AROUND, **around})
+        write_rows(cuda_choice.TABLE, rows)
+        cuda_choice.faster.cache_clear()
+
+    yield write
+    cuda_choice.faster.cache_clear()
+
+
+def cell(shape, op="bn", mode="train", dtype="bf16", last=False):
+    return Cell(op, mode, dtype, shape, last)
+
+
+def who(x, mode="train", act=IDENTITY, adds=False, weight=None, axis=1):
+    return cuda_choice.served(mode, x, weight, None, act, adds, axis)
+
+
+def test_the_table_that_is_kept_is_one_of_rows():
+    with cuda_choice.TABLE.open() as file:
+        assert next(csv.reader(file)) == [field.name for field in fields(Row)]
+    measured = cuda_choice.read()
+    assert bn.env()["choice"] == cuda_choice.said()
+    assert measured or "nothing was measured" in bn.env()["choice"]
+
+
+def test_whoever_was_faster_serves(table):
+    x = torch.randn(32, 64, 8, 8).bfloat16()
+    table()
+    assert who(x) is cuda and "nothing" in cuda_choice.said()
+    table((cell((32, 64, 8, 8)), 2.0, 1.0), (cell((8192, 1024)), 1.0, 2.0))
+    assert who(x) is aten and "cpu" in cuda_choice.said()
+    assert who(torch.randn(8192, 1024).bfloat16()) is cuda
+    # A tie is not worth the digits.
+    table((cell((32, 64, 8, 8)), 1.02, 1.0))
+    assert who(x) is cuda
+    # Another machine's rows say nothing.
+    table((cell((32, 64, 8, 8)), 2.0, 1.0), machine="a GPU")
+    assert who(x) is cuda and "a GPU" in cuda_choice.said()
+
+
+def test_a_row_speaks_for_its_kind_and_size_only(table):
+    table((cell((32, 64, 8, 8)), 2.0, 1.0), (cell((32, 64, 8, 8), "bn+add+relu"), 1.0, 2.0))
+    x = torch.randn(32, 64, 8, 8).bfloat16()
+    assert who(x) is who(x.half()) is who(torch.randn(40, 100, 8, 9).bfloat16()) is aten
+    for other in (
+        who(x, "eval"),
+        who(x, act=RELU),
+        who(x, act=RELU, adds=True),
+        who(x.contiguous(memory_format=torch.channels_last)),
+        who(x.float()),
+        who(torch.randn(32, 1024, 8, 8).bfloat16()),
+        who(torch.randn(512, 64, 8, 8).bfloat16()),
+        who(torch.randn(2048, 64).bfloat16()),
+        who(x, weight=torch.ones(64).bfloat16()),  # which torch's kernels decline
+        who(x, axis=2),
+    ):
+        assert other is cuda
+    # Of two rows of one size, both must agree.
+    table((cell((32, 64, 8, 8)), 2.0, 1.0), (cell((40, 64, 8, 8)), 1.0, 2.0))
+    assert who(x) is cuda
+
+
+def test_all_of_a_call_goes_where_the_rows_say(table, monkeypatch):
+    cells = [(cell((32, 64, 8, 8), op, mode), 2.0, 1.0)
+        for op in ("bn", "bn+add+relu") for mode in ("train", "eval")]  # fmt: skip
+    table(*cells)
+    monkeypatch.setattr(cuda_choice, "serves", lambda *_: None)
+    monkeypatch.setattr(backend, "_order", (cuda_choice,))
+    calls = []
+    for name in ("forward", "evaluate", "backward"):
+        genuine = getattr(aten, name)
+        monkeypatch.setattr(aten, name, lambda *a, n=name, f=genuine: calls.append(n) or f(*a))
+    ours = bn.BatchNorm2d(64)
+    theirs = copy.deepcopy(nn.BatchNorm2d(64))
+    x = torch.randn(32, 64, 8, 8).bfloat16().requires_grad_()
+    other, dy = x.detach().clone().requires_grad_(), torch.randn(32, 64, 8, 8).bfloat16()
+    y = ours(x)
+    y.backward(dy)
+    expected = theirs(other)
+    expected.backward(dy)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=2e-2, atol=2e-2)
+    assert calls == ["forward", "backward", "evaluate"]
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(x.grad, other.grad, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-3, atol=1e-2)
+    for one, buffer in zip(ours.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(one, buffer, rtol=1e-3, atol=1e-4)
+    # With an addition, whose y alone is kept for backward, too.
+    fused = bn.BatchNorm2d(64, activation="relu")
+    fused(x, x.detach()).backward(dy)
+    assert calls[3:] == ["forward", "backward"]
