@@ -12,7 +12,7 @@
 namespace batchnorm::BATCHNORM_ISA {
 
 constexpr int64_t chunk_elements = 65536;           // of one channel
-constexpr int64_t serial_below = 65537;             // elements: less is done sooner than threads are woken
+constexpr int64_t alone_below = 16385;              // elements: less is done sooner than threads are woken
 constexpr int64_t run_bytes = int64_t(128) << 10;    // read in one go
 constexpr int64_t panel_bytes = int64_t(4) << 20;   // of all tensors of a panel, in the cache
 constexpr int64_t fused_bytes = int64_t(6) << 20;   // of all tensors of one channel
@@ -67,7 +67,7 @@ class Planes {
         return bytes >= stream_bytes && lines_aligned(out, a.inner * int64_t(sizeof(T)));
     }
 
-    int threads() const { return a.outer * stride < serial_below ? 1 : a.threads; }
+    int threads() const { return a.outer * stride < alone_below ? 1 : a.threads; }
 
     bool fused(int tensors) const {
         return threads() == 1 || chunks <= 1 || (a.channels >= 4 * threads() && channel_bytes(tensors) <= fused_bytes);

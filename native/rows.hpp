@@ -14,7 +14,8 @@ template <class T>
 class Rows {
   public:
     using A = Real<T>;
-    static constexpr int64_t strip = 64;  // channels finished by one task
+    static constexpr int64_t strip = 64;             // channels finished by one task
+    static constexpr int64_t alone_below = 65537;  // elements: threads would meet three times
     const Args& a;
     const int64_t repeat, width, rows, rest, padded, chunk_rows, chunks, panel, panels;
 
@@ -24,7 +25,7 @@ class Rows {
           chunk_rows(rows_of_chunk(rows, width)), chunks(rows > 0 ? (rows + chunk_rows - 1) / chunk_rows : 1),
           panel(columns_of_part()), panels((width + panel - 1) / panel) {}
 
-    int threads() const { return a.outer * a.channels < serial_below ? 1 : a.threads; }
+    int threads() const { return a.outer * a.channels < alone_below ? 1 : a.threads; }
 
     bool streams(const void* out) const {
         const int64_t bytes = a.outer * a.channels * int64_t(sizeof(T));
