@@ -20,6 +20,7 @@ from batchnorm.errors import SurgeryError
 from batchnorm.fusion.plan import Plan, same_kind
 from batchnorm.fusion.prepared import Prepared, versions
 from batchnorm.fusion.recognize import Absorbable, is_metadata, recognize
+from batchnorm.fusion.traces import Normally, can_be_snapshot, snapshot
 from batchnorm.ops.activations import IDENTITY
 
 CHANGED = """\
@@ -129,7 +130,9 @@ def settle(p: Any, reason: str | None) -> Tensor:
     if not _untouched(p):
         return p  # type: ignore[no-any-return]
     state.check()
-    _become(p, state.prepared.run(state.residual, IDENTITY))
+    with Normally():
+        result = state.prepared.run(state.residual, IDENTITY)
+    _become(p, result)
     return p  # type: ignore[no-any-return]
 
 
@@ -211,7 +214,8 @@ def _absorb_activation(p: Any, step: Absorbable) -> Tensor | None:
     result, p._ahead = p._ahead, None
     if result is None:
         state.check()
-        result = state.prepared.run(state.residual, step.act)
+        with Normally():
+            result = state.prepared.run(state.residual, step.act)
     return _become(p, result) if step.inplace else result
 
 
@@ -221,9 +225,13 @@ def _absorb_addition(p: Any, step: Absorbable) -> Tensor | None:
     if residual is p or not same_kind(p, residual):
         return None
     state.check()
-    result = state.prepared.run(residual, state.plan.act)
-    if state.plan.act != IDENTITY:
-        result = pend(state._replace(residual=residual, seen=versions(residual)), result)
+    # A sum whose operand may change unseen is not put off.
+    act = state.plan.act if can_be_snapshot(residual) else IDENTITY
+    with Normally():
+        result = state.prepared.run(residual, act)
+    if act != IDENTITY:
+        kept: Any = snapshot(residual)
+        result = pend(state._replace(residual=kept, seen=versions(kept)), result)
     return _become(p, result) if step.inplace else result
 
 
