@@ -15,11 +15,11 @@ from batchnorm.fusion.traces import Normally
 from batchnorm.ops.onlookers import is_recomputing
 
 # (adds, training) -> the number of elements below which the detour costs more than it saves:
-# 16 to 150 microseconds of Python against passes over memory (docs/decisions/0008-pending.md).
+# 30 to 270 microseconds of Python against passes over memory (docs/decisions/0008-pending.md).
 SMALLEST = {
-    (False, True): 1 << 17,
+    (False, True): 1 << 18,
     (False, False): 1 << 19,
-    (True, True): 1 << 17,
+    (True, True): 1 << 20,
     (True, False): 1 << 20,
 }
 

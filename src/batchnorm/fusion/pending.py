@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from batchnorm.errors import SurgeryError
 from batchnorm.fusion.plan import Plan, same_kind
 from batchnorm.fusion.prepared import Prepared, versions
-from batchnorm.fusion.recognize import Absorbable, is_metadata, recognize
+from batchnorm.fusion.recognize import Absorbable, is_metadata, reads_memory, recognize
 from batchnorm.fusion.traces import Normally, can_be_snapshot, snapshot
 from batchnorm.ops.activations import IDENTITY
 
@@ -28,6 +28,11 @@ The input, weight, bias or residual of the batch normalization {name!r} was chan
 the layer was called and before its result was used. bn.convert had put the computation off to do \
 it together with what follows; the value would be wrong now. Change a copy, or convert with \
 fuse=False."""
+
+OTHER_DATA = """\
+the output of the batch normalization {name!r} was given to an autograd.Function or a C++ extension, \
+and then .data of {given} in the place of {had}. Assign .data of the same shape, dtype and strides, \
+or convert with fuse=False."""
 
 _plainly = torch._C.DisableTorchFunctionSubclass
 _grad, _inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
@@ -73,6 +78,7 @@ class Pending(torch.Tensor):
         _ahead: The result with everything that is expected, computed already; None if not.
         _content: Its own values, once something has looked below the API.
         _place: A list with a weak reference to it, for the end of the pass.
+        _real: An ordinary tensor over its values, once something has asked for memory.
     """
 
     _state: State
@@ -80,6 +86,7 @@ class Pending(torch.Tensor):
     _ahead: Tensor | None
     _content: Tensor | None
     _place: list[Any]
+    _real: Tensor
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -96,6 +103,11 @@ class Pending(torch.Tensor):
         missed = getattr(func, "__name__", str(func))
         args, kwargs = tree_map_only(Pending, lambda p: settle(p, missed), (args, kwargs))
         if not any(_is_pending(one) for one in _leaves(args, kwargs)):
+            return func(*args, **kwargs)
+        if func == _SET_DATA and _is_pending(args[0]):
+            return _set_data(*args)
+        if reads_memory(func):
+            args, kwargs = tree_map_only(Pending, _kept_real, (args, kwargs))
             return func(*args, **kwargs)
         with _plainly():
             return func(*args, **kwargs)
@@ -143,6 +155,24 @@ def real(p: Any) -> Any:
         return p
     with _plainly():
         return torch.ops.aten.alias(p)
+
+
+def _kept_real(p: Any) -> Any:
+    """Return an ordinary tensor over the same values, once: whoever asks may remember its id."""
+    if "_real" not in p.__dict__:
+        p._real = real(p)
+    p._real.__dict__.update(_written(p))
+    return p._real
+
+
+def _set_data(p: Any, data: Any) -> None:
+    data = real(data).detach()
+    given, had = ((t.shape, t.dtype, t.device, t.stride()) for t in (data, p))
+    if given != had:
+        shapes = {"given": f"{tuple(given[0])}, {given[1]}", "had": f"{tuple(had[0])}, {had[1]}"}
+        raise SurgeryError(OTHER_DATA.format(name=p._state.name, **shapes))
+    p._content = data
+    p.__dict__.pop("_real", None)
 
 
 def settle_rest(alive: list[list[Any]], reason: str | None) -> None:
@@ -237,8 +267,7 @@ def _absorb_addition(p: Any, step: Absorbable) -> Tensor | None:
 
 def _become(p: Any, result: Any) -> Tensor | None:
     """Make the object ``p`` the tensor ``result``; None where somebody below holds it."""
-    # What others have written to the object stays with it.
-    written = {name: value for name, value in p.__dict__.items() if name not in _OURS}
+    written = _written(p)
     for one in (p, result):  # what is weakly held cannot be swapped
         one.__dict__.get("_place", []).clear()
     with _plainly():
@@ -253,4 +282,10 @@ def _become(p: Any, result: Any) -> Tensor | None:
     return p  # type: ignore[no-any-return]
 
 
+def _written(p: Any) -> dict[str, Any]:
+    """Return what others have written to the object, which stays with it."""
+    return {name: value for name, value in p.__dict__.items() if name not in _OURS}
+
+
 _OURS = frozenset(Pending.__annotations__)
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]

@@ -61,6 +61,11 @@ def is_metadata(func: Any) -> bool:
     return func in _METADATA
 
 
+def reads_memory(func: Any) -> bool:
+    """Return whether a function wants the memory of a tensor, which a wrapper has not."""
+    return func in _MEMORY
+
+
 def _plain(act: Activation, input: Any) -> Absorbable:
     return Absorbable(input, act)
 
@@ -164,4 +169,12 @@ _METADATA = frozenset(
     [getattr(Tensor, name).__get__ for name in _ATTRIBUTES]
     + [getattr(Tensor, name) for name in _METHODS]
     + [torch.is_floating_point, torch.is_complex, torch.numel]
+)
+_MEMORY = frozenset(
+    getattr(Tensor, name)
+    for name in (
+        *("data_ptr", "tolist", "numpy", "untyped_storage", "storage", "_typed_storage"),
+        *("__array__", "__reduce_ex__", "__deepcopy__", "__dlpack__", "__dlpack_device__"),
+        *("is_shared", "share_memory_"),
+    )
 )
