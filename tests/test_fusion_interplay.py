@@ -329,7 +329,7 @@ def _converted_after_wrapping(rank: int, inside: bool, static: bool) -> dict[str
                 y = y["y"] if kind == "bare" else y
                 assert type(y) is Tensor
                 optimizer.zero_grad()
-                (y * torch.randn_like(y)).sum().backward()
+                y.backward(torch.randn_like(y))
                 optimizer.step()
             tensors = [*model.named_parameters(), *model.named_buffers()]
             found |= {f"{which} {kind} {n}": t.detach().clone() for n, t in tensors}

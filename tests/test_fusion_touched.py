@@ -22,11 +22,11 @@ class Threefold(torch.autograd.Function):
     """Saves nothing."""
 
     @staticmethod
-    def forward(ctx, y):  # noqa: ARG004
+    def forward(ctx, y):
         return y * 3
 
     @staticmethod
-    def backward(ctx, dy):  # noqa: ARG004
+    def backward(ctx, dy):
         return dy * 3
 
 
@@ -109,3 +109,82 @@ def test_data_of_another_shape_is_an_error_that_names_the_layer():
     model.teach = False
     with pytest.raises(bn.errors.SurgeryError, match=r"'layer'.*data of \(1, 4, 6, 6\)"):
         model(x, r)
+
+
+# Who asks for the gradient of the output itself, once a result was made of it.
+
+ASKED = {
+    "a hook": lambda y, z: y.register_hook(lambda dy: dy * 3),
+    "a kept gradient": lambda y, z: y.retain_grad(),
+    "a gradient": lambda y, z: torch.autograd.grad(z.sum(), y, retain_graph=True),
+    "a gradient by name": lambda y, z: torch.autograd.grad(
+        outputs=z.sum(), inputs=[y], retain_graph=True
+    ),
+    "backward": lambda y, z: (
+        z.square().sum().backward(inputs=[y], retain_graph=True),
+        y.grad,
+    ),
+}
+
+
+@pytest.mark.parametrize("between", [lambda y: None, lambda y: y * 2])
+@pytest.mark.parametrize("lesson", ["relu", "add", "add and relu"])
+@pytest.mark.parametrize("name", ASKED)
+def test_a_gradient_that_is_asked_for_too_late_is_an_error_once(name, lesson, between):
+    def rest(self, y, r):
+        z = LESSONS[lesson](y, r)
+        between(y)
+        ASKED[name](y, z)
+        return z
+
+    model = Taught(rest)
+    model.lesson = LESSONS[lesson]
+    ours = bn.convert(copy.deepcopy(model))
+    x, r = (torch.randn(3, 4, 6, 6, requires_grad=True) for _ in range(2))
+    ours(x, r)
+    ours.teach = model.teach = False
+    with pytest.raises(bn.errors.SurgeryError, match="'layer'.*run the model again"):
+        ours(x, r)
+    for _ in range(2):
+        for one in (ours, model):
+            one.zero_grad()
+            one(x, r).square().sum().backward()
+        torch.testing.assert_close(ours.layer.weight.grad, model.layer.weight.grad)
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_gradient_that_is_asked_for_from_the_start(name):
+    def rest(self, y, r):
+        z = F.relu(y + r)
+        ASKED[name](y, z)
+        return z
+
+    compare_from_the_start(rest, lambda m, x, r: m(x, r))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_gradient_of_what_the_model_returns_or_keeps_besides(kept):
+    def rest(self, y, r):
+        self.__dict__["kept"] = y if kept else None
+        return F.silu(y + r) if kept else (F.silu(y + r), y)
+
+    def use(model, x, r):
+        found = model(x, r)
+        z, y = (found, model.kept) if kept else found
+        (dy,) = torch.autograd.grad(z.square().sum(), y, retain_graph=True)
+        return z * dy
+
+    compare_from_the_start(rest, use)
+
+
+def compare_from_the_start(rest, use) -> None:
+    theirs = Taught(rest)
+    theirs.teach = False
+    ours = bn.convert(copy.deepcopy(theirs))
+    for _ in range(3):
+        x, r = (torch.randn(3, 4, 6, 6, requires_grad=True) for _ in range(2))
+        found = []
+        for model in (ours, theirs):
+            z = use(model, x, r)
+            found.append((z, *torch.autograd.grad(z.square().sum(), (x, r))))
+        torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)

@@ -8,9 +8,10 @@ from torch.nn.modules import module as _hooks
 
 from batchnorm.errors import BatchNormError
 from batchnorm.fusion import session
-from batchnorm.fusion.pending import State, current_modes, pend
+from batchnorm.fusion.pending import pend
 from batchnorm.fusion.plan import Plan
 from batchnorm.fusion.prepared import prepare
+from batchnorm.fusion.state import State, current_modes
 from batchnorm.fusion.traces import Normally
 from batchnorm.ops.onlookers import is_recomputing
 

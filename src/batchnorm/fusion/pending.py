@@ -10,63 +10,27 @@ below the other, keep it right whatever happens to it.
 """
 
 import weakref
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from batchnorm.errors import SurgeryError
-from batchnorm.fusion.plan import Plan, same_kind
-from batchnorm.fusion.prepared import Prepared, versions
-from batchnorm.fusion.recognize import Absorbable, is_metadata, reads_memory, recognize
+from batchnorm.fusion.plan import same_kind
+from batchnorm.fusion.prepared import versions
+from batchnorm.fusion.recognize import (
+    Absorbable,
+    differentiates,
+    is_metadata,
+    reads_memory,
+    recognize,
+)
+from batchnorm.fusion.state import CUT_OFF, OTHER_DATA, State, current_modes
 from batchnorm.fusion.traces import Normally, can_be_snapshot, snapshot
 from batchnorm.ops.activations import IDENTITY
 
-CHANGED = """\
-The input, weight, bias or residual of the batch normalization {name!r} was changed in place after \
-the layer was called and before its result was used. bn.convert had put the computation off to do \
-it together with what follows; the value would be wrong now. Change a copy, or convert with \
-fuse=False."""
-
-OTHER_DATA = """\
-the output of the batch normalization {name!r} was given to an autograd.Function or a C++ extension, \
-and then .data of {given} in the place of {had}. Assign .data of the same shape, dtype and strides, \
-or convert with fuse=False."""
-
 _plainly = torch._C.DisableTorchFunctionSubclass
-_grad, _inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
-_autocast, _cuda = torch.is_autocast_enabled, torch.cuda
-_packing = torch._C._autograd._top_saved_tensors_default_hooks
-
-
-class State(NamedTuple):
-    """What a pending tensor knows.
-
-    Attributes:
-        name: The layer's.
-        prepared: The normalization.
-        plan: What is expected to follow.
-        residual: What has been added already.
-        modes: Of PyTorch, at the call.
-        seen: The residual's version.
-        missed: Called with a reason when something else follows.
-        alive: Where the pass writes down what is pending; see ``pend``.
-    """
-
-    name: str
-    prepared: Prepared
-    plan: Plan
-    residual: Tensor | None
-    modes: tuple[Any, ...]
-    seen: tuple[int, ...]
-    missed: Any
-    alive: list[list[Any]]
-
-    def check(self) -> None:
-        """Raise if what the result is computed from is not what it was at the call."""
-        if self.prepared.changed() or versions(self.residual) != self.seen:
-            raise SurgeryError(CHANGED.format(name=self.name))
 
 
 class Pending(torch.Tensor):
@@ -78,6 +42,7 @@ class Pending(torch.Tensor):
         _ahead: The result with everything that is expected, computed already; None if not.
         _content: Its own values, once something has looked below the API.
         _place: A list with a weak reference to it, for the end of the pass.
+        _given: Whether a result was made of it, in whose graph it is not.
         _real: An ordinary tensor over its values, once something has asked for memory.
     """
 
@@ -86,6 +51,7 @@ class Pending(torch.Tensor):
     _ahead: Tensor | None
     _content: Tensor | None
     _place: list[Any]
+    _given: bool
     _real: Tensor
 
     @classmethod
@@ -101,8 +67,12 @@ class Pending(torch.Tensor):
             if result is not None:
                 return result
         missed = getattr(func, "__name__", str(func))
+        for one in tree_leaves(differentiates(func, args, kwargs)):
+            if _is_pending(one) and one._given:
+                one._state.missed(missed)
+                raise SurgeryError(CUT_OFF.format(asked=missed, name=one._state.name))
         args, kwargs = tree_map_only(Pending, lambda p: settle(p, missed), (args, kwargs))
-        if not any(_is_pending(one) for one in _leaves(args, kwargs)):
+        if not any(_is_pending(one) for one in tree_leaves((args, kwargs))):
             return func(*args, **kwargs)
         if func == _SET_DATA and _is_pending(args[0]):
             return _set_data(*args)
@@ -127,6 +97,7 @@ def pend(state: State, ahead: Tensor | None) -> Tensor:
     with _plainly():
         wrapper._node = wrapper.grad_fn
     wrapper._state, wrapper._ahead, wrapper._content = state, ahead, None
+    wrapper._given = False
     wrapper._place = [weakref.ref(wrapper)]
     state.alive.append(wrapper._place)
     return wrapper  # type: ignore[no-any-return]
@@ -139,7 +110,8 @@ def settle(p: Any, reason: str | None) -> Tensor:
     state: State = p._state
     if reason is not None:
         state.missed(reason)
-    if not _untouched(p):
+    # What has been given away stays a wrapper, which tells those that ask for its gradient.
+    if p._given or not _untouched(p):
         return p  # type: ignore[no-any-return]
     state.check()
     with Normally():
@@ -187,6 +159,7 @@ def settle_rest(alive: list[list[Any]], reason: str | None) -> None:
         if p is None:
             continue
         try:
+            p._given = False
             settle(p, reason)
             if _is_pending(p):
                 _opened(p)
@@ -194,22 +167,8 @@ def settle_rest(alive: list[list[Any]], reason: str | None) -> None:
             continue  # whoever uses it is told
 
 
-def current_modes() -> tuple[Any, ...]:
-    """Return the switches of PyTorch under which an operation means what it means.
-
-    The hooks on saved tensors are among them: activation checkpointing counts what it sees saved.
-    """
-    switches = (_grad(), _inference(), _autocast("cpu"), _autocast("cuda"), _packing(True))
-    return (*switches, torch.cuda.current_stream()) if _cuda._initialized else switches
-
-
 def _is_pending(value: Any) -> bool:
     return type(value) is Pending
-
-
-def _leaves(args: Any, kwargs: Any) -> list[Any]:
-    leaves: list[Any] = torch.utils._pytree.tree_leaves((args, kwargs))
-    return leaves
 
 
 def _untouched(p: Any) -> bool:
@@ -246,7 +205,7 @@ def _absorb_activation(p: Any, step: Absorbable) -> Tensor | None:
         state.check()
         with Normally():
             result = state.prepared.run(state.residual, step.act)
-    return _become(p, result) if step.inplace else result
+    return _handed_over(p, step, result)
 
 
 def _absorb_addition(p: Any, step: Absorbable) -> Tensor | None:
@@ -262,18 +221,28 @@ def _absorb_addition(p: Any, step: Absorbable) -> Tensor | None:
     if act != IDENTITY:
         kept: Any = snapshot(residual)
         result = pend(state._replace(residual=kept, seen=versions(kept)), result)
-    return _become(p, result) if step.inplace else result
+    return _handed_over(p, step, result)
+
+
+def _handed_over(p: Any, step: Absorbable, result: Any) -> Tensor | None:
+    if step.inplace:
+        return _become(p, result)
+    p._given = p._given or p._node is not None
+    return result  # type: ignore[no-any-return]
 
 
 def _become(p: Any, result: Any) -> Tensor | None:
     """Make the object ``p`` the tensor ``result``; None where somebody below holds it."""
     written = _written(p)
-    for one in (p, result):  # what is weakly held cannot be swapped
-        one.__dict__.get("_place", []).clear()
+    before = [(one, type(one), one.__dict__) for one in (p, result)]
+    for _, _, has in before:  # what is weakly held cannot be swapped
+        has.get("_place", []).clear()
     with _plainly():
         try:
             torch.utils.swap_tensors(p, result)
         except RuntimeError:
+            for one, cls, has in before:  # it may have come halfway
+                one.__class__, one.__dict__ = cls, has
             p._place.append(weakref.ref(p))
             return None
     p.__dict__.update(written)

@@ -66,6 +66,15 @@ def reads_memory(func: Any) -> bool:
     return func in _MEMORY
 
 
+def differentiates(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the tensors whose own gradient a call asks for, or will."""
+    if func in _HOOKS:
+        return args[:1]
+    if func is torch.autograd.grad:
+        return kwargs["inputs"] if "inputs" in kwargs else args[1]
+    return None
+
+
 def _plain(act: Activation, input: Any) -> Absorbable:
     return Absorbable(input, act)
 
@@ -178,3 +187,5 @@ _MEMORY = frozenset(
         *("is_shared", "share_memory_"),
     )
 )
+_GRAD: Any = Tensor.grad
+_HOOKS = frozenset([Tensor.register_hook, Tensor.retain_grad, _GRAD.__get__])
