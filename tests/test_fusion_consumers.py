@@ -140,7 +140,7 @@ LESSONS = {
 }
 
 
-def compare(model: Model, training: bool = True) -> None:
+def compare(model: Model, training: bool = True, learns: bool = True) -> None:
     """Teach, then let the other thing come; each pass begins from the same plans."""
     model.train(training)
     theirs = copy.deepcopy(model)
@@ -149,8 +149,9 @@ def compare(model: Model, training: bool = True) -> None:
     for _ in range(2):
         run(ours, x, r, torch.float32)
         run(theirs, x, r, torch.float32)
-    assert fused_with(ours)
-    ours.teach = theirs.teach = False
+    if learns:
+        assert fused_with(ours)
+        ours.teach = theirs.teach = False
     for _ in range(3):
         x, r = torch.randn(2, 3, 4, 6, 6)
         got, expected = (run(m, x, r, torch.float32) for m in (ours, theirs))
@@ -359,30 +360,6 @@ def test_in_place_changes_that_torch_allows(name, training):
     model = Model(READ_BY_BACKWARD[name], training)
     check(model)
     assert fused_with(model) == ""
-
-
-@pytest.mark.parametrize("lesson", LESSONS)
-@pytest.mark.parametrize("what", ["x", "r"])
-def test_changes_of_inference_tensors_leave_no_trace_and_do_no_harm(what, lesson):
-    class Changing(Taught):
-        def forward(self, x, r):
-            x, r = x * 1, r * 1
-            y = self.layer(x)
-            if self.teach:
-                return self.lesson(y, r)
-            y = y if what == "x" else y + r
-            (x if what == "x" else r).mul_(2)
-            return y * 3
-
-    ours = Changing(None)
-    ours.lesson = LESSONS[lesson]
-    theirs = copy.deepcopy(ours)
-    bn.convert(ours)
-    x, r = torch.randn(2, 3, 4, 5, 5)
-    with torch.inference_mode():
-        for i in range(4):
-            ours.teach = theirs.teach = i < 2
-            torch.testing.assert_close(ours(x, r), theirs(x, r), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("what", ["x", "weight", "bias"])

@@ -296,6 +296,67 @@ def test_ddp_with_two_forwards_before_one_backward(buffers):
                 torch.testing.assert_close(value, other, atol=1e-3, rtol=1e-3, msg=name)
 
 
+class Bare(nn.Module):
+    """Returns what a normalization returns, which DDP then looks into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.teach = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), True
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.norm(self.conv(x))
+        return {"y": y.relu() if self.teach else y}
+
+
+def _converted_after_wrapping(rank: int, inside: bool, static: bool) -> dict[str, Tensor]:
+    from batchnorm.fusion import layer
+
+    layer.SMALLEST.update(dict.fromkeys(layer.SMALLEST, 0))
+    found = {}
+    for which in ("ours", "theirs"):
+        torch.manual_seed(0)
+        models = {"net": Net(), "bare": Bare()}
+        for kind, model in models.items():
+            randomize(model)
+            ddp = nn.parallel.DistributedDataParallel(model, static_graph=static)
+            optimizer = torch.optim.SGD(ddp.parameters(), 0.01)
+            for i in range(6):
+                if i == 2 and which == "ours":  # in the middle of training
+                    assert bn.convert(model if inside else ddp) is (model if inside else ddp)
+                torch.manual_seed(10 * i + rank)
+                model.teach = i < 5
+                y = ddp(torch.randn(6, 3, 7, 7))
+                y = y["y"] if kind == "bare" else y
+                assert type(y) is Tensor
+                optimizer.zero_grad()
+                y.backward(torch.randn_like(y))
+                optimizer.step()
+            tensors = [*model.named_parameters(), *model.named_buffers()]
+            found |= {f"{which} {kind} {n}": t.detach().clone() for n, t in tensors}
+            if which == "ours":
+                name = "bn1" if kind == "net" else "norm"
+                log = str(bn.edits(model if inside else ddp))
+                assert f"{name}: BatchNorm2d -> bn.BatchNorm2d" in log, log
+                assert "in training fused with relu" in log or kind == "bare", log
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("static", [True, False])
+def test_converting_what_ddp_has_wrapped(inside, static):
+    """Parameters stay the same objects, so that the reducer's buckets go on to hold."""
+    ranks = across_ranks(_converted_after_wrapping, 2, inside, static)
+    for found in ranks:
+        for name, value in found.items():
+            if name.startswith("ours"):
+                other = found[name.replace("ours", "theirs")]
+                torch.testing.assert_close(value, other, atol=1e-3, rtol=1e-3, msg=name)
+            if "running" not in name:
+                torch.testing.assert_close(value, ranks[0][name], atol=0, rtol=0, msg=name)
+
+
 def _sharded(rank, convert_first):
     mesh = init_device_mesh("cpu", (2,))
     found = {}

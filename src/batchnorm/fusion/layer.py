@@ -8,17 +8,19 @@ from torch.nn.modules import module as _hooks
 
 from batchnorm.errors import BatchNormError
 from batchnorm.fusion import session
-from batchnorm.fusion.pending import State, current_modes, pend
+from batchnorm.fusion.pending import pend
 from batchnorm.fusion.plan import Plan
 from batchnorm.fusion.prepared import prepare
+from batchnorm.fusion.state import State, current_modes
+from batchnorm.fusion.traces import Normally
 from batchnorm.ops.onlookers import is_recomputing
 
 # (adds, training) -> the number of elements below which the detour costs more than it saves:
-# 16 to 150 microseconds of Python against passes over memory (docs/decisions/0008-pending.md).
+# 30 to 270 microseconds of Python against passes over memory (docs/decisions/0008-pending.md).
 SMALLEST = {
-    (False, True): 1 << 17,
+    (False, True): 1 << 18,
     (False, False): 1 << 19,
-    (True, True): 1 << 17,
+    (True, True): 1 << 20,
     (True, False): 1 << 20,
 }
 
@@ -39,7 +41,7 @@ class Fusion:
     def forward(self, layer: Any, x: Tensor, residual: Any, mask: Any) -> Tensor:
         """Compute the layer; the result may be pending where the model will absorb it."""
         running = session.current()
-        if running is None or residual is not None or mask is not None or _leave_no_trace(layer, x):
+        if running is None or residual is not None or mask is not None:
             return layer._forward(x, residual, mask)  # type: ignore[no-any-return]
         key = layer.training
         if running.watch is not None:
@@ -47,12 +49,17 @@ class Fusion:
             running.watch.follow(layer, key, y)
             return y
         plan = self.plans.get(key)
-        if isinstance(plan, Plan):
-            pending = self._pending(layer, x, key, plan, running.alive)
-            if pending is not None:
-                return pending
-        elif plan is None:
+        if plan is None:
             running.look_again()
+        elif type(x) is Tensor and x.numel() >= _least(plan, key):
+            running.is_needed = True
+            if type(plan) is Plan:
+                pending = self._pending(layer, x, key, plan, running.alive)
+                if pending is not None:
+                    return pending
+            if not key:
+                with Normally():  # others may add it, and must see whether it changes
+                    return layer._forward(x, None, None)  # type: ignore[no-any-return]
         return layer._forward(x, None, None)  # type: ignore[no-any-return]
 
     def missed(self, key: bool, reason: str) -> None:
@@ -62,16 +69,17 @@ class Fusion:
     def _pending(
         self, layer: Any, x: Tensor, key: bool, plan: Plan, alive: list[list[Any]]
     ) -> Tensor | None:
-        packing = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        if type(x) is not Tensor or x.numel() < SMALLEST[plan.adds, key]:
+        if _leaves_no_trace(layer, x):
             return None
+        packing = torch._C._autograd._top_saved_tensors_default_hooks(True)
         # Activation checkpointing counts what is saved; bn.save_memory does not mind.
         if packing is not None and not getattr(packing[0], "knows_fusion", False):
             return None
         if _seen_by_others(layer, plan):
             return None
         try:
-            made = prepare(layer, x, plan.act, whole=not plan.adds)
+            with Normally():
+                made = prepare(layer, x, plan.act, whole=not plan.adds)
         except BatchNormError:
             return None  # the layer raises it again, with its name
         if made is None:
@@ -98,9 +106,14 @@ class Fusion:
         return "; ".join(lines) or "nothing fused yet: it has not run"
 
 
-def _leave_no_trace(layer: Any, x: Tensor) -> bool:
+def _least(plan: Plan | str, training: bool) -> int:
+    """Return from how many elements on a layer with this plan has anything to do with fusing."""
+    return SMALLEST[plan.adds if type(plan) is Plan else True, training]
+
+
+def _leaves_no_trace(layer: Any, x: Tensor) -> bool:
     """Whether a change in place of what a result is made from could not be seen."""
-    if torch.is_inference_mode_enabled() or x.is_inference():
+    if x.is_inference() and not torch.is_inference_mode_enabled():
         return True
     parts = (*layer._parameters.values(), *layer._buffers.values())
     return any(part is not None and part.is_inference() for part in parts)

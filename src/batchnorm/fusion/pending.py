@@ -10,57 +10,27 @@ below the other, keep it right whatever happens to it.
 """
 
 import weakref
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from batchnorm.errors import SurgeryError
-from batchnorm.fusion.plan import Plan, same_kind
-from batchnorm.fusion.prepared import Prepared, versions
-from batchnorm.fusion.recognize import Absorbable, is_metadata, recognize
+from batchnorm.fusion.plan import same_kind
+from batchnorm.fusion.prepared import versions
+from batchnorm.fusion.recognize import (
+    Absorbable,
+    differentiates,
+    is_metadata,
+    reads_memory,
+    recognize,
+)
+from batchnorm.fusion.state import CUT_OFF, OTHER_DATA, State, current_modes
+from batchnorm.fusion.traces import Normally, can_be_snapshot, snapshot
 from batchnorm.ops.activations import IDENTITY
 
-CHANGED = """\
-The input, weight, bias or residual of the batch normalization {name!r} was changed in place after \
-the layer was called and before its result was used. bn.convert had put the computation off to do \
-it together with what follows; the value would be wrong now. Change a copy, or convert with \
-fuse=False."""
-
 _plainly = torch._C.DisableTorchFunctionSubclass
-_grad, _inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
-_autocast, _cuda = torch.is_autocast_enabled, torch.cuda
-_packing = torch._C._autograd._top_saved_tensors_default_hooks
-
-
-class State(NamedTuple):
-    """What a pending tensor knows.
-
-    Attributes:
-        name: The layer's.
-        prepared: The normalization.
-        plan: What is expected to follow.
-        residual: What has been added already.
-        modes: Of PyTorch, at the call.
-        seen: The residual's version.
-        missed: Called with a reason when something else follows.
-        alive: Where the pass writes down what is pending; see ``pend``.
-    """
-
-    name: str
-    prepared: Prepared
-    plan: Plan
-    residual: Tensor | None
-    modes: tuple[Any, ...]
-    seen: tuple[int, ...]
-    missed: Any
-    alive: list[list[Any]]
-
-    def check(self) -> None:
-        """Raise if what the result is computed from is not what it was at the call."""
-        if self.prepared.changed() or versions(self.residual) != self.seen:
-            raise SurgeryError(CHANGED.format(name=self.name))
 
 
 class Pending(torch.Tensor):
@@ -72,6 +42,8 @@ class Pending(torch.Tensor):
         _ahead: The result with everything that is expected, computed already; None if not.
         _content: Its own values, once something has looked below the API.
         _place: A list with a weak reference to it, for the end of the pass.
+        _given: Whether a result was made of it, in whose graph it is not.
+        _real: An ordinary tensor over its values, once something has asked for memory.
     """
 
     _state: State
@@ -79,6 +51,8 @@ class Pending(torch.Tensor):
     _ahead: Tensor | None
     _content: Tensor | None
     _place: list[Any]
+    _given: bool
+    _real: Tensor
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -93,8 +67,17 @@ class Pending(torch.Tensor):
             if result is not None:
                 return result
         missed = getattr(func, "__name__", str(func))
+        for one in tree_leaves(differentiates(func, args, kwargs)):
+            if _is_pending(one) and one._given:
+                one._state.missed(missed)
+                raise SurgeryError(CUT_OFF.format(asked=missed, name=one._state.name))
         args, kwargs = tree_map_only(Pending, lambda p: settle(p, missed), (args, kwargs))
-        if not any(_is_pending(one) for one in _leaves(args, kwargs)):
+        if not any(_is_pending(one) for one in tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        if func == _SET_DATA and _is_pending(args[0]):
+            return _set_data(*args)
+        if reads_memory(func):
+            args, kwargs = tree_map_only(Pending, _kept_real, (args, kwargs))
             return func(*args, **kwargs)
         with _plainly():
             return func(*args, **kwargs)
@@ -114,6 +97,7 @@ def pend(state: State, ahead: Tensor | None) -> Tensor:
     with _plainly():
         wrapper._node = wrapper.grad_fn
     wrapper._state, wrapper._ahead, wrapper._content = state, ahead, None
+    wrapper._given = False
     wrapper._place = [weakref.ref(wrapper)]
     state.alive.append(wrapper._place)
     return wrapper  # type: ignore[no-any-return]
@@ -126,10 +110,13 @@ def settle(p: Any, reason: str | None) -> Tensor:
     state: State = p._state
     if reason is not None:
         state.missed(reason)
-    if not _untouched(p):
+    # What has been given away stays a wrapper, which tells those that ask for its gradient.
+    if p._given or not _untouched(p):
         return p  # type: ignore[no-any-return]
     state.check()
-    _become(p, state.prepared.run(state.residual, IDENTITY))
+    with Normally():
+        result = state.prepared.run(state.residual, IDENTITY)
+    _become(p, result)
     return p  # type: ignore[no-any-return]
 
 
@@ -140,6 +127,24 @@ def real(p: Any) -> Any:
         return p
     with _plainly():
         return torch.ops.aten.alias(p)
+
+
+def _kept_real(p: Any) -> Any:
+    """Return an ordinary tensor over the same values, once: whoever asks may remember its id."""
+    if "_real" not in p.__dict__:
+        p._real = real(p)
+    p._real.__dict__.update(_written(p))
+    return p._real
+
+
+def _set_data(p: Any, data: Any) -> None:
+    data = real(data).detach()
+    given, had = ((t.shape, t.dtype, t.device, t.stride()) for t in (data, p))
+    if given != had:
+        shapes = {"given": f"{tuple(given[0])}, {given[1]}", "had": f"{tuple(had[0])}, {had[1]}"}
+        raise SurgeryError(OTHER_DATA.format(name=p._state.name, **shapes))
+    p._content = data
+    p.__dict__.pop("_real", None)
 
 
 def settle_rest(alive: list[list[Any]], reason: str | None) -> None:
@@ -154,6 +159,7 @@ def settle_rest(alive: list[list[Any]], reason: str | None) -> None:
         if p is None:
             continue
         try:
+            p._given = False
             settle(p, reason)
             if _is_pending(p):
                 _opened(p)
@@ -161,22 +167,8 @@ def settle_rest(alive: list[list[Any]], reason: str | None) -> None:
             continue  # whoever uses it is told
 
 
-def current_modes() -> tuple[Any, ...]:
-    """Return the switches of PyTorch under which an operation means what it means.
-
-    The hooks on saved tensors are among them: activation checkpointing counts what it sees saved.
-    """
-    switches = (_grad(), _inference(), _autocast("cpu"), _autocast("cuda"), _packing(True))
-    return (*switches, torch.cuda.current_stream()) if _cuda._initialized else switches
-
-
 def _is_pending(value: Any) -> bool:
     return type(value) is Pending
-
-
-def _leaves(args: Any, kwargs: Any) -> list[Any]:
-    leaves: list[Any] = torch.utils._pytree.tree_leaves((args, kwargs))
-    return leaves
 
 
 def _untouched(p: Any) -> bool:
@@ -211,8 +203,9 @@ def _absorb_activation(p: Any, step: Absorbable) -> Tensor | None:
     result, p._ahead = p._ahead, None
     if result is None:
         state.check()
-        result = state.prepared.run(state.residual, step.act)
-    return _become(p, result) if step.inplace else result
+        with Normally():
+            result = state.prepared.run(state.residual, step.act)
+    return _handed_over(p, step, result)
 
 
 def _absorb_addition(p: Any, step: Absorbable) -> Tensor | None:
@@ -221,22 +214,35 @@ def _absorb_addition(p: Any, step: Absorbable) -> Tensor | None:
     if residual is p or not same_kind(p, residual):
         return None
     state.check()
-    result = state.prepared.run(residual, state.plan.act)
-    if state.plan.act != IDENTITY:
-        result = pend(state._replace(residual=residual, seen=versions(residual)), result)
-    return _become(p, result) if step.inplace else result
+    # A sum whose operand may change unseen is not put off.
+    act = state.plan.act if can_be_snapshot(residual) else IDENTITY
+    with Normally():
+        result = state.prepared.run(residual, act)
+    if act != IDENTITY:
+        kept: Any = snapshot(residual)
+        result = pend(state._replace(residual=kept, seen=versions(kept)), result)
+    return _handed_over(p, step, result)
+
+
+def _handed_over(p: Any, step: Absorbable, result: Any) -> Tensor | None:
+    if step.inplace:
+        return _become(p, result)
+    p._given = p._given or p._node is not None
+    return result  # type: ignore[no-any-return]
 
 
 def _become(p: Any, result: Any) -> Tensor | None:
     """Make the object ``p`` the tensor ``result``; None where somebody below holds it."""
-    # What others have written to the object stays with it.
-    written = {name: value for name, value in p.__dict__.items() if name not in _OURS}
-    for one in (p, result):  # what is weakly held cannot be swapped
-        one.__dict__.get("_place", []).clear()
+    written = _written(p)
+    before = [(one, type(one), one.__dict__) for one in (p, result)]
+    for _, _, has in before:  # what is weakly held cannot be swapped
+        has.get("_place", []).clear()
     with _plainly():
         try:
             torch.utils.swap_tensors(p, result)
         except RuntimeError:
+            for one, cls, has in before:  # it may have come halfway
+                one.__class__, one.__dict__ = cls, has
             p._place.append(weakref.ref(p))
             return None
     p.__dict__.update(written)
@@ -245,4 +251,10 @@ def _become(p: Any, result: Any) -> Tensor | None:
     return p  # type: ignore[no-any-return]
 
 
+def _written(p: Any) -> dict[str, Any]:
+    """Return what others have written to the object, which stays with it."""
+    return {name: value for name, value in p.__dict__.items() if name not in _OURS}
+
+
 _OURS = frozenset(Pending.__annotations__)
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]

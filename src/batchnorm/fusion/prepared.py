@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import functional, layout
+from batchnorm.fusion.traces import can_be_snapshot, snapshot
 from batchnorm.moments import Moments, wide
 from batchnorm.nn import hot, tracking
 from batchnorm.nn.base import BATCH
@@ -162,7 +163,7 @@ def prepare(layer: Any, x: Tensor, act: Activation, whole: bool) -> tuple[Prepar
     Raises:
         BatchNormError: What the layer itself would raise.
     """
-    if not _is_dense(x):
+    if not _is_dense(x) or not can_be_snapshot(x):
         return None
     if whole:
         found: list[Tensor] = []
@@ -176,11 +177,15 @@ def prepare(layer: Any, x: Tensor, act: Activation, whole: bool) -> tuple[Prepar
     batch = None
     if call.mean is None or (layer.training and not isinstance(layer.statistics, Frozen)):
         batch = _take(layer, call)
-    prepared = _prepared(call, batch)
-    return prepared, prepared.run(None, act) if whole else x
+    ahead = Prepared(call, batch, ()).run(None, act) if whole else x
+    return _prepared(call, batch), ahead
 
 
 def _prepared(call: Call, batch: Tensor | None) -> Prepared:
+    # Only now: a kernel that reads what is shared with a snapshot would get a copy of it.
+    x: Any = snapshot(call.x)
+    if x is not call.x:
+        call = call._replace(x=x)
     return Prepared(call, batch, versions(*tensors(call, batch)))
 
 

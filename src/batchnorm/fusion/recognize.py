@@ -61,6 +61,20 @@ def is_metadata(func: Any) -> bool:
     return func in _METADATA
 
 
+def reads_memory(func: Any) -> bool:
+    """Return whether a function wants the memory of a tensor, which a wrapper has not."""
+    return func in _MEMORY
+
+
+def differentiates(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the tensors whose own gradient a call asks for, or will."""
+    if func in _HOOKS:
+        return args[:1]
+    if func is torch.autograd.grad:
+        return kwargs["inputs"] if "inputs" in kwargs else args[1]
+    return None
+
+
 def _plain(act: Activation, input: Any) -> Absorbable:
     return Absorbable(input, act)
 
@@ -165,3 +179,13 @@ _METADATA = frozenset(
     + [getattr(Tensor, name) for name in _METHODS]
     + [torch.is_floating_point, torch.is_complex, torch.numel]
 )
+_MEMORY = frozenset(
+    getattr(Tensor, name)
+    for name in (
+        *("data_ptr", "tolist", "numpy", "untyped_storage", "storage", "_typed_storage"),
+        *("__array__", "__reduce_ex__", "__deepcopy__", "__dlpack__", "__dlpack_device__"),
+        *("is_shared", "share_memory_"),
+    )
+)
+_GRAD: Any = Tensor.grad
+_HOOKS = frozenset([Tensor.register_hook, Tensor.retain_grad, _GRAD.__get__])

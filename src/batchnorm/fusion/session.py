@@ -22,11 +22,16 @@ _here = threading.local()
 
 
 class Looks:
-    """How often a model has been watched, by training or not, and whether to again."""
+    """How often a model has been watched, by training or not, and whether to again.
+
+    Attributes:
+        idle: Of the last pass, if nothing in it was large enough to be put off; see ``_kind``.
+    """
 
     def __init__(self) -> None:
         self.taken: dict[bool, int] = {}
         self.again = False
+        self.idle: Any = None
 
     def __reduce__(self) -> Any:
         return Looks, ()
@@ -43,25 +48,28 @@ class Looks:
 class Session:
     """A running forward pass of one model in one thread."""
 
-    def __init__(self, model: nn.Module, frame: Any) -> None:
-        self.model = model
-        self.frame = frame
+    def __init__(self, model: nn.Module, frame: Any, kind: Any) -> None:
+        self.model, self.frame, self.kind = model, frame, kind
         self.looks: Looks = model.__dict__[_PLACE]
         # What the pass made and is pending; see Pending.
         self.alive: list[list[Any]] = []
+        # Whether something in it was large enough; a pass that learns always is needed.
+        self.is_needed = False
         self.watch = Watch() if self.looks.wanted(model.training) else None
         if self.watch is not None:
             self.watch.__enter__()
 
     def look_again(self) -> None:
         """Ask for another look: a layer was met that no look has seen."""
-        self.looks.again = True
+        self.looks.again = self.is_needed = True
 
     def close(self) -> None:
         """End the pass, and write down what was learned."""
         if self.watch is not None:
             self.watch.leave()
             self.watch.finish()
+        elif not self.is_needed:
+            self.looks.idle = self.kind
 
     def is_over(self) -> bool:
         """Whether the pass has ended without telling, as an interrupt makes it."""
@@ -103,15 +111,23 @@ def remove(model: nn.Module) -> None:
                     module._forward_hooks_always_called.pop(number, None)
 
 
-def _open(model: nn.Module, args: Any) -> None:  # noqa: ARG001
-    if not is_calm() or torch.is_inference_mode_enabled():  # Dynamo stops at the second
+def _kind(model: nn.Module, args: Any) -> Any:
+    """Return what tells whether a pass is like the last one; None where nothing does."""
+    first = args[0] if args else None
+    return (model.training, first.shape) if type(first) is torch.Tensor else None
+
+
+def _open(model: nn.Module, args: Any) -> None:
+    if not is_calm():
         return
-    running = current()
+    kind, running = _kind(model, args), current()
+    if running is None and kind is not None and model.__dict__[_PLACE].idle == kind:
+        return  # small layers are many, and the pass would put nothing off
     if running is not None and running.model is not model and not running.is_over():
         return
     if running is not None:
         running.close()
-    _here.session = Session(model, sys._getframe(1))
+    _here.session = Session(model, sys._getframe(1), kind)
 
 
 def _close(model: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001

@@ -166,6 +166,9 @@ class Watch(TorchFunctionMode):
 
     def finish(self) -> None:
         """Write what was learned to the layers; calls of one layer must agree."""
+        for weak, track, absorbed in self.followed.values():
+            if absorbed and _is_kept(weak):
+                track.again("its output is kept or returned besides")
         found: dict[tuple[Any, Any], Plan | str] = {}
         for track in self.tracks:
             place = track.layer._fusion, track.key
@@ -179,6 +182,16 @@ class Watch(TorchFunctionMode):
         """Stop watching; also where an interrupt has kept an earlier end from happening."""
         if _get_current_function_mode() is self:
             self.__exit__(None, None, None)
+
+
+def _is_kept(weak: "weakref.ref[Tensor]") -> bool:
+    """Return whether anybody in Python still has a tensor."""
+    tensor = weak()
+    if tensor is None:
+        return False
+    # Ours and the argument; autograd has a reference of its own to what it saved.
+    expected: int = 2 + (tensor._use_count() > 1)  # type: ignore[attr-defined]
+    return sys.getrefcount(tensor) > expected
 
 
 def _fits(step: Absorbable) -> bool:
