@@ -15,7 +15,7 @@ class Rows {
   public:
     using A = Real<T>;
     static constexpr int64_t strip = 64;             // channels finished by one task
-    static constexpr int64_t alone_below = 65537;  // elements: threads would meet three times
+    static constexpr int64_t alone_below = 32769;  // elements: threads would meet three times
     const Args& a;
     const int64_t repeat, width, rows, rest, padded, chunk_rows, chunks, panel, panels;
 
@@ -23,7 +23,7 @@ class Rows {
         : a(a), repeat(a.channels > 0 && a.channels < 4 * lanes<A> ? wide(a) : 1), width(a.channels * repeat),
           rows(a.outer / repeat), rest(a.outer % repeat), padded((width + 63) / 64 * 64),
           chunk_rows(rows_of_chunk(rows, width)), chunks(rows > 0 ? (rows + chunk_rows - 1) / chunk_rows : 1),
-          panel(columns_of_part()), panels((width + panel - 1) / panel) {}
+          panel(columns_of_part()), panels(width ? (width + panel - 1) / panel : 0) {}
 
     int threads() const { return a.outer * a.channels < alone_below ? 1 : a.threads; }
 
