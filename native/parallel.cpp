@@ -16,8 +16,12 @@
 namespace batchnorm {
 namespace {
 
+struct alignas(64) Counter {  // on a cache line of its own
+    std::atomic<int64_t> next{0};
+};
+
 struct Shared {
-    alignas(64) std::atomic<int64_t> next[max_phases * 8] = {};  // one counter per cache line
+    Counter counters[max_phases][max_shares];
     alignas(64) std::atomic<int> arrived{0};
     std::atomic<int> generation{0};
 };
@@ -26,8 +30,8 @@ std::atomic<bool> forked{false};
 
 }  // namespace
 
-int64_t Team::take(int phase, int64_t grain) {
-    return static_cast<Shared*>(shared_)->next[phase * 8].fetch_add(grain, std::memory_order_relaxed);
+int64_t Team::take(int phase, int share, int64_t grain) {
+    return static_cast<Shared*>(shared_)->counters[phase][share].next.fetch_add(grain, std::memory_order_relaxed);
 }
 
 bool in_forked_child() { return forked.load(std::memory_order_relaxed); }

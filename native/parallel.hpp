@@ -5,13 +5,13 @@
 
 namespace batchnorm {
 
-constexpr int max_phases = 4;
+constexpr int max_phases = 4, max_shares = 16;
 
 class Team {
   public:
     Team(int id, int size, void* shared) : id(id), size(size), shared_(shared) {}
     const int id, size;
-    int64_t take(int phase, int64_t grain);  // first index of the next `grain` tasks of this phase
+    int64_t take(int phase, int share, int64_t grain);  // where the next `grain` tasks of a share begin, counted from 0
     void barrier();
 
   private:
@@ -27,14 +27,21 @@ const char* threading();
 
 namespace BATCHNORM_ISA {
 
+// f(i) for n tasks. Every thread begins with a share of its own, of neighbouring tasks, as torch's own loops deal them out:
+// what a thread wrote in the operation before lies in its cache, and another's cache is far. Then it helps the others.
+// `back`: every share from its end.
 template <class F>
-inline void for_each(Team& team, int phase, int64_t n, int64_t grain, F&& f) {
-    if (team.size == 1) {
-        for (int64_t i = 0; i < n; ++i) f(i);
-        return;
+inline void for_each(Team& team, int phase, int64_t n, int64_t grain, F&& f, bool back = false) {
+    const int shares = team.size < max_shares ? team.size : max_shares;
+    for (int k = 0; k < shares; ++k) {
+        const int share = (team.id + k) % shares;
+        const int64_t first = n * share / shares, last = n * (share + 1) / shares;
+        const auto run = [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) f(back ? last - 1 - (i - first) : i);
+        };
+        if (team.size == 1) return run(first, last);
+        for (int64_t i; (i = first + team.take(phase, share, grain)) < last;) run(i, i + grain < last ? i + grain : last);
     }
-    for (int64_t i; (i = team.take(phase, grain)) < n;)
-        for (int64_t j = i; j < i + grain && j < n; ++j) f(j);
 }
 
 template <class F>

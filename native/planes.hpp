@@ -125,12 +125,8 @@ void over_planes(const Planes<T>& p, int tensors, bool lifts, bool applies, Lift
         }
         for_each(team, 1, p.panels, 1, [&](int64_t i) { finish(first(i), p.last_of(first(i))); });
         team.barrier();
-        if (applies) {
-            for_each(team, 2, tasks, 1, [&](int64_t t) {
-                const int64_t i = tasks - 1 - t, c0 = first(i % p.panels);
-                apply(i / p.panels, c0, p.last_of(c0));
-            });
-        }
+        const auto task = [&](int64_t t) { apply(t / p.panels, first(t % p.panels), p.last_of(first(t % p.panels))); };
+        if (applies) for_each(team, 2, tasks, 1, task, true);
         streaming_done();
     });
 }

@@ -4,6 +4,8 @@
 // its own moments per channel, and the chunks are folded in index order.
 #pragma once
 
+#include <numeric>
+
 #include "planes.hpp"
 
 namespace batchnorm::BATCHNORM_ISA {
@@ -14,8 +16,7 @@ template <class T>
 class Rows {
   public:
     using A = Real<T>;
-    static constexpr int64_t strip = 64;             // channels finished by one task
-    static constexpr int64_t alone_below = 32769;  // elements: threads would meet three times
+    static constexpr int64_t strip = 64;  // channels finished by one task
     const Args& a;
     const int64_t repeat, width, rows, rest, padded, chunk_rows, chunks, panel, panels;
 
@@ -89,18 +90,18 @@ class Rows {
     template <class Use>
     void apply(Team& team, int phase, const Block<T>& whole, Use&& use) const {
         if (rest && team.id == 0) use(block(whole, rows, 1, rest * a.channels));
-        const int64_t some = 1 + 65536 / (width + 1), tasks = (rows + some - 1) / some;
-        for_each(team, phase, tasks, 1, [&](int64_t i) {
-            const int64_t first = (tasks - 1 - i) * some;
-            use(block(whole, first, rows - first < some ? rows - first : some, width));
-        });
+        const int64_t even = 1 + rows / (2 * threads()), most = 1 + 65536 / (width + 1), some = even < most ? even : most;
+        const auto task = [&](int64_t i) { use(block(whole, i * some, rows - i * some < some ? rows - i * some : some, width)); };
+        for_each(team, phase, (rows + some - 1) / some, 1, task, true);
         streaming_done();
     }
 
   private:
+    // About 8 vectors, and whole ones, so that every row begins like the first.
     static int64_t wide(const Args& a) {
-        const int64_t most = (8 * lanes<A>) / a.channels;
-        return a.outer < 4 * most ? 1 : most;
+        const int64_t unit = lanes<A> / std::gcd(a.channels, int64_t(lanes<A>)), most = 8 * lanes<A> / a.channels;
+        const int64_t some = most < unit ? unit : most / unit * unit;
+        return a.outer < 4 * some ? 1 : some;
     }
     // At least 256 rows, where there are so many: what is done once per chunk then costs little.
     static int64_t rows_of_chunk(int64_t rows, int64_t width) {
