@@ -34,6 +34,9 @@ class Planes {
 
     int64_t first(int64_t chunk) const { return positions * chunk / chunks; }
 
+    // Elements of one channel in a chunk.
+    double count(int64_t chunk) const { return double(before(first(chunk + 1)) - before(first(chunk))); }
+
     // f(offset in the tensor, elements): a chunk of one channel, in memory's order.
     template <class Use>
     void each_position(int64_t chunk, Use&& use) const {
@@ -74,6 +77,8 @@ class Planes {
     }
 
   private:
+    int64_t before(int64_t p) const { return parts > 0 ? p / parts * a.inner + p % parts * part : 0; }
+
     int64_t channel_bytes(int tensors) const { return a.outer * a.inner * int64_t(sizeof(T)) * tensors; }
 
     static int64_t chunks_of(int64_t count, int64_t positions) {
@@ -162,10 +167,10 @@ struct PlaneMoments {
     }
 
     void fold(int64_t c0, int64_t c1) const {
-        double before = count(0);
-        for (int64_t i = 1; i < p.chunks; before += count(i++))
+        double before = p.count(0);
+        for (int64_t i = 1; i < p.chunks; before += p.count(i++))
             for (int64_t c = c0, at = i * p.a.channels + c0; c < c1; ++c, ++at) {
-                const auto all = merge(Moments<double>{before, mean[c], m2[c]}, Moments<double>{count(i), mean[at], m2[at]});
+                const auto all = merge(Moments<double>{before, mean[c], m2[c]}, Moments<double>{p.count(i), mean[at], m2[at]});
                 mean[c] = all.mean;
                 m2[c] = all.m2;
             }
@@ -173,24 +178,19 @@ struct PlaneMoments {
     }
 
   private:
-    double count(int64_t chunk) const {
-        double n = 0;
-        p.each_position(chunk, [&](int64_t, int64_t some) { n += double(some); });
-        return n;
-    }
-
-    // A mean of a few values from all over the chunk, and of the middle of planes: their rims are often unlike the rest.
+    // A mean of a few values from all over the chunk; of many planes, from their middles: rims are often unlike the rest.
     A guess(int64_t chunk, int64_t c) const {
-        constexpr int64_t W = lanes<A>, samples = 4;
+        constexpr int64_t W = lanes<A>, samples = 4, steps = 2 * samples;
         const int64_t first = p.first(chunk), many = p.first(chunk + 1) - first;
-        Vec<A> sum = {};
+        D sum = {};
         int64_t n = 0;
-        for (int64_t i = 0; many > 0 && i < samples; ++i)
-            p.position(first + (2 * i + 1) * many / (2 * samples), [&](int64_t offset, int64_t some) {
-                n = some < W ? some : W;
-                sum += load_part(static_cast<const T*>(p.a.x) + c * p.a.inner + offset + (some - n) / 2, int(n));
+        for (int64_t i = 1; many > 0 && i < steps; i += 2)
+            p.position(first + i * many / steps, [&](int64_t offset, int64_t some) {
+                const int64_t within = many < samples ? i * many % steps : samples, taken = some < W ? some : W;
+                sum += pairs(load_part(static_cast<const T*>(p.a.x) + c * p.a.inner + offset + (some - taken) * within / steps, int(taken)));
+                n += taken;
             });
-        return n > 0 ? A(horizontal(pairs(sum)) / double(samples * n)) : 0;
+        return n > 0 ? A(horizontal(sum) / double(n)) : 0;
     }
 
     void add(int64_t chunk, int64_t c0, int64_t c1, const A* ref, double* sums) const {
@@ -200,7 +200,7 @@ struct PlaneMoments {
     }
 
     bool keep(int64_t chunk, int64_t c, A ref, const double* sums) const {
-        const double n = count(chunk), square = horizontal(load(sums + H));
+        const double n = p.count(chunk), square = horizontal(load(sums + H));
         const auto all = from_deviations<double>(n, n > 0 ? horizontal(load(sums)) / n : 0, double(ref), square);
         mean[chunk * p.a.channels + c] = all.mean;
         m2[chunk * p.a.channels + c] = all.m2;

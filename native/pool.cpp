@@ -104,6 +104,7 @@ void trim(Pool& p) {
 // The lock is only tried: a child forked while it was held, or a thread that meets another, does without the pool.
 void* acquire(int64_t bytes, int64_t& capacity) {
     Pool& p = pool();
+    if (bytes > INT64_MAX / 2) throw std::bad_alloc();
     capacity = (bytes + huge_page - 1) / huge_page * huge_page;
     if (p.mutex.try_lock()) {
         std::lock_guard<std::mutex> held(p.mutex, std::adopt_lock);

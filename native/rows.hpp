@@ -22,7 +22,7 @@ class Rows {
 
     explicit Rows(const Args& a)
         : a(a), repeat(a.channels > 0 && a.channels < 4 * lanes<A> ? wide(a) : 1), width(a.channels * repeat),
-          rows(a.outer / repeat), rest(a.outer % repeat), padded((width + 63) / 64 * 64),
+          rows(a.outer / repeat), rest(a.outer % repeat), padded(width > 0 ? (width + 63) / 64 * 64 : 64),
           chunk_rows(rows_of_chunk(rows, width)), chunks(rows > 0 ? (rows + chunk_rows - 1) / chunk_rows : 1),
           panel(columns_of_part()), panels(width ? (width + panel - 1) / panel : 0) {}
 
@@ -149,10 +149,15 @@ struct RowMoments {
         const ColumnSums<A> w = work(team);
         double *all_mean = mean + index * r.padded + column, *all_m2 = m2 + index * r.padded + column;
         const T* x = static_cast<const T*>(r.a.x) + first * r.width + column;
-        mean_of_rows(x, rows < 8 ? rows : 8, r.width, n, w);
-        if (lift_rows(x, rows, r.width, n, w, all_mean, all_m2)) return;
-        for (int64_t i = 0; i < n; ++i) w.ref[i] = A(all_mean[i]);
+        mean_of_rows(x, rows, r.width, n, w);
         lift_rows(x, rows, r.width, n, w, all_mean, all_m2);
+        // By blocks of columns and not by panels, which depend on the number of threads.
+        for (int64_t j = 0; j < n; j += column_block) {
+            const int64_t some = n - j < column_block ? n - j : column_block;
+            if (!any_far(double(rows), some, w.from(j), all_mean + j)) continue;
+            for (int64_t i = j; i < j + some; ++i) w.ref[i] = A(all_mean[i]);
+            lift_rows(x + j, rows, r.width, some, w.from(j), all_mean + j, all_m2 + j);
+        }
     }
 
     void run(Team& team, int phase) const {
@@ -237,7 +242,7 @@ struct RowSums {
         r.each_part(team, phase, [&](int64_t index, int64_t first, int64_t rows, int64_t column, int64_t n) {
             double *all = sum + index * r.padded + column, *all_dot = dot + index * r.padded + column;
             const Coefs<A> here = k.from(column);
-            for (int64_t j = 0; j < n; ++j) all[j] = all_dot[j] = 0;
+            for (int64_t j = 0; j < (n + 63) / 64 * 64; ++j) all[j] = all_dot[j] = 0;
             for (int64_t at = 0; at < rows; at += row_block) {
                 loop(r.block(whole, first + at, rows - at < row_block ? rows - at : row_block, n, column), here, s, d);
                 add_wide(all, s, n);

@@ -186,26 +186,17 @@ template <class T, class Act, Source S>
 void sums_columns(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope, Real<T>* sum, Real<T>* dot) {
     using A = Real<T>;
     const Affine<T, true> affine(k);
-    const auto group = [&](int64_t r, auto size) {
-        const int64_t at = r * b.stride;
-        const T* extra = S == Source::X ? b.x : b.extra;
+    const T* extra = S == Source::X ? b.x : b.extra;
+    for (int64_t r = 0; r < b.rows; ++r) {
+        const int64_t row = r * b.stride;
         for_vectors<lanes<A>>(b.n, [&](int64_t i, auto left) {
-            Vec<A> s = r ? load(sum + i) : Vec<A>{}, d = r ? load(dot + i) : Vec<A>{};
-            for (int g = 0; g < int(size); ++g) {
-                const int64_t row = at + g * b.stride;
-                const Vec<A> deviation = get(b.x + row + i, left) - affine.pivot[i];
-                const Vec<A> dz = dz_at<T, Act, S, true>(deviation, b.dy + row, extra + row, affine, i, left, slope);
-                if (b.dz) put(b.dz + row + i, dz, left, false);
-                s += dz;
-                d = fma(dz, deviation, d);
-            }
-            store(sum + i, s);
-            store(dot + i, d);
+            const Vec<A> deviation = get(b.x + row + i, left) - affine.pivot[i];
+            const Vec<A> dz = dz_at<T, Act, S, true>(deviation, b.dy + row, extra + row, affine, i, left, slope);
+            if (b.dz) put(b.dz + row + i, dz, left, false);
+            store(sum + i, r ? load(sum + i) + dz : dz);
+            store(dot + i, fma(dz, deviation, r ? load(dot + i) : Vec<A>{}));
         });
-    };
-    int64_t r = 0;
-    
-    for (; r < b.rows; ++r) group(r, Whole<1>{});
+    }
 }
 
 }  // namespace batchnorm::BATCHNORM_ISA

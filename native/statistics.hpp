@@ -81,14 +81,16 @@ void add_planes(const T* x, int64_t rows, int64_t stride, int64_t n, const Real<
             add_span(x + r * stride + i, n - i < block_elements<A> ? n - i : block_elements<A>, splat<Vec<A>>(reference[r]), to);
 }
 
-// Whether a reference lies too far from the mean for the squares about it to be accurate, and could lie nearer.
+// Whether a reference lies too far from the mean for the squares about it to be accurate, and could lie nearer: what is
+// taken off the squares is at most half of them, so that their error at most doubles.
 template <class A, class V>
 inline auto is_far(double count, V mean, V reference, V square) {
     const V off = mean - reference, rounding = mean * (sizeof(A) == 4 ? 1e-7 : 2e-16);
-    return (off * off * count > square * 0.75) & (off * off > rounding * rounding);
+    return (off * off * count > square * 0.5) & (off * off > rounding * rounding);
 }
 
-constexpr int64_t row_block = 32;  // rows whose squares are summed in the compute dtype
+constexpr int64_t row_block = 32;     // rows whose squares are summed in the compute dtype
+constexpr int64_t column_block = 64;  // columns that share one decision about their reference
 
 // Room for the sums of one thread: a number per column in each.
 template <class A>
@@ -97,6 +99,7 @@ struct ColumnSums {
     double *sum, *square;                // of all rows
 
     static constexpr int narrow = 2, wide = 2;
+    ColumnSums from(int64_t i) const { return {ref + i, q + i, sum + i, square + i}; }
     void clear(int64_t n) const {
         for (int64_t i = 0; i < (n + 63) / 64 * 64; ++i) sum[i] = square[i] = 0;
     }
@@ -138,19 +141,19 @@ void add_rows(const T* x, int64_t rows, int64_t stride, int64_t n, const ColumnS
     add_wide(square_of, q, n);
 }
 
-// A first reference: the mean of a few rows.
+// A first reference: the mean of a few rows from all over, for neighbours are often alike. Of 16 it is hardly ever far.
 template <class T>
 void mean_of_rows(const T* x, int64_t rows, int64_t stride, int64_t n, const ColumnSums<Real<T>>& w) {
+    const int64_t some = rows < 8 ? rows : rows < 128 ? 8 : 16, step = some > 0 ? rows / some : 0;
     for (int64_t i = 0; i < (n + 63) / 64 * 64; ++i) w.ref[i] = 0;
     w.clear(n);
-    add_rows(x, rows, stride, n, w, false);
-    for (int64_t i = 0; i < n; ++i) w.ref[i] = Real<T>(w.sum[i] / double(rows > 0 ? rows : 1));
+    if (some > 0) add_rows(x + step / 2 * stride, some, step * stride, n, w, false);
+    for (int64_t i = 0; i < n; ++i) w.ref[i] = Real<T>(w.sum[i] / double(some > 0 ? some : 1));
 }
 
-// Moments of rows of n columns in one pass about a reference; false where that lies too far from the mean of all.
+// Moments of rows of n columns in one pass about a reference.
 template <class T>
-bool lift_rows(const T* x, int64_t rows, int64_t stride, int64_t n, const ColumnSums<Real<T>>& w, double* mean, double* m2) {
-    using A = Real<T>;
+void lift_rows(const T* x, int64_t rows, int64_t stride, int64_t n, const ColumnSums<Real<T>>& w, double* mean, double* m2) {
     constexpr int H = lanes<double>;
     w.clear(n);
     for (int64_t at = 0; at < rows; at += row_block) {
@@ -158,15 +161,22 @@ bool lift_rows(const T* x, int64_t rows, int64_t stride, int64_t n, const Column
         add_rows(x + at * stride, some, stride, n, w, at + row_block < rows);
     }
     const double count = double(rows);
-    bool near = true;
     for (int64_t i = 0; i < n; i += H) {
         const auto all = from_deviations<D>(count, load(w.sum + i) / (rows > 0 ? count : 1), load_wide(w.ref + i), load(w.square + i));
-        const auto far = is_far<A>(count, all.mean, load_wide(w.ref + i), load(w.square + i));
-        for (int l = 0; l < H; ++l) near &= !far[l];
         store(mean + i, all.mean);
         store(m2 + i, all.m2);
     }
-    return near;
+}
+
+// Whether the reference of any of n columns lay too far from its mean.
+template <class A>
+bool any_far(double count, int64_t n, const ColumnSums<A>& w, const double* mean) {
+    bool any = false;
+    for (int64_t i = 0; i < n; i += lanes<double>) {
+        const auto far = is_far<A>(count, load(mean + i), load_wide(w.ref + i), load(w.square + i));
+        for (int l = 0; l < lanes<double>; ++l) any |= far[l] != 0;
+    }
+    return any;
 }
 
 // Merges n columns of part (part_count rows) into mean and m2 (count rows).

@@ -2,9 +2,9 @@
 // Built by `make sanitize`, with no Python: what a sanitizer finds then is ours.
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
-#include <random>
-#include <string>
+#include <new>
 #include <vector>
 
 #define BATCHNORM_ISA common
@@ -17,16 +17,65 @@ namespace {
 
 struct Shape {
     int64_t outer, channels, inner;
+    bool large = false;  // with few activations
+
+    int64_t elements() const { return outer * channels * inner; }
 };
 
-// Exactly as large as needed, so that a step beyond the end is seen.
-using Bytes = std::vector<char>;
+// Exactly as large as needed, so that a step beyond the end is seen. Large ones begin on a line, as streaming stores want it.
+template <class E>
+struct Placed {
+    using value_type = E;
+    Placed() = default;
+    template <class Other> Placed(const Placed<Other>&) {}
+    static std::align_val_t line(size_t n) { return std::align_val_t(n >= size_t(8) << 20 ? 64 : 16); }
+    E* allocate(size_t n) { return static_cast<E*>(::operator new(n * sizeof(E), line(n))); }
+    void deallocate(E* p, size_t n) { ::operator delete(p, line(n)); }
+    bool operator==(const Placed&) const { return true; }
+    bool operator!=(const Placed&) const { return false; }
+};
+using Bytes = std::vector<char, Placed<char>>;
 
-Bytes random_tensor(int64_t n, DType dtype, std::mt19937& source) {
-    std::normal_distribution<double> normal(0.5, 1.0);
+// Roughly normal, about 0.5; far sooner made than by the library.
+class Source {
+  public:
+    float next() {
+        float sum = -1.5f;
+        for (int i = 0; i < 4; ++i) {
+            state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+            sum += float(state_ >> 40) / float(1 << 24);
+        }
+        return sum * 1.7f;
+    }
+
+  private:
+    uint64_t state_ = 1;
+};
+
+// Values as they come; nought in every third channel where a first reference is taken, and 3 more elsewhere; or, in places, none.
+enum class Data { plain, far, special };
+
+// Near an odd multiple of a sixteenth of a plane or in its middle, or in one of 16 rows.
+bool sampled(const Shape& s, int64_t i) {
+    const int64_t at = i % s.inner, sample = i / s.inner / s.channels;
+    if (s.inner == 1) return sample % 16 == 0;
+    for (int64_t k = s.inner < 2048 ? 8 : 1; k < 16; k += s.inner < 2048 ? 16 : 1)
+        if (std::abs(at * 16 - s.inner * k) < 16 * 64) return s.inner >= 2048 || std::abs(at * 16 - s.inner * k) < 16 * 10;
+    return false;
+}
+
+float value_of(const Shape& s, Data data, int64_t i, float value) {
+    const int64_t channel = i / s.inner % s.channels;
+    if (data == Data::far && channel % 100 % 3 == 0) return sampled(s, i) ? 0.0f : value + 3;
+    if (data == Data::special && i % 1009 == 7 && channel % 2) return i % 2 ? NAN : i % 4 ? INFINITY : -INFINITY;
+    return value;
+}
+
+Bytes random_tensor(const Shape& s, Data data, DType dtype, Source& source) {
+    const int64_t n = s.elements();
     Bytes bytes(static_cast<size_t>(n * size_of(dtype)));
     for (int64_t i = 0; i < n; ++i) {
-        const float value = static_cast<float>(normal(source));
+        const float value = value_of(s, data, i, source.next());
         char* at = bytes.data() + i * size_of(dtype);
         if (dtype == DType::float64) {
             const double wide = value;
@@ -44,29 +93,39 @@ Bytes random_tensor(int64_t n, DType dtype, std::mt19937& source) {
     return bytes;
 }
 
+struct Inputs {
+    const Shape& shape;
+    DType dtype;
+    Source source;
+    Bytes x, dy, residual, weight, bias;
+
+    Inputs(const Shape& s, Data data, DType dtype)
+        : shape(s), dtype(dtype), x(random_tensor(s, data, dtype, source)), dy(random_tensor(s, Data::plain, dtype, source)),
+          residual(random_tensor(s, Data::plain, dtype, source)),
+          weight(random_tensor({1, s.channels, 1}, Data::plain, DType::float32, source)),
+          bias(random_tensor({1, s.channels, 1}, Data::plain, DType::bfloat16, source)) {}
+};
+
 // Runs all six kernels; returns everything they wrote.
-std::vector<Bytes> run(const Shape& s, DType dtype, Activation activation, bool residual, int threads) {
-    std::mt19937 source(1);
-    const int64_t n = s.outer * s.channels * s.inner;
-    const DType wide = dtype == DType::float64 ? DType::float64 : DType::float32;
-    Bytes x = random_tensor(n, dtype, source), dy = random_tensor(n, dtype, source), r = random_tensor(n, dtype, source);
-    Bytes weight = random_tensor(s.channels, DType::float32, source), bias = random_tensor(s.channels, DType::bfloat16, source);
+std::vector<Bytes> run(Inputs& in, Activation activation, bool residual, int threads) {
+    const Shape& s = in.shape;
+    const DType wide = in.dtype == DType::float64 ? DType::float64 : DType::float32;
     std::vector<Bytes> out;
-    for (int i = 0; i < 3; ++i) out.emplace_back(x.size());
+    for (int i = 0; i < 3; ++i) out.emplace_back(in.x.size());
     for (int i = 0; i < 7; ++i) out.emplace_back(static_cast<size_t>(s.channels * size_of(wide)));
     int64_t counter = 0;
     Args a;
     a.outer = s.outer, a.channels = s.channels, a.inner = s.inner;
-    a.x = x.data(), a.dy = dy.data(), a.residual = residual ? r.data() : nullptr;
+    a.x = in.x.data(), a.dy = in.dy.data(), a.residual = residual ? in.residual.data() : nullptr;
     a.y = out[0].data(), a.dx = out[1].data(), a.dresidual = residual ? out[2].data() : nullptr;
-    a.weight = {weight.data(), DType::float32}, a.bias = {bias.data(), DType::bfloat16};
+    a.weight = {in.weight.data(), DType::float32}, a.bias = {in.bias.data(), DType::bfloat16};
     a.mean = out[3].data(), a.m2 = out[4].data(), a.rstd = out[5].data();
     a.sum_dz = out[6].data(), a.sum_dz_xhat = out[7].data();
     a.running_mean = {out[8].data(), wide}, a.running_var = {out[9].data(), wide};
     a.counter = &counter;
     a.momentum = 0.1, a.eps = 1e-5, a.slope = 0.1, a.count = double(s.outer * s.inner);
     a.activation = activation, a.threads = threads;
-    const Kernels& k = kernels(dtype);
+    const Kernels& k = kernels(in.dtype);
     k.forward(a);
     k.normalize(a);
     k.backward_sums(a);
@@ -76,22 +135,42 @@ std::vector<Bytes> run(const Shape& s, DType dtype, Activation activation, bool 
     return out;
 }
 
+// Every activation, and with every other one a residual; returns how many runs had other bits than on one thread.
+int compare(const Shape& s, DType dtype, int& runs) {
+    int wrong = 0;
+    for (Data data : {Data::plain, Data::far, Data::special}) {
+        Inputs in(s, data, dtype);
+        for (int code = int(data); code < activation_count; code += s.large ? 5 : 3) {
+            const auto one = run(in, Activation(code), code % 2, 1);
+            for (int threads : {2, 4}) wrong += run(in, Activation(code), code % 2, threads) != one;
+            runs += 3;
+        }
+    }
+    return wrong;
+}
+
 }  // namespace
 
 int main() {
-    // Odd sizes on both walks; the larger ones are beyond the size from which threads are used.
-    const Shape shapes[] = {{1, 1, 1}, {3, 5, 7}, {2, 3, 4099}, {37, 19, 1}, {5, 133, 1}, {0, 4, 3}, {9, 67, 131}, {2111, 37, 1}};
+    const Shape shapes[] = {
+        // Odd sizes on both walks, and none.
+        {1, 1, 1}, {3, 5, 7}, {2, 3, 4099}, {37, 19, 1}, {5, 133, 1}, {9, 67, 131}, {2111, 37, 1},
+        {0, 4, 3}, {0, 7, 1}, {3, 4, 0}, {4, 0, 1}, {2, 0, 5},
+        // Panels with a rest; several chunks of parts of planes, fused on two threads and not on four; planes of three parts.
+        {5, 37, 700}, {2, 9, 65600, true}, {1, 2, 140003, true},
+        // Panels and chunks of rows; few channels, side by side, with a rest.
+        {256, 700, 1}, {1024, 133, 1}, {40001, 5, 1},
+        // Past the cache.
+        {32, 4, 16384, true}, {16384, 128, 1, true},
+    };
     int runs = 0, wrong = 0;
     for (const char* set : {"baseline", "avx2", "avx512"}) {
         if (!use_simd(set)) continue;
         for (const Shape& s : shapes)
-            for (int dtype = 0; dtype < 4; ++dtype)
-                for (int activation = 0; activation < activation_count; ++activation) {
-                    const bool residual = activation % 2;
-                    const auto one = run(s, DType(dtype), Activation(activation), residual, 1);
-                    for (int threads : {2, 4}) wrong += run(s, DType(dtype), Activation(activation), residual, threads) != one;
-                    runs += 3;
-                }
+            for (DType dtype : {DType::float32, DType::float64, DType::bfloat16, DType::float16}) {
+                const bool streams = s.elements() * size_of(dtype) >= int64_t(8) << 20;
+                if (s.elements() < 1 << 21 || (streams && size_of(dtype) == 4)) wrong += compare(s, dtype, runs);
+            }
     }
     std::printf("%d runs on %s threads, %d of other bits than with one thread\n", runs, threading(), wrong);
     return wrong != 0;

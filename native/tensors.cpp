@@ -49,17 +49,19 @@ nb::object pooled(nb::tuple sizes, nb::tuple strides, int dtype) {
     if (axes > most_axes || strides.size() != axes) throw nb::value_error("sizes and strides must be tuples of the same length, at most 16");
     if (dtype < 0 || dtype > 3) throw nb::value_error("dtype code must be in 0..3");
     auto m = std::make_unique<Managed>();
-    int64_t elements = 1, last = 0;
+    const DType type = static_cast<DType>(dtype);
+    int64_t bytes = size_of(type), last = 0;
     for (size_t i = 0; i < axes; ++i) {
         const int64_t size = nb::cast<int64_t>(sizes[i]), stride = nb::cast<int64_t>(strides[i]);
-        if (size < 1 || stride < 0 || __builtin_mul_overflow(elements, size, &elements)) throw nb::value_error("sizes must be positive and fit 64 bits");
-        last += (size - 1) * stride;
+        int64_t step = 0;
+        if (size < 1 || stride < 0 || __builtin_mul_overflow(bytes, size, &bytes) || __builtin_mul_overflow(size - 1, stride, &step) ||
+            __builtin_add_overflow(last, step, &last))
+            throw nb::value_error("sizes must be positive and fit 64 bits");
         m->shape[i] = size;
         m->strides[i] = stride;
     }
-    if (last + 1 != elements) throw nb::value_error("strides must be those of a dense tensor");
-    const DType type = static_cast<DType>(dtype);
-    m->tensor.data = pool::acquire(elements * size_of(type), m->capacity);
+    if (last != bytes / size_of(type) - 1) throw nb::value_error("strides must be those of a dense tensor");
+    m->tensor.data = pool::acquire(bytes, m->capacity);
     m->tensor.device_type = 1;
     m->tensor.device_id = 0;
     m->tensor.ndim = int32_t(axes);

@@ -43,6 +43,15 @@ SHAPES = {
     "swapped": ((3, 4, 5), 1),
     "first_axis": ((4, 3, 5), 0),
 }
+# Panels of channels with a rest, chunks and parts of planes; chunks of rows, few columns with a rest.
+LARGE_SHAPES = {
+    "panels": ((5, 37, 700), 1),
+    "chunks_of_planes": ((3, 2, 45001), 1),
+    "parts_of_planes": ((2, 2, 65601), 1),
+    "chunks_of_rows": ((1024, 133), 1),
+    "few_columns": ((20003, 5), 1),
+}
+EVERY_SHAPE = {**SHAPES, **LARGE_SHAPES}
 
 
 def act_of(name):
@@ -87,7 +96,7 @@ class Case:
     def __init__(
         self, layout, dtype, act="identity", residual=False, affine=True, param_dtype=None, eps=1e-3
     ):
-        shape, self.axis = SHAPES[layout]
+        shape, self.axis = EVERY_SHAPE[layout]
         g = torch.Generator().manual_seed(len(layout) + 100 * len(act))
         make = lambda: arrange(
             torch.randn(shape, generator=g, dtype=torch.float64).to(dtype), layout
@@ -201,6 +210,12 @@ def test_every_op_agrees_with_float64(layout, dtype, act, residual):
 @pytest.mark.parametrize("act", ["identity", "relu", "gelu", "silu", "tanh", "elu"])
 def test_every_instruction_set_agrees_with_float64(simd, layout, dtype, act):
     check(Case(layout, dtype, act, residual=True))
+
+
+@pytest.mark.parametrize("dtype", list(UNIT), ids=str)
+@pytest.mark.parametrize("layout", LARGE_SHAPES)
+def test_large_shapes_agree_with_float64(simd, layout, dtype):
+    check(Case(layout, dtype, "silu", residual=True))
 
 
 @pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu", "hardsigmoid"])

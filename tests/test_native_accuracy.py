@@ -1,0 +1,283 @@
+"""The native kernels' promises for data that is made to break them; the judge is numpy in float64.
+
+Squares are taken about a reference that is guessed from a few places of the input. What the guess sees
+here is unlike the rest: noughts, an outlier, a trend, one sample of another size.
+"""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+_native = pytest.importorskip("batchnorm._native")
+from batchnorm.ops import cpu  # noqa: E402
+from batchnorm.ops.activations import Activation  # noqa: E402
+
+U = 2.0**-24
+IDENTITY = Activation("identity", 0.0)
+ROUNDING = {torch.float32: U, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SETS = [name for name in ("avx512", "avx2", "baseline") if _native.use_simd(name)]
+_native.use_simd(SETS[0])
+
+
+@pytest.fixture(params=SETS)
+def simd(request):
+    _native.use_simd(request.param)
+    yield request.param
+    _native.use_simd(SETS[0])
+
+
+# (outer, channels, inner): what a kernel sees.
+SHAPES = {
+    "rows": (600, 70, 1),
+    "few columns": (5003, 3, 1),
+    "chunks of rows": (2100, 65, 1),
+    "short planes": (211, 9, 13),
+    "planes": (17, 19, 700),
+    "one plane": (1, 3, 9001),
+    "chunks of planes": (3, 2, 45001),
+    "parts of planes": (2, 2, 65601),
+}
+MILLIONS = {
+    "rows": (2_500_000, 2, 1),
+    "wide rows": (40_000, 130, 1),
+    "planes": (500, 2, 10_000),
+    "short planes": (100_000, 2, 49),
+    "one plane": (1, 1, 10_000_000),
+}
+
+
+def unlike(shape):
+    """True at a superset of the places that the guess looks at: (outer, 1, inner)."""
+    outer, _, inner = shape
+    if inner == 1:
+        return np.arange(outer)[:, None, None] % 16 == 0
+    eighths = np.arange(1, 8 if inner > 2000 else 2) / 8 if inner > 2000 else np.array([0.5])
+    middles = np.concatenate([eighths * inner, (eighths + 1) / 2 * inner, eighths / 2 * inner])
+    middles = middles if inner > 2000 else middles[:1]
+    near = np.abs(np.arange(inner)[:, None] - middles[None]).min(1) <= min(20, inner / 6)
+    return np.broadcast_to(near, (outer, 1, inner))
+
+
+def noughts(shape, rng):
+    return np.where(unlike(shape), 0.0, rng.standard_normal(shape) * 0.3 + rng.uniform(1, 3))
+
+
+def two_values(shape, rng):
+    """Rounding has one direction where all values are the same, and adds up."""
+    ones = ~unlike(shape) & (rng.random(shape) < rng.uniform(0.6, 1.0))
+    return np.where(ones, rng.uniform(1, 2, (1, shape[1], 1)), 0.0)
+
+
+def outlier(shape, rng):
+    x = rng.standard_normal(shape) + rng.choice([0.0, 1.0, 100.0])
+    places = np.flatnonzero(np.broadcast_to(unlike(shape), shape))
+    x.flat[rng.choice(places)] = rng.choice([1e4, -1e6, 1e9])
+    return x
+
+
+def outliers(shape, rng):
+    return np.where(unlike(shape), rng.choice([1e3, -1e5]), rng.standard_normal(shape))
+
+
+def one_huge_sample(shape, rng):
+    x = rng.standard_normal(shape) * 1e-3
+    x[rng.integers(shape[0])] *= rng.choice([1e3, 1e6, 1e9])
+    return x
+
+
+def in_order(shape, rng):
+    flat = np.sort(rng.standard_normal((shape[1], shape[0] * shape[2])) ** 3, 1)
+    return flat.reshape(shape[1], shape[0], shape[2]).transpose(1, 0, 2) + rng.choice([0, 10])
+
+
+def drift(shape, rng):
+    slope = np.linspace(-1, rng.choice([1.0, 50.0, -1e4]), shape[0] * shape[2])
+    return rng.standard_normal(shape) * 0.1 + slope.reshape(shape[0], 1, shape[2])
+
+
+def narrow(shape, rng):
+    return (rng.standard_normal(shape) * 1e-6 + 1) * rng.choice([1.0, -3e5, 7e-3])
+
+
+def almost_constant(shape, rng):
+    x = np.full(shape, rng.choice([0.1, -1234.5]))
+    x[rng.integers(shape[0]), :, rng.integers(shape[2])] *= 1 + rng.choice([1e-6, 1e-3, 1.0])
+    return x
+
+
+def heavy(shape, rng):
+    return rng.standard_cauchy(shape)
+
+
+KINDS = [
+    noughts,
+    two_values,
+    outlier,
+    outliers,
+    one_huge_sample,
+    in_order,
+    drift,
+    narrow,
+    almost_constant,
+    heavy,
+]
+
+
+def tensor(values, shape, dtype=torch.float32):
+    x = torch.from_numpy(np.ascontiguousarray(values)).to(dtype)
+    return x[:, :, 0].contiguous() if shape[2] == 1 else x
+
+
+def check(x, weight, bias):
+    """The bounds of docs/statistics.md, for every channel."""
+    rounding = ROUNDING[x.dtype]
+    y, (mean, m2, *_) = cpu.forward(x, weight, bias, None, IDENTITY, 0.0, 1)
+    wide = x.double().numpy().reshape(x.shape[0], x.shape[1], -1)
+    count = wide.shape[0] * wide.shape[2]
+    true_mean = wide.mean((0, 2))
+    deviation = wide - true_mean[:, None]
+    true_mean += deviation.mean((0, 2))
+    deviation = wide - true_mean[:, None]
+    true = (deviation**2).mean((0, 2))
+    std = np.sqrt(true)
+    size = np.abs(wide).mean((0, 2))
+    # Sums of halves are of four in float32, exact unless small values meet large ones.
+    allowed = U * np.abs(true_mean) + (1e-14 if x.dtype is torch.float32 else 2 * U) * size
+    off = np.abs(mean.double().numpy() - true_mean)
+    assert (off <= allowed).all(), f"mean off by {(off / allowed).max():.3g} of what is allowed"
+    wrong = np.abs(m2.double().numpy() / count - true) / true
+    assert wrong.max() <= 1e-6, f"variance off by {wrong.max():.3g}"
+    gain, shift = (t.double().numpy()[:, None] for t in (weight, bias))
+    expected = deviation / std[:, None] * gain + shift
+    bound = 8 * U * (1 + np.abs(true_mean) / std)[:, None] * np.abs(gain)
+    bound = bound + (4 * U + (rounding if rounding > U else 0)) * np.abs(expected)
+    error = np.abs(y.double().numpy().reshape(wide.shape) - expected)
+    # Float16 loses digits below its normal range.
+    bound = bound + (2.0**-25 if x.dtype is torch.float16 else 0)
+    worst = (error / bound).max()
+    assert worst <= 1, f"y off by {worst:.3g} of what is allowed"
+    return wrong.max()
+
+
+def affine(channels, rng):
+    weight = torch.from_numpy(rng.uniform(0.5, 2, channels)).float()
+    return weight, torch.zeros(channels)
+
+
+@pytest.mark.parametrize("layout", SHAPES)
+@settings(
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(kind=st.sampled_from(KINDS), name=st.sampled_from(SETS), seed=st.integers(0, 2**32))
+def test_bounds_hold_for_data_made_to_break_them(layout, kind, name, seed):
+    rng, shape = np.random.default_rng(seed), SHAPES[layout]
+    x = tensor(kind(shape, rng), shape)
+    before = _native.simd()
+    _native.use_simd(name)
+    try:
+        if bool((x == x.amax((0, *range(2, x.dim())), keepdim=True)).all()):
+            return
+        check(x, *affine(shape[1], rng))
+    finally:
+        _native.use_simd(before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", ["rows", "few columns", "planes", "short planes"])
+def test_on_every_instruction_set(simd, layout, kind):
+    rng, shape = np.random.default_rng(1), SHAPES[layout]
+    check(tensor(kind(shape, rng), shape), *affine(shape[1], rng))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [noughts, two_values, in_order, drift, outliers])
+@pytest.mark.parametrize("layout", ["rows", "planes"])
+def test_halves_too(simd, layout, kind, dtype):
+    rng, shape = np.random.default_rng(2), SHAPES[layout]
+    values = kind(shape, rng)
+    values = values / max(1.0, np.abs(values).max() / 100)
+    check(tensor(values, shape, dtype), *affine(shape[1], rng))
+
+
+@pytest.mark.parametrize("kind", [noughts, two_values, in_order])
+@pytest.mark.parametrize("layout", ["rows", "planes", "chunks of planes"])
+def test_float64_keeps_its_own_digits(simd, layout, kind):
+    rng, shape = np.random.default_rng(3), SHAPES[layout]
+    x = tensor(kind(shape, rng), shape, torch.float64)
+    mean, m2 = cpu.moments(x, 1)
+    wide = x.numpy().reshape(shape).astype(np.longdouble)
+    true = wide.mean((0, 2))
+    square = ((wide - true[:, None]) ** 2).sum((0, 2))
+    np.testing.assert_allclose(mean.numpy(), true.astype(float), rtol=1e-13)
+    np.testing.assert_allclose(m2.numpy(), square.astype(float), rtol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(256, 700, 1), (2100, 133, 1), (6, 33, 4001), (2, 3, 65601)])
+def test_a_second_pass_in_some_channels_has_the_same_bits_for_any_number_of_threads(simd, shape):
+    rng = np.random.default_rng(4)
+    values = rng.standard_normal(shape)
+    values[:, ::32] = noughts(shape, rng)[:, ::32]
+    x = tensor(values, shape)
+    before, seen = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            seen.append(cpu.forward(x, None, None, None, IDENTITY, 1e-5, 1))
+    finally:
+        torch.set_num_threads(before)
+    for y, stats in seen[1:]:
+        assert torch.equal(y, seen[0][0])
+        assert torch.equal(stats, seen[0][1])
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("layout", SHAPES)
+def test_nothing_finite_in_one_channel_is_seen_in_no_other(simd, layout, bad):
+    rng, shape = np.random.default_rng(5), SHAPES[layout]
+    values = rng.standard_normal(shape)
+    whole = cpu.moments(tensor(values, shape), 1)
+    for places in (unlike(shape), np.arange(shape[2]) == shape[2] - 1):
+        spoilt = values.copy()
+        spoilt[:, 1] = np.where(np.broadcast_to(places, (shape[0], 1, shape[2]))[:, 0], bad, 1.0)
+        mean, m2 = cpu.moments(tensor(spoilt, shape), 1)
+        assert mean[1].isnan() if np.isnan(bad) else mean[1] == bad
+        assert m2[1].isnan()
+        kept = torch.arange(shape[1]) != 1
+        assert torch.equal(mean[kept], whole[0][kept])
+        assert torch.equal(m2[kept], whole[1][kept])
+
+
+def test_values_whose_sum_exceeds_float32_have_a_mean():
+    for shape in SHAPES.values():
+        x = tensor(np.full(shape, 3e38), shape)
+        mean, m2 = cpu.moments(x, 1)
+        assert torch.equal(mean, torch.full_like(mean, 3e38))
+        assert not m2.isnan().any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", MILLIONS)
+def test_millions_of_values(simd, layout, kind):
+    rng, shape = np.random.default_rng(6), MILLIONS[layout]
+    check(tensor(kind(shape, rng), shape), *affine(shape[1], rng))
+
+
+@pytest.mark.slow
+@settings(max_examples=400, deadline=None)
+@given(
+    layout=st.sampled_from(list(SHAPES)),
+    kind=st.sampled_from(KINDS),
+    name=st.sampled_from(SETS),
+    seed=st.integers(0, 2**32),
+)
+def test_bounds_hold_for_many_more(layout, kind, name, seed):
+    rng, shape = np.random.default_rng(seed), SHAPES[layout]
+    x = tensor(kind(shape, rng), shape)
+    _native.use_simd(name)
+    try:
+        check(x, *affine(shape[1], rng))
+    finally:
+        _native.use_simd(SETS[0])
