@@ -43,7 +43,8 @@ def assert_same(got, wanted, **tolerance):
 def by_every_route(function, given, cotangent):
     """Name -> y and gradients: backends, compiled, and torch.func's vjp."""
     found = {}
-    for backend in BACKENDS.keys() - {"triton", "aten"}:  # a CUDA build lists what is for CUDA tensors
+    # A CUDA build lists what is for CUDA tensors, where there is no GPU too.
+    for backend in BACKENDS.keys() - {"triton", "aten"}:
         with bn.use_backend(backend):
             found[backend] = gradients(function, given, cotangent)
     found["compiled"] = gradients(whole(function), given, cotangent)
