@@ -89,7 +89,8 @@ inline auto is_far(double count, V mean, V reference, V square) {
     return (off * off * count > square * 0.5) & (off * off > rounding * rounding);
 }
 
-constexpr int64_t row_block = 32;     // rows whose squares are summed in the compute dtype
+// Rows that are summed in the compute dtype. Rounding has one direction where all squares are the same, so these are few.
+constexpr int64_t row_block = 32, square_block = 16;
 constexpr int64_t column_block = 64;  // columns that share one decision about their reference
 
 // Room for the sums of one thread: a number per column in each.
@@ -111,7 +112,7 @@ inline void add_wide(double* to, const A* from, int64_t n) {
     for (int64_t i = 0; i < n; i += lanes<double>) store(to + i, load(to + i) + load_wide(from + i));
 }
 
-// Adds x and (x - ref)^2 of `rows` <= row_block rows, `stride` apart, to sum and square.
+// Adds x and (x - ref)^2 of `rows` <= square_block rows, `stride` apart, to sum and square.
 template <class T>
 void add_rows(const T* x, int64_t rows, int64_t stride, int64_t n, const ColumnSums<Real<T>>& to, bool more) {
     using A = Real<T>;
@@ -156,9 +157,9 @@ template <class T>
 void lift_rows(const T* x, int64_t rows, int64_t stride, int64_t n, const ColumnSums<Real<T>>& w, double* mean, double* m2) {
     constexpr int H = lanes<double>;
     w.clear(n);
-    for (int64_t at = 0; at < rows; at += row_block) {
-        const int64_t some = rows - at < row_block ? rows - at : row_block;
-        add_rows(x + at * stride, some, stride, n, w, at + row_block < rows);
+    for (int64_t at = 0; at < rows; at += square_block) {
+        const int64_t some = rows - at < square_block ? rows - at : square_block;
+        add_rows(x + at * stride, some, stride, n, w, at + square_block < rows);
     }
     const double count = double(rows);
     for (int64_t i = 0; i < n; i += H) {

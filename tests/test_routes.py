@@ -43,7 +43,7 @@ def assert_same(got, wanted, **tolerance):
 def by_every_route(function, given, cotangent):
     """Name -> y and gradients: backends, compiled, and torch.func's vjp."""
     found = {}
-    # A CUDA build lists what is for CUDA tensors, where there is no GPU too.
+    # Triton takes no CPU tensors where it is not interpreted, torch's kernels not every axis.
     for backend in BACKENDS.keys() - {"triton", "aten"}:
         with bn.use_backend(backend):
             found[backend] = gradients(function, given, cotangent)
