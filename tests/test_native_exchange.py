@@ -6,7 +6,7 @@ import pytest
 import torch
 
 _native = pytest.importorskip("batchnorm._native")
-from batchnorm.errors import Unserved  # noqa: E402
+from batchnorm.errors import UnservedError  # noqa: E402
 from batchnorm.ops import cpu  # noqa: E402
 from batchnorm.ops.activations import IDENTITY, Activation  # noqa: E402
 
@@ -71,7 +71,7 @@ def test_what_does_not_belong_together_is_declined_and_nothing_is_changed(change
     axis = given.pop("axis")
     before = [t if t is None else t.clone() for t in given.values()]
     if axis == 1:
-        with pytest.raises(Unserved, match="expected tensors of shape"):
+        with pytest.raises(UnservedError, match="expected tensors of shape"):
             cpu.forward(x, *affine, Activation("relu"), 1e-5, axis, (*given.values(), 0.1))
     assert (
         _native.forward(x, affine[2], *affine[:2], axis, *given.values(), 0, 0.0, 1e-5, 0.1, 1)

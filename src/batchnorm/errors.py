@@ -33,7 +33,7 @@ class BackendError(BatchNormError, RuntimeError):
     """A backend that was asked for by name cannot serve the call."""
 
 
-class Unserved(BackendError):
+class UnservedError(BackendError):
     """A backend was given tensors that do not belong together; nothing has been changed."""
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from batchnorm.errors import Unserved
+from batchnorm.errors import UnservedError
 from batchnorm.nn.tracking import WIDE
 from batchnorm.ops import eager
 from batchnorm.ops.activations import Activation
@@ -60,7 +60,7 @@ def forward(
     compute = _train if layer.training else _evaluate
     try:
         return compute(layer, x, axis, weight, bias, residual, act, found)
-    except Unserved:
+    except UnservedError:
         return None
 
 
@@ -101,7 +101,7 @@ def _train(
 ) -> Tensor | None:
     momentum, eps = layer.momentum, layer.eps
     plain = type(layer.statistics) is Batch and layer._bank is None and momentum is not None
-    if not plain or not 0 < eps < torch.inf or x.numel() <= x.shape[axis]:
+    if not plain or not 0 < eps < torch.inf or x.numel() <= x.size(axis):
         return None
     buffers = layer._buffers
     mean, var = buffers.get("running_mean"), buffers.get("running_var")
@@ -109,19 +109,19 @@ def _train(
     backend = likely(x)
     if backend is None:
         backend = select(x, weight, bias, residual, axis)
-        if not _fits(x, axis, weight, bias, residual, mean, var):
+        counts = counter is None or (counter.dtype is torch.int64 and counter.device == x.device)
+        if not (counts and _fits(x, axis, weight, bias, residual, mean, var)):
             return None
     running = None
     if layer.track_running_stats and mean is not None and not is_recomputing():
-        if not backend.commits or mean.is_inference() or not _counts(counter, x):
+        if not backend.commits or counter is None or mean.is_inference():
             return None
         running = (mean, var, counter, momentum)
     elif mean is None and var is not None:
         return None
     y: Tensor
     if torch.is_grad_enabled() and _needs_grad(x, weight, bias, residual):
-        found = [] if found is None else found
-        step = eager.Step(act, eps, axis, backend, found, running)
+        step = (act, eps, axis, backend, found, running)
         y = eager.apply_batch(x, weight, bias, residual, step)
     else:
         y, stats = backend.forward(x, weight, bias, residual, act, eps, axis, running)
@@ -132,15 +132,15 @@ def _train(
     return y
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    for tensor in tensors:
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
-
-
-def _counts(counter: Tensor | None, x: Tensor) -> bool:
-    return counter is not None and counter.dtype is torch.int64 and counter.device == x.device
+def _needs_grad(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> bool:
+    return (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
 
 
 def _fits(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import _native
-from batchnorm.errors import OptionError, Unserved
+from batchnorm.errors import OptionError, UnservedError
 from batchnorm.ops.activations import NAMES, Activation
 from batchnorm.ops.strides import like_or_none, plan, vector, wide
 
@@ -88,8 +88,9 @@ def normalize(
         y: Maybe = _native.normalize(x, residual, *vectors, axis, out, *fused)
         if y is not None:
             return y
-    y = _call(_native.normalize, x, (residual,), vectors, axis, None, *fused)
-    assert y is not None
+    y = _native.normalize(x, residual, *vectors, axis, None, *fused)
+    if y is None:
+        y = _again(_native.normalize, x, (residual,), vectors, axis, None, *fused)
     return y if out is None else out.copy_(y)
 
 
@@ -105,9 +106,10 @@ def evaluate(
     axis: int,
 ) -> Tensor:
     """Normalize by stored statistics, finished in the same call."""
-    vectors = (weight, bias, mean, var)
     rest = (CODES[act.name], act.slope, eps, _threads())
-    y: Tensor = _call(_native.evaluate, x, (residual,), vectors, axis, *rest)
+    y: Tensor = _native.evaluate(x, residual, weight, bias, mean, var, axis, *rest)
+    if y is None:
+        y = _again(_native.evaluate, x, (residual,), (weight, bias, mean, var), axis, *rest)
     return y
 
 
@@ -128,9 +130,9 @@ def forward(
     """
     mean, var, counter, momentum = _NO_STEP if running is None else running
     rest = (mean, var, counter, CODES[act.name], act.slope, eps, momentum, _threads())
-    found: tuple[Tensor, Tensor]
-    found = _call(_native.forward, x, (residual,), (weight, bias), axis, *rest)
-    return found
+    found: tuple[Tensor, Tensor] | None
+    found = _native.forward(x, residual, weight, bias, axis, *rest)
+    return found or _again(_native.forward, x, (residual,), (weight, bias), axis, *rest)
 
 
 def backward_sums(
@@ -147,10 +149,11 @@ def backward_sums(
 ) -> tuple[Tensor, Tensor]:
     """Return sum(dz) and sum(dz * xhat) per channel."""
     alike = (dy, *_mask_source(act, residual, y))
+    vectors = (weight, bias, mean, rstd)
     rest = (CODES[act.name], act.slope, _threads())
-    sums: tuple[Tensor, Tensor]
-    sums = _call(_native.backward_sums, x, alike, (weight, bias, mean, rstd), axis, *rest)
-    return sums
+    sums: tuple[Tensor, Tensor] | None
+    sums = _native.backward_sums(x, *alike, *vectors, axis, *rest)
+    return sums or _again(_native.backward_sums, x, alike, vectors, axis, *rest)
 
 
 def backward_input(
@@ -173,8 +176,9 @@ def backward_input(
     alike = (dy, *_mask_source(act, residual, y))
     vectors = (weight, bias, mean, rstd, sum_dz, sum_dz_xhat)
     rest = (CODES[act.name], act.slope, float(count), want_residual, _threads())
-    found: tuple[Tensor, Maybe] = _call(_native.backward_input, x, alike, vectors, axis, *rest)
-    return found
+    found: tuple[Tensor, Maybe] | None
+    found = _native.backward_input(x, *alike, *vectors, axis, *rest)
+    return found or _again(_native.backward_input, x, alike, vectors, axis, *rest)
 
 
 def backward(
@@ -190,14 +194,17 @@ def backward(
     want_residual: bool,
 ) -> tuple[Tensor, Maybe, Tensor, Tensor]:
     """Invert ``forward`` in one call; return dx, dresidual, sum(dz), sum(dz * xhat)."""
-    alike = (dy, *_mask_source(act, residual, y))
+    residual, y = _mask_source(act, residual, y)
     rest = (CODES[act.name], act.slope, want_residual, _threads())
     found: tuple[Tensor, Maybe, Tensor, Tensor]
-    found = _call(_native.backward, x, alike, (weight, bias, stats), axis, *rest)
+    found = _native.backward(x, dy, residual, y, weight, bias, stats, axis, *rest)
+    if found is None:
+        alike, vectors = (dy, residual, y), (weight, bias, stats)
+        found = _again(_native.backward, x, alike, vectors, axis, *rest)
     return found
 
 
-def _call(
+def _again(
     kernel: Callable[..., Any],
     x: Tensor,
     alike: tuple[Maybe, ...],
@@ -205,7 +212,7 @@ def _call(
     axis: int,
     *rest: Any,
 ) -> Any:
-    """Call a kernel, and where it declines once more with tensors that lie as it wants them.
+    """Call a kernel that has declined once more, with tensors that lie as it wants them.
 
     Args:
         kernel: What takes x, ``alike``, ``vectors``, axis and the rest, and may return None.
@@ -216,28 +223,25 @@ def _call(
         *rest: What is the kernel's own.
 
     Raises:
-        Unserved: If the tensors do not belong together; nothing has been changed.
+        UnservedError: If the tensors do not belong together; nothing has been changed.
     """
-    found = kernel(x, *alike, *vectors, axis, *rest)
+    found = None
+    if all(t is None or (t.shape == x.shape and t.dtype == x.dtype) for t in alike):
+        tidy, *_ = plan(x, axis)
+        others = [like_or_none(t, tidy) for t in alike]
+        found = kernel(tidy, *others, *map(vector, vectors), axis, *rest)
     if found is None:
-        if any(t is not None and (t.shape != x.shape or t.dtype != x.dtype) for t in alike):
-            raise _unserved(x, alike, vectors, axis)
-        x, *_ = plan(x, axis)
-        alike = tuple([like_or_none(t, x) for t in alike])
-        vectors = tuple([vector(t) for t in vectors])
-        found = kernel(x, *alike, *vectors, axis, *rest)
-        if found is None:
-            raise _unserved(x, alike, vectors, axis)
+        raise _unserved(x, alike, vectors, axis)
     return found
 
 
 def _unserved(
     x: Tensor, alike: tuple[Maybe, ...], vectors: tuple[Maybe, ...], axis: int
-) -> Unserved:
+) -> UnservedError:
     def told(tensors: tuple[Maybe, ...]) -> str:
         return ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors if t is not None)
 
-    return Unserved(
+    return UnservedError(
         f"expected tensors of shape {tuple(x.shape)}, {x.dtype}, and vectors for the channels on "
         f"axis {axis}, all on the CPU; got [{told(alike)}] and [{told(vectors)}]"
     )
