@@ -99,8 +99,8 @@ def chosen(
 def likely(x: Tensor) -> Any:
     """Return the backend that serves an input, if that can be told without a look at the rest.
 
-    Its functions look at everything themselves, and raise ``UnservedError`` with nothing changed. Where
-    it returns None, more must be asked first; the answer is then that of ``select``.
+    Its functions look at everything themselves, and raise ``UnservedError`` with nothing changed.
+    Where it returns None, more must be asked first; the answer is then that of ``select``.
     """
     if _cpu is None or not x.is_cpu or not (_forced is None or _forced == "cpu"):
         return None
