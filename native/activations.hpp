@@ -38,7 +38,7 @@ struct Relu6 {
         const V low = z < 0 ? V{} : z;
         return low > 6 ? V{} + 6 : low;
     }
-    template <class V, class A> static V backward(V dy, V z, A) { return (z <= 0) | (z >= 6) ? V{} : dy; }
+    template <class V, class A> static V backward(V dy, V z, A) { return ((z <= 0) | (z >= 6)) ? V{} : dy; }
     template <class V, class A> static V backward_y(V dy, V y, A a) { return backward(dy, y, a); }
 };
 
@@ -93,8 +93,8 @@ struct HardSwish : NeedsZ {
 struct HardSigmoid {
     static constexpr bool from_y = true, uses_z = true;
     template <class V, class A> static V forward(V z, A a) { return Relu6::forward(z + 3, a) * A(1.0 / 6); }
-    template <class V, class A> static V backward(V dy, V z, A) { return (z > -3) & (z < 3) ? dy * A(1.0 / 6) : V{}; }
-    template <class V, class A> static V backward_y(V dy, V y, A) { return (y > 0) & (y < 1) ? dy * A(1.0 / 6) : V{}; }
+    template <class V, class A> static V backward(V dy, V z, A) { return ((z > -3) & (z < 3)) ? dy * A(1.0 / 6) : V{}; }
+    template <class V, class A> static V backward_y(V dy, V y, A) { return ((y > 0) & (y < 1)) ? dy * A(1.0 / 6) : V{}; }
 };
 
 struct Sigmoid : NeedsZ {

@@ -1,234 +1,192 @@
-// The Python module: addresses as integers (a call costs about a microsecond), checked here and nowhere below.
+// The Python module: torch tensors in, torch tensors out; None where an input does not lie as the kernels want it.
+//
+// Every function takes the input, then what lies as it does, then vectors over the channels; src/batchnorm/ops/cpu.py
+// is the way in and relies on this order.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
 #include <string>
 
 #define BATCHNORM_ISA common
+#include "call.hpp"
 #include "dispatch.hpp"
-#include "memory.hpp"
 #include "parallel.hpp"
 #include "pool.hpp"
-#include "tensors.hpp"
 
 namespace nb = nanobind;
 using namespace batchnorm;
 
 namespace {
 
-using Address = uintptr_t;
+using Handle = nb::handle;
 
-constexpr int64_t gil_kept_below = 16384;  // elements
-
-[[noreturn]] void reject(const std::string& message) { throw nb::value_error(message.c_str()); }
-
-template <class P = void>
-P* at(Address address) { return reinterpret_cast<P*>(address); }
-
-// dtypes packs four codes of two bits each: data, weight, bias, running statistics.
-DType dtype_at(int dtypes, int place) { return static_cast<DType>((dtypes >> (2 * place)) & 3); }
-
-struct Call {
-    Args args;
-    DType dtype;
-    int64_t bytes;
-
-    Call(Address x, int64_t outer, int64_t channels, int64_t inner, int dtypes, int threads) : dtype(dtype_at(dtypes, 0)) {
-        if (outer < 0 || channels < 0 || inner < 0)
-            reject("sizes must not be negative, got (outer, channels, inner) = (" + std::to_string(outer) + ", " +
-                   std::to_string(channels) + ", " + std::to_string(inner) + ")");
-        int64_t elements = 0;
-        if (__builtin_mul_overflow(outer, channels, &elements) || __builtin_mul_overflow(elements, inner, &elements) ||
-            __builtin_mul_overflow(elements, size_of(dtype), &bytes))
-            reject("outer * channels * inner does not fit 64 bits; check the sizes");
-        if (dtypes < 0 || dtypes > 255) reject("dtypes packs four codes of two bits, got " + std::to_string(dtypes));
-        if (threads < 1) reject("threads must be at least 1, got " + std::to_string(threads));
-        args.outer = outer;
-        args.channels = channels;
-        args.inner = inner;
-        args.threads = threads;
-        args.x = data(x, "x");
-    }
-
-    int64_t elements() const { return bytes / size_of(dtype); }
-
-    void* data(Address address, const char* name, bool optional = false) const {
-        if (!address && !optional && bytes > 0) reject(std::string(name) + " is null; pass the data_ptr() of a tensor with storage");
-        if (address % size_of(dtype))
-            reject(std::string(name) + " is not aligned to its elements of " + std::to_string(size_of(dtype)) + " bytes; pass a copy (x.clone())");
-        return at(address);
-    }
-
-    void* per_channel(Address address, const char* name, int64_t element) const {
-        if (!address && args.channels > 0) reject(std::string(name) + " is null; it must hold one value per channel");
-        if (address % element) reject(std::string(name) + " is not aligned to its elements; pass a copy");
-        return at(address);
-    }
-
-    void* statistic(Address address, const char* name) const { return per_channel(address, name, dtype == DType::float64 ? 8 : 4); }
-
-    Param param(Address address, const char* name, DType code) const {
-        if (!address) return {};
-        return {per_channel(address, name, size_of(code)), code};
-    }
-
-    void affine(Address weight, Address bias, int dtypes) {
-        args.weight = param(weight, "weight", dtype_at(dtypes, 1));
-        args.bias = param(bias, "bias", dtype_at(dtypes, 2));
-    }
-
-    void running(Address mean, Address var, int dtypes) {
-        const DType code = dtype_at(dtypes, 3);
-        if ((mean || var) && size_of(code) < 4) reject("running statistics are kept in float32 or float64; convert the buffers with .float()");
-        args.running_mean = param(mean, "running_mean", code);
-        args.running_var = param(var, "running_var", code);
-    }
-
-    void activation(int code, double slope) {
-        if (code < 0 || code >= activation_count) reject("activation code must be in 0.." + std::to_string(activation_count - 1) + ", got " + std::to_string(code));
-        args.activation = static_cast<Activation>(code);
-        args.slope = slope;
-    }
-
-    // An output may be exactly one of the inputs where `same` allows it (each element is read before it is written).
-    void apart(const void* out, const void* in, const char* names, bool same) const {
-        const Address a = reinterpret_cast<Address>(out), b = reinterpret_cast<Address>(in);
-        if (!a || !b || bytes == 0 || (same && a == b)) return;
-        if (a < b + bytes && b < a + bytes) reject(std::string(names) + " overlap in memory; write to a fresh tensor");
-    }
-
-    void run(Kernel kernel) const {
-        if (elements() < gil_kept_below) return kernel(args);
-        nb::gil_scoped_release released;
-        kernel(args);
-    }
-};
-
-void moments(Address x, Address mean, Address m2, int64_t outer, int64_t channels, int64_t inner, int dtypes, int threads) {
-    Call call(x, outer, channels, inner, dtypes, threads);
-    call.args.mean = call.statistic(mean, "mean");
-    call.args.m2 = call.statistic(m2, "m2");
-    call.run(kernels(call.dtype).moments);
+// mean and m2, into the vectors that are given.
+bool moments(Handle x, int axis, Handle mean, Handle m2, int threads) {
+    Call call(x, axis, threads);
+    call.args.mean = call.rows(mean, "mean", 1);
+    call.args.m2 = call.rows(m2, "m2", 1);
+    if (call.in_order) call.run(kernels(call.x.dtype).moments);
+    return call.in_order;
 }
 
-void output(Call& call, Address y, Address residual) {
-    call.args.residual = call.data(residual, "residual", true);
-    call.args.y = call.data(y, "y");
-    call.apart(call.args.y, call.args.x, "y and x", true);
-    call.apart(call.args.y, call.args.residual, "y and residual", true);
-    if (call.args.y != call.args.x && call.args.y != call.args.residual) advise_huge(call.args.y, call.bytes);
-}
-
-void normalize(Address x, Address mean, Address rstd, Address rest, Address weight, Address bias, Address residual, Address y, int64_t outer,
-               int64_t channels, int64_t inner, int dtypes, int activation, double slope, int threads) {
-    Call call(x, outer, channels, inner, dtypes, threads);
-    call.args.mean = call.statistic(mean, "mean");
-    call.args.rstd = call.statistic(rstd, "rstd");
-    call.args.rest = rest ? call.statistic(rest, "rest") : nullptr;
-    call.affine(weight, bias, dtypes);
+nb::object normalize(Handle x, Handle residual, Handle weight, Handle bias, Handle mean, Handle rstd, int axis, Handle out, int activation,
+                     double slope, int threads) {
+    Call call(x, axis, threads);
+    call.args.residual = call.like(residual, "residual");
+    call.affine(weight, bias);
+    call.args.mean = call.rows(mean, "mean", 1);
+    call.reciprocal_std(rstd);
     call.activation(activation, slope);
-    output(call, y, residual);
-    call.run(kernels(call.dtype).normalize);
+    if (!call.in_order) return nb::none();
+    nb::object y = call.output(out);
+    if (!call.in_order) return nb::none();
+    call.run(kernels(call.x.dtype).normalize);
+    return y;
 }
 
 // Normalize by stored statistics, finished by the kernel: for small inputs tensor operations would cost more than it does.
-void evaluate(Address x, Address running_mean, Address running_var, Address weight, Address bias, Address residual, Address y,
-              int64_t outer, int64_t channels, int64_t inner, int dtypes, int activation, double slope, double eps, int threads) {
-    Call call(x, outer, channels, inner, dtypes, threads);
-    call.running(running_mean, running_var, dtypes);
-    call.args.eps = eps;
-    call.affine(weight, bias, dtypes);
+nb::object evaluate(Handle x, Handle residual, Handle weight, Handle bias, Handle mean, Handle var, int axis, int activation, double slope,
+                    double eps, int threads) {
+    Call call(x, axis, threads);
+    call.args.residual = call.like(residual, "residual");
+    call.affine(weight, bias);
+    call.running(mean, var);
     call.activation(activation, slope);
-    output(call, y, residual);
-    call.run(kernels(call.dtype).normalize);
+    call.args.eps = eps;
+    if (!call.in_order) return nb::none();
+    nb::object y = call.output(nb::none());
+    call.run(kernels(call.x.dtype).normalize);
+    return y;
 }
 
-void forward(Address x, Address weight, Address bias, Address residual, Address y, Address mean, Address m2, Address rstd, Address rest,
-             Address running_mean, Address running_var, Address counter, int64_t outer, int64_t channels, int64_t inner, int dtypes,
-             int activation, double slope, double eps, double momentum, int threads) {
-    Call call(x, outer, channels, inner, dtypes, threads);
-    call.args.mean = call.statistic(mean, "mean");
-    call.args.m2 = call.statistic(m2, "m2");
-    call.args.rstd = call.statistic(rstd, "rstd");
-    call.args.rest = rest ? call.statistic(rest, "rest") : nullptr;
-    call.affine(weight, bias, dtypes);
+nb::object forward(Handle x, Handle residual, Handle weight, Handle bias, int axis, Handle running_mean, Handle running_var, Handle batches,
+                   int activation, double slope, double eps, double momentum, int threads) {
+    Call call(x, axis, threads);
+    call.args.residual = call.like(residual, "residual");
+    call.affine(weight, bias);
+    call.running(running_mean, running_var);
+    int64_t* count = batches.is_none() ? nullptr : counter(batches);
+    call.in_order = call.in_order && (count || batches.is_none());
     call.activation(activation, slope);
     call.args.eps = eps;
     call.args.momentum = momentum;
-    call.running(running_mean, running_var, dtypes);
-    output(call, y, residual);
-    call.run(kernels(call.dtype).forward);
+    if (!call.in_order) return nb::none();
+    nb::object y = call.output(nb::none());
+    const Made stats = empty(4, call.args.channels, call.wide());
+    call.args.mean = stats.data;
+    call.args.m2 = call.row(stats.data, 1);
+    call.args.rstd = call.row(stats.data, 2);
+    call.args.rest = call.row(stats.data, 3);
+    call.run(kernels(call.x.dtype).forward);
     // After the kernel, so that a failed call leaves no trace; an empty batch is no step.
-    if (counter && outer * inner > 0) ++*at<int64_t>(counter);
+    if (count && call.x.elements() > 0) ++*count;
+    return nb::make_tuple(y, stats.object);
 }
 
-void cotangent(Call& call, Address dy, Address mean, Address rstd, Address rest, Address weight, Address bias, Address residual, Address y, int dtypes,
-               int activation, double slope, Address sum_dz, Address sum_dz_xhat) {
-    call.args.dy = call.data(dy, "dy");
-    call.args.mean = call.statistic(mean, "mean");
-    call.args.rstd = call.statistic(rstd, "rstd");
-    call.args.rest = rest ? call.statistic(rest, "rest") : nullptr;
-    call.affine(weight, bias, dtypes);
-    call.activation(activation, slope);
-    call.args.residual = call.data(residual, "residual", true);
-    call.args.y_saved = call.data(y, "y", true);
-    call.args.sum_dz = call.statistic(sum_dz, "sum_dz");
-    call.args.sum_dz_xhat = call.statistic(sum_dz_xhat, "sum_dz_xhat");
-}
+struct Sums {
+    nb::object dz, dz_xhat;
 
-void gradients(Call& call, Address dx, Address dresidual) {
-    Args& a = call.args;
-    a.dx = call.data(dx, "dx");
-    a.dresidual = call.data(dresidual, "dresidual", true);
-    for (const void* in : {a.x, a.dy, a.residual, a.y_saved}) {
-        call.apart(a.dx, in, "dx and an input", false);
-        call.apart(a.dresidual, in, "dresidual and an input", false);
+    explicit Sums(Call& call) {
+        const Made first = empty(call.args.channels, call.wide()), second = empty(call.args.channels, call.wide());
+        call.args.sum_dz = first.data;
+        call.args.sum_dz_xhat = second.data;
+        dz = first.object;
+        dz_xhat = second.object;
     }
-    call.apart(a.dx, a.dresidual, "dx and dresidual", false);
-    advise_huge(a.dx, call.bytes);
-    advise_huge(a.dresidual, call.bytes);
+};
+
+void cotangent(Call& call, Handle dy, Handle residual, Handle y, Handle weight, Handle bias, int activation, double slope) {
+    call.args.dy = call.like(dy, "dy");
+    call.args.residual = call.like(residual, "residual");
+    call.args.y_saved = call.like(y, "y");
+    call.affine(weight, bias);
+    call.activation(activation, slope);
 }
 
-void backward_sums(Address dy, Address x, Address mean, Address rstd, Address rest, Address weight, Address bias, Address residual, Address y,
-                   Address sum_dz, Address sum_dz_xhat, int64_t outer, int64_t channels, int64_t inner, int dtypes, int activation,
-                   double slope, int threads) {
-    Call call(x, outer, channels, inner, dtypes, threads);
-    cotangent(call, dy, mean, rstd, rest, weight, bias, residual, y, dtypes, activation, slope, sum_dz, sum_dz_xhat);
-    call.run(kernels(call.dtype).backward_sums);
+// dz, which the residual's gradient is: without an activation it is dy itself.
+nb::object gradients(Call& call, Handle dy, bool want_residual, nb::object& dresidual) {
+    const Made dx = empty_like(call.x);
+    call.args.dx = dx.data;
+    advise_huge(dx.data, call.bytes());
+    if (!want_residual) {
+        dresidual = nb::none();
+    } else if (call.args.activation == Activation::identity) {
+        dresidual = nb::borrow(dy);
+    } else {
+        const Made made = empty_like(call.x);
+        call.args.dresidual = made.data;
+        advise_huge(made.data, call.bytes());
+        dresidual = made.object;
+    }
+    return dx.object;
 }
 
-void backward_input(Address dy, Address x, Address mean, Address rstd, Address rest, Address weight, Address bias, Address residual, Address y,
-                    Address sum_dz, Address sum_dz_xhat, Address dx, Address dresidual, int64_t outer, int64_t channels, int64_t inner,
-                    int dtypes, int activation, double slope, double count, int threads) {
-    Call call(x, outer, channels, inner, dtypes, threads);
-    cotangent(call, dy, mean, rstd, rest, weight, bias, residual, y, dtypes, activation, slope, sum_dz, sum_dz_xhat);
-    gradients(call, dx, dresidual);
+nb::object backward_sums(Handle x, Handle dy, Handle residual, Handle y, Handle weight, Handle bias, Handle mean, Handle rstd, int axis,
+                         int activation, double slope, int threads) {
+    Call call(x, axis, threads);
+    cotangent(call, dy, residual, y, weight, bias, activation, slope);
+    call.args.mean = call.rows(mean, "mean", 1);
+    call.reciprocal_std(rstd);
+    if (!call.in_order) return nb::none();
+    const Sums sums(call);
+    call.run(kernels(call.x.dtype).backward_sums);
+    return nb::make_tuple(sums.dz, sums.dz_xhat);
+}
+
+nb::object backward_input(Handle x, Handle dy, Handle residual, Handle y, Handle weight, Handle bias, Handle mean, Handle rstd, Handle sum_dz,
+                          Handle sum_dz_xhat, int axis, int activation, double slope, double count, bool want_residual, int threads) {
+    Call call(x, axis, threads);
+    cotangent(call, dy, residual, y, weight, bias, activation, slope);
+    call.args.mean = call.rows(mean, "mean", 1);
+    call.reciprocal_std(rstd);
+    call.args.sum_dz = call.rows(sum_dz, "sum_dz", 1);
+    call.args.sum_dz_xhat = call.rows(sum_dz_xhat, "sum_dz_xhat", 1);
     call.args.count = count;
-    call.run(kernels(call.dtype).backward_input);
+    if (!call.in_order) return nb::none();
+    nb::object dresidual, dx = gradients(call, dy, want_residual, dresidual);
+    call.run(kernels(call.x.dtype).backward_input);
+    return nb::make_tuple(dx, dresidual);
 }
 
-void backward(Address dy, Address x, Address mean, Address rstd, Address rest, Address weight, Address bias, Address residual, Address y,
-              Address sum_dz, Address sum_dz_xhat, Address dx, Address dresidual, int64_t outer, int64_t channels, int64_t inner,
-              int dtypes, int activation, double slope, int threads) {
-    Call call(x, outer, channels, inner, dtypes, threads);
-    cotangent(call, dy, mean, rstd, rest, weight, bias, residual, y, dtypes, activation, slope, sum_dz, sum_dz_xhat);
-    gradients(call, dx, dresidual);
-    call.run(kernels(call.dtype).backward);
+nb::object backward(Handle x, Handle dy, Handle residual, Handle y, Handle weight, Handle bias, Handle stats, int axis, int activation,
+                    double slope, bool want_residual, int threads) {
+    Call call(x, axis, threads);
+    cotangent(call, dy, residual, y, weight, bias, activation, slope);
+    call.args.mean = call.rows(stats, "stats", 4);
+    if (!call.in_order) return nb::none();
+    call.args.rstd = call.row(call.args.mean, 2);
+    call.args.rest = call.row(call.args.mean, 3);
+    nb::object dresidual, dx = gradients(call, dy, want_residual, dresidual);
+    const Sums sums(call);
+    call.run(kernels(call.x.dtype).backward);
+    return nb::make_tuple(dx, dresidual, sums.dz, sums.dz_xhat);
+}
+
+// Any argument may be None; the functions look themselves.
+template <class R, class... A>
+void define(nb::module_& m, const char* name, R (*function)(A...)) {
+    m.def(name, function, (static_cast<void>(sizeof(A)), nb::arg().none())...);
 }
 
 }  // namespace
 
 NB_MODULE(_native, m) {
-    m.doc() = "Batch normalization kernels for the CPU. Addresses and sizes in, nothing returned; ops/cpu.py is the way in.";
+    m.doc() = "Batch normalization kernels for the CPU; ops/cpu.py is the way in.";
     watch_fork();
-    m.def("moments", &moments);
-    m.def("normalize", &normalize);
-    m.def("evaluate", &evaluate);
-    m.def("forward", &forward);
-    m.def("backward_sums", &backward_sums);
-    m.def("backward_input", &backward_input);
-    m.def("backward", &backward);
-    m.def("pooled", &pooled, "A DLPack capsule of an uninitialised dense tensor in recycled memory.");
+    m.def("connect", &connect, "To be called once with torch.Tensor.");
+    define(m, "moments", &moments);
+    define(m, "normalize", &normalize);
+    define(m, "evaluate", &evaluate);
+    define(m, "forward", &forward);
+    define(m, "backward_sums", &backward_sums);
+    define(m, "backward_input", &backward_input);
+    define(m, "backward", &backward);
+    m.def("empty_like", [](Handle x) {
+        Tensor t;
+        if (!read(x, t)) throw nb::value_error("expected a floating tensor on the CPU");
+        return empty_like(t).object;
+    }, "An uninitialised tensor of the sizes and strides of a dense one; in recycled memory where it is large.");
+    m.def("spoil", &spoil, "For tests: fill new tensors with NaN, so that what is not written shows.");
     m.def("pool_limit", [](int64_t bytes) { pool::set_limit(bytes < 0 ? 0 : bytes); }, "Most bytes kept idle; 0 gives all back.");
     m.def("pool_usage", [] {
         const auto u = pool::usage();

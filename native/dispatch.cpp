@@ -2,6 +2,10 @@
 
 #include <cstring>
 
+#if defined(BATCHNORM_X86)
+#include <cpuid.h>
+#endif
+
 namespace batchnorm {
 
 #define BATCHNORM_DECLARE(isa) \
@@ -24,7 +28,11 @@ struct Set {
 bool always() { return true; }
 
 #if defined(BATCHNORM_X86)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+bool has_f16c() {  // not every clang knows it by name
+    unsigned a, b, c = 0, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

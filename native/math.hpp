@@ -49,7 +49,7 @@ inline F expm1(F x) {
     p = fma(p, x, splat<F>(1.0f / 6));
     p = fma(p, x, splat<F>(0.5f));
     const F near = fma(p, x * x, x);
-    return (x > -0.4f) & (x < 0.4f) ? near : far;
+    return ((x > -0.4f) & (x < 0.4f)) ? near : far;
 }
 
 inline F tanh(F x) {

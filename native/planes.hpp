@@ -12,7 +12,7 @@
 namespace batchnorm::BATCHNORM_ISA {
 
 constexpr int64_t chunk_elements = 65536;           // of one channel
-constexpr int64_t alone_below = 16385;              // elements: less is done sooner than threads are woken
+constexpr int64_t alone_below = 49153;              // elements: less is done sooner than threads are woken
 constexpr int64_t run_bytes = int64_t(128) << 10;    // read in one go
 constexpr int64_t panel_bytes = int64_t(4) << 20;   // of all tensors of a panel, in the cache
 constexpr int64_t fused_bytes = int64_t(6) << 20;   // of all tensors of one channel

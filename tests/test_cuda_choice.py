@@ -181,6 +181,7 @@ def test_all_of_a_call_goes_where_the_rows_say(table, monkeypatch):
     table(*cells)
     monkeypatch.setattr(cuda_choice, "serves", lambda *_: None)
     monkeypatch.setattr(backend, "_order", (cuda_choice,))
+    monkeypatch.setattr(backend, "_cpu", None)
     calls = []
     for name in ("forward", "evaluate", "backward"):
         genuine = getattr(aten, name)

@@ -6,8 +6,8 @@ of threads; without it blocks are so small that PyTorch sums each of them on one
 are the same for any number of threads.
 """
 
-import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +15,7 @@ from torch import Tensor
 from batchnorm import layout
 from batchnorm.moments import Moments, wide
 from batchnorm.moments import fold as sum_by_halves
-from batchnorm.ops import backend, reference, strides
-
-with contextlib.suppress(ImportError):  # not built: then no backend is called "cpu"
-    from batchnorm import _native
+from batchnorm.ops import backend, reference
 
 # Elements of a block. PyTorch's reductions stay on one thread below 32768.
 BLOCK = {"cpu": (1 << 15) - 1}
@@ -81,12 +78,11 @@ def write(x: Tensor, axis: int, mean: Tensor, m2: Tensor) -> int:
     dims = x.dim()
     if not -dims <= axis < dims or dims < 2 or x.shape[axis] != mean.shape[0]:
         return 0
-    if x.dtype is torch.float64 or backend.chosen(x) is not backend.BACKENDS.get("cpu"):
+    cpu: Any = backend.BACKENDS.get("cpu")
+    if x.dtype is torch.float64 or backend.chosen(x) is not cpu:
         return 0
-    values, outer, channels, inner = strides.plan(x.double(), axis % dims)
-    addresses = values.data_ptr(), mean.data_ptr(), m2.data_ptr()
-    _native.moments(*addresses, outer, channels, inner, 1, torch.get_num_threads())
-    return outer * inner
+    cpu.moments_into(x.double(), axis % dims, mean, m2)
+    return x.numel() // x.shape[axis]
 
 
 def fold(parts: Moments) -> Moments:

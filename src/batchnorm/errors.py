@@ -33,6 +33,10 @@ class BackendError(BatchNormError, RuntimeError):
     """A backend that was asked for by name cannot serve the call."""
 
 
+class UnservedError(BackendError):
+    """A backend was given tensors that do not belong together; nothing has been changed."""
+
+
 class SurgeryError(BatchNormError, RuntimeError):
     """A change to a model would alter what it computes without notice."""
 

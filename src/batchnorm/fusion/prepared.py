@@ -67,7 +67,7 @@ class Prepared(NamedTuple):
             y = eager.apply_given(call.x, *self._stored(), *affine, backend)
             return y
         known = Known(backend, self.batch)
-        step = eager.Step(act, call.eps, call.axis, known, [])
+        step = (act, call.eps, call.axis, known, None, None)
         y = eager.apply_batch(call.x, call.weight, call.bias, residual, step)
         return y
 

@@ -1,9 +1,10 @@
 """The common case with as few questions as possible.
 
 Small layers are common, and for them the questions cost more than the arithmetic. What is decided
-here is only whether a call is the common one: a plain tensor of the right shape, nobody looking
+here is only whether a call is the common one: a plain tensor of the right rank, nobody looking
 on, torch's own rule for the statistics. Then a backend does it in one call, the step of the
-running statistics included. Everything else, and every error, takes the general way in ``base``.
+running statistics included; what it finds out of order, it declines with nothing changed.
+Everything else, and every error, takes the general way in ``base``.
 """
 
 from typing import Any
@@ -12,12 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from batchnorm.errors import UnservedError
 from batchnorm.nn.tracking import WIDE
 from batchnorm.ops import eager
 from batchnorm.ops.activations import Activation
-from batchnorm.ops.backend import select
+from batchnorm.ops.backend import likely, select
 from batchnorm.ops.onlookers import is_calm, is_recomputing
 from batchnorm.sources.batch import Batch
+
+_PLAIN = (Parameter, Tensor, type(None))
 
 
 def forward(
@@ -38,104 +42,132 @@ def forward(
     """
     if type(x) is not Tensor or not is_calm():
         return None
-    parameters, buffers = layer._parameters, layer._buffers
-    try:
-        weight, bias = parameters["weight"], parameters["bias"]
-        mean, var = buffers["running_mean"], buffers["running_var"]
-    except KeyError:  # one that is parametrized is an attribute like any other
-        return None
     axis, rank = layer.axis, x.dim()
     if not (rank in layer.ranks if layer.ranks else rank > 1 and -rank <= axis < rank):
         return None
     if axis < 0:
         axis += rank
-    if (mean is None) is not (var is None) or not x.dtype.is_floating_point:
+    try:
+        parameters = layer._parameters
+        weight, bias = parameters["weight"], parameters["bias"]
+    except KeyError:  # one that is parametrized is an attribute like any other
         return None
-    channels = x.shape[axis]
-    if not (_parameters(channels, weight, bias) and _statistics(channels, x, mean, var)):
+    if type(weight) not in _PLAIN or type(bias) not in _PLAIN:
         return None
-    wants_grad = x.requires_grad
-    if weight is not None:
-        wants_grad = wants_grad or weight.requires_grad
-    if bias is not None:
-        wants_grad = wants_grad or bias.requires_grad
-    if residual is not None:
-        if type(residual) is not Tensor or not _alike(residual, x):
-            return None
-        wants_grad = wants_grad or residual.requires_grad
-    wants_grad = wants_grad and torch.is_grad_enabled()
+    if not (residual is None or type(residual) is Tensor):
+        return None
     act = layer.activation if act is None else act
-    if layer.training:
-        found = [] if found is None else found
-        return _train(layer, x, axis, weight, bias, residual, wants_grad, act, found)
-    if mean is None or var is None or wants_grad or not layer.eps >= 0:
+    compute = _train if layer.training else _evaluate
+    try:
+        return compute(layer, x, axis, weight, bias, residual, act, found)
+    except UnservedError:
         return None
-    backend = select(x, weight, bias, residual, axis)
-    if not backend.commits:  # the reference asks nothing of its tensors
+
+
+def _evaluate(
+    layer: Any,
+    x: Tensor,
+    axis: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: Activation,
+    _found: list[Tensor] | None,
+) -> Tensor | None:
+    buffers = layer._buffers
+    mean, var = buffers.get("running_mean"), buffers.get("running_var")
+    if mean is None or var is None or not layer.eps >= 0:
         return None
+    if torch.is_grad_enabled() and _needs_grad(x, weight, bias, residual):
+        return None
+    backend = likely(x)
+    if backend is None:
+        backend = select(x, weight, bias, residual, axis)
+        if not (backend.commits and _fits(x, axis, weight, bias, residual, mean, var)):
+            return None
     y: Tensor = backend.evaluate(x, mean, var, weight, bias, residual, act, layer.eps, axis)
     return y
-
-
-def _parameters(channels: int, *tensors: Tensor | None) -> bool:
-    for tensor in tensors:
-        if tensor is not None and (tensor.numel() != channels or tensor.dim() != 1):
-            return False
-        if tensor is not None and type(tensor) is not Parameter and type(tensor) is not Tensor:
-            return False
-    return True
-
-
-def _statistics(channels: int, x: Tensor, mean: Tensor | None, var: Tensor | None) -> bool:
-    """Return whether a kernel can read, and write, the statistics in place."""
-    if mean is None or var is None:
-        return True
-    return (
-        mean.shape == var.shape == (channels,)
-        and mean.dtype in WIDE
-        and mean.dtype == var.dtype
-        and mean.device == var.device == x.device
-        and mean.is_contiguous()
-        and var.is_contiguous()
-    )
-
-
-def _alike(residual: Tensor, x: Tensor) -> bool:
-    return residual.dtype == x.dtype and residual.shape == x.shape
 
 
 def _train(
     layer: Any,
     x: Tensor,
     axis: int,
-    weight: Parameter | None,
-    bias: Parameter | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     residual: Tensor | None,
-    wants_grad: bool,
     act: Activation,
-    found: list[Tensor],
+    found: list[Tensor] | None,
 ) -> Tensor | None:
-    buffers = layer._buffers
-    mean, var = buffers["running_mean"], buffers["running_var"]
     momentum, eps = layer.momentum, layer.eps
     plain = type(layer.statistics) is Batch and layer._bank is None and momentum is not None
-    if not plain or not 0 < eps < torch.inf or x.numel() <= x.shape[axis]:
+    if not plain or not 0 < eps < torch.inf or x.numel() <= x.size(axis):
         return None
-    backend = select(x, weight, bias, residual, axis)
+    buffers = layer._buffers
+    mean, var = buffers.get("running_mean"), buffers.get("running_var")
+    counter = buffers.get("num_batches_tracked")
+    backend = likely(x)
+    if backend is None:
+        backend = select(x, weight, bias, residual, axis)
+        counts = counter is None or (counter.dtype is torch.int64 and counter.device == x.device)
+        if not (counts and _fits(x, axis, weight, bias, residual, mean, var)):
+            return None
     running = None
     if layer.track_running_stats and mean is not None and not is_recomputing():
-        counter = buffers["num_batches_tracked"]
-        if not backend.commits or mean.is_inference() or counter is None:
-            return None
-        if counter.dtype is not torch.int64 or counter.device != x.device:
+        if not backend.commits or counter is None or mean.is_inference():
             return None
         running = (mean, var, counter, momentum)
-    if wants_grad:
-        step = eager.Step(act, eps, axis, backend, found, running)
-        y: Tensor = eager.apply_batch(x, weight, bias, residual, step)
+    elif mean is None and var is not None:
+        return None
+    y: Tensor
+    if torch.is_grad_enabled() and _needs_grad(x, weight, bias, residual):
+        step = (act, eps, axis, backend, found, running)
+        y = eager.apply_batch(x, weight, bias, residual, step)
     else:
         y, stats = backend.forward(x, weight, bias, residual, act, eps, axis, running)
-        found.append(stats)
+        if found is not None:
+            found.append(stats)
     if running is not None:
         torch._C._increment_version(running[:3])
     return y
+
+
+def _needs_grad(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> bool:
+    return (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
+
+
+def _fits(
+    x: Tensor,
+    axis: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+) -> bool:
+    """Return whether tensors belong together, and statistics can be read and written in place."""
+    channels = x.shape[axis]
+    if not x.dtype.is_floating_point or (mean is None) is not (var is None):
+        return False
+    if any(t is not None and t.shape != (channels,) for t in (weight, bias, mean, var)):
+        return False
+    if residual is not None and (residual.dtype != x.dtype or residual.shape != x.shape):
+        return False
+    return mean is None or var is None or _stands(mean, var, x)
+
+
+def _stands(mean: Tensor, var: Tensor, x: Tensor) -> bool:
+    return (
+        mean.dtype in WIDE
+        and mean.dtype == var.dtype
+        and mean.device == var.device == x.device
+        and mean.is_contiguous()
+        and var.is_contiguous()
+    )

@@ -44,6 +44,8 @@ _order = tuple(
     if one is not aten and (one is not cuda or not cuda.interprets())
 )
 
+_cpu = BACKENDS.get("cpu")
+
 _forced: str | None = None
 
 # What bn.save_memory puts around the backend of a call.
@@ -92,6 +94,17 @@ def chosen(
         if backend.serves(x, weight, bias, residual, axis) is None:
             return backend
     raise AssertionError("the reference backend serves everything")
+
+
+def likely(x: Tensor) -> Any:
+    """Return the backend that serves an input, if that can be told without a look at the rest.
+
+    Its functions look at everything themselves, and raise ``UnservedError`` with nothing changed.
+    Where it returns None, more must be asked first; the answer is then that of ``select``.
+    """
+    if _cpu is None or not x.is_cpu or not (_forced is None or _forced == "cpu"):
+        return None
+    return _cpu if _wrap is None else _wrap(_cpu)
 
 
 def wrap_with(wrap: Callable[[Any], Any]) -> None:

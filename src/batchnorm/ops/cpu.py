@@ -1,38 +1,43 @@
 """The native CPU kernels, seen as functions of plain tensors.
 
-No autograd and no modules here: shapes are decided, outputs allocated, and one native call made.
-Statistics are fresh tensors in the arithmetic's dtype, and every function means what the one of
-the same name in ``reference`` means.
+No autograd and no modules here: one native call, which reads the tensors, makes the outputs and
+computes. Statistics are fresh tensors in the arithmetic's dtype, and every function means what the
+one of the same name in ``reference`` means.
 
 Served in place are contiguous inputs, and dense ones with the channels innermost (channels-last,
 or (N, C)). Any other is copied to a contiguous one first; the rest follows the input's layout.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from batchnorm import _native
-from batchnorm.errors import OptionError
+from batchnorm.errors import OptionError, UnservedError
 from batchnorm.ops.activations import NAMES, Activation
-from batchnorm.ops.cpu_memory import DTYPES, address, codes, empty_like
-from batchnorm.ops.strides import like, like_or_none, plan, vector, walked, wide
+from batchnorm.ops.strides import like_or_none, plan, vector, wide
 
 # running_mean, running_var, num_batches_tracked, momentum
 Running = tuple[Tensor, Tensor, Tensor | None, float]
+Maybe = Tensor | None
 
 # Whether ``forward`` takes the step of the running statistics in the same call.
 commits = True
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 # The order is that of the enumeration in native/args.hpp.
 CODES = {name: code for code, name in enumerate(NAMES)}
 
-_empty = torch.empty
+_NO_STEP = (None, None, None, 0.0)
 _threads = torch.get_num_threads
 
+_native.connect(Tensor)
 
-def serves(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, axis: int
-) -> str | None:
+
+def serves(x: Tensor, weight: Maybe, bias: Maybe, residual: Maybe, axis: int) -> str | None:
     """Return why these tensors cannot be served, or None where they can."""
     if not x.is_cpu or x.layout is not torch.strided:
         return f"it is {x.layout} on {x.device}; the native kernels take strided CPU tensors"
@@ -49,88 +54,70 @@ def serves(
 
 def moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Return mean and m2 per channel."""
-    x, *shape = plan(x, axis)
-    mean, m2 = (_empty(shape[1], dtype=wide(x)) for _ in range(2))
-    addresses = (x.data_ptr(), mean.data_ptr(), m2.data_ptr())
-    _native.moments(*addresses, *shape, DTYPES[x.dtype], _threads())
+    mean, m2 = (torch.empty(x.shape[axis], dtype=wide(x)) for _ in range(2))
+    moments_into(x, axis, mean, m2)
     return mean, m2
+
+
+def moments_into(x: Tensor, axis: int, mean: Tensor, m2: Tensor) -> None:
+    """Write mean and m2 per channel to two vectors in the dtype of the arithmetic."""
+    if not _native.moments(x, axis, mean, m2, _threads()):
+        x, *_ = plan(x, axis)
+        if not _native.moments(x, axis, mean, m2, _threads()):
+            raise _unserved(x, (), (mean, m2), axis)
 
 
 def normalize(
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    weight: Maybe,
+    bias: Maybe,
+    residual: Maybe,
     act: Activation,
     axis: int,
-    out: Tensor | None = None,
+    out: Maybe = None,
 ) -> Tensor:
     """Return act((x - mean) * rstd * weight + bias + residual), in one pass.
 
     ``out`` may be x or the residual: each element is read before it is written.
     """
-    x, *shape = plan(x, axis)
-    weight, bias, residual = vector(weight), vector(bias), like_or_none(residual, x)
-    mean, rstd = walked(mean), walked(rstd)
-    y = out if out is not None and out.stride() == x.stride() else empty_like(x)
-    _native.normalize(
-        x.data_ptr(),
-        mean.data_ptr(),
-        *_pair(rstd),
-        address(weight),
-        address(bias),
-        address(residual),
-        y.data_ptr(),
-        *shape,
-        codes(x, weight, bias),
-        CODES[act.name],
-        act.slope,
-        _threads(),
-    )
-    return y if out is None or out is y else out.copy_(y)
+    vectors = (weight, bias, mean, rstd)
+    fused = (CODES[act.name], act.slope, _threads())
+    if out is not None:
+        y: Maybe = _native.normalize(x, residual, *vectors, axis, out, *fused)
+        if y is not None:
+            return y
+    y = _native.normalize(x, residual, *vectors, axis, None, *fused)
+    if y is None:
+        y = _again(_native.normalize, x, (residual,), vectors, axis, None, *fused)
+    return y if out is None else out.copy_(y)
 
 
 def evaluate(
     x: Tensor,
     mean: Tensor,
     var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    weight: Maybe,
+    bias: Maybe,
+    residual: Maybe,
     act: Activation,
     eps: float,
     axis: int,
 ) -> Tensor:
     """Normalize by stored statistics, finished in the same call."""
-    x, *shape = plan(x, axis)
-    weight, bias, residual = vector(weight), vector(bias), like_or_none(residual, x)
-    mean, var = walked(mean), walked(var)
-    y = empty_like(x)
-    _native.evaluate(
-        x.data_ptr(),
-        mean.data_ptr(),
-        var.data_ptr(),
-        address(weight),
-        address(bias),
-        address(residual),
-        y.data_ptr(),
-        *shape,
-        codes(x, weight, bias) | DTYPES[mean.dtype] << 6,
-        CODES[act.name],
-        act.slope,
-        eps,
-        _threads(),
-    )
+    rest = (CODES[act.name], act.slope, eps, _threads())
+    y: Tensor = _native.evaluate(x, residual, weight, bias, mean, var, axis, *rest)
+    if y is None:
+        y = _again(_native.evaluate, x, (residual,), (weight, bias, mean, var), axis, *rest)
     return y
 
 
 def forward(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    weight: Maybe,
+    bias: Maybe,
+    residual: Maybe,
     act: Activation,
     eps: float,
     axis: int,
@@ -141,37 +128,11 @@ def forward(
     With ``running`` the same call moves the running statistics towards the mean and the unbiased
     variance by momentum, and the counter by one; bumping their versions is the caller's.
     """
-    x, *shape = plan(x, axis)
-    weight, bias, residual = vector(weight), vector(bias), like_or_none(residual, x)
-    code = codes(x, weight, bias)
-    commit, momentum = (0, 0, 0), 0.0
-    if running is not None:
-        mean, var, counter, momentum = running
-        code |= DTYPES[mean.dtype] << 6
-        commit = (mean.data_ptr(), var.data_ptr(), address(counter))
-    y = empty_like(x)
-    stats = _empty(4, shape[1], dtype=wide(x))
-    start, row = stats.data_ptr(), shape[1] * stats.element_size()
-    _native.forward(
-        x.data_ptr(),
-        address(weight),
-        address(bias),
-        address(residual),
-        y.data_ptr(),
-        start,
-        start + row,
-        start + 2 * row,
-        start + 3 * row,
-        *commit,
-        *shape,
-        code,
-        CODES[act.name],
-        act.slope,
-        eps,
-        momentum,
-        _threads(),
-    )
-    return y, stats
+    mean, var, counter, momentum = _NO_STEP if running is None else running
+    rest = (mean, var, counter, CODES[act.name], act.slope, eps, momentum, _threads())
+    found: tuple[Tensor, Tensor] | None
+    found = _native.forward(x, residual, weight, bias, axis, *rest)
+    return found or _again(_native.forward, x, (residual,), (weight, bias), axis, *rest)
 
 
 def backward_sums(
@@ -179,37 +140,20 @@ def backward_sums(
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor | None,
+    weight: Maybe,
+    bias: Maybe,
+    residual: Maybe,
+    y: Maybe,
     act: Activation,
     axis: int,
 ) -> tuple[Tensor, Tensor]:
     """Return sum(dz) and sum(dz * xhat) per channel."""
-    x, *shape = plan(x, axis)
-    dy, weight, bias = like(dy, x), vector(weight), vector(bias)
-    mean, rstd = walked(mean), walked(rstd)
-    residual, y = _mask_source(act, residual, y, x)
-    sum_dz, sum_dz_xhat = (_empty(shape[1], dtype=wide(x)) for _ in range(2))
-    _native.backward_sums(
-        dy.data_ptr(),
-        x.data_ptr(),
-        mean.data_ptr(),
-        *_pair(rstd),
-        address(weight),
-        address(bias),
-        address(residual),
-        address(y),
-        sum_dz.data_ptr(),
-        sum_dz_xhat.data_ptr(),
-        *shape,
-        codes(x, weight, bias),
-        CODES[act.name],
-        act.slope,
-        _threads(),
-    )
-    return sum_dz, sum_dz_xhat
+    alike = (dy, *_mask_source(act, residual, y))
+    vectors = (weight, bias, mean, rstd)
+    rest = (CODES[act.name], act.slope, _threads())
+    sums: tuple[Tensor, Tensor] | None
+    sums = _native.backward_sums(x, *alike, *vectors, axis, *rest)
+    return sums or _again(_native.backward_sums, x, alike, vectors, axis, *rest)
 
 
 def backward_input(
@@ -217,113 +161,100 @@ def backward_input(
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor | None,
+    weight: Maybe,
+    bias: Maybe,
+    residual: Maybe,
+    y: Maybe,
     act: Activation,
     axis: int,
     sum_dz: Tensor,
     sum_dz_xhat: Tensor,
     count: float,
     want_residual: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Maybe]:
     """Return dx from the merged sums and count, and dresidual = dz where it is wanted."""
-    x, *shape = plan(x, axis)
-    dy, weight, bias = like(dy, x), vector(weight), vector(bias)
-    mean, rstd = walked(mean), walked(rstd)
-    sum_dz, sum_dz_xhat = walked(sum_dz), walked(sum_dz_xhat)
-    residual, y = _mask_source(act, residual, y, x)
-    dx, dresidual = empty_like(x), _dresidual(dy, x, act, want_residual)
-    _native.backward_input(
-        dy.data_ptr(),
-        x.data_ptr(),
-        mean.data_ptr(),
-        *_pair(rstd),
-        address(weight),
-        address(bias),
-        address(residual),
-        address(y),
-        sum_dz.data_ptr(),
-        sum_dz_xhat.data_ptr(),
-        dx.data_ptr(),
-        0 if dresidual is dy else address(dresidual),
-        *shape,
-        codes(x, weight, bias),
-        CODES[act.name],
-        act.slope,
-        float(count),
-        _threads(),
-    )
-    return dx, dresidual
+    alike = (dy, *_mask_source(act, residual, y))
+    vectors = (weight, bias, mean, rstd, sum_dz, sum_dz_xhat)
+    rest = (CODES[act.name], act.slope, float(count), want_residual, _threads())
+    found: tuple[Tensor, Maybe] | None
+    found = _native.backward_input(x, *alike, *vectors, axis, *rest)
+    return found or _again(_native.backward_input, x, alike, vectors, axis, *rest)
 
 
 def backward(
     dy: Tensor,
     x: Tensor,
     stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor | None,
+    weight: Maybe,
+    bias: Maybe,
+    residual: Maybe,
+    y: Maybe,
     act: Activation,
     axis: int,
     want_residual: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor, Maybe, Tensor, Tensor]:
     """Invert ``forward`` in one call; return dx, dresidual, sum(dz), sum(dz * xhat)."""
-    x, *shape = plan(x, axis)
-    dy, weight, bias = like(dy, x), vector(weight), vector(bias)
-    residual, y = _mask_source(act, residual, y, x)
-    dx, dresidual = empty_like(x), _dresidual(dy, x, act, want_residual)
-    sum_dz, sum_dz_xhat = (_empty(shape[1], dtype=stats.dtype) for _ in range(2))
-    stats = walked(stats)
-    start, row = stats.data_ptr(), shape[1] * stats.element_size()
-    _native.backward(
-        dy.data_ptr(),
-        x.data_ptr(),
-        start,
-        start + 2 * row,
-        start + 3 * row,
-        address(weight),
-        address(bias),
-        address(residual),
-        address(y),
-        sum_dz.data_ptr(),
-        sum_dz_xhat.data_ptr(),
-        dx.data_ptr(),
-        0 if dresidual is dy else address(dresidual),
-        *shape,
-        codes(x, weight, bias),
-        CODES[act.name],
-        act.slope,
-        _threads(),
+    residual, y = _mask_source(act, residual, y)
+    rest = (CODES[act.name], act.slope, want_residual, _threads())
+    found: tuple[Tensor, Maybe, Tensor, Tensor]
+    found = _native.backward(x, dy, residual, y, weight, bias, stats, axis, *rest)
+    if found is None:
+        alike, vectors = (dy, residual, y), (weight, bias, stats)
+        found = _again(_native.backward, x, alike, vectors, axis, *rest)
+    return found
+
+
+def _again(
+    kernel: Callable[..., Any],
+    x: Tensor,
+    alike: tuple[Maybe, ...],
+    vectors: tuple[Maybe, ...],
+    axis: int,
+    *rest: Any,
+) -> Any:
+    """Call a kernel that has declined once more, with tensors that lie as it wants them.
+
+    Args:
+        kernel: What takes x, ``alike``, ``vectors``, axis and the rest, and may return None.
+        x: Input.
+        alike: Tensors of the input's shape and dtype.
+        vectors: Tensors with the channels on their last axis.
+        axis: The channel axis.
+        *rest: What is the kernel's own.
+
+    Raises:
+        UnservedError: If the tensors do not belong together; nothing has been changed.
+    """
+    found = None
+    if all(t is None or (t.shape == x.shape and t.dtype == x.dtype) for t in alike):
+        tidy, *_ = plan(x, axis)
+        others = [like_or_none(t, tidy) for t in alike]
+        found = kernel(tidy, *others, *map(vector, vectors), axis, *rest)
+    if found is None:
+        raise _unserved(x, alike, vectors, axis)
+    return found
+
+
+def _unserved(
+    x: Tensor, alike: tuple[Maybe, ...], vectors: tuple[Maybe, ...], axis: int
+) -> UnservedError:
+    def told(tensors: tuple[Maybe, ...]) -> str:
+        return ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors if t is not None)
+
+    return UnservedError(
+        f"expected tensors of shape {tuple(x.shape)}, {x.dtype}, and vectors for the channels on "
+        f"axis {axis}, all on the CPU; got [{told(alike)}] and [{told(vectors)}]"
     )
-    return dx, dresidual, sum_dz, sum_dz_xhat
 
 
-def _pair(rstd: Tensor) -> tuple[int, int]:
-    """Return where rstd and the rest of it lie."""
-    start = rstd.data_ptr()
-    return start, start + rstd.stride(0) * rstd.element_size() if rstd.dim() == 2 else 0
-
-
-def _mask_source(
-    act: Activation, residual: Tensor | None, y: Tensor | None, x: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
+def _mask_source(act: Activation, residual: Maybe, y: Maybe) -> tuple[Maybe, Maybe]:
     """Return what tells act'(z) besides x: (residual, y), at most one of them."""
     if (residual is None and y is None) or act.name == "identity":
         return None, None
     if y is not None and act.from_output:
-        return None, like(y, x)
+        return None, y
     if residual is None:
         raise OptionError(
             f"the derivative of {act.name} cannot be read off y; pass the residual that was added"
         )
-    return like_or_none(residual, x), None
-
-
-def _dresidual(dy: Tensor, x: Tensor, act: Activation, wanted: bool) -> Tensor | None:
-    """Return where dz goes; without an activation it is dy itself."""
-    if not wanted:
-        return None
-    return dy if act.name == "identity" else empty_like(x)
+    return residual, None

@@ -5,7 +5,7 @@ The old style of Function, whose call is 15-40 microseconds cheaper than one wit
 that it can be differentiated again.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,19 +21,9 @@ Gradients = tuple[Tensor | None, ...]
 Running = tuple[Tensor, Tensor, Tensor | None, float]
 
 
-class Step(NamedTuple):
-    """What ``BatchNormalize`` needs besides tensors.
-
-    ``found`` receives stats; ``running``, if given, is committed by the backend in the same
-    call: (running_mean, running_var, counter, momentum).
-    """
-
-    act: Activation
-    eps: float
-    axis: int
-    backend: Any
-    found: list[Tensor]
-    running: Running | None = None
+# What ``BatchNormalize`` needs besides tensors: the activation, eps, the channel axis, the backend,
+# a list that receives stats where they are wanted, and what the backend commits in the same call.
+Step = tuple[Activation, float, int, Any, list[Tensor] | None, Running | None]
 
 
 class BatchNormalize(torch.autograd.Function):
@@ -52,9 +42,11 @@ class BatchNormalize(torch.autograd.Function):
         act, eps, axis, backend, found, running = step
         y: Tensor
         y, stats = backend.forward(x, weight, bias, residual, act, eps, axis, running)
-        found.append(stats)
+        if found is not None:
+            found.append(stats)
         ctx.save_for_backward(x, stats, weight, *kept(act, bias, residual, y))
-        ctx.rest = act, eps, axis, backend, residual is not None, _dtype(bias)
+        bias_dtype = None if bias is None else bias.dtype
+        ctx.rest = act, eps, axis, backend, residual is not None, bias_dtype
         return y
 
     @staticmethod
@@ -101,7 +93,8 @@ class Normalize(torch.autograd.Function):
         """Return y."""
         y: Tensor = backend.normalize(x, mean, rstd, weight, bias, residual, act, axis)
         ctx.save_for_backward(x, mean, rstd, weight, *kept(act, bias, residual, y))
-        ctx.rest = act, axis, backend, residual is not None, _dtype(bias)
+        bias_dtype = None if bias is None else bias.dtype
+        ctx.rest = act, axis, backend, residual is not None, bias_dtype
         return y
 
     @staticmethod
@@ -200,10 +193,6 @@ def _graph(
         dbias = _moments.total(layout.canonical(dz, axis)).to(bias_dtype)
     dresidual = dz.to(dy.dtype) if adds else None
     return dx, dweight, dbias, dresidual
-
-
-def _dtype(tensor: Tensor | None) -> torch.dtype | None:
-    return None if tensor is None else tensor.dtype
 
 
 def _chain(act: Activation, z: Tensor, dy: Tensor) -> Tensor:

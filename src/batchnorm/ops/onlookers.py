@@ -2,15 +2,19 @@
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 
 def is_calm() -> bool:
     """Return whether nobody looks on: no graph being made, no dispatch mode, functorch or dual."""
+    # Asked in every call, so without is_traced() between.
     return (
-        not is_traced()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        not torch.compiler.is_compiling()
+        and _get_tracing_state() is None
+        and _len_torch_dispatch_stack() == 0
+        and peek_interpreter_stack() is None
         and forward_ad._current_level < 0
     )
 
@@ -27,13 +31,13 @@ def is_traced() -> bool:
 
 def is_recorded() -> bool:
     """Return whether ``torch.jit.trace`` records: sizes are then tensors that must not be asked."""
-    return torch._C._get_tracing_state() is not None
+    return _get_tracing_state() is not None
 
 
 def is_transformed() -> bool:
     """Return whether a transform of torch.func is at work, which custom operations do not know."""
     # Not "is not None": Dynamo wraps the None.
-    top = torch._C._functorch.peek_interpreter_stack()
+    top = peek_interpreter_stack()
     return isinstance(top, torch._C._functorch.CInterpreter)
 
 

@@ -37,7 +37,7 @@ def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
         backend = select(*given, call.axis)
         if torch.is_grad_enabled() and call.needs_grad:
             found: list[Tensor] = []
-            y = eager.apply_batch(*given, eager.Step(call.act, *rest, backend, found))
+            y = eager.apply_batch(*given, (call.act, *rest, backend, found, None))
             return y, Moments(count, found[0][0], found[0][1])
         y, stats = backend.forward(*given, call.act, *rest)
     elif is_traced() and call.portable:

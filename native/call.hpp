@@ -1,0 +1,136 @@
+// One call, put together from tensors and checked; below it nothing is.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <string>
+
+#include "args.hpp"
+#include "exchange.hpp"
+#include "memory.hpp"
+
+namespace batchnorm {
+
+// What a kernel cannot take as it lies in memory clears `in_order`: the caller answers None, and Python comes again with
+// copies. What would be read or written wrongly raises.
+struct Call {
+    Args args;
+    Tensor x;
+    bool in_order;
+
+    Call(nanobind::handle input, int axis, int threads) {
+        in_order = read(input, x) && extents(axis);
+        if (threads < 1) reject("threads must be at least 1, got " + std::to_string(threads));
+        args.threads = threads;
+        args.x = in_order ? checked(x, "x") : nullptr;
+    }
+
+    int64_t bytes() const { return x.elements() * size_of(x.dtype); }
+    DType wide() const { return x.dtype == DType::float64 ? DType::float64 : DType::float32; }
+
+    // A tensor that lies as x does; None where that is allowed.
+    void* like(nanobind::handle object, const char* name) {
+        Tensor t;
+        if (object.is_none() || !in_order) return nullptr;
+        in_order = read(object, t) && t.dtype == x.dtype && t.lies_like(x);
+        return in_order ? checked(t, name) : nullptr;
+    }
+
+    // One value per channel, in any dtype; None where that is allowed.
+    Param param(nanobind::handle object, const char* name) {
+        Tensor t;
+        if (object.is_none() || !in_order) return {};
+        in_order = read(object, t) && t.rank == 1 && t.shape[0] == args.channels && t.contiguous();
+        return in_order ? Param{checked(t, name), t.dtype} : Param{};
+    }
+
+    // Rows of one value per channel in the dtype of the arithmetic; a single row has one axis.
+    void* rows(nanobind::handle object, const char* name, int64_t count) {
+        Tensor t;
+        if (!in_order) return nullptr;
+        in_order = read(object, t) && t.dtype == wide() && t.rank == (count > 1 ? 2 : 1) && t.contiguous() && t.shape[t.rank - 1] == args.channels &&
+                   (count == 1 || t.shape[0] == count);
+        return in_order ? checked(t, name) : nullptr;
+    }
+
+    void* row(void* start, int index) const { return static_cast<char*>(start) + index * args.channels * size_of(wide()); }
+
+    // 1 / std, (C,), or with what rounding took from it, (2, C).
+    void reciprocal_std(nanobind::handle object) {
+        Tensor t;
+        const bool both = in_order && read(object, t) && t.rank == 2;
+        args.rstd = rows(object, "rstd", both ? 2 : 1);
+        if (both && in_order) args.rest = row(args.rstd, 1);
+    }
+
+    void affine(nanobind::handle weight, nanobind::handle bias) {
+        args.weight = param(weight, "weight");
+        args.bias = param(bias, "bias");
+    }
+
+    void running(nanobind::handle mean, nanobind::handle var) {
+        args.running_mean = param(mean, "running_mean");
+        args.running_var = param(var, "running_var");
+        const bool both = mean.is_none() == var.is_none();
+        in_order = in_order && both && args.running_mean.dtype == args.running_var.dtype && size_of(args.running_mean.dtype) >= 4;
+    }
+
+    void activation(int code, double slope) {
+        if (code < 0 || code >= activation_count) reject("activation code must be in 0.." + std::to_string(activation_count - 1) + ", got " + std::to_string(code));
+        args.activation = static_cast<Activation>(code);
+        args.slope = slope;
+    }
+
+    // Where the result goes: to a new tensor, or to one that is given, which may be exactly x or the residual.
+    nanobind::object output(nanobind::handle given) {
+        if (given.is_none()) {
+            Made made = empty_like(x);
+            args.y = made.data;
+            advise_huge(args.y, bytes());
+            return made.object;
+        }
+        args.y = like(given, "out");
+        for (const void* in : {args.x, args.residual}) apart(in);
+        return nanobind::borrow(given);
+    }
+
+    void run(Kernel kernel) const {
+        constexpr int64_t gil_kept_below = 16384;  // elements
+        if (x.elements() < gil_kept_below) return kernel(args);
+        nanobind::gil_scoped_release released;
+        kernel(args);
+    }
+
+  private:
+    [[noreturn]] static void reject(const std::string& message) { throw nanobind::value_error(message.c_str()); }
+
+    bool extents(int axis) {
+        if (axis < 0 || axis >= x.rank) return false;
+        args.channels = x.shape[axis];
+        const int64_t elements = x.elements();
+        const int64_t each = args.channels ? elements / args.channels : 0;
+        args.inner = 1;
+        if (x.contiguous())
+            for (int i = axis + 1; i < x.rank; ++i) args.inner *= x.shape[i];
+        else if (!x.innermost(axis))
+            return false;
+        args.outer = args.inner ? each / args.inner : 0;
+        return true;
+    }
+
+    static void* checked(const Tensor& t, const char* name) {
+        if (!t.data && t.elements() > 0) reject(std::string(name) + " has no memory; pass a tensor with storage");
+        if (reinterpret_cast<uintptr_t>(t.data) % size_of(t.dtype))
+            reject(std::string(name) + " is not aligned to its elements of " + std::to_string(size_of(t.dtype)) + " bytes; pass a copy (x.clone())");
+        return t.data;
+    }
+
+    // Each element is read before it is written, so the very same memory will do; memory in part the same will not.
+    void apart(const void* in) const {
+        const auto a = reinterpret_cast<uintptr_t>(args.y), b = reinterpret_cast<uintptr_t>(in);
+        if (!a || !b || a == b) return;
+        if (a < b + bytes() && b < a + bytes()) reject("out and an input overlap in memory; write to a fresh tensor");
+    }
+};
+
+}  // namespace batchnorm
