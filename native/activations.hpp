@@ -3,6 +3,7 @@
 //   forward(z, slope)        a = act(z)
 //   backward(dy, z, slope)   dy * act'(z); at the kinks and for NaN as torch's own backward functions do
 //   backward_y(dy, y, slope) the same from the output, where the output tells (from_y)
+//   usual                    whether its loops are built with and without a residual
 //
 // A mask selects, it does not multiply: an infinite dy behind a closed gate gives 0.
 #pragma once
@@ -15,25 +16,25 @@ template <class V>
 inline V sigmoid_of(V z) { return 1 / (1 + exp(-z)); }
 
 struct NeedsZ {
-    static constexpr bool from_y = false, uses_z = true;
+    static constexpr bool from_y = false, uses_z = true, usual = false;
     template <class V, class A> static V backward_y(V dy, V, A) { return dy; }
 };
 
 struct Identity : NeedsZ {
-    static constexpr bool uses_z = false;
+    static constexpr bool uses_z = false, usual = true;
     template <class V, class A> static V forward(V z, A) { return z; }
     template <class V, class A> static V backward(V dy, V, A) { return dy; }
 };
 
 struct Relu {
-    static constexpr bool from_y = true, uses_z = true;
+    static constexpr bool from_y = true, uses_z = true, usual = true;
     template <class V, class A> static V forward(V z, A) { return z < 0 ? V{} : z; }
     template <class V, class A> static V backward(V dy, V z, A) { return z <= 0 ? V{} : dy; }
     template <class V, class A> static V backward_y(V dy, V y, A a) { return backward(dy, y, a); }
 };
 
 struct Relu6 {
-    static constexpr bool from_y = true, uses_z = true;
+    static constexpr bool from_y = true, uses_z = true, usual = false;
     template <class V, class A> static V forward(V z, A) {
         const V low = z < 0 ? V{} : z;
         return low > 6 ? V{} + 6 : low;
@@ -43,7 +44,7 @@ struct Relu6 {
 };
 
 struct LeakyRelu {
-    static constexpr bool from_y = true, uses_z = true;
+    static constexpr bool from_y = true, uses_z = true, usual = false;
     template <class V, class A> static V forward(V z, A slope) { return z > 0 ? z : z * slope; }
     template <class V, class A> static V backward(V dy, V z, A slope) { return z > 0 ? dy : dy * slope; }
     template <class V, class A> static V backward_y(V dy, V y, A slope) { return backward(dy, y, slope); }
@@ -91,7 +92,7 @@ struct HardSwish : NeedsZ {
 };
 
 struct HardSigmoid {
-    static constexpr bool from_y = true, uses_z = true;
+    static constexpr bool from_y = true, uses_z = true, usual = false;
     template <class V, class A> static V forward(V z, A a) { return Relu6::forward(z + 3, a) * A(1.0 / 6); }
     template <class V, class A> static V backward(V dy, V z, A) { return ((z > -3) & (z < 3)) ? dy * A(1.0 / 6) : V{}; }
     template <class V, class A> static V backward_y(V dy, V y, A) { return ((y > 0) & (y < 1)) ? dy * A(1.0 / 6) : V{}; }

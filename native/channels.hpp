@@ -177,16 +177,11 @@ struct Loops {
     explicit Loops(const Args& a) {
         with_activation(a.activation, [&](auto act) {
             using Act = decltype(act);
-            if (a.residual) normalize = normalize_block<T, Act, true, Columns>;
-            else normalize = normalize_block<T, Act, false, Columns>;
-            if constexpr (!Act::uses_z) choose<Act, Source::X>();
-            else if constexpr (Act::from_y) {
-                if (a.y_saved) return choose<Act, Source::Y>();
-                if (a.residual) return choose<Act, Source::Residual>();
-                choose<Act, Source::X>();
-            } else {
-                if (a.residual) return choose<Act, Source::Residual>();
-                choose<Act, Source::X>();
+            if constexpr (!Act::usual) choose<Act, Source::Either>();
+            else if (a.residual) choose<Act, Source::Residual>();
+            else choose<Act, Source::X>();
+            if constexpr (Act::from_y) {
+                if (a.y_saved) choose_backward<Act, Source::Y>();
             }
         });
     }
@@ -194,6 +189,11 @@ struct Loops {
   private:
     template <class Act, Source S>
     void choose() {
+        normalize = normalize_block<T, Act, S, Columns>;
+        choose_backward<Act, Act::uses_z ? S : Source::X>();
+    }
+    template <class Act, Source S>
+    void choose_backward() {
         input = input_block<T, Act, S, Columns>;
         if constexpr (Columns) sums_by_column = sums_columns<T, Act, S>;
         else sums = sums_block<T, Act, S>;

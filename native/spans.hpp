@@ -6,7 +6,9 @@
 
 namespace batchnorm::BATCHNORM_ISA {
 
-enum class Source { X, Residual, Y };  // what tells act'(z): x alone, x and the residual, or the output
+// What tells z: x alone, x and the residual, or whichever there is, asked at every vector, where loops for each would take
+// longer to build than they save. And what tells act'(z): these, or the output.
+enum class Source { X, Residual, Either, Y };
 
 template <class T>
 struct Block {
@@ -88,18 +90,25 @@ struct Affine {
     }
 };
 
-template <class T, class Act, bool Residual, bool Columns>
+// One row of a tensor that may be absent.
+template <class T>
+inline T* row_of(T* p, int64_t at) { return p ? p + at : nullptr; }
+
+template <Source S>
+inline bool adds(const void* residual) { return S == Source::Residual || (S == Source::Either && residual); }
+
+template <class T, class Act, Source S, bool Columns>
 void normalize_block(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope) {
     using A = Real<T>;
     const bool stream = b.stream;
     for (int64_t r = 0; r < b.rows; ++r) {
         const Affine<T, Columns> affine(Columns ? k : k.from(r));
         const T* x = b.x + r * b.stride;
-        const T* residual = Residual ? b.extra + r * b.stride : nullptr;
+        const T* residual = row_of(b.extra, r * b.stride);
         T* out = b.out + r * b.stride;
         for_vectors<lanes<A>>(b.n, [&](int64_t i, auto left) {
             Vec<A> z = affine(get(x + i, left) - affine.pivot[i], i);
-            if constexpr (Residual) z += get(residual + i, left);
+            if (adds<S>(residual)) z += get(residual + i, left);
             put(out + i, Act::forward(z, slope), left, stream);
         });
     }
@@ -114,7 +123,7 @@ inline Vec<Real<T>> dz_at(Vec<Real<T>> deviation, const T* dy, const T* extra, c
     else if constexpr (S == Source::Y) return Act::backward_y(grad, get(extra + i, left), slope);
     else {
         auto z = affine(deviation, i);
-        if constexpr (S == Source::Residual) z += get(extra + i, left);
+        if (adds<S>(extra)) z += get(extra + i, left);
         return Act::backward(grad, z, slope);
     }
 }
@@ -130,9 +139,9 @@ void input_block(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope) {
         const PerChannel<A, Columns> c1(here.c1), c0(here.c0);
         const T* x = b.x + r * b.stride;
         const T* dy = b.dy + r * b.stride;
-        const T* extra = S == Source::X ? nullptr : b.extra + r * b.stride;
+        const T* extra = row_of(b.extra, r * b.stride);
         T* out = b.out + r * b.stride;
-        T* dz_out = b.dz ? b.dz + r * b.stride : nullptr;
+        T* dz_out = row_of(b.dz, r * b.stride);
         for_vectors<lanes<A>>(b.n, [&](int64_t i, auto left) {
             const Vec<A> deviation = get(x + i, left) - affine.pivot[i];
             const Vec<A> dz = dz_at<T, Act, S, Columns>(deviation, dy, extra, affine, i, left, slope);
@@ -151,8 +160,8 @@ void sums_block(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope, doubl
         const Affine<T, false> affine(k.from(r));
         const T* x = b.x + r * b.stride;
         const T* dy = b.dy + r * b.stride;
-        const T* extra = S == Source::X ? nullptr : b.extra + r * b.stride;
-        T* dz_out = b.dz ? b.dz + r * b.stride : nullptr;
+        const T* extra = row_of(b.extra, r * b.stride);
+        T* dz_out = row_of(b.dz, r * b.stride);
         for (int64_t i = 0; i < b.n;) {
             Vec<A> sum[2] = {}, dot[2] = {};
             const auto step = [&](int64_t i, auto left, int lane) {
@@ -186,12 +195,12 @@ template <class T, class Act, Source S>
 void sums_columns(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope, Real<T>* sum, Real<T>* dot) {
     using A = Real<T>;
     const Affine<T, true> affine(k);
-    const T* extra = S == Source::X ? b.x : b.extra;
     for (int64_t r = 0; r < b.rows; ++r) {
         const int64_t row = r * b.stride;
+        const T* extra = row_of(b.extra, row);
         for_vectors<lanes<A>>(b.n, [&](int64_t i, auto left) {
             const Vec<A> deviation = get(b.x + row + i, left) - affine.pivot[i];
-            const Vec<A> dz = dz_at<T, Act, S, true>(deviation, b.dy + row, extra + row, affine, i, left, slope);
+            const Vec<A> dz = dz_at<T, Act, S, true>(deviation, b.dy + row, extra, affine, i, left, slope);
             if (b.dz) put(b.dz + row + i, dz, left, false);
             store(sum + i, r ? load(sum + i) + dz : dz);
             store(dot + i, fma(dz, deviation, r ? load(dot + i) : Vec<A>{}));
