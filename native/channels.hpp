@@ -216,6 +216,8 @@ inline bool dz_on_the_way(const Args& a) {
     return a.dresidual && (sizeof(T) >= 4 || selects);
 }
 
+constexpr int64_t stream_bytes = int64_t(8) << 20;  // outputs above this go past the cache
+
 // Streaming stores need whole aligned lines in every row.
 inline bool lines_aligned(const void* p, int64_t row_bytes) {
     return ((reinterpret_cast<uintptr_t>(p) | uintptr_t(row_bytes)) & 63) == 0;

@@ -1,5 +1,6 @@
 // Compiled once per instruction set and data type: BATCHNORM_ISA, BATCHNORM_TYPE and BATCHNORM_NAME come from the build.
-#include "rows.hpp"
+#include "plane_kernels.hpp"
+#include "row_kernels.hpp"
 
 namespace batchnorm::BATCHNORM_ISA {
 namespace {

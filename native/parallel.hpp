@@ -6,6 +6,7 @@
 namespace batchnorm {
 
 constexpr int max_phases = 4, max_shares = 16;
+constexpr int64_t alone_below = 49153;  // elements: less is done sooner than threads are woken
 
 class Team {
   public:

@@ -12,11 +12,9 @@
 namespace batchnorm::BATCHNORM_ISA {
 
 constexpr int64_t chunk_elements = 65536;           // of one channel
-constexpr int64_t alone_below = 49153;              // elements: less is done sooner than threads are woken
 constexpr int64_t run_bytes = int64_t(128) << 10;    // read in one go
 constexpr int64_t panel_bytes = int64_t(4) << 20;   // of all tensors of a panel, in the cache
 constexpr int64_t fused_bytes = int64_t(6) << 20;   // of all tensors of one channel
-constexpr int64_t stream_bytes = int64_t(8) << 20;  // outputs above this go past the cache
 
 // Where things lie. A long plane is cut into parts; what is read in one go is one part, of every channel of a panel.
 template <class T>
@@ -28,7 +26,7 @@ class Planes {
 
     Planes(const Args& a, int tensors)
         : a(a), stride(a.channels * a.inner), parts((a.inner + chunk_elements - 1) / chunk_elements),
-          part(parts ? ((a.inner + parts - 1) / parts + 63) / 64 * 64 : 0), positions(a.outer * parts),
+          part(parts ? padded((a.inner + parts - 1) / parts) : 0), positions(a.outer * parts),
           chunks(chunks_of(a.outer * a.inner, positions)), panel(channels_together(tensors)),
           panels((a.channels + panel - 1) / panel) {}
 
@@ -134,189 +132,6 @@ void over_planes(const Planes<T>& p, int tensors, bool lifts, bool applies, Lift
         if (applies) for_each(team, 2, tasks, 1, task, true);
         streaming_done();
     });
-}
-
-// Moments of every chunk of every channel, and their fold.
-template <class T>
-struct PlaneMoments {
-    using A = Real<T>;
-    static constexpr int H = lanes<double>;
-    const Planes<T>& p;
-    double *mean, *m2, *work;
-    A* reference;
-
-    static size_t need(const Planes<T>& p) {
-        return 2 * Scratch::need<double>(p.a.channels * p.chunks) + Scratch::need<double>(2 * H * p.panel * p.threads()) +
-               Scratch::need<A>(p.panel * p.threads());
-    }
-    PlaneMoments(const Planes<T>& p, Scratch& s)
-        : p(p), mean(s.take<double>(p.a.channels * p.chunks)), m2(s.take<double>(p.a.channels * p.chunks)),
-          work(s.take<double>(2 * H * p.panel * p.threads())), reference(s.take<A>(p.panel * p.threads())) {}
-
-    void lift(const Team& team, int64_t chunk, int64_t c0, int64_t c1) const {
-        A* ref = reference + team.id * p.panel;
-        double* sums = work + team.id * 2 * H * p.panel;
-        for (int64_t c = c0; c < c1; ++c) ref[c - c0] = guess(chunk, c);
-        add(chunk, c0, c1, ref, sums);
-        for (int64_t c = c0; c < c1; ++c, ++ref, sums += 2 * H) {
-            if (keep(chunk, c, *ref, sums)) continue;
-            *ref = A(mean[chunk * p.a.channels + c]);
-            add(chunk, c, c + 1, ref, sums);
-            keep(chunk, c, *ref, sums);
-        }
-    }
-
-    void fold(int64_t c0, int64_t c1) const {
-        double before = p.count(0);
-        for (int64_t i = 1; i < p.chunks; before += p.count(i++))
-            for (int64_t c = c0, at = i * p.a.channels + c0; c < c1; ++c, ++at) {
-                const auto all = merge(Moments<double>{before, mean[c], m2[c]}, Moments<double>{p.count(i), mean[at], m2[at]});
-                mean[c] = all.mean;
-                m2[c] = all.m2;
-            }
-        finish_moments<T>(p.a, c0, c1, mean, m2);
-    }
-
-  private:
-    // A mean of a few values from all over the chunk; of many planes, from their middles: rims are often unlike the rest.
-    A guess(int64_t chunk, int64_t c) const {
-        constexpr int64_t W = lanes<A>, samples = 4, steps = 2 * samples;
-        const int64_t first = p.first(chunk), many = p.first(chunk + 1) - first;
-        D sum = {};
-        int64_t n = 0;
-        for (int64_t i = 1; many > 0 && i < steps; i += 2)
-            p.position(first + i * many / steps, [&](int64_t offset, int64_t some) {
-                const int64_t within = many < samples ? i * many % steps : samples, taken = some < W ? some : W;
-                sum += pairs(load_part(static_cast<const T*>(p.a.x) + c * p.a.inner + offset + (some - taken) * within / steps, int(taken)));
-                n += taken;
-            });
-        return n > 0 ? A(horizontal(sum) / double(n)) : 0;
-    }
-
-    void add(int64_t chunk, int64_t c0, int64_t c1, const A* ref, double* sums) const {
-        for (int64_t i = 0; i < 2 * H * (c1 - c0); ++i) sums[i] = 0;
-        const T* x = static_cast<const T*>(p.a.x) + c0 * p.a.inner;
-        p.each_position(chunk, [&](int64_t offset, int64_t n) { add_planes(x + offset, c1 - c0, p.a.inner, n, ref, sums); });
-    }
-
-    bool keep(int64_t chunk, int64_t c, A ref, const double* sums) const {
-        const double n = p.count(chunk), square = horizontal(load(sums + H));
-        const auto all = from_deviations<double>(n, n > 0 ? horizontal(load(sums)) / n : 0, double(ref), square);
-        mean[chunk * p.a.channels + c] = all.mean;
-        m2[chunk * p.a.channels + c] = all.m2;
-        return !is_far<A, double>(n, all.mean, double(ref), square);
-    }
-};
-
-template <class T>
-void moments_planes(const Args& a, const Loops<T, false>* loops) {
-    using A = Real<T>;
-    const int tensors = a.residual ? 2 : 1;
-    const Planes<T> p(a, tensors);
-    Scratch scratch(PlaneMoments<T>::need(p) + need_coefs<T>(a.channels));
-    const PlaneMoments<T> moments(p, scratch);
-    const Coefs<A> k = take_coefs<T>(scratch, a.channels);
-    const Block<T> whole{static_cast<const T*>(a.x), nullptr, static_cast<const T*>(a.residual), static_cast<T*>(a.y), nullptr, 0, 0, 0, p.streams(a.y)};
-    over_planes(
-        p, tensors, true, loops != nullptr, [&](Team& team, int64_t s, int64_t c0, int64_t c1) { moments.lift(team, s, c0, c1); },
-        [&](int64_t c0, int64_t c1) {
-            moments.fold(c0, c1);
-            if (loops) forward_coefs(a, c0, c1, k);
-        },
-        [&](int64_t s, int64_t c0, int64_t c1) {
-            p.each_position(s, [&](int64_t offset, int64_t n) { loops->normalize(p.block(whole, c0, c1, offset, n), k.from(c0), A(a.slope)); });
-        });
-}
-
-template <class T>
-void normalize_planes(const Args& a) {
-    using A = Real<T>;
-    const Planes<T> p(a, 0);
-    const Loops<T, false> loops(a);
-    Scratch scratch(need_coefs<T>(a.channels));
-    const Coefs<A> k = take_coefs<T>(scratch, a.channels);
-    forward_coefs(a, 0, a.channels, k);
-    const Block<T> whole{static_cast<const T*>(a.x), nullptr, static_cast<const T*>(a.residual), static_cast<T*>(a.y), nullptr, 0, 0, 0, p.streams(a.y)};
-    // Through memory in its own order: there is no second pass to keep a panel for.
-    parallel(p.threads(), [&](Team& team) {
-        for_each(team, 0, p.positions * p.panels, 1 + 32768 / (p.panel * p.part + 1), [&](int64_t t) {
-            const int64_t c0 = t % p.panels * p.panel;
-            p.position(t / p.panels, [&](int64_t offset, int64_t n) { loops.normalize(p.block(whole, c0, p.last_of(c0), offset, n), k.from(c0), A(a.slope)); });
-        });
-        streaming_done();
-    });
-}
-
-// Sums of every chunk of every channel, and their fold.
-template <class T>
-struct PlaneSums {
-    static constexpr int H = lanes<double>;
-    const Planes<T>& p;
-    double *sum, *dot, *work;
-
-    static size_t need(const Planes<T>& p) {
-        return 2 * Scratch::need<double>(p.a.channels * p.chunks) + Scratch::need<double>(2 * H * p.panel * p.threads());
-    }
-    PlaneSums(const Planes<T>& p, Scratch& s)
-        : p(p), sum(s.take<double>(p.a.channels * p.chunks)), dot(s.take<double>(p.a.channels * p.chunks)),
-          work(s.take<double>(2 * H * p.panel * p.threads())) {}
-
-    template <class Loop>
-    void lift(const Team& team, int64_t chunk, int64_t c0, int64_t c1, Loop&& loop) const {
-        double* sums = work + team.id * 2 * H * p.panel;
-        for (int64_t i = 0; i < 2 * H * (c1 - c0); ++i) sums[i] = 0;
-        p.each_position(chunk, [&](int64_t offset, int64_t n) { loop(offset, n, sums); });
-        for (int64_t c = c0; c < c1; ++c, sums += 2 * H) {
-            sum[chunk * p.a.channels + c] = horizontal(load(sums));
-            dot[chunk * p.a.channels + c] = horizontal(load(sums + H));
-        }
-    }
-
-    void fold(int64_t c0, int64_t c1) const {
-        for (int64_t i = 1; i < p.chunks; ++i)
-            for (int64_t c = c0, at = i * p.a.channels + c0; c < c1; ++c, ++at) sum[c] += sum[at], dot[c] += dot[at];
-        finish_sums<Real<T>>(p.a, c0, c1, sum, dot);
-    }
-};
-
-// sums only, dx only, or both: what the three backward entries share.
-template <class T>
-void backward_planes(const Args& a, bool sums, bool input) {
-    using A = Real<T>;
-    const T* extra = static_cast<const T*>(extra_of(a));
-    const int tensors = sums ? 2 + (extra != nullptr) : 0;
-    const Planes<T> p(a, tensors);
-    const Loops<T, false> loops(a);
-    Scratch scratch(PlaneSums<T>::need(p) + need_coefs<T>(a.channels));
-    const PlaneSums<T> partial(p, scratch);
-    const Coefs<A> k = take_coefs<T>(scratch, a.channels);
-    const double count = input && !sums ? a.count : double(a.outer) * double(a.inner);
-    const bool two_step = sums && dz_on_the_way<T>(a);
-    const Block<T> first{static_cast<const T*>(a.x), static_cast<const T*>(a.dy), extra, nullptr, static_cast<T*>(two_step ? a.dresidual : nullptr), 0, 0, 0, false};
-    Block<T> second = first;
-    second.out = static_cast<T*>(a.dx);
-    second.stream = p.streams(a.dx) && (!a.dresidual || two_step || p.streams(a.dresidual));
-    second.dz = static_cast<T*>(two_step ? nullptr : a.dresidual);
-    if (two_step) {
-        second.dy = first.dz;
-        second.extra = nullptr;
-    }
-    const auto apply_loop = two_step ? loops.input_from_dz : loops.input;
-    forward_coefs(a, 0, a.channels, k);
-    over_planes(
-        p, tensors, sums, input,
-        [&](Team& team, int64_t s, int64_t c0, int64_t c1) {
-            partial.lift(team, s, c0, c1, [&](int64_t offset, int64_t n, double* to) {
-                loops.sums(p.block(first, c0, c1, offset, n), k.from(c0), A(a.slope), to);
-            });
-        },
-        [&](int64_t c0, int64_t c1) {
-            if (sums) partial.fold(c0, c1);
-            if (input) backward_coefs(a, c0, c1, count, k);
-        },
-        [&](int64_t s, int64_t c0, int64_t c1) {
-            p.each_position(s, [&](int64_t offset, int64_t n) { apply_loop(p.block(second, c0, c1, offset, n), k.from(c0), A(a.slope)); });
-        });
 }
 
 }  // namespace batchnorm::BATCHNORM_ISA

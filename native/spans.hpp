@@ -24,6 +24,9 @@ struct Block {
 template <class A>
 constexpr int64_t block_elements = 128 * lanes<A>;  // summed in the compute dtype: few additions per lane
 
+// Arrays of one number per channel have room to the end of the widest vector, whatever their type.
+inline int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
+
 // Per channel: z = (x - pivot) * (scale + rest) + shift,  dx = scale * dz + (x - pivot) * c1 + c0.
 // Arrays are readable up to a whole number of vectors.
 template <class A>

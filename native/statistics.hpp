@@ -102,7 +102,7 @@ struct ColumnSums {
     static constexpr int narrow = 2, wide = 2;
     ColumnSums from(int64_t i) const { return {ref + i, q + i, sum + i, square + i}; }
     void clear(int64_t n) const {
-        for (int64_t i = 0; i < (n + 63) / 64 * 64; ++i) sum[i] = square[i] = 0;
+        for (int64_t i = 0; i < padded(n); ++i) sum[i] = square[i] = 0;
     }
 };
 
@@ -146,7 +146,7 @@ void add_rows(const T* x, int64_t rows, int64_t stride, int64_t n, const ColumnS
 template <class T>
 void mean_of_rows(const T* x, int64_t rows, int64_t stride, int64_t n, const ColumnSums<Real<T>>& w) {
     const int64_t some = rows < 8 ? rows : rows < 128 ? 8 : 16, step = some > 0 ? rows / some : 0;
-    for (int64_t i = 0; i < (n + 63) / 64 * 64; ++i) w.ref[i] = 0;
+    for (int64_t i = 0; i < padded(n); ++i) w.ref[i] = 0;
     w.clear(n);
     if (some > 0) add_rows(x + step / 2 * stride, some, step * stride, n, w, false);
     for (int64_t i = 0; i < n; ++i) w.ref[i] = Real<T>(w.sum[i] / double(some > 0 ? some : 1));
