@@ -35,13 +35,23 @@ class Rows {
         return bytes >= stream_bytes && lines_aligned(out, width * int64_t(sizeof(T)));
     }
 
+    // Rows of whole pages, and more of them than a core's cache holds; see for_rows.
+    bool long_rows() const {
+        const int64_t bytes = width * int64_t(sizeof(T));
+        return bytes >= 4096 && bytes * rows >= int64_t(4) << 20;
+    }
+
     // The partial sums of all: f(chunk, its first row, its rows, its first column, its columns). The rest is a chunk at the end.
     template <class Lift>
     void each_part(Team& team, int phase, Lift&& lift) const {
-        if (rest && team.id == 0) lift(chunks, rows, 1, 0, rest * a.channels);
+        // Of no more columns at a time than there is room for.
+        const auto part = [&](int64_t chunk, int64_t first, int64_t some, int64_t at, int64_t end) {
+            lift(chunk, first, some, at, end - at < panel ? end - at : panel);
+        };
+        for (int64_t at = 0; team.id == 0 && at < rest * a.channels; at += panel) part(chunks, rows, 1, at, rest * a.channels);
         for_each(team, phase, chunks * panels, 1, [&](int64_t i) {
-            const int64_t chunk = i / panels, at = i % panels * panel;
-            lift(chunk, chunk * chunk_rows, rows_in(chunk), at, width - at < panel ? width - at : panel);
+            const int64_t chunk = i / panels;
+            part(chunk, chunk * chunk_rows, rows_in(chunk), i % panels * panel, width);
         });
         team.barrier();
     }
@@ -85,6 +95,7 @@ class Rows {
         b.rows = count;
         b.stride = width;
         b.n = n;
+        b.long_rows = long_rows();
         return b;
     }
 

@@ -4,7 +4,12 @@
 
 #include "activations.hpp"
 
+#include <utility>
+
 namespace batchnorm::BATCHNORM_ISA {
+
+// For what is called from several places in a loop: left alone, the compiler would pass vectors through memory.
+#define BATCHNORM_INLINE __attribute__((always_inline))
 
 // What tells z: x alone, x and the residual, or whichever there is, asked at every vector, where loops for each would take
 // longer to build than they save. And what tells act'(z): these, or the output.
@@ -19,6 +24,7 @@ struct Block {
     T* dz;  // where dz is wanted as a tensor (the residual's gradient)
     int64_t rows, stride, n;
     bool stream;
+    bool long_rows = false;
 };
 
 template <class A>
@@ -43,7 +49,7 @@ struct Whole {
 };
 
 template <int W, class Function>
-inline void for_vectors(int64_t n, Function&& f) {
+BATCHNORM_INLINE inline void for_vectors(int64_t n, Function&& f) {
     int64_t i = 0;
     for (; i + W <= n; i += W) f(i, Whole<W>{});
     if (i < n) f(i, int(n - i));
@@ -67,110 +73,120 @@ inline Vec<A> used(Vec<A> v, Whole<W>) { return v; }
 template <class A>
 inline Vec<A> used(Vec<A> v, int left) { return keep_first<A>(v, left); }
 
-// One number per channel, seen from column i.
-template <class A, bool Columns>
-struct PerChannel {
-    const A* p;
-    Vec<A> same;
-    explicit PerChannel(const A* p) : p(p), same(Columns ? Vec<A>{} : splat<Vec<A>>(*p)) {}
-    Vec<A> operator[](int64_t i) const {
-        if constexpr (Columns) return load(p + i);
-        else return same;
-    }
-};
-
-// z as forward and backward both compute it, so that both see the same mask. `rest` is what rounding took from the
-// scale; results of half the digits do not show it.
-template <class T, bool Columns>
-struct Affine {
+// The coefficients of one vector: of one channel, or of as many channels as it has lanes.
+template <class T>
+struct CoefVectors {
     using A = Real<T>;
     using V = Vec<A>;
-    const PerChannel<A, Columns> pivot, scale, rest, shift;
-    explicit Affine(const Coefs<A>& k) : pivot(k.pivot), scale(k.scale), rest(k.rest), shift(k.shift) {}
-    V operator()(V deviation, int64_t i) const {
-        if constexpr (sizeof(T) == 4) return fma(deviation, scale[i], fma(deviation, rest[i], shift[i]));
-        else return fma(deviation, scale[i], shift[i]);
+    V pivot, scale, rest, shift, c1, c0;
+
+    static CoefVectors of_channel(const Coefs<A>& k) {
+        const auto same = [](const A* p) { return splat<V>(*p); };
+        return {same(k.pivot), same(k.scale), same(k.rest), same(k.shift), same(k.c1), same(k.c0)};
+    }
+    static CoefVectors of_columns(const Coefs<A>& k, int64_t i) {
+        return {load(k.pivot + i), load(k.scale + i), load(k.rest + i), load(k.shift + i), load(k.c1 + i), load(k.c0 + i)};
+    }
+
+    // z as forward and backward both compute it, so that both see the same mask. `rest` is what rounding took from the
+    // scale; results of half the digits do not show it.
+    V z(V deviation) const {
+        if constexpr (sizeof(T) == 4) return fma(deviation, scale, fma(deviation, rest, shift));
+        else return fma(deviation, scale, shift);
     }
 };
 
-// One row of a tensor that may be absent.
-template <class T>
-inline T* row_of(T* p, int64_t at) { return p ? p + at : nullptr; }
+// f(0), f(1), ... as constants.
+template <class Function, int... I>
+BATCHNORM_INLINE inline void each_of(Function&& f, std::integer_sequence<int, I...>) { (f(std::integral_constant<int, I>{}), ...); }
+template <int N, class Function>
+BATCHNORM_INLINE inline void each(Function&& f) { each_of(f, std::make_integer_sequence<int, N>{}); }
+
+// Calls f(row, how many) for the rows of a block whose columns are channels. Long rows go together, so that what belongs to
+// a column is read once for all of them; of short ones several lie in a page, where the hardware reads ahead for one run only.
+template <class Act, class T, class Function>
+BATCHNORM_INLINE inline void for_rows(const Block<T>& b, Function&& f) {
+    int64_t r = 0;
+    if constexpr (Act::usual) {
+        constexpr int some = 4;
+        for (; b.long_rows && r + some <= b.rows; r += some) f(r, Whole<some>{});
+    }
+    for (; r < b.rows; ++r) f(r, Whole<1>{});
+}
+
+// Calls f(coefficients, offset, left) for every vector of a block.
+template <class Act, bool Columns, class T, class Function>
+BATCHNORM_INLINE inline void for_block(const Block<T>& b, const Coefs<Real<T>>& k, Function&& f) {
+    constexpr int W = lanes<Real<T>>;
+    if constexpr (Columns) {
+        for_rows<Act>(b, [&](int64_t r, auto together) BATCHNORM_INLINE {
+            for_vectors<W>(b.n, [&](int64_t i, auto left) BATCHNORM_INLINE {
+                const auto c = CoefVectors<T>::of_columns(k, i);
+                each<int(decltype(together){})>([&](int g) BATCHNORM_INLINE { f(c, (r + g) * b.stride + i, left); });
+            });
+        });
+    } else {
+        for (int64_t r = 0; r < b.rows; ++r) {
+            const auto c = CoefVectors<T>::of_channel(k.from(r));
+            for_vectors<W>(b.n, [&](int64_t i, auto left) BATCHNORM_INLINE { f(c, r * b.stride + i, left); });
+        }
+    }
+}
 
 template <Source S>
 inline bool adds(const void* residual) { return S == Source::Residual || (S == Source::Either && residual); }
 
+// Blocks are copied below: behind a reference their pointers would be read again after every store.
 template <class T, class Act, Source S, bool Columns>
-void normalize_block(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope) {
-    using A = Real<T>;
-    const bool stream = b.stream;
-    for (int64_t r = 0; r < b.rows; ++r) {
-        const Affine<T, Columns> affine(Columns ? k : k.from(r));
-        const T* x = b.x + r * b.stride;
-        const T* residual = row_of(b.extra, r * b.stride);
-        T* out = b.out + r * b.stride;
-        for_vectors<lanes<A>>(b.n, [&](int64_t i, auto left) {
-            Vec<A> z = affine(get(x + i, left) - affine.pivot[i], i);
-            if (adds<S>(residual)) z += get(residual + i, left);
-            put(out + i, Act::forward(z, slope), left, stream);
-        });
-    }
+void normalize_block(const Block<T>& block, const Coefs<Real<T>>& k, Real<T> slope) {
+    const Block<T> b = block;
+    for_block<Act, Columns>(b, k, [&](const CoefVectors<T>& c, int64_t at, auto left) BATCHNORM_INLINE {
+        auto z = c.z(get(b.x + at, left) - c.pivot);
+        if (adds<S>(b.extra)) z += get(b.extra + at, left);
+        put(b.out + at, Act::forward(z, slope), left, b.stream);
+    });
 }
 
 // dz of one vector.
-template <class T, class Act, Source S, bool Columns, class Left>
-inline Vec<Real<T>> dz_at(Vec<Real<T>> deviation, const T* dy, const T* extra, const Affine<T, Columns>& affine, int64_t i,
-                          Left left, Real<T> slope) {
-    const auto grad = get(dy + i, left);
+template <class Act, Source S, class T, class Left>
+BATCHNORM_INLINE inline Vec<Real<T>> dz_at(const Block<T>& b, const CoefVectors<T>& c, Vec<Real<T>> deviation, int64_t at, Left left, Real<T> slope) {
+    const auto grad = get(b.dy + at, left);
     if constexpr (!Act::uses_z) return grad;
-    else if constexpr (S == Source::Y) return Act::backward_y(grad, get(extra + i, left), slope);
+    else if constexpr (S == Source::Y) return Act::backward_y(grad, get(b.extra + at, left), slope);
     else {
-        auto z = affine(deviation, i);
-        if (adds<S>(extra)) z += get(extra + i, left);
+        auto z = c.z(deviation);
+        if (adds<S>(b.extra)) z += get(b.extra + at, left);
         return Act::backward(grad, z, slope);
     }
 }
 
 // dx (and dz where wanted) of a block.
 template <class T, class Act, Source S, bool Columns>
-void input_block(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope) {
-    using A = Real<T>;
-    const bool stream = b.stream;
-    for (int64_t r = 0; r < b.rows; ++r) {
-        const Coefs<A> here = Columns ? k : k.from(r);
-        const Affine<T, Columns> affine(here);
-        const PerChannel<A, Columns> c1(here.c1), c0(here.c0);
-        const T* x = b.x + r * b.stride;
-        const T* dy = b.dy + r * b.stride;
-        const T* extra = row_of(b.extra, r * b.stride);
-        T* out = b.out + r * b.stride;
-        T* dz_out = row_of(b.dz, r * b.stride);
-        for_vectors<lanes<A>>(b.n, [&](int64_t i, auto left) {
-            const Vec<A> deviation = get(x + i, left) - affine.pivot[i];
-            const Vec<A> dz = dz_at<T, Act, S, Columns>(deviation, dy, extra, affine, i, left, slope);
-            if (dz_out) put(dz_out + i, dz, left, stream);
-            put(out + i, fma(affine.scale[i], dz, fma(c1[i], deviation, c0[i])), left, stream);
-        });
-    }
+void input_block(const Block<T>& block, const Coefs<Real<T>>& k, Real<T> slope) {
+    const Block<T> b = block;
+    for_block<Act, Columns>(b, k, [&](const CoefVectors<T>& c, int64_t at, auto left) BATCHNORM_INLINE {
+        const auto deviation = get(b.x + at, left) - c.pivot;
+        const auto dz = dz_at<Act, S>(b, c, deviation, at, left, slope);
+        if (b.dz) put(b.dz + at, dz, left, b.stream);
+        put(b.out + at, fma(c.scale, dz, fma(c.c1, deviation, c.c0)), left, b.stream);
+    });
 }
 
 // Adds dz and dz * (x - pivot) of every row to two vectors of doubles per row; dz is written where wanted.
 template <class T, class Act, Source S>
-void sums_block(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope, double* sums) {
+void sums_block(const Block<T>& block, const Coefs<Real<T>>& k, Real<T> slope, double* sums) {
     using A = Real<T>;
     constexpr int W = lanes<A>, H = lanes<double>;
+    const Block<T> b = block;
     for (int64_t r = 0; r < b.rows; ++r, sums += 2 * H) {
-        const Affine<T, false> affine(k.from(r));
-        const T* x = b.x + r * b.stride;
-        const T* dy = b.dy + r * b.stride;
-        const T* extra = row_of(b.extra, r * b.stride);
-        T* dz_out = row_of(b.dz, r * b.stride);
+        const auto c = CoefVectors<T>::of_channel(k.from(r));
         for (int64_t i = 0; i < b.n;) {
             Vec<A> sum[2] = {}, dot[2] = {};
-            const auto step = [&](int64_t i, auto left, int lane) {
-                const Vec<A> deviation = get(x + i, left) - affine.pivot[i];
-                const Vec<A> dz = used<A>(dz_at<T, Act, S, false>(deviation, dy, extra, affine, i, left, slope), left);
-                if (dz_out) put(dz_out + i, dz, left, false);
+            const auto step = [&](int64_t i, auto left, int lane) BATCHNORM_INLINE {
+                const int64_t at = r * b.stride + i;
+                const Vec<A> deviation = get(b.x + at, left) - c.pivot;
+                const Vec<A> dz = used<A>(dz_at<Act, S>(b, c, deviation, at, left, slope), left);
+                if (b.dz) put(b.dz + at, dz, left, false);
                 sum[lane] += dz;
                 dot[lane] = fma(dz, used<A>(deviation, left), dot[lane]);
             };
@@ -195,20 +211,25 @@ void sums_block(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope, doubl
 
 // The same for columns: sum[j] and dot[j] of column j, set by the first rows and added to by the rest.
 template <class T, class Act, Source S>
-void sums_columns(const Block<T>& b, const Coefs<Real<T>>& k, Real<T> slope, Real<T>* sum, Real<T>* dot) {
+void sums_columns(const Block<T>& block, const Coefs<Real<T>>& k, Real<T> slope, Real<T>* sum, Real<T>* dot) {
     using A = Real<T>;
-    const Affine<T, true> affine(k);
-    for (int64_t r = 0; r < b.rows; ++r) {
-        const int64_t row = r * b.stride;
-        const T* extra = row_of(b.extra, row);
-        for_vectors<lanes<A>>(b.n, [&](int64_t i, auto left) {
-            const Vec<A> deviation = get(b.x + row + i, left) - affine.pivot[i];
-            const Vec<A> dz = dz_at<T, Act, S, true>(deviation, b.dy + row, extra, affine, i, left, slope);
-            if (b.dz) put(b.dz + row + i, dz, left, false);
-            store(sum + i, r ? load(sum + i) + dz : dz);
-            store(dot + i, fma(dz, deviation, r ? load(dot + i) : Vec<A>{}));
+    const Block<T> b = block;
+    for_rows<Act>(b, [&](int64_t r, auto together) BATCHNORM_INLINE {
+        for_vectors<lanes<A>>(b.n, [&](int64_t i, auto left) BATCHNORM_INLINE {
+            const auto c = CoefVectors<T>::of_columns(k, i);
+            Vec<A> all = r ? load(sum + i) : Vec<A>{}, all_dot = r ? load(dot + i) : Vec<A>{};
+            each<int(decltype(together){})>([&](int g) BATCHNORM_INLINE {
+                const int64_t at = (r + g) * b.stride + i;
+                const Vec<A> deviation = get(b.x + at, left) - c.pivot;
+                const Vec<A> dz = dz_at<Act, S>(b, c, deviation, at, left, slope);
+                if (b.dz) put(b.dz + at, dz, left, false);
+                all += dz;
+                all_dot = fma(dz, deviation, all_dot);
+            });
+            store(sum + i, all);
+            store(dot + i, all_dot);
         });
-    }
+    });
 }
 
 }  // namespace batchnorm::BATCHNORM_ISA

@@ -5,8 +5,6 @@
 #include "moments.hpp"
 #include "spans.hpp"
 
-#include <utility>
-
 namespace batchnorm::BATCHNORM_ISA {
 
 // Adds vectors `step` apart to a sum. Four numbers of half the digits add up in float exactly, or nearly so; doubles are
@@ -23,12 +21,6 @@ inline void add_vectors(WideSum<Real<T>>& sum, const T* p, int64_t step, Left le
         }
     }
 }
-
-// f(0), f(1), ... as constants.
-template <class Function, int... I>
-inline void each_of(Function&& f, std::integer_sequence<int, I...>) { (f(std::integral_constant<int, I>{}), ...); }
-template <int N, class Function>
-inline void each(Function&& f) { each_of(f, std::make_integer_sequence<int, N>{}); }
 
 // Adds n <= block_elements values of one channel, and squares of x - ref, to two vectors of doubles: 16 additions per lane
 // in the compute dtype.

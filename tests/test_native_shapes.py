@@ -1,0 +1,125 @@
+"""Every number of channels up to several vectors, with rows left over, against float64 and for any threads."""
+
+import pytest
+import torch
+
+_native = pytest.importorskip("batchnorm._native")
+from batchnorm.ops import cpu  # noqa: E402
+from batchnorm.ops.activations import Activation  # noqa: E402
+
+RELU, EPS = Activation("relu"), 1e-5
+UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53, torch.bfloat16: 2.0**-8}
+SETS = [name for name in ("avx512", "avx2", "baseline") if _native.use_simd(name)]
+_native.use_simd(SETS[0])
+PARALLEL = 1 << 16  # elements from which on threads are used, or somewhat more
+
+
+def dense():
+    for channels in (*range(1, 73), 100, 127, 129, 255, 257, 1000, 1025, 2049):
+        for rows in (5, 37, PARALLEL // channels + 13):
+            yield rows, channels
+
+
+def planes():
+    for channels in (1, 2, 3, 5, 16, 17, 33):
+        for inner in (2, 3, 15, 17, 49, 64, 131, 1030):
+            for outer in (1, 3, PARALLEL // (channels * inner) + 3):
+                yield outer, channels, inner
+
+
+# The widest set here with every run of the tests, the others with the long ones.
+@pytest.fixture(params=[SETS[0], *(pytest.param(one, marks=pytest.mark.slow) for one in SETS[1:])])
+def simd(request):
+    _native.use_simd(request.param)
+    _native.spoil(True)
+    yield request.param
+    _native.spoil(False)
+    _native.use_simd(SETS[0])
+
+
+def results(x, residual, dy, weight, bias, threads):
+    """All that forward and backward of BN+add+ReLU, and BN+ReLU, find."""
+    torch.set_num_threads(threads)
+    y, stats = cpu.forward(x, weight, bias, residual, RELU, EPS, 1)
+    plain, _ = cpu.forward(x, weight, bias, None, RELU, EPS, 1)
+    given = (dy, x, stats, weight, bias)
+    return (
+        *(y, stats, plain),
+        *cpu.backward(*given, None, y, RELU, 1, True),
+        *(found for found in cpu.backward(*given, None, None, RELU, 1, False) if found is not None),
+    )
+
+
+def others(x):
+    return [d for d in range(x.dim()) if d != 1]
+
+
+def wide(vector, x):
+    return vector.view(-1, *[1] * (x.dim() - 2))
+
+
+def expected(x, residual, dy, weight, bias):
+    """The same, and for BN+add+ReLU and BN+ReLU where rounding decides about the mask."""
+    x, residual, dy, weight, bias = (t.double() for t in (x, residual, dy, weight, bias))
+    count = x.numel() / x.shape[1]
+    var, mean = torch.var_mean(x, others(x), correction=0)
+    rstd = (var + EPS).rsqrt()
+    xhat = (x - wide(mean, x)) * wide(rstd, x)
+    z = xhat * wide(weight, x) + wide(bias, x)
+    found, open_to_both = [], []
+    for total in (z + residual, z):
+        dz = dy * (total > 0)
+        sum_dz, sum_dot = dz.sum(others(x)), (dz * xhat).sum(others(x))
+        average = wide(sum_dz / count, x) + xhat * wide(sum_dot / count, x)
+        dx = wide(rstd * weight, x) * (dz - average)
+        found.append((total.clamp_min(0), dx, dz, sum_dz, sum_dot))
+        open_to_both.append(total.abs() < 1e-5)
+    (y, dx, dz, *sums), (plain, dx2, _, *sums2) = found
+    stats = torch.stack([mean, var * count, rstd])
+    return (y, stats, plain, dx, dz, *sums, dx2, *sums2), open_to_both
+
+
+NAMES = ("y", "stats", "plain", "dx", "dz", "sum", "dot", "dx2", "sum2", "dot2")
+
+
+def check(shape, dtype):
+    generator = torch.Generator().manual_seed(sum(shape))
+    x, residual, dy = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
+    weight, bias = (torch.randn(shape[1], generator=generator) for _ in range(2))
+    given = (x, residual, dy, weight, bias)
+    threads = torch.get_num_threads()
+    found, *same = (results(*given, n) for n in (1, 2, 5))
+    torch.set_num_threads(threads)
+    for other in same:
+        assert all(torch.equal(a, b) for a, b in zip(found, other, strict=True)), shape
+    true, (open1, open2) = expected(*given)
+    count, most = x.numel() / shape[1], float(dy.abs().max())
+    rounding = 64 * UNIT[dtype] if dtype != torch.float64 else 1024 * UNIT[dtype]
+    fine = min(rounding, 64 * 2.0**-24)
+    gain = wide((true[1][2] * weight).abs().clamp_min(1), x)
+    for name, ours, exact in zip(NAMES, found, true, strict=True):
+        ours = ours.double()
+        undecided = open2 if name.endswith("2") else open1
+        if name == "stats":
+            ours = torch.stack([ours[0], ours[1], ours[2] + ours[3]])
+            allowed = fine * (1 + exact.abs())
+        elif name in {"y", "plain"}:
+            allowed = rounding * (1 + exact.abs())
+        elif name in {"sum", "dot", "sum2", "dot2"}:
+            allowed = 4 * most * (fine * count + undecided.sum(others(x)))
+        else:
+            allowed = rounding * gain * most * (1 + undecided.sum(others(x)).amax())
+            allowed = allowed + gain * most * undecided
+        assert ((ours - exact).abs() <= allowed).all(), (shape, name)
+
+
+@pytest.mark.parametrize("dtype", UNIT, ids=str)
+def test_rows_of_any_width(simd, dtype):
+    for shape in dense():
+        check(shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", UNIT, ids=str)
+def test_planes_of_any_size(simd, dtype):
+    for shape in planes():
+        check(shape, dtype)
