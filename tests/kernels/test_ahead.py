@@ -11,6 +11,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs TRITON_INTERPRET unset", allow_module_level=True)
 
 import ahead
+
+if ahead.missing():
+    pytest.skip(ahead.missing(), allow_module_level=True)
+
 from batchnorm.ops import cuda, triton_plan
 from batchnorm.ops.activations import NAMES, Activation
 

@@ -139,8 +139,9 @@ def _plan(
     align = math.gcd(step, 16)
     # The furthest offset that is formed, if only to be masked.
     furthest = (splits * share * a // parts + 1) * (channels * inner) + parts * b
-    # 16 values of a thread; more where that would take more than 8 warps.
-    warps = min(max(1, a * b // 512), 8 if a * b <= 8192 else 16)
+    # 16 values of a thread; more where that would take more than 8 warps. For a single warp Triton
+    # 3.6 fails to compile some tiles, and 4 is what it is used with most.
+    warps = min(max(4, a * b // 512), 8 if a * b <= 8192 else 16)
     return Plan(
         rows, channels, step // align, parts, columns, tiles, splits, share,
         a, b, align, is_rows, furthest >= 2**31, even, warps,
