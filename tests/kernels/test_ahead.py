@@ -114,9 +114,12 @@ def test_the_second_pass_gives_up_what_it_has_read():
         assert "L2::evict_first" in found[name], name
 
 
-def test_rows_that_divide_by_8_are_read_in_whole_vectors_too():
-    found = {one.name: one for one in compiled("channels-last, odd", torch.bfloat16)}
-    assert found["normalize_kernel"].widest_load == 16
+def test_any_number_of_channels_is_read_in_whole_vectors(monkeypatch):
+    monkeypatch.setitem(SHAPES, "33 channels", ((32, 33, 28, 28), True))
+    for layout in ("channels-last, odd", "33 channels"):
+        found = {one.name: one for one in compiled(layout, torch.bfloat16)}
+        for name in ("normalize_kernel", "moments_kernel", "sums_kernel", "input_kernel"):
+            assert found[name].widest_load == 16, (layout, name)
 
 
 def test_more_elements_than_32_bits_address(monkeypatch):

@@ -110,6 +110,23 @@ def test_many_channels_of_few_values_and_the_other_way_round(tiles, shape):
         check(x, dy, None, Activation("relu"), torch.randn(shape[1]), 1)
 
 
+@pytest.mark.parametrize(
+    ("shape", "wraps"),
+    [((64, 24), True), ((128, 33), True), ((32, 2, 4, 40), True), ((30, 24), False)],
+    ids=str,
+)
+def test_several_samples_make_a_row_where_that_fills_the_lanes(shape, wraps, monkeypatch):
+    monkeypatch.setattr(triton_plan, "ONE_PASS", dict.fromkeys(triton_plan.ONE_PASS, 0))
+    triton_plan.whole.cache_clear()
+    for dtype in DTYPES:
+        x, dy, r = (laid_out(shape, dtype, "last", -1).movedim(-1, 1) for _ in range(3))
+        plan = triton_plan.tiled("moments", *cuda.plan(x, 1)[1:], dtype.itemsize)
+        assert (plan.wraps > 1) is (plan.channels % plan.b == 0) is wraps
+        for act, adds in ((Activation("relu"), r), (Activation("silu"), None)):
+            check(x, dy, adds, act, torch.randn(x.shape[1]), 1)
+    triton_plan.whole.cache_clear()
+
+
 def test_one_number_expanded_to_a_gradient_is_as_good_as_many(tiles):
     x = torch.randn(4, 5, 6, 2).contiguous(memory_format=torch.channels_last)
     _, stats = cuda.forward(x, None, None, x, Activation("silu"), 1e-3, 1)

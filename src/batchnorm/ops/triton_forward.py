@@ -13,7 +13,14 @@ import triton.language as tl
 
 from batchnorm.ops.triton_activations import activate
 from batchnorm.ops.triton_moments import about, centered, deviations, finish, finite, merge
-from batchnorm.ops.triton_tiles import block_of, channels_of, places, start_of, values_in
+from batchnorm.ops.triton_tiles import (
+    block_of,
+    channels_of,
+    parameters_of,
+    places,
+    start_of,
+    values_in,
+)
 
 
 @triton.jit
@@ -169,6 +176,7 @@ def normalize_kernel(
     parts,
     columns,
     share,
+    period,
     EPS: tl.constexpr,
     ACT: tl.constexpr,
     SLOPE: tl.constexpr,
@@ -185,11 +193,12 @@ def normalize_kernel(
     column, first = block_of(columns, share)
     channel = channels_of(column, B, ROWS)
     known = channel < channels
-    center = tl.load(mean + channel, known, other=0.0).to(tl.float64)
-    rstd = reciprocal(spread, rest, channel, known)
+    own = parameters_of(channel, period)
+    center = tl.load(mean + own, known, other=0.0).to(tl.float64)
+    rstd = reciprocal(spread, rest, own, known)
     if EPS is not None:
         rstd = 1.0 / tl.sqrt(rstd + EPS)
-    pivot, high, low, shift = coefficients(center, rstd, weight, bias, channel, known, REAL)
+    pivot, high, low, shift = coefficients(center, rstd, weight, bias, own, known, REAL)
     for i in tl.range(0, share, num_stages=STAGES):
         index = first - i
         at, inside = places(
