@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import subprocess
-import sysconfig
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -23,9 +22,10 @@ from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from batchnorm.ops import cuda
+
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia"
 COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-HEADERS = Path(sysconfig.get_path("include"), "Python.h").exists()
 FOLDER = tempfile.TemporaryDirectory(prefix="fake-cuda-")
 
 # grid and block in x, y, z, and bytes of shared memory: how a CUlaunchConfig begins
@@ -68,9 +68,7 @@ def missing():
     """Return what such launches lack here, or None where nothing."""
     if torch.cuda.is_available():
         return "there is a GPU, and its libcuda"
-    if COMPILER is None or not HEADERS:
-        return "Triton needs a C compiler and Python.h"
-    return None
+    return None if cuda._compiles() else "Triton needs a C compiler and Python.h"
 
 
 @functools.cache
