@@ -136,3 +136,11 @@ def test_nothing_is_added_by_atomics():
     for layout in SHAPES:
         for one in compiled(layout, torch.bfloat16):
             assert " atom." not in one.ptx and " red." not in one.ptx, one.name
+
+
+def test_the_compiler_is_free_to_fuse_nothing():
+    """A product without .rn may become part of an fma, in one kernel and not in another."""
+    for layout, act in (("planes, small", "silu"), ("channels-last", "relu")):
+        for one in compiled(layout, torch.bfloat16, act):
+            assert not re.search(r"(mul|add|sub)\.f(32|64)", one.ptx), one.name
+    assert "fma.rn.f32" in one.ptx

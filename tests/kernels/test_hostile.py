@@ -1,5 +1,6 @@
 """Shapes, strides and sizes that nobody chooses on purpose, under TRITON_INTERPRET=1."""
 
+import itertools
 import os
 import random
 from types import SimpleNamespace
@@ -108,6 +109,17 @@ def test_many_channels_of_few_values_and_the_other_way_round(tiles, shape):
     for dtype in DTYPES[:2]:
         x, dy = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
         check(x, dy, None, Activation("relu"), torch.randn(shape[1]), 1)
+
+
+@pytest.mark.parametrize("shape", [(8, 48), (30, 4), (3, 6, 5, 5)], ids=str)
+def test_a_result_that_is_made_again_has_the_same_bits(tiles, shape):
+    """As save_memory does it: by another kernel where one pass made it first."""
+    for dtype, mean, act in itertools.product(DTYPES, (0, 1000), ("relu", "silu")):
+        x = (torch.randn(shape) + mean).to(dtype)
+        weight, bias, r = torch.randn(shape[1]), torch.randn(shape[1]), torch.randn(shape).to(dtype)
+        y, stats = cuda.forward(x, weight, bias, r, Activation(act), 1e-5, 1)
+        again = cuda.normalize(x, stats[0], stats[2:], weight, bias, r, Activation(act), 1)
+        assert torch.equal(y, again), (dtype, mean, act)
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def sums_kernel(
             SOURCE, ACT, SLOPE, REAL, POLICY, "",
         )  # fmt: skip
         sum_dz += dz
-        sum_dot += tl.where(inside, dz * (value - middle[None, :]), 0.0)
+        sum_dot = tl.where(inside, tl.fma(dz, value - middle[None, :], sum_dot), sum_dot)
     row = partial + split * channels + channel
     dot = over(sum_dot, ROWS).to(tl.float64) * inverse
     tl.store(row, over(sum_dz, ROWS).to(tl.float64), known)
@@ -156,7 +156,7 @@ def shares(inverse, sum_dz, sum_dot, count, count_rest, REAL: tl.constexpr):
 @triton.jit
 def gradient_of_x(dz, x, middle, gain, offset, slope):
     """Return dx of a tile."""
-    centered = dz - offset[None, :] - (x - middle[None, :]) * slope[None, :]
+    centered = tl.fma(middle[None, :] - x, slope[None, :], dz - offset[None, :])
     return centered * gain[None, :]
 
 

@@ -56,7 +56,7 @@ def reciprocal(rstd, rest, channel, inside):
 def affine(x, pivot, high, low, shift):
     """Return z of a tile without the residual, by ``coefficients``."""
     deviation = x - pivot[None, :]
-    return deviation * high[None, :] + (deviation * low[None, :] + shift[None, :])
+    return tl.fma(deviation, high[None, :], tl.fma(deviation, low[None, :], shift[None, :]))
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def moments_kernel(
         n += values_in(index, rows, width, parts, A, B, ALIGN, ROWS, LONG)
         deviation = deviations(tl.load(x + at, inside), inside, pivot)
         left += deviation
-        square += deviation * deviation
+        square = tl.fma(deviation, deviation, square)
     count = n.to(tl.float64)
     mean, m2 = about(pivot, count, left, square, ROWS)
     row = partial + split * channels + channel
@@ -250,7 +250,7 @@ def forward_kernel(
     pivot = centered(value, inside, n, pivot, ROWS)
     deviation = deviations(value, inside, pivot)
     mean, m2 = about(pivot, n, deviation, deviation * deviation, ROWS)
-    rstd = finish(
+    mean, rstd = finish(
         n, mean, m2, channel, known, stats, running_mean, running_var, counter,
         channels, momentum, momentum_rest, EPS, REST,
     )  # fmt: skip

@@ -27,6 +27,10 @@ from batchnorm.ops.triton_plan import Plan
 Shape = tuple[int, int, int]
 Running = tuple[Tensor, Tensor, Tensor | None, float]
 
+# The compiler forms no fma of its own, which it would do here and not there: so a result that is
+# computed again, in another kernel, has the same bits. Where it matters, tl.fma is written out.
+EXACT = {"enable_fp_fusion": False}
+
 # Partial results that are folded at a time, and channels of a program that folds.
 FOLD_SPLITS, FOLD_CHANNELS = 256, 8
 
@@ -213,7 +217,7 @@ def _constants(plan: Plan, x: Tensor) -> dict[str, Any]:
     real = tl.float64 if x.dtype is torch.float64 else tl.float32
     return {
         "A": plan.a, "B": plan.b, "ALIGN": plan.align,
-        "ROWS": plan.is_rows, "LONG": plan.long, "EVEN": plan.even, "REAL": real,
+        "ROWS": plan.is_rows, "LONG": plan.long, "EVEN": plan.even, "REAL": real, **EXACT,
     }  # fmt: skip
 
 
@@ -230,14 +234,14 @@ def _period(plan: Plan) -> int | None:
     return None if plan.wraps == 1 else plan.channels // plan.wraps
 
 
-def _fold(plan: Plan) -> tuple[tuple[int], tuple[int, int], dict[str, int]]:
+def _fold(plan: Plan) -> tuple[tuple[int], tuple[int, int], dict[str, Any]]:
     """Return grid, parts and channels, and constants of a kernel that folds partial results.
 
     Those of the samples that make a row lie one after another, as those of several programs do.
     """
     parts, channels = plan.splits * plan.wraps, plan.channels // plan.wraps
     block = min(FOLD_SPLITS, 1 << (parts - 1).bit_length())
-    constants = {"S": block, "K": FOLD_CHANNELS}
+    constants = {"S": block, "K": FOLD_CHANNELS, **EXACT}
     return (-(-channels // FOLD_CHANNELS),), (parts, channels), constants
 
 
