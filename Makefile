@@ -33,7 +33,7 @@ test-integrations: $(READY)
 # The Triton kernels without a GPU: run by Triton's interpreter in numpy, and compiled for Hopper.
 # Two lanes side by side; the suite of every backend runs with this one.
 test-triton: $(READY) build/triton/ready
-	(	$(PY_TRITON) -m pytest tests/kernels/test_ahead.py && \
+	(	$(PY_TRITON) -m pytest tests/kernels/test_ahead.py tests/kernels/test_launch.py && \
 		TRITON_INTERPRET=1 $(PY_TRITON) -m pytest \
 			tests/kernels/test_triton.py tests/kernels/test_hostile.py tests/kernels/test_session.py \
 	) & kernels=$$!; \

@@ -1,11 +1,16 @@
-"""Compiling what a call would launch, for a GPU that is not there.
+"""Launching on a GPU that is not there.
 
-``launches`` catches every launch of a Triton kernel and compiles it with the very arguments,
-specialized as Triton's own launcher does it: multiples of 16 are marked, 1 becomes a constant.
+All that Triton does at a launch is done, by Triton itself: arguments are bound and specialized, the
+kernel is compiled for the GPU, its launcher by the C compiler, and the launcher is called. It then
+calls ``fake_cuda.c`` instead of libcuda, which refuses what a real one would refuse.
 """
 
 import contextlib
+import ctypes
+import functools
+import os
 import re
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -13,29 +18,34 @@ from typing import NamedTuple
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.backends.nvidia.driver import CudaDriver
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-TYPES = {
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int64: "*i64",
-}
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+from batchnorm.ops import cuda
+
+NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia"
+COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+FOLDER = tempfile.TemporaryDirectory(prefix="fake-cuda-")
+
+# grid and block in x, y, z, and bytes of shared memory: how a CUlaunchConfig begins
+Config = ctypes.c_uint * 7
+Watcher = ctypes.CFUNCTYPE(
+    None, ctypes.c_void_p, ctypes.POINTER(Config), ctypes.POINTER(ctypes.c_void_p)
+)
 
 
-class Compiled(NamedTuple):
-    """One kernel as ptxas left it."""
+class Launch(NamedTuple):
+    """One launch, and its kernel as ptxas left it."""
 
     name: str
-    ptx: str
-    registers: int
-    spilled: int
+    grid: tuple[int, int, int]
     shared: int
     warps: int
+    registers: int
+    spilled: int
+    ptx: str
+    hash: str
 
     @property
     def widest_load(self):
@@ -54,37 +64,21 @@ class Compiled(NamedTuple):
         return "cp.async" in self.ptx
 
 
-def source(kernel, args, kwargs):
-    """The kernel with a signature that tells what its arguments are like."""
-    given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = given[parameter.name]
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        plain = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (whole and value == 1 and plain):
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = TYPES[value.dtype]
-            if value.data_ptr() % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        elif whole:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and plain:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[parameter.name] = "fp32"
-    return ASTSource(kernel, signature, constants, attributes)
+def missing():
+    """Return what such launches lack here, or None where nothing."""
+    if torch.cuda.is_available():
+        return "there is a GPU, and its libcuda"
+    return None if cuda._compiles() else "Triton needs a C compiler and Python.h"
 
 
+@functools.cache
 def usage(cubin):
     """Registers of a thread, and bytes that did not fit into them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         said = subprocess.run(
-            [TOOLS / "cuobjdump", "-res-usage", file.name],
+            [NVIDIA / "bin" / "cuobjdump", "-res-usage", file.name],
             capture_output=True,
             text=True,
             check=True,
@@ -92,24 +86,52 @@ def usage(cubin):
     return int(re.search(r"REG:(\d+)", said)[1]), int(re.search(r"STACK:(\d+)", said)[1])
 
 
+@functools.cache
+def libcuda():
+    """The library, compiled and loaded under the name by which launchers ask for it."""
+    path = Path(FOLDER.name, "libcuda.so.1")
+    source = Path(__file__).with_name("fake_cuda.c")
+    flags = ["-shared", "-fPIC", "-I", NVIDIA / "include", "-Wl,-soname,libcuda.so.1"]
+    subprocess.run([COMPILER, *flags, source, "-o", path], check=True)
+    triton.knobs.nvidia.libcuda_path = FOLDER.name
+    return ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
+
+
+class Driver(CudaDriver):
+    """Triton's own; the number of the current device is its capability: 90 is a Hopper."""
+
+    def __init__(self, capability):
+        libcuda()
+        super().__init__()
+        self.get_current_device = lambda: capability
+        self.get_device_capability = lambda device: divmod(device, 10)
+        self.get_current_stream = lambda device: 0
+
+
 @contextlib.contextmanager
 def launches(capability=90):
-    """Compile instead of launching, inside the block; the list fills with ``Compiled``."""
-    target, found = GPUTarget("cuda", capability, 32), []
-    genuine = JITFunction.run
+    """Launch to no effect inside the block; the list fills with ``Launch``."""
+    found, genuine = [], JITFunction.run
 
-    def run(kernel, *args, grid, warmup, **kwargs):
-        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in kwargs}
-        done = triton.compile(source(kernel, args, kwargs), target=target, options=options)
-        registers, spilled = usage(done.asm["cubin"])
-        shared = done.metadata.shared
-        name = kernel.__name__
+    def run(kernel, *args, **kwargs):
+        seen = []
+        watcher = Watcher(lambda function, config, params: seen.append(tuple(config[0])))
+        libcuda().watch(watcher)
+        done = genuine(kernel, *args, **kwargs)
+        libcuda().watch(None)
+        ((*sizes, shared),) = seen
+        name, warps = kernel.__name__, done.metadata.num_warps
+        assert sizes[3:] == [32 * warps, 1, 1]
+        ptxas = usage(done.asm["cubin"])
         found.append(
-            Compiled(name, done.asm["ptx"], registers, spilled, shared, done.metadata.num_warps)
+            Launch(name, tuple(sizes[:3]), shared, warps, *ptxas, done.asm["ptx"], done.hash)
         )
+        return done
 
+    driver.set_active(Driver(capability))
     JITFunction.run = run
     try:
         yield found
     finally:
         JITFunction.run = genuine
+        driver.set_active(None)

@@ -206,3 +206,16 @@ def test_all_of_a_call_goes_where_the_rows_say(table, monkeypatch):
     fused = bn.BatchNorm2d(64, activation="relu")
     fused(x, x.detach()).backward(dy)
     assert calls[3:] == ["forward", "backward"]
+
+
+def test_without_a_compiler_the_kernels_decline_before_the_first_launch(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "Python.h" in cuda.missing()
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr("pathlib.Path.exists", lambda path: True)
+    assert cuda.missing() is None

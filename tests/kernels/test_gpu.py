@@ -20,7 +20,10 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 
-SHAPES = [(64, 48), (8192, 512), (16, 64, 56, 56), (32, 2048, 7, 7), (3, 5, 99, 99)]
+SHAPES = [
+    (64, 48), (8, 8192), (8192, 512), (16, 64, 56, 56), (16, 24, 56, 56), (32, 2048, 7, 7),
+    (3, 5, 99, 99),
+]  # fmt: skip
 
 
 def step(layer, x, residual, dy):
@@ -71,12 +74,14 @@ def test_both_backends_agree_with_the_reference(shape, dtype, ours):
     torch.testing.assert_close(layer.running_var, twin.running_var)
 
 
-def test_what_save_memory_makes_again_has_the_same_bits_by_torch_s_kernels():
-    layer, x, residual, dy = prepared((32, 64, 28, 28), last=True)
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("shape", [(32, 64, 28, 28), (512, 1024)], ids=str)
+def test_what_save_memory_makes_again_has_the_same_bits(shape, ours):
+    layer, x, residual, dy = prepared(shape, last=True)
     found = []
     for kept in (True, False):
         one = copy.deepcopy(layer) if kept else bn.save_memory(copy.deepcopy(layer))
-        with bn.use_backend("aten"):
+        with bn.use_backend("triton" if ours else "aten"):
             found.append(step(one, x, residual, dy))
     assert alike(*found)
 

@@ -1,5 +1,6 @@
 """Shapes, strides and sizes that nobody chooses on purpose, under TRITON_INTERPRET=1."""
 
+import itertools
 import os
 import random
 from types import SimpleNamespace
@@ -108,6 +109,34 @@ def test_many_channels_of_few_values_and_the_other_way_round(tiles, shape):
     for dtype in DTYPES[:2]:
         x, dy = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
         check(x, dy, None, Activation("relu"), torch.randn(shape[1]), 1)
+
+
+@pytest.mark.parametrize("shape", [(8, 48), (30, 4), (3, 6, 5, 5)], ids=str)
+def test_a_result_that_is_made_again_has_the_same_bits(tiles, shape):
+    """As save_memory does it: by another kernel where one pass made it first."""
+    for dtype, mean, act in itertools.product(DTYPES, (0, 1000), ("relu", "silu")):
+        x = (torch.randn(shape) + mean).to(dtype)
+        weight, bias, r = torch.randn(shape[1]), torch.randn(shape[1]), torch.randn(shape).to(dtype)
+        y, stats = cuda.forward(x, weight, bias, r, Activation(act), 1e-5, 1)
+        again = cuda.normalize(x, stats[0], stats[2:], weight, bias, r, Activation(act), 1)
+        assert torch.equal(y, again), (dtype, mean, act)
+
+
+@pytest.mark.parametrize(
+    ("shape", "wraps"),
+    [((64, 24), True), ((128, 33), True), ((32, 2, 4, 40), True), ((30, 24), False)],
+    ids=str,
+)
+def test_several_samples_make_a_row_where_that_fills_the_lanes(shape, wraps, monkeypatch):
+    monkeypatch.setattr(triton_plan, "ONE_PASS", dict.fromkeys(triton_plan.ONE_PASS, 0))
+    triton_plan.whole.cache_clear()
+    for dtype in DTYPES:
+        x, dy, r = (laid_out(shape, dtype, "last", -1).movedim(-1, 1) for _ in range(3))
+        plan = triton_plan.tiled("moments", *cuda.plan(x, 1)[1:], dtype.itemsize)
+        assert (plan.wraps > 1) is (plan.channels % plan.b == 0) is wraps
+        for act, adds in ((Activation("relu"), r), (Activation("silu"), None)):
+            check(x, dy, adds, act, torch.randn(x.shape[1]), 1)
+    triton_plan.whole.cache_clear()
 
 
 def test_one_number_expanded_to_a_gradient_is_as_good_as_many(tiles):

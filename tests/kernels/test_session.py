@@ -1,6 +1,8 @@
 """Measuring on a GPU, as far as it goes without one."""
 
+import argparse
 import csv
+import importlib
 import os
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from batchnorm.benchmark import cases, contenders, measure
+from batchnorm.benchmark import rows as bench_rows
 from batchnorm.errors import DeviceError
 from batchnorm.ops import cuda_choice
 
@@ -60,6 +63,7 @@ def test_the_session_walks_through_its_parts(tmp_path, monkeypatch):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "failed: nothing" in done.stdout
+    assert "bn+add+relu, times eager in place" in done.stdout.partition("== goals")[2]
     with (tmp_path / "cells.csv").open() as file:
         names = {row["contender"] for row in csv.DictReader(file)}
     assert names == {"eager", "eager in place", "ours"}
@@ -71,3 +75,43 @@ def test_the_session_walks_through_its_parts(tmp_path, monkeypatch):
     kinds = {key[:4] for key in cuda_choice.faster(machine)}
     layouts = ("contiguous", "channels-last")
     assert kinds == {(m, "bn", "bf16", layout) for m in ("train", "eval") for layout in layouts}
+
+
+def test_a_session_that_is_cut_off_has_what_it_found(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    session = importlib.import_module("cuda_session")
+    options = argparse.Namespace(out=tmp_path, elapsed=lambda: 0.0)
+
+    def cut_off(_):
+        yield {"network": "resnet50", "ms": 200.0}
+        yield {"network": "resnet50", "ms": 150.0, "times eager": 1.33}
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(session.PARTS, "networks", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        session.run_part("networks", options)
+    with (tmp_path / "networks.csv").open() as file:
+        assert [row["times eager"] for row in csv.DictReader(file)] == ["", "1.33"]
+
+
+def test_of_each_goal_the_worst_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    goals = importlib.import_module("cuda_goals")
+    (tmp_path / "networks.csv").write_text(
+        "network,contender,times eager,saved MB without,saved MB with\n"
+        "resnet50,eager,1,100,100\n"
+        "resnet50,converted,1.2,100,60\n"
+        "resnet50,save_memory,1.1,100,70\n"
+    )
+    around = {"date": "", "commit": "", "machine": "a GPU", "threads": 0, "torch": "2.11"}
+    rows = []
+    for size, taken in ((56, {"eager": 5.0, "ours": 2.0}), (28, {"eager": 3.0, "ours": 2.0})):
+        case = cases.Case("bn+relu", "train", "bf16", (256, 64, size, size), True, "cuda")
+        timings = {n: measure.Timing(t, t, t, 5) for n, t in {**taken, "copy": 1.0}.items()}
+        rows += bench_rows.rows_of(case, timings, {}, around)
+    bench_rows.write_rows(tmp_path / "cells.csv", rows)
+    goals.tell([tmp_path])
+    said = capsys.readouterr().out
+    assert "met   ResNet-50, training step, converted, times eager: 1.2" in said
+    assert "SHORT ResNet-50, eager's saved bytes over those kept: 1.43, aim 1.67" in said
+    assert "met   bn+relu, times eager: 1.5, aim 1.5  256x64x28x28" in said

@@ -13,6 +13,10 @@ import functools
 import importlib
 import importlib.util
 import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +47,18 @@ def missing() -> str | None:
             f"torch {torch.__version__} is built without CUDA; "
             "TRITON_INTERPRET=1 runs the kernels on the CPU, for tests"
         )
+    if not interprets() and sys.platform == "linux" and not _compiles():
+        return (
+            "Triton compiles what launches a kernel by gcc or clang (or CC), with Python.h: a "
+            "compiler or the header is not here"
+        )
     return None
+
+
+def _compiles() -> bool:
+    """Return whether Triton will find a C compiler and Python's headers, at the first launch."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return compiler is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
 def interprets() -> bool:

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from batchnorm.ops.triton_activations import gradient
 from batchnorm.ops.triton_forward import affine, coefficients, reciprocal
-from batchnorm.ops.triton_tiles import block_of, channels_of, over, places
+from batchnorm.ops.triton_tiles import block_of, channels_of, over, parameters_of, places
 
 
 @triton.jit
@@ -85,6 +85,7 @@ def sums_kernel(
     width,
     parts,
     share,
+    period,
     SOURCE: tl.constexpr,
     ACT: tl.constexpr,
     SLOPE: tl.constexpr,
@@ -106,7 +107,7 @@ def sums_kernel(
     known = channel < channels
     split, splits = tl.program_id(1), tl.num_programs(1)
     inverse, middle, pivot, high, low, shift = constants_of(
-        mean, rstd, rest, weight, bias, channel, known, REAL
+        mean, rstd, rest, weight, bias, parameters_of(channel, period), known, REAL
     )
     sum_dz = tl.zeros((A, B), REAL)
     sum_dot = tl.zeros((A, B), REAL)
@@ -121,7 +122,7 @@ def sums_kernel(
             SOURCE, ACT, SLOPE, REAL, POLICY, "",
         )  # fmt: skip
         sum_dz += dz
-        sum_dot += tl.where(inside, dz * (value - middle[None, :]), 0.0)
+        sum_dot = tl.where(inside, tl.fma(dz, value - middle[None, :], sum_dot), sum_dot)
     row = partial + split * channels + channel
     dot = over(sum_dot, ROWS).to(tl.float64) * inverse
     tl.store(row, over(sum_dz, ROWS).to(tl.float64), known)
@@ -155,7 +156,7 @@ def shares(inverse, sum_dz, sum_dot, count, count_rest, REAL: tl.constexpr):
 @triton.jit
 def gradient_of_x(dz, x, middle, gain, offset, slope):
     """Return dx of a tile."""
-    centered = dz - offset[None, :] - (x - middle[None, :]) * slope[None, :]
+    centered = tl.fma(middle[None, :] - x, slope[None, :], dz - offset[None, :])
     return centered * gain[None, :]
 
 
@@ -179,6 +180,7 @@ def input_kernel(
     parts,
     columns,
     share,
+    period,
     count,
     count_rest,
     SOURCE: tl.constexpr,
@@ -197,11 +199,12 @@ def input_kernel(
     column, first = block_of(columns, share)
     channel = channels_of(column, B, ROWS)
     known = channel < channels
+    own = parameters_of(channel, period)
     inverse, middle, pivot, high, low, shift = constants_of(
-        mean, rstd, rest, weight, bias, channel, known, REAL
+        mean, rstd, rest, weight, bias, own, known, REAL
     )
-    total = tl.load(sum_dz + channel, known, other=0.0).to(tl.float64)
-    dot = tl.load(sum_dot + channel, known, other=0.0).to(tl.float64)
+    total = tl.load(sum_dz + own, known, other=0.0).to(tl.float64)
+    dot = tl.load(sum_dot + own, known, other=0.0).to(tl.float64)
     offset, slope = shares(inverse, total, dot, count, count_rest, REAL)
     # Whoever gets the residual's gradient reads dz next.
     POLICY: tl.constexpr = "" if SOURCE == "dz" else "evict_first"

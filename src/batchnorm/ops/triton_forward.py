@@ -13,7 +13,14 @@ import triton.language as tl
 
 from batchnorm.ops.triton_activations import activate
 from batchnorm.ops.triton_moments import about, centered, deviations, finish, finite, merge
-from batchnorm.ops.triton_tiles import block_of, channels_of, places, start_of, values_in
+from batchnorm.ops.triton_tiles import (
+    block_of,
+    channels_of,
+    parameters_of,
+    places,
+    start_of,
+    values_in,
+)
 
 
 @triton.jit
@@ -49,7 +56,7 @@ def reciprocal(rstd, rest, channel, inside):
 def affine(x, pivot, high, low, shift):
     """Return z of a tile without the residual, by ``coefficients``."""
     deviation = x - pivot[None, :]
-    return deviation * high[None, :] + (deviation * low[None, :] + shift[None, :])
+    return tl.fma(deviation, high[None, :], tl.fma(deviation, low[None, :], shift[None, :]))
 
 
 @triton.jit
@@ -106,7 +113,7 @@ def moments_kernel(
         n += values_in(index, rows, width, parts, A, B, ALIGN, ROWS, LONG)
         deviation = deviations(tl.load(x + at, inside), inside, pivot)
         left += deviation
-        square += deviation * deviation
+        square = tl.fma(deviation, deviation, square)
     count = n.to(tl.float64)
     mean, m2 = about(pivot, count, left, square, ROWS)
     row = partial + split * channels + channel
@@ -169,6 +176,7 @@ def normalize_kernel(
     parts,
     columns,
     share,
+    period,
     EPS: tl.constexpr,
     ACT: tl.constexpr,
     SLOPE: tl.constexpr,
@@ -185,11 +193,12 @@ def normalize_kernel(
     column, first = block_of(columns, share)
     channel = channels_of(column, B, ROWS)
     known = channel < channels
-    center = tl.load(mean + channel, known, other=0.0).to(tl.float64)
-    rstd = reciprocal(spread, rest, channel, known)
+    own = parameters_of(channel, period)
+    center = tl.load(mean + own, known, other=0.0).to(tl.float64)
+    rstd = reciprocal(spread, rest, own, known)
     if EPS is not None:
         rstd = 1.0 / tl.sqrt(rstd + EPS)
-    pivot, high, low, shift = coefficients(center, rstd, weight, bias, channel, known, REAL)
+    pivot, high, low, shift = coefficients(center, rstd, weight, bias, own, known, REAL)
     for i in tl.range(0, share, num_stages=STAGES):
         index = first - i
         at, inside = places(
@@ -241,7 +250,7 @@ def forward_kernel(
     pivot = centered(value, inside, n, pivot, ROWS)
     deviation = deviations(value, inside, pivot)
     mean, m2 = about(pivot, n, deviation, deviation * deviation, ROWS)
-    rstd = finish(
+    mean, rstd = finish(
         n, mean, m2, channel, known, stats, running_mean, running_var, counter,
         channels, momentum, momentum_rest, EPS, REST,
     )  # fmt: skip

@@ -27,6 +27,10 @@ from batchnorm.ops.triton_plan import Plan
 Shape = tuple[int, int, int]
 Running = tuple[Tensor, Tensor, Tensor | None, float]
 
+# The compiler forms no fma of its own, which it would do here and not there: so a result that is
+# computed again, in another kernel, has the same bits. Where it matters, tl.fma is written out.
+EXACT = {"enable_fp_fusion": False}
+
 # Partial results that are folded at a time, and channels of a program that folds.
 FOLD_SPLITS, FOLD_CHANNELS = 256, 8
 
@@ -68,9 +72,9 @@ def moments(x: Tensor, shape: Shape, stats: Tensor, eps: float, running: Running
             **_constants(plan, x), STAGES=_stages("moments", x),
             num_warps=plan.warps, maxnreg=triton_plan.REGISTERS,
         )  # fmt: skip
-        grid, constants = _fold(plan)
+        grid, sizes, constants = _fold(plan)
         finish_kernel[grid](
-            partial, stats, *_step(running), plan.splits, plan.channels, *_momentum(running),
+            partial, stats, *_step(running), *sizes, *_momentum(running),
             EPS=eps, REST=len(stats) > 3, **constants,
         )  # fmt: skip
 
@@ -95,7 +99,7 @@ def normalize(
     with _on(x):
         normalize_kernel[(plan.columns * plan.splits,)](
             x, mean, *_pair(spread), weight, bias, residual, y,
-            *_sizes(plan), plan.columns, plan.share,
+            *_sizes(plan), plan.columns, plan.share, _period(plan),
             EPS=eps, **_activation(act), **_constants(plan, x), STAGES=_stages("apply", x),
             num_warps=plan.warps,
         )  # fmt: skip
@@ -158,12 +162,12 @@ def sums_of(
     with _on(x):
         sums_kernel[(plan.columns, plan.splits)](
             dy, x, mean, *_pair(rstd), weight, bias, extra, dresidual, partial,
-            *_sizes(plan), plan.share,
+            *_sizes(plan), plan.share, _period(plan),
             SOURCE=source, **_activation(act), **_constants(plan, x), STAGES=_stages("sums", x),
             num_warps=plan.warps,
         )  # fmt: skip
-        grid, constants = _fold(plan)
-        fold_kernel[grid](partial, sums, plan.splits, plan.channels, **constants)
+        grid, sizes, constants = _fold(plan)
+        fold_kernel[grid](partial, sums, *sizes, **constants)
 
 
 def input_of(
@@ -188,7 +192,7 @@ def input_of(
     with _on(x):
         input_kernel[(plan.columns * plan.splits,)](
             dy, x, mean, *_pair(rstd), weight, bias, extra, sum_dz, sum_dz_xhat, dx, dresidual,
-            *_sizes(plan), plan.columns, plan.share, *_two(count or 1),
+            *_sizes(plan), plan.columns, plan.share, _period(plan), *_two(count or 1),
             SOURCE=source, **_activation(act), **_constants(plan, x), STAGES=_stages("apply", x),
             num_warps=plan.warps,
         )  # fmt: skip
@@ -213,7 +217,7 @@ def _constants(plan: Plan, x: Tensor) -> dict[str, Any]:
     real = tl.float64 if x.dtype is torch.float64 else tl.float32
     return {
         "A": plan.a, "B": plan.b, "ALIGN": plan.align,
-        "ROWS": plan.is_rows, "LONG": plan.long, "EVEN": plan.even, "REAL": real,
+        "ROWS": plan.is_rows, "LONG": plan.long, "EVEN": plan.even, "REAL": real, **EXACT,
     }  # fmt: skip
 
 
@@ -225,9 +229,20 @@ def _activation(act: Activation) -> dict[str, Any]:
     return {"ACT": act.name, "SLOPE": act.slope}
 
 
-def _fold(plan: Plan) -> tuple[tuple[int], dict[str, int]]:
-    block = min(FOLD_SPLITS, 1 << (plan.splits - 1).bit_length())
-    return (-(-plan.channels // FOLD_CHANNELS),), {"S": block, "K": FOLD_CHANNELS}
+def _period(plan: Plan) -> int | None:
+    """Return after how many lanes of a row the channels begin again, if they do."""
+    return None if plan.wraps == 1 else plan.channels // plan.wraps
+
+
+def _fold(plan: Plan) -> tuple[tuple[int], tuple[int, int], dict[str, Any]]:
+    """Return grid, parts and channels, and constants of a kernel that folds partial results.
+
+    Those of the samples that make a row lie one after another, as those of several programs do.
+    """
+    parts, channels = plan.splits * plan.wraps, plan.channels // plan.wraps
+    block = min(FOLD_SPLITS, 1 << (parts - 1).bit_length())
+    constants = {"S": block, "K": FOLD_CHANNELS, **EXACT}
+    return (-(-channels // FOLD_CHANNELS),), (parts, channels), constants
 
 
 def _step(running: Running | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -88,18 +88,22 @@ def finish(
     EPS: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """Store mean, m2, rstd and its rest; commit the running step; return rstd in float64.
+    """Store mean, m2, rstd and its rest; commit the running step; return mean and rstd as stored.
+
+    Whoever normalizes by what is stored gets the bits of whoever goes on with what is returned.
 
     running <- (1 - momentum) * running + momentum * (mean, m2 / (n - 1)), counter <- counter + 1.
     Exactly one program holds a channel here, so that there is nothing to race with.
     """
     rstd = 1.0 / tl.sqrt(m2 / tl.where(n > 0, n, 1.0) + EPS)
+    kind = stats.dtype.element_ty
+    rounded = rstd.to(kind)
+    rest = (rstd - rounded.to(tl.float64)).to(kind)
     tl.store(stats + channel, mean, inside)
     tl.store(stats + channels + channel, m2, inside)
-    tl.store(stats + 2 * channels + channel, rstd, inside)
+    tl.store(stats + 2 * channels + channel, rounded, inside)
     if REST:
-        rounded = rstd.to(stats.dtype.element_ty).to(tl.float64)
-        tl.store(stats + 3 * channels + channel, rstd - rounded, inside)
+        tl.store(stats + 3 * channels + channel, rest, inside)
     if running_mean is not None:
         new = tl.zeros_like(mean) + momentum + momentum_rest
         old = 1.0 - new
@@ -111,4 +115,4 @@ def finish(
         if counter is not None:
             if tl.program_id(0) == 0:
                 tl.store(counter, tl.load(counter) + 1)
-    return rstd
+    return mean.to(kind).to(tl.float64), rounded.to(tl.float64) + rest.to(tl.float64)

@@ -42,7 +42,7 @@ class Plan(NamedTuple):
 
     Attributes:
         rows: Rows of a column of tiles.
-        channels: Channels of the tensor.
+        channels: Channels of a row; ``wraps`` times those of the tensor.
         width: Distance of two rows, over ``align``.
         parts: Rows that a plane is cut into.
         columns: Columns of tiles.
@@ -53,6 +53,7 @@ class Plan(NamedTuple):
         b: Lanes of a tile.
         align: What divides the distance of two rows, up to 16.
         is_rows: Whether a lane is a channel.
+        wraps: Samples that make one row, where the lanes of a tile then divide it.
         long: Whether offsets need 64 bits.
         even: Whether all tiles that programs go over are full.
         warps: Warps of a program.
@@ -70,6 +71,7 @@ class Plan(NamedTuple):
     b: int
     align: int
     is_rows: bool
+    wraps: int
     long: bool
     even: bool
     warps: int
@@ -88,15 +90,18 @@ def tiled(kind: str, outer: int, channels: int, inner: int, itemsize: int) -> Pl
     """
     elements = TILE[kind] // (2 if itemsize == 8 else 1)
     is_rows = inner == 1 and channels > 1
+    wraps = 1
     if is_rows:
         b = min(_power(channels), max(ROW_BYTES // itemsize, 1), elements)
         parts = 1
+        wraps = _wraps(outer, channels, b)
+        outer, channels = outer // wraps, channels * wraps
     else:
         outer, inner = (1, outer) if inner == 1 else (outer, inner)
         b = _lanes(inner, elements)
         parts = -(-inner // b)
     a = min(elements // b, _power(outer * parts))
-    return _plan(kind, outer, channels, inner, is_rows, a, b, parts)
+    return _plan(kind, outer, channels, inner, is_rows, a, b, parts, wraps)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -118,14 +123,22 @@ def whole(kind: str, outer: int, channels: int, inner: int, itemsize: int) -> Pl
             return None
         # As few channels as a sector allows, so that many processors have some.
         b = max(least, min(_power(channels) // 128, 64, elements // a))
-        return _plan(kind, outer, channels, 1, True, a, b, 1)
+        return _plan(kind, outer, channels, 1, True, a, b, 1, 1)
     outer, inner = (1, outer) if inner == 1 else (outer, inner)
     a, b = _power(outer), _power(inner)
-    return None if a * b > elements else _plan(kind, outer, channels, inner, False, a, b, 1)
+    return None if a * b > elements else _plan(kind, outer, channels, inner, False, a, b, 1, 1)
 
 
 def _plan(
-    kind: str, outer: int, channels: int, inner: int, is_rows: bool, a: int, b: int, parts: int
+    kind: str,
+    outer: int,
+    channels: int,
+    inner: int,
+    is_rows: bool,
+    a: int,
+    b: int,
+    parts: int,
+    wraps: int,
 ) -> Plan:
     rows = outer * parts
     columns = -(-channels // b) if is_rows else channels
@@ -139,11 +152,12 @@ def _plan(
     align = math.gcd(step, 16)
     # The furthest offset that is formed, if only to be masked.
     furthest = (splits * share * a // parts + 1) * (channels * inner) + parts * b
-    # 16 values of a thread; more where that would take more than 8 warps.
-    warps = min(max(1, a * b // 512), 8 if a * b <= 8192 else 16)
+    # 16 values of a thread; more where that would take more than 8 warps. For a single warp Triton
+    # 3.6 fails to compile some tiles, and 4 is what it is used with most.
+    warps = min(max(4, a * b // 512), 8 if a * b <= 8192 else 16)
     return Plan(
         rows, channels, step // align, parts, columns, tiles, splits, share,
-        a, b, align, is_rows, furthest >= 2**31, even, warps,
+        a, b, align, is_rows, wraps, furthest >= 2**31, even, warps,
     )  # fmt: skip
 
 
@@ -155,6 +169,12 @@ def _share(tiles: int, programs: int, capped: bool) -> int:
         share = min(share, MOST_TILES)
         near = range(share, share // 2, -1)
     return next((some for some in near if tiles % some == 0), share)
+
+
+def _wraps(outer: int, channels: int, b: int) -> int:
+    """Return how many samples make a row that ``b`` lanes divide; 1 where they do not come out."""
+    wraps = b // math.gcd(b, channels)
+    return wraps if outer % wraps == 0 else 1
 
 
 def _lanes(inner: int, most: int) -> int:

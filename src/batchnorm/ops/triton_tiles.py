@@ -2,7 +2,7 @@
 
 A tile has A rows and B lanes, which are neighbours in memory. Of the two layouts,
 
-    rows    (N, C), channels-last: a row is one sample, a lane is one channel
+    rows    (N, C), channels-last: a row is one sample, or several in a row; a lane is one channel
     planes  (N, C, *): all of a tile belongs to one channel; each plane of ``inner`` values is cut
             into ``parts`` rows of B lanes, so that row r is part r % parts of plane r // parts
 
@@ -22,6 +22,14 @@ def channels_of(column, B: tl.constexpr, ROWS: tl.constexpr):
         channel = column * B + tl.arange(0, B)
     else:
         channel = column + tl.arange(0, 1)
+    return channel
+
+
+@triton.jit
+def parameters_of(channel, period):
+    """Return where the parameters of a row's channels are: from sample to sample the same."""
+    if period is not None:
+        channel = channel % period
     return channel
 
 

@@ -1,0 +1,153 @@
+"""What one operation takes on a GPU: the parts of ``cuda_session`` that time cells."""
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from batchnorm.benchmark import cases, contenders, measure, rows
+from batchnorm.ops import cuda_choice, triton_plan
+
+Options = argparse.Namespace
+
+# From many waves of programs to one and a half.
+SWEPT = [(256, 256, 56, 56), (256, 1024, 14, 14), (256, 2048, 7, 7)]
+
+
+def cells(options: Options) -> Iterator[dict[str, Any]]:
+    """Training steps in channels-last bf16, the largest shapes first."""
+    yield from timed(options, "cells", chosen("bf16", True, "train", options))
+
+
+def compiled(options: Options) -> Iterator[dict[str, Any]]:
+    """The same beside torch.compile, which takes many seconds for each."""
+    some = [case for case in chosen("bf16", True, "train", options) if case.op != "bn"]
+    with_add = [case for case in some if "add" in case.op]
+    yield from timed(options, "compiled", (with_add[:4] + some[1:4:2] + with_add[4:])[:8], True)
+
+
+def more(options: Options) -> Iterator[dict[str, Any]]:
+    """What the goals do not name."""
+    others = (("bf16", True, "eval"), ("bf16", False, "train"), ("fp32", True, "train"))
+    yield from timed(options, "more", [c for kind in others for c in chosen(*kind, options)])
+
+
+def chosen(dtype: str, last: bool, mode: str, options: Options) -> list[cases.Case]:
+    """Cells of ResNet-50's shapes at a batch of 256, the largest first."""
+    shapes = [shape for shape in cases.CUDA_SHAPES if len(shape) == 4 and shape[0] == 256]
+    shapes.sort(key=lambda shape: -torch.Size(shape).numel())
+    shapes = [(8, 4, 3, 3)] if options.tiny else shapes
+    some = [
+        cases.Case(op, mode, dtype, shape, last, options.device)
+        for shape in shapes
+        for op in reversed(cases.OPS)
+    ]
+    return some[:2] if options.tiny else some
+
+
+def timed(
+    options: Options, name: str, some: list[cases.Case], compiles: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Measure cells as ``batchnorm bench --device cuda`` does; rows go to a file of that name."""
+    clock = measure.clock_of(options.device)
+    around = rows.circumstances(options.device)
+    written: list[rows.Row] = []
+    for case in some:
+        if options.over(0.9):
+            break
+        compiles = compiles and not options.tiny
+        runs = contenders.contenders(case, compiled=compiles)
+        timings = measure.interleaved(
+            {"copy": measure.copy_run(case), **runs}, 0.05 if options.tiny else 0.1, 20, clock
+        )
+        written += rows.rows_of(case, timings, {}, around)
+        rows.write_rows(options.out / f"{name}.csv", written)
+        ours, copied = timings["ours"].median, timings["copy"].median
+        yield {
+            "case": str(case), "MB": case.megabytes, "ours ms": ours * 1e3,
+            "copy GB/s": case.megabytes * 2e-3 / copied,
+            **{rival: timings[rival].median / ours for rival in runs if rival != "ours"},
+            "of copy, moved bytes": moved(case) * copied / ours,
+            "of copy, minimal bytes": case.floor_copies * copied / ours,
+        }  # fmt: skip
+        del runs
+        emptied(options)
+
+
+def moved(case: cases.Case) -> float:
+    """Copies' worth of bytes that the kernels read and write, if nothing is found in the cache."""
+    n, channels, *rest = case.shape
+    inner = torch.Size(rest).numel()
+    shape = (n * inner, channels, 1) if case.channels_last else (n, channels, inner)
+    size = cases.DTYPES[case.dtype].itemsize
+    adds = "add" in case.op
+    if case.mode == "eval":
+        return (2 + adds) / 2
+    forward = 2 + adds + (triton_plan.whole("forward", *shape, size) is None)
+    one = triton_plan.whole("backward", *shape, size) is not None
+    backward = (5 if adds else 3) if one else (7 if adds else 5)
+    return (forward + (backward if case.mode == "train" else 0)) / 2
+
+
+def emptied(options: Options) -> None:
+    """Give memory back between contenders."""
+    if options.device != "cpu":
+        torch.cuda.empty_cache()
+
+
+def choices(options: Options) -> Iterator[dict[str, Any]]:
+    """Both backends on plain BN, as the table of the automatic choice holds them."""
+    around = rows.circumstances(options.device)
+    kept = [r for r in rows.read_rows(cuda_choice.TABLE) if r.machine != around["machine"]]
+    clock = measure.clock_of(options.device)
+    shapes = {(8, 4, 3, 3): True} if options.tiny else cases.CUDA_SHAPES
+    given = {"ops": ("bn",), "modes": ("train", "eval"), "dtypes": ("bf16",)}
+    for case in cases.cases(shapes, **given, device=options.device):
+        if options.over(0.95):
+            return
+        runs = {"copy": measure.copy_run(case), **contenders.backends(case, ("triton", "aten"))}
+        timings = measure.interleaved(runs, 0.05, 20, clock)
+        kept += rows.rows_of(case, timings, {}, around)
+        rows.write_rows(options.out / "choices.csv", kept)
+        ours = timings["triton"].median
+        rivals = {name: timings[name].median / ours for name in ("eager", "aten")}
+        yield {"case": str(case), "triton ms": ours * 1e3, **rivals}
+        emptied(options)
+
+
+def sweep(options: Options) -> Iterator[dict[str, Any]]:
+    """One constant of the plan at a time, on three of ResNet-50's shapes."""
+    tries: dict[str, dict[str, tuple[Any, ...]]] = {
+        "PROGRAMS": {"moments": (396, 528), "sums": (396, 528), "apply": (2112,)},
+        "TILE": {"moments": (2048, 8192), "sums": (2048, 8192), "apply": (2048, 8192)},
+        "STAGES": {
+            "moments": ((1, 1), (3, 2), (7, 3)),
+            "sums": ((1, 1), (2, 2), (4, 3)),
+            "apply": ((2, 2), (3, 2)),
+        },
+    }
+    changes: list[tuple[str, Any]] = [("", None)]
+    for name, kinds in tries.items():
+        before = getattr(triton_plan, name)
+        changes += [(name, {**before, kind: n}) for kind, some in kinds.items() for n in some]
+    changes += [("ROW_BYTES", n) for n in (128, 512)] + [("MOST_TILES", n) for n in (1, 4, 16)]
+    shapes = [(8, 4, 3, 3)] if options.tiny else SWEPT
+    clock = measure.clock_of(options.device)
+    for (name, value), shape in itertools.product(changes[:2] if options.tiny else changes, shapes):
+        if options.over(1.0):
+            return
+        before = getattr(triton_plan, name) if name else None
+        try:
+            if name:
+                setattr(triton_plan, name, value)
+            triton_plan.tiled.cache_clear()
+            case = cases.Case("bn+add+relu", "train", "bf16", shape, True, options.device)
+            run = contenders.step(contenders.Ours(case).to(options.device), case)
+            taken = measure.interleaved({"ours": run}, 0.05, 20, clock)["ours"].median
+            yield {"constant": f"{name} {value}", "shape": shape, "ms": taken * 1e3}
+        finally:
+            if name:
+                setattr(triton_plan, name, before)
+            triton_plan.tiled.cache_clear()

@@ -1,0 +1,124 @@
+"""What is aimed at on a GPU, beside what ``cuda_session`` found: one line per goal.
+
+    python benchmarks/cuda_goals.py first second
+
+The folders hold the files of the session's calls. Of a goal for many cells the worst is shown. A
+row of ResNet-50's shapes counts: batches of 256, bf16, channels-last.
+"""
+
+import csv
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent))
+from batchnorm.benchmark.cases import Case
+from batchnorm.benchmark.rows import Row, read_rows
+from cuda_cells import moved
+
+LARGE = 100  # megabytes
+COMPILED = ("compile", "compile max-autotune")
+
+
+class Found(NamedTuple):
+    """A number that a goal is about, and where it was found."""
+
+    goal: str
+    aim: float
+    value: float
+    where: str
+
+
+def cells(folder: Path, name: str) -> list[dict[str, Row]]:
+    """Return the rows of a file, those of a cell together by contender."""
+    found: dict[tuple[str, ...], dict[str, Row]] = {}
+    path = folder / name
+    for row in read_rows(path) if path.exists() else []:
+        cell = found.setdefault((row.op, row.mode, row.dtype, row.shape, row.layout), {})
+        cell[row.contender] = row
+    return list(found.values())
+
+
+def lines(folder: Path, name: str) -> list[dict[str, str]]:
+    """Return the lines of a part that are not rows."""
+    path = folder / name
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def of_cells(folder: Path) -> Iterator[Found]:
+    """Yield the ratios of fused operations."""
+    rivals = {
+        "bn+add+relu": {"eager": 2.0, "eager in place": 1.5, **dict.fromkeys(COMPILED, 1.15)},
+        "bn+relu": {"eager": 1.5, **dict.fromkeys(COMPILED, 1.1)},
+    }
+    for cell in cells(folder, "cells.csv") + cells(folder, "compiled.csv"):
+        ours = cell["ours"]
+        for rival, aim in rivals.get(ours.op, {}).items():
+            if rival in cell:
+                ratio = cell[rival].median / ours.median
+                yield Found(f"{ours.op}, times {rival}", aim, ratio, ours.shape)
+        if ours.op == "bn+add+relu" and ours.megabytes >= LARGE:
+            shape = tuple(map(int, ours.shape.split("x")))
+            case = Case(ours.op, ours.mode, ours.dtype, shape, ours.layout == "channels-last")
+            copies = {"moved": (moved(case), 0.85), "minimal": (ours.floor_copies, 0.6)}
+            for name, (count, aim) in copies.items():
+                share = count * ours.copy / ours.median
+                yield Found(
+                    f"{ours.op}, share of copy's speed, {name} bytes", aim, share, ours.shape
+                )
+
+
+def of_choices(folder: Path) -> Iterator[Found]:
+    """Yield how plain BN does by whoever is faster."""
+    for cell in cells(folder, "choices.csv"):
+        if "eager" in cell:
+            best = min(cell[name].median for name in ("triton", "aten"))
+            eager = cell["eager"]
+            where = f"{eager.shape} {eager.layout} {eager.mode}"
+            yield Found("bn, the better of both, times eager", 1.0, eager.median / best, where)
+
+
+def of_networks(folder: Path) -> Iterator[Found]:
+    """Yield what ResNet-50 gains."""
+    found = {
+        line["contender"]: line
+        for line in lines(folder, "networks.csv")
+        if line["network"] == "resnet50"
+    }
+    if "converted" in found:
+        faster = float(found["converted"]["times eager"])
+        yield Found("ResNet-50, training step, converted, times eager", 1.15, faster, "")
+    if "eager" in found and "save_memory" in found:
+        kept = float(found["save_memory"]["saved MB with"])
+        share = float(found["eager"]["saved MB without"]) / kept
+        yield Found("ResNet-50, eager's saved bytes over those kept", 1 / 0.6, share, "")
+
+
+def of_bounds(folder: Path) -> Iterator[Found]:
+    """Yield the errors of Moments as margins: what is allowed over what was found."""
+    for line in lines(folder, "correct.csv"):
+        if line.get("bound", "").startswith("triton"):
+            for name, most in (("variance (<= 1e-6)", 1e-6), ("mean (<= 6e-8)", 6e-8)):
+                margin = most / max(float(line[name]), 1e-12)
+                yield Found(f"Moments, {name}, margin", 1.0, margin, line["bound"])
+
+
+def tell(folders: list[Path]) -> None:
+    """Print the worst of each goal, and whether it is good enough."""
+    worst: dict[str, Found] = {}
+    for folder in folders:
+        for part in (of_cells, of_choices, of_networks, of_bounds):
+            for one in part(folder):
+                worst[one.goal] = min(worst.get(one.goal, one), one, key=lambda found: found.value)
+    print("== goals")
+    for one in worst.values():
+        verdict = "met  " if one.value >= one.aim else "SHORT"
+        print(f"   {verdict} {one.goal}: {one.value:.3g}, aim {one.aim:.3g}  {one.where}")
+
+
+if __name__ == "__main__":
+    tell([Path(name) for name in sys.argv[1:]])
