@@ -184,6 +184,8 @@ int main() {
         {5, 37, 700}, {2, 9, 65600, true}, {1, 2, 140003, true},
         // Panels and chunks of rows; few channels, side by side, with a rest.
         {256, 700, 1}, {1024, 133, 1}, {40001, 5, 1},
+        // Long rows, which go together.
+        {1030, 1037, 1, true}, {515, 2053, 1, true},
         // Past the cache.
         {32, 4, 16384, true}, {16384, 128, 1, true},
     };

@@ -18,6 +18,7 @@ def dense():
     for channels in (*range(1, 73), 100, 127, 129, 255, 257, 1000, 1025, 2049):
         for rows in (5, 37, PARALLEL // channels + 13):
             yield rows, channels
+    yield 1030, 2049  # long rows, which go together
 
 
 def planes():
