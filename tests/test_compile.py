@@ -71,6 +71,12 @@ def test_another_batch_size_is_no_other_meaning():
         assert_same_step(compiled, plain, torch.randn(size, 3, 5, 5))
 
 
+def test_inductor_may_choose_the_layout():
+    # Else it would copy every convolution's channels-last output for ours, and ours back.
+    for op in ("forward", "backward", "normalize"):
+        assert torch.Tag.flexible_layout in getattr(torch.ops.batchnorm, op).default.tags
+
+
 def test_inductor():
     torch.compiler.reset()
     plain = Block("gelu")

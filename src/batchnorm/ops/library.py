@@ -15,6 +15,10 @@ from batchnorm.errors import ChannelError
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.backend import select as _select
 
+# Inductor likes images channels-last; else it would copy them to the layout of the traced example,
+# and the results back.
+FLEXIBLE = (torch.Tag.flexible_layout,)
+
 
 def select(
     x: Tensor,
@@ -38,14 +42,14 @@ def select(
     return _select(x, weight, bias, residual, axis)
 
 
-@torch.library.custom_op("batchnorm::moments", mutates_args=())
+@torch.library.custom_op("batchnorm::moments", mutates_args=(), tags=FLEXIBLE)
 def moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Return mean and m2 per channel."""
     mean, m2 = select(x, axis=axis).moments(x, axis)
     return mean, m2
 
 
-@torch.library.custom_op("batchnorm::normalize", mutates_args=())
+@torch.library.custom_op("batchnorm::normalize", mutates_args=(), tags=FLEXIBLE)
 def normalize(
     x: Tensor,
     mean: Tensor,
@@ -63,7 +67,7 @@ def normalize(
     return _like(x, backend.normalize(x, mean, rstd, weight, bias, residual, act, axis))
 
 
-@torch.library.custom_op("batchnorm::forward", mutates_args=())
+@torch.library.custom_op("batchnorm::forward", mutates_args=(), tags=FLEXIBLE)
 def forward(
     x: Tensor,
     weight: Tensor | None,
@@ -84,7 +88,7 @@ def forward(
     return _like(x, y), stats
 
 
-@torch.library.custom_op("batchnorm::backward_sums", mutates_args=())
+@torch.library.custom_op("batchnorm::backward_sums", mutates_args=(), tags=FLEXIBLE)
 def backward_sums(
     dy: Tensor,
     x: Tensor,
@@ -107,7 +111,7 @@ def backward_sums(
     return sum_dz, sum_dz_xhat
 
 
-@torch.library.custom_op("batchnorm::backward_input", mutates_args=())
+@torch.library.custom_op("batchnorm::backward_input", mutates_args=(), tags=FLEXIBLE)
 def backward_input(
     dy: Tensor,
     x: Tensor,
@@ -134,7 +138,7 @@ def backward_input(
     return _like(x, dx), _wanted(x, dresidual)
 
 
-@torch.library.custom_op("batchnorm::backward", mutates_args=())
+@torch.library.custom_op("batchnorm::backward", mutates_args=(), tags=FLEXIBLE)
 def backward(
     dy: Tensor,
     x: Tensor,
