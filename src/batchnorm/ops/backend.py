@@ -5,6 +5,7 @@ falls back without a word; an explicit one raises. Both can be seen with ``bn.en
 """
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -23,7 +24,9 @@ UNAVAILABLE: dict[str, str] = {}
 try:
     from batchnorm.ops import cpu
 except ImportError as error:
-    UNAVAILABLE["cpu"] = f"the native module was not built ({error}); a C++ compiler builds it"
+    _built = importlib.util.find_spec("batchnorm._native") is not None
+    _reason = f"does not load ({error})" if _built else "was not built"
+    UNAVAILABLE["cpu"] = f"the native module {_reason}; a C++ compiler builds it"
 else:
     BACKENDS["cpu"] = cpu
 
