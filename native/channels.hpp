@@ -223,4 +223,27 @@ inline bool lines_aligned(const void* p, int64_t row_bytes) {
     return ((reinterpret_cast<uintptr_t>(p) | uintptr_t(row_bytes)) & 63) == 0;
 }
 
+// What a backward goes over twice: for the sums, and for dx. Where dz is written with the sums, it then stands for dy.
+template <class T, bool Columns>
+struct Backward {
+    Block<T> first, second;
+    void (*input)(const Block<T>&, const Coefs<Real<T>>&, Real<T>);
+
+    template <class Streams>
+    Backward(const Args& a, const Loops<T, Columns>& loops, bool sums, Streams&& streams) {
+        const bool two_step = sums && dz_on_the_way<T>(a);
+        T* dz = static_cast<T*>(a.dresidual);
+        first = {static_cast<const T*>(a.x), static_cast<const T*>(a.dy), static_cast<const T*>(extra_of(a)), nullptr, two_step ? dz : nullptr, 0, 0, 0, false};
+        second = first;
+        second.out = static_cast<T*>(a.dx);
+        second.stream = streams(a.dx) && (!dz || two_step || streams(dz));
+        second.dz = two_step ? nullptr : dz;
+        if (two_step) {
+            second.dy = dz;
+            second.extra = nullptr;
+        }
+        input = two_step ? loops.input_from_dz : loops.input;
+    }
+};
+
 }  // namespace batchnorm::BATCHNORM_ISA

@@ -160,23 +160,13 @@ void backward_planes(const Args& a, bool sums, bool input) {
     const PlaneSums<T> partial(p, scratch);
     const Coefs<A> k = take_coefs<T>(scratch, a.channels);
     const double count = input && !sums ? a.count : double(a.outer) * double(a.inner);
-    const bool two_step = sums && dz_on_the_way<T>(a);
-    const Block<T> first{static_cast<const T*>(a.x), static_cast<const T*>(a.dy), extra, nullptr, static_cast<T*>(two_step ? a.dresidual : nullptr), 0, 0, 0, false};
-    Block<T> second = first;
-    second.out = static_cast<T*>(a.dx);
-    second.stream = p.streams(a.dx) && (!a.dresidual || two_step || p.streams(a.dresidual));
-    second.dz = static_cast<T*>(two_step ? nullptr : a.dresidual);
-    if (two_step) {
-        second.dy = first.dz;
-        second.extra = nullptr;
-    }
-    const auto apply_loop = two_step ? loops.input_from_dz : loops.input;
+    const Backward<T, false> step(a, loops, sums, [&](const void* out) { return p.streams(out); });
     forward_coefs(a, 0, a.channels, k);
     over_planes(
         p, tensors, sums, input,
         [&](Team& team, int64_t s, int64_t c0, int64_t c1) {
             partial.lift(team, s, c0, c1, [&](int64_t offset, int64_t n, double* to) {
-                loops.sums(p.block(first, c0, c1, offset, n), k.from(c0), A(a.slope), to);
+                loops.sums(p.block(step.first, c0, c1, offset, n), k.from(c0), A(a.slope), to);
             });
         },
         [&](int64_t c0, int64_t c1) {
@@ -184,7 +174,7 @@ void backward_planes(const Args& a, bool sums, bool input) {
             if (input) backward_coefs(a, c0, c1, count, k);
         },
         [&](int64_t s, int64_t c0, int64_t c1) {
-            p.each_position(s, [&](int64_t offset, int64_t n) { apply_loop(p.block(second, c0, c1, offset, n), k.from(c0), A(a.slope)); });
+            p.each_position(s, [&](int64_t offset, int64_t n) { step.input(p.block(step.second, c0, c1, offset, n), k.from(c0), A(a.slope)); });
         });
 }
 

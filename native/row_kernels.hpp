@@ -161,23 +161,12 @@ void backward_rows(const Args& a, bool sums, bool input) {
     const RowSums<T> partial(r, scratch);
     const Coefs<A> k = r.coefs(scratch);
     const double count = input && !sums ? a.count : double(a.outer);
-    const bool two_step = sums && dz_on_the_way<T>(a);
-    const Block<T> first{static_cast<const T*>(a.x), static_cast<const T*>(a.dy), static_cast<const T*>(extra_of(a)), nullptr,
-                         static_cast<T*>(two_step ? a.dresidual : nullptr), 0, 0, 0, false};
-    Block<T> second = first;
-    second.out = static_cast<T*>(a.dx);
-    second.stream = r.streams(a.dx) && (!a.dresidual || two_step || r.streams(a.dresidual));
-    second.dz = static_cast<T*>(two_step ? nullptr : a.dresidual);
-    if (two_step) {
-        second.dy = first.dz;
-        second.extra = nullptr;
-    }
-    const auto apply_loop = two_step ? loops.input_from_dz : loops.input;
+    const Backward<T, true> step(a, loops, sums, [&](const void* out) { return r.streams(out); });
     forward_coefs(a, 0, a.channels, k);
     r.repeat_columns(k.pivot, k.scale, k.rest, k.shift);
     parallel(r.threads(), [&](Team& team) {
         if (sums) {
-            partial.run(team, 0, first, k, [&](const Block<T>& b, const Coefs<A>& here, A* s, A* d) { loops.sums_by_column(b, here, A(a.slope), s, d); });
+            partial.run(team, 0, step.first, k, [&](const Block<T>& b, const Coefs<A>& here, A* s, A* d) { loops.sums_by_column(b, here, A(a.slope), s, d); });
         }
         r.each_strip(team, 1, [&](int64_t c0, int64_t c1) {
             if (sums) partial.fold(c0, c1);
@@ -187,7 +176,7 @@ void backward_rows(const Args& a, bool sums, bool input) {
         });
         if (!input) return;
         team.barrier();
-        r.apply(team, 2, second, [&](const Block<T>& b) { apply_loop(b, k, A(a.slope)); });
+        r.apply(team, 2, step.second, [&](const Block<T>& b) { step.input(b, k, A(a.slope)); });
     });
 }
 
