@@ -475,3 +475,15 @@ def test_sources_of_the_derivative_and_reasons():
     assert cpu.serves(case.x, case.weight, case.bias, case.residual, 1) is None
     assert "dtype" in cpu.serves(case.x.int(), None, None, None, 1)
     assert "residual" in cpu.serves(case.x, None, None, case.residual.double(), 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(37, 19), (3, 5, 7, 9)], ids=str)
+def test_denormal_values_are_not_flushed(simd, shape, dtype):
+    smallest = torch.finfo(dtype).smallest_normal * 2.0 ** {torch.float16: -10}.get(dtype, -7)
+    x = (torch.randint(-60, 60, shape) * smallest).to(dtype)
+    one, zero = torch.ones(shape[1]), torch.zeros(shape[1])
+    y = cpu.evaluate(x, zero, one, one, zero, None, act_of("identity"), 0.0, 1)
+    expected = F.batch_norm(x, zero, one, one, zero, eps=0.0)
+    assert torch.equal(expected, x) and x.count_nonzero() > 0
+    assert (y.double() - x.double()).abs().max() <= smallest
