@@ -19,16 +19,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from batchnorm.errors import SurgeryError
 from batchnorm.fusion.plan import same_kind
 from batchnorm.fusion.prepared import versions
-from batchnorm.fusion.recognize import (
-    Absorbable,
-    differentiates,
-    is_metadata,
-    reads_memory,
-    recognize,
-)
+from batchnorm.fusion.questions import differentiates, is_metadata, reads_memory
 from batchnorm.fusion.state import CUT_OFF, OTHER_DATA, State, current_modes
 from batchnorm.fusion.traces import Normally, can_be_snapshot, snapshot
 from batchnorm.ops.activations import IDENTITY
+from batchnorm.ops.recognize import Absorbable, recognize
 
 _plainly = torch._C.DisableTorchFunctionSubclass
 

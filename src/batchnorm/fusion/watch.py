@@ -14,8 +14,9 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from batchnorm.fusion.plan import Plan, same_kind
 from batchnorm.fusion.prepared import versions, why_whole
-from batchnorm.fusion.recognize import Absorbable, is_metadata, recognize
+from batchnorm.fusion.questions import is_metadata
 from batchnorm.ops.activations import IDENTITY
+from batchnorm.ops.recognize import Absorbable, recognize
 
 _CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
 

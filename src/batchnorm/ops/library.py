@@ -12,7 +12,8 @@ from torch import Tensor
 
 from batchnorm import layout
 from batchnorm.errors import ChannelError
-from batchnorm.ops.activations import Activation
+from batchnorm.ops import inductor
+from batchnorm.ops.activations import IDENTITY, Activation
 from batchnorm.ops.backend import select as _select
 
 # Inductor likes images channels-last; else it would copy them to the layout of the traced example,
@@ -135,7 +136,7 @@ def backward_input(
     act = Activation(activation, slope)
     given = (dy, x, mean, rstd, weight, bias, residual, y, act, axis)
     dx, dresidual = backend.backward_input(*given, sum_dz, sum_dz_xhat, count, want_residual)
-    return _like(x, dx), _wanted(x, dresidual)
+    return _like(x, dx), _wanted(x, dresidual, dy)
 
 
 @torch.library.custom_op("batchnorm::backward", mutates_args=(), tags=FLEXIBLE)
@@ -158,7 +159,7 @@ def backward(
     dx, dresidual, sum_dz, sum_dz_xhat = backend.backward(
         dy, x, stats, weight, bias, residual, y, act, axis, want_residual
     )
-    return _like(x, dx), _wanted(x, dresidual), sum_dz, sum_dz_xhat
+    return _like(x, dx), _wanted(x, dresidual, dy), sum_dz, sum_dz_xhat
 
 
 def _like(x: Tensor, result: Tensor) -> Tensor:
@@ -167,8 +168,12 @@ def _like(x: Tensor, result: Tensor) -> Tensor:
     return result if result.stride() == expected.stride() else expected.copy_(result)
 
 
-def _wanted(x: Tensor, dresidual: Tensor | None) -> Tensor:
-    return x.new_empty(0) if dresidual is None else _like(x, dresidual).clone()
+def _wanted(x: Tensor, dresidual: Tensor | None, dy: Tensor) -> Tensor:
+    if dresidual is None:
+        return x.new_empty(0)
+    dresidual = _like(x, dresidual)
+    # An operation must not return its input.
+    return dresidual.clone() if dresidual.data_ptr() == dy.data_ptr() else dresidual
 
 
 def _statistic(x: Tensor, axis: int) -> Tensor:
@@ -187,6 +192,7 @@ def _(x: Tensor, *_: Any) -> Tensor:
 
 @forward.register_fake
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    inductor.enlist()  # a graph with this operation is being recorded
     stats = x.new_empty(4, x.shape[rest[-1]], dtype=layout.compute_dtype(x))
     return torch.empty_like(x), stats
 
@@ -223,14 +229,16 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def _differentiate_forward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     x, stats, weight, bias, residual, y = ctx.saved_tensors
+    wanted = ctx.adds and ctx.needs_input_grad[3]
+    passes = wanted and ctx.act != IDENTITY  # else dy is the residual's gradient
     dx, dresidual, sum_dz, sum_dz_xhat = backward(
-        dy, x, stats, weight, bias, residual, y, *ctx.act, ctx.axis, ctx.adds
+        dy, x, stats, weight, bias, residual, y, *ctx.act, ctx.axis, passes
     )
     return (
         dx,
         None if weight is None else sum_dz_xhat.to(weight.dtype),
         None if bias is None else sum_dz.to(bias.dtype),
-        dresidual if ctx.adds else None,
+        (dresidual if passes else dy) if wanted else None,
         *(None,) * 4,
     )
 
