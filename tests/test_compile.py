@@ -10,7 +10,7 @@ from torch import nn
 from torch.library import opcheck
 
 import batchnorm as bn
-from batchnorm.ops import library
+from batchnorm.ops import graphs, library
 from batchnorm.ops.activations import NAMES, Activation
 
 
@@ -181,9 +181,9 @@ def test_the_operations_keep_what_they_tell_pytorch(activation, residual, last):
     back = (dy, *given[:5], *library.needed(Activation(*activation), r, y), *activation, 1)
     opcheck(library.backward_sums, back)
     opcheck(library.backward_input, (*back, *library.backward_sums(*back), 40.0, residual))
-    opcheck(library.backward, (dy, x, torch.stack([mean, mean, *rstd]), *back[4:], residual))
+    opcheck(graphs.backward, (dy, x, torch.stack([mean, mean, *rstd]), *back[4:], residual))
     wanting = [None if t is None else t.clone().requires_grad_() for t in (x, weight, bias, r)]
-    opcheck(library.forward, (*wanting, *activation, 1e-5, 1))
+    opcheck(graphs.forward, (*wanting, *activation, 1e-5, 1))
 
 
 def test_an_operation_refuses_what_would_read_beyond_its_tensors():

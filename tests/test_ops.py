@@ -12,7 +12,7 @@ import batchnorm as bn
 import oracle
 from batchnorm import layout as shapes
 from batchnorm.errors import BackendError
-from batchnorm.ops import library, reference
+from batchnorm.ops import graphs, library, reference
 from batchnorm.ops.activations import NAMES, Activation
 from batchnorm.ops.backend import BACKENDS, UNAVAILABLE
 
@@ -371,7 +371,7 @@ def test_the_operations_keep_their_word_in_every_dtype(dtype):
         opcheck(library.moments, (case.x, case.axis), test_utils=("test_schema", "test_faketensor"))
         opcheck(library.normalize, (case.x, mean, rstd, *given))
         wanting = [t.detach().requires_grad_() for t in (case.x, *case.given[:3])]
-        opcheck(library.forward, (*wanting, *case.act, EPS, case.axis))
+        opcheck(graphs.forward, (*wanting, *case.act, EPS, case.axis))
 
 
 def test_an_unknown_backend_is_refused_and_the_known_ones_are_named(monkeypatch):

@@ -1,8 +1,8 @@
 """The operations as PyTorch sees them: ``torch.ops.batchnorm.*`` (torch.library).
 
-This is the route of ``torch.compile`` and ``torch.export`` in training, where a graph needs opaque
-nodes with known shapes and a gradient. Results have the strides of ``empty_like(x)``. Each op
-means what the function of the same name in ``reference`` means.
+Opaque nodes of a graph, with known shapes. Results have the strides of ``empty_like(x)``. Each op
+means what the function of the same name in ``reference`` means; the two that a training step
+under ``torch.compile`` is made of are in ``graphs``.
 """
 
 from typing import Any
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from batchnorm import layout
 from batchnorm.errors import ChannelError
-from batchnorm.ops import inductor
-from batchnorm.ops.activations import IDENTITY, Activation
+from batchnorm.ops.activations import Activation
 from batchnorm.ops.backend import select as _select
 
 # Inductor likes images channels-last; else it would copy them to the layout of the traced example,
@@ -65,28 +64,7 @@ def normalize(
     """Return act((x - mean) * rstd * weight + bias + residual); the statistics are constants."""
     backend = select(x, weight, bias, residual, axis, mean=mean, rstd=rstd)
     act = Activation(activation, slope)
-    return _like(x, backend.normalize(x, mean, rstd, weight, bias, residual, act, axis))
-
-
-@torch.library.custom_op("batchnorm::forward", mutates_args=(), tags=FLEXIBLE)
-def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    slope: float,
-    eps: float,
-    axis: int,
-) -> tuple[Tensor, Tensor]:
-    """Normalize by the input's own statistics; return y and stats (4, C).
-
-    Differentiable in y; the statistics are not.
-    """
-    backend = select(x, weight, bias, residual, axis)
-    act = Activation(activation, slope)
-    y, stats = backend.forward(x, weight, bias, residual, act, eps, axis)
-    return _like(x, y), stats
+    return like(x, backend.normalize(x, mean, rstd, weight, bias, residual, act, axis))
 
 
 @torch.library.custom_op("batchnorm::backward_sums", mutates_args=(), tags=FLEXIBLE)
@@ -136,42 +114,22 @@ def backward_input(
     act = Activation(activation, slope)
     given = (dy, x, mean, rstd, weight, bias, residual, y, act, axis)
     dx, dresidual = backend.backward_input(*given, sum_dz, sum_dz_xhat, count, want_residual)
-    return _like(x, dx), _wanted(x, dresidual, dy)
+    return like(x, dx), wanted(x, dresidual, dy)
 
 
-@torch.library.custom_op("batchnorm::backward", mutates_args=(), tags=FLEXIBLE)
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor | None,
-    activation: str,
-    slope: float,
-    axis: int,
-    want_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Invert ``forward``: return dx, dresidual, sum(dz), sum(dz * xhat)."""
-    backend = select(x, weight, bias, residual, axis, mean=stats[0], rstd=stats[2])
-    act = Activation(activation, slope)
-    dx, dresidual, sum_dz, sum_dz_xhat = backend.backward(
-        dy, x, stats, weight, bias, residual, y, act, axis, want_residual
-    )
-    return _like(x, dx), _wanted(x, dresidual, dy), sum_dz, sum_dz_xhat
-
-
-def _like(x: Tensor, result: Tensor) -> Tensor:
+def like(x: Tensor, result: Tensor) -> Tensor:
     """Give a result the strides that the fake kernel promised."""
+    if result.stride() == x.stride():
+        return result
     expected = torch.empty_like(x)
     return result if result.stride() == expected.stride() else expected.copy_(result)
 
 
-def _wanted(x: Tensor, dresidual: Tensor | None, dy: Tensor) -> Tensor:
+def wanted(x: Tensor, dresidual: Tensor | None, dy: Tensor) -> Tensor:
+    """Return a gradient of the residual as an operation may: of no elements for None."""
     if dresidual is None:
         return x.new_empty(0)
-    dresidual = _like(x, dresidual)
+    dresidual = like(x, dresidual)
     # An operation must not return its input.
     return dresidual.clone() if dresidual.data_ptr() == dy.data_ptr() else dresidual
 
@@ -190,57 +148,19 @@ def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-@forward.register_fake
-def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    inductor.enlist()  # a graph with this operation is being recorded
-    stats = x.new_empty(4, x.shape[rest[-1]], dtype=layout.compute_dtype(x))
-    return torch.empty_like(x), stats
-
-
 @backward_sums.register_fake
 def _(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _statistic(x, rest[-1]), _statistic(x, rest[-1])
 
 
-def _fake_gradients(x: Tensor, want_residual: bool) -> tuple[Tensor, Tensor]:
+def fake_gradients(x: Tensor, want_residual: bool) -> tuple[Tensor, Tensor]:
+    """Return what tells the shapes of dx and dresidual."""
     return torch.empty_like(x), torch.empty_like(x) if want_residual else x.new_empty(0)
 
 
 @backward_input.register_fake
 def _(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _fake_gradients(x, rest[-1])
-
-
-@backward.register_fake
-def _(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    axis, want_residual = rest[-2:]
-    sums = _statistic(x, axis), _statistic(x, axis)
-    return *_fake_gradients(x, want_residual), *sums
-
-
-def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, residual, activation, slope, _, axis = inputs
-    y, stats = output
-    act = Activation(activation, slope)
-    ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(x, stats, weight, bias, *needed(act, residual, y))
-    ctx.act, ctx.axis, ctx.adds = act, axis, residual is not None
-
-
-def _differentiate_forward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    x, stats, weight, bias, residual, y = ctx.saved_tensors
-    wanted = ctx.adds and ctx.needs_input_grad[3]
-    passes = wanted and ctx.act != IDENTITY  # else dy is the residual's gradient
-    dx, dresidual, sum_dz, sum_dz_xhat = backward(
-        dy, x, stats, weight, bias, residual, y, *ctx.act, ctx.axis, passes
-    )
-    return (
-        dx,
-        None if weight is None else sum_dz_xhat.to(weight.dtype),
-        None if bias is None else sum_dz.to(bias.dtype),
-        (dresidual if passes else dy) if wanted else None,
-        *(None,) * 4,
-    )
+    return fake_gradients(x, rest[-1])
 
 
 def needed(act: Activation, residual: Tensor | None, y: Tensor) -> tuple[Tensor | None, ...]:
@@ -248,6 +168,3 @@ def needed(act: Activation, residual: Tensor | None, y: Tensor) -> tuple[Tensor 
     if residual is None or act.name == "identity":
         return None, None
     return (None, y) if act.from_output else (residual, None)
-
-
-forward.register_autograd(_differentiate_forward, setup_context=_save_forward)

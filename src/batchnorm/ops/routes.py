@@ -1,7 +1,7 @@
 """Three routes, one meaning.
 
 *Fast*: plain eager tensors go straight to a backend (``eager``). *Compile*: while a graph is being
-traced, training is one opaque op (``library``) and evaluation is ``aten.batch_norm``, so that an
+traced, training is one opaque op (``graphs``) and evaluation is ``aten.batch_norm``, so that an
 exported graph needs nothing of ours. *Everything else* (torch.func, forward AD, masks, odd
 tensors, broadcast residuals): the plain operations of ``reference``.
 """
@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from batchnorm import layout
 from batchnorm import moments as _moments
 from batchnorm.moments import Moments
-from batchnorm.ops import eager, library, reference
+from batchnorm.ops import eager, graphs, reference
 from batchnorm.ops.backend import select
 from batchnorm.ops.call import Call
 from batchnorm.ops.onlookers import is_calm, is_traced, is_transformed
@@ -44,7 +44,7 @@ def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
         y = _aten(call, None, None)
         stats = torch.stack(reference.moments(call.x, call.axis))
     elif call.same_residual and torch.compiler.is_compiling() and not is_transformed():
-        y, stats = library.forward(*given, *call.act, *rest)
+        y, stats = graphs.forward(*given, *call.act, *rest)
     else:
         y, stats = reference.forward(*given, call.act, *rest)
     stats = stats.detach()

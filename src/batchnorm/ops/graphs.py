@@ -1,0 +1,147 @@
+"""The operations of a training step under ``torch.compile`` and ``torch.export``.
+
+``forward`` with its gradient, and ``backward``. A graph calls them once a layer, and small layers
+are many: there is little between PyTorch's dispatcher and the kernels.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from batchnorm import layout
+from batchnorm.errors import UnservedError
+from batchnorm.ops import inductor
+from batchnorm.ops.activations import IDENTITY, Activation
+from batchnorm.ops.backend import likely
+from batchnorm.ops.library import FLEXIBLE, fake_gradients, like, needed, select, wanted
+
+LIBRARY = torch.library.Library("batchnorm", "FRAGMENT")
+
+
+def in_graphs(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Register a function, and what tells its results' shapes, as an operation for graphs.
+
+    What ``custom_op`` puts around a function costs as much as a small layer.
+    """
+
+    def register(function: Callable[..., Any]) -> Any:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        LIBRARY.define(name + schema, tags=(*FLEXIBLE, torch.Tag.pt2_compliant_tag))
+        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"batchnorm::{name}", fake, lib=LIBRARY)
+        return getattr(torch.ops.batchnorm, name).default
+
+    return register
+
+
+def _fake_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    inductor.enlist()  # a graph with this operation is being recorded
+    stats = x.new_empty(4, x.shape[rest[-1]], dtype=layout.compute_dtype(x))
+    return torch.empty_like(x), stats
+
+
+def _fake_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    axis, want_residual = rest[-2:]
+    sum_dz, sum_dz_xhat = x.new_empty(2, x.shape[axis], dtype=layout.compute_dtype(x))
+    return *fake_gradients(x, want_residual), sum_dz, sum_dz_xhat
+
+
+def _quick(x: Tensor, name: str, *given: Any) -> Any:
+    """Call a backend that checks for itself; return None where all must be looked at first."""
+    backend = likely(x)
+    try:
+        return None if backend is None else getattr(backend, name)(*given)
+    except UnservedError:
+        return None  # select knows another, or what is wrong
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    slope: float,
+    eps: float,
+    axis: int,
+) -> tuple[Tensor, Tensor]:
+    """Normalize by the input's own statistics; return y and stats (4, C)."""
+    given = (x, weight, bias, residual, Activation(activation, slope), eps, axis)
+    found = _quick(x, "forward", *given)
+    y, stats = found or select(x, weight, bias, residual, axis).forward(*given)
+    return like(x, y), stats
+
+
+# Differentiable in y; the statistics are not. A graph with its gradient holds the second.
+forward = in_graphs("forward", _fake_forward)(_forward)
+forward_alone = in_graphs("forward_alone", _fake_forward)(_forward)
+
+
+@in_graphs("backward", _fake_backward)
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+    activation: str,
+    slope: float,
+    axis: int,
+    want_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Invert ``forward``: return dx, dresidual, sum(dz), sum(dz * xhat)."""
+    act = Activation(activation, slope)
+    given = (dy, x, stats, weight, bias, residual, y, act, axis, want_residual)
+    found = _quick(x, "backward", *given)
+    if found is None:
+        backend = select(x, weight, bias, residual, axis, mean=stats[0], rstd=stats[2])
+        found = backend.backward(*given)
+    dx, dresidual, sum_dz, sum_dz_xhat = found
+    return like(x, dx), wanted(x, dresidual, dy), sum_dz, sum_dz_xhat
+
+
+class Forward(torch.autograd.Function):
+    """The gradient of ``forward``."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        """Return y and stats."""
+        x, weight, bias, residual, activation, slope, _, axis = inputs
+        y, stats = forward_alone(*inputs)
+        act = Activation(activation, slope)
+        ctx.mark_non_differentiable(stats)
+        ctx.save_for_backward(x, stats, weight, bias, *needed(act, residual, y))
+        ctx.act, ctx.axis = act, axis
+        return y, stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, weight, bias and residual."""
+        x, stats, weight, bias, residual, y = ctx.saved_tensors
+        asked = ctx.needs_input_grad[3]
+        passes = asked and ctx.act != IDENTITY  # else dy is the residual's gradient
+        dx, dresidual, sum_dz, sum_dz_xhat = backward(
+            dy, x, stats, weight, bias, residual, y, *ctx.act, ctx.axis, passes
+        )
+        return (
+            dx,
+            None if weight is None else sum_dz_xhat.to(weight.dtype),
+            None if bias is None else sum_dz.to(bias.dtype),
+            (dresidual if passes else dy) if asked else None,
+            *(None,) * 4,
+        )
+
+
+def _differentiable(*inputs: Any) -> tuple[Tensor, Tensor]:
+    wants = any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+    take = Forward.apply if wants and torch.is_grad_enabled() else forward_alone
+    return take(*inputs)  # type: ignore[no-any-return]
+
+
+LIBRARY.impl("forward", _differentiable, "Autograd")
