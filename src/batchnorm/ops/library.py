@@ -134,13 +134,14 @@ def wanted(x: Tensor, dresidual: Tensor | None, dy: Tensor) -> Tensor:
     return dresidual.clone() if dresidual.data_ptr() == dy.data_ptr() else dresidual
 
 
-def _statistic(x: Tensor, axis: int) -> Tensor:
+def statistic(x: Tensor, axis: int) -> Tensor:
+    """Return what tells the shape of one number per channel."""
     return x.new_empty(x.shape[axis], dtype=layout.compute_dtype(x))
 
 
 @moments.register_fake
 def _(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    return _statistic(x, axis), _statistic(x, axis)
+    return statistic(x, axis), statistic(x, axis)
 
 
 @normalize.register_fake
@@ -150,7 +151,7 @@ def _(x: Tensor, *_: Any) -> Tensor:
 
 @backward_sums.register_fake
 def _(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _statistic(x, rest[-1]), _statistic(x, rest[-1])
+    return statistic(x, rest[-1]), statistic(x, rest[-1])
 
 
 def fake_gradients(x: Tensor, want_residual: bool) -> tuple[Tensor, Tensor]:
