@@ -13,6 +13,7 @@ import concurrent.futures
 import copy
 import csv
 import multiprocessing
+import random
 import statistics
 import sys
 import time
@@ -67,9 +68,14 @@ def _inverted(self: Any, x: Tensor) -> Tensor:
     return Join.apply(self.conv(x), x) if self.use_res_connect else self.conv(x)
 
 
+def twin(model: nn.Module) -> nn.Module:
+    """Copy all but the parameters: where weights lie in memory decides more than small layers do."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
 def bare(model: nn.Module) -> nn.Module:
     """Take normalizations, activations and additions out of a torchvision network."""
-    model = copy.deepcopy(model)
+    model = twin(model)
     gone = nn.modules.batchnorm._BatchNorm | nn.ReLU | nn.ReLU6
     forwards = {"Bottleneck": _bottleneck, "InvertedResidual": _inverted}
     for module in list(model.modules()):
@@ -93,12 +99,12 @@ def build(name: str) -> nn.Module:
 def contenders(model: nn.Module, chosen: list[str]) -> dict[str, nn.Module]:
     compiled = {"dynamic": False}
     makers: dict[str, Callable[[], Any]] = {
-        "eager": lambda: copy.deepcopy(model),
-        "converted": lambda: bn.convert(copy.deepcopy(model)),
-        "save_memory": lambda: bn.save_memory(bn.convert(copy.deepcopy(model))),
-        "unfused": lambda: bn.convert(copy.deepcopy(model), fuse=False),
-        "compile": lambda: torch.compile(copy.deepcopy(model), **compiled),
-        "compile converted": lambda: torch.compile(bn.convert(copy.deepcopy(model)), **compiled),
+        "eager": lambda: twin(model),
+        "converted": lambda: bn.convert(twin(model)),
+        "save_memory": lambda: bn.save_memory(bn.convert(twin(model))),
+        "unfused": lambda: bn.convert(twin(model), fuse=False),
+        "compile": lambda: torch.compile(twin(model), **compiled),
+        "compile converted": lambda: torch.compile(bn.convert(twin(model)), **compiled),
         "bare": lambda: bare(model),
     }
     return {name: makers[name]() for name in chosen}
@@ -204,8 +210,10 @@ def measure(cell: Cell, options: argparse.Namespace) -> list[dict[str, Any]]:
         run()
         run()
     times: dict[str, list[float]] = {c: [] for c in runs}
+    order, shuffled = list(runs.items()), random.Random(0)
     for _ in range(options.rounds):
-        for c, run in runs.items():
+        shuffled.shuffle(order)  # each finds in the caches what the one before it has left
+        for c, run in order:
             started = options.clock()
             run()
             times[c].append(options.clock() - started)
