@@ -69,7 +69,7 @@ def _inverted(self: Any, x: Tensor) -> Tensor:
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """Copy all but the parameters: where weights lie in memory decides more than small layers do."""
+    """Copy all but the parameters: where these lie in memory decides more than small layers do."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
@@ -210,7 +210,7 @@ def measure(cell: Cell, options: argparse.Namespace) -> list[dict[str, Any]]:
         run()
         run()
     times: dict[str, list[float]] = {c: [] for c in runs}
-    order, shuffled = list(runs.items()), random.Random(0)
+    order, shuffled = list(runs.items()), random.Random(0)  # noqa: S311
     for _ in range(options.rounds):
         shuffled.shuffle(order)  # each finds in the caches what the one before it has left
         for c, run in order:
