@@ -88,22 +88,18 @@ def test_a_missing_package_is_named_in_one_line(package, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="SIGINT is POSIX")
-def test_an_interrupted_demo_leaves_no_file(tmp_path):
-    out = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "batchnorm", "demo", "--steps", "100000", "--out", str(out)],
+def started(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "batchnorm", *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
         env=environment(),
     )
-    deadline = time.monotonic() + 60
-    while not out.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.5)
+
+
+def interrupted(process):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     # Where Python was inside exec() of a string, it ends by the signal itself, whatever the exit
@@ -111,4 +107,27 @@ def test_an_interrupted_demo_leaves_no_file(tmp_path):
     assert process.returncode in (130, -signal.SIGINT), said
     assert "interrupted" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="SIGINT is POSIX")
+def test_an_interrupted_demo_leaves_no_file(tmp_path):
+    out = tmp_path / "out"
+    process = started("demo", "--steps", "100000", "--out", str(out))
+    deadline = time.monotonic() + 60
+    while not out.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    interrupted(process)
     assert list(out.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="SIGINT is POSIX")
+def test_an_interrupted_bench_leaves_what_it_has_measured(tmp_path):
+    process = started("bench", "--seconds", "0.05", "--out", str(tmp_path))
+    time.sleep(25)
+    assert process.poll() is None, "it ended before it could be interrupted"
+    interrupted(process)
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) > 3
+    assert "32" in (tmp_path / "report.html").read_text()

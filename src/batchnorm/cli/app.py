@@ -94,7 +94,14 @@ def bench(
     shapes = SHAPES if device is Device.CPU else CUDA_SHAPES
     chosen = [case for case in cases(shapes, device=device.value) if part in str(case)]
     with told_in_one_line(), bars(errors) as watch:
-        rows = list(measure(chosen, watch, seconds, compiled, jax))
+        rows = []
+        try:
+            for row in measure(chosen, watch, seconds, compiled, jax):
+                rows.append(row)  # noqa: PERF402 (list() keeps nothing when it is cut off)
+        except BaseException:
+            if rows:  # what an interrupted run has measured is not lost
+                write_benchmark(rows, out)
+            raise
         files = write_benchmark(rows, out)
     for section in report(rows).sections:
         for table in section.tables():

@@ -87,15 +87,11 @@ def _read(call: fx.Node, y: fx.Node) -> recognize.Absorbable | None:
     # A sum in place of a value that nobody else has is a sum.
     if func is Tensor.add_ and call.args[0] is not y and _is_alone(call.args[0], call):
         func = torch.add
-    # Who reads calls wants tensors.
-    nodes: dict[int, fx.Node] = {}
-
-    def example(node: fx.Node) -> Any:
-        value = _example(node)
-        nodes[id(value)] = node
-        return value
-
-    args, kwargs = fx.map_arg((call.args, call.kwargs), example)
+    # Who reads calls wants tensors; a slope that is computed is none of its arguments.
+    nodes = {id(_example(node)): node for node in call.all_input_nodes}
+    if not all(isinstance(_example(node), Tensor) for node in nodes.values()):
+        return None
+    args, kwargs = fx.map_arg((call.args, call.kwargs), _example)
     found = recognize.recognize(func, args, kwargs, lambda value: value is _example(y))
     if found is None or found.target is not _example(y):
         return None
