@@ -1,5 +1,6 @@
 """The entry point: it needs none of the packages that the commands need."""
 
+import os
 import sys
 
 # Import names of the packages that `pip install 'batchnorm[demo]'` brings.
@@ -9,11 +10,24 @@ MISSING = "batchnorm: the package '{}' is missing; pip install 'batchnorm[demo]'
 
 def main() -> int:
     """Run the command line; return its exit code, 2 where a package is missing, 130 on Ctrl-C."""
+    code = _run()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Threads of torch.distributed abort the end of one process in ten or twenty, when all its
+        # work is done and its files are closed: it leaves without that end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run() -> int:
     try:
         # Imported here, so that a missing package ends in one line and not in a traceback.
         from batchnorm.cli.app import app
 
         app()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except ImportError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in EXTRA:
