@@ -72,7 +72,7 @@ def check(
     memory_format: torch.memory_format = torch.contiguous_format,
     cast: bool = False,
     passes: int = 4,
-    convert: Callable[[nn.Module], Any] | None = bn.convert,
+    convert: Callable[[nn.Module], Any] = bn.convert,
 ) -> nn.Module:
     """Convert the model, and compare several passes with torch's and with a float64 twin.
 
@@ -83,7 +83,7 @@ def check(
     if dtype != torch.float32:
         # torch.nn has one dtype for all; the parameters stay float32 on both sides.
         theirs, model = theirs.to(torch.float32), model.to(torch.float32)
-    ours = convert(model) if convert else model
+    ours = convert(model)
     unit = torch.finfo(torch.bfloat16 if cast else dtype).eps
     for _ in range(passes):
         x, r = (torch.randn(shape, dtype=torch.float64) * 2 + 0.5 for _ in range(2))

@@ -38,8 +38,8 @@ def compiled(model, **options):
     return model, graph
 
 
-def fused(rest, expected, layer=None, **options):
-    """Compare ``rest(self, layer(x), r)`` with torch's, and what the layer was given to do."""
+def compared(model, expected, **options):
+    """Compare a model with torch's, and what its layers were given to do; return the graph."""
     graphs = []
 
     def convert(model):
@@ -47,9 +47,14 @@ def fused(rest, expected, layer=None, **options):
         graphs.append(graph)
         return model
 
-    check(Model(rest, layer=layer), convert=convert, passes=2, **options)
+    check(model, convert=convert, passes=2, **options)
     assert graphs[0].forwards == expected
     return graphs[0]
+
+
+def fused(rest, expected, **options):
+    """Compare ``rest(self, layer(x), r)``."""
+    return compared(Model(rest), expected, **options)
 
 
 ACTIVATIONS = {
@@ -130,15 +135,7 @@ class Down(nn.Module):
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_of_two_that_are_added_the_later_one_adds(inplace):
-    graphs = []
-
-    def convert(model):
-        model, graph = compiled(model)
-        graphs.append(graph)
-        return model
-
-    check(Down(inplace), convert=convert, passes=2)
-    assert graphs[0].forwards == ["identity", "add and relu"]
+    compared(Down(inplace), ["identity", "add and relu"])
 
 
 def changed_between(s, y, r):

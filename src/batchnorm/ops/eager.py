@@ -69,9 +69,9 @@ class BatchNormalize(torch.autograd.Function):
         rest = (weight, bias, residual, y, act, axis)
         if not (adds or ctx.needs_input_grad[0]):
             sum_dz, sum_dz_xhat = backend.backward_sums(dy, x, stats[0], stats[2:], *rest)
-            return None, *_as(weight, sum_dz_xhat, bias_dtype, sum_dz), None, None
+            return None, *to_parameters(weight, sum_dz_xhat, bias_dtype, sum_dz), None, None
         dx, dresidual, sum_dz, sum_dz_xhat = backend.backward(dy, x, stats, *rest, adds)
-        return dx, *_as(weight, sum_dz_xhat, bias_dtype, sum_dz), dresidual, None
+        return dx, *to_parameters(weight, sum_dz_xhat, bias_dtype, sum_dz), dresidual, None
 
 
 class Normalize(torch.autograd.Function):
@@ -118,7 +118,7 @@ class Normalize(torch.autograd.Function):
             sum_dz, sum_dz_xhat = backend.backward_sums(*given)
         zero = torch.zeros_like(mean)
         dx, dresidual = backend.backward_input(*given, zero, zero, 1, adds)
-        affine = _as(weight, sum_dz_xhat, bias_dtype, sum_dz)
+        affine = to_parameters(weight, sum_dz_xhat, bias_dtype, sum_dz)
         return dx, None, None, *affine, dresidual, None, None, None
 
 
@@ -142,7 +142,7 @@ def kept(
     return bias, residual, result
 
 
-def _as(
+def to_parameters(
     weight: Tensor | None,
     dweight: Tensor | None,
     bias_dtype: torch.dtype | None,

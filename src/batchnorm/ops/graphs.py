@@ -16,6 +16,7 @@ from batchnorm.errors import UnservedError
 from batchnorm.ops import inductor
 from batchnorm.ops.activations import IDENTITY, Activation
 from batchnorm.ops.backend import likely
+from batchnorm.ops.eager import to_parameters
 from batchnorm.ops.library import (
     FLEXIBLE,
     fake_gradients,
@@ -137,13 +138,9 @@ class Forward(torch.autograd.Function):
         dx, dresidual, sum_dz, sum_dz_xhat = backward(
             dy, x, stats, weight, bias, residual, y, *ctx.act, ctx.axis, passes
         )
-        return (
-            dx,
-            None if weight is None else sum_dz_xhat.to(weight.dtype),
-            None if bias is None else sum_dz.to(bias.dtype),
-            (dresidual if passes else dy) if asked else None,
-            *(None,) * 4,
-        )
+        bias_dtype = None if bias is None else bias.dtype
+        affine = to_parameters(weight, sum_dz_xhat, bias_dtype, sum_dz)
+        return dx, *affine, (dresidual if passes else dy) if asked else None, *(None,) * 4
 
 
 def _differentiable(*inputs: Any) -> tuple[Tensor, Tensor]:

@@ -105,18 +105,12 @@ def _alike(one: fx.Node, other: fx.Node) -> bool:
     a, b = _example(one), _example(other)
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return False
-    return (a.shape, a.dtype, a.device, a.requires_grad) == (
-        *(b.shape, b.dtype, b.device),
-        b.requires_grad,
-    )
+    return _kind(a) == _kind(b) and a.requires_grad == b.requires_grad
 
 
 def _is_there(residual: fx.Node, node: fx.Node, follower: fx.Node) -> bool:
     """Whether a summand exists where the normalization stands, and stays as it is until added."""
-    y, r = _example(follower), _example(residual)
-    if (r.shape, r.dtype, r.device, r.layout) != (y.shape, y.dtype, y.device, y.layout):
-        return False
-    if not residual < node:
+    if _kind(_example(residual)) != _kind(_example(follower)) or not residual < node:
         return False
     return not any(
         node < user < follower
@@ -146,6 +140,10 @@ def _aliases(node: fx.Node, end: fx.Node) -> set[fx.Node]:
 
 def _example(node: fx.Node) -> Any:
     return node.meta.get("example_value")
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.layout
 
 
 def _memory(value: Any) -> int | None:
