@@ -1,5 +1,7 @@
 """What follows a normalization in a compiled graph goes into it: values, gradients, and when not."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,47 +10,29 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.ops import inductor
 from fused import Model, check
+from graphs import OPAQUE, Graph
 
 
-class Graph:
-    """A backend that fuses, keeps the calls of the graph, and differentiates without Inductor."""
-
-    def __init__(self):
-        self.forwards, self.rest = [], []
-
-    def __call__(self, module, inputs):
-        inductor.fuse(module.graph)
-        module.graph.lint()
-        module.recompile()
-        self.forwards, self.rest = [], []
-        for node in module.graph.nodes:
-            if node.target is torch.ops.batchnorm.forward.default:
-                adds, act = node.args[3] is not None, node.args[4]
-                self.forwards.append("add and " * adds + act)
-            elif node.op.startswith("call"):
-                self.rest.append(getattr(node.target, "__name__", str(node.target)))
-        return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
-
-
-def compiled(model, **options):
+def compiled(model, small=False, **options):
     """Convert and compile in place; return the model and its graph."""
     torch.compiler.reset()
-    graph = Graph()
+    graph = Graph(small)
     bn.convert(model).compile(backend=graph, fullgraph=True, **options)
     return model, graph
 
 
-def compared(model, expected, **options):
+def compared(model, expected, sizes=("small", "large"), **options):
     """Compare a model with torch's, and what its layers were given to do; return the graph."""
-    graphs = []
+    for small in (size == "small" for size in sizes):
+        graphs = []
 
-    def convert(model):
-        model, graph = compiled(model)
-        graphs.append(graph)
-        return model
+        def convert(model, small=small, graphs=graphs):
+            model, graph = compiled(model, small)
+            graphs.append(graph)
+            return model
 
-    check(model, convert=convert, passes=2, **options)
-    assert graphs[0].forwards == expected
+        check(copy.deepcopy(model), convert=convert, passes=2, **options)
+        assert graphs[0].forwards == expected
     return graphs[0]
 
 
@@ -234,7 +218,7 @@ KEPT = {
 @pytest.mark.parametrize("name", KEPT)
 def test_what_would_be_another_value_stays_where_it_is(name):
     rest, expected = KEPT[name]
-    fused(rest, expected)
+    fused(rest, expected, sizes=["large"])
 
 
 def test_a_residual_that_wants_no_gradient_gets_none():
@@ -247,6 +231,54 @@ def test_another_batch_size_is_fused_too():
     for size in (3, 5, 8):
         model(torch.randn(size, 4, 6, 6), torch.randn(size, 4, 6, 6))
     assert graph.forwards == ["add and relu"]
+
+
+def shown(function, *inputs, **options):
+    """Return the names of what Inductor would be given for a function."""
+    names = []
+
+    def backend(module, inputs):
+        inductor.show_small(module.graph)
+        module.graph.lint()
+        names.extend(str(node.target) for node in module.graph.nodes)
+        module.recompile()
+        return module
+
+    torch.compiler.reset()
+    torch.compile(function, backend=backend, fullgraph=True, **options)(*inputs)
+    return names
+
+
+def test_what_is_small_is_taken_apart_and_nothing_else():
+    layer = bn.BatchNorm1d(8)
+    small, opaque = "batchnorm.forward_small.default", "batchnorm.forward.default"
+    rows = inductor.MOST_SHOWN // 8
+    assert small in shown(layer, torch.randn(rows, 8))
+    assert opaque in shown(layer, torch.randn(rows + 1, 8))
+    assert opaque in shown(layer, torch.randn(0, 8)), "nothing to divide by"
+    assert opaque in shown(layer.double(), torch.randn(4, 8).double()), "summed in its own dtype"
+    assert opaque in shown(layer.float(), torch.randn(4, 8), dynamic=True), "no guard on the size"
+
+
+def test_whoever_wants_the_statistics_as_they_are_gets_them():
+    x = torch.randn(4, 8)
+    rest = (None, None, None, "relu", 0.0, 1e-5, 1)
+
+    def whole(x):
+        y, stats = OPAQUE(x, *rest)
+        return y, stats * 2
+
+    def last(x):
+        return OPAQUE(x, *rest)[1][-1]
+
+    def some(x):
+        y, stats = OPAQUE(x, *rest)
+        return y, stats[1], stats[0]
+
+    assert "batchnorm.forward.default" in shown(whole, x)
+    assert "batchnorm.forward.default" in shown(last, x)
+    assert "batchnorm.forward_small.default" in shown(some, x)
+    torch.testing.assert_close(torch.compile(some, backend=Graph(small=True))(x), some(x))
 
 
 class Enlisted:
@@ -275,7 +307,7 @@ def test_inductor_runs_it_and_what_the_user_enlisted_before(config):
     x, r = torch.randn(3, 4, 6, 6, requires_grad=True), torch.randn(3, 4, 6, 6)
     plain = Model(lambda s, y, r: F.relu6(y) + r)
     torch.testing.assert_close(model(x, r), plain(x, r))
-    assert torch.ops.batchnorm.forward.default in users.graphs[0]
+    assert OPAQUE in users.graphs[0]
     ours = config.pre_grad_custom_pass
     assert ours.uuid() is None, "what has no identity cannot be cached"
     inductor.enlist()

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from batchnorm.ops import recognize
+from batchnorm.ops import recognize, small
 from batchnorm.ops.activations import IDENTITY
 
 MISSING = object()
+# Elements; see docs/decisions/0012-compile.md.
+MOST_SHOWN = 3 << 14
 _WRITTEN = {operator.add: torch.add, operator.iadd: Tensor.add_}
 
 
@@ -37,11 +39,12 @@ def enlist() -> None:
             for one in passes:
                 one(graph)
             fuse(graph)
+            show_small(graph)
 
         def uuid(self) -> Any:
             """Identify graphs in the cache; without it, there is none for them."""
             others = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in passes]
-            own = get_hash_for_files((__file__, recognize.__file__))
+            own = get_hash_for_files((__file__, recognize.__file__, small.__file__))
             return None if None in others else (own, *others)
 
     config.pre_grad_custom_pass = Fuse()
@@ -54,6 +57,33 @@ def fuse(graph: fx.Graph) -> None:
     for node in reversed([node for node in graph.nodes if node.target is ours]):
         while _absorb(graph, node):
             pass
+
+
+def show_small(graph: fx.Graph) -> None:
+    """Replace the normalizations of small inputs by what they are made of."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.batchnorm.forward.default):
+        if _is_small(_example(node.args[0])):
+            _show(graph, node)
+
+
+def _is_small(x: Any) -> bool:
+    if not isinstance(x, Tensor) or x.device.type != "cpu" or x.dtype == torch.float64:
+        return False
+    elements = x.numel()
+    return isinstance(elements, int) and 0 < elements <= MOST_SHOWN
+
+
+def _show(graph: fx.Graph, node: fx.Node) -> None:
+    """Give the users of y and of the first two rows of stats what they ask for."""
+    stats = [user for user in node.users if user.args[1] == 1]
+    rows: list[Any] = [row for one in stats for row in one.users]
+    if any(row.target is not operator.getitem or row.args[1] not in (0, 1) for row in rows):
+        return  # somebody wants the statistics as they are
+    node.target = small.forward
+    for row in rows:
+        row.args = (node, 1 + row.args[1])
+    for one in stats:
+        graph.erase_node(one)
 
 
 def _absorb(graph: fx.Graph, node: fx.Node) -> bool:

@@ -1,0 +1,101 @@
+"""A training step of small inputs under Inductor, in operations that it sees into.
+
+A call of ours has Python in it, which takes as long as a small layer does; what Inductor writes has
+none, and is joined with what stands beside it. Means and sums are taken in float64, as in
+``reference``, the rest in the arithmetic's dtype.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm import layout
+from batchnorm import moments as _moments
+from batchnorm.ops import reference
+from batchnorm.ops.activations import Activation
+from batchnorm.ops.eager import to_parameters
+
+
+class Forward(torch.autograd.Function):
+    """``reference.forward`` and its gradient; what is saved of it, the graph's partitioner says."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        act: Activation,
+        eps: float,
+        axis: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return y, mean and m2."""
+        dtype, view = layout.compute_dtype(x), layout.per_channel_shape(x.ndim, axis)
+        count = layout.values_per_channel(x.shape, axis)
+        wide = x.to(_moments.wide(x.device))
+        # Times a reciprocal: Inductor repeats what is a number per channel for every element.
+        mean = _total(wide, axis) * (1 / count)
+        m2 = _total((wide - mean.view(view)).square(), axis)
+        rstd = reference.reciprocal_std(m2, count, eps).to(dtype)
+        mean, m2 = mean.to(dtype), m2.to(dtype)
+        deviation = x.to(dtype) - mean.view(view)
+        z = deviation * rstd.view(view)
+        if weight is not None:
+            z = z * weight.to(dtype).view(view)
+        if bias is not None:
+            z = z + bias.to(dtype).view(view)
+        if residual is not None:
+            z = z + residual
+        y = act(z).to(x.dtype)
+        ctx.save_for_backward(deviation, rstd, weight, y if act.from_output else z)
+        ctx.rest = act, axis, count, None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(mean, m2)
+        return y, mean, m2
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, weight, bias and residual."""
+        deviation, rstd, weight, source = ctx.saved_tensors
+        act, axis, count, bias_dtype = ctx.rest
+        dtype, view = deviation.dtype, layout.per_channel_shape(deviation.ndim, axis)
+        dz = act.backward(dy.to(dtype), source.to(dtype))
+        sum_dz, dot = (_summed(part, axis) for part in (dz, dz * deviation))
+        sum_dz_xhat = dot * rstd
+        mean, slope = sum_dz * (1 / count), sum_dz_xhat * rstd * (1 / count)
+        scale = rstd if weight is None else rstd * weight.to(dtype)
+        dx = (dz - mean.view(view) - deviation * slope.view(view)) * scale.view(view)
+        dx = dx.to(dy.dtype)
+        affine = to_parameters(weight, sum_dz_xhat, bias_dtype, sum_dz)
+        dresidual = dz.to(dy.dtype) if ctx.needs_input_grad[3] else None
+        return dx, *affine, dresidual, None, None, None
+
+
+def _total(x: Tensor, axis: int) -> Tensor:
+    return x.sum([i for i in range(x.ndim) if i != axis])
+
+
+def _summed(x: Tensor, axis: int) -> Tensor:
+    return _total(x.to(_moments.wide(x.device)), axis).to(x.dtype)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    slope: float,
+    eps: float,
+    axis: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    act = Activation(activation, slope)
+    return Forward.apply(x, weight, bias, residual, act, eps, axis)  # type: ignore[no-any-return]
+
+
+# An operation in name only: whatever differentiates a graph finds what it is made of.
+LIBRARY = torch.library.Library("batchnorm", "FRAGMENT")
+LIBRARY.define("forward_small" + torch.library.infer_schema(_forward, mutates_args=()))
+LIBRARY.impl("forward_small", _forward, "CompositeImplicitAutograd")
+forward = torch.ops.batchnorm.forward_small.default
