@@ -118,7 +118,7 @@ def _kind(model: nn.Module, args: Any) -> Any:
 
 
 def _open(model: nn.Module, args: Any) -> None:
-    if not is_calm():
+    if torch.compiler.is_compiling() or not is_calm():
         return
     kind, running = _kind(model, args), current()
     if running is None and kind is not None and model.__dict__[_PLACE].idle == kind:

@@ -11,7 +11,7 @@ from batchnorm import functional
 from batchnorm.errors import BatchNormError, LayoutError, OptionError
 from batchnorm.estimators.bank import Bank, EstimatorLike, named
 from batchnorm.estimators.running import Cumulative, Running, check_momentum
-from batchnorm.nn import casting, foreign, hot, tracking
+from batchnorm.nn import casting, foreign, hot, traced, tracking
 from batchnorm.ops.activations import IDENTITY, ActivationLike, activation
 from batchnorm.ops.call import Call
 from batchnorm.sources.base import Source
@@ -87,16 +87,19 @@ class Layer(_BatchNorm):
         Returns:
             The input's shape and dtype (promoted with the residual's).
         """
+        if torch.compiler.is_compiling():
+            return self._forward(input, residual, mask)
         if isinstance(input, fx.Proxy):
             return foreign.call_module(self, input, residual, mask)
-        if self._fusion is not None and not torch.compiler.is_compiling():
+        if self._fusion is not None:
             fused: Tensor = self._fusion.forward(self, input, residual, mask)
             return fused
         return self._forward(input, residual, mask)
 
     def _forward(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         if mask is None:
-            y = hot.forward(self, input, residual)
+            common = traced if torch.compiler.is_compiling() else hot
+            y = common.forward(self, input, residual)
             if y is not None:
                 return y
         try:

@@ -1,0 +1,79 @@
+"""The common case in a graph that is being made, with as few questions as possible.
+
+Every question is a guard of what ``torch.compile`` makes, asked again at every call. As in ``hot``,
+everything else, and every error, takes the general way in ``base``; both mean the same.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchnorm.estimators.running import average
+from batchnorm.ops import graphs
+from batchnorm.ops.onlookers import is_transformed
+from batchnorm.sources.batch import Batch
+
+
+def forward(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
+    """Return the result of the layer, or None where the call is not the common one."""
+    rank = x.dim()
+    if layer.axis != 1 or not (rank in layer.ranks if layer.ranks else rank > 1):
+        return None
+    if x.dtype is torch.float64 or not x.dtype.is_floating_point:
+        return None
+    if residual is not None and not (
+        residual.shape == x.shape and residual.dtype is x.dtype and residual.device == x.device
+    ):
+        return None
+    per_channel = layer.running_mean, layer.running_var, layer.weight, layer.bias
+    for one in per_channel:
+        if one is not None and not (
+            one.shape == (x.size(1),) and one.dtype is torch.float32 and one.device == x.device
+        ):
+            return None
+    if (per_channel[0] is None) is not (per_channel[1] is None):
+        return None
+    compute = _train if layer.training else _evaluate
+    return compute(layer, x, *per_channel, residual)
+
+
+def _evaluate(
+    layer: Any,
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor | None:
+    if mean is None or not layer.eps >= 0:
+        return None
+    y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, layer.eps)
+    if residual is not None:
+        y = y + residual
+    return y if layer.activation.name == "identity" else layer.activation(y)
+
+
+def _train(
+    layer: Any,
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor | None:
+    alpha, eps = layer.momentum, layer.eps
+    plain = type(layer.statistics) is Batch and layer._bank is None and alpha is not None
+    if not plain or not 0 < eps < torch.inf or x.numel() <= x.size(1) or is_transformed():
+        return None
+    y: Tensor
+    y, stats = graphs.forward(x, weight, bias, residual, *layer.activation, eps, 1)
+    if layer.track_running_stats and mean is not None and var is not None:
+        mean.copy_(average(mean, stats[0], alpha))
+        var.copy_(average(var, stats[1] / (x.numel() // x.size(1) - 1), alpha))
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.add_(1)
+    return y
