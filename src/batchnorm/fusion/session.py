@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from batchnorm.fusion.pending import Pending, real, settle_rest
@@ -118,11 +119,13 @@ def _kind(model: nn.Module, args: Any) -> Any:
 
 
 def _open(model: nn.Module, args: Any) -> None:
-    if torch.compiler.is_compiling() or not is_calm():
+    if is_compiling():
         return
     kind, running = _kind(model, args), current()
     if running is None and kind is not None and model.__dict__[_PLACE].idle == kind:
         return  # small layers are many, and the pass would put nothing off
+    if not is_calm():
+        return
     if running is not None and running.model is not model and not running.is_over():
         return
     if running is not None:
@@ -131,7 +134,7 @@ def _open(model: nn.Module, args: Any) -> None:
 
 
 def _close(model: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return None
     running = current()
     if running is not None and running.model is model:

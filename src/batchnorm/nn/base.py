@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import functional
@@ -87,8 +88,8 @@ class Layer(_BatchNorm):
         Returns:
             The input's shape and dtype (promoted with the residual's).
         """
-        if torch.compiler.is_compiling():
-            return self._forward(input, residual, mask)
+        if is_compiling():
+            return self._forward(input, residual, mask, traced)
         if isinstance(input, fx.Proxy):
             return foreign.call_module(self, input, residual, mask)
         if self._fusion is not None:
@@ -96,10 +97,11 @@ class Layer(_BatchNorm):
             return fused
         return self._forward(input, residual, mask)
 
-    def _forward(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _forward(
+        self, input: Tensor, residual: Tensor | None, mask: Tensor | None, common: Any = hot
+    ) -> Tensor:
         if mask is None:
-            common = traced if torch.compiler.is_compiling() else hot
-            y = common.forward(self, input, residual)
+            y: Tensor | None = common.forward(self, input, residual)
             if y is not None:
                 return y
         try:

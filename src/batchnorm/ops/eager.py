@@ -55,7 +55,8 @@ class BatchNormalize(torch.autograd.Function):
         x, stats, weight, bias, residual, y = ctx.saved_tensors
         act, eps, axis, backend, adds, bias_dtype = ctx.rest
         dy = grads[0]
-        backend = _for_backward(backend, dy)
+        if not is_calm() or has_no_memory(dy):
+            backend = reference  # somebody looks on by now
         if torch.is_grad_enabled():
 
             def again(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -103,7 +104,8 @@ class Normalize(torch.autograd.Function):
         x, mean, rstd, weight, bias, residual, y = ctx.saved_tensors
         act, axis, backend, adds, bias_dtype = ctx.rest
         dy = grads[0]
-        backend = _for_backward(backend, dy)
+        if not is_calm() or has_no_memory(dy):
+            backend = reference
         if torch.is_grad_enabled():
 
             def again(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -125,11 +127,8 @@ class Normalize(torch.autograd.Function):
 # Called directly: the Python wrapper around it looks for torch.func, which the route has done.
 apply_batch = super(torch.autograd.Function, BatchNormalize).apply
 apply_given = super(torch.autograd.Function, Normalize).apply
-
-
-def _for_backward(backend: Any, dy: Tensor) -> Any:
-    """Return the forward's backend, or the reference where somebody looks on by now."""
-    return backend if is_calm() and not has_no_memory(dy) else reference
+# And so is its gradient, which may be written in several ways that have to be told apart.
+BatchNormalize._backward_cls.apply = BatchNormalize.backward  # type: ignore[attr-defined]
 
 
 def kept(

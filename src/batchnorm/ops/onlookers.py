@@ -5,14 +5,19 @@ from torch import Tensor
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 
 def is_calm() -> bool:
     """Return whether nobody looks on: no graph being made, no dispatch mode, functorch or dual."""
-    # Asked in every call, so without is_traced() between.
+    return not is_compiling() and is_quiet()
+
+
+def is_quiet() -> bool:
+    """Return ``is_calm()`` where nothing is being compiled, for who knows that already."""
+    # Asked in every call, so without is_recorded() between.
     return (
-        not torch.compiler.is_compiling()
-        and _get_tracing_state() is None
+        _get_tracing_state() is None
         and _len_torch_dispatch_stack() == 0
         and peek_interpreter_stack() is None
         and forward_ad._current_level < 0
@@ -26,7 +31,7 @@ def has_no_memory(dy: Tensor) -> bool:
 
 def is_traced() -> bool:
     """Return whether a graph is being made: by compile, export or ``torch.jit.trace``."""
-    return torch.compiler.is_compiling() or is_recorded()
+    return is_compiling() or is_recorded()
 
 
 def is_recorded() -> bool:
@@ -43,4 +48,4 @@ def is_transformed() -> bool:
 
 def is_recomputing() -> bool:
     """Return whether this is the second forward of activation checkpointing, inside backward."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not is_compiling() and torch._C._current_graph_task_id() != -1
