@@ -18,7 +18,7 @@ from batchnorm.nn.tracking import WIDE
 from batchnorm.ops import eager
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.backend import likely, select
-from batchnorm.ops.onlookers import is_quiet, is_recomputing
+from batchnorm.ops.onlookers import is_calm, is_recomputing
 from batchnorm.sources.batch import Batch
 
 _PLAIN = (Parameter, Tensor, type(None))
@@ -40,7 +40,8 @@ def forward(
         act: An activation in the place of the layer's own.
         found: In training receives stats (4, C), see ``ops.reference``.
     """
-    if type(x) is not Tensor or not is_quiet():
+    # Of compiling too: after a graph break this function may be traced on its own.
+    if type(x) is not Tensor or not is_calm():
         return None
     axis, rank = layer.axis, x.dim()
     if not (rank in layer.ranks if layer.ranks else rank > 1 and -rank <= axis < rank):

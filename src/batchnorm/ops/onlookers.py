@@ -10,14 +10,10 @@ from torch.compiler import is_compiling
 
 def is_calm() -> bool:
     """Return whether nobody looks on: no graph being made, no dispatch mode, functorch or dual."""
-    return not is_compiling() and is_quiet()
-
-
-def is_quiet() -> bool:
-    """Return ``is_calm()`` where nothing is being compiled, for who knows that already."""
-    # Asked in every call, so without is_recorded() between.
+    # Asked in every call, so without is_traced() between.
     return (
-        _get_tracing_state() is None
+        not is_compiling()
+        and _get_tracing_state() is None
         and _len_torch_dispatch_stack() == 0
         and peek_interpreter_stack() is None
         and forward_ad._current_level < 0

@@ -1,0 +1,84 @@
+"""The common case in a graph, and what is none: both mean what the layer means in eager mode."""
+
+import copy
+
+import pytest
+import torch
+
+import batchnorm as bn
+from batchnorm.nn import traced
+
+
+def compiled(layer):
+    torch.compiler.reset()
+    return torch.compile(layer, backend="aot_eager")
+
+
+def compared(layer, *inputs):
+    """Compare two steps with eager ones; return whether each was the common case."""
+    twin = copy.deepcopy(layer)
+    call = compiled(twin)
+    for _ in range(2):
+        got, wanted = call(*inputs), layer(*inputs)
+        assert got.dtype == wanted.dtype
+        torch.testing.assert_close(got, wanted)
+    assert twin.state_dict().keys() == layer.state_dict().keys()
+    for name, value in layer.state_dict().items():
+        torch.testing.assert_close(twin.state_dict()[name], value, msg=name)
+    return traced.forward(copy.deepcopy(layer), *inputs, *[None] * (2 - len(inputs))) is not None
+
+
+X = torch.randn(6, 4, 3, 3) * 2 + 1
+COMMON = {
+    "plain": (bn.BatchNorm2d(4), X),
+    "evaluation": (bn.BatchNorm2d(4).eval(), X),
+    "with an activation": (bn.BatchNorm2d(4, activation="silu").eval(), X),
+    "of any rank": (bn.BatchNorm(4), X[..., None]),
+    "bfloat16": (bn.BatchNorm2d(4), X.bfloat16()),
+    "with a residual": (bn.BatchNorm2d(4, activation="relu"), X, X.flip(0)),
+    "evaluation with one": (bn.BatchNorm2d(4, activation="relu").eval(), X, X.flip(0)),
+    "without parameters": (bn.BatchNorm2d(4, affine=False), X),
+    "without bias": (bn.BatchNorm2d(4, bias=False), X),
+    "without statistics": (bn.BatchNorm2d(4, track_running_stats=False), X),
+    "a momentum of 0": (bn.BatchNorm2d(4, momentum=0.0), X),
+}
+GENERAL = {
+    "float64": (bn.BatchNorm2d(4).double(), X.double()),
+    "narrow parameters": (bn.BatchNorm2d(4).bfloat16(), X.bfloat16()),
+    "channels last": (bn.BatchNorm(4, axis=-1), X.movedim(1, -1)),
+    "a residual that broadcasts": (bn.BatchNorm2d(4), X, X[:1]),
+    "a residual that promotes": (bn.BatchNorm2d(4), X, X.double()),
+    "cumulative": (bn.BatchNorm2d(4, momentum=None), X),
+    "another estimator": (bn.BatchNorm2d(4, estimator=bn.LastBatches(3)), X),
+    "frozen": (bn.BatchNorm2d(4, statistics=bn.Frozen()), X),
+    "evaluation by the batch": (bn.BatchNorm2d(4, track_running_stats=False).eval(), X),
+}
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_the_common_case_is_common(name):
+    assert compared(*COMMON[name])
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_everything_else_takes_the_general_way(name):
+    assert not compared(*GENERAL[name])
+
+
+REFUSED = {
+    "a rank": (bn.BatchNorm2d(4), X[0], ValueError, "expected 4D input"),
+    "channels": (bn.BatchNorm2d(4), X[:, :3], Exception, "should contain 3 elements not 4"),
+    "a single value": (bn.BatchNorm1d(4), X[:1, :, 0, 0], ValueError, "more than 1 value"),
+    "integers": (bn.BatchNorm2d(4), X.int(), Exception, "not defined for torch.int32"),
+    "eps": (bn.BatchNorm2d(4, eps=0.0), X, ValueError, "eps must be positive"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_errors_are_those_of_eager_mode_and_change_nothing(name):
+    layer, x, error, text = REFUSED[name]
+    layer = copy.deepcopy(layer)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(error, match=text):
+        compiled(layer)(x)
+    assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
