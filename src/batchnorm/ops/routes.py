@@ -1,9 +1,10 @@
 """Three routes, one meaning.
 
 *Fast*: plain eager tensors go straight to a backend (``eager``). *Compile*: while a graph is being
-traced, training is one opaque op (``graphs``) and evaluation is ``aten.batch_norm``, so that an
-exported graph needs nothing of ours. *Everything else* (torch.func, forward AD, masks, odd
-tensors, broadcast residuals): the plain operations of ``reference``.
+traced, training is one opaque op (``graphs``; Inductor opens it where the input is ``small``) and
+evaluation is ``aten.batch_norm``, so that an exported graph needs nothing of ours. *Everything
+else* (torch.func, forward AD, masks, odd tensors, broadcast residuals): the plain operations of
+``reference``.
 """
 
 import torch
