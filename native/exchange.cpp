@@ -103,7 +103,7 @@ Made make(int rank, const int64_t* shape, const int64_t* strides, DType dtype) {
     made->tensor = {nullptr, device_cpu, 0, rank, dtype == DType::bfloat16 ? kind_bfloat : kind_float, uint8_t(8 * size_of(dtype)), 1,
                     made->extents.get(), made->extents.get() + rank, 0};
     // Of the very size that torch asks for, so that what one has freed serves the other.
-    void* data = elements < pooled_from ? ::operator new(bytes ? size_t(bytes) : 1, line) : pool::acquire(bytes, made->capacity);
+    void* data = elements < pooled_from ? ::operator new(size_t(bytes), line) : pool::acquire(bytes, made->capacity);
     made->tensor.data = data;
     if (spoiling) std::memset(data, 0xff, size_t(bytes));  // NaN in every dtype
     void* object = nullptr;

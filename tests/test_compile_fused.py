@@ -1,6 +1,7 @@
 """What follows a normalization in a compiled graph goes into it: values, gradients, and when not."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -13,27 +14,21 @@ from fused import Model, check
 from graphs import OPAQUE, Graph
 
 
-def compiled(model, small=False, **options):
-    """Convert and compile in place; return the model and its graph."""
+def compiled(model, graph, **options):
+    """Convert and compile in place."""
     torch.compiler.reset()
-    graph = Graph(small)
     bn.convert(model).compile(backend=graph, fullgraph=True, **options)
-    return model, graph
+    return model
 
 
 def compared(model, expected, sizes=("small", "large"), **options):
     """Compare a model with torch's, and what its layers were given to do; return the graph."""
-    for small in (size == "small" for size in sizes):
-        graphs = []
-
-        def convert(model, small=small, graphs=graphs):
-            model, graph = compiled(model, small)
-            graphs.append(graph)
-            return model
-
+    for size in sizes:
+        graph = Graph(small=size == "small")
+        convert = functools.partial(compiled, graph=graph)
         check(copy.deepcopy(model), convert=convert, passes=2, **options)
-        assert graphs[0].forwards == expected
-    return graphs[0]
+        assert graph.forwards == expected
+    return graph
 
 
 def fused(rest, expected, **options):
@@ -227,7 +222,7 @@ def test_a_residual_that_wants_no_gradient_gets_none():
 
 
 def test_another_batch_size_is_fused_too():
-    model, graph = compiled(Model(written_in_place), dynamic=True)
+    model = compiled(Model(written_in_place), graph := Graph(), dynamic=True)
     for size in (3, 5, 8):
         model(torch.randn(size, 4, 6, 6), torch.randn(size, 4, 6, 6))
     assert graph.forwards == ["add and relu"]

@@ -14,18 +14,18 @@ def compiled(layer):
     return torch.compile(layer, backend="aot_eager")
 
 
-def compared(layer, *inputs):
+def compared(layer, x, residual=None):
     """Compare two steps with eager ones; return whether each was the common case."""
     twin = copy.deepcopy(layer)
     call = compiled(twin)
     for _ in range(2):
-        got, wanted = call(*inputs), layer(*inputs)
+        got, wanted = call(x, residual), layer(x, residual)
         assert got.dtype == wanted.dtype
         torch.testing.assert_close(got, wanted)
     assert twin.state_dict().keys() == layer.state_dict().keys()
     for name, value in layer.state_dict().items():
         torch.testing.assert_close(twin.state_dict()[name], value, msg=name)
-    return traced.forward(copy.deepcopy(layer), *inputs, *[None] * (2 - len(inputs))) is not None
+    return traced.forward(copy.deepcopy(layer), x, residual) is not None
 
 
 X = torch.randn(6, 4, 3, 3) * 2 + 1

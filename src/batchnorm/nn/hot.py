@@ -40,7 +40,7 @@ def forward(
         act: An activation in the place of the layer's own.
         found: In training receives stats (4, C), see ``ops.reference``.
     """
-    # Of compiling too: after a graph break this function may be traced on its own.
+    # That nothing is being compiled is asked here too: behind a graph break this is traced alone.
     if type(x) is not Tensor or not is_calm():
         return None
     axis, rank = layer.axis, x.dim()

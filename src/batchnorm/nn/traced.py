@@ -35,43 +35,28 @@ def forward(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
             return None
     if (per_channel[0] is None) is not (per_channel[1] is None):
         return None
-    compute = _train if layer.training else _evaluate
-    return compute(layer, x, *per_channel, residual)
+    return (_train if layer.training else _evaluate)(layer, x, residual)
 
 
-def _evaluate(
-    layer: Any,
-    x: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor | None:
+def _evaluate(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
+    mean, var = layer.running_mean, layer.running_var
     if mean is None or not layer.eps >= 0:
         return None
-    y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, layer.eps)
+    y = F.batch_norm(x, mean, var, layer.weight, layer.bias, False, 0.0, layer.eps)
     if residual is not None:
         y = y + residual
     return y if layer.activation.name == "identity" else layer.activation(y)
 
 
-def _train(
-    layer: Any,
-    x: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor | None:
+def _train(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
     alpha, eps = layer.momentum, layer.eps
     plain = type(layer.statistics) is Batch and layer._bank is None and alpha is not None
     if not plain or not 0 < eps < torch.inf or x.numel() <= x.size(1) or is_transformed():
         return None
     y: Tensor
-    y, stats = graphs.forward(x, weight, bias, residual, *layer.activation, eps, 1)
-    if layer.track_running_stats and mean is not None and var is not None:
+    y, stats = graphs.forward(x, layer.weight, layer.bias, residual, *layer.activation, eps, 1)
+    mean, var = layer.running_mean, layer.running_var
+    if layer.track_running_stats and mean is not None:
         mean.copy_(average(mean, stats[0], alpha))
         var.copy_(average(var, stats[1] / (x.numel() // x.size(1) - 1), alpha))
         if layer.num_batches_tracked is not None:

@@ -194,8 +194,7 @@ def backward(
     want_residual: bool,
 ) -> tuple[Tensor, Maybe, Tensor, Tensor]:
     """Invert ``forward`` in one call; return dx, dresidual, sum(dz), sum(dz * xhat)."""
-    if residual is not None or y is not None:
-        residual, y = _mask_source(act, residual, y)
+    residual, y = _mask_source(act, residual, y)
     rest = (CODES[act.name], act.slope, want_residual, _threads())
     found: tuple[Tensor, Maybe, Tensor, Tensor]
     found = _native.backward(x, dy, residual, y, weight, bias, stats, axis, *rest)

@@ -15,7 +15,7 @@ from batchnorm import moments as _moments
 from batchnorm.ops import reference
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.library import needed
-from batchnorm.ops.onlookers import has_no_memory, is_calm
+from batchnorm.ops.onlookers import is_out_of_reach
 
 Gradients = tuple[Tensor | None, ...]
 Running = tuple[Tensor, Tensor, Tensor | None, float]
@@ -55,8 +55,8 @@ class BatchNormalize(torch.autograd.Function):
         x, stats, weight, bias, residual, y = ctx.saved_tensors
         act, eps, axis, backend, adds, bias_dtype = ctx.rest
         dy = grads[0]
-        if not is_calm() or has_no_memory(dy):
-            backend = reference  # somebody looks on by now
+        if is_out_of_reach(dy):
+            backend = reference
         if torch.is_grad_enabled():
 
             def again(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -104,7 +104,7 @@ class Normalize(torch.autograd.Function):
         x, mean, rstd, weight, bias, residual, y = ctx.saved_tensors
         act, axis, backend, adds, bias_dtype = ctx.rest
         dy = grads[0]
-        if not is_calm() or has_no_memory(dy):
+        if is_out_of_reach(dy):
             backend = reference
         if torch.is_grad_enabled():
 
@@ -127,7 +127,7 @@ class Normalize(torch.autograd.Function):
 # Called directly: the Python wrapper around it looks for torch.func, which the route has done.
 apply_batch = super(torch.autograd.Function, BatchNormalize).apply
 apply_given = super(torch.autograd.Function, Normalize).apply
-# And so is its gradient, which may be written in several ways that have to be told apart.
+# So is the gradient: torch's own ``apply`` finds out first which of several ways it is written in.
 BatchNormalize._backward_cls.apply = BatchNormalize.backward  # type: ignore[attr-defined]
 
 

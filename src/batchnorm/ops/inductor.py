@@ -2,16 +2,19 @@
 
 Inductor cannot see into our operation, so it would read and write everything once more for the
 addition and the activation behind it. This is a pass over the graph that Dynamo has recorded,
-before it is differentiated: calls of the API as they were written, with their examples.
+before it is differentiated: calls of the API as they were written, with their examples. Of small
+inputs the operation itself is taken apart, so that Inductor sees into it (``small``).
 """
 
 import operator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
+from batchnorm import layout, moments
 from batchnorm.ops import recognize, small
 from batchnorm.ops.activations import IDENTITY
 
@@ -44,7 +47,13 @@ def enlist() -> None:
         def uuid(self) -> Any:
             """Identify graphs in the cache; without it, there is none for them."""
             others = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in passes]
-            own = get_hash_for_files((__file__, recognize.__file__, small.__file__))
+            # What stands in a graph for a small input is made in several files.
+            files = (
+                layout.__file__,
+                moments.__file__,
+                *map(str, Path(__file__).parent.glob("*.py")),
+            )
+            own = get_hash_for_files(tuple(sorted(files)))
             return None if None in others else (own, *others)
 
     config.pre_grad_custom_pass = Fuse()
@@ -52,18 +61,22 @@ def enlist() -> None:
 
 def fuse(graph: fx.Graph) -> None:
     """Give each normalization the addition and the activation that its result alone goes to."""
-    ours = torch.ops.batchnorm.forward.default
     # The last comes first: of two that are added, it is the one for which the other is there.
-    for node in reversed([node for node in graph.nodes if node.target is ours]):
+    for node in reversed(_normalizations(graph)):
         while _absorb(graph, node):
             pass
 
 
 def show_small(graph: fx.Graph) -> None:
     """Replace the normalizations of small inputs by what they are made of."""
-    for node in graph.find_nodes(op="call_function", target=torch.ops.batchnorm.forward.default):
+    for node in _normalizations(graph):
         if _is_small(_example(node.args[0])):
             _show(graph, node)
+
+
+def _normalizations(graph: fx.Graph) -> list[Any]:
+    ours = torch.ops.batchnorm.forward.default
+    return list(graph.find_nodes(op="call_function", target=ours))
 
 
 def _is_small(x: Any) -> bool:

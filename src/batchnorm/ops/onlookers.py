@@ -20,9 +20,12 @@ def is_calm() -> bool:
     )
 
 
-def has_no_memory(dy: Tensor) -> bool:
-    """Return whether a cotangent stands for many (``is_grads_batched``), or for zeros."""
-    return torch._C._functorch.is_legacy_batchedtensor(dy) or dy._is_zerotensor()
+def is_out_of_reach(dy: Tensor) -> bool:
+    """Return whether a kernel must not touch a cotangent.
+
+    Somebody looks on, or it has no memory: it stands for many (``is_grads_batched``), or for zeros.
+    """
+    return not is_calm() or torch._C._functorch.is_legacy_batchedtensor(dy) or dy._is_zerotensor()
 
 
 def is_traced() -> bool:

@@ -43,13 +43,12 @@ def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
         y, stats = backend.forward(*given, call.act, *rest)
     elif is_traced() and call.portable:
         y = _aten(call, None, None)
-        stats = torch.stack(reference.moments(call.x, call.axis))
+        stats = torch.stack(reference.moments(call.x, call.axis)).detach()
     elif call.same_residual and torch.compiler.is_compiling() and not is_transformed():
         y, stats = graphs.forward(*given, *call.act, *rest)
-        return y, Moments(count, stats[0], stats[1])
     else:
         y, stats = reference.forward(*given, call.act, *rest)
-    stats = stats.detach()
+        stats = stats.detach()
     return y, Moments(count, stats[0], stats[1])
 
 

@@ -94,7 +94,8 @@ def _forward(
     return Forward.apply(x, weight, bias, residual, act, eps, axis)  # type: ignore[no-any-return]
 
 
-# An operation in name only: whatever differentiates a graph finds what it is made of.
+# An operation in name only: whatever differentiates a graph finds what it is made of. A function
+# would do, but graphs that call one are not cached.
 LIBRARY = torch.library.Library("batchnorm", "FRAGMENT")
 LIBRARY.define("forward_small" + torch.library.infer_schema(_forward, mutates_args=()))
 LIBRARY.impl("forward_small", _forward, "CompositeImplicitAutograd")
