@@ -73,7 +73,7 @@ struct RowMoments {
 template <class T>
 void moments_rows(const Args& a, const Loops<T, true>* loops) {
     using A = Real<T>;
-    const Rows<T> r(a);
+    const Rows<T> r(a, 2);
     Scratch scratch(RowMoments<T>::need(r) + r.need_coefs());
     const RowMoments<T> moments(r, scratch);
     const Coefs<A> k = r.coefs(scratch);
@@ -155,7 +155,7 @@ struct RowSums {
 template <class T>
 void backward_rows(const Args& a, bool sums, bool input) {
     using A = Real<T>;
-    const Rows<T> r(a);
+    const Rows<T> r(a, 4);
     const Loops<T, true> loops(a);
     Scratch scratch(RowSums<T>::need(r) + r.need_coefs());
     const RowSums<T> partial(r, scratch);

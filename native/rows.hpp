@@ -22,13 +22,13 @@ class Rows {
     const Args& a;
     const int64_t repeat, width, rows, rest, columns, chunk_rows, chunks, panel, panels;
 
-    explicit Rows(const Args& a)
+    Rows(const Args& a, int64_t wanted)
         : a(a), repeat(a.channels > 0 && a.channels < 4 * lanes<A> ? wide(a) : 1), width(a.channels * repeat),
           rows(a.outer / repeat), rest(a.outer % repeat), columns(padded(width > 0 ? width : 1)),
-          chunk_rows(rows_of_chunk(rows, width)), chunks(rows > 0 ? (rows + chunk_rows - 1) / chunk_rows : 1),
+          chunk_rows(rows_of_chunk(rows, width, shared(a) ? wanted : 1)), chunks(rows > 0 ? (rows + chunk_rows - 1) / chunk_rows : 1),
           panel(columns_of_part()), panels(width ? (width + panel - 1) / panel : 0) {}
 
-    int threads() const { return a.outer * a.channels < alone_below ? 1 : a.threads; }
+    int threads() const { return shared(a) ? a.threads : 1; }
 
     bool streams(const void* out) const {
         const int64_t bytes = a.outer * a.channels * int64_t(sizeof(T));
@@ -110,15 +110,18 @@ class Rows {
     }
 
   private:
+    static bool shared(const Args& a) { return a.outer * a.channels >= alone_below; }
     // About 8 vectors, and whole ones, so that every row begins like the first.
     static int64_t wide(const Args& a) {
         const int64_t unit = lanes<A> / std::gcd(a.channels, int64_t(lanes<A>)), most = 8 * lanes<A> / a.channels;
         const int64_t some = most < unit ? unit : most / unit * unit;
         return a.outer < 4 * some ? 1 : some;
     }
-    // At least 256 rows, where there are so many: what is done once per chunk then costs little.
-    static int64_t rows_of_chunk(int64_t rows, int64_t width) {
+    // At least 256 rows, where there are so many: what is done once per chunk then costs little. But rather `wanted` chunks of
+    // fewer rows than chunks that are cut by columns: what came before was dealt out to threads by rows.
+    static int64_t rows_of_chunk(int64_t rows, int64_t width, int64_t wanted) {
         int64_t chunks = rows * (width < 256 ? width : 256) / 65536;
+        if (chunks < wanted) chunks = wanted < rows / row_block ? wanted : rows / row_block;
         if (chunks > 64) chunks = 64;
         if (chunks < 1) chunks = 1;
         const int64_t even = (rows + chunks - 1) / chunks;

@@ -120,9 +120,16 @@ def activation(spec: ActivationLike) -> Activation:
         return _PLAIN.get(spec) or _parse(spec)
     if isinstance(spec, type) and spec in _MODULES:
         return _MODULES[spec](spec())
-    if type(spec) in _MODULES:
-        return _MODULES[type(spec)](spec)  # type: ignore[arg-type]
-    raise OptionError(_unknown(spec))
+    found = of_module(spec)
+    if found is None:
+        raise OptionError(_unknown(spec))
+    return found
+
+
+def of_module(module: object) -> Activation | None:
+    """Return what a ``torch.nn`` activation module computes; None for any other object."""
+    read = _MODULES.get(type(module))
+    return None if read is None else read(module)
 
 
 def _parse(text: str) -> Activation:

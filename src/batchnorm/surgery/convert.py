@@ -13,7 +13,7 @@ from torch import nn
 
 from batchnorm.errors import OptionError, SurgeryError
 from batchnorm.estimators.bank import Bank, EstimatorLike, named
-from batchnorm.fusion import session
+from batchnorm.fusion import sequence, session
 from batchnorm.fusion.layer import Fusion
 from batchnorm.nn import tracking
 from batchnorm.nn.base import BATCH, MOMENTUM, Layer, estimation
@@ -109,6 +109,7 @@ def convert(
     edits.record(model, _VERB, log)
     if any(isinstance(step.layer, Layer) and step.layer._fusion for step in steps):
         session.install(model)
+        sequence.adopt(model)
     return model
 
 
@@ -126,6 +127,7 @@ def revert(model: Model) -> Model:
     """
     edits.expect_model(model, "revert")
     session.remove(model)
+    sequence.release(model)
     switch_off(model)
     for module in model.modules():
         module.__dict__.pop("_fusion", None)
