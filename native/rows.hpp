@@ -22,7 +22,7 @@ class Rows {
     const Args& a;
     const int64_t repeat, width, rows, rest, columns, chunk_rows, chunks, panel, panels;
 
-    Rows(const Args& a, int64_t wanted)
+    explicit Rows(const Args& a, int64_t wanted = 1)
         : a(a), repeat(a.channels > 0 && a.channels < 4 * lanes<A> ? wide(a) : 1), width(a.channels * repeat),
           rows(a.outer / repeat), rest(a.outer % repeat), columns(padded(width > 0 ? width : 1)),
           chunk_rows(rows_of_chunk(rows, width, shared(a) ? wanted : 1)), chunks(rows > 0 ? (rows + chunk_rows - 1) / chunk_rows : 1),

@@ -54,8 +54,8 @@ def check(model, original, x):
     """Compare with a float64 twin: no more than twice the original's error, or two roundings."""
     twin = copy.deepcopy(original).double()
     results = []
-    for one, given in ((model, x), (original, x), (twin, x.double())):
-        given = given.clone().requires_grad_()
+    for one, dtype in ((model, x.dtype), (original, x.dtype), (twin, torch.float64)):
+        given = x.detach().to(dtype, copy=True).requires_grad_()
         one.zero_grad()
         y = one(given)
         (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()

@@ -25,17 +25,18 @@ class Sequential(nn.Sequential):
         """Return what calling one module after the other returns."""
         if is_compiling() or not _is_private():
             return super().forward(input)
-        done = None
-        for module, after in pairwise((*self._modules.values(), None)):
+        x, done = input, None
+        modules: list[Any] = [*self._modules.values(), None]
+        for module, after in pairwise(modules):
             if module is done:
                 done = None
                 continue
-            y = None if after is None else _together(module, after, input)
+            y = None if after is None else _together(module, after, x)
             if y is None:
-                input = module(input)
+                x = module(x)
             else:
-                input, done = y, after
-        return input
+                x, done = y, after
+        return x
 
     def _get_name(self) -> str:
         return "Sequential"
@@ -52,7 +53,7 @@ def release(model: nn.Module) -> None:
     """Undo ``adopt``."""
     for module in model.modules():
         if type(module) is Sequential:
-            module.__class__ = nn.Sequential
+            module.__class__ = nn.Sequential  # type: ignore[assignment]
 
 
 def _is_private() -> bool:
