@@ -81,7 +81,8 @@ def convert(
         estimator: What is kept for use; running averages go on from the present statistics.
         filter: ``filter(name, module)`` says whether a module is converted; all by default.
         fuse: Whether an addition and an activation behind a layer are computed with it. This
-            happens while the model runs, from the second forward pass on; its structure stays.
+            happens while the model runs, from the second forward pass on; its structure stays,
+            but a ``torch.nn.Sequential`` by exact type becomes a subclass with the same name.
 
     Returns:
         The model.
