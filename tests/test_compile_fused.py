@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 
 import pytest
 import torch
@@ -247,9 +248,10 @@ def shown(function, *inputs, **options):
 def test_what_is_small_is_taken_apart_and_nothing_else():
     layer = bn.BatchNorm1d(8)
     small, opaque = "batchnorm.forward_small.default", "batchnorm.forward.default"
-    rows = inductor.MOST_SHOWN // 8
-    assert small in shown(layer, torch.randn(rows, 8))
-    assert opaque in shown(layer, torch.randn(rows + 1, 8))
+    for most, *space in ((inductor.MOST_SHOWN_ROWS,), (inductor.MOST_SHOWN, 4)):
+        rows = most // 8 // math.prod(space)
+        assert small in shown(layer, torch.randn(rows, 8, *space))
+        assert opaque in shown(layer, torch.randn(rows + 1, 8, *space))
     assert opaque in shown(layer, torch.randn(0, 8)), "nothing to divide by"
     assert opaque in shown(layer.double(), torch.randn(4, 8).double()), "summed in its own dtype"
     assert opaque in shown(layer.float(), torch.randn(4, 8), dynamic=True), "no guard on the size"

@@ -19,8 +19,8 @@ from batchnorm.ops import recognize, small
 from batchnorm.ops.activations import IDENTITY
 
 MISSING = object()
-# Elements; see docs/decisions/0012-compile.md.
-MOST_SHOWN = 3 << 14
+# Elements of an image, and of (N, C), see docs/decisions/0012-compile.md.
+MOST_SHOWN, MOST_SHOWN_ROWS = 3 << 14, 1 << 18
 _WRITTEN = {operator.add: torch.add, operator.iadd: Tensor.add_}
 
 
@@ -83,7 +83,8 @@ def _is_small(x: Any) -> bool:
     if not isinstance(x, Tensor) or x.device.type != "cpu" or x.dtype == torch.float64:
         return False
     elements = x.numel()
-    return isinstance(elements, int) and 0 < elements <= MOST_SHOWN
+    most = MOST_SHOWN_ROWS if x.ndim == 2 else MOST_SHOWN
+    return isinstance(elements, int) and 0 < elements <= most
 
 
 def _show(graph: fx.Graph, node: fx.Node) -> None:
