@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules import module as _hooks
 
 from batchnorm.errors import BatchNormError
-from batchnorm.fusion import session
+from batchnorm.fusion import session, watchers
 from batchnorm.fusion.pending import pend
 from batchnorm.fusion.plan import Plan
 from batchnorm.fusion.prepared import prepare
@@ -71,11 +70,7 @@ class Fusion:
     ) -> Tensor | None:
         if _leaves_no_trace(layer, x):
             return None
-        packing = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        # Activation checkpointing counts what is saved; bn.save_memory does not mind.
-        if packing is not None and not getattr(packing[0], "knows_fusion", False):
-            return None
-        if _seen_by_others(layer, plan):
+        if watchers.count_what_is_saved() or _seen_by_others(layer, plan):
             return None
         try:
             with Normally():
@@ -121,16 +116,9 @@ def _leaves_no_trace(layer: Any, x: Tensor) -> bool:
 
 def _seen_by_others(layer: Any, plan: Plan) -> bool:
     """Whether a hook would get hold of the output, or backward is running."""
-    if _hooks._global_forward_hooks or _hooks._global_forward_pre_hooks:
-        return True
-    if _hooks._global_backward_hooks or _hooks._global_backward_pre_hooks:
+    if watchers.are_everywhere() or any(map(watchers.are_at, plan.crossed)):
         return True
     if layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return True
-    for module in plan.crossed:
-        if module._forward_hooks or module._forward_pre_hooks:
-            return True
-        if module._backward_hooks or module._backward_pre_hooks:
-            return True
     # The second forward of activation checkpointing runs within backward.
     return is_recomputing()

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.nn.modules import module as _hooks
 
+from batchnorm.fusion import watchers
 from batchnorm.fusion.plan import Plan
 from batchnorm.nn import hot
 from batchnorm.nn.base import Layer
@@ -58,14 +58,9 @@ def release(model: nn.Module) -> None:
 
 def _is_private() -> bool:
     """Return whether nobody sees the calls of all modules or functions, or counts what is saved."""
-    if _hooks._global_forward_hooks or _hooks._global_forward_pre_hooks:
+    if watchers.are_everywhere() or watchers.count_what_is_saved():
         return False
-    if _hooks._global_backward_hooks or _hooks._global_backward_pre_hooks:
-        return False
-    if torch._C._len_torch_function_stack():
-        return False
-    packing = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return packing is None or getattr(packing[0], "knows_fusion", False)
+    return not torch._C._len_torch_function_stack()
 
 
 def _together(layer: Any, after: nn.Module, x: Tensor) -> Tensor | None:
@@ -75,7 +70,7 @@ def _together(layer: Any, after: nn.Module, x: Tensor) -> Tensor | None:
     plan = layer._fusion.plans.get(layer.training)
     if type(plan) is not Plan or plan.act != of_module(after):
         return None
-    if _is_hooked(layer) or _is_hooked(after):
+    if _is_touched(layer) or _is_touched(after):
         return None
     return hot.forward(layer, x, None, plan.act)
 
@@ -85,7 +80,5 @@ def _is_learning(module: Any) -> bool:
     return "_fusion" in module.__dict__ and type(module).forward is Layer.forward
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    has = module.__dict__
-    hooks = has["_forward_hooks"] or has["_forward_pre_hooks"]
-    return bool(hooks or has["_backward_hooks"] or has["_backward_pre_hooks"] or "forward" in has)
+def _is_touched(module: nn.Module) -> bool:
+    return watchers.are_at(module) or "forward" in module.__dict__
