@@ -6,11 +6,13 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from batchnorm.fusion.sequence import Sequential
+from third_party import torchvision
 from twins import randomize
 
 ACTIVATIONS = [
@@ -103,6 +105,93 @@ def test_a_sequence_without_normalization_or_with_fuse_off_stays_what_it_is():
     assert type(model) is Sequential
     unfused = bn.convert(nn.Sequential(nn.BatchNorm1d(2), nn.ReLU()), fuse=False)
     assert type(unfused) is nn.Sequential
+
+
+class Block(nn.Sequential):
+    """A sequence that knows how to make its parts, as blocks of torchvision do."""
+
+    def __init__(self, width, act=None):
+        super().__init__(nn.Linear(6, width), nn.BatchNorm1d(width), act or nn.ReLU())
+        self.width = width
+
+    def doubled(self):
+        return 2 * self.width
+
+
+def test_a_subclass_that_adds_no_forward_fuses_and_stays_what_it_is():
+    torch.manual_seed(1)
+    original = Block(8)
+    model = bn.convert(copy.deepcopy(original))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for one in (model, copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert isinstance(one, Block)
+        assert isinstance(one, Sequential)
+        assert (one.width, one.doubled(), repr(one)[:6]) == (8, 16, "Block(")
+        for _ in range(2):
+            found = calls(one, torch.randn(5, 6))
+        assert not any("Relu" in name for name in found)
+    for _ in range(2):
+        original(torch.randn(5, 6, generator=torch.Generator().manual_seed(2)))
+    twin = bn.convert(copy.deepcopy(original))
+    twin(torch.randn(5, 6))
+    original.load_state_dict(twin.state_dict())
+    check(twin, original, torch.randn(7, 6))
+    assert type(bn.convert(model)) is type(model)
+    assert type(bn.revert(model)) is Block
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"forward": lambda self, x: nn.Sequential.forward(self, x) - 1},
+        {"__call__": lambda self, x: nn.Sequential.__call__(self, x) - 1},
+        {"__iter__": lambda self: iter([*self._modules.values(), nn.Hardtanh(0, 0.25)])},
+        {"__new__": lambda cls, *args: nn.Sequential.__new__(cls)},
+        {"__init_subclass__": lambda **options: None},
+        {"__getattribute__": lambda self, name: object.__getattribute__(self, name)},
+        {"__reduce__": lambda self: (Block, (8,))},
+        {"__reduce_ex__": lambda self, protocol: (Block, (8,))},
+        {"__getstate__": lambda self: self.__dict__.copy()},
+        {"__slots__": ("note",)},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+def test_a_subclass_that_is_more_than_its_parts_is_left_alone(own):
+    torch.manual_seed(1)
+    cls = type("Own", (Block,), own)
+    model = bn.convert(cls(8))
+    assert type(model) is cls
+    x = torch.randn(5, 6)
+    first = model(x)
+    assert torch.equal(model(x), first)
+    torch.testing.assert_close(bn.revert(model)(x), first)
+
+
+def test_a_parametrized_sequence_is_left_alone():
+    class Twice(nn.Module):
+        def forward(self, w):
+            return 2 * w
+
+    model = Block(8)
+    model.scale = nn.Parameter(torch.ones(()))
+    parametrize.register_parametrization(model, "scale", Twice())
+    cls = type(model)
+    assert type(bn.convert(model)) is cls
+    parametrize.remove_parametrizations(model, "scale")
+    assert type(model) is Block
+    assert float(model.scale.detach()) == 2
+
+
+def test_the_blocks_of_torchvision_fuse():
+    model = bn.convert(torchvision().models.mobilenet_v3_small())
+    adopted = {type(one).__name__ for one in model.modules() if isinstance(one, Sequential)}
+    assert adopted == {"Conv2dNormActivation"}
+    x = torch.randn(2, 3, 32, 32)
+    for _ in range(2):
+        found = calls(model, x)
+    assert found.count("HardswishBackward0") == 1  # in the classifier
 
 
 @pytest.mark.parametrize("way", ["hook", "pre-hook", "backward hook", "everywhere"])

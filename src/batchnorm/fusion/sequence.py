@@ -4,6 +4,7 @@ Between two neighbours of a sequence nobody gets hold of a tensor. So nothing ha
 small layers gain as well: one module less is called, and one operation less is recorded.
 """
 
+import functools
 from itertools import pairwise
 from typing import Any
 
@@ -17,9 +18,18 @@ from batchnorm.nn import hot
 from batchnorm.nn.base import Layer
 from batchnorm.ops.activations import of_module
 
+# With one of these of its own, a subclass of torch's does more than call its parts in turn, or is
+# made in a way of its own.
+_OWN = (
+    "forward", "__call__", "__iter__", "__getattribute__", "__slots__",
+    "__new__", "__init_subclass__", "__reduce__", "__reduce_ex__", "__getstate__",
+)  # fmt: skip
+
 
 class Sequential(nn.Sequential):
     """What a ``torch.nn.Sequential`` is in a converted model; it has its name and its parts."""
+
+    _adopted_from = nn.Sequential
 
     def forward(self, input: Any) -> Any:
         """Return what calling one module after the other returns."""
@@ -38,22 +48,50 @@ class Sequential(nn.Sequential):
                 x, done = y, after
         return x
 
-    def _get_name(self) -> str:
-        return "Sequential"
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if "_adopted_from" not in vars(type(self)):
+            return super().__reduce_ex__(protocol)
+        # A class that was made here is not found by its name.
+        reduced: Any = super().__reduce_ex__(2)
+        return (_new, (self._adopted_from,), *reduced[2:])
 
 
 def adopt(model: nn.Module) -> None:
     """Let the sequences of a converted model compute together what they hold side by side."""
     for module in model.modules():
-        if type(module) is nn.Sequential and any(map(_is_learning, module._modules.values())):
-            module.__class__ = Sequential
+        cls: Any = type(module)
+        new = is_sequence(cls) and not issubclass(cls, Sequential)
+        if new and any(map(_is_learning, module._modules.values())):
+            module.__class__ = _adopted(cls)
 
 
 def release(model: nn.Module) -> None:
     """Undo ``adopt``."""
     for module in model.modules():
-        if type(module) is Sequential:
-            module.__class__ = nn.Sequential  # type: ignore[assignment]
+        if origin := vars(type(module)).get("_adopted_from"):
+            module.__class__ = origin
+
+
+def is_sequence(cls: type) -> bool:
+    """Return whether modules of a class do nothing but call their parts one after the other."""
+    if not issubclass(cls, nn.Sequential):
+        return False
+    theirs = {*nn.Sequential.__mro__, Sequential}
+    own = (vars(one) for one in cls.__mro__ if one not in theirs)
+    return not any(name in names for names in own for name in _OWN)
+
+
+@functools.cache
+def _adopted(cls: Any) -> Any:
+    if cls is nn.Sequential:
+        return Sequential
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_adopted_from": cls}
+    return type(cls.__name__, (Sequential, cls), names)
+
+
+def _new(cls: Any) -> Any:
+    adopted = _adopted(cls)
+    return adopted.__new__(adopted)
 
 
 def _is_private() -> bool:

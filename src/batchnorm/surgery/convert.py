@@ -82,7 +82,8 @@ def convert(
         filter: ``filter(name, module)`` says whether a module is converted; all by default.
         fuse: Whether an addition and an activation behind a layer are computed with it. This
             happens while the model runs, from the second forward pass on; its structure stays,
-            but a ``torch.nn.Sequential`` by exact type becomes a subclass with the same name.
+            but a ``torch.nn.Sequential``, or a subclass that adds no ``forward``, becomes a
+            subclass of what it was, with the same name.
 
     Returns:
         The model.
