@@ -35,12 +35,6 @@ class Rows {
         return bytes >= stream_bytes && lines_aligned(out, width * int64_t(sizeof(T)));
     }
 
-    // Rows of whole pages, and more of them than a core's cache holds; see for_rows.
-    bool long_rows() const {
-        const int64_t bytes = width * int64_t(sizeof(T));
-        return bytes >= 4096 && bytes * rows >= int64_t(4) << 20;
-    }
-
     // The partial sums of all: f(chunk, its first row, its rows, its first column, its columns). The rest is a chunk at the end.
     template <class Lift>
     void each_part(Team& team, int phase, Lift&& lift) const {
@@ -95,7 +89,6 @@ class Rows {
         b.rows = count;
         b.stride = width;
         b.n = n;
-        b.long_rows = long_rows();
         return b;
     }
 

@@ -24,7 +24,6 @@ struct Block {
     T* dz;  // where dz is wanted as a tensor (the residual's gradient)
     int64_t rows, stride, n;
     bool stream;
-    bool long_rows = false;
 };
 
 template <class A>
@@ -102,16 +101,25 @@ BATCHNORM_INLINE inline void each_of(Function&& f, std::integer_sequence<int, I.
 template <int N, class Function>
 BATCHNORM_INLINE inline void each(Function&& f) { each_of(f, std::make_integer_sequence<int, N>{}); }
 
-// Calls f(row, how many) for the rows of a block whose columns are channels. Long rows go together, so that what belongs to
-// a column is read once for all of them; of short ones several lie in a page, where the hardware reads ahead for one run only.
+// Whether an activation takes less time than the loads around it.
+template <class Act>
+constexpr bool selects = Act::from_y || !Act::uses_z;
+
+// Calls f(row, how many, how far apart) for the rows of a block whose columns are channels. Four rows go together, so that
+// what belongs to a column is read once for all of them, a quarter of the block apart: of neighbours several lie in a page,
+// where the hardware reads ahead for one run only. Runs of no more than a page are not worth it.
 template <class Act, class T, class Function>
 BATCHNORM_INLINE inline void for_rows(const Block<T>& b, Function&& f) {
+    constexpr int together = 4;
     int64_t r = 0;
-    if constexpr (Act::usual) {
-        constexpr int some = 4;
-        for (; b.long_rows && r + some <= b.rows; r += some) f(r, Whole<some>{});
+    if constexpr (selects<Act>) {
+        const int64_t apart = b.rows / together;
+        if (apart * b.stride * int64_t(sizeof(T)) > 4096) {
+            for (; r < apart; ++r) f(r, Whole<together>{}, apart);
+            r = together * apart;
+        }
     }
-    for (; r < b.rows; ++r) f(r, Whole<1>{});
+    for (; r < b.rows; ++r) f(r, Whole<1>{}, int64_t(0));
 }
 
 // Calls f(coefficients, offset, left) for every vector of a block.
@@ -119,10 +127,10 @@ template <class Act, bool Columns, class T, class Function>
 BATCHNORM_INLINE inline void for_block(const Block<T>& b, const Coefs<Real<T>>& k, Function&& f) {
     constexpr int W = lanes<Real<T>>;
     if constexpr (Columns) {
-        for_rows<Act>(b, [&](int64_t r, auto together) BATCHNORM_INLINE {
+        for_rows<Act>(b, [&](int64_t r, auto together, int64_t apart) BATCHNORM_INLINE {
             for_vectors<W>(b.n, [&](int64_t i, auto left) BATCHNORM_INLINE {
                 const auto c = CoefVectors<T>::of_columns(k, i);
-                each<int(decltype(together){})>([&](int g) BATCHNORM_INLINE { f(c, (r + g) * b.stride + i, left); });
+                each<int(decltype(together){})>([&](int g) BATCHNORM_INLINE { f(c, (r + g * apart) * b.stride + i, left); });
             });
         });
     } else {
@@ -214,12 +222,12 @@ template <class T, class Act, Source S>
 void sums_columns(const Block<T>& block, const Coefs<Real<T>>& k, Real<T> slope, Real<T>* sum, Real<T>* dot) {
     using A = Real<T>;
     const Block<T> b = block;
-    for_rows<Act>(b, [&](int64_t r, auto together) BATCHNORM_INLINE {
+    for_rows<Act>(b, [&](int64_t r, auto together, int64_t apart) BATCHNORM_INLINE {
         for_vectors<lanes<A>>(b.n, [&](int64_t i, auto left) BATCHNORM_INLINE {
             const auto c = CoefVectors<T>::of_columns(k, i);
             Vec<A> all = r ? load(sum + i) : Vec<A>{}, all_dot = r ? load(dot + i) : Vec<A>{};
             each<int(decltype(together){})>([&](int g) BATCHNORM_INLINE {
-                const int64_t at = (r + g) * b.stride + i;
+                const int64_t at = (r + g * apart) * b.stride + i;
                 const Vec<A> deviation = get(b.x + at, left) - c.pivot;
                 const Vec<A> dz = dz_at<Act, S>(b, c, deviation, at, left, slope);
                 if (b.dz) put(b.dz + at, dz, left, false);
