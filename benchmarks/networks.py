@@ -6,10 +6,14 @@ Contenders: torch eager, torch.compile, converted, converted with save_memory, t
 converted network, and the network with normalizations, additions and activations taken out
 ("bare"), which says what these cost at all. Saved bytes are unique storages that autograd keeps;
 peak bytes (``--memory``) are those of a process above its level before the first step, on Linux.
+
+With ``--apart`` every contender lives in a process of its own, and they take turns: what one of
+them has left in the heap then spares the next no fresh pages.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import copy
 import csv
 import multiprocessing
@@ -17,7 +21,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -226,20 +230,71 @@ def measure(cell: Cell, options: argparse.Namespace) -> list[dict[str, Any]]:
     model, x, dy = prepare(cell, options.batch)
     chosen = [c for c in options.contenders if c != "bare" or cell.network in options.bare]
     models = contenders(model, chosen)
-    runs = {c: runner(m, x, dy, cell.mode, DTYPES[cell.dtype]) for c, m in models.items()}
-    for run in runs.values():  # the first pass looks, the second fuses
-        run()
-        run()
-    times: dict[str, list[float]] = {c: [] for c in runs}
-    order, shuffled = list(runs.items()), random.Random(0)  # noqa: S311
-    for _ in range(options.rounds):
-        shuffled.shuffle(order)  # each finds in the caches what the one before it has left
-        for c, run in order:
-            started = options.clock()
-            run()
-            times[c].append(options.clock() - started)
+    with contextlib.ExitStack() as stack:
+        if options.apart:
+            runs = {c: stack.enter_context(apart(c, cell, options)) for c in chosen}
+        else:
+            runs = {c: timed(m, x, dy, cell, options) for c, m in models.items()}
+        times: dict[str, list[float]] = {c: [] for c in runs}
+        order, shuffled = list(runs.items()), random.Random(0)  # noqa: S311
+        for _ in range(options.rounds):
+            shuffled.shuffle(order)  # each finds in the caches what the one before it has left
+            for c, run in order:
+                times[c].append(run())
     eager = statistics.median(times["eager"])
     return [row(cell, c, models[c], x, taken, eager, options) for c, taken in times.items()]
+
+
+def timed(
+    model: nn.Module, x: Tensor, dy: Tensor, cell: Cell, options: argparse.Namespace
+) -> Callable[[], float]:
+    """Make what returns the seconds of a step."""
+    run = runner(model, x, dy, cell.mode, DTYPES[cell.dtype])
+    run()  # the first pass looks, the second fuses
+    run()
+
+    def seconds() -> float:
+        started: float = options.clock()
+        run()
+        ended: float = options.clock()
+        return ended - started
+
+    return seconds
+
+
+@contextlib.contextmanager
+def apart(contender: str, cell: Cell, options: argparse.Namespace) -> Iterator[Callable[[], float]]:
+    """Time a contender in a process of its own, which waits between its steps."""
+    spawned = multiprocessing.get_context("spawn")
+    here, there = spawned.Pipe()
+    process = spawned.Process(target=_serve, args=(there, contender, cell, options))
+    process.start()
+    here.recv()
+
+    def seconds() -> float:
+        here.send(True)
+        taken: float = here.recv()
+        return taken
+
+    try:
+        yield seconds
+    finally:
+        here.send(False)
+        process.join()
+
+
+def _serve(asked: Any, contender: str, cell: Cell, options: argparse.Namespace) -> None:
+    settle(options)
+    model, x, dy = prepare(cell, options.batch)
+    seconds = timed(contenders(model, [contender])[contender], x, dy, cell, options)
+    asked.send(None)
+    while asked.recv():
+        asked.send(seconds())
+
+
+def settle(options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)  # the bare network has no scale to speak of
 
 
 def row(
@@ -258,7 +313,7 @@ def row(
         **cell._asdict(),
         "batch": options.batch,
         "contender": contender,
-        "clock": options.clock.__name__,
+        "clock": options.clock.__name__ + " apart" * options.apart,
         "median": round(median, 6),
         "p20": round(fifths[0], 6),
         "p80": round(fifths[3], 6),
@@ -296,13 +351,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("networks.csv"))
     parser.add_argument("--memory", action="store_true", help="peak, in a process each")
+    parser.add_argument("--apart", action="store_true", help="time each in a process of its own")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall",
                         help="cpu: for one thread on a busy machine")  # fmt: skip
     options = parser.parse_args()
     options.clock = {"wall": time.perf_counter, "cpu": time.process_time}[options.clock]
-    torch.set_num_threads(options.threads)
-    torch.set_flush_denormal(True)  # the bare network has no scale to speak of
+    settle(options)
     with options.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
