@@ -126,6 +126,8 @@ def contenders(model: nn.Module, chosen: list[str]) -> dict[str, nn.Module]:
     makers: dict[str, Callable[[], Any]] = {
         "eager": lambda: twin(model),
         "converted": lambda: bn.convert(twin(model)),
+        "eager recycling": lambda: recycling(twin(model)),
+        "converted recycling": lambda: recycling(bn.convert(twin(model))),
         "save_memory": lambda: bn.save_memory(bn.convert(twin(model))),
         "unfused": lambda: bn.convert(twin(model), fuse=False),
         "compile": lambda: Compiled(twin(model)),
@@ -133,6 +135,11 @@ def contenders(model: nn.Module, chosen: list[str]) -> dict[str, nn.Module]:
         "bare": lambda: bare(model),
     }
     return {name: makers[name]() for name in chosen}
+
+
+def recycling(model: nn.Module) -> nn.Module:
+    bn.recycle_memory()  # for the whole process: with --apart only
+    return model
 
 
 def runner(

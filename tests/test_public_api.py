@@ -32,6 +32,7 @@ NAMES = [
     "functional",
     "merge",
     "merge_states",
+    "recycle_memory",
     "revert",
     "save_memory",
     "use_backend",
