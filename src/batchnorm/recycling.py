@@ -12,11 +12,11 @@ _AS_BUILT = 128 << 10
 def recycle_memory(on: bool = True) -> bool:
     """Let this process keep the memory that it frees, for the tensors to come.
 
-    On the CPU torch takes memory for tensors from the C library, which maps large ones anew and gives
-    back what is free at the end of its heap. So every training step waits for pages that the system
-    has to clear: in convolutional networks for a quarter to a third of its time, whichever layers they
-    have. The outputs of our layers are recycled in any case; this is for all others. The process
-    then stays as large as it has ever been; what is 1 GiB or more is given back all the same.
+    On the CPU torch takes memory for tensors from the C library, which maps large ones anew and
+    gives back what is free at the end of its heap. So every step waits for pages that the system
+    has to clear first, whichever layers the network has. The outputs of our own layers are recycled
+    in any case; this is for all others. The process then stays as large as it has ever been;
+    single tensors of 1 GiB or more are given back all the same.
 
     This is a setting of the C library and holds for the whole process. The variables
     ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_MMAP_THRESHOLD_`` do the same from its start.
