@@ -169,6 +169,21 @@ def test_a_subclass_that_is_more_than_its_parts_is_left_alone(own):
     torch.testing.assert_close(bn.revert(model)(x), first)
 
 
+def test_a_class_whose_class_takes_note_of_it_is_left_alone():
+    made = []
+
+    class Registry(type):
+        def __init__(cls, *args):
+            super().__init__(*args)
+            made.append(cls)
+
+    class Noted(Block, metaclass=Registry):
+        pass
+
+    assert type(bn.convert(Noted(8))) is Noted
+    assert made == [Noted]
+
+
 def test_a_parametrized_sequence_is_left_alone():
     class Twice(nn.Module):
         def forward(self, w):

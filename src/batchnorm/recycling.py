@@ -3,10 +3,11 @@
 import ctypes
 import platform
 
-# Parameters of glibc's mallopt, by number as in malloc.h.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_MAPPED_FROM = 1 << 30
-_AS_BUILT = 128 << 10
+# Parameters of glibc's mallopt, by number as in malloc.h. Some versions refuse a high threshold for
+# mapping, so no block is mapped by itself. A threshold for trimming that was set is not moved any
+# more, so it goes back to where glibc itself would have moved it for large blocks.
+_TRIM_THRESHOLD, _NEVER, _LARGE = -1, -1, 64 << 20
+_MMAP_MAX, _NONE, _AS_BUILT = -4, 0, 65536
 
 
 def recycle_memory(on: bool = True) -> bool:
@@ -15,11 +16,11 @@ def recycle_memory(on: bool = True) -> bool:
     On the CPU torch takes memory for tensors from the C library, which maps large ones anew and
     gives back what is free at the end of its heap. So every step waits for pages that the system
     has to clear first, whichever layers the network has. The outputs of our own layers are recycled
-    in any case; this is for all others. The process then stays as large as it has ever been;
-    single tensors of 1 GiB or more are given back all the same.
+    in any case; this is for all others. The process then stays as large as it has ever been.
 
-    This is a setting of the C library and holds for the whole process. The variables
-    ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_MMAP_THRESHOLD_`` do the same from its start.
+    This is a setting of the C library (``mallopt``) and holds for the whole process. The variables
+    ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_MMAP_THRESHOLD_``, set to more than there is memory, do
+    the same from its start.
 
     Args:
         on: False gives back what is free now, and from then on what is freed.
@@ -30,8 +31,8 @@ def recycle_memory(on: bool = True) -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    libc.mallopt(_MMAP_THRESHOLD, _MAPPED_FROM if on else _AS_BUILT)
-    libc.mallopt(_TRIM_THRESHOLD, -1 if on else _AS_BUILT)
+    told = libc.mallopt(_MMAP_MAX, _NONE if on else _AS_BUILT)
+    told &= libc.mallopt(_TRIM_THRESHOLD, _NEVER if on else _LARGE)
     if not on:
         libc.malloc_trim(0)
-    return True
+    return bool(told)

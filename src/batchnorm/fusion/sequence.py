@@ -74,7 +74,7 @@ def release(model: nn.Module) -> None:
 
 def is_sequence(cls: type) -> bool:
     """Return whether modules of a class do nothing but call their parts one after the other."""
-    if not issubclass(cls, nn.Sequential):
+    if not issubclass(cls, nn.Sequential) or type(cls) is not type:
         return False
     theirs = {*nn.Sequential.__mro__, Sequential}
     own = (vars(one) for one in cls.__mro__ if one not in theirs)
