@@ -22,33 +22,32 @@ def resident():
 
 def step():
     before = faults()
-    large = [torch.ones(16 << 20) for _ in range(2)]
+    large = [torch.ones(9 << 20) for _ in range(2)]  # more than glibc ever keeps by itself
     del large
     return faults() - before
 
 def steps():
-    step()
-    return min(step() for _ in range(4))
+    # Holes between blocks are filled before the heap stops growing.
+    return min(step() for _ in range(30))
 
 found = [steps()]
 told = bn.recycle_memory()
 found.append(steps())
 kept = resident()
 bn.recycle_memory(False)
-found += [steps(), kept - resident()]
+found.append(kept - resident())
 print(json.dumps([told, *found]))
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
-def test_large_tensors_need_no_fresh_pages_until_it_is_taken_back():
+def test_large_tensors_need_no_fresh_pages_and_all_is_given_back():
     out = subprocess.run([sys.executable, "-c", LOOP], capture_output=True, text=True, check=True)
-    told, before, on, off, given_back = json.loads(out.stdout)
+    told, before, on, given_back = json.loads(out.stdout)
     assert told
-    assert before > 32  # of 128 MiB, however large a page is
+    assert before > 16  # of 72 MiB, however large a page is
     assert on < 8
-    assert off > 32
-    assert given_back * 4096 > 64 << 20
+    assert given_back * 4096 > 36 << 20
 
 
 def test_elsewhere_nothing_is_done(monkeypatch):

@@ -16,7 +16,8 @@ def recycle_memory(on: bool = True) -> bool:
     On the CPU torch takes memory for tensors from the C library, which maps large ones anew and
     gives back what is free at the end of its heap. So every step waits for pages that the system
     has to clear first, whichever layers the network has. The outputs of our own layers are recycled
-    in any case; this is for all others. The process then stays as large as it has ever been.
+    in any case; this is for all others. The process then stays as large as it has ever been, and
+    may grow beyond that, by the holes that blocks of other sizes leave in the heap.
 
     This is a setting of the C library (``mallopt``) and holds for the whole process. The variables
     ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_MMAP_THRESHOLD_``, set to more than there is memory, do
