@@ -60,8 +60,7 @@ def adopt(model: nn.Module) -> None:
     """Let the sequences of a converted model compute together what they hold side by side."""
     for module in model.modules():
         cls: Any = type(module)
-        new = is_sequence(cls) and not issubclass(cls, Sequential)
-        if new and any(map(_is_learning, module._modules.values())):
+        if _is_plain(cls) and any(map(_is_learning, module._modules.values())):
             module.__class__ = _adopted(cls)
 
 
@@ -72,12 +71,11 @@ def release(model: nn.Module) -> None:
             module.__class__ = origin
 
 
-def is_sequence(cls: type) -> bool:
-    """Return whether modules of a class do nothing but call their parts one after the other."""
-    if not issubclass(cls, nn.Sequential) or type(cls) is not type:
+def _is_plain(cls: type) -> bool:
+    """Return whether modules of a class do nothing but call their parts, and are none of ours."""
+    if not issubclass(cls, nn.Sequential) or issubclass(cls, Sequential) or type(cls) is not type:
         return False
-    theirs = {*nn.Sequential.__mro__, Sequential}
-    own = (vars(one) for one in cls.__mro__ if one not in theirs)
+    own = (vars(one) for one in cls.__mro__ if one not in nn.Sequential.__mro__)
     return not any(name in names for names in own for name in _OWN)
 
 
