@@ -63,3 +63,17 @@ def everything_is_large_enough(monkeypatch):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def orders(monkeypatch):
+    """The order of memory in which each convolution is handed its image, while the test runs."""
+    found = []
+    plain = torch.nn.Conv2d._conv_forward
+
+    def forward(self, x, weight, bias):
+        found.append("contiguous" if x.is_contiguous() else "last")
+        return plain(self, x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", forward)
+    return found

@@ -1,7 +1,8 @@
 """A sequence of modules, in which a normalization and the activation behind it are one call.
 
 Between two neighbours of a sequence nobody gets hold of a tensor. So nothing has to be put off, and
-small layers gain as well: one module less is called, and one operation less is recorded.
+small layers gain as well: one module less is called, and one operation less is recorded. And
+convolutions may pass on their images in the order of memory that suits them.
 """
 
 import functools
@@ -11,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.overrides import _get_current_function_mode
 
-from batchnorm.fusion import watchers
+from batchnorm.fusion import channels_last, stretch, watchers
 from batchnorm.fusion.plan import Plan
+from batchnorm.fusion.watch import CALLS, Watch
 from batchnorm.nn import hot
 from batchnorm.nn.base import Layer
 from batchnorm.ops.activations import of_module
@@ -32,20 +35,28 @@ class Sequential(nn.Sequential):
     _adopted_from = nn.Sequential
 
     def forward(self, input: Any) -> Any:
-        """Return what calling one module after the other returns."""
-        if is_compiling() or not _is_private():
+        """Return what calling one module after the other returns, but for the order of rounding."""
+        if is_compiling() or watchers.are_everywhere() or _is_seen():
             return super().forward(input)
-        x, done = input, None
+        found = None
+        if channels_last.may_help(input):
+            found = stretch.find(self, input, _is_walked)
+        return self._walk(input, found)
+
+    def _walk(self, x: Any, found: stretch.Stretch | None) -> Any:
+        together = not (watchers.count_what_is_saved() or torch._C._len_torch_function_stack())
+        done = None
         modules: list[Any] = [*self._modules.values(), None]
         for module, after in pairwise(modules):
             if module is done:
                 done = None
-                continue
-            y = None if after is None else _together(module, after, x)
-            if y is None:
-                x = module(x)
+            elif found is not None and module in found.nested:
+                x = Sequential._walk(module, x, found)
+            elif found is not None and module in found.convs:
+                x = found.convolve(module, x)
             else:
-                x, done = y, after
+                y = _together(module, after, x) if together and after is not None else None
+                x, done = (module(x), None) if y is None else (y, after)
         return x
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -56,11 +67,14 @@ class Sequential(nn.Sequential):
         return (_new, (self._adopted_from,), *reduced[2:])
 
 
+CALLS.add(Sequential._walk.__code__)
+
+
 def adopt(model: nn.Module) -> None:
     """Let the sequences of a converted model compute together what they hold side by side."""
-    for module in model.modules():
+    for module in reversed([*model.modules()]):  # the inner before the outer
         cls: Any = type(module)
-        if _is_plain(cls) and any(map(_is_learning, module._modules.values())):
+        if _is_plain(cls) and _holds_learning(module):
             module.__class__ = _adopted(cls)
 
 
@@ -92,11 +106,14 @@ def _new(cls: Any) -> Any:
     return adopted.__new__(adopted)
 
 
-def _is_private() -> bool:
-    """Return whether nobody sees the calls of all modules or functions, or counts what is saved."""
-    if watchers.are_everywhere() or watchers.count_what_is_saved():
-        return False
-    return not torch._C._len_torch_function_stack()
+def _is_seen() -> bool:
+    """Return whether a mode sees the calls of all functions, other than our own that watches."""
+    modes: int = torch._C._len_torch_function_stack()
+    return modes > 1 or (modes == 1 and type(_get_current_function_mode()) is not Watch)
+
+
+def _is_walked(module: nn.Module) -> bool:
+    return isinstance(module, Sequential) or type(module) is nn.Sequential
 
 
 def _together(layer: Any, after: nn.Module, x: Tensor) -> Tensor | None:
@@ -109,6 +126,14 @@ def _together(layer: Any, after: nn.Module, x: Tensor) -> Tensor | None:
     if _is_touched(layer) or _is_touched(after):
         return None
     return hot.forward(layer, x, None, plan.act)
+
+
+def _holds_learning(sequence: nn.Module) -> bool:
+    return any(
+        _is_learning(part) or (_is_walked(part) and _holds_learning(part))
+        for part in sequence._modules.values()
+        if part is not None
+    )
 
 
 def _is_learning(module: Any) -> bool:

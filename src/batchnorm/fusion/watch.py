@@ -18,7 +18,8 @@ from batchnorm.fusion.questions import is_metadata
 from batchnorm.ops.activations import IDENTITY
 from batchnorm.ops.recognize import Absorbable, recognize
 
-_CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
+# In frames of these ``self`` is a module that is being called; sequences add their own.
+CALLS = {nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__}
 
 
 class Held(NamedTuple):
@@ -216,7 +217,7 @@ def _modules_being_called() -> list[nn.Module]:
     found = []
     frame: Any = sys._getframe(2)
     while frame is not None:
-        if frame.f_code in _CALLS:
+        if frame.f_code in CALLS:
             found.append(frame.f_locals["self"])
         frame = frame.f_back
     return found

@@ -167,6 +167,24 @@ class Pooled(Source):
         return [self.places.tensor, *self.parent.kept()]
 
 
+class Reordered(Source):
+    """A copy of a result in another order of memory, as a stretch of convolutions gets it."""
+
+    __slots__ = ("order", "parent")
+
+    def __init__(self, parent: Source, order: torch.memory_format) -> None:
+        super().__init__(0)
+        self.parent, self.order = parent, order
+
+    def make(self) -> Tensor:
+        """Copy again."""
+        return self.parent.value().contiguous(memory_format=self.order)
+
+    def kept(self) -> list[Tensor]:
+        """Return what the result keeps."""
+        return self.parent.kept()
+
+
 class Recording:
     """A backend that gives every result its recipe."""
 

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import Parameter
 
 from batchnorm.errors import SurgeryError
-from batchnorm.memory.recipe import Kept, Pooled, Recording, Source, give, recipe_of
+from batchnorm.fusion.channels_last import CHANNELS_LAST, copied_from
+from batchnorm.memory.recipe import Kept, Pooled, Recording, Reordered, Source, give, recipe_of
 from batchnorm.ops import backend
 from batchnorm.ops.onlookers import is_calm
 
@@ -58,7 +60,9 @@ class Saved:
         return storage.nbytes()
 
     def note(self, tensor: Tensor, recipe: Source | None) -> None:
-        """Count a tensor that is about to be saved."""
+        """Count a tensor that is about to be saved; parameters are there anyway."""
+        if isinstance(tensor._base, Parameter):
+            return
         self.without += self._count(tensor, 0)
         for one in [tensor] if recipe is None else recipe.kept():
             self.kept += self._count(one, 1)
@@ -108,7 +112,7 @@ class SaveMemory:
     def _pack(self, tensor: Tensor) -> Any:
         recipe = None
         if type(tensor) is Tensor and tensor.layout is torch.strided:
-            recipe = recipe_of(tensor) or self._pooled(tensor)
+            recipe = recipe_of(tensor) or self._pooled(tensor) or _copied(tensor)
             self.saved.note(tensor, recipe)
         if recipe is not None:
             size, stride = tensor.size(), tuple(map(int, tensor.stride()))
@@ -161,6 +165,17 @@ class SaveMemory:
 
     # Read by batchnorm.fusion: under these hooks nothing depends on what is saved.
     _pack.knows_fusion = True  # type: ignore[attr-defined]
+
+
+def _copied(tensor: Tensor) -> Source | None:
+    """Return a recipe for what a stretch of convolutions is handed, if its original has one."""
+    original = copied_from(tensor)
+    parent = None if original is None or tensor._version else recipe_of(original)
+    if parent is None:
+        return None
+    recipe = Reordered(parent, CHANNELS_LAST)
+    give(tensor, recipe)
+    return recipe
 
 
 def _is_ours(hooks: tuple[Any, Any]) -> bool:

@@ -85,7 +85,7 @@ NAMES = tuple(_FUNCTIONS)
 # Names alone need no parsing. (A dict and no lru_cache: Dynamo warns of one.)
 _PLAIN = {name: Activation(name, _SLOPES.get(name, 0.0)) for name in NAMES}
 
-_MODULES: dict[type, Callable[[Any], Activation]] = {
+MODULES: dict[type, Callable[[Any], Activation]] = {
     nn.Identity: lambda _: IDENTITY,
     nn.ReLU: lambda _: Activation("relu"),
     nn.ReLU6: lambda _: Activation("relu6"),
@@ -118,8 +118,8 @@ def activation(spec: ActivationLike) -> Activation:
         return spec
     if isinstance(spec, str):
         return _PLAIN.get(spec) or _parse(spec)
-    if isinstance(spec, type) and spec in _MODULES:
-        return _MODULES[spec](spec())
+    if isinstance(spec, type) and spec in MODULES:
+        return MODULES[spec](spec())
     found = of_module(spec)
     if found is None:
         raise OptionError(_unknown(spec))
@@ -128,7 +128,7 @@ def activation(spec: ActivationLike) -> Activation:
 
 def of_module(module: object) -> Activation | None:
     """Return what a ``torch.nn`` activation module computes; None for any other object."""
-    read = _MODULES.get(type(module))
+    read = MODULES.get(type(module))
     return None if read is None else read(module)
 
 
