@@ -64,7 +64,8 @@ def convolve(conv: Any, x: Tensor) -> Tensor:
     """Return what calling a convolution returns; its weight's gradient has the weight's strides."""
     weight = conv.weight
     if _learns(weight) and weight.is_contiguous():
-        weight = _LikeItself.apply(weight)
+        # Back through two views: oneDNN's gradient has other strides where a size is 1, and DDP warns.
+        weight = weight.view(-1).view(weight.shape)
     y: Tensor = conv._conv_forward(x, weight, conv.bias)
     return y
 
@@ -87,21 +88,6 @@ class _Reordered(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
         # The order is for speed only, and not every cotangent has one.
         return dy if is_out_of_reach(dy) else _in(dy, ctx.back), None, None
-
-
-class _LikeItself(torch.autograd.Function):
-    """A contiguous weight; oneDNN's gradient has other strides where a size is 1, and DDP warns."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> Any:
-        ctx.size, ctx.stride = weight.size(), weight.stride()
-        return weight
-
-    @staticmethod
-    def backward(ctx: Any, dw: Tensor) -> Any:  # type: ignore[override]
-        if dw.stride() == ctx.stride or is_out_of_reach(dw):
-            return dw
-        return dw.contiguous().as_strided(ctx.size, ctx.stride)
 
 
 def _in(x: Tensor, order: torch.memory_format) -> Tensor:
