@@ -82,11 +82,11 @@ struct Call {
     }
 
     // Where the result goes: to a new tensor, or to one that is given, which may be exactly x or the residual.
-    nanobind::object output(nanobind::handle given) {
+    nanobind::object output(nanobind::handle given, bool brief = false) {
         if (given.is_none()) {
-            Made made = empty_like(x);
+            Made made = empty_like(x, brief);
             args.y = made.data;
-            advise_huge(args.y, bytes());
+            if (!brief) advise_huge(args.y, bytes());
             return made.object;
         }
         args.y = like(given, "out");

@@ -65,7 +65,7 @@ class Planes {
 
     bool streams(const void* out) const {
         const int64_t bytes = a.outer * stride * int64_t(sizeof(T));
-        return bytes >= stream_bytes && lines_aligned(out, a.inner * int64_t(sizeof(T)));
+        return bytes >= stream_bytes && out != a.x && lines_aligned(out, a.inner * int64_t(sizeof(T)));
     }
 
     int threads() const { return a.outer * stride < alone_below ? 1 : a.threads; }

@@ -32,7 +32,7 @@ class Rows {
 
     bool streams(const void* out) const {
         const int64_t bytes = a.outer * a.channels * int64_t(sizeof(T));
-        return bytes >= stream_bytes && lines_aligned(out, width * int64_t(sizeof(T)));
+        return bytes >= stream_bytes && out != a.x && lines_aligned(out, width * int64_t(sizeof(T)));
     }
 
     // The partial sums of all: f(chunk, its first row, its rows, its first column, its columns). The rest is a chunk at the end.

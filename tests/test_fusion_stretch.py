@@ -169,3 +169,25 @@ def test_parts_may_be_exchanged_while_it_is_in_use(orders):
     orders.clear()
     model(image())
     assert orders == ["contiguous"] * 3
+
+
+def test_what_was_in_vain_is_remembered_until_the_shape_is_another(orders):
+    model, original = pair(lambda: inverted(wide=16))
+    model(image(1, size=20))
+    model(image(1, size=20))
+    assert orders == ["contiguous"] * 6
+    model(image())
+    assert orders[6:] == ["last"] * 3
+    model(image(1, size=20))
+    assert vars(bn.revert(model)).keys() == vars(original).keys()
+
+
+def test_a_hook_that_is_gone_is_forgotten(orders):
+    model, _ = pair()
+    handle = model[2].register_forward_hook(lambda *given: None)
+    model(image())
+    assert "last" not in orders
+    handle.remove()
+    orders.clear()
+    model(image())
+    assert orders == ["last"] * 3

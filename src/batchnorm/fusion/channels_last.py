@@ -64,7 +64,7 @@ def convolve(conv: Any, x: Tensor) -> Tensor:
     """Return what calling a convolution returns; its weight's gradient has the weight's strides."""
     weight = conv.weight
     if _learns(weight) and weight.is_contiguous():
-        # Back through two views: oneDNN's gradient has other strides where a size is 1, and DDP warns.
+        # Two views, for oneDNN's gradient has other strides where a size is 1, and DDP warns.
         weight = weight.view(-1).view(weight.shape)
     y: Tensor = conv._conv_forward(x, weight, conv.bias)
     return y

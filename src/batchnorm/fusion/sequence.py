@@ -6,6 +6,7 @@ convolutions may pass on their images in the order of memory that suits them.
 """
 
 import functools
+import sys
 from itertools import pairwise
 from typing import Any
 
@@ -29,6 +30,12 @@ _OWN = (
 )  # fmt: skip
 
 
+# Modules whose result is a tensor of its own.
+_MAKING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# References to a tensor that only one variable holds, while they are counted.
+_OURS = 2
+
+
 class Sequential(nn.Sequential):
     """What a ``torch.nn.Sequential`` is in a converted model; it has its name and its parts."""
 
@@ -45,7 +52,8 @@ class Sequential(nn.Sequential):
 
     def _walk(self, x: Any, found: stretch.Stretch | None) -> Any:
         together = not (watchers.count_what_is_saved() or torch._C._len_torch_function_stack())
-        done = None
+        done: Any = None
+        before: Any = None
         modules: list[Any] = [*self._modules.values(), None]
         for module, after in pairwise(modules):
             if module is done:
@@ -55,8 +63,12 @@ class Sequential(nn.Sequential):
             elif found is not None and module in found.convs:
                 x = found.convolve(module, x)
             else:
-                y = _together(module, after, x) if together and after is not None else None
+                y = None
+                if together and after is not None:
+                    fresh = type(before) in _MAKING and sys.getrefcount(x) == _OURS
+                    y = _together(module, after, x, fresh)
                 x, done = (module(x), None) if y is None else (y, after)
+            before = module
         return x
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -83,6 +95,7 @@ def release(model: nn.Module) -> None:
     for module in model.modules():
         if origin := vars(type(module)).get("_adopted_from"):
             module.__class__ = origin
+            module.__dict__.pop(stretch.PLACE, None)
 
 
 def _is_plain(cls: type) -> bool:
@@ -116,8 +129,15 @@ def _is_walked(module: nn.Module) -> bool:
     return isinstance(module, Sequential) or type(module) is nn.Sequential
 
 
-def _together(layer: Any, after: nn.Module, x: Tensor) -> Tensor | None:
-    """Return the activated result of a layer, or None where the two are to be called in turn."""
+def _together(layer: Any, after: nn.Module, x: Tensor, fresh: bool) -> Tensor | None:
+    """Return the activated result of a layer, or None where the two are to be called in turn.
+
+    Args:
+        layer: A module.
+        after: The next.
+        x: The input.
+        fresh: Whether nobody else has it.
+    """
     if not _is_learning(layer):
         return None
     plan = layer._fusion.plans.get(layer.training)
@@ -125,7 +145,7 @@ def _together(layer: Any, after: nn.Module, x: Tensor) -> Tensor | None:
         return None
     if _is_touched(layer) or _is_touched(after):
         return None
-    return hot.forward(layer, x, None, plan.act)
+    return hot.forward(layer, x, None, plan.act, None, x if fresh else None)
 
 
 def _holds_learning(sequence: nn.Module) -> bool:

@@ -17,6 +17,9 @@ from batchnorm.ops.activations import MODULES
 SMALLEST = 1 << 19
 SHARE = 5
 
+# Where a sequence remembers for which shape of image there is nothing to gain.
+PLACE = "_batchnorm_not_for"
+
 # Modules, by exact type, that return the order of memory that they are given.
 _KEEPING = {*MODULES, nn.BatchNorm2d}
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d)
@@ -51,11 +54,16 @@ def find(sequence: nn.Module, x: Tensor, is_sequence: Any) -> Stretch | None:
         x: Its input; an image of which ``channels_last.may_help`` is true.
         is_sequence: Tells of a part whether it is one, too.
     """
+    if sequence.__dict__.get(PLACE) == x.shape:
+        return None
     search = _Search(x.numel() // x.size(1), is_sequence)
     search.through(sequence)
     search.end()
-    found = search.found
-    return found if found.first else None
+    if search.found.first:
+        return search.found
+    if not search.seen:
+        sequence.__dict__[PLACE] = x.shape
+    return None
 
 
 class _Search:
@@ -67,12 +75,14 @@ class _Search:
         self.pixels = pixels
         # Convolutions since the last module that minds the order, and what they read and write.
         self.run: list[nn.Module] = []
+        self.seen = False  # whether somebody sees what passes; that may end
         self.whole = self.ends = self.writes = 0.0
 
     def through(self, sequence: nn.Module) -> None:
         """Go on through a sequence."""
         for module in sequence._modules.values():
             if module is None or watchers.are_at(module) or "forward" in module.__dict__:
+                self.seen = True
                 self.end()
             elif type(module) is nn.Conv2d and module.padding_mode == "zeros":
                 self.add(module)

@@ -30,6 +30,7 @@ def forward(
     residual: Tensor | None,
     act: Activation | None = None,
     found: list[Tensor] | None = None,
+    out: Tensor | None = None,
 ) -> Tensor | None:
     """Return the result of the layer, or None where the call is not the common one.
 
@@ -39,6 +40,7 @@ def forward(
         residual: What is added to it.
         act: An activation in the place of the layer's own.
         found: In training receives stats (4, C), see ``ops.reference``.
+        out: In evaluation may receive the result; x where nobody else has it.
     """
     # That nothing is being compiled is asked here too: behind a graph break this is traced alone.
     if type(x) is not Tensor or not is_calm():
@@ -58,9 +60,9 @@ def forward(
     if not (residual is None or type(residual) is Tensor):
         return None
     act = layer.activation if act is None else act
-    compute = _train if layer.training else _evaluate
+    given = (layer, x, axis, weight, bias, residual, act)
     try:
-        return compute(layer, x, axis, weight, bias, residual, act, found)
+        return _train(*given, found) if layer.training else _evaluate(*given, out)
     except UnservedError:
         return None
 
@@ -73,7 +75,7 @@ def _evaluate(
     bias: Tensor | None,
     residual: Tensor | None,
     act: Activation,
-    _found: list[Tensor] | None,
+    out: Tensor | None,
 ) -> Tensor | None:
     buffers = layer._buffers
     mean, var = buffers.get("running_mean"), buffers.get("running_var")
@@ -86,7 +88,9 @@ def _evaluate(
         backend = select(x, weight, bias, residual, axis)
         if not (backend.commits and _fits(x, axis, weight, bias, residual, mean, var)):
             return None
-    y: Tensor = backend.evaluate(x, mean, var, weight, bias, residual, act, layer.eps, axis)
+        out = None
+    call = (x, mean, var, weight, bias, residual, act, layer.eps, axis)
+    y: Tensor = backend.evaluate(*call) if out is None else backend.evaluate(*call, out)
     return y
 
 

@@ -104,12 +104,13 @@ def evaluate(
     act: Activation,
     eps: float,
     axis: int,
+    out: Maybe = None,
 ) -> Tensor:
-    """Normalize by stored statistics, finished in the same call."""
+    """Normalize by stored statistics, finished in the same call; to ``out`` if that may be."""
     rest = (CODES[act.name], act.slope, eps, _threads())
-    y: Tensor = _native.evaluate(x, residual, weight, bias, mean, var, axis, *rest)
+    y: Tensor = _native.evaluate(x, residual, weight, bias, mean, var, axis, out, *rest)
     if y is None:
-        y = _again(_native.evaluate, x, (residual,), (weight, bias, mean, var), axis, *rest)
+        y = _again(_native.evaluate, x, (residual,), (weight, bias, mean, var), axis, None, *rest)
     return y
 
 
