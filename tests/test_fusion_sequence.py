@@ -87,6 +87,40 @@ def test_a_small_pair_is_one_operation():
     assert "fused with relu" in str(bn.edits(model))
 
 
+def test_where_every_layer_stands_in_a_sequence_no_pass_has_to_be_watched():
+    model, _ = small()
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+    fresh = bn.convert(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU()))
+    assert "ReluBackward0" not in calls(fresh, torch.randn(5, 6))
+    assert "in training fused with relu" in str(bn.edits(fresh))
+
+
+@pytest.mark.parametrize("after", [nn.Identity(), nn.Dropout(), nn.Linear(8, 8), None], ids=str)
+def test_where_one_does_not_passes_are_watched(after):
+    parts = [nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.BatchNorm1d(8)]
+    model = bn.convert(nn.Sequential(*parts, *([after] if after else [])))
+    assert len(model._forward_hooks) == 1
+    model(torch.randn(5, 6))
+    assert "not fused" in str(bn.edits(model))
+
+
+def test_a_layer_that_is_also_called_elsewhere_stays_right():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seq = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU())
+
+        def forward(self, x):
+            return self.seq(x) + self.seq[1](x).sigmoid()
+
+    torch.manual_seed(1)
+    original = Twice()
+    model = bn.convert(copy.deepcopy(original))
+    for _ in range(3):
+        check(model, original, torch.randn(5, 6))
+
+
 def test_the_description_and_the_keys_stay_and_revert_gives_the_class_back():
     model, original = small()
     assert type(model) is Sequential

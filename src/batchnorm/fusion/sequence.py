@@ -20,7 +20,7 @@ from batchnorm.fusion.plan import Plan
 from batchnorm.fusion.watch import CALLS, Watch
 from batchnorm.nn import hot
 from batchnorm.nn.base import Layer
-from batchnorm.ops.activations import of_module
+from batchnorm.ops.activations import IDENTITY, of_module
 
 # With one of these of its own, a subclass of torch's does more than call its parts in turn, or is
 # made in a way of its own.
@@ -32,6 +32,7 @@ _OWN = (
 
 # Modules whose result is a tensor of its own.
 _MAKING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NOTHING = (None, IDENTITY)
 # References to a tensor that only one variable holds, while they are counted.
 _OURS = 2
 
@@ -90,6 +91,19 @@ def adopt(model: nn.Module) -> None:
             module.__class__ = _adopted(cls)
 
 
+def is_enough(model: nn.Module) -> bool:
+    """Return whether every layer stands before an activation in a sequence, in a converted model.
+
+    Then nothing has to be learned of a forward pass, and nothing put off.
+    """
+    return all(
+        isinstance(parent, Sequential) and after is not None and of_module(after) not in _NOTHING
+        for parent in model.modules()
+        for module, after in pairwise([*parent._modules.values(), None])
+        if module is not None and _is_learning(module)
+    ) and not _is_learning(model)
+
+
 def release(model: nn.Module) -> None:
     """Undo ``adopt``."""
     for module in model.modules():
@@ -140,12 +154,16 @@ def _together(layer: Any, after: nn.Module, x: Tensor, fresh: bool) -> Tensor | 
     """
     if not _is_learning(layer):
         return None
-    plan = layer._fusion.plans.get(layer.training)
-    if type(plan) is not Plan or plan.act != of_module(after):
+    act, plans, key = of_module(after), layer._fusion.plans, layer.training
+    if act is None or act == IDENTITY or _is_touched(layer) or _is_touched(after):
         return None
-    if _is_touched(layer) or _is_touched(after):
+    plan = plans.get(key)
+    if plan is not None and (type(plan) is not Plan or plan.act != act):
         return None
-    return hot.forward(layer, x, None, plan.act, None, x if fresh else None)
+    y = hot.forward(layer, x, None, act, None, x if fresh else None)
+    if plan is None and y is not None:
+        plans[key] = Plan(act=act, crossed=(after,))
+    return y
 
 
 def _holds_learning(sequence: nn.Module) -> bool:

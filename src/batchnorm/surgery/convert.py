@@ -83,7 +83,9 @@ def convert(
         fuse: Whether an addition and an activation behind a layer are computed with it. This
             happens while the model runs, from the second forward pass on; its structure stays,
             but a ``torch.nn.Sequential``, or a subclass that adds no ``forward``, becomes a
-            subclass of what it was, with the same name.
+            subclass of what it was, with the same name. Inside of one, convolutions may pass on
+            channels-last images among themselves, whose last bits differ; sizes, strides and
+            what others see do not.
 
     Returns:
         The model.
@@ -110,8 +112,9 @@ def convert(
         )
     edits.record(model, _VERB, log)
     if any(isinstance(step.layer, Layer) and step.layer._fusion for step in steps):
-        session.install(model)
         sequence.adopt(model)
+        if not sequence.is_enough(model):
+            session.install(model)
     return model
 
 
