@@ -193,6 +193,8 @@ NB_MODULE(_native, m) {
         const auto u = pool::usage();
         return nb::make_tuple(u.idle, u.live, u.limit);
     }, "Bytes idle, bytes in live tensors, limit.");
+    m.def("pool_drop_older", &pool::drop_older, "Give back what is idle and was not handed out since pool_next_epoch.");
+    m.def("pool_next_epoch", &pool::next_epoch, "See pool_drop_older.");
     m.def("simd", [] { return std::string(simd_name()); }, "The instruction set in use.");
     m.def("use_simd", [](const std::string& name) { return use_simd(name.c_str()); }, "For tests: choose an instruction set; False where it is not available.");
     m.def("threading", [] { return std::string(threading()); }, "The thread runtime this was built with.");

@@ -59,11 +59,11 @@ bool spoiling = false;
 // What a tensor that was made here rests on.
 struct Owned : DLManaged {
     std::unique_ptr<int64_t[]> extents;  // sizes, then strides
-    int64_t capacity = 0;                // of recycled memory; 0 where it is not
+    int64_t capacity = 0, taken = 0;     // of recycled memory; 0 where it is not
 
     ~Owned() {
         if (capacity)
-            pool::release(tensor.data, capacity);
+            pool::release(tensor.data, capacity, taken);
         else
             ::operator delete(tensor.data, line);
     }
@@ -105,7 +105,7 @@ Made make(int rank, const int64_t* shape, const int64_t* strides, DType dtype, b
     made->tensor = {nullptr, device_cpu, 0, rank, dtype == DType::bfloat16 ? kind_bfloat : kind_float, uint8_t(8 * size_of(dtype)), 1,
                     made->extents.get(), made->extents.get() + rank, 0};
     // Of the very size that torch asks for, so that what one has freed serves the other.
-    void* data = elements < pooled_from || (brief && bytes <= heap_most) ? ::operator new(size_t(bytes), line) : pool::acquire(bytes, made->capacity);
+    void* data = elements < pooled_from || (brief && bytes <= heap_most) ? ::operator new(size_t(bytes), line) : pool::acquire(bytes, made->capacity, made->taken);
     made->tensor.data = data;
     if (spoiling) std::memset(data, 0xff, size_t(bytes));  // NaN in every dtype
     void* object = nullptr;

@@ -21,7 +21,8 @@ constexpr int64_t huge_page = int64_t(2) << 20;
 struct Idle {
     char* data;
     int64_t capacity;
-    bool offered;  // to the system, by MADV_FREE
+    int64_t taken;  // in which epoch it was last handed out
+    bool offered;   // to the system, by MADV_FREE
 };
 
 int64_t default_limit() {
@@ -37,6 +38,7 @@ struct Pool {
     std::vector<Idle> idle;  // oldest first
     int64_t idle_bytes = 0, offered_bytes = 0;
     std::atomic<int64_t> live{0};
+    std::atomic<int64_t> epoch{0};
     int64_t limit = default_limit();
 
     Idle take(size_t i) {
@@ -102,8 +104,9 @@ void trim(Pool& p) {
 }  // namespace
 
 // The lock is only tried: a child forked while it was held, or a thread that meets another, does without the pool.
-void* acquire(int64_t bytes, int64_t& capacity) {
+void* acquire(int64_t bytes, int64_t& capacity, int64_t& taken) {
     Pool& p = pool();
+    taken = p.epoch.load();
     if (bytes > INT64_MAX / 2) throw std::bad_alloc();
     capacity = (bytes + huge_page - 1) / huge_page * huge_page;
     if (p.mutex.try_lock()) {
@@ -123,7 +126,7 @@ void* acquire(int64_t bytes, int64_t& capacity) {
     return data;
 }
 
-void release(void* data, int64_t capacity) noexcept {
+void release(void* data, int64_t capacity, int64_t taken) noexcept {
     Pool& p = pool();
     p.live -= capacity;
     char* block = static_cast<char*>(data);
@@ -131,7 +134,7 @@ void release(void* data, int64_t capacity) noexcept {
     std::lock_guard<std::mutex> held(p.mutex, std::adopt_lock);
     if (capacity > p.limit) return unmap(block, capacity);
     try {
-        p.idle.push_back({block, capacity, false});
+        p.idle.push_back({block, capacity, taken, false});
     } catch (...) {
         return unmap(block, capacity);
     }
@@ -144,6 +147,18 @@ void set_limit(int64_t bytes) {
     std::lock_guard<std::mutex> held(p.mutex);
     p.limit = bytes;
     trim(p);
+}
+
+void next_epoch() { ++pool().epoch; }
+
+void drop_older() {
+    Pool& p = pool();
+    std::lock_guard<std::mutex> held(p.mutex);
+    for (size_t i = p.idle.size(); i-- > 0;) {
+        if (p.idle[i].taken >= p.epoch.load()) continue;
+        const Idle old = p.take(i);
+        unmap(old.data, old.capacity);
+    }
 }
 
 Usage usage() {

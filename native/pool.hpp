@@ -14,9 +14,13 @@ struct Usage {
     int64_t idle, live, limit;  // bytes
 };
 
-void* acquire(int64_t bytes, int64_t& capacity);  // page-aligned; throws std::bad_alloc
-void release(void* data, int64_t capacity) noexcept;
+void* acquire(int64_t bytes, int64_t& capacity, int64_t& taken);  // page-aligned; throws std::bad_alloc
+void release(void* data, int64_t capacity, int64_t taken) noexcept;
 void set_limit(int64_t bytes);  // of idle memory; 0 gives everything back and keeps nothing
 Usage usage();
+
+// Where memory is dearer than time: gives back what is idle and was not handed out in this epoch.
+void drop_older();
+void next_epoch();
 
 }  // namespace batchnorm::pool

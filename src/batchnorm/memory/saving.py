@@ -17,6 +17,7 @@ from batchnorm.ops import backend
 from batchnorm.ops.onlookers import is_calm
 
 _here = threading.local()
+_cpu: Any = backend.BACKENDS.get("cpu")
 
 REUSED = """\
 expected a fresh block, this one has been entered before; write bn.save_memory() in each with \
@@ -95,6 +96,8 @@ class SaveMemory:
             self._hooks = saved_tensors_hooks(self._pack, self._unpack)
             self._hooks.__enter__()
             backend.wrap_with(_record)
+            if _cpu is not None:
+                _cpu.drop_older()  # what the last backward pass had no use for
             _here.depth = getattr(_here, "depth", 0) + 1
         return self.saved
 
@@ -103,6 +106,8 @@ class SaveMemory:
             self._hooks.__exit__(*error)
             self._hooks = None
             _here.depth -= 1
+            if _cpu is not None:
+                _cpu.next_epoch()
 
     def is_innermost(self) -> bool:
         """Whether leaving the block now takes its own hooks away, and nobody else's."""
