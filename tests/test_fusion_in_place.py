@@ -102,6 +102,21 @@ def test_what_may_be_somebody_elses_is_left_alone(first):
     assert all(map(torch.equal, weights.values(), model[0].state_dict().values()))
 
 
+@pytest.mark.parametrize("way", ["hook", "forward"])
+def test_what_a_layer_is_made_to_return_is_left_alone(way):
+    model, original = pair(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU())
+    held = torch.randn(7, 8)
+    if way == "hook":
+        model[0].register_forward_hook(lambda *_: held[:5])
+    else:
+        model[0].forward = lambda _: held[:5]
+    before = held.clone()
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(model(torch.randn(5, 6)), original[1:](before[:5]))
+    assert torch.equal(held, before)
+
+
 def test_a_gradient_keeps_the_input():
     model, original = pair(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU())
     x = torch.randn(5, 6)

@@ -29,8 +29,6 @@ _OWN = (
     "__new__", "__init_subclass__", "__reduce__", "__reduce_ex__", "__getstate__",
 )  # fmt: skip
 
-
-# Modules whose result is a tensor of its own.
 _MAKING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NOTHING = (None, IDENTITY)
 # References to a tensor that only one variable holds, while they are counted.
@@ -66,7 +64,7 @@ class Sequential(nn.Sequential):
             else:
                 y = None
                 if together and after is not None:
-                    fresh = type(before) in _MAKING and sys.getrefcount(x) == _OURS
+                    fresh = sys.getrefcount(x) == _OURS and _makes(before)
                     y = _together(module, after, x, fresh)
                 x, done = (module(x), None) if y is None else (y, after)
             before = module
@@ -141,6 +139,11 @@ def _is_seen() -> bool:
 
 def _is_walked(module: nn.Module) -> bool:
     return isinstance(module, Sequential) or type(module) is nn.Sequential
+
+
+def _makes(module: Any) -> bool:
+    """Return whether a module's result is a tensor of its own."""
+    return type(module) in _MAKING and not _is_touched(module)
 
 
 def _together(layer: Any, after: nn.Module, x: Tensor, fresh: bool) -> Tensor | None:
