@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from batchnorm.fusion.sequence import Sequential
-from third_party import torchvision
+from third_party import timm, torchvision
 from twins import randomize
 
 ACTIVATIONS = [
@@ -103,6 +103,14 @@ def test_where_one_does_not_passes_are_watched(after):
     assert len(model._forward_hooks) == 1
     model(torch.randn(5, 6))
     assert "not fused" in str(bn.edits(model))
+
+
+def test_a_layer_with_a_forward_of_its_own_is_watched():
+    layer = timm().layers.BatchNormAct2d(4)
+    model = bn.convert(nn.Sequential(nn.Conv2d(3, 4, 1), layer, nn.Identity()))
+    assert len(model._forward_hooks) == 1
+    model(torch.randn(2, 3, 5, 5))
+    assert "in training fused with relu" in str(bn.edits(model))
 
 
 def test_a_layer_that_is_also_called_elsewhere_stays_right():

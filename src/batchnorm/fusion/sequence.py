@@ -94,12 +94,17 @@ def is_enough(model: nn.Module) -> bool:
 
     Then nothing has to be learned of a forward pass, and nothing put off.
     """
+    if "_fusion" in model.__dict__:
+        return False
     return all(
-        isinstance(parent, Sequential) and after is not None and of_module(after) not in _NOTHING
+        isinstance(parent, Sequential)
+        and _is_learning(module)
+        and after is not None
+        and of_module(after) not in _NOTHING
         for parent in model.modules()
         for module, after in pairwise([*parent._modules.values(), None])
-        if module is not None and _is_learning(module)
-    ) and not _is_learning(model)
+        if module is not None and "_fusion" in module.__dict__
+    )
 
 
 def release(model: nn.Module) -> None:
