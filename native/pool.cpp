@@ -153,7 +153,8 @@ void next_epoch() { ++pool().epoch; }
 
 void drop_older() {
     Pool& p = pool();
-    std::lock_guard<std::mutex> held(p.mutex);
+    if (!p.mutex.try_lock()) return;
+    std::lock_guard<std::mutex> held(p.mutex, std::adopt_lock);
     for (size_t i = p.idle.size(); i-- > 0;) {
         if (p.idle[i].taken >= p.epoch.load()) continue;
         const Idle old = p.take(i);

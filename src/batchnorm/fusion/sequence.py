@@ -163,7 +163,7 @@ def _together(layer: Any, after: nn.Module, x: Tensor, fresh: bool) -> Tensor | 
     if not _is_learning(layer):
         return None
     act, plans, key = of_module(after), layer._fusion.plans, layer.training
-    if act is None or act == IDENTITY or _is_touched(layer) or _is_touched(after):
+    if act in _NOTHING or _is_touched(layer) or _is_touched(after):
         return None
     plan = plans.get(key)
     if plan is not None and (type(plan) is not Plan or plan.act != act):
