@@ -118,14 +118,10 @@ def one_step(
     size = 2 * max(1.0, float(weight.abs().max()), float(bias.abs().max()))
     allowed = oracle.tolerance(dtype, count, 1, 2 * size)
     shares = [worst(y, exact[0], allowed)]
-    kept = y if adds and act.from_output else None
-    given = (None if kept is not None else residual, kept, act, 1, adds)
-    found = cuda.backward(dy, x, stats, weight, bias, *given)
+    found = cuda.backward(dy, x, stats, oracle.beside(act, residual, y), act, 1, adds)
     # The kinks' side is told by the y that was kept, as in any framework.
-    given = (none_or_double(given[0]), none_or_double(kept), act, 1, adds)
-    if act.from_output and not adds:
-        given = (None, y.double(), act, 1, adds)
-    expected = reference.backward(dy.double(), x.double(), exact[1], weight, bias, *given)
+    told = y.double() if act.from_output else none_or_double(residual)
+    expected = reference.backward(dy.double(), x.double(), exact[1], told, act, 1, adds)
     narrow = oracle.ROUNDING[str(dtype).removeprefix("torch.")][0]
     rough = allowed._replace(atol=allowed.atol + (narrow if narrow > 2.0**-24 else 0) * 4 * size)
     shares += [worst(found[0], expected[0], rough)]
@@ -150,12 +146,12 @@ def bits(options: Options) -> Iterator[dict[str, Any]]:
 
         def step(x: Tensor = x, dy: Tensor = dy, r: Tensor = r, weight: Tensor = weight) -> Any:
             y, stats = cuda.forward(x, weight, weight, r, Activation("relu"), 1e-5, 1)
-            given = (weight, weight, None, y, Activation("relu"), 1, True)
+            given = (y, Activation("relu"), 1, True)
             return y, stats, *cuda.backward(dy, x, stats, *given)
 
         first, same = step(), True
         stats = first[1]
-        again = (x, stats[0], stats[2:], weight, weight, r, Activation("relu"), 1)
+        again = (x, stats[0], stats[2:4], weight, weight, r, Activation("relu"), 1)
         same &= torch.equal(first[0], cuda.normalize(*again))
         for _ in range(2 if options.tiny else 20):
             same &= all(torch.equal(a, b) for a, b in zip(first, step(), strict=True))
@@ -214,7 +210,7 @@ def large(options: Options) -> Iterator[dict[str, Any]]:
         y, stats = cuda.forward(x, None, None, None, Activation("relu"), 1e-5, 1)
         mean = x[-1:].double().sum([0, *range(2, x.ndim)]) / (x.numel() // shape[1])
         exact = reference.normalize(
-            x[-1:], stats[0], stats[2:], None, None, None, Activation("relu"), 1
+            x[-1:], stats[0], stats[2:4], None, None, None, Activation("relu"), 1
         )
         yield {
             "elements": x.numel(), "channels-last": last,

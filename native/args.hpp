@@ -32,11 +32,15 @@ struct Args {
     void* dx = nullptr;
     void* dresidual = nullptr;
     Param weight, bias;
-    // One value per channel in the compute dtype: double for float64 data, float for the rest.
+    // One value per channel in the compute dtype: double for float64 data, float for the rest. The moments kernel writes
+    // mean and m2 as doubles; forward writes all but m2: the variance is finite in float where m2 = count * variance is not.
     void* mean = nullptr;
-    void* m2 = nullptr;
+    double* m2 = nullptr;
+    void* var = nullptr;
     void* rstd = nullptr;  // null, to normalize: taken from running_mean, running_var and eps, and mean with it
     void* rest = nullptr;  // what rounding took from rstd; null stands for zeros
+    void* kept_weight = nullptr;  // copies of weight and bias as forward used them, which backward reads
+    void* kept_bias = nullptr;
     void* sum_dz = nullptr;
     void* sum_dz_xhat = nullptr;
     Param running_mean, running_var;

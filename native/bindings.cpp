@@ -20,11 +20,11 @@ namespace {
 
 using Handle = nb::handle;
 
-// mean and m2, into the vectors that are given.
+// mean and m2 in float64, into the vectors that are given.
 bool moments(Handle x, int axis, Handle mean, Handle m2, int threads) {
     Call call(x, axis, threads);
-    call.args.mean = call.rows(mean, "mean", 1);
-    call.args.m2 = call.rows(m2, "m2", 1);
+    call.args.mean = call.doubles(mean, "mean");
+    call.args.m2 = call.doubles(m2, "m2");
     if (call.in_order) call.run(kernels(call.x.dtype).moments);
     return call.in_order;
 }
@@ -73,11 +73,8 @@ nb::object forward(Handle x, Handle residual, Handle weight, Handle bias, int ax
     call.args.momentum = momentum;
     if (!call.in_order) return nb::none();
     nb::object y = call.output(nb::none());
-    const Made stats = empty(4, call.args.channels, call.wide());
-    call.args.mean = stats.data;
-    call.args.m2 = call.row(stats.data, 1);
-    call.args.rstd = call.row(stats.data, 2);
-    call.args.rest = call.row(stats.data, 3);
+    const Made stats = empty(stats_rows, call.args.channels, call.wide());
+    call.stats(stats.data);
     call.run(kernels(call.x.dtype).forward);
     // After the kernel, so that a failed call leaves no trace; an empty batch is no step.
     if (count && call.x.elements() > 0) ++*count;
@@ -96,11 +93,11 @@ struct Sums {
     }
 };
 
-void cotangent(Call& call, Handle dy, Handle residual, Handle y, Handle weight, Handle bias, int activation, double slope) {
+void cotangent(Call& call, Handle dy, Handle residual, Handle y, Handle stats, int activation, double slope) {
     call.args.dy = call.like(dy, "dy");
     call.args.residual = call.like(residual, "residual");
     call.args.y_saved = call.like(y, "y");
-    call.affine(weight, bias);
+    call.kept(stats);
     call.activation(activation, slope);
 }
 
@@ -122,24 +119,19 @@ nb::object gradients(Call& call, Handle dy, bool want_residual, nb::object& dres
     return dx.object;
 }
 
-nb::object backward_sums(Handle x, Handle dy, Handle residual, Handle y, Handle weight, Handle bias, Handle mean, Handle rstd, int axis,
-                         int activation, double slope, int threads) {
+nb::object backward_sums(Handle x, Handle dy, Handle residual, Handle y, Handle stats, int axis, int activation, double slope, int threads) {
     Call call(x, axis, threads);
-    cotangent(call, dy, residual, y, weight, bias, activation, slope);
-    call.args.mean = call.rows(mean, "mean", 1);
-    call.reciprocal_std(rstd);
+    cotangent(call, dy, residual, y, stats, activation, slope);
     if (!call.in_order) return nb::none();
     const Sums sums(call);
     call.run(kernels(call.x.dtype).backward_sums);
     return nb::make_tuple(sums.dz, sums.dz_xhat);
 }
 
-nb::object backward_input(Handle x, Handle dy, Handle residual, Handle y, Handle weight, Handle bias, Handle mean, Handle rstd, Handle sum_dz,
-                          Handle sum_dz_xhat, int axis, int activation, double slope, double count, bool want_residual, int threads) {
+nb::object backward_input(Handle x, Handle dy, Handle residual, Handle y, Handle stats, Handle sum_dz, Handle sum_dz_xhat, int axis, int activation,
+                          double slope, double count, bool want_residual, int threads) {
     Call call(x, axis, threads);
-    cotangent(call, dy, residual, y, weight, bias, activation, slope);
-    call.args.mean = call.rows(mean, "mean", 1);
-    call.reciprocal_std(rstd);
+    cotangent(call, dy, residual, y, stats, activation, slope);
     call.args.sum_dz = call.rows(sum_dz, "sum_dz", 1);
     call.args.sum_dz_xhat = call.rows(sum_dz_xhat, "sum_dz_xhat", 1);
     call.args.count = count;
@@ -149,14 +141,10 @@ nb::object backward_input(Handle x, Handle dy, Handle residual, Handle y, Handle
     return nb::make_tuple(dx, dresidual);
 }
 
-nb::object backward(Handle x, Handle dy, Handle residual, Handle y, Handle weight, Handle bias, Handle stats, int axis, int activation,
-                    double slope, bool want_residual, int threads) {
+nb::object backward(Handle x, Handle dy, Handle residual, Handle y, Handle stats, int axis, int activation, double slope, bool want_residual, int threads) {
     Call call(x, axis, threads);
-    cotangent(call, dy, residual, y, weight, bias, activation, slope);
-    call.args.mean = call.rows(stats, "stats", 4);
+    cotangent(call, dy, residual, y, stats, activation, slope);
     if (!call.in_order) return nb::none();
-    call.args.rstd = call.row(call.args.mean, 2);
-    call.args.rest = call.row(call.args.mean, 3);
     nb::object dresidual, dx = gradients(call, dy, want_residual, dresidual);
     const Sums sums(call);
     call.run(kernels(call.x.dtype).backward);

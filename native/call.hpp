@@ -13,6 +13,8 @@ namespace batchnorm {
 
 // What a kernel cannot take as it lies in memory clears `in_order`: the caller answers None, and Python comes again with
 // copies. What would be read or written wrongly raises.
+constexpr int64_t stats_rows = 6;
+
 struct Call {
     Args args;
     Tensor x;
@@ -46,12 +48,10 @@ struct Call {
 
     // Rows of one value per channel in the dtype of the arithmetic; a single row has one axis.
     void* rows(nanobind::handle object, const char* name, int64_t count) {
-        Tensor t;
-        if (!in_order) return nullptr;
-        in_order = read(object, t) && t.dtype == wide() && t.rank == (count > 1 ? 2 : 1) && t.contiguous() && t.shape[t.rank - 1] == args.channels &&
-                   (count == 1 || t.shape[0] == count);
-        return in_order ? checked(t, name) : nullptr;
+        return rows_of(wide(), object, name, count);
     }
+
+    double* doubles(nanobind::handle object, const char* name) { return static_cast<double*>(rows_of(DType::float64, object, name, 1)); }
 
     void* row(void* start, int index) const { return static_cast<char*>(start) + index * args.channels * size_of(wide()); }
 
@@ -61,6 +61,22 @@ struct Call {
         const bool both = in_order && read(object, t) && t.rank == 2;
         args.rstd = rows(object, "rstd", both ? 2 : 1);
         if (both && in_order) args.rest = row(args.rstd, 1);
+    }
+
+    // The rows of stats: mean, var, rstd, its rest, and the weight and bias that forward used.
+    void stats(void* start) {
+        args.mean = start;
+        args.var = row(start, 1);
+        args.rstd = row(start, 2);
+        args.rest = row(start, 3);
+        args.kept_weight = row(start, 4);
+        args.kept_bias = row(start, 5);
+    }
+
+    void kept(nanobind::handle object) {
+        stats(rows(object, "stats", stats_rows));
+        args.weight = {args.kept_weight, wide()};
+        args.bias = {args.kept_bias, wide()};
     }
 
     void affine(nanobind::handle weight, nanobind::handle bias) {
@@ -102,6 +118,14 @@ struct Call {
     }
 
   private:
+    void* rows_of(DType dtype, nanobind::handle object, const char* name, int64_t count) {
+        Tensor t;
+        if (!in_order) return nullptr;
+        in_order = read(object, t) && t.dtype == dtype && t.rank == (count > 1 ? 2 : 1) && t.contiguous() && t.shape[t.rank - 1] == args.channels &&
+                   (count == 1 || t.shape[0] == count);
+        return in_order ? checked(t, name) : nullptr;
+    }
+
     [[noreturn]] static void reject(const std::string& message) { throw nanobind::value_error(message.c_str()); }
 
     bool extents(int axis) {

@@ -46,6 +46,16 @@ inline void put_numbers(E* p, int64_t c, int n, D v) {
     for (int i = 0; i < n; ++i) p[c + i] = E(v[i]);
 }
 
+// A parameter in the arithmetic's dtype, so that backward, which reads a copy in that dtype, computes with the same number.
+template <class A>
+inline D parameter(const Param& p, int64_t c, int n, double absent) {
+    const D v = numbers(p, c, n, absent);
+    if (sizeof(A) == 8 || !p.data || p.dtype != DType::float64) return v;
+    A rounded[together];
+    store_narrow(rounded, v);
+    return load_wide(rounded);
+}
+
 // What rounding to A takes from v.
 template <class A>
 inline D rounding_of(D v) {
@@ -63,16 +73,21 @@ inline void step_running(const Param& p, int64_t c, int n, double momentum, D va
     else put_numbers(static_cast<float*>(p.data), c, n, moved);
 }
 
-// Where a deviation was infinite or NaN the merge has lost the mean: the plain sum tells what torch would say.
+// The moments of one channel in double and in two passes, where the fast ones are infinite or NaN: because the input is, or
+// because the square of a deviation overflowed in float. Of an input that is not finite the mean is what its sum says.
 template <class T>
-inline void plain_mean(const Args& a, int64_t c, double& mean, double& m2) {
-    const T* x = static_cast<const T*>(a.x);
-    double sum = 0;
-    for (int64_t o = 0; o < a.outer && sum == sum; ++o)
-        for (int64_t i = 0; i < a.inner; ++i) sum += scalar(x[(o * a.channels + c) * a.inner + i]);
-    mean = sum / (double(a.outer) * double(a.inner));
-    m2 = NAN;
+inline void plain_moments(const Args& a, int64_t c, double& mean, double& m2) {
+    const auto total = [&](auto&& term) {
+        double sum = 0;
+        for (int64_t o = 0; o < a.outer && sum == sum; ++o)
+            for (int64_t i = 0; i < a.inner; ++i) sum += term(scalar(static_cast<const T*>(a.x)[(o * a.channels + c) * a.inner + i]));
+        return sum;
+    };
+    mean = total([](double v) { return v; }) / (double(a.outer) * double(a.inner));
+    m2 = total([&](double v) { return (v - mean) * (v - mean); });
 }
+
+inline bool is_finite(double v) { return std::fabs(v) <= 1.7976931348623157e308; }
 
 inline D reciprocal_std(D variance, double eps) { return 1.0 / sqrt(variance + eps); }
 
@@ -83,14 +98,20 @@ void finish_moments(const Args& a, int64_t first, int64_t last, double* mean, do
     const double count = double(a.outer) * double(a.inner);
     for_channels(first, last, [&](int64_t c, int n) {
         for (int i = 0; i < n; ++i)
-            if (!(std::fabs(mean[c + i]) <= 1.7976931348623157e308)) plain_mean<T>(a, c + i, mean[c + i], m2[c + i]);
+            if (!is_finite(mean[c + i]) || !is_finite(m2[c + i])) plain_moments<T>(a, c + i, mean[c + i], m2[c + i]);
         const D m = numbers(mean, c, n), q = numbers(m2, c, n);
+        if (a.m2) {
+            put_numbers(static_cast<double*>(a.mean), c, n, m);
+            put_numbers(a.m2, c, n, q);
+            return;
+        }
+        const D var = count > 0 ? q / count : D{}, rstd = reciprocal_std(var, a.eps);
         put_numbers(static_cast<A*>(a.mean), c, n, m);
-        put_numbers(static_cast<A*>(a.m2), c, n, q);
-        if (!a.rstd) return;
-        const D rstd = reciprocal_std(count > 0 ? q / count : D{}, a.eps);
+        put_numbers(static_cast<A*>(a.var), c, n, var);
         put_numbers(static_cast<A*>(a.rstd), c, n, rstd);
-        if (a.rest) put_numbers(static_cast<A*>(a.rest), c, n, rounding_of<A>(rstd));
+        put_numbers(static_cast<A*>(a.rest), c, n, rounding_of<A>(rstd));
+        put_numbers(static_cast<A*>(a.kept_weight), c, n, parameter<A>(a.weight, c, n, 1));
+        put_numbers(static_cast<A*>(a.kept_bias), c, n, parameter<A>(a.bias, c, n, 0));
         if (count > 0) {
             step_running(a.running_mean, c, n, a.momentum, m);
             step_running(a.running_var, c, n, a.momentum, q / (count - 1));
@@ -134,11 +155,11 @@ template <class A>
 void forward_coefs(const Args& a, int64_t first, int64_t last, const Coefs<A>& k) {
     for_channels(first, last, [&](int64_t c, int n) {
         const Normal<A> s(a, c, n);
-        const D scale = s.exact * numbers(a.weight, c, n, 1);
+        const D scale = s.exact * parameter<A>(a.weight, c, n, 1);
         put_numbers(k.pivot, c, n, s.pivot);
         if constexpr (sizeof(A) == 4) split(scale, k.scale, k.rest, c, n);
         else put_numbers(k.scale, c, n, scale);
-        put_numbers(k.shift, c, n, numbers(a.bias, c, n, 0) - (s.mean - s.pivot) * scale);
+        put_numbers(k.shift, c, n, parameter<A>(a.bias, c, n, 0) - (s.mean - s.pivot) * scale);
     });
 }
 
@@ -146,10 +167,10 @@ template <class A>
 void backward_coefs(const Args& a, int64_t first, int64_t last, double count, const Coefs<A>& k) {
     for_channels(first, last, [&](int64_t c, int n) {
         const Normal<A> s(a, c, n);
-        const D scale = s.rstd * numbers(a.weight, c, n, 1);
-        const D c1 = -scale * s.rstd * numbers(static_cast<const A*>(a.sum_dz_xhat), c, n) / count;
+        // Without the scale: rstd * rstd would leave the range of float where the variance is near its end.
+        const D c1 = -s.rstd * numbers(static_cast<const A*>(a.sum_dz_xhat), c, n) / count;
         put_numbers(k.c1, c, n, c1);
-        put_numbers(k.c0, c, n, -scale * numbers(static_cast<const A*>(a.sum_dz), c, n) / count - (s.mean - s.pivot) * c1);
+        put_numbers(k.c0, c, n, -numbers(static_cast<const A*>(a.sum_dz), c, n) / count - (s.mean - s.pivot) * c1);
     });
 }
 

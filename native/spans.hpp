@@ -32,7 +32,7 @@ constexpr int64_t block_elements = 128 * lanes<A>;  // summed in the compute dty
 // Arrays of one number per channel have room to the end of the widest vector, whatever their type.
 inline int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
 
-// Per channel: z = (x - pivot) * (scale + rest) + shift,  dx = scale * dz + (x - pivot) * c1 + c0.
+// Per channel: z = (x - pivot) * (scale + rest) + shift,  dx = (dz + (x - pivot) * c1 + c0) * scale.
 // Arrays are readable up to a whole number of vectors.
 template <class A>
 struct Coefs {
@@ -176,7 +176,7 @@ void input_block(const Block<T>& block, const Coefs<Real<T>>& k, Real<T> slope) 
         const auto deviation = get(b.x + at, left) - c.pivot;
         const auto dz = dz_at<Act, S>(b, c, deviation, at, left, slope);
         if (b.dz) put(b.dz + at, dz, left, b.stream);
-        put(b.out + at, fma(c.scale, dz, fma(c.c1, deviation, c.c0)), left, b.stream);
+        put(b.out + at, (dz + fma(c.c1, deviation, c.c0)) * c.scale, left, b.stream);
     });
 }
 

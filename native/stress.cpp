@@ -129,27 +129,31 @@ std::vector<Bytes> run(Inputs& in, Activation activation, bool residual, int thr
     const DType wide = in.dtype == DType::float64 ? DType::float64 : DType::float32;
     std::vector<Bytes> out;
     for (int i = 0; i < 3; ++i) out.emplace_back(in.x.size());
-    for (int i = 0; i < 7; ++i) out.emplace_back(static_cast<size_t>(s.channels * size_of(wide)));
+    for (int i = 0; i < 10; ++i) out.emplace_back(static_cast<size_t>(s.channels * size_of(wide)));
+    for (int i = 0; i < 2; ++i) out.emplace_back(static_cast<size_t>(s.channels) * sizeof(double));
     int64_t counter = 0;
     Args a;
     a.outer = s.outer, a.channels = s.channels, a.inner = s.inner;
     a.x = in.x.data(), a.dy = in.dy.data(), a.residual = residual ? in.residual.data() : nullptr;
     a.y = out[0].data(), a.dx = out[1].data(), a.dresidual = residual ? out[2].data() : nullptr;
     a.weight = {in.weight.data(), DType::float32}, a.bias = {in.bias.data(), DType::bfloat16};
-    a.mean = out[3].data(), a.m2 = out[4].data(), a.rstd = out[5].data();
-    a.sum_dz = out[6].data(), a.sum_dz_xhat = out[7].data();
-    a.running_mean = {out[8].data(), wide}, a.running_var = {out[9].data(), wide};
+    a.mean = out[3].data(), a.var = out[4].data(), a.rstd = out[5].data(), a.rest = out[6].data();
+    a.kept_weight = out[7].data(), a.kept_bias = out[8].data();
+    a.sum_dz = out[9].data(), a.sum_dz_xhat = out[10].data();
+    a.running_mean = {out[11].data(), wide}, a.running_var = {out[12].data(), wide};
     a.counter = &counter;
     a.momentum = 0.1, a.eps = 1e-5, a.slope = 0.1, a.count = double(s.outer * s.inner);
     a.activation = activation, a.threads = threads;
     const Kernels& k = kernels(in.dtype);
     k.forward(a);
     k.normalize(a);
+    a.weight = {a.kept_weight, wide}, a.bias = {a.kept_bias, wide};
     k.backward_sums(a);
     k.backward_input(a);
     k.backward(a);
+    a.mean = out[13].data(), a.m2 = reinterpret_cast<double*>(out[14].data());
     k.moments(a);
-    for (size_t i = 0; i < out.size(); ++i) unify_nan(out[i], i < 3 ? in.dtype : wide);
+    for (size_t i = 0; i < out.size(); ++i) unify_nan(out[i], i < 3 ? in.dtype : i < 13 ? wide : DType::float64);
     return out;
 }
 

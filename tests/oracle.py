@@ -131,6 +131,11 @@ def forward(
     return Pass(activate(act, z), z, xhat, rstd, mean, var, count)
 
 
+def beside(act, residual, y):
+    """What tells a backend's backward act'(z) besides x and stats."""
+    return None if residual is None else y if act.from_output else residual
+
+
 class Gradients(NamedTuple):
     """Of x, weight, bias and the residual."""
 

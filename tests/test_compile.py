@@ -10,8 +10,8 @@ from torch import nn
 from torch.library import opcheck
 
 import batchnorm as bn
-from batchnorm.ops import graphs, library
-from batchnorm.ops.activations import NAMES, Activation
+from batchnorm.ops import graphs
+from batchnorm.ops.activations import NAMES
 
 
 class Block(nn.Module):
@@ -73,7 +73,7 @@ def test_another_batch_size_is_no_other_meaning():
 
 def test_inductor_may_choose_the_layout():
     # Else it would copy every convolution's channels-last output for ours, and ours back.
-    for op in ("forward", "backward", "normalize"):
+    for op in ("forward", "backward"):
         assert torch.Tag.flexible_layout in getattr(torch.ops.batchnorm, op).default.tags
 
 
@@ -173,15 +173,8 @@ def test_the_operations_keep_what_they_tell_pytorch(activation, residual, last):
 
     x, dy, r = image(), image(), image() if residual else None
     weight, bias = torch.randn(3), torch.randn(3)
-    mean, rstd = torch.randn(3), torch.rand(2, 3) + 0.5
-    given = (x, mean, rstd, weight, bias, r, *activation, 1)
-    opcheck(library.moments, (x, 1))
-    opcheck(library.normalize, given)
-    y = library.normalize(*given)
-    back = (dy, *given[:5], *library.needed(Activation(*activation), r, y), *activation, 1)
-    opcheck(library.backward_sums, back)
-    opcheck(library.backward_input, (*back, *library.backward_sums(*back), 40.0, residual))
-    opcheck(graphs.backward, (dy, x, torch.stack([mean, mean, *rstd]), *back[4:], residual))
+    y, stats = graphs.forward(x, weight, bias, r, *activation, 1e-5, 1)
+    opcheck(graphs.backward, (dy, x, stats, y, *activation, 1, residual))
     wanting = [None if t is None else t.clone().requires_grad_() for t in (x, weight, bias, r)]
     opcheck(graphs.forward, (*wanting, *activation, 1e-5, 1))
 

@@ -145,7 +145,8 @@ def test_a_chain_keeps_half_and_a_residual_network_little_more():
         with bn.save_memory() as saved:
             y = model(x)
         assert saved.kept <= share * eager
-        assert saved.kept < saved.without <= eager
+        # Six numbers per channel, where torch keeps two.
+        assert saved.kept < saved.without <= 1.001 * eager
         assert "kept" in str(saved)
         y.backward(torch.ones_like(y))
 

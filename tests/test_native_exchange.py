@@ -11,18 +11,18 @@ from batchnorm.ops import cpu  # noqa: E402
 from batchnorm.ops.activations import IDENTITY, Activation  # noqa: E402
 
 
-def misaligned(*shape):
-    memory = torch.zeros(4 * math.prod(shape) + 1, dtype=torch.uint8)
-    return torch.frombuffer(memory.numpy(), dtype=torch.float32, offset=1).view(shape)
+def misaligned(*shape, dtype=torch.float32):
+    memory = torch.zeros(dtype.itemsize * math.prod(shape) + 1, dtype=torch.uint8)
+    return torch.frombuffer(memory.numpy(), dtype=dtype, offset=1).view(shape)
 
 
 def test_bad_calls_are_told_what_is_wrong():
-    x, vector = torch.zeros(4, 3), torch.zeros(3)
+    x, vector = torch.zeros(4, 3), torch.zeros(3, dtype=torch.float64)
     for bad, error, words in [
         ((None, 1, vector, vector, 1), TypeError, "torch.Tensor"),
         ((torch._efficientzerotensor((4, 3)), 1, vector, vector, 1), ValueError, "no memory"),
         ((misaligned(4, 3), 1, vector, vector, 1), ValueError, "x is not aligned"),
-        ((x, 1, misaligned(3), vector, 1), ValueError, "mean is not aligned"),
+        ((x, 1, misaligned(3, dtype=torch.float64), vector, 1), ValueError, "mean is not aligned"),
         ((x, 1, vector, vector, 0), ValueError, "threads"),
     ]:
         with pytest.raises(error, match=words):
@@ -30,6 +30,7 @@ def test_bad_calls_are_told_what_is_wrong():
     for elsewhere in (x.to("meta"), x.to_sparse(), x.int(), x.cfloat(), x[:, ::2]):
         assert _native.moments(elsewhere, 1, vector, vector, 1) is False
     overlapping = torch.zeros(15)
+    vector = vector.float()
     given = (None, None, None, vector, vector, 1)
     with pytest.raises(ValueError, match="overlap"):
         _native.normalize(

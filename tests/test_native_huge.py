@@ -50,9 +50,9 @@ def test_beyond_32_bits(shape, axis):
     torch.testing.assert_close(found[1].double(), m2, rtol=1e-6, atol=1e-3)
 
     rest = (None, None, None, activation("relu"), axis)
-    sums = cpu.backward_sums(
-        x, x, torch.zeros(channels), torch.ones(channels), *rest[:3], None, *rest[3:]
-    )
+    zero, one = torch.zeros(channels), torch.ones(channels)
+    stats = torch.stack([zero, one, one, zero, one, zero])
+    sums = cpu.backward_sums(x, x, stats, None, *rest[3:])
     positive = per_channel / 2 if axis == 0 or channels == 1 else per_channel * (constant > 0)
     assert float((sums[0].double() - positive).abs().max()) <= 4 * 64 + 1e-6 * per_channel
 

@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs TRITON_INTERPRET unset", allow_module_level=True)
 
 import ahead
+import oracle
 
 if ahead.missing():
     pytest.skip(ahead.missing(), allow_module_level=True)
@@ -47,11 +48,10 @@ def compiled(
     with ahead.launches(capability) as found:
         y, stats = cuda.forward(x, weight, bias, residual, act, 1e-5, 1, running)
         cuda.evaluate(x, running[0], running[1], weight, bias, residual, act, 1e-5, 1)
-        kept = (None, y) if adds and act.from_output else (residual, None)
-        given = (weight, bias, *kept, act, 1)
-        cuda.backward(y, x, stats, *given, adds)
-        sums = cuda.backward_sums(y, x, stats[0], stats[2], *given)
-        cuda.backward_input(y, x, stats[0], stats[2], *given, *sums, 64, adds)
+        given = (x, stats, oracle.beside(act, residual, y), act, 1)
+        cuda.backward(y, *given, adds)
+        sums = cuda.backward_sums(y, *given)
+        cuda.backward_input(y, *given, *sums, 64, adds)
     return found
 
 

@@ -70,15 +70,11 @@ def check(x, dy, residual, act, weight, axis):
     )
     judge(y, exact[0], 8)
     assert stats.dtype == wide
-    kept = y if residual is not None and act.from_output else None
-    given = (None if kept is not None else residual, kept, act, axis, residual is not None)
-    found = cuda.backward(dy, x, stats, weight, bias, *given)
-    given = (double(given[0]), double(kept), act, axis, residual is not None)
-    if act.from_output:  # the kinks' side is told by what was kept, or computed, of y
-        given = (None, y.double(), *given[2:])
-    expected = reference.backward(
-        dy.double(), x.double(), exact[1], weight.double(), bias.double(), *given
-    )
+    adds = residual is not None
+    found = cuda.backward(dy, x, stats, oracle.beside(act, residual, y), act, axis, adds)
+    # the kinks' side is told by y as it was kept, or computed
+    told = y.double() if act.from_output else double(residual)
+    expected = reference.backward(dy.double(), x.double(), exact[1], told, act, axis, adds)
     narrow = oracle.ROUNDING[str(x.dtype).removeprefix("torch.")][0]
     rough = allowed.atol * 40 * size + (narrow if x.dtype.itemsize == 2 else 0) * 40 * size
     for got, want in zip(found, expected, strict=True):
@@ -118,7 +114,7 @@ def test_a_result_that_is_made_again_has_the_same_bits(tiles, shape):
         x = (torch.randn(shape) + mean).to(dtype)
         weight, bias, r = torch.randn(shape[1]), torch.randn(shape[1]), torch.randn(shape).to(dtype)
         y, stats = cuda.forward(x, weight, bias, r, Activation(act), 1e-5, 1)
-        again = cuda.normalize(x, stats[0], stats[2:], weight, bias, r, Activation(act), 1)
+        again = cuda.normalize(x, stats[0], stats[2:4], weight, bias, r, Activation(act), 1)
         assert torch.equal(y, again), (dtype, mean, act)
 
 
@@ -142,7 +138,7 @@ def test_several_samples_make_a_row_where_that_fills_the_lanes(shape, wraps, mon
 def test_one_number_expanded_to_a_gradient_is_as_good_as_many(tiles):
     x = torch.randn(4, 5, 6, 2).contiguous(memory_format=torch.channels_last)
     _, stats = cuda.forward(x, None, None, x, Activation("silu"), 1e-3, 1)
-    given = (x, stats, None, None, x, None, Activation("silu"), 1, True)
+    given = (x, stats, x, Activation("silu"), 1, True)
     dy = torch.ones(())
     one, other = (cuda.backward(g, *given) for g in (dy.expand(x.shape), torch.ones(x.shape)))
     assert all(torch.equal(a, b) for a, b in zip(one, other))

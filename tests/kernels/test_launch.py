@@ -15,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs TRITON_INTERPRET unset", allow_module_level=True)
 
 import ahead
+import oracle
 
 if ahead.missing():
     pytest.skip(ahead.missing(), allow_module_level=True)
@@ -37,12 +38,11 @@ def step(x, act="relu", adds=True, momentum=0.1):
     running = mean, var, torch.empty((), dtype=torch.int64), momentum
     act, r = Activation(act), x if adds else None
     y, stats = cuda.forward(x, weight, bias, r, act, 1e-5, 1, running)
-    kept = (None, y) if adds and act.from_output else (r, None)
-    given = (weight, bias, *kept, act, 1)
-    cuda.backward(y, x, stats, *given, adds)
+    given = (x, stats, oracle.beside(act, r, y), act, 1)
+    cuda.backward(y, *given, adds)
     cuda.evaluate(x, mean, var, weight, bias, r, act, 1e-5, 1)
-    sums = cuda.backward_sums(y, x, stats[0], stats[2:], *given)
-    cuda.backward_input(y, x, stats[0], stats[2:], *given, *sums, x.numel() / channels, adds)
+    sums = cuda.backward_sums(y, *given)
+    cuda.backward_input(y, *given, *sums, x.numel() / channels, adds)
 
 
 @pytest.mark.parametrize("last", [False, True])

@@ -286,11 +286,11 @@ def test_values_and_slopes_where_activations_bend_and_at_nan_are_torch_s(act):
     act = Activation(act, 0.3)
     z = torch.tensor([-4.0, -3, -1e-4, -0.0, 0, 1e-4, 1, 3, 4, 6, 7, 90, -90, torch.nan])
     z = z[:, None].repeat(1, 2)
-    stats = torch.tensor([[0.0, 0], [1, 1], [1, 1]])
+    stats = torch.tensor([[0.0, 0], [1, 1], [1, 1], [0, 0], [1, 1], [0, 0]])
     y = cuda.normalize(z, stats[0], stats[2], None, None, None, act, 1)
     torch.testing.assert_close(y, act(z), equal_nan=True, rtol=1e-6, atol=6e-7)
     zero = torch.zeros(2)
-    given = (torch.ones_like(z), z, stats[0], stats[2], *(None,) * 4, act, 1, zero, zero, 1, False)
+    given = (torch.ones_like(z), z, stats, None, act, 1, zero, zero, 1, False)
     dx, expected = cuda.backward_input(*given)[0], reference.backward_input(*given)[0]
     torch.testing.assert_close(dx, expected, equal_nan=True, rtol=2e-6, atol=2e-6)
 

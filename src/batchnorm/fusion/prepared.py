@@ -7,7 +7,7 @@ from torch import Tensor
 
 from batchnorm import functional, layout
 from batchnorm.fusion.traces import can_be_snapshot, snapshot
-from batchnorm.moments import Moments, wide
+from batchnorm.moments import Moments
 from batchnorm.nn import hot, tracking
 from batchnorm.nn.base import BATCH
 from batchnorm.ops import eager, reference, routes
@@ -23,7 +23,7 @@ class Prepared(NamedTuple):
 
     Attributes:
         call: Input, parameters and stored statistics as they were at the call.
-        batch: The input's own stats (4, C), see ``ops.reference``; None where the stored
+        batch: The input's own stats (6, C), see ``ops.reference``; None where the stored
             statistics count, which are constants.
         versions: Of what ``call`` holds.
     """
@@ -64,7 +64,7 @@ class Prepared(NamedTuple):
         y: Tensor
         if self.batch is None:
             affine = (call.weight, call.bias, residual, act, call.axis)
-            y = eager.apply_given(call.x, *self._stored(), *affine, backend)
+            y = eager.apply_given(call.x, self._stored(), *affine, backend)
             return y
         known = Known(backend, self.batch)
         step = (act, call.eps, call.axis, known, None, None)
@@ -78,14 +78,13 @@ class Prepared(NamedTuple):
         if self.batch is None:
             y = backend.evaluate(c.x, c.mean, c.var, *affine, c.eps, c.axis)
         else:
-            y = backend.normalize(c.x, self.batch[0], self.batch[2:], *affine, c.axis)
+            y = backend.normalize(c.x, self.batch[0], self.batch[2:4], *affine, c.axis)
         return y
 
-    def _stored(self) -> tuple[Tensor, Tensor]:
-        call: Any = self.call
-        dtype = layout.compute_dtype(call.x)
-        rstd = reference.stored_rstd(call.var, call.eps)
-        return call.mean.detach().to(dtype, copy=True), reference.with_rest(rstd, dtype)
+    def _stored(self) -> Tensor:
+        c: Any = self.call
+        rstd = reference.stored_rstd(c.var, c.eps)
+        return reference.known_stats(c.x, c.mean, c.var, rstd, c.weight, c.bias)
 
 
 class Known:
@@ -100,17 +99,18 @@ class Known:
     def forward(
         self,
         x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
+        _weight: Tensor | None,
+        _bias: Tensor | None,
         residual: Tensor | None,
         act: Activation,
         _eps: float,
         axis: int,
         _running: None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Normalize by what is known; return what a backend's ``forward`` does."""
-        mean, rstd = self.stats[0], self.stats[2:]
-        return self.backend.normalize(x, mean, rstd, weight, bias, residual, act, axis), self.stats
+        """Normalize by stats, whose copies of weight and bias are those of the layer's call."""
+        s = self.stats
+        given = (x, s[0], s[2:4], s[4], s[5], residual, act, axis)
+        return self.backend.normalize(*given), s
 
 
 class Wrapping:
@@ -206,8 +206,8 @@ def _take(layer: Any, call: Call) -> Tensor:
     mean, m2 = backend.moments(x.detach(), call.axis)
     if layer.training and layer.track_running_stats and call.mean is not None:
         tracking.step(layer, Moments(count, mean, m2))
-    rstd = reference.reciprocal_std(m2.to(wide(x.device)), count, call.eps)
-    return torch.cat([torch.stack([mean, m2]), reference.with_rest(rstd, m2.dtype)])
+    rstd = reference.reciprocal_std(m2, count, call.eps)
+    return reference.known_stats(x, mean, m2 / count, rstd, call.weight, call.bias)
 
 
 def why_whole(layer: Any) -> str:

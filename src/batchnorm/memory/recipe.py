@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm.ops import reference
 from batchnorm.ops.activations import Activation
 
 # Where a result carries its recipe: an attribute, so that it lives and moves with the tensor.
@@ -92,41 +93,40 @@ class Source:
 class Recipe(Source):
     """act(normalize(x) + residual), of inputs that are kept or have recipes themselves.
 
+    Weight and bias are those that forward used: its copies in stats, or copies made here.
+
     In residual networks recipes are chains: of every block, back to where the stage begins.
     """
 
-    __slots__ = ("affine", "axis", "backend", "residual", "stats", "x")
+    __slots__ = ("act", "axis", "backend", "residual", "stats", "x")
 
     def __init__(
         self,
         backend: Any,
         x: Tensor,
-        stats: tuple[Tensor, Tensor],
-        affine: tuple[Tensor | None, Tensor | None, Activation],
+        stats: Tensor,
+        act: Activation,
         residual: Tensor | None,
         axis: int,
     ) -> None:
         super().__init__(0)
-        weight, bias, act = affine
-        self.backend, self.stats, self.axis = backend, stats, axis
-        # Copies, of C numbers each: the optimizer may be faster than backward.
-        self.affine = _copy(weight), _copy(bias), act
+        self.backend, self.stats, self.act, self.axis = backend, stats, act, axis
         self.x = source(x)
         self.residual = None if residual is None else source(residual)
 
     def make(self) -> Tensor:
         """Normalize as forward did."""
-        weight, bias, act = self.affine
         residual = None if self.residual is None else self.residual.value()
-        x, (mean, rstd) = self.x.value(), self.stats
-        y: Tensor = self.backend.normalize(x, mean, rstd, weight, bias, residual, act, self.axis)
+        s = self.stats
+        given = (self.x.value(), s[0], s[2:4], s[4], s[5], residual, self.act, self.axis)
+        y: Tensor = self.backend.normalize(*given)
         return y
 
     def kept(self) -> list[Tensor]:
         """Return x and the residual as far as they are kept, and the small tensors."""
         parts = [self.x, *([] if self.residual is None else [self.residual])]
         tensors = [part.tensor for part in parts if isinstance(part, Kept)]
-        return [*tensors, *self.stats, *(t for t in self.affine[:2] if t is not None)]
+        return [*tensors, self.stats]
 
 
 class Rectified(Source):
@@ -206,9 +206,10 @@ class Recording:
         running: Any = None,
     ) -> tuple[Tensor, Tensor]:
         """Do what the backend does."""
-        given = (x, weight, bias, residual, act)
-        y, stats = self.backend.forward(*given, eps, axis, running)
-        self._record(y, (stats[0], stats[2:]), *given, axis)
+        y: Tensor
+        y, stats = self.backend.forward(x, weight, bias, residual, act, eps, axis, running)
+        if self._wants(y, x, weight, bias, residual):
+            give(y, Recipe(self.backend, x, stats, act, residual, axis))
         return y, stats
 
     def normalize(
@@ -224,27 +225,23 @@ class Recording:
     ) -> Tensor:
         """Do what the backend does."""
         y: Tensor = self.backend.normalize(x, mean, rstd, weight, bias, residual, act, axis)
-        self._record(y, (mean, rstd), x, weight, bias, residual, act, axis)
+        if self._wants(y, x, weight, bias, residual):
+            var = torch.zeros_like(mean)  # which nothing reads
+            stats = reference.known_stats(x, mean, var, reference.joined(rstd), weight, bias)
+            give(y, Recipe(self.backend, x, stats, act, residual, axis))
         return y
 
-    def _record(
+    def _wants(
         self,
         y: Tensor,
-        stats: tuple[Tensor, Tensor],
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        act: Activation,
-        axis: int,
-    ) -> None:
+    ) -> bool:
         # Without a gradient nothing keeps x, and a recipe would.
         wanted = any(t is not None and t.requires_grad for t in (x, weight, bias))
-        if not wanted or y.nbytes < SMALLEST_BYTES or y is residual:
-            return
-        recipe = Recipe(self.backend, x, stats, (weight, bias, act), residual, axis)
-        recipe.version = y._version
-        give(y, recipe)
+        return wanted and y.nbytes >= SMALLEST_BYTES and y is not residual
 
 
 def recipe_of(tensor: Tensor) -> Source | None:
@@ -263,6 +260,7 @@ def recipe_of(tensor: Tensor) -> Source | None:
 
 def give(tensor: Tensor, recipe: Source) -> None:
     """Give a tensor its recipe."""
+    recipe.version = tensor._version
     recipe.pointer = tensor.data_ptr()
     setattr(tensor, _PLACE, recipe)
 
@@ -276,10 +274,6 @@ def source(tensor: Tensor) -> Kept | Source:
 def _is_rectified(tensor: Tensor) -> bool:
     """Whether the one change since was a relu_: nothing else leaves this node and one version."""
     return tensor.grad_fn is not None and tensor.grad_fn.name() == "ReluBackward0"
-
-
-def _copy(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.detach().clone()
 
 
 def _version(tensor: Tensor) -> int:

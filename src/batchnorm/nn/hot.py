@@ -39,7 +39,7 @@ def forward(
         x: Its input.
         residual: What is added to it.
         act: An activation in the place of the layer's own.
-        found: In training receives stats (4, C), see ``ops.reference``.
+        found: In training receives stats (6, C), see ``ops.reference``.
         out: In evaluation may receive the result; x where nobody else has it.
     """
     # That nothing is being compiled is asked here too: behind a graph break this is traced alone.

@@ -58,7 +58,8 @@ def _train(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
     mean, var = layer.running_mean, layer.running_var
     if layer.track_running_stats and mean is not None:
         mean.copy_(average(mean, stats[0], alpha))
-        var.copy_(average(var, stats[1] / (x.numel() // x.size(1) - 1), alpha))
+        n = x.numel() // x.size(1)
+        var.copy_(average(var, stats[1] * (n / (n - 1)), alpha))
         if layer.num_batches_tracked is not None:
             layer.num_batches_tracked.add_(1)
     return y

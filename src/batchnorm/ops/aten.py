@@ -55,9 +55,9 @@ def serves(
 
 
 def moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Return mean and m2 per channel."""
+    """Return mean and m2 per channel, in float64."""
     mean, var = _statistics(x, None)
-    return mean, var * (x.numel() // x.shape[1])
+    return mean.double(), var.double() * (x.numel() // x.shape[1])
 
 
 def normalize(
@@ -105,14 +105,15 @@ def forward(
     axis: int,
     running: Running | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Normalize by the input's own statistics; return y and stats (4, C), of which the last is 0.
+    """Normalize by the input's own statistics; return y and stats (6, C), the rest of rstd being 0.
 
     With ``running`` the same call moves the running statistics and the counter.
     """
     mean, var = _statistics(x, running)
     rstd = torch.rsqrt(var + eps)
-    m2 = var * (x.numel() // x.shape[1])
-    stats = torch.stack([mean, m2, rstd, torch.zeros_like(mean)])
+    zero = torch.zeros_like(mean)
+    affine = [torch.ones_like(mean) if weight is None else weight, zero if bias is None else bias]
+    stats = torch.stack([mean, var, rstd, zero, *affine])
     return normalize(x, mean, rstd, weight, bias, residual, act, axis), stats
 
 
@@ -124,27 +125,21 @@ def backward(
     dy: Tensor,
     x: Tensor,
     stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor | None,
+    beside: Tensor | None,
     act: Activation,
     axis: int,
     want_residual: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Invert ``forward``; return dx, dresidual, sum(dz), sum(dz * xhat)."""
-    mean, rstd = stats[0], stats[2]
+    mean, rstd, weight, bias = stats[0], stats[2], stats[4], stats[5]
     dz = dy
     if act.name != "identity":
-        z = y
-        if y is None or not act.from_output:
-            z = normalize(x, mean, rstd, weight, bias, residual, IDENTITY, axis)
-        assert z is not None
+        z = beside
+        if z is None or not act.from_output:
+            z = normalize(x, mean, rstd, weight, bias, beside, IDENTITY, axis)
         dz = act.backward(dy, z)
-    # Torch takes the dtype of the sums from the weight, and does not ask whether there is one.
-    scale = torch.ones_like(mean) if weight is None else weight
     dx, sum_dz_xhat, sum_dz = torch.ops.aten.native_batch_norm_backward(
-        dz, x, scale, None, None, mean, rstd, True, 0.0, [True, True, True]
+        dz, x, weight, None, None, mean, rstd, True, 0.0, [True, True, True]
     )
     return dx, dz if want_residual else None, sum_dz, sum_dz_xhat
 

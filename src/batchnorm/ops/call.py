@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from batchnorm.ops.activations import IDENTITY, Activation
@@ -45,6 +46,6 @@ class Call(NamedTuple):
 
     @property
     def needs_grad(self) -> bool:
-        """Whether any tensor of the call requires a gradient."""
+        """Whether any tensor of the call requires a gradient, while gradients are recorded."""
         tensors = (self.x, self.weight, self.bias, self.residual)
-        return any(t is not None and t.requires_grad for t in tensors)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from batchnorm import _native
-from batchnorm.errors import OptionError, UnservedError
+from batchnorm.errors import UnservedError
 from batchnorm.ops.activations import NAMES, Activation
-from batchnorm.ops.strides import like_or_none, plan, vector, wide
+from batchnorm.ops.strides import like_or_none, plan, vector
 
 # running_mean, running_var, num_batches_tracked, momentum
 Running = tuple[Tensor, Tensor, Tensor | None, float]
@@ -56,14 +56,14 @@ def serves(x: Tensor, weight: Maybe, bias: Maybe, residual: Maybe, axis: int) ->
 
 
 def moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Return mean and m2 per channel."""
-    mean, m2 = (torch.empty(x.shape[axis], dtype=wide(x)) for _ in range(2))
+    """Return mean and m2 per channel, in float64."""
+    mean, m2 = (torch.empty(x.shape[axis], dtype=torch.float64) for _ in range(2))
     moments_into(x, axis, mean, m2)
     return mean, m2
 
 
 def moments_into(x: Tensor, axis: int, mean: Tensor, m2: Tensor) -> None:
-    """Write mean and m2 per channel to two vectors in the dtype of the arithmetic."""
+    """Write mean and m2 per channel to two float64 vectors."""
     if not _native.moments(x, axis, mean, m2, _threads()):
         x, *_ = plan(x, axis)
         if not _native.moments(x, axis, mean, m2, _threads()):
@@ -140,35 +140,21 @@ def forward(
 
 
 def backward_sums(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Maybe,
-    bias: Maybe,
-    residual: Maybe,
-    y: Maybe,
-    act: Activation,
-    axis: int,
+    dy: Tensor, x: Tensor, stats: Tensor, beside: Maybe, act: Activation, axis: int
 ) -> tuple[Tensor, Tensor]:
     """Return sum(dz) and sum(dz * xhat) per channel."""
-    alike = (dy, *_mask_source(act, residual, y))
-    vectors = (weight, bias, mean, rstd)
+    alike = (dy, *_beside(act, beside))
     rest = (CODES[act.name], act.slope, _threads())
     sums: tuple[Tensor, Tensor] | None
-    sums = _native.backward_sums(x, *alike, *vectors, axis, *rest)
-    return sums or _again(_native.backward_sums, x, alike, vectors, axis, *rest)
+    sums = _native.backward_sums(x, *alike, stats, axis, *rest)
+    return sums or _again(_native.backward_sums, x, alike, (stats,), axis, *rest)
 
 
 def backward_input(
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Maybe,
-    bias: Maybe,
-    residual: Maybe,
-    y: Maybe,
+    stats: Tensor,
+    beside: Maybe,
     act: Activation,
     axis: int,
     sum_dz: Tensor,
@@ -177,8 +163,8 @@ def backward_input(
     want_residual: bool,
 ) -> tuple[Tensor, Maybe]:
     """Return dx from the merged sums and count, and dresidual = dz where it is wanted."""
-    alike = (dy, *_mask_source(act, residual, y))
-    vectors = (weight, bias, mean, rstd, sum_dz, sum_dz_xhat)
+    alike = (dy, *_beside(act, beside))
+    vectors = (stats, sum_dz, sum_dz_xhat)
     rest = (CODES[act.name], act.slope, float(count), want_residual, _threads())
     found: tuple[Tensor, Maybe] | None
     found = _native.backward_input(x, *alike, *vectors, axis, *rest)
@@ -189,23 +175,17 @@ def backward(
     dy: Tensor,
     x: Tensor,
     stats: Tensor,
-    weight: Maybe,
-    bias: Maybe,
-    residual: Maybe,
-    y: Maybe,
+    beside: Maybe,
     act: Activation,
     axis: int,
     want_residual: bool,
 ) -> tuple[Tensor, Maybe, Tensor, Tensor]:
     """Invert ``forward`` in one call; return dx, dresidual, sum(dz), sum(dz * xhat)."""
-    residual, y = _mask_source(act, residual, y)
+    alike = (dy, *_beside(act, beside))
     rest = (CODES[act.name], act.slope, want_residual, _threads())
     found: tuple[Tensor, Maybe, Tensor, Tensor]
-    found = _native.backward(x, dy, residual, y, weight, bias, stats, axis, *rest)
-    if found is None:
-        alike, vectors = (dy, residual, y), (weight, bias, stats)
-        found = _again(_native.backward, x, alike, vectors, axis, *rest)
-    return found
+    found = _native.backward(x, *alike, stats, axis, *rest)
+    return found or _again(_native.backward, x, alike, (stats,), axis, *rest)
 
 
 def _again(
@@ -251,14 +231,6 @@ def _unserved(
     )
 
 
-def _mask_source(act: Activation, residual: Maybe, y: Maybe) -> tuple[Maybe, Maybe]:
-    """Return what tells act'(z) besides x: (residual, y), at most one of them."""
-    if (residual is None and y is None) or act.name == "identity":
-        return None, None
-    if y is not None and act.from_output:
-        return None, y
-    if residual is None:
-        raise OptionError(
-            f"the derivative of {act.name} cannot be read off y; pass the residual that was added"
-        )
-    return residual, None
+def _beside(act: Activation, beside: Maybe) -> tuple[Maybe, Maybe]:
+    """Return (residual, y), of which at most one is there."""
+    return (None, beside) if act.from_output else (beside, None)

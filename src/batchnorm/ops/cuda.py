@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.errors import OptionError
+from batchnorm.ops import reference
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.strides import like, like_or_none, plan, vector, walked, wide
 
@@ -34,8 +34,8 @@ commits = True
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# Rows of stats: mean, m2, rstd, and what rounding took from it.
-_STATS = 4
+# Rows of stats: mean, var, rstd, what rounding took from it, weight, bias.
+_STATS = 6
 
 
 def missing() -> str | None:
@@ -87,14 +87,12 @@ def serves(
 
 
 def moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Return mean and m2 per channel."""
+    """Return mean and m2 per channel, in float64."""
     x, *shape = plan(x, axis)
-    if not x.numel():
-        stats = _nothing(x, shape[1], 1.0)
-    else:
-        stats = _empty_stats(x, shape[1])
-        _kernels().moments(x, tuple(shape), stats, 1.0, None)
-    return stats[0], stats[1]
+    stats = torch.zeros(_STATS, shape[1], dtype=torch.float64, device=x.device)
+    if x.numel():
+        _kernels().moments(x, tuple(shape), None, None, stats, 1.0, None)
+    return stats[0], stats[1] * (x.numel() // shape[1] if shape[1] else 0)
 
 
 def normalize(
@@ -136,7 +134,7 @@ def forward(
     axis: int,
     running: Running | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Normalize by the input's own statistics; return y and stats (4, C).
+    """Normalize by the input's own statistics; return y and stats (6, C).
 
     With ``running`` the same call moves the running statistics towards the mean and the unbiased
     variance by momentum, and the counter by one; bumping their versions is the caller's.
@@ -144,24 +142,17 @@ def forward(
     x, *shape = plan(x, axis)
     y = torch.empty_like(x)
     if not x.numel():
-        return y, _nothing(x, shape[1], eps)
-    stats = _empty_stats(x, shape[1])
+        zero = torch.zeros(shape[1], dtype=wide(x), device=x.device)
+        rstd = torch.full_like(zero, eps**-0.5, dtype=torch.float64)
+        return y, reference.known_stats(x, zero, zero, rstd, weight, bias)
+    stats = torch.empty(_STATS, shape[1], dtype=wide(x), device=x.device)
     given = vector(weight), vector(bias), like_or_none(residual, x)
     _kernels().forward(x, tuple(shape), *given, y, stats, act, eps, running)
     return y, stats
 
 
 def backward_sums(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor | None,
-    act: Activation,
-    axis: int,
+    dy: Tensor, x: Tensor, stats: Tensor, beside: Tensor | None, act: Activation, axis: int
 ) -> tuple[Tensor, Tensor]:
     """Return sum(dz) and sum(dz * xhat) per channel."""
     x, *shape = plan(x, axis)
@@ -169,21 +160,17 @@ def backward_sums(
         sums = torch.zeros(2, shape[1], dtype=wide(x), device=x.device)
     else:
         sums = torch.empty(2, shape[1], dtype=wide(x), device=x.device)
-        source, extra = _source(act, residual, y, x)
-        given = walked(mean), walked(rstd), vector(weight), vector(bias), extra, source
-        _kernels().sums_of(like(dy, x), x, tuple(shape), *given, sums, None, act)
+        source, extra = _source(act, beside, x)
+        given = walked(stats), extra, source, sums, None, act
+        _kernels().sums_of(like(dy, x), x, tuple(shape), *given)
     return sums[0], sums[1]
 
 
 def backward_input(
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor | None,
+    stats: Tensor,
+    beside: Tensor | None,
     act: Activation,
     axis: int,
     sum_dz: Tensor,
@@ -196,11 +183,11 @@ def backward_input(
     dy = like(dy, x)
     dx, dresidual = torch.empty_like(x), _dresidual(dy, x, act, want_residual)
     if x.numel():
-        source, extra = _source(act, residual, y, x)
-        given = walked(mean), walked(rstd), vector(weight), vector(bias), extra, source
+        source, extra = _source(act, beside, x)
         sums = walked(sum_dz), walked(sum_dz_xhat)
         stored = None if dresidual is dy else dresidual
-        _kernels().input_of(dy, x, tuple(shape), *given, *sums, dx, stored, act, count)
+        given = walked(stats), extra, source, *sums, dx, stored, act, count
+        _kernels().input_of(dy, x, tuple(shape), *given)
     return dx, dresidual
 
 
@@ -208,10 +195,7 @@ def backward(
     dy: Tensor,
     x: Tensor,
     stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor | None,
+    beside: Tensor | None,
     act: Activation,
     axis: int,
     want_residual: bool,
@@ -224,10 +208,9 @@ def backward(
         sums = torch.zeros(2, shape[1], dtype=wide(x), device=x.device)
         return dx, dresidual, sums[0], sums[1]
     sums = torch.empty(2, shape[1], dtype=wide(x), device=x.device)
-    source, extra = _source(act, residual, y, x)
-    given = stats[0], stats[2:], vector(weight), vector(bias), extra, source
+    source, extra = _source(act, beside, x)
     stored = None if dresidual is dy else dresidual
-    _kernels().backward(dy, x, tuple(shape), *given, sums, dx, stored, act)
+    _kernels().backward(dy, x, tuple(shape), stats, extra, source, sums, dx, stored, act)
     return dx, dresidual, sums[0], sums[1]
 
 
@@ -256,32 +239,13 @@ def _normalize(
     return y
 
 
-def _empty_stats(x: Tensor, channels: int) -> Tensor:
-    return torch.empty(_STATS, channels, dtype=wide(x), device=x.device)
-
-
-def _nothing(x: Tensor, channels: int, eps: float) -> Tensor:
-    """Return the stats of no value at all: mean and m2 are 0, rstd is 1 / sqrt(eps)."""
-    stats = torch.zeros(_STATS, channels, dtype=wide(x), device=x.device)
-    stats[2] = eps**-0.5
-    return stats
-
-
-def _source(
-    act: Activation, residual: Tensor | None, y: Tensor | None, x: Tensor
-) -> tuple[str, Tensor | None]:
+def _source(act: Activation, beside: Tensor | None, x: Tensor) -> tuple[str, Tensor | None]:
     """Return what tells act'(z), and the tensor that is read for it besides x."""
     if act.name == "identity":
         return "none", None
-    if y is not None and act.from_output:
-        return "y", like(y, x)
-    if residual is not None:
-        return "residual", like(residual, x)
-    if y is not None:
-        raise OptionError(
-            f"the derivative of {act.name} cannot be read off y; pass the residual that was added"
-        )
-    return "x", None
+    if beside is None:
+        return "x", None
+    return "y" if act.from_output else "residual", like(beside, x)
 
 
 def _dresidual(dy: Tensor, x: Tensor, act: Activation, wanted: bool) -> Tensor | None:

@@ -51,7 +51,7 @@ def forward(
     axis: int,
     running: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """Normalize by the input's own statistics; return y and stats (4, C)."""
+    """Normalize by the input's own statistics; return y and stats (6, C)."""
     server = served("train", x, weight, bias, act, residual is not None, axis)
     y, stats = server.forward(x, weight, bias, residual, act, eps, axis, running)
     return y, stats
@@ -94,19 +94,16 @@ def backward(
     dy: Tensor,
     x: Tensor,
     stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor | None,
+    beside: Tensor | None,
     act: Activation,
     axis: int,
     want_residual: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Invert ``forward``; stats are read alike by both."""
-    adds = want_residual or residual is not None or y is not None
-    server = served("train", x, weight, bias, act, adds, axis)
-    given = (weight, bias, residual, y, act, axis, want_residual)
-    dx, dresidual, sum_dz, sum_dz_xhat = server.backward(dy, x, stats, *given)
+    adds = want_residual or beside is not None
+    server = served("train", x, stats[4], stats[5], act, adds, axis)
+    given = (dy, x, stats, beside, act, axis, want_residual)
+    dx, dresidual, sum_dz, sum_dz_xhat = server.backward(*given)
     return dx, dresidual, sum_dz, sum_dz_xhat
 
 

@@ -14,11 +14,16 @@ from batchnorm import layout
 from batchnorm import moments as _moments
 from batchnorm.ops import reference
 from batchnorm.ops.activations import Activation
-from batchnorm.ops.library import needed
 from batchnorm.ops.onlookers import is_out_of_reach
 
 Gradients = tuple[Tensor | None, ...]
 Running = tuple[Tensor, Tensor, Tensor | None, float]
+Edge = tuple[Tensor, Any] | None
+
+CHANGED = """\
+one of the variables needed for gradient computation has been modified by an inplace operation: a \
+bias or residual of shape {shape} has another grad_fn than when the layer read it, and its second \
+derivative would go there; write to a copy instead"""
 
 
 # What ``BatchNormalize`` needs besides tensors: the activation, eps, the channel axis, the backend,
@@ -44,46 +49,46 @@ class BatchNormalize(torch.autograd.Function):
         y, stats = backend.forward(x, weight, bias, residual, act, eps, axis, running)
         if found is not None:
             found.append(stats)
-        ctx.save_for_backward(x, stats, weight, *kept(act, bias, residual, y))
-        bias_dtype = None if bias is None else bias.dtype
-        ctx.rest = act, eps, axis, backend, residual is not None, bias_dtype
+        ctx.save_for_backward(x, stats, weight, kept_beside(act, residual, y))
+        ctx.rest = act, eps, axis, backend, residual is not None, dtype_of(bias)
+        ctx.edges = edge_of(bias), edge_of(residual if reads_sum(act) else None)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Gradients:
         """Return the gradients of x, weight, bias and residual."""
-        x, stats, weight, bias, residual, y = ctx.saved_tensors
+        x, stats, weight, beside = ctx.saved_tensors
         act, eps, axis, backend, adds, bias_dtype = ctx.rest
         dy = grads[0]
         if is_out_of_reach(dy):
             backend = reference
         if torch.is_grad_enabled():
 
-            def again(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            def again(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
                 mean, m2 = reference.moments(x, axis)
                 count = layout.values_per_channel(x.shape, axis)
                 rstd = reference.reciprocal_std(m2, count, eps)
                 return reference.affine(x, mean, rstd, weight, bias, axis)
 
-            given = (dy, x, weight, bias, residual, y, act, axis, adds)
-            return *_graph(again, *given, bias_dtype), None
-        rest = (weight, bias, residual, y, act, axis)
+            return *_graph(ctx, again, dy, act, axis, adds, bias_dtype), None
+        rest = (beside, act, axis)
         if not (adds or ctx.needs_input_grad[0]):
-            sum_dz, sum_dz_xhat = backend.backward_sums(dy, x, stats[0], stats[2:], *rest)
-            return None, *to_parameters(weight, sum_dz_xhat, bias_dtype, sum_dz), None, None
-        dx, dresidual, sum_dz, sum_dz_xhat = backend.backward(dy, x, stats, *rest, adds)
-        return dx, *to_parameters(weight, sum_dz_xhat, bias_dtype, sum_dz), dresidual, None
+            dx = dresidual = None
+            sum_dz, sum_dz_xhat = backend.backward_sums(dy, x, stats, *rest)
+        else:
+            dx, dresidual, sum_dz, sum_dz_xhat = backend.backward(dy, x, stats, *rest, adds)
+        affine = to_parameters(dtype_of(weight), sum_dz_xhat, bias_dtype, sum_dz)
+        return dx, *affine, dresidual, None
 
 
 class Normalize(torch.autograd.Function):
-    """Normalize by given statistics, which are constants."""
+    """Normalize by given statistics, which are constants: ``stats`` (6, C)."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
+        stats: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
@@ -92,36 +97,35 @@ class Normalize(torch.autograd.Function):
         backend: Any,
     ) -> Tensor:
         """Return y."""
-        y: Tensor = backend.normalize(x, mean, rstd, weight, bias, residual, act, axis)
-        ctx.save_for_backward(x, mean, rstd, weight, *kept(act, bias, residual, y))
-        bias_dtype = None if bias is None else bias.dtype
-        ctx.rest = act, axis, backend, residual is not None, bias_dtype
+        y: Tensor = backend.normalize(x, stats[0], stats[2:4], weight, bias, residual, act, axis)
+        ctx.save_for_backward(x, stats, weight, kept_beside(act, residual, y))
+        ctx.rest = act, axis, backend, residual is not None, dtype_of(bias)
+        ctx.edges = edge_of(bias), edge_of(residual if reads_sum(act) else None)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Gradients:
         """Return the gradients of x, (statistics: none), weight, bias and residual."""
-        x, mean, rstd, weight, bias, residual, y = ctx.saved_tensors
+        x, stats, weight, beside = ctx.saved_tensors
         act, axis, backend, adds, bias_dtype = ctx.rest
         dy = grads[0]
         if is_out_of_reach(dy):
             backend = reference
         if torch.is_grad_enabled():
 
-            def again(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-                return reference.affine(x, mean, rstd, weight, bias, axis)
+            def again(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+                return reference.affine(x, stats[0], stats[2:4], weight, bias, axis)
 
-            rest = (dy, x, weight, bias, residual, y, act, axis, adds)
-            dx, *others = _graph(again, *rest, bias_dtype)
-            return dx, None, None, *others, None, None, None
-        given = (dy, x, mean, rstd, weight, bias, residual, y, act, axis)
+            dx, *others = _graph(ctx, again, dy, act, axis, adds, bias_dtype)
+            return dx, None, *others, None, None, None
+        given = (dy, x, stats, beside, act, axis)
         sum_dz = sum_dz_xhat = None
-        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             sum_dz, sum_dz_xhat = backend.backward_sums(*given)
-        zero = torch.zeros_like(mean)
+        zero = torch.zeros_like(stats[0])
         dx, dresidual = backend.backward_input(*given, zero, zero, 1, adds)
-        affine = to_parameters(weight, sum_dz_xhat, bias_dtype, sum_dz)
-        return dx, None, None, *affine, dresidual, None, None, None
+        affine = to_parameters(dtype_of(weight), sum_dz_xhat, bias_dtype, sum_dz)
+        return dx, None, *affine, dresidual, None, None, None
 
 
 # Called directly: the Python wrapper around it looks for torch.func, which the route has done.
@@ -131,42 +135,53 @@ apply_given = super(torch.autograd.Function, Normalize).apply
 BatchNormalize._backward_cls.apply = BatchNormalize.backward  # type: ignore[attr-defined]
 
 
-def kept(
-    act: Activation, bias: Tensor | None, residual: Tensor | None, y: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Return (bias, residual, y) as far as backward reads them: the bias to compute z again."""
-    residual, result = needed(act, residual, y)
-    if act.name == "identity" or result is not None:
-        bias = None
-    return bias, residual, result
+def kept_beside(act: Activation, residual: Tensor | None, y: Tensor) -> Tensor | None:
+    """Return what tells act'(z) besides x and stats: y, or a copy of what was added.
+
+    A copy, since the caller may write to it before backward, as behind ``torch.add``.
+    """
+    if residual is None:
+        return None
+    if act.from_output:
+        return y
+    return residual.clone() if reads_sum(act) else None
+
+
+def reads_sum(act: Activation) -> bool:
+    """Whether act'(z) is taken from z, of which a residual is a part."""
+    return not (act.from_output or act.name == "identity")
+
+
+def edge_of(tensor: Tensor | None) -> Edge:
+    """Return a tensor that needs a gradient, and where it comes from now."""
+    return None if tensor is None or not tensor.requires_grad else (tensor, tensor.grad_fn)
 
 
 def to_parameters(
-    weight: Tensor | None,
+    weight: torch.dtype | None,
     dweight: Tensor | None,
-    bias_dtype: torch.dtype | None,
+    bias: torch.dtype | None,
     dbias: Tensor | None,
 ) -> Gradients:
-    """Bring the sums to the dtypes of the parameters they are gradients of."""
-    if weight is None:
-        dweight = None
-    elif dweight is not None and dweight.dtype != weight.dtype:
-        dweight = dweight.to(weight.dtype)
-    if bias_dtype is None:
-        dbias = None
-    elif dbias is not None and dbias.dtype != bias_dtype:
-        dbias = dbias.to(bias_dtype)
-    return dweight, dbias
+    """Bring the sums to the dtypes of weight and bias; None for a parameter that is not there."""
+    return _as(dweight, weight), _as(dbias, bias)
+
+
+def dtype_of(parameter: Tensor | None) -> torch.dtype | None:
+    """Return the dtype of a parameter, if there is one."""
+    return None if parameter is None else parameter.dtype
+
+
+def _as(gradient: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    if dtype is None or gradient is None or gradient.dtype is dtype:
+        return None if dtype is None else gradient
+    return gradient.to(dtype)
 
 
 def _graph(
+    ctx: Any,
     again: Any,
     dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor | None,
     act: Activation,
     axis: int,
     adds: bool,
@@ -174,24 +189,36 @@ def _graph(
 ) -> Gradients:
     """Take the gradients through plain operations, with a graph of their own.
 
-    Aliases keep the paths apart where one tensor is given twice (x as its own residual).
+    An alias of x keeps the paths apart where it is its own residual. The saved output is a constant
+    for an activation with ``from_output``, whose second derivative is 0.
     """
-    aliases = [None if t is None else t.view_as(t) for t in (x, weight)]
-    wanted = [t for t in aliases if t is not None and t.requires_grad]
-    z = again(*aliases, bias)
-    if act.from_output and y is not None:
-        dz = act.backward(dy.to(z.dtype), y.detach().to(z.dtype))
+    x, stats, weight, beside = ctx.saved_tensors
+    x = x.view_as(x)
+    scale = _as_used(stats[4], edge_of(weight))
+    z = again(x, scale, _as_used(stats[5], ctx.edges[0]))
+    if act.from_output and beside is not None:
+        dz = act.backward(dy.to(z.dtype), beside.detach().to(z.dtype))
     elif act.name == "identity":
         dz = dy.to(z.dtype)
     else:
+        residual = None if beside is None else _as_used(beside, ctx.edges[1])
         dz = _chain(act, reference.added(z, x, residual), dy)
+    wanted = [t for t in (x, scale) if t.requires_grad]
     found = iter(torch.autograd.grad(z, wanted, dz, create_graph=True)) if wanted else iter(())
-    dx, dweight = (next(found) if t is not None and t.requires_grad else None for t in aliases)
-    dbias = None
-    if bias_dtype is not None:
-        dbias = _moments.total(layout.canonical(dz, axis)).to(bias_dtype)
-    dresidual = dz.to(dy.dtype) if adds else None
-    return dx, dweight, dbias, dresidual
+    dx, dweight = (next(found) if t.requires_grad else None for t in (x, scale))
+    dbias = None if bias_dtype is None else _moments.total(layout.canonical(dz, axis))
+    affine = to_parameters(dtype_of(weight), dweight, bias_dtype, dbias)
+    return dx, *affine, dz.to(dy.dtype) if adds else None
+
+
+def _as_used(used: Tensor, edge: Edge) -> Tensor:
+    """Return the values that forward used, with a gradient that goes where theirs came from."""
+    if edge is None:
+        return used
+    tensor, came_from = edge
+    if tensor.grad_fn is not came_from:
+        raise RuntimeError(CHANGED.format(shape=list(tensor.shape)))
+    return used + (tensor - tensor.detach()).to(used.dtype)
 
 
 def _chain(act: Activation, z: Tensor, dy: Tensor) -> Tensor:

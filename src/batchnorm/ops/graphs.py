@@ -16,12 +16,11 @@ from batchnorm.errors import UnservedError
 from batchnorm.ops import inductor
 from batchnorm.ops.activations import IDENTITY, Activation
 from batchnorm.ops.backend import likely
-from batchnorm.ops.eager import to_parameters
+from batchnorm.ops.eager import dtype_of, kept_beside, to_parameters
 from batchnorm.ops.library import (
     FLEXIBLE,
     fake_gradients,
     like,
-    needed,
     select,
     statistic,
     wanted,
@@ -48,7 +47,7 @@ def in_graphs(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
 
 def _fake_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     inductor.enlist()  # a graph with this operation is being recorded
-    stats = x.new_empty(4, x.shape[rest[-1]], dtype=layout.compute_dtype(x))
+    stats = x.new_empty(6, x.shape[rest[-1]], dtype=layout.compute_dtype(x))
     return torch.empty_like(x), stats
 
 
@@ -77,7 +76,7 @@ def _forward(
     eps: float,
     axis: int,
 ) -> tuple[Tensor, Tensor]:
-    """Normalize by the input's own statistics; return y and stats (4, C)."""
+    """Normalize by the input's own statistics; return y and stats (6, C)."""
     given = (x, weight, bias, residual, Activation(activation, slope), eps, axis)
     found = _quick(x, "forward", *given)
     y, stats = found or select(x, weight, bias, residual, axis).forward(*given)
@@ -94,10 +93,7 @@ def backward(
     dy: Tensor,
     x: Tensor,
     stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor | None,
+    beside: Tensor | None,
     activation: str,
     slope: float,
     axis: int,
@@ -105,11 +101,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Invert ``forward``: return dx, dresidual, sum(dz), sum(dz * xhat)."""
     act = Activation(activation, slope)
-    given = (dy, x, stats, weight, bias, residual, y, act, axis, want_residual)
+    given = (dy, x, stats, beside, act, axis, want_residual)
     found = _quick(x, "backward", *given)
     if found is None:
-        backend = select(x, weight, bias, residual, axis, mean=stats[0], rstd=stats[2])
-        found = backend.backward(*given)
+        found = select(x, axis=axis, stats=stats).backward(*given)
     dx, dresidual, sum_dz, sum_dz_xhat = found
     return like(x, dx), wanted(x, dresidual, dy), sum_dz, sum_dz_xhat
 
@@ -124,22 +119,22 @@ class Forward(torch.autograd.Function):
         y, stats = forward_alone(*inputs)
         act = Activation(activation, slope)
         ctx.mark_non_differentiable(stats)
-        ctx.save_for_backward(x, stats, weight, bias, *needed(act, residual, y))
+        ctx.save_for_backward(x, stats, kept_beside(act, residual, y))
         ctx.act, ctx.axis = act, axis
+        ctx.dtypes = dtype_of(weight), dtype_of(bias)
         return y, stats
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, weight, bias and residual."""
-        x, stats, weight, bias, residual, y = ctx.saved_tensors
+        x, stats, beside = ctx.saved_tensors
         asked = ctx.needs_input_grad[3]
         passes = asked and ctx.act != IDENTITY  # else dy is the residual's gradient
         dx, dresidual, sum_dz, sum_dz_xhat = backward(
-            dy, x, stats, weight, bias, residual, y, *ctx.act, ctx.axis, passes
+            dy, x, stats, beside, *ctx.act, ctx.axis, passes
         )
-        bias_dtype = None if bias is None else bias.dtype
-        affine = to_parameters(weight, sum_dz_xhat, bias_dtype, sum_dz)
+        affine = to_parameters(ctx.dtypes[0], sum_dz_xhat, ctx.dtypes[1], sum_dz)
         return dx, *affine, (dresidual if passes else dy) if asked else None, *(None,) * 4
 
 

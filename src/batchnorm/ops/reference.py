@@ -7,10 +7,15 @@ file. It serves wherever nothing faster does, it is what every other backend is 
 its two forward functions can be differentiated any number of times, in either mode and under
 ``torch.func``, since they are nothing but compositions.
 
-``mean``, ``m2`` and the sums are (C,) tensors of the arithmetic's dtype: float32, or float64 where
-x is float64. ``rstd`` is (2, C): the number, and what rounding took from it; without the rest it is
-(C,). ``stats`` are the rows mean, m2 and those two in one tensor (4, C). Other per-channel tensors
-may have any floating dtype.
+The arithmetic's dtype is float32, or float64 where x is float64. In it are the sums of the backward
+pass, and ``stats`` (6, C), all that backward reads per channel:
+
+    0 mean   1 var (biased)   2 rstd   3 what rounding took from rstd   4 weight   5 bias
+
+Rows 4 and 5 are copies (1 and 0 where there is no parameter), so that backward computes with what
+forward used, whatever was written to the parameters in between. ``moments`` returns mean and m2 in
+float64: m2 = n * var overflows float32 where the variance does not. Parameters and stored
+statistics may have any floating dtype; parameters are rounded to the dtype of the arithmetic.
 """
 
 import torch
@@ -32,10 +37,8 @@ def serves(
 
 
 def moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Return mean and m2 per channel, summed in float64 and rounded once."""
-    dtype = layout.compute_dtype(x)
-    mean, m2 = _moments.center(layout.canonical(x, axis).to(_moments.wide(x.device)))
-    return mean.to(dtype), m2.to(dtype)
+    """Return mean and m2 per channel, in float64 where the device has it."""
+    return _moments.center(layout.canonical(x, axis).to(_moments.wide(x.device)))
 
 
 def reciprocal_std(m2: Tensor, count: float | Tensor, eps: float) -> Tensor:
@@ -54,6 +57,26 @@ def with_rest(rstd: Tensor, dtype: torch.dtype) -> Tensor:
     """Return (2, C) in ``dtype``: a wider rstd rounded to it, and what that took away."""
     rounded = rstd.to(dtype)
     return torch.stack([rounded, (rstd - rounded).to(dtype)])
+
+
+def known_stats(
+    x: Tensor, mean: Tensor, var: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Return stats (6, C) of statistics that are known, as constants.
+
+    Args:
+        x: The input that is normalized by them.
+        mean: Per channel, (C,).
+        var: Biased variance.
+        rstd: 1 / sqrt(var + eps), in the widest dtype.
+        weight: Scale per channel, or None.
+        bias: Shift per channel, or None.
+    """
+    dtype = layout.compute_dtype(x)
+    absent = ((weight, torch.ones_like), (bias, torch.zeros_like))
+    affine = [make(mean) if t is None else t.detach() for t, make in absent]
+    rows = [mean.detach().to(dtype), var.detach().to(dtype), *with_rest(rstd.detach(), dtype)]
+    return torch.stack([*rows, *(t.to(dtype) for t in affine)])
 
 
 def normalize(
@@ -94,9 +117,10 @@ def forward(
     mean, m2 = _moments.center(layout.canonical(x, axis).to(_moments.wide(x.device)))
     wide = reciprocal_std(m2, layout.values_per_channel(x.shape, axis), eps)
     dtype = layout.compute_dtype(x)
-    mean, rstd = mean.to(dtype), with_rest(wide, dtype)
-    y = normalize(x, mean, rstd, weight, bias, residual, act, axis)
-    return y, torch.cat([torch.stack([mean, m2.to(dtype)]), rstd])
+    rounded, rstd = mean.to(dtype), with_rest(wide, dtype)
+    y = normalize(x, rounded, rstd, weight, bias, residual, act, axis)
+    var = m2 / (layout.values_per_channel(x.shape, axis) or 1)
+    return y, known_stats(x, mean, var, wide, weight, bias)
 
 
 def evaluate(
@@ -116,46 +140,31 @@ def evaluate(
 
 
 def backward_sums(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor | None,
-    act: Activation,
-    axis: int,
+    dy: Tensor, x: Tensor, stats: Tensor, beside: Tensor | None, act: Activation, axis: int
 ) -> tuple[Tensor, Tensor]:
     """Return sum(dz) and sum(dz * xhat) per channel: also the gradients of bias and weight.
 
     Args:
         dy: Gradient of y.
         x: Input of the forward pass.
-        mean: Statistics that normalized it.
-        rstd: The same.
-        weight: Scale per channel, or None.
-        bias: Shift per channel, or None.
-        residual: What was added; not needed where y is given.
-        y: Output of the forward pass; used where ``act.from_output``.
+        stats: What forward returned, (6, C).
+        beside: What tells act'(z) besides x and stats, where there was a residual: the output y for
+            an activation with ``from_output``, the residual for the others. None where there was
+            none: z is then computed again from x and stats.
         act: The activation.
         axis: The channel axis.
     """
-    dz = gradient_of_z(dy, x, mean, rstd, weight, bias, residual, y, act, axis)
-    xhat = affine(x, mean, rstd, None, None, axis)
+    dz = gradient_of_z(dy, x, stats, beside, act, axis)
+    xhat = affine(x, stats[0], stats[2:4], None, None, axis)
     sums = [_moments.total(layout.canonical(part, axis)) for part in (dz, dz * xhat)]
-    return sums[0].to(mean.dtype), sums[1].to(mean.dtype)
+    return sums[0].to(stats.dtype), sums[1].to(stats.dtype)
 
 
 def backward_input(
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor | None,
+    stats: Tensor,
+    beside: Tensor | None,
     act: Activation,
     axis: int,
     sum_dz: Tensor,
@@ -169,10 +178,9 @@ def backward_input(
     and 1 where the statistics are constants. dresidual is None where it is not wanted.
     """
     view = layout.per_channel_shape(x.ndim, axis)
-    dz = gradient_of_z(dy, x, mean, rstd, weight, bias, residual, y, act, axis)
-    xhat = affine(x, mean, rstd, None, None, axis)
-    rstd = joined(rstd).to(dz.dtype)
-    scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
+    dz = gradient_of_z(dy, x, stats, beside, act, axis)
+    xhat = affine(x, stats[0], stats[2:4], None, None, axis)
+    scale = joined(stats[2:4]).to(dz.dtype) * stats[4].to(dz.dtype)
     n = count or 1
     centered = dz - (sum_dz / n).view(view) - xhat * (sum_dz_xhat / n).view(view)
     dx = (centered * scale.view(view)).to(x.dtype)
@@ -183,17 +191,13 @@ def backward(
     dy: Tensor,
     x: Tensor,
     stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor | None,
+    beside: Tensor | None,
     act: Activation,
     axis: int,
     want_residual: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Invert ``forward``; return dx, dresidual, sum(dz), sum(dz * xhat)."""
-    mean, rstd = stats[0], stats[2:]
-    given = (dy, x, mean, rstd, weight, bias, residual, y, act, axis)
+    given = (dy, x, stats, beside, act, axis)
     sum_dz, sum_dz_xhat = backward_sums(*given)
     count = layout.values_per_channel(x.shape, axis)
     dx, dresidual = backward_input(*given, sum_dz, sum_dz_xhat, count, want_residual)
@@ -207,13 +211,13 @@ def affine(
 
     The mean is taken off first: x * scale + shift loses digits where the mean is large.
     """
-    view = layout.per_channel_shape(x.ndim, axis)
+    view, dtype = layout.per_channel_shape(x.ndim, axis), layout.compute_dtype(x)
     wide = _moments.wide(x.device)
     z = (x.to(wide) - mean.to(wide).view(view)) * joined(rstd).to(wide).view(view)
     if weight is not None:
-        z = z * weight.to(wide).view(view)
+        z = z * weight.to(dtype).to(wide).view(view)
     if bias is not None:
-        z = z + bias.to(wide).view(view)
+        z = z + bias.to(dtype).to(wide).view(view)
     return z
 
 
@@ -237,23 +241,14 @@ def joined(rstd: Tensor) -> Tensor:
 
 
 def gradient_of_z(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor | None,
-    act: Activation,
-    axis: int,
+    dy: Tensor, x: Tensor, stats: Tensor, beside: Tensor | None, act: Activation, axis: int
 ) -> Tensor:
-    """Return dz = dy * act'(z), in the widest dtype; z is recomputed if y does not tell."""
+    """Return dz = dy * act'(z), in the widest dtype, from y or from z computed again."""
     wide = _moments.wide(x.device)
     dy = dy.to(wide)
     if act.name == "identity":
         return dy
-    if act.from_output and y is not None:
-        return act.backward(dy, y.to(wide))
-    z = affine(x, mean, rstd, weight, bias, axis)
-    return act.backward(dy, added(z, x, residual))
+    if act.from_output and beside is not None:
+        return act.backward(dy, beside.to(wide))
+    z = affine(x, stats[0], stats[2:4], stats[4], stats[5], axis)
+    return act.backward(dy, added(z, x, beside))

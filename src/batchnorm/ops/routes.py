@@ -36,20 +36,20 @@ def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
     count = layout.values_per_channel(call.x.shape, call.axis)
     if is_plain(call):
         backend = select(*given, call.axis)
-        if torch.is_grad_enabled() and call.needs_grad:
+        if call.needs_grad:
             found: list[Tensor] = []
             y = eager.apply_batch(*given, (call.act, *rest, backend, found, None))
-            return y, Moments(count, found[0][0], found[0][1])
+            return y, _moments_of(found[0], count)
         y, stats = backend.forward(*given, call.act, *rest)
     elif is_traced() and call.portable:
         y = _aten(call, None, None)
-        stats = torch.stack(reference.moments(call.x, call.axis)).detach()
+        mean, m2 = reference.moments(call.x.detach(), call.axis)
+        return y, Moments(count, mean, m2)
     elif call.same_residual and torch.compiler.is_compiling() and not is_transformed():
         y, stats = graphs.forward(*given, *call.act, *rest)
     else:
         y, stats = reference.forward(*given, call.act, *rest)
-        stats = stats.detach()
-    return y, Moments(count, stats[0], stats[1])
+    return y, _moments_of(stats, count)
 
 
 def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
@@ -61,19 +61,26 @@ def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
         return _masked_by(call, call.mask, mean, var)
     if is_traced():
         return _aten(call, mean, var)
-    dtype = layout.compute_dtype(call.x)
+    x, given = call.x, (call.weight, call.bias)
+    rest = (*given, call.residual, call.act, call.axis)
     rstd = reference.stored_rstd(var, call.eps)
-    mean = mean.detach().to(dtype)
-    affine = (call.weight, call.bias, call.residual, call.act, call.axis)
     if not is_plain(call):
-        return reference.normalize(call.x, mean, rstd, *affine)
-    backend = select(call.x, call.weight, call.bias, call.residual, call.axis)
-    rstd = reference.with_rest(rstd, dtype)
-    if torch.is_grad_enabled() and call.needs_grad:
-        y: Tensor = eager.apply_given(call.x, mean.clone(), rstd, *affine, backend)
-        return y
-    y = backend.normalize(call.x, mean, rstd, *affine)
+        return reference.normalize(x, mean.detach().to(layout.compute_dtype(x)), rstd, *rest)
+    backend = select(x, *given, call.residual, call.axis)
+    stats = reference.known_stats(x, mean, var, rstd, *given)
+    y: Tensor
+    if call.needs_grad:
+        y = eager.apply_given(x, stats, *rest, backend)
+    else:
+        y = backend.normalize(x, stats[0], stats[2:4], *rest)
     return y
+
+
+def _moments_of(stats: Tensor, count: int) -> Moments:
+    """Return the Moments of stats (6, C), in float64: m2 may overflow float32."""
+    wide = _moments.wide(stats.device)
+    mean, var = (row.detach().to(wide) for row in (stats[0], stats[1]))
+    return Moments(count, mean, var * count)
 
 
 def is_plain(call: Call) -> bool:
@@ -97,9 +104,9 @@ def _masked_batch(call: Call, mask: Tensor) -> tuple[Tensor, Moments]:
     weights = layout.canonical(x, axis, sample).to(wide)
     count, mean, m2 = _moments.center_weighted(values, weights)
     rstd = reference.reciprocal_std(m2, count, call.eps)
-    mean, m2 = mean.to(dtype), m2.to(dtype)
     residual = _unmasked(call.residual, mask)
-    y = reference.normalize(x, mean, rstd, call.weight, call.bias, residual, call.act, axis)
+    affine = (call.weight, call.bias, residual, call.act, axis)
+    y = reference.normalize(x, mean.to(dtype), rstd, *affine)
     return torch.where(mask, y, 0.0), Moments(count, mean.detach(), m2.detach())
 
 

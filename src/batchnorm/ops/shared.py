@@ -12,13 +12,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from batchnorm import layout
-from batchnorm import moments as _moments
 from batchnorm.moments import Moments
 from batchnorm.ops import reference
 from batchnorm.ops.activations import IDENTITY, Activation
 from batchnorm.ops.backend import select
 from batchnorm.ops.call import Call
-from batchnorm.ops.library import needed
+from batchnorm.ops.eager import dtype_of, kept_beside, to_parameters
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -50,32 +49,33 @@ class SharedNormalize(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        statistics: tuple[float, Tensor, Tensor],
+        statistics: tuple[float, Tensor],
         act: Activation,
         axis: int,
         add: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """Return y; ``statistics`` are the count, mean and rstd of all parts."""
+        """Return y; ``statistics`` are the count of all parts and stats (6, C)."""
         backend = select(x, weight, bias, residual, axis)
-        count, mean, rstd = statistics
-        y: Tensor = backend.normalize(x, mean, rstd, weight, bias, residual, act, axis)
-        ctx.save_for_backward(x, mean, rstd, weight, bias, *needed(act, residual, y))
+        count, stats = statistics
+        y: Tensor = backend.normalize(x, stats[0], stats[2:4], weight, bias, residual, act, axis)
+        # The weight is kept so that torch refuses backward where it was written to in between.
+        ctx.save_for_backward(x, stats, weight, kept_beside(act, residual, y))
         ctx.rest = act, axis, backend, residual is not None, count, add
+        ctx.dtypes = dtype_of(weight), dtype_of(bias)
         return y
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> Gradients:
         """Return the gradients of x, weight, bias and residual."""
-        x, mean, rstd, weight, bias, residual, y = ctx.saved_tensors
+        x, stats, _, beside = ctx.saved_tensors
         act, axis, backend, adds, count, add = ctx.rest
-        given = (grads[0], x, mean, rstd, weight, bias, residual, y, act, axis)
-        sums = backend.backward_sums(*given)
-        merged = add(torch.stack(sums))
+        given = (grads[0], x, stats, beside, act, axis)
+        sum_dz, sum_dz_xhat = backend.backward_sums(*given)
+        merged = add(torch.stack([sum_dz, sum_dz_xhat]))
         dx, dresidual = backend.backward_input(*given, *merged, count, adds)
-        dbias = None if bias is None else sums[0].to(bias.dtype)
-        dweight = None if weight is None else sums[1].to(weight.dtype)
-        return dx, dweight, dbias, dresidual, None, None, None, None
+        affine = to_parameters(ctx.dtypes[0], sum_dz_xhat, ctx.dtypes[1], sum_dz)
+        return dx, *affine, dresidual, None, None, None, None
 
 
 def normalize_shared(call: Call, sharing: Sharing) -> tuple[Tensor, Moments]:
@@ -89,14 +89,13 @@ def normalize_shared(call: Call, sharing: Sharing) -> tuple[Tensor, Moments]:
         return call.act(y + call.residual), moments
     x, axis = call.x, call.axis
     backend = select(x, call.weight, call.bias, call.residual, axis)
-    wide, dtype = _moments.wide(x.device), layout.compute_dtype(x)
-    mean, m2 = (part.to(wide) for part in backend.moments(x.detach(), axis))
-    merged = sharing.merge(Moments(layout.values_per_channel(x.shape, axis), mean, m2))
+    moments = Moments(layout.values_per_channel(x.shape, axis), *backend.moments(x.detach(), axis))
+    merged = sharing.merge(moments)
     count = float(torch.as_tensor(merged.count).flatten()[0])
-    rstd = reference.with_rest(reference.reciprocal_std(merged.m2, count, call.eps), dtype)
-    mean = merged.mean.to(dtype)
-    affine = (call.weight, call.bias, call.residual)
+    rstd = reference.reciprocal_std(merged.m2, count, call.eps)
+    affine = (call.weight, call.bias)
+    stats = reference.known_stats(x, merged.mean, merged.m2 / (count or 1), rstd, *affine)
     y = SharedNormalize.apply(  # type: ignore[no-untyped-call]
-        x, *affine, (count, mean, rstd), call.act, axis, sharing.add
+        x, *affine, call.residual, (count, stats), call.act, axis, sharing.add
     )
-    return y, Moments(count, mean, merged.m2.to(dtype))
+    return y, Moments(count, merged.mean, merged.m2)

@@ -14,7 +14,7 @@ from batchnorm import layout
 from batchnorm import moments as _moments
 from batchnorm.ops import reference
 from batchnorm.ops.activations import Activation
-from batchnorm.ops.eager import to_parameters
+from batchnorm.ops.eager import dtype_of, to_parameters
 
 
 class Forward(torch.autograd.Function):
@@ -31,7 +31,7 @@ class Forward(torch.autograd.Function):
         eps: float,
         axis: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return y, mean and m2."""
+        """Return y, mean and the biased variance."""
         dtype, view = layout.compute_dtype(x), layout.per_channel_shape(x.ndim, axis)
         count = layout.values_per_channel(x.shape, axis)
         wide = x.to(_moments.wide(x.device))
@@ -39,7 +39,7 @@ class Forward(torch.autograd.Function):
         mean = _total(wide, axis) * (1 / count)
         m2 = _total((wide - mean.view(view)).square(), axis)
         rstd = reference.reciprocal_std(m2, count, eps).to(dtype)
-        mean, m2 = mean.to(dtype), m2.to(dtype)
+        mean, var = mean.to(dtype), (m2 * (1 / count)).to(dtype)
         deviation = x.to(dtype) - mean.view(view)
         z = deviation * rstd.view(view)
         if weight is not None:
@@ -49,25 +49,26 @@ class Forward(torch.autograd.Function):
         if residual is not None:
             z = z + residual
         y = act(z).to(x.dtype)
-        ctx.save_for_backward(deviation, rstd, weight, y if act.from_output else z)
-        ctx.rest = act, axis, count, None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(mean, m2)
-        return y, mean, m2
+        # The product, not the weight, which may be written to before backward.
+        scale = rstd if weight is None else rstd * weight.to(dtype)
+        ctx.save_for_backward(deviation, rstd, scale, y if act.from_output else z)
+        ctx.rest = act, axis, count, dtype_of(weight), dtype_of(bias)
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, weight, bias and residual."""
-        deviation, rstd, weight, source = ctx.saved_tensors
-        act, axis, count, bias_dtype = ctx.rest
+        deviation, rstd, scale, source = ctx.saved_tensors
+        act, axis, count, weight_dtype, bias_dtype = ctx.rest
         dtype, view = deviation.dtype, layout.per_channel_shape(deviation.ndim, axis)
         dz = act.backward(dy.to(dtype), source.to(dtype))
         sum_dz, dot = (_summed(part, axis) for part in (dz, dz * deviation))
         sum_dz_xhat = dot * rstd
         mean, slope = sum_dz * (1 / count), sum_dz_xhat * rstd * (1 / count)
-        scale = rstd if weight is None else rstd * weight.to(dtype)
         dx = (dz - mean.view(view) - deviation * slope.view(view)) * scale.view(view)
         dx = dx.to(dy.dtype)
-        affine = to_parameters(weight, sum_dz_xhat, bias_dtype, sum_dz)
+        affine = to_parameters(weight_dtype, sum_dz_xhat, bias_dtype, sum_dz)
         dresidual = dz.to(dy.dtype) if ctx.needs_input_grad[3] else None
         return dx, *affine, dresidual, None, None, None
 

@@ -33,11 +33,12 @@ def coefficients(mean, rstd, weight, bias, channel, inside, REAL: tl.constexpr):
     """
     scale = rstd
     if weight is not None:
-        scale = rstd * tl.load(weight + channel, inside, other=0.0).to(tl.float64)
+        gamma = tl.load(weight + channel, inside, other=0.0).to(REAL)
+        scale = rstd * gamma.to(tl.float64)
     pivot = tl.where(tl.abs(mean) * rstd >= 0.5, mean, 0.0).to(REAL)
     shift = (pivot.to(tl.float64) - mean) * scale
     if bias is not None:
-        shift += tl.load(bias + channel, inside, other=0.0).to(tl.float64)
+        shift += tl.load(bias + channel, inside, other=0.0).to(REAL).to(tl.float64)
     high = (scale * (1.0 - 2.0**-22)).to(REAL)
     low = (scale - high.to(tl.float64)).to(REAL)
     return pivot, high, low, shift.to(REAL)
@@ -126,6 +127,8 @@ def moments_kernel(
 @triton.jit(do_not_specialize=["splits", "momentum", "momentum_rest"])
 def finish_kernel(
     partial,
+    weight,
+    bias,
     stats,
     running_mean,
     running_var,
@@ -135,7 +138,6 @@ def finish_kernel(
     momentum,
     momentum_rest,
     EPS: tl.constexpr,
-    REST: tl.constexpr,
     S: tl.constexpr,
     K: tl.constexpr,
 ):
@@ -155,8 +157,8 @@ def finish_kernel(
         n_b, mean_b, m2_b = tl.reduce((n_b, mean_b, m2_b), 0, merge)
         n, mean, m2 = merge(n, mean, m2, n_b, mean_b, m2_b)
     finish(
-        n, mean, m2, channel, known, stats, running_mean, running_var, counter,
-        channels, momentum, momentum_rest, EPS, REST,
+        n, mean, m2, channel, known, weight, bias, stats,
+        running_mean, running_var, counter, channels, momentum, momentum_rest, EPS,
     )  # fmt: skip
 
 
@@ -227,7 +229,6 @@ def forward_kernel(
     momentum,
     momentum_rest,
     EPS: tl.constexpr,
-    REST: tl.constexpr,
     ACT: tl.constexpr,
     SLOPE: tl.constexpr,
     A: tl.constexpr,
@@ -251,8 +252,8 @@ def forward_kernel(
     deviation = deviations(value, inside, pivot)
     mean, m2 = about(pivot, n, deviation, deviation * deviation, ROWS)
     mean, rstd = finish(
-        n, mean, m2, channel, known, stats, running_mean, running_var, counter,
-        channels, momentum, momentum_rest, EPS, REST,
+        n, mean, m2, channel, known, weight, bias, stats,
+        running_mean, running_var, counter, channels, momentum, momentum_rest, EPS,
     )  # fmt: skip
     pivot, high, low, shift = coefficients(mean, rstd, weight, bias, channel, known, REAL)
     z = affine(value.to(REAL), pivot, high, low, shift)

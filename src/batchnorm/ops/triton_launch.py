@@ -47,22 +47,30 @@ def forward(
     eps: float,
     running: Running | None,
 ) -> None:
-    """Fill y and stats, whose rows are mean, m2, rstd and its rest; commit the running step."""
+    """Fill y and stats, for whose rows see ``reference``; commit the running step."""
     plan = triton_plan.whole("forward", *shape, x.element_size())
     if plan is None:
-        moments(x, shape, stats, eps, running)
-        normalize(x, shape, stats[0], stats[2:], weight, bias, residual, y, act, None)
+        moments(x, shape, weight, bias, stats, eps, running)
+        normalize(x, shape, stats[0], stats[2:4], weight, bias, residual, y, act, None)
         return
     with _on(x):
         forward_kernel[(plan.columns, 1)](
             x, weight, bias, residual, y, stats,
             *_step(running), *_sizes(plan), *_momentum(running),
-            EPS=eps, REST=len(stats) > 3, **_activation(act), **_constants(plan, x),
+            EPS=eps, **_activation(act), **_constants(plan, x),
             num_warps=plan.warps,
         )  # fmt: skip
 
 
-def moments(x: Tensor, shape: Shape, stats: Tensor, eps: float, running: Running | None) -> None:
+def moments(
+    x: Tensor,
+    shape: Shape,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    eps: float,
+    running: Running | None,
+) -> None:
     """Fill stats, and commit the running step."""
     plan = triton_plan.tiled("moments", *shape, x.element_size())
     partial = _workspace(x, 3, plan)
@@ -74,8 +82,8 @@ def moments(x: Tensor, shape: Shape, stats: Tensor, eps: float, running: Running
         )  # fmt: skip
         grid, sizes, constants = _fold(plan)
         finish_kernel[grid](
-            partial, stats, *_step(running), *sizes, *_momentum(running),
-            EPS=eps, REST=len(stats) > 3, **constants,
+            partial, weight, bias, stats, *_step(running), *sizes, *_momentum(running),
+            EPS=eps, **constants,
         )  # fmt: skip
 
 
@@ -109,10 +117,7 @@ def backward(
     dy: Tensor,
     x: Tensor,
     shape: Shape,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    stats: Tensor,
     extra: Tensor | None,
     source: str,
     sums: Tensor,
@@ -123,20 +128,19 @@ def backward(
     """Fill sums (2, C), dx, and dresidual where it is given."""
     count = shape[0] * shape[2]
     plan = triton_plan.whole("backward", *shape, x.element_size())
-    given = (mean, rstd, weight, bias)
     if plan is None:
         # Where dz is exact in the residual's gradient, the first pass leaves it there, and the
         # second reads it instead of dy and y. ReLU gives dy or 0; other slopes would be rounded.
         exact = act.name in ("relu", "relu6") or x.element_size() > 2
         early, late = (dresidual, None) if exact else (None, dresidual)
-        sums_of(dy, x, shape, *given, extra, source, sums, early, act)
+        sums_of(dy, x, shape, stats, extra, source, sums, early, act)
         if early is not None:
             dy, extra, source = early, None, "dz"
-        input_of(dy, x, shape, *given, extra, source, sums[0], sums[1], dx, late, act, count)
+        input_of(dy, x, shape, stats, extra, source, sums[0], sums[1], dx, late, act, count)
         return
     with _on(x):
         backward_kernel[(plan.columns, 1)](
-            dy, x, mean, *_pair(rstd), weight, bias, extra, sums, dx, dresidual,
+            dy, x, *_kept(stats), extra, sums, dx, dresidual,
             *_sizes(plan), *_two(count),
             SOURCE=source, **_activation(act), **_constants(plan, x), num_warps=plan.warps,
         )  # fmt: skip
@@ -146,10 +150,7 @@ def sums_of(
     dy: Tensor,
     x: Tensor,
     shape: Shape,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    stats: Tensor,
     extra: Tensor | None,
     source: str,
     sums: Tensor,
@@ -161,7 +162,7 @@ def sums_of(
     partial = _workspace(x, 2, plan)
     with _on(x):
         sums_kernel[(plan.columns, plan.splits)](
-            dy, x, mean, *_pair(rstd), weight, bias, extra, dresidual, partial,
+            dy, x, *_kept(stats), extra, dresidual, partial,
             *_sizes(plan), plan.share, _period(plan),
             SOURCE=source, **_activation(act), **_constants(plan, x), STAGES=_stages("sums", x),
             num_warps=plan.warps,
@@ -174,10 +175,7 @@ def input_of(
     dy: Tensor,
     x: Tensor,
     shape: Shape,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    stats: Tensor,
     extra: Tensor | None,
     source: str,
     sum_dz: Tensor,
@@ -191,7 +189,7 @@ def input_of(
     plan = triton_plan.tiled("apply", *shape, x.element_size())
     with _on(x):
         input_kernel[(plan.columns * plan.splits,)](
-            dy, x, mean, *_pair(rstd), weight, bias, extra, sum_dz, sum_dz_xhat, dx, dresidual,
+            dy, x, *_kept(stats), extra, sum_dz, sum_dz_xhat, dx, dresidual,
             *_sizes(plan), plan.columns, plan.share, _period(plan), *_two(count or 1),
             SOURCE=source, **_activation(act), **_constants(plan, x), STAGES=_stages("apply", x),
             num_warps=plan.warps,
@@ -258,6 +256,12 @@ def _pair(rstd: Tensor) -> tuple[Tensor, Tensor | None]:
     if rstd.dim() == 1:
         return rstd, None
     return rstd[0], rstd[1] if len(rstd) > 1 else None
+
+
+def _kept(stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return mean, rstd, its rest, weight and bias as forward used them."""
+    mean, _, rstd, rest, weight, bias = stats
+    return mean, rstd, rest, weight, bias
 
 
 def _two(value: float) -> tuple[float, float]:

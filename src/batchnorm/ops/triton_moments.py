@@ -78,6 +78,8 @@ def finish(
     m2,
     channel,
     inside,
+    weight,
+    bias,
     stats,
     running_mean,
     running_var,
@@ -86,24 +88,31 @@ def finish(
     momentum,
     momentum_rest,
     EPS: tl.constexpr,
-    REST: tl.constexpr,
 ):
-    """Store mean, m2, rstd and its rest; commit the running step; return mean and rstd as stored.
+    """Store stats; commit the running step; return mean and rstd as stored.
 
     Whoever normalizes by what is stored gets the bits of whoever goes on with what is returned.
 
     running <- (1 - momentum) * running + momentum * (mean, m2 / (n - 1)), counter <- counter + 1.
     Exactly one program holds a channel here, so that there is nothing to race with.
     """
-    rstd = 1.0 / tl.sqrt(m2 / tl.where(n > 0, n, 1.0) + EPS)
+    biased = m2 / tl.where(n > 0, n, 1.0)
+    rstd = 1.0 / tl.sqrt(biased + EPS)
     kind = stats.dtype.element_ty
     rounded = rstd.to(kind)
     rest = (rstd - rounded.to(tl.float64)).to(kind)
     tl.store(stats + channel, mean, inside)
-    tl.store(stats + channels + channel, m2, inside)
+    tl.store(stats + channels + channel, biased, inside)
     tl.store(stats + 2 * channels + channel, rounded, inside)
-    if REST:
-        tl.store(stats + 3 * channels + channel, rest, inside)
+    tl.store(stats + 3 * channels + channel, rest, inside)
+    gamma = tl.zeros_like(rounded) + 1
+    if weight is not None:
+        gamma = tl.load(weight + channel, inside, other=0.0).to(kind)
+    beta = tl.zeros_like(rounded)
+    if bias is not None:
+        beta = tl.load(bias + channel, inside, other=0.0).to(kind)
+    tl.store(stats + 4 * channels + channel, gamma, inside)
+    tl.store(stats + 5 * channels + channel, beta, inside)
     if running_mean is not None:
         new = tl.zeros_like(mean) + momentum + momentum_rest
         old = 1.0 - new
