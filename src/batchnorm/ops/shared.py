@@ -92,7 +92,7 @@ def normalize_shared(call: Call, sharing: Sharing) -> tuple[Tensor, Moments]:
     wide, dtype = _moments.wide(x.device), layout.compute_dtype(x)
     mean, m2 = (part.to(wide) for part in backend.moments(x.detach(), axis))
     merged = sharing.merge(Moments(layout.values_per_channel(x.shape, axis), mean, m2))
-    count = float(torch.as_tensor(merged.count).flatten()[0])
+    count = float(torch.as_tensor(merged.count, dtype=wide).flatten()[0])
     rstd = reference.with_rest(reference.reciprocal_std(merged.m2, count, call.eps), dtype)
     mean = merged.mean.to(dtype)
     affine = (call.weight, call.bias, call.residual)
