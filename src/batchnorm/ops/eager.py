@@ -113,6 +113,8 @@ class Normalize(torch.autograd.Function):
 
             rest = (dy, x, weight, bias, residual, y, act, axis, adds)
             dx, *others = _graph(again, *rest, bias_dtype)
+            if x.requires_grad and dx is not None and not dx.requires_grad:
+                dx = _Constant.apply(dx, x)  # type: ignore[no-untyped-call]
             return dx, None, None, *others, None, None, None
         given = (dy, x, mean, rstd, weight, bias, residual, y, act, axis)
         sum_dz = sum_dz_xhat = None
@@ -174,13 +176,14 @@ def _graph(
 ) -> Gradients:
     """Take the gradients through plain operations, with a graph of their own.
 
-    Aliases keep the paths apart where one tensor is given twice (x as its own residual).
+    Aliases keep the paths apart where one tensor is given twice (x as its own residual). Where y is
+    read, it is this operation's own output, so that all inputs get the zeros that torch gives them.
     """
     aliases = [None if t is None else t.view_as(t) for t in (x, weight)]
     wanted = [t for t in aliases if t is not None and t.requires_grad]
     z = again(*aliases, bias)
     if act.from_output and y is not None:
-        dz = act.backward(dy.to(z.dtype), y.detach().to(z.dtype))
+        dz = act.backward(dy.to(z.dtype), y.to(z.dtype))
     elif act.name == "identity":
         dz = dy.to(z.dtype)
     else:
@@ -192,6 +195,23 @@ def _graph(
         dbias = _moments.total(layout.canonical(dz, axis)).to(bias_dtype)
     dresidual = dz.to(dy.dtype) if adds else None
     return dx, dweight, dbias, dresidual
+
+
+class _Constant(torch.autograd.Function):
+    """A gradient that does not depend on x, which torch.nn's requires a gradient for all the same.
+
+    A penalty on it can be differentiated, and x gets None.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dx: Tensor, x: Tensor) -> Tensor:  # noqa: ARG004
+        """Return dx."""
+        return dx.view_as(dx)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Gradients:  # noqa: ARG004
+        """Return the gradient of dx, and none of x."""
+        return grads[0], None
 
 
 def _chain(act: Activation, z: Tensor, dy: Tensor) -> Tensor:
