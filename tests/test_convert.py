@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 import batchnorm as bn
 import third_party
-from twins import assert_unchanged, randomize, snapshot
+from twins import assert_identical, assert_unchanged, everything, randomize, snapshot
 
 
 def network() -> nn.Module:
@@ -27,34 +27,6 @@ def network() -> nn.Module:
 
 
 X = (5, 3, 8, 8)
-
-
-def everything(model: nn.Module) -> dict:
-    found = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        found[name] = (module, type(module), dict(module.__dict__))
-        found[name + " parts"] = [
-            dict(part)
-            for part in (module._parameters, module._buffers, module._modules,
-                         module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
-                         module._forward_hooks_always_called, module._forward_hooks_with_kwargs)
-        ]  # fmt: skip
-    return found
-
-
-def assert_identical(before: dict, after: dict) -> None:
-    assert before.keys() == after.keys()
-    for name, one in before.items():
-        if name.endswith(" parts"):
-            for old, new in zip(one, after[name], strict=True):
-                assert list(old) == list(new)
-                assert all(old[key] is new[key] for key in old), name
-        else:
-            assert one[0] is after[name][0]
-            assert one[1] is after[name][1]
-            assert one[2].keys() == after[name][2].keys(), name
-            for key, value in one[2].items():
-                assert value is after[name][2][key] or value == after[name][2][key], (name, key)
 
 
 def test_it_changes_the_class_and_keeps_every_object():

@@ -86,6 +86,36 @@ def assert_unchanged(before: dict[str, Any], model: nn.Module) -> None:
             assert old == new, name
 
 
+def everything(model: nn.Module) -> dict[str, Any]:
+    """Return the parts of all modules as they are: objects, classes, attributes, hooks."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found[name] = (module, type(module), dict(module.__dict__))
+        found[name + " parts"] = [
+            dict(part)
+            for part in (module._parameters, module._buffers, module._modules,
+                         module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
+                         module._forward_hooks_always_called, module._forward_hooks_with_kwargs)
+        ]  # fmt: skip
+    return found
+
+
+def assert_identical(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Compare what ``everything`` returned: the same objects, or equal plain values."""
+    assert before.keys() == after.keys()
+    for name, one in before.items():
+        if name.endswith(" parts"):
+            for old, new in zip(one, after[name], strict=True):
+                assert list(old) == list(new)
+                assert all(old[key] is new[key] for key in old), name
+        else:
+            assert one[0] is after[name][0]
+            assert one[1] is after[name][1]
+            assert one[2].keys() == after[name][2].keys(), name
+            for key, value in one[2].items():
+                assert value is after[name][2][key] or value == after[name][2][key], (name, key)
+
+
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], **tolerance: float) -> None:
     """Compare tensors by name: values, shapes, dtypes."""
     assert ours.keys() == theirs.keys()

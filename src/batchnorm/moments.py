@@ -82,15 +82,16 @@ class Moments(NamedTuple):
         Raises:
             OptionError: If a plain weight is negative or NaN.
         """
+        count = exact(self.count)
         if not isinstance(weight, Tensor):
             if not weight >= 0:
                 raise OptionError(f"expected a weight >= 0 to scale Moments by, got {weight}")
             if weight == 0:
                 return Moments(0.0, torch.zeros_like(self.mean), torch.zeros_like(self.m2))
-            return Moments(self.count * weight, self.mean, self.m2 * weight)
+            return Moments(count * weight, self.mean, self.m2 * weight)
         kept = weight > 0
         mean = torch.where(kept, self.mean, 0.0)
-        return Moments(self.count * weight, mean, torch.where(kept, self.m2 * weight, 0.0))
+        return Moments(count * exact(weight), mean, torch.where(kept, self.m2 * weight, 0.0))
 
     def variance(self, correction: float = 0) -> Tensor:
         """Finish: m2 / (count - correction), NaN where no more than ``correction`` was counted.
@@ -103,7 +104,7 @@ class Moments(NamedTuple):
         Returns:
             Variance per channel, shape (C,).
         """
-        left = self.count - correction
+        left = exact(self.count) - correction
         if isinstance(left, Tensor):
             return torch.where(left > 0, self.m2 / left, torch.nan)
         return self.m2 / left if left > 0 else torch.full_like(self.m2, torch.nan)
@@ -147,20 +148,22 @@ def merge(first: Moments, *others: Moments) -> Moments:
 
 
 def _merge_two(a: Moments, b: Moments) -> Moments:
-    count = a.count + b.count
+    of_a, of_b = exact(a.count), exact(b.count)
+    count = of_a + of_b
     if not isinstance(count, Tensor):
         # Selected, not multiplied away: 0 * inf is NaN.
         if not b.count:
             return _promoted(a, b)
         if not a.count:
             return _promoted(b, a)
-    share = b.count / count
+    share = of_b / count
     delta = b.mean - a.mean
     mean = a.mean + delta * share
-    m2 = a.m2 + b.m2 + delta * delta * (a.count * share)
+    m2 = a.m2 + b.m2 + delta * delta * (of_a * share)
     if isinstance(count, Tensor):
-        no_a = torch.as_tensor(a.count, device=count.device) == 0
-        no_b = torch.as_tensor(b.count, device=count.device) == 0
+        no_a, no_b = (
+            torch.as_tensor(n, dtype=count.dtype, device=count.device) == 0 for n in (of_a, of_b)
+        )
         mean = torch.where(no_b, a.mean, torch.where(no_a, b.mean, mean))
         m2 = torch.where(no_b, a.m2, torch.where(no_a, b.m2, m2))
     return Moments(count, mean, m2)
@@ -241,6 +244,14 @@ def center_weighted(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def total(x: Tensor) -> Tensor:
     """Sum (outer, C, inner) over outer and inner, pairwise."""
     return fold(fold(x, 0), -1)
+
+
+def exact(count: float | Tensor) -> float | Tensor:
+    """Return a count in the widest dtype.
+
+    A quotient of integer tensors, and a product of one with a plain number, are float32 in torch.
+    """
+    return count.to(wide(count.device)) if isinstance(count, Tensor) else count
 
 
 def wide(device: torch.device) -> torch.dtype:

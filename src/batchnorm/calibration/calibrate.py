@@ -154,8 +154,8 @@ def _calibrate(
 
         def sweep(names: list[str]) -> Sweep:
             pool = Pool({name: stage.layers[name].num_features for name in names})
-            eps = [torch.full((n,), stage.layers[k].eps) for k, n in pool.channels.items()]
-            row = torch.cat(eps).double()
+            eps = [x for k, n in pool.channels.items() for x in [stage.layers[k].eps] * n]
+            row = torch.tensor(eps, dtype=torch.float64)
             return Sweep(stage, pool, row, ranks, options.target_error, options.allow_nan, tell)
 
         work = Passes(stage, source, lambda batch: forward(model, batch), sweep)

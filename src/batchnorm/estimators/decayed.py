@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from batchnorm.estimators.base import Statistics, check_weight
-from batchnorm.moments import Moments, merge
+from batchnorm.estimators.base import Statistics, check_weight, nothing
+from batchnorm.moments import Moments, merge, wide
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Decayed:
 
     def update(self, state: Moments, batch: Moments) -> Moments:
         """Return the memory faded by one step and merged with the batch."""
-        faded = state.scale(1 - self.alpha)
-        if isinstance(batch.count, Tensor):
-            faded = state.scale(torch.where(batch.count > 0, 1 - self.alpha, 1.0))
-        elif not batch.count:
+        if nothing(batch):
             return state
-        return merge(faded, batch)
+        some: float | Tensor = 1.0
+        if isinstance(batch.count, Tensor):
+            some = (batch.count > 0).to(state.mean.dtype)
+        return merge(state.scale(1 - self.alpha * some), batch)
 
     def statistics(self, state: Moments) -> Statistics:
         """Return mean and unbiased variance; 0 and 1 while they are unknown."""
@@ -55,6 +55,7 @@ class Decayed:
 
 def known(state: Moments) -> Statistics:
     """Finish Moments with a tensor count: mean and unbiased variance, 0 and 1 where unknown."""
-    count = torch.as_tensor(state.count)
-    mean = torch.where(count > 0, state.mean, 0.0)
+    mean = state.mean
+    count = torch.as_tensor(state.count, dtype=wide(mean.device), device=mean.device)
+    mean = torch.where(count > 0, mean, 0.0)
     return mean, torch.where(count > 1, state.m2 / torch.where(count > 1, count - 1, 1.0), 1.0)

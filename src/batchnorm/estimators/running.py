@@ -41,6 +41,11 @@ def average(old: Tensor, new: Tensor, alpha: float | Tensor) -> Tensor:
     return old * (1 - alpha) + new * alpha
 
 
+def share_of_next(batches: Tensor) -> Tensor:
+    """Return 1 / (batches + 1) in the widest dtype, whatever the dtype of the counter, ()."""
+    return 1 / (batches.to(wide(batches.device)) + 1)
+
+
 @dataclass(frozen=True)
 class Running:
     r"""Exponential running average, torch's rule and the default.
@@ -99,7 +104,7 @@ class Cumulative:
 
     def update(self, state: Averages, batch: Moments) -> Averages:
         """Return the averages with one more batch."""
-        return state if nothing(batch) else _step(state, batch, 1 / (state.batches + 1))
+        return state if nothing(batch) else _step(state, batch, share_of_next(state.batches))
 
     def statistics(self, state: Averages) -> Statistics:
         """Return the averages as they are."""

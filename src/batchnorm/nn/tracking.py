@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.estimators.base import keep_if_empty, nothing, unbiased
-from batchnorm.estimators.running import Averages, average
+from batchnorm.estimators.running import Averages, average, share_of_next
 from batchnorm.moments import Moments
 from batchnorm.ops.onlookers import is_recomputing
 
@@ -44,7 +44,7 @@ def _move(layer: Any, batch: Moments) -> None:
     if alpha is None:
         # As in torch, a layer without counter has no cumulative average to move.
         seen = layer.num_batches_tracked
-        alpha = 0.0 if seen is None else 1.0 / (seen + 1)
+        alpha = 0.0 if seen is None else share_of_next(seen)
     for name, new in (("running_mean", batch.mean), ("running_var", unbiased(batch))):
         old = getattr(layer, name)
         wide = old if old.dtype in WIDE else _widened(layer, name, old)

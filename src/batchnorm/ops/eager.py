@@ -117,6 +117,8 @@ class Normalize(torch.autograd.Function):
                 return reference.affine(x, stats[0], stats[2:4], weight, bias, axis)
 
             dx, *others = _graph(ctx, again, dy, act, axis, adds, bias_dtype)
+            if dx is not None and x.requires_grad and not dx.requires_grad:
+                dx = _Constant.apply(dx, x)  # type: ignore[no-untyped-call]
             return dx, None, *others, None, None, None
         given = (dy, x, stats, beside, act, axis)
         sum_dz = sum_dz_xhat = None
@@ -189,15 +191,15 @@ def _graph(
 ) -> Gradients:
     """Take the gradients through plain operations, with a graph of their own.
 
-    An alias of x keeps the paths apart where it is its own residual. The saved output is a constant
-    for an activation with ``from_output``, whose second derivative is 0.
+    An alias of x keeps the paths apart where it is its own residual. Where y is read, it is this
+    operation's own output, so that all inputs get the zeros that torch gives them.
     """
     x, stats, weight, beside = ctx.saved_tensors
     x = x.view_as(x)
     scale = _as_used(stats[4], edge_of(weight))
     z = again(x, scale, _as_used(stats[5], ctx.edges[0]))
     if act.from_output and beside is not None:
-        dz = act.backward(dy.to(z.dtype), beside.detach().to(z.dtype))
+        dz = act.backward(dy.to(z.dtype), beside.to(z.dtype))
     elif act.name == "identity":
         dz = dy.to(z.dtype)
     else:
@@ -219,6 +221,23 @@ def _as_used(used: Tensor, edge: Edge) -> Tensor:
     if tensor.grad_fn is not came_from:
         raise RuntimeError(CHANGED.format(shape=list(tensor.shape)))
     return used + (tensor - tensor.detach()).to(used.dtype)
+
+
+class _Constant(torch.autograd.Function):
+    """A gradient that does not depend on x, which torch.nn's requires a gradient for all the same.
+
+    A penalty on it can be differentiated, and x gets None.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dx: Tensor, x: Tensor) -> Tensor:  # noqa: ARG004
+        """Return dx."""
+        return dx.view_as(dx)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Gradients:  # noqa: ARG004
+        """Return the gradient of dx, and none of x."""
+        return grads[0], None
 
 
 def _chain(act: Activation, z: Tensor, dy: Tensor) -> Tensor:

@@ -73,10 +73,10 @@ def known_stats(
         bias: Shift per channel, or None.
     """
     dtype = layout.compute_dtype(x)
+    given = torch.stack([mean.detach().to(dtype), var.detach().to(dtype)])
     absent = ((weight, torch.ones_like), (bias, torch.zeros_like))
-    affine = [make(mean) if t is None else t.detach() for t, make in absent]
-    rows = [mean.detach().to(dtype), var.detach().to(dtype), *with_rest(rstd.detach(), dtype)]
-    return torch.stack([*rows, *(t.to(dtype) for t in affine)])
+    affine = [make(given[0]) if t is None else t.detach().to(dtype) for t, make in absent]
+    return torch.cat([given, with_rest(rstd.detach(), dtype), torch.stack(affine)])
 
 
 def normalize(

@@ -91,7 +91,7 @@ def normalize_shared(call: Call, sharing: Sharing) -> tuple[Tensor, Moments]:
     backend = select(x, call.weight, call.bias, call.residual, axis)
     moments = Moments(layout.values_per_channel(x.shape, axis), *backend.moments(x.detach(), axis))
     merged = sharing.merge(moments)
-    count = float(torch.as_tensor(merged.count).flatten()[0])
+    count = float(torch.as_tensor(merged.count, dtype=merged.mean.dtype).flatten()[0])
     rstd = reference.reciprocal_std(merged.m2, count, call.eps)
     affine = (call.weight, call.bias)
     stats = reference.known_stats(x, merged.mean, merged.m2 / (count or 1), rstd, *affine)

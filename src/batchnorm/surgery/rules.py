@@ -25,6 +25,12 @@ class Becomes(NamedTuple):
     synced: bool = False
 
 
+class Kept(NamedTuple):
+    """A layer that is ours already, and whether its class normalizes by stored statistics alone."""
+
+    frozen: bool
+
+
 class Left(NamedTuple):
     """Why a module that looks like a normalization is left as it is."""
 
@@ -43,10 +49,10 @@ _EXACT = {
     "timm.layers.norm_act.SyncBatchNormAct": Becomes(SyncBatchNormAct, synced=True),
 }
 
-OURS = Left("it is this library's already")
+OURS = "it is this library's already"
 SCRIPTED = Left("it is scripted or traced; convert the model before torch.jit sees it")
 LAZY = Left("it has no parameters yet; run the model once, then convert")
-OWN_FORWARD = Left("somebody replaced the forward of this object, and it would still be called")
+OWN_FORWARD = Left("the forward of this object was replaced, and the new one would still be called")
 PARAMETRIZED = Left(
     "its parameters are parametrized; remove_parametrizations first, or convert before"
 )
@@ -58,10 +64,10 @@ SHARDED = Left(
 SUBCLASS = Left("it is a class of its own, which may do more than what it is made from")
 
 
-def decide(name: str, module: nn.Module) -> Becomes | Left | None:
+def decide(name: str, module: nn.Module) -> Becomes | Kept | Left | None:
     """Return what a module becomes, why it is left, or None where it is no normalization."""
     if isinstance(module, Layer):
-        return OURS
+        return Kept(isinstance(module, FrozenBatchNorm2d | FrozenBatchNormAct2d))
     if not _looks_like_one(module):
         return None
     if isinstance(module, torch.jit.ScriptModule):

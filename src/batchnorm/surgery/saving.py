@@ -6,6 +6,7 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
+from batchnorm.errors import OptionError
 from batchnorm.fusion.session import is_running
 from batchnorm.memory.saving import SaveMemory
 from batchnorm.ops.onlookers import is_calm
@@ -44,12 +45,21 @@ def save_memory(model: Model | None = None, *, enabled: bool = True) -> Model | 
     Returns:
         The model, or what ``with`` takes; ``as`` gives the report of bytes.
 
+    Raises:
+        SurgeryError: If the model is none.
+        OptionError: If it is to be switched off without a model.
+
     Notes:
         A tensor that is edited in place before it is saved is kept as it is; one that is edited
         between forward and backward raises what torch would raise. Edits behind autograd's back
         (``.data``, numpy) are not seen. Checkpointed regions are left as they are.
     """
     if model is None:
+        if not enabled:
+            raise OptionError(
+                "expected a model with enabled=False, got none; bn.save_memory() without one is a "
+                "block, and saves nothing where it is not entered"
+            )
         return SaveMemory()
     edits.expect_model(model, _VERB)
     switch_off(model)

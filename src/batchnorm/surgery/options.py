@@ -1,0 +1,116 @@
+"""The options of ``bn.convert``: what they ask of a layer, and which layers cannot have them."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from batchnorm.errors import OptionError, SurgeryError
+from batchnorm.estimators.bank import Bank, EstimatorLike, named
+from batchnorm.nn.base import BATCH, MOMENTUM, estimation
+from batchnorm.ops.activations import IDENTITY
+from batchnorm.sources.base import Source
+from batchnorm.sources.frozen import Frozen
+from batchnorm.sources.synced import Synced
+from batchnorm.surgery import rules
+
+Filter = Callable[[str, nn.Module], bool]
+
+SCRIPTED = """\
+bn.convert expected a model in Python, got a {kind}, whose code torch.jit has already compiled. \
+Convert the model it was made from; torch.jit.trace takes the converted one in eval mode."""
+
+SOURCE = """\
+expected a source such as statistics=bn.Batch(), bn.Frozen() or bn.Synced(), got {got!r}"""
+
+FILTER = "expected filter=function of (name, module), true for those to convert, got {got!r}"
+
+REFUSED = "bn.convert did not apply %s= to %d of the layers: %s"
+
+FROZEN = "its class normalizes by stored statistics alone"
+NO_STATISTICS = "it keeps no statistics"
+
+# Names of layers in a warning, at most; bn.edits has all.
+_MOST = 8
+
+
+class Options(NamedTuple):
+    """What is asked for; None where nothing is."""
+
+    statistics: Source | None
+    estimator: EstimatorLike | None
+    fuse: bool
+
+    def check(self, model: nn.Module, wanted: Filter | None) -> None:
+        """Refuse what has no meaning.
+
+        Raises:
+            SurgeryError: If the model is scripted or traced.
+            OptionError: Naming the option.
+        """
+        if isinstance(model, torch.jit.ScriptModule):
+            raise SurgeryError(SCRIPTED.format(kind=type(model).__name__))
+        source = self.statistics
+        is_source = callable(getattr(source, "normalize", None)) and not isinstance(source, type)
+        if source is not None and not is_source:
+            raise OptionError(SOURCE.format(got=source))
+        if wanted is not None and not callable(wanted):
+            raise OptionError(FILTER.format(got=wanted))
+        if self.estimator is not None:
+            named(self.estimator)
+
+    def refused(self, layer: Any, verdict: Any) -> dict[str, str]:
+        """Return the options that a layer cannot have: option -> reason."""
+        asked = [name for name in ("statistics", "estimator") if getattr(self, name) is not None]
+        if isinstance(verdict, rules.Left):
+            return dict.fromkeys(asked, verdict.reason)
+        stored = self.statistics is not None and not self.statistics.normalizes_by_batch
+        found = {}
+        for name in asked:
+            if verdict.frozen and not (stored and name == "statistics"):
+                found[name] = FROZEN
+            elif layer.running_mean is None and (stored or name == "estimator"):
+                found[name] = NO_STATISTICS
+        return found
+
+    def attributes(
+        self, layer: Any, verdict: rules.Becomes | rules.Kept, refused: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Return the attributes that a layer is to get; none where it has them already."""
+        new: dict[str, Any] = {}
+        if isinstance(verdict, rules.Becomes):
+            new = {"activation": IDENTITY, "statistics": BATCH, "_bank": None}
+            if verdict.synced:
+                new["statistics"] = Synced(layer.process_group)
+            if verdict.frozen:
+                channels = layer.running_mean.numel()
+                new |= {"statistics": Frozen(), "num_features": channels, "momentum": 0.0}
+                new |= {"affine": True, "track_running_stats": False}
+        has = {**layer.__dict__, **new}
+        if self.statistics not in (None, has["statistics"]) and "statistics" not in refused:
+            new["statistics"] = self.statistics
+        if self.estimator is not None and "estimator" not in refused:
+            momentum, bank = estimation(MOMENTUM, self.estimator, track_running_stats=True)
+            if momentum != has["momentum"] or not _are_alike(bank, has["_bank"]):
+                new |= {"momentum": momentum, "_bank": bank}
+        return new
+
+
+def warn(refused: Iterable[tuple[str, Mapping[str, str]]]) -> None:
+    """Log which layers cannot have an option that was asked for, by name."""
+    layers: dict[str, list[str]] = {}
+    for name, options in refused:
+        for option, reason in options.items():
+            layers.setdefault(option, []).append(f"{name or '(the model)'} ({reason})")
+    for option, told in layers.items():
+        more = ["..."] if told[_MOST:] else []
+        text = ", ".join(told[:_MOST] + more)
+        logging.getLogger("batchnorm").warning(REFUSED, option, len(told), text)
+
+
+def _are_alike(new: Bank | None, old: Bank | None) -> bool:
+    if new is None or old is None:
+        return new is old
+    return [*new.estimators.items()] == [*old.estimators.items()]

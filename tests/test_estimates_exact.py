@@ -1,0 +1,236 @@
+"""Every estimate in float64 against exact fractions: no number on the way is a float32."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.estimators.decayed import known
+
+SIZES = [3, 7, 5, 3, 6, 11, 9]
+CHANNELS = 2
+ESTIMATORS = {
+    "running": bn.Running(0.3),
+    "cumulative": bn.Cumulative(),
+    "decayed": bn.Decayed(0.3),
+    "last_batches": bn.LastBatches(3),
+    "last_batches_pooled": bn.LastBatches(3, pooled=True),
+}
+ONE_EACH = [pytest.param(one, id=name) for name, one in ESTIMATORS.items()]
+
+
+def batches():
+    """Eighths, so that every value is a fraction that float64 holds."""
+    return [torch.randint(-40, 40, (size, CHANNELS)).double() / 8 for size in SIZES]
+
+
+def masks():
+    """Keep the first two thirds of each batch, and of the fourth batch nothing."""
+    return [torch.arange(n) < (0 if i == 3 else n * 2 / 3) for i, n in enumerate(SIZES)]
+
+
+def moments(values, weight=1):
+    """(count, mean, m2) of fractions that all have one weight."""
+    mean = sum(values) / len(values)
+    return weight * len(values), mean, weight * sum((v - mean) ** 2 for v in values)
+
+
+def together(parts):
+    count = sum(n for n, _, _ in parts)
+    mean = sum(n * m for n, m, _ in parts) / count
+    return count, mean, sum(m2 + n * (m - mean) ** 2 for n, m, m2 in parts)
+
+
+def unbiased(part):
+    return part[2] / (part[0] - 1)
+
+
+def exact(name, data):
+    """(mean, variance) for use of one channel, from its batches of fractions."""
+    parts = [moments(values) for values in data if values]
+    if name == "running":
+        a, mean, var = Fraction(0.3), Fraction(0), Fraction(1)
+        for part in parts:
+            mean, var = (1 - a) * mean + a * part[1], (1 - a) * var + a * unbiased(part)
+        return mean, var
+    if name == "decayed":
+        keep = Fraction(1 - 0.3)
+        ages = range(len(parts) - 1, -1, -1)
+        whole = together([(n * keep**t, m, m2 * keep**t) for t, (n, m, m2) in zip(ages, parts)])
+        return whole[1], unbiased(whole)
+    if name == "last_batches_pooled":
+        whole = together(parts[-3:])
+        return whole[1], unbiased(whole)
+    parts = parts if name == "cumulative" else parts[-3:]
+    return (
+        sum(part[1] for part in parts) / len(parts),
+        sum(unbiased(part) for part in parts) / len(parts),
+    )
+
+
+def columns(data, kept=None):
+    """The fractions of each channel, batch by batch."""
+    kept = [torch.ones(len(x)).bool() for x in data] if kept is None else kept
+    return [
+        [[Fraction(v) for v in x[keep][:, c].tolist()] for x, keep in zip(data, kept)]
+        for c in range(CHANNELS)
+    ]
+
+
+def assert_exact(got, expected):
+    """Mean and variance within a few units in the last place of float64."""
+    for name, tensor, numbers in zip(("mean", "variance"), got, zip(*expected)):
+        assert tensor.dtype == torch.float64
+        for value, fraction in zip(tensor.tolist(), numbers, strict=True):
+            off = abs(Fraction(value) - fraction)
+            assert off <= 1e-14 * max(1, abs(fraction)), f"{name} is off by {float(off):.1e}"
+
+
+def assert_all_exact(layer, per_channel):
+    for name in ESTIMATORS:
+        bn.use_estimate(layer, name)
+        expected = [exact(name, channel) for channel in per_channel]
+        assert_exact((layer.running_mean, layer.running_var), expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("estimator", ONE_EACH)
+def test_an_estimator_is_exact_in_float64(estimator, masked):
+    data, kept = batches(), masks() if masked else [None] * len(SIZES)
+    state = estimator.init(CHANNELS)
+    for x, mask in zip(data, kept):
+        state = estimator.update(state, bn.Moments.of(x, mask=mask))
+    expected = [exact(estimator.name, c) for c in columns(data, kept if masked else None)]
+    assert_exact(estimator.statistics(state), expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("options", [{"momentum": None}, {"momentum": 0.3}], ids=str)
+def test_a_layer_with_a_momentum_is_exact_in_float64(options, masked):
+    layer, data = bn.BatchNorm1d(CHANNELS, **options).double(), batches()
+    kept = masks() if masked else [None] * len(SIZES)
+    for x, mask in zip(data, kept):
+        if mask is None or mask.any():
+            layer(x, mask=mask)
+    name = "running" if options["momentum"] else "cumulative"
+    expected = [exact(name, c) for c in columns(data, kept if masked else None)]
+    assert_exact((layer.running_mean, layer.running_var), expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_estimates_side_by_side_are_exact_in_float64(masked):
+    layer, data = bn.BatchNorm1d(CHANNELS, estimator=list(ESTIMATORS.values())).double(), batches()
+    kept = masks() if masked else [None] * len(SIZES)
+    for x, mask in zip(data, kept):
+        if mask is None or mask.any():
+            layer(x, mask=mask)
+    assert_all_exact(layer, columns(data, kept if masked else None))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_compiled_layers_are_exact_in_float64(masked):
+    layers = nn.ModuleDict({
+        "cumulative": bn.BatchNorm1d(CHANNELS, momentum=None),
+        "running": bn.BatchNorm1d(CHANNELS, momentum=0.3),
+        "all": bn.BatchNorm1d(CHANNELS, estimator=list(ESTIMATORS.values())),
+    }).double()  # fmt: skip
+    kept = masks() if masked else [None] * len(SIZES)
+    data = batches()
+
+    @torch.compile(dynamic=True)
+    def run(x, mask):
+        return [layer(x, mask=mask) for layer in layers.values()]
+
+    for x, mask in zip(data, kept):
+        if mask is None or mask.any():
+            run(x, mask)
+    per_channel = columns(data, kept if masked else None)
+    assert_all_exact(layers["all"], per_channel)
+    for name in ("cumulative", "running"):
+        expected = [exact(name, channel) for channel in per_channel]
+        assert_exact((layers[name].running_mean, layers[name].running_var), expected)
+
+
+@pytest.mark.parametrize("upstream", ["batch", "population"])
+def test_calibration_is_exact_in_float64(upstream):
+    model, data = nn.Sequential(bn.BatchNorm1d(CHANNELS).double()), batches()
+    result = bn.calibrate(model, data, upstream=upstream)
+    parts = [together([moments(v) for v in channel]) for channel in columns(data)]
+    expected = [(part[1], unbiased(part)) for part in parts]
+    assert_exact(result.layers["0"].new, expected)
+    assert_exact((model[0].running_mean, model[0].running_var), expected)
+
+
+@pytest.mark.parametrize("counts", [None, [3, 7, 11], [0.1, 0.2, 0.7]], ids=str)
+def test_merged_states_are_exact_in_float64(counts):
+    states, parts = [], []
+    weights = [Fraction(count) for count in counts or [1, 1, 1]]
+    for weight in weights:
+        layer = bn.BatchNorm1d(CHANNELS).double()
+        with torch.no_grad():
+            layer.running_mean.copy_(torch.randint(-9, 9, (CHANNELS,)) / 4)
+            layer.running_var.copy_(torch.randint(1, 9, (CHANNELS,)) / 4)
+            layer.weight.copy_(torch.randint(-9, 9, (CHANNELS,)) / 4)
+        states.append(layer.state_dict())
+        pairs = zip(layer.running_mean.tolist(), layer.running_var.tolist())
+        parts.append([(weight, Fraction(m), weight * Fraction(v)) for m, v in pairs])
+    merged = bn.merge_states(states, counts)
+    whole = [together(channel) for channel in zip(*parts)]
+    expected = [(mean, m2 / count) for count, mean, m2 in whole]
+    assert_exact((merged["running_mean"], merged["running_var"]), expected)
+    for c, value in enumerate(merged["weight"].tolist()):
+        pairs = zip(weights, states)
+        average = sum(w * Fraction(s["weight"][c].item()) for w, s in pairs) / sum(weights)
+        assert abs(Fraction(value) - average) < 1e-15
+
+
+KINDS = {
+    "number": lambda n: n,
+    "int64": torch.tensor,
+    "float32": lambda n: torch.tensor(float(n), dtype=torch.float32),
+    "float64": lambda n: torch.tensor(float(n), dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("first", KINDS)
+@pytest.mark.parametrize("second", KINDS)
+def test_moments_with_counts_of_any_kind_merge_exactly(first, second):
+    data = batches()[:2]
+    parts = [bn.Moments.of(x) for x in data]
+    given = [
+        part._replace(count=KINDS[kind](part.count)) for part, kind in zip(parts, (first, second))
+    ]
+    whole = bn.merge(*given)
+    per_channel = [together([moments(v) for v in channel]) for channel in columns(data)]
+    expected = [(part[1], part[2] / (part[0] - Fraction(0.25))) for part in per_channel]
+    assert_exact((whole.mean, whole.variance(0.25)), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_moments_with_counts_of_any_kind_are_scaled_and_finished_exactly(kind):
+    part = bn.Moments.of(torch.tensor([[0.0], [1.0], [2.0]]).double())
+    part = part._replace(count=KINDS[kind](3))
+    third = part.scale(torch.tensor(1 / 3, dtype=torch.float64))
+    assert float(third.count) == 3 * (1 / 3)
+    weighed = part._replace(count=1 / 3).scale(KINDS[kind](3))
+    assert float(weighed.count) == 3 * (1 / 3)
+    tiny = part._replace(count=1e-60, m2=part.m2 * 1e-60)
+    assert float(bn.merge(part, tiny).merge(part.scale(0)).mean) == 1
+
+
+def test_a_decayed_count_that_is_a_plain_number_is_finished_exactly():
+    mean = torch.ones(1).double()
+    _, var = known(bn.Moments(1.1, mean, mean))
+    assert var.item() == 1 / (1.1 - 1)
+
+
+def test_errors_of_a_calibration_take_eps_as_it_is():
+    model = nn.Sequential(bn.BatchNorm1d(1, eps=0.1).double())
+    data = [torch.full((4, 1), float(i % 3)).double() for i in range(16)]
+    bounds = []
+    for factor in (1 - 1e-10, 1 + 1e-10):
+        target = bn.calibrate(model, data).error * factor
+        bounds.append(bn.calibrate(model, data, target_error=target).reached)
+    assert bounds == [False, True]
