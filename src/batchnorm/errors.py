@@ -18,7 +18,7 @@ class ChannelError(BatchNormError, RuntimeError):
 
 
 class DtypeError(BatchNormError, NotImplementedError):
-    """Batch normalization is not defined for the dtype (integers, complex numbers)."""
+    """Batch normalization is not defined for the dtype (integers, complex numbers) or if sparse."""
 
 
 class DeviceError(BatchNormError, RuntimeError):
