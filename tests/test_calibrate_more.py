@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import batchnorm as bn
-from batchnorm.errors import CalibrationError
+from batchnorm.errors import CalibrationError, OptionError
 from test_calibrate import UNEQUAL, assert_exact, images
 from twins import assert_unchanged, randomize, snapshot
 
@@ -293,3 +293,11 @@ def test_a_layer_in_eval_beside_modules_that_train_stays_as_it_was_and_the_error
         assert_unchanged(before, model)
         name = next(n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d))
         assert list(bn.calibrate(model, images(), layers=name).layers) == [name]
+
+
+def test_a_device_that_is_not_there_is_refused_with_the_model_unchanged():
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    before = snapshot(model)
+    with pytest.raises(OptionError, match="such as 'cpu'.*device='nonsense'"):
+        bn.calibrate(model, images(), device="nonsense")
+    assert_unchanged(before, model)

@@ -82,6 +82,8 @@ def run(job: Job) -> Done:
     layers = options.pop("layers", None)
     Options(**options).check()
     device = None if job.device is None else usable_device(job.device)
+    if device is not None and device.type == "meta":
+        raise OptionError("expected a device, got 'meta', where tensors have no values")
     with launched("nccl" if device is not None and device.type == "cuda" else "gloo"):
         ranks = Ranks()
         with ranks.together():
