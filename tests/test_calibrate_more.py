@@ -1,15 +1,17 @@
 """Calibration of awkward models, and what is left of them after a failure."""
 
 import collections
+import copy
 import math
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 import batchnorm as bn
-from batchnorm.errors import CalibrationError
+from batchnorm.errors import CalibrationError, OptionError
 from test_calibrate import UNEQUAL, assert_exact, images
 from twins import assert_unchanged, randomize, snapshot
 
@@ -236,3 +238,66 @@ def test_the_table_names_every_layer():
 def test_a_lazy_layer_is_refused_in_words_of_ours(lazy):
     with pytest.raises(CalibrationError, match="lazy|uninitialized|first"):
         bn.calibrate(nn.Sequential(lazy()), images())
+
+
+class Wrapper(nn.Module):
+    """A module without parameters around another, as AveragedModel is."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.backbone = model
+
+    def forward(self, x):
+        return self.backbone(x)
+
+
+def mixed_block():
+    """A parameter of its own beside a normalization: the mode of such a module is a choice."""
+    model = Wrapper(nn.BatchNorm2d(3))
+    model.scale = nn.Parameter(torch.ones(()))
+    return model
+
+
+@pytest.mark.parametrize("wrap", [AveragedModel, Wrapper, nn.Sequential])
+@pytest.mark.parametrize("upstream", ["batch", "population"])
+def test_a_model_in_eval_inside_of_a_wrapper_is_calibrated_and_stays_in_eval(wrap, upstream):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    wrapped = wrap(network)
+    modes = [module.training for module in wrapped.modules()]
+    assert modes[0] and not any(modes[1:])
+    found = bn.calibrate(wrapped, images(), upstream=upstream)
+    assert len(found.layers) == 1 and not found.skipped
+    assert [module.training for module in wrapped.modules()] == modes
+    expected = copy.deepcopy(network)
+    bn.calibrate(expected, images())
+    (layer,) = (m for m in wrapped.modules() if isinstance(m, nn.BatchNorm2d))
+    torch.testing.assert_close(layer.running_var, expected[1].running_var)
+
+
+def test_an_averaged_model_in_eval_gets_what_update_bn_gives_it():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    ours, theirs = AveragedModel(network), AveragedModel(network)
+    equal = [images()[0], images()[0] * 2]
+    bn.calibrate(ours, equal)
+    update_bn(equal, theirs)
+    torch.testing.assert_close(ours.module[1].running_mean, theirs.module[1].running_mean)
+
+
+def test_a_layer_in_eval_beside_modules_that_train_stays_as_it_was_and_the_error_says_why():
+    frozen = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3).eval())
+    for model in (frozen, mixed_block()):
+        list(model.modules())[-1].eval()
+        before = snapshot(model)
+        with pytest.raises(CalibrationError, match=r"in eval while the model trains.*layers="):
+            bn.calibrate(model, images())
+        assert_unchanged(before, model)
+        name = next(n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d))
+        assert list(bn.calibrate(model, images(), layers=name).layers) == [name]
+
+
+def test_a_device_that_is_not_there_is_refused_with_the_model_unchanged():
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    before = snapshot(model)
+    with pytest.raises(OptionError, match="such as 'cpu'.*device='nonsense'"):
+        bn.calibrate(model, images(), device="nonsense")
+    assert_unchanged(before, model)

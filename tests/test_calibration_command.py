@@ -14,7 +14,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 import batchnorm as bn
+from batchnorm.checkpoints import read_state
 from batchnorm.cli.app import app
+from batchnorm.errors import CheckpointError
 from test_cli import command, environment
 
 RECIPE = """
@@ -134,11 +136,12 @@ class Evil:
         return os.system, ("touch owned",)
 
 
-def assert_refused(done, *words):
-    assert done.returncode == 1, done.stdout + done.stderr
+def assert_refused(done, *words, code=1):
+    assert done.returncode == code, done.stdout + done.stderr
     said = done.stderr
     assert said.startswith("batchnorm: ")
     assert "Traceback" not in said
+    assert "\x1b" not in said
     for word in words:
         assert word in said, said
 
@@ -203,34 +206,120 @@ def test_an_existing_file_is_kept_unless_forced(folder):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "words", "code"),
     [
-        (("--model", "recipe:nothing"), ("recipe:nothing", "cannot be imported")),
-        (("--model", "nowhere:model"), ("nowhere",)),
-        (("--model", "recipe"), ("package.module:name",)),
-        (("--model", "recipe:number"), ("Module, got int",)),
-        (("--data", "recipe:number"), ("batches, got int",)),
-        (("--data", "recipe:failing"), ("the disk is gone",)),
-        (("--upstream", "sideways"), ("upstream",)),
-        (("--checkpoint", "lost.pt"), ("lost.pt",)),
-        (("--out", "out.txt"), (".safetensors",)),
+        (("--model", "recipe:nothing"), ("recipe:nothing", "cannot be imported"), 2),
+        (("--model", "nowhere:model"), ("nowhere",), 2),
+        (("--model", "recipe"), ("package.module:name",), 2),
+        (("--model", "recipe:number"), ("Module, got int",), 2),
+        (("--data", "recipe:number"), ("batches, got int",), 2),
+        (("--data", "recipe:failing"), ("the disk is gone",), 1),
     ],
 )
-def test_mistakes_end_in_one_line_and_no_file(options, words, folder):
+def test_a_mistake_ends_in_one_line_and_no_file(options, words, code, folder):
     folder, _ = folder
+    assert_refused(calibrated(options), *words, code=code)
+    assert not list(folder.glob("out*"))
+
+
+def calibrated(options):
     given = {
         "--model": "recipe:model",
         "--data": "recipe:batches",
         "--checkpoint": "in.pt",
         "--out": "out.pt",
     }
-    given |= {options[0]: options[1]}
-    done = here(
-        "calibrate",
-        *(part for pair in given.items() for part in pair),
-    )
-    assert_refused(done, *words)
+    given |= dict(zip(options[::2], options[1::2], strict=True))
+    return here("calibrate", *(part for pair in given.items() for part in pair))
+
+
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "code"),
+    [
+        (("--upstream", "sideways"), ("upstream",), 2),
+        (("--max-batches", "0"), ("max_batches",), 2),
+        (("--target-error", "-1"), ("target_error",), 2),
+        (("--cache-bytes", "-1"), ("cache_bytes",), 2),
+        (("--layers", "nothing"), ("layers='nothing'", "'1', '4'"), 2),
+        (("--forward", "recipe:nothing"), ("recipe:nothing",), 2),
+        (("--device", "nonsense"), ("device='nonsense'", "such as 'cpu'"), 2),
+        pytest.param(("--device", "cuda"), ("device='cuda'", "CUDA"), 2, marks=NO_CUDA),
+        (("--device", "meta"), ("'meta'",), 2),
+        (("--checkpoint", "lost.pt"), ("lost.pt",), 1),
+        (("--checkpoint", "."), ("Is a directory",), 1),
+        (("--out", "out.txt"), (".safetensors",), 2),
+        (("--out", "missing/out.pt"), ("folder missing does not exist",), 1),
+        (("--out", "."), ("the folder .",), 1),
+        (("--out", "recipe.py/out.pt"), ("folder recipe.py does not exist",), 1),
+        (("--save", "missing/day.safetensors"), ("folder missing does not exist",), 1),
+        (("--save", "in.pt"), ("in.pt exists", "--force"), 1),
+        (("--save", "out.pt"), ("expected two files, got out.pt",), 2),
+        (("--save", "./out.pt"), ("expected two files",), 2),
+        (("--checkpoint", "mixed.pt", "--out", "out.safetensors"), ("'epoch' is int", ".pt"), 1),
+    ],
+)
+def test_an_option_is_refused_before_the_data_are_asked_for(options, words, code, folder):
+    folder, expected = folder
+    torch.save({**expected, "epoch": 3}, folder / "mixed.pt")
+    (folder / "recipe.py").write_text(RECIPE + MIXED)
+    assert_refused(calibrated(("--data", "recipe:forbidden", *options)), *words, code=code)
     assert not list(folder.glob("out*"))
+
+
+MIXED = """
+class Mixed(nn.Sequential):
+    def load_state_dict(self, state, *rest):
+        return super().load_state_dict({k: v for k, v in state.items() if k != "epoch"}, *rest)
+
+def model(make=model):
+    return Mixed(*make())
+
+def forbidden():
+    raise SystemExit("the data were asked for")
+"""
+
+
+def test_an_error_is_one_line_however_narrow_the_terminal_and_has_no_codes(folder):
+    done = command(*GIVEN, "--out", "missing/out.pt", cwd=folder[0], COLUMNS="20", TERM="xterm")
+    assert_refused(done, "folder missing does not exist")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_reason_that_torch_gives_has_no_terminal_codes(folder):
+    folder, _ = folder
+    torch.save(nn.Linear(2, 2), folder / "whole.pt")
+    with pytest.raises(CheckpointError) as refused:
+        read_state(folder / "whole.pt")
+    assert "\x1b" not in str(refused.value)
+    assert "Unsupported global" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "code"),
+    [
+        (("in.pt",), ("two or more files", "got 1"), 2),
+        (("in.pt", "in.pt", "--counts", "1"), ("count for each of 2",), 2),
+        (("in.pt", "lost.pt"), ("lost.pt",), 1),
+        (("in.pt", "in.pt", "--out", "missing/out.pt"), ("folder missing does not exist",), 1),
+        (("in.pt", "in.pt", "--out", "in.pt"), ("in.pt exists",), 1),
+        (("in.pt", "in.pt", "--out", "out.zip"), (".safetensors",), 2),
+    ],
+)
+def test_a_merge_that_cannot_be_is_refused_in_one_line(options, words, code, folder):
+    folder, _ = folder
+    out = () if "--out" in options else ("--out", "out.pt")
+    assert_refused(here("merge", *options, *out), *words, code=code)
+    assert not list(folder.glob("out*"))
+
+
+def test_what_follows_counts_is_read_as_numbers(folder):
+    done = here("merge", "in.pt", "in.pt", "--counts", "1,x", "--out", "out.pt")
+    assert done.returncode == 2
+    assert "expected numbers such as 1000,250, got '1,x'" in done.stderr
+    assert done.stderr.isascii()
 
 
 def test_calibrations_and_checkpoints_are_merged(folder):
@@ -256,6 +345,7 @@ def test_calibrations_and_checkpoints_are_merged(folder):
             "x.pt",
         ),
         "both kinds",
+        code=2,
     )
 
 

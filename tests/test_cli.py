@@ -9,23 +9,29 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from typer.testing import CliRunner
+
+import batchnorm as bn
+from batchnorm.cli.app import app
 
 SOURCE = str(Path(__file__).parents[1] / "src")
 PACKAGES = ("typer", "rich", "matplotlib", "jinja2", "sklearn", "safetensors")
 TINY = ("--steps", "4", "--batch-size", "16", "--k", "2")
 
 
-def environment():
-    return {**os.environ, "PYTHONPATH": SOURCE, "COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
+def environment(**changes):
+    plain = {"PYTHONPATH": SOURCE, "COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
+    return {**os.environ, **plain, **changes}
 
 
-def command(*arguments, cwd=None):
+def command(*arguments, cwd=None, **changes):
     return subprocess.run(
         [sys.executable, "-m", "batchnorm", *arguments],
         capture_output=True,
         text=True,
         encoding="utf-8",
-        env=environment(),
+        env=environment(**changes),
         cwd=cwd,
         timeout=280,
         check=False,
@@ -50,20 +56,63 @@ def test_env_prints_versions_and_backends():
     assert re.search(r"backends +reference +available", done.stdout)
 
 
+def test_version_is_that_of_the_library():
+    done = command("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"batchnorm {bn.__version__}\n", "")
+
+
+OPTIONS = [
+    ("demo", "--batch-size", "1"),
+    ("bench", "--seconds", "-1"),
+    ("bench", "--device", "tpu"),
+    ("calibrate",),
+    ("nonsense",),
+    ("--nonsense",),
+]
+
+
+@pytest.mark.parametrize("arguments", OPTIONS, ids=" ".join)
+def test_a_wrong_option_is_a_usage_error_in_plain_lines(arguments):
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("Error: ")
+    assert arguments[-1].lstrip("-") in last or "Missing option" in last or "Invalid" in last
+    assert done.stderr.isascii() and "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--part", "no such cell"), "no name has the part"),
+        (("--out", "file"), "cannot make the folder file"),
+        (("--out", "file/folder"), "cannot make the folder file/folder"),
+        pytest.param(
+            ("--device", "cuda"),
+            "expected a CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
+    ],
+)
+def test_a_benchmark_that_cannot_be_is_refused_before_it_measures(
+    arguments, words, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("precious")
+    done = CliRunner().invoke(app, ("bench", "--seconds", "0", *arguments))
+    assert done.exit_code == 2, done.output
+    assert done.stderr.startswith("batchnorm: ") and words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_wrong_data_ends_in_one_line(tmp_path):
     done = command("demo", "--data", str(tmp_path / "nothing"), "--out", str(tmp_path / "out"))
     assert done.returncode == 1
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    lines = done.stderr.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("batchnorm: no train-images-idx3-ubyte")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_wrong_option_is_a_usage_error():
-    done = command("demo", "--batch-size", "1")
-    assert done.returncode == 2
-    assert "--batch-size" in done.stderr
 
 
 @pytest.mark.parametrize("package", PACKAGES)

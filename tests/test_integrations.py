@@ -1,6 +1,7 @@
-"""The callbacks, in the real trainers."""
+"""The callbacks in the real trainers, and tools that look layers up by exact type."""
 
 import copy
+import importlib
 import sys
 import warnings
 
@@ -10,8 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import batchnorm as bn
-from batchnorm.errors import MissingExtraError
-from third_party import torchvision
+from batchnorm.errors import MissingExtraError, OptionError, SurgeryError
+from third_party import timm, torchvision
 
 X = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)) * 3 + 1
 Y = torch.randint(0, 3, (60,), generator=torch.Generator().manual_seed(1))
@@ -177,10 +178,96 @@ def test_hugging_face_within_an_epoch(tmp_path):
     assert_exact(model, model.state_dict(), [X])
 
 
-@pytest.mark.parametrize("name", ["lightning", "huggingface"])
+@pytest.mark.parametrize("name", ["lightning", "huggingface", "opacus"])
 def test_a_missing_library_is_said_in_one_line(name, monkeypatch):
-    for module in ("lightning", "lightning.pytorch", "pytorch_lightning", "transformers"):
+    for module in (
+        "lightning",
+        "lightning.pytorch",
+        "pytorch_lightning",
+        "transformers",
+        "opacus",
+        "opacus.validators",
+    ):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, f"batchnorm.integrations.{name}", raising=False)
-    with pytest.raises(MissingExtraError, match=r"needs .*pip install 'batchnorm\["):
+    with pytest.raises(MissingExtraError, match=r"needs .*pip install ('batchnorm\[|opacus)"):
         __import__(f"batchnorm.integrations.{name}")
+
+
+@pytest.fixture
+def opacus(monkeypatch):
+    """The registry of opacus, given back as it was."""
+    validators = pytest.importorskip("opacus.validators")
+    for name in ("VALIDATORS", "FIXERS"):
+        registry = getattr(validators.ModuleValidator, name)
+        monkeypatch.setattr(validators.ModuleValidator, name, dict(registry))
+    return importlib.import_module("batchnorm.integrations.opacus")
+
+
+class Subclass(bn.BatchNorm2d):
+    pass
+
+
+LAYERS = {
+    "1d": bn.BatchNorm1d,
+    "2d": bn.BatchNorm2d,
+    "3d": bn.BatchNorm3d,
+    "any rank": bn.BatchNorm,
+    "subclass": Subclass,
+    "converted": lambda channels: bn.convert(nn.BatchNorm2d(channels)),
+    "converted, synced": lambda channels: bn.convert(nn.SyncBatchNorm(channels)),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_opacus_refuses_and_replaces_a_registered_layer_as_that_of_torch(layer, opacus):
+    ours, theirs = nn.Sequential(layer(6)), nn.Sequential(nn.BatchNorm2d(6))
+    validator = opacus.ModuleValidator
+    assert validator.is_valid(ours) and not validator.is_valid(theirs)
+    opacus.register(Subclass)
+    found, expected = (validator.validate(model) for model in (ours, theirs))
+    assert [str(error) for error in found] == [str(error) for error in expected]
+    assert str(validator.fix(ours)) == str(validator.fix(theirs))
+    assert validator.is_valid(validator.fix(ours, num_groups=3))
+    if ours[0].ranks == (4,):
+        fixed = validator.fix(ours, replace_bn_with_in=True)
+        assert str(fixed) == str(validator.fix(theirs, replace_bn_with_in=True))
+    assert isinstance(ours[0], nn.modules.batchnorm._BatchNorm)
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "words"),
+    [
+        (lambda: bn.BatchNorm2d(6, activation="relu"), {}, "without its activation"),
+        (lambda: bn.BatchNorm(6, axis=-1), {}, "without its channel axis"),
+        (lambda: bn.BatchNorm(6), {"replace_bn_with_in": True}, "without its rank"),
+        (lambda: bn.convert(timm().layers.BatchNormAct2d(6)), {}, "without its drop layer"),
+    ],
+)
+def test_opacus_is_kept_from_replacing_a_layer_that_does_more(layer, options, words, opacus):
+    opacus.register()
+    model = nn.Sequential(layer())
+    described = str(model)
+    assert not opacus.ModuleValidator.is_valid(model)
+    with pytest.raises(SurgeryError, match=words):
+        opacus.ModuleValidator.fix(model, **options)
+    assert str(model) == described
+
+
+def test_opacus_registers_classes_of_layers_only(opacus):
+    before = dict(opacus.ModuleValidator.VALIDATORS)
+    for wrong in (nn.BatchNorm2d, bn.BatchNorm2d(3)):
+        with pytest.raises(OptionError, match="expected classes"):
+            opacus.register(Subclass, wrong)
+    assert before == opacus.ModuleValidator.VALIDATORS
+
+
+def test_fvcore_counts_a_layer_in_eval_as_that_of_torch():
+    fvcore = pytest.importorskip("fvcore.nn")
+    x = torch.randn(2, 3, 8, 8)
+    for ours in (bn.BatchNorm2d(3), bn.convert(nn.BatchNorm2d(3))):
+        counts = [
+            fvcore.FlopCountAnalysis(nn.Sequential(layer).eval(), x).total()
+            for layer in (ours, nn.BatchNorm2d(3))
+        ]
+        assert counts[0] == counts[1] > 0

@@ -1,13 +1,17 @@
 """Layers in an unusual state: nothing may be dropped, misread, or written past its end."""
 
+import copy
 import itertools
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils import mkldnn
 
 import batchnorm as bn
+from batchnorm.errors import DtypeError, SurgeryError
 from twins import assert_unchanged, snapshot, twins
 
 MODES = list(itertools.product((True, False), (True, False)))
@@ -255,3 +259,73 @@ def test_saved_tensors_may_live_elsewhere():
         y.backward(cotangent)
         found.append(leaf.grad)
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_mkldnn_tensor_is_served_as_by_torch(training, grad):
+    ours, theirs = (m.train(training) for m in twins("2d", 3))
+    x, dy = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5)
+    found = []
+    for layer, cast in ((ours, Tensor.to_mkldnn), (theirs, lambda t: t)):
+        given = x.clone().requires_grad_()
+        with torch.set_grad_enabled(grad):
+            y = layer(cast(given))
+        if grad:
+            y.backward(cast(dy))
+        assert y.is_mkldnn is (layer is ours)
+        found.append([y.to_dense() if y.is_mkldnn else y, given.grad, *layer.buffers()])
+        found[-1] += [parameter.grad for parameter in layer.parameters()]
+    torch.testing.assert_close(*found)
+
+
+def test_an_mkldnn_tensor_takes_residual_mask_and_activation():
+    layer = bn.BatchNorm2d(3, activation="relu")
+    x, residual = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5)
+    mask = torch.rand(4, 5, 5) > 0.3
+    expected = layer(x, residual, mask)
+    for more in (residual, residual.to_mkldnn()):
+        y = layer(x.to_mkldnn(), more, mask)
+        assert y.is_mkldnn
+        torch.testing.assert_close(y.to_dense(), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_function_takes_an_mkldnn_tensor_as_that_of_torch_does(training):
+    x, mean, var = torch.randn(4, 3, 5, 5), torch.randn(3), torch.rand(3) + 0.5
+    stores = [mean, var], [mean.clone(), var.clone()]
+    y = bn.functional.batch_norm(x.to_mkldnn(), *stores[0], training=training)
+    torch.testing.assert_close(y.to_dense(), F.batch_norm(x, *stores[1], training=training))
+    torch.testing.assert_close(*stores)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_converted_network_takes_mkldnn_tensors(training):
+    theirs = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3)).train(training)
+    ours = bn.convert(copy.deepcopy(theirs))
+    for _ in range(3):
+        x = torch.randn(4, 3, 5, 5)
+        torch.testing.assert_close(ours(x.to_mkldnn()).to_dense(), theirs(x))
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+def test_converting_to_mkldnn_keeps_a_plain_layer_and_refuses_to_drop_an_activation():
+    x = torch.randn(2, 3, 4, 4)
+    layer = twins("2d", 3)[0].eval()
+    converted = mkldnn.to_mkldnn(nn.Sequential(layer))
+    torch.testing.assert_close(converted(x.to_mkldnn()).to_dense(), layer(x))
+    with pytest.raises(SurgeryError, match=r"torch\.utils\.mkldnn\.to_mkldnn would replace"):
+        mkldnn.to_mkldnn(bn.BatchNorm2d(3, activation="relu").eval())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+def test_a_sparse_tensor_is_declined_with_the_conversion_to_call(layout, training):
+    layer = twins("1d", 3)[0].train(training)
+    before = snapshot(layer)
+    with pytest.raises(DtypeError, match=r"torch\.sparse_.*x\.to_dense\(\)"):
+        layer(getattr(torch.randn(4, 3), layout)())
+    assert_unchanged(before, layer)
+    with pytest.raises(DtypeError, match="to_dense"):
+        bn.functional.normalize(torch.randn(4, 3).to_sparse())

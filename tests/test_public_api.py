@@ -1,5 +1,6 @@
 """What is public, and that importing it disturbs nobody."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,39 @@ def test_importing_changes_nothing_and_loads_no_optional_package():
     )
     assert done.returncode == 0, done.stderr
     assert not done.stdout + done.stderr
+
+
+UNINSTALLED = """
+import importlib.metadata as metadata
+installed = metadata.distribution
+def distribution(name):
+    if name == "batchnorm":
+        raise metadata.PackageNotFoundError(name)
+    return installed(name)
+metadata.distribution = distribution
+import batchnorm as bn
+print(bn.__version__, bn.env()["packages"]["batchnorm"])
+"""
+
+
+def test_the_version_is_known_where_the_package_is_not_installed():
+    done = subprocess.run(
+        [sys.executable, "-c", UNINSTALLED], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == [bn.__version__] * 2, done.stderr
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", bn.__version__)
+
+
+def test_the_build_reads_the_version_that_the_package_has():
+    tomllib = pytest.importorskip("tomllib")
+    regex = pytest.importorskip("scikit_build_core.metadata.regex")
+    root = Path(__file__).parents[1]
+    settings = tomllib.loads((root / "pyproject.toml").read_text())
+    provider = settings["tool"]["scikit-build"]["metadata"]["version"]
+    assert provider["provider"] == regex.__name__
+    assert settings["project"]["dynamic"] == ["version"]
+    found = regex.dynamic_metadata("version", {"input": str(root / provider["input"])})
+    assert found == bn.__version__
 
 
 WITHOUT = """

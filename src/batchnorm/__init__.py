@@ -28,3 +28,4 @@ from batchnorm.surgery.convert import convert as convert
 from batchnorm.surgery.convert import revert as revert
 from batchnorm.surgery.edits import edits as edits
 from batchnorm.surgery.saving import save_memory as save_memory
+from batchnorm.version import __version__ as __version__

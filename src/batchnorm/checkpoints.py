@@ -1,6 +1,7 @@
 """Checkpoints on disk: safetensors, and ``.pt``/``.pth`` files without any code in them."""
 
 import io
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.errors import CheckpointError, MissingExtraError
-from batchnorm.files import write_atomically
+from batchnorm.errors import CheckpointError, MissingExtraError, OptionError, without_codes
+from batchnorm.files import check_output, write_atomically
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -54,8 +55,7 @@ def read_state(path: Path) -> dict[str, Any]:
         with warnings.catch_warnings(action="ignore"):  # the error says it all
             loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise CheckpointError(UNSAFE.format(path=path, reason=reason)) from error
+        raise CheckpointError(UNSAFE.format(path=path, reason=_reason(error))) from error
     return _state_in(loaded, path)
 
 
@@ -68,12 +68,7 @@ def write_state(state: Mapping[str, Any], path: Path) -> None:
         OSError: If it cannot be written.
     """
     if path.suffix == ".safetensors":
-        odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
-        if odd:
-            raise CheckpointError(
-                f"safetensors files hold tensors only, but {odd[0]!r} is "
-                f"{type(state[odd[0]]).__name__}; use an --out that ends in .pt"
-            )
+        _check_tensors(state)
         # Tensors that share memory are written one by one.
         whole = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
         write_atomically(path, safetensors().save(whole, {"format": "pt"}))
@@ -83,6 +78,44 @@ def write_state(state: Mapping[str, Any], path: Path) -> None:
         write_atomically(path, buffer.getvalue())
     else:
         raise CheckpointError(KIND.format(pickles=", ".join(PICKLES), path=path))
+
+
+def check_target(path: Path, force: bool, state: Mapping[str, Any] | None = None) -> None:
+    """Refuse what ``write_state`` could not write later, before time is spent on the state.
+
+    Args:
+        path: Where the checkpoint shall be.
+        force: Whether a file that is there may be replaced.
+        state: What will be written, with other values; None if that is not known.
+
+    Raises:
+        OptionError: If the ending is unknown.
+        CheckpointError: If safetensors cannot hold a value.
+        MissingExtraError: If safetensors is needed and not installed.
+        OSError: If there is no such folder, or a file is there and ``force`` is not given.
+    """
+    check_output(path, force)
+    if path.suffix == ".safetensors":
+        safetensors()
+        _check_tensors(state or {})
+    elif path.suffix not in PICKLES:
+        raise OptionError(KIND.format(pickles=", ".join(PICKLES), path=path))
+
+
+def _check_tensors(state: Mapping[str, Any]) -> None:
+    odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise CheckpointError(
+            f"safetensors files hold tensors only, but {odd[0]!r} is "
+            f"{type(state[odd[0]]).__name__}; use an --out that ends in .pt"
+        )
+
+
+def _reason(error: Exception) -> str:
+    """Return why torch.load refused a file: what its unpickler says, or its first line."""
+    text = without_codes(str(error)) or type(error).__name__
+    said = re.search(r"WeightsUnpickler error: (.*?)(?:\. |\n|$)", text)
+    return said[1][:200] if said else text.splitlines()[0][:200]
 
 
 def _state_in(loaded: Any, path: Path) -> dict[str, Any]:

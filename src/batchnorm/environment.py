@@ -8,8 +8,9 @@ import torch
 
 from batchnorm.ops import cuda_choice
 from batchnorm.ops.backend import BACKENDS, UNAVAILABLE
+from batchnorm.version import __version__
 
-PACKAGES = ("batchnorm", "torch", "triton", "numpy", "matplotlib", "rich", "safetensors", "jax")
+PACKAGES = ("torch", "triton", "numpy", "matplotlib", "rich", "safetensors", "jax")
 
 
 def env() -> dict[str, Any]:
@@ -25,7 +26,7 @@ def env() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {"batchnorm": __version__, **{name: _version(name) for name in PACKAGES}},
         "cuda": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         if cuda
         else [],

@@ -4,6 +4,15 @@ Each derives from the type that ``torch.nn`` raises in the same situation, so th
 catches torch's error catches ours. Messages say what was expected, what came and what to do.
 """
 
+import re
+
+_TERMINAL_CODE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def without_codes(text: str) -> str:
+    """Return the message of another library without codes that colour it on a terminal."""
+    return _TERMINAL_CODE.sub("", text)
+
 
 class BatchNormError(Exception):
     """Base of every exception of this library."""
@@ -18,7 +27,7 @@ class ChannelError(BatchNormError, RuntimeError):
 
 
 class DtypeError(BatchNormError, NotImplementedError):
-    """Batch normalization is not defined for the dtype (integers, complex numbers)."""
+    """Batch normalization is not defined for the dtype (integers, complex numbers) or if sparse."""
 
 
 class DeviceError(BatchNormError, RuntimeError):

@@ -90,6 +90,9 @@ def batch_norm(
         return handle_torch_function(  # type: ignore[no-any-return]
             _torch_batch_norm, tensors, *tensors, training=training, momentum=momentum, eps=eps
         )
+    if input.is_mkldnn:
+        rest = (running_mean, running_var, weight, bias, training, momentum, eps)
+        return batch_norm(input.to_dense(), *rest).to_mkldnn()
     if training:
         check_momentum(momentum)
     call = prepare(input, weight, bias, mean=running_mean, var=running_var, eps=eps)

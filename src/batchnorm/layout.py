@@ -101,11 +101,16 @@ def sample_shape(sample: Tensor, x: Tensor, axis: int, what: str) -> Tensor:
 
 
 def check_input(x: Tensor) -> None:
-    """Refuse a dtype for which batch normalization has no meaning.
+    """Refuse a dtype for which batch normalization has no meaning, and sparse tensors.
 
     Raises:
-        DtypeError: If ``x`` is not of a real floating dtype.
+        DtypeError: If ``x`` is not of a real floating dtype, or is not strided.
     """
+    if x.layout is not torch.strided:
+        raise DtypeError(
+            f'"batch_norm" is not defined for the layout {x.layout} (input of shape '
+            f"{tuple(x.shape)}); expected a strided tensor: convert with x.to_dense()"
+        )
     if not x.dtype.is_floating_point:
         raise DtypeError(
             f'"batch_norm" is not defined for {x.dtype} (input of shape {tuple(x.shape)}); '

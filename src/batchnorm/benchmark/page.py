@@ -4,8 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from batchnorm.benchmark.rows import Row, write_rows
-from batchnorm.errors import OptionError
-from batchnorm.files import write_atomically
+from batchnorm.files import make_folder, write_atomically
 from batchnorm.report.html import to_html
 from batchnorm.report.model import Plot, Report, Section, Series, Table, Text
 
@@ -34,12 +33,10 @@ def write_benchmark(rows: list[Row], out: Path) -> tuple[Path, ...]:
     """Write rows.csv and report.html into a folder, which is made.
 
     Raises:
-        OptionError: If there are no rows.
+        OptionError: If the folder cannot be made.
         OSError: If a file cannot be written.
     """
-    if not rows:
-        raise OptionError("expected at least one cell to measure; no name has the part asked for")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     data, page = out / "rows.csv", out / "report.html"
     write_rows(data, rows)
     write_atomically(page, to_html(report(rows)))

@@ -6,6 +6,7 @@ from batchnorm.benchmark.cases import Case
 from batchnorm.benchmark.contenders import Eager, Ours, contenders, saved_bytes
 from batchnorm.benchmark.measure import clock_of, copy_run, interleaved
 from batchnorm.benchmark.rows import Row, circumstances, rows_of
+from batchnorm.errors import OptionError
 
 Watch = Callable[[str, int, int], None]
 
@@ -27,13 +28,23 @@ def measure(
         jax: Whether JAX takes part, where it is installed.
 
     Raises:
+        OptionError: If there is no cell.
         DeviceError: If a cell is of a device that is not here.
 
-    Yields:
-        A row for each contender of each cell, cell by cell.
+    Returns:
+        A row for each contender of each cell, cell by cell, as they are measured.
     """
     cells = list(chosen)
-    device = cells[0].device if cells else "cpu"
+    if not cells:
+        raise OptionError("expected at least one cell to measure; no name has the part asked for")
+    clock_of(cells[0].device)
+    return _rows(cells, watch, seconds, compiled, jax)
+
+
+def _rows(
+    cells: list[Case], watch: Watch, seconds: float, compiled: bool, jax: bool
+) -> Iterator[Row]:
+    device = cells[0].device
     clock = clock_of(device)
     around = circumstances(device)
     for done, case in enumerate(cells):

@@ -23,7 +23,7 @@ from torch import nn
 
 from batchnorm.calibration.choosing import LayersLike, choose
 from batchnorm.calibration.commit import write
-from batchnorm.calibration.feeding import Forward, Source, check_limit, feed
+from batchnorm.calibration.feeding import Forward, Source, check_limit, feed, usable_device
 from batchnorm.calibration.passes import Passes
 from batchnorm.calibration.pool import Pool
 from batchnorm.calibration.population import Population
@@ -183,7 +183,7 @@ def _source(
         devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
         place = devices.pop() if len(devices) == 1 else None
     else:
-        place = torch.device(device)
+        place = usable_device(device)
     again = options.upstream == "population" and options.passes != 1
     return Source(data, options.max_batches, share, place, options.cache_bytes, again)
 

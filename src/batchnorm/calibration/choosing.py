@@ -19,9 +19,14 @@ expected layers= to be a name, a pattern, a module, several of these, or a funct
 module, got {kind}"""
 
 NONE = """\
-expected a model with a batch normalization to calibrate, got {model} with {found}. Layers must \
-derive from torch.nn's, as those of this library, SyncBatchNorm and timm do; a scripted or traced \
-model has none: calibrate the one it was made from."""
+expected a model with a batch normalization to calibrate, got {model} with none that is \
+recognized. Layers must derive from torch.nn's, as those of this library, SyncBatchNorm and timm \
+do; a scripted or traced model has none: calibrate the one it was made from."""
+
+SKIPPED = """\
+expected a model with a batch normalization to calibrate, got {model} in which each is left out \
+({why}). Frozen ones are calibrated where layers= names them, and those that are frozen by their \
+mode after model.train() or model.eval()."""
 
 
 def choose(model: nn.Module, layers: LayersLike) -> tuple[list[Found], dict[str, str]]:
@@ -41,18 +46,20 @@ def choose(model: nn.Module, layers: LayersLike) -> tuple[list[Found], dict[str,
         raise OptionError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
     found = walk(model)
     asked = None if layers is None else _asked(model, found, layers)
+    trains = model.training and _trains(model)
     chosen, skipped = [], {}
     for one in found:
         reason = _unable(one) or (
-            _frozen(one, model) if asked is None else "" if one.name in asked else "not asked for"
+            _frozen(one, trains) if asked is None else "" if one.name in asked else "not asked for"
         )
         if reason:
             skipped[one.name] = reason
         else:
             chosen.append(one)
     if not chosen:
+        why = "; ".join(f"{name!r}: {reason}" for name, reason in list(skipped.items())[:4])
         raise CalibrationError(
-            NONE.format(model=type(model).__name__, found=skipped or "none that is recognized")
+            (SKIPPED if found else NONE).format(model=type(model).__name__, why=why)
         )
     return chosen, skipped
 
@@ -74,13 +81,25 @@ def _unable(found: Found) -> str:
     return ""
 
 
-def _frozen(found: Found, model: nn.Module) -> str:
+def _frozen(found: Found, trains: bool) -> str:
     layer = found.layer
     if isinstance(layer, Layer) and not layer.statistics.normalizes_by_batch:
         return f"frozen (statistics={layer.statistics})"
-    if model.training and not layer.training:
+    if trains and not layer.training:
         return "frozen (in eval while the model trains)"
     return ""
+
+
+def _trains(model: nn.Module) -> bool:
+    """Return whether a module that has parameters, or none inside it, is in training mode.
+
+    The mode of a module without parameters around others says nothing: a wrapper such as
+    ``AveragedModel`` is made in training mode around a model in eval.
+    """
+    return any(
+        module.training and (module._parameters or not module._modules)
+        for module in model.modules()
+    )
 
 
 def _asked(model: nn.Module, found: list[Found], layers: LayersLike) -> set[str]:

@@ -150,6 +150,24 @@ def check_limit(name: str, value: int | None) -> None:
         raise OptionError(f"expected {name} to be an integer >= 1 or None, got {value!r}")
 
 
+def usable_device(device: torch.device | str | int) -> torch.device:
+    """Return a device after a tensor was made on it.
+
+    Raises:
+        OptionError: If this PyTorch knows no such device, or it is not there.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(
+            f"expected a device that this PyTorch can use, such as 'cpu' or 'cuda:0', got device="
+            f"{str(device)!r}: {reason}"
+        ) from error
+    return found
+
+
 def feed(model: nn.Module, batch: Any) -> Any:
     """Pass a batch to a model.
 

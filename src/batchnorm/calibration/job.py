@@ -14,12 +14,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from batchnorm.calibration.calibrate import calibrate
+from batchnorm.calibration.calibrate import Options, calibrate
+from batchnorm.calibration.choosing import choose
+from batchnorm.calibration.feeding import usable_device
 from batchnorm.calibration.result import Calibration
-from batchnorm.checkpoints import read_state, write_state
+from batchnorm.checkpoints import check_target, read_state, safetensors, write_state
 from batchnorm.collective import Ranks, launched
 from batchnorm.errors import CheckpointError, OptionError
-from batchnorm.files import refuse_existing
+from batchnorm.files import check_output
+from batchnorm.models import unwrapped
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
 
@@ -66,29 +69,40 @@ class Done:
 def run(job: Job) -> Done:
     """Do a job; under ``torchrun`` together with the other processes, of which the first writes.
 
+    Names, options, the device and every path are checked before the data are asked for.
+
     Raises:
-        OptionError: A name that cannot be imported.
+        OptionError: A name that cannot be imported, a device that is not there, an option out of
+            its range.
         CheckpointError: A checkpoint that cannot be read, would run code, or is of another model.
         BatchNormError: Whatever ``calibrate`` raises.
         OSError: A file that cannot be read or written, or an output file that exists.
     """
-    on_gpu = (job.device or "").startswith("cuda")
-    with launched("nccl" if on_gpu else "gloo"):
+    options = dict(job.options)
+    layers = options.pop("layers", None)
+    Options(**options).check()
+    device = None if job.device is None else usable_device(job.device)
+    if device is not None and device.type == "meta":
+        raise OptionError("expected a device, got 'meta', where tensors have no values")
+    with launched("nccl" if device is not None and device.type == "cuda" else "gloo"):
         ranks = Ranks()
         with ranks.together():
-            for path in (job.out, job.save):
-                if path is not None:
-                    refuse_existing(path, job.force)
-            model = _built(named(job.model), nn.Module, job.model)
+            found_model, found_data = named(job.model), named(job.data)
+            forward = None if job.forward is None else named(job.forward)
+            if ranks.rank == 0:
+                _check_targets(job)
+            model = _built(found_model, nn.Module, job.model)
             state = model.state_dict() if job.checkpoint is None else read_state(job.checkpoint)
             prefix = _load(model, state, job.checkpoint)
-            if job.device is not None:
-                model = model.to(job.device)
-            data = _share(named(job.data), ranks, job.data)
-        forward = None if job.forward is None else named(job.forward)
+            choose(unwrapped(model), layers)
+            if ranks.rank == 0:
+                check_target(job.out, job.force, state)
+            model = model.to(device)
+            data = _share(found_data, ranks, job.data)
         start = time.monotonic()
-        shown = {"progress": ranks.rank == 0}
-        found = calibrate(model, data, forward=forward, **{**shown, **job.options})
+        found = calibrate(
+            model, data, forward=forward, layers=layers, **{"progress": ranks.rank == 0, **options}
+        )
         seconds = time.monotonic() - start
         with ranks.together():
             if ranks.rank == 0:
@@ -97,6 +111,16 @@ def run(job: Job) -> Done:
                     found.save(job.save)
             ranks.exchange("written")
         return Done(found, seconds, ranks.rank)
+
+
+def _check_targets(job: Job) -> None:
+    """Refuse files that could not be written, before anything is read."""
+    check_target(job.out, job.force)
+    if job.save is not None:
+        if job.save.resolve() == job.out.resolve():
+            raise OptionError(f"expected two files, got {job.out} for the checkpoint and --save")
+        check_output(job.save, job.force)
+        safetensors()
 
 
 def named(path: str) -> Any:

@@ -14,9 +14,13 @@ from rich.text import Text
 from batchnorm.cli.bars import bars
 from batchnorm.cli.calibration import calibrate, merge
 from batchnorm.cli.telling import console, errors, told_in_one_line
+from batchnorm.version import __version__
 
 app = typer.Typer(
-    help="Batch normalization for PyTorch.", no_args_is_help=True, pretty_exceptions_enable=False
+    help="Batch normalization for PyTorch.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # usage errors in plain lines, without boxes
 )
 
 
@@ -27,8 +31,19 @@ class Device(enum.Enum):
     CUDA = "cuda"
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        console.print(Text(f"batchnorm {__version__}"))
+        raise typer.Exit
+
+
 @app.callback()
-def batchnorm() -> None:
+def batchnorm(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
     """Batch normalization for PyTorch."""
 
 
@@ -73,7 +88,9 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder for the rows and the page.")] = Path(
         "batchnorm-bench"
     ),
-    seconds: Annotated[float, typer.Option(help="About how long to time each contender.")] = 0.5,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="About how long to time each contender.")
+    ] = 0.5,
     part: Annotated[
         str, typer.Option(help="Only cells whose name has this part, as in 'eval fp32 32x64'.")
     ] = "",
@@ -89,14 +106,17 @@ def bench(
     from batchnorm.benchmark.cases import CUDA_SHAPES, SHAPES, cases
     from batchnorm.benchmark.page import report, write_benchmark
     from batchnorm.benchmark.run import measure
+    from batchnorm.files import make_folder
     from batchnorm.report.terminal import print_table
 
     shapes = SHAPES if device is Device.CPU else CUDA_SHAPES
     chosen = [case for case in cases(shapes, device=device.value) if part in str(case)]
     with told_in_one_line(), bars(errors) as watch:
+        measured = measure(chosen, watch, seconds, compiled, jax)
+        make_folder(out)
         rows = []
         try:
-            for row in measure(chosen, watch, seconds, compiled, jax):
+            for row in measured:
                 rows.append(row)  # noqa: PERF402 (list() keeps nothing when it is cut off)
         except BaseException:
             if rows:  # what an interrupted run has measured is not lost

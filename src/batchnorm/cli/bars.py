@@ -16,7 +16,7 @@ from rich.progress import (
 
 @contextlib.contextmanager
 def bars(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Yield ``watch(stage, done, total)``, which shows one bar for each stage it hears of."""
+    """Yield ``watch(stage, done, total)``, which shows a bar for each stage on a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -24,7 +24,7 @@ def bars(console: Console) -> Iterator[Callable[[str, int, int], None]]:
         TimeElapsedColumn(),
     )
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
 
         def watch(stage: str, done: int, total: int) -> None:
             if stage not in tasks:

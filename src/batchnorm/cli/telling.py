@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from batchnorm.errors import BatchNormError
+from batchnorm.errors import BatchNormError, DeviceError, OptionError, without_codes
 
 console = Console()
 errors = Console(stderr=True)
@@ -15,15 +15,23 @@ errors = Console(stderr=True)
 
 @contextlib.contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """Our own errors and Ctrl-C end in one line and an exit code, not in a traceback."""
+    """Our own errors and Ctrl-C end in one line and an exit code, not in a traceback.
+
+    The code is 2 for an option or device that cannot be used, 1 for work that failed, and 130
+    after Ctrl-C.
+    """
     try:
         yield
     except BatchNormError as error:
-        errors.print(Text(f"batchnorm: {error}"), soft_wrap=True)
-        raise typer.Exit(1) from error
+        _say(str(error))
+        raise typer.Exit(2 if isinstance(error, OptionError | DeviceError) else 1) from error
     except OSError as error:
-        errors.print(Text(f"batchnorm: a file could not be read or written: {error}"))
+        _say(f"a file could not be read or written: {error}")
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
-        errors.print("batchnorm: interrupted; every file that is there is whole")
+        _say("interrupted; every file that is there is whole")
         raise typer.Exit(130) from None
+
+
+def _say(text: str) -> None:
+    errors.print(Text(f"batchnorm: {without_codes(text)}"), soft_wrap=True)

@@ -8,24 +8,11 @@ from safetensors.torch import save
 
 from batchnorm.demo.page import to_report
 from batchnorm.demo.tour import Run, Tour
-from batchnorm.errors import OptionError
 from batchnorm.files import write_atomically
 from batchnorm.report.html import to_html
 from batchnorm.report.jsontext import to_json
 
 PAGE, NUMBERS = "report.html", "report.json"
-
-
-def make_folder(folder: Path) -> None:
-    """Make the folder for the results, before time is spent on them.
-
-    Raises:
-        OptionError: If something else is in the way, or the place cannot be written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError(f"cannot make the folder {folder} for the results: {error}") from error
 
 
 def write_results(tour: Tour, folder: Path) -> tuple[Path, ...]:

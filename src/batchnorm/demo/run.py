@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from batchnorm.demo.data import load_images
-from batchnorm.demo.output import make_folder, write_results
+from batchnorm.demo.output import write_results
 from batchnorm.demo.tour import Tour, take_tour
 from batchnorm.demo.training import Options, Watch
+from batchnorm.files import make_folder
 
 
 def run_demo(

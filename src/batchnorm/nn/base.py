@@ -37,6 +37,7 @@ class Layer(_BatchNorm):
         ranks: The ranks of input that are accepted; none given means any from 2.
     """
 
+    __constants__ = [*_BatchNorm.__constants__, "ranks"]  # noqa: RUF012 (torch declares a list)
     axis: int = 1
     ranks: tuple[int, ...] = ()
     # How results meet what follows in a converted model; see batchnorm.fusion.
@@ -88,14 +89,23 @@ class Layer(_BatchNorm):
         Returns:
             The input's shape and dtype (promoted with the residual's).
         """
-        if is_compiling():
-            return self._forward(input, residual, mask, traced)
-        if isinstance(input, fx.Proxy):
-            return foreign.call_module(self, input, residual, mask)
-        if self._fusion is not None:
-            fused: Tensor = self._fusion.forward(self, input, residual, mask)
-            return fused
-        return self._forward(input, residual, mask)
+        # torch.jit.script compiles this branch alone, and parses the other.
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            assert mask is None, "a layer that torch.jit.script compiled takes no mask="
+            y: Tensor = self._torch_forward(input)
+            return y if residual is None else y + residual
+        else:  # noqa: RET505 (after a return, torch.jit.script would compile what follows)
+            if is_compiling():
+                return self._forward(input, residual, mask, traced)
+            if isinstance(input, fx.Proxy):
+                return foreign.call_module(self, input, residual, mask)
+            if self._fusion is not None:
+                fused: Tensor = self._fusion.forward(self, input, residual, mask)
+                return fused
+            return self._forward(input, residual, mask)
+
+    # torch's own code under a name that does not collide with forward in the compiled class.
+    _torch_forward = foreign.renamed(_BatchNorm.forward, "_torch_forward")
 
     def _forward(
         self, input: Tensor, residual: Tensor | None, mask: Tensor | None, common: Any = hot
@@ -104,6 +114,8 @@ class Layer(_BatchNorm):
             y: Tensor | None = common.forward(self, input, residual)
             if y is not None:
                 return y
+        if input.is_mkldnn:
+            return foreign.through_dense(self, input, residual, mask)
         try:
             return self._normalize(input, residual, mask)
         except BatchNormError as error:
@@ -138,7 +150,9 @@ class Layer(_BatchNorm):
         )
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if self.ranks and input.ndim not in self.ranks:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            foreign.check_rank(input, self.ranks)  # type: ignore[arg-type]
+        elif self.ranks and input.ndim not in self.ranks:
             expected = " or ".join(f"{rank}D" for rank in self.ranks)
             raise LayoutError(
                 f"expected {expected} input (got {input.ndim}D input), shape "
@@ -169,8 +183,9 @@ class Layer(_BatchNorm):
         return super().named_children()
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Refuse ``torch.jit.script`` with a way out."""
-        return foreign.refuse_script(self)
+        """Let ``torch.jit.script`` compile a layer that computes what torch's does."""
+        foreign.check_scriptable(self)
+        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Layer":
         with casting.statistics_kept_wide(self, fn):

@@ -1,14 +1,17 @@
 """How layers meet torch's own tools: symbolic tracing, and converters that would drop a part."""
 
 import sys
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.proxy import TraceError
+from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import SurgeryError
 from batchnorm.ops.activations import IDENTITY
+from batchnorm.sources.batch import Batch
 
 DROPPED = """\
 {caller} would replace a layer that has activation={activation!r} by one without it, and the model \
@@ -16,16 +19,22 @@ would compute something else. Give the activation back to the model first: build
 activation= and put the torch.nn module behind it."""
 
 SCRIPTED = """\
-torch.jit.script cannot compile {layer}, which calls kernels that are not operators of PyTorch. \
-For a model that bn.convert changed, call bn.revert(model) first and script the original; \
-torch.jit.trace, torch.export and torch.compile take the model as it is."""
+torch.jit.script would compile {layer} as the layer of torch.nn, which computes something else: \
+{reason}. torch.jit.trace in eval mode, torch.export and torch.compile take the model as it is; \
+nothing was changed."""
+
+CONVERTED = "bn.convert changed the model; call bn.revert(model) first and script the original"
 
 ROOT = """\
 torch.fx cannot trace a {layer} that is the whole model: the layer becomes one node, and there is \
 no model around it to look it up in. Trace torch.nn.Sequential(layer) instead."""
 
-# Converters of torch and timm that rebuild any _BatchNorm by its five numbers.
-_CONVERTERS = ("convert_sync_batchnorm",)
+# Converters of torch and timm that rebuild any _BatchNorm by its five numbers, by the name of the
+# function that asks a layer for its children.
+_CONVERTERS = {
+    "convert_sync_batchnorm": "convert_sync_batchnorm",
+    "m_fn_rec": "torch.utils.mkldnn.to_mkldnn",
+}
 
 
 def call_module(
@@ -55,20 +64,80 @@ def refuse_converters(layer: Any, act: torch.nn.Module | None = None) -> None:
         act: A module that the layer applies to its result, besides its ``activation``.
 
     Raises:
-        SurgeryError: If ``SyncBatchNorm.convert_sync_batchnorm`` or a namesake is calling.
+        SurgeryError: If ``SyncBatchNorm.convert_sync_batchnorm`` or a namesake is calling, or
+            ``torch.utils.mkldnn.to_mkldnn``.
     """
     if layer.activation == IDENTITY and (act is None or type(act) is torch.nn.Identity):
         return
     caller = sys._getframe(2).f_code.co_name
     if caller in _CONVERTERS:
         dropped = str(layer.activation) if act is None else act
-        raise SurgeryError(DROPPED.format(caller=caller, activation=dropped))
+        raise SurgeryError(DROPPED.format(caller=_CONVERTERS[caller], activation=dropped))
 
 
-def refuse_script(layer: torch.nn.Module) -> torch.nn.Module:
-    """Stop ``torch.jit.script``, which cannot read the layer's Python.
+def check_scriptable(layer: Any) -> None:
+    """Refuse ``torch.jit.script`` of a layer that computes something that ``torch.nn`` does not.
 
     Raises:
-        SurgeryError: Always.
+        SurgeryError: With what it has beyond ``torch.nn``, and what to do.
     """
-    raise SurgeryError(SCRIPTED.format(layer=type(layer).__name__))
+    reason = _beyond_torch(layer)
+    if reason is not None:
+        raise SurgeryError(SCRIPTED.format(layer=layer, reason=reason))
+
+
+def _beyond_torch(layer: Any) -> str | None:
+    """Return what a layer has that ``torch.nn`` has not; None if there is nothing."""
+    if layer._fusion is not None or "_origin" in layer.__dict__:
+        return CONVERTED
+    if layer.activation != IDENTITY:
+        return (
+            f"it has activation={str(layer.activation)!r}; build the layer without activation= and "
+            "put the torch.nn module behind it"
+        )
+    if type(layer.statistics) is not Batch:
+        return f"it has statistics={layer.statistics}; build the layer without statistics="
+    if layer._bank is not None:
+        return (
+            "it has an estimator= besides the running average; build the layer with momentum= for "
+            "the model to script"
+        )
+    if layer.axis != 1:
+        return f"it has axis={layer.axis}; build the layer with axis=1 and move the channels there"
+    if any(is_lazy(tensor) for tensor in (*layer.parameters(), *layer.buffers())):
+        return "it has no parameters yet; run the model once, then script it"
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return (
+            "it has forward hooks, which torch.jit compiles for a forward of input, residual and "
+            "mask, and not for one of input alone; remove the hooks, or hook the module around it"
+        )
+    weight, mean = getattr(layer, "weight", None), layer.running_mean
+    if weight is not None and mean is not None and weight.dtype != mean.dtype:
+        return (
+            f"its weight is {weight.dtype} and its statistics are {mean.dtype}, and kernels of "
+            "torch take one dtype; call layer.float(), and cast the input or use torch.autocast"
+        )
+    return None
+
+
+def through_dense(
+    layer: Any, input: Tensor, residual: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """Compute a layer on mkldnn tensors: on copies in torch's own layout, and back to mkldnn."""
+    if residual is not None and residual.is_mkldnn:
+        residual = residual.to_dense()
+    y: Tensor = layer._forward(input.to_dense(), residual, mask)
+    return y.to_mkldnn()
+
+
+def check_rank(input: Tensor, ranks: list[int]) -> None:
+    """Compare the rank of an input with those that a layer takes, in a scripted model."""
+    if len(ranks) > 0 and input.dim() not in ranks:
+        raise ValueError(f"expected input of rank {ranks} (got {input.dim()}D input)")
+
+
+def renamed(function: Any, name: str) -> Any:
+    """Return the same code as a function of another name, which torch.jit compiles under it."""
+    return FunctionType(
+        function.__code__, function.__globals__, name, function.__defaults__, function.__closure__
+    )

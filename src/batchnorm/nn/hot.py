@@ -43,7 +43,8 @@ def forward(
         out: In evaluation may receive the result; x where nobody else has it.
     """
     # That nothing is being compiled is asked here too: behind a graph break this is traced alone.
-    if type(x) is not Tensor or not is_calm():
+    # A kernel reads strided memory; mkldnn and sparse tensors have none.
+    if type(x) is not Tensor or x.layout is not torch.strided or not is_calm():
         return None
     axis, rank = layer.axis, x.dim()
     if not (rank in layer.ranks if layer.ranks else rank > 1 and -rank <= axis < rank):

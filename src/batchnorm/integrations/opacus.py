@@ -1,0 +1,79 @@
+"""Opacus: its validator and its fixer, which look layers up by exact type, for the layers here."""
+
+from typing import Any
+
+from torch import nn
+
+from batchnorm.errors import MissingExtraError, OptionError, SurgeryError
+from batchnorm.nn import adopted, layers, lazy
+from batchnorm.nn.base import Layer
+from batchnorm.ops.activations import IDENTITY
+
+try:
+    from opacus.validators import (
+        ModuleValidator,
+        register_module_fixer,
+        register_module_validator,
+    )
+except ImportError as error:
+    raise MissingExtraError(
+        "batchnorm.integrations.opacus needs the package opacus; pip install opacus"
+    ) from error
+
+CLASSES: tuple[type[Layer], ...] = (
+    layers.BatchNorm,
+    layers.BatchNorm1d,
+    layers.BatchNorm2d,
+    layers.BatchNorm3d,
+    lazy.LazyBatchNorm1d,
+    lazy.LazyBatchNorm2d,
+    lazy.LazyBatchNorm3d,
+    adopted.BatchNormAct2d,
+    adopted.SyncBatchNormAct,
+    adopted.FrozenBatchNorm2d,
+    adopted.FrozenBatchNormAct2d,
+)
+
+DROPPED = """\
+opacus would replace {layer} by a normalization without its {what}, and the model would compute \
+something else; {remedy}"""
+
+
+def register(*subclasses: type[Layer]) -> None:
+    """Let ``ModuleValidator`` refuse and replace the layers of this library as those of torch.nn.
+
+    A layer that the replacement would compute without its activation or channel axis is refused by
+    ``ModuleValidator.fix`` with an error; the model given to it is unchanged.
+
+    Args:
+        subclasses: Further classes that derive from the layers here, which are also looked up by
+            exact type.
+
+    Raises:
+        OptionError: If one is no class of a layer.
+    """
+    for cls in subclasses:
+        if not (isinstance(cls, type) and issubclass(cls, Layer)):
+            raise OptionError(
+                f"expected classes that derive from bn.BatchNorm1d/2d/3d, got {cls!r}"
+            )
+    classes = [*CLASSES, *subclasses]
+    register_module_validator(classes)(ModuleValidator.VALIDATORS[nn.BatchNorm2d])
+    register_module_fixer(classes)(_fix)
+
+
+def _fix(layer: Any, **options: Any) -> nn.Module:
+    if layer.activation != IDENTITY:
+        _refuse(layer, "activation", "build it without activation= and put the module behind it")
+    if list(layer.children()):
+        _refuse(layer, "drop layer and activation", "call bn.revert(model) first")
+    if layer.axis != 1:
+        _refuse(layer, "channel axis", "build it with axis=1")
+    if options.get("replace_bn_with_in") and not layer.ranks:
+        _refuse(layer, "rank", "build a bn.BatchNorm1d, 2d or 3d in its place")
+    fixed: nn.Module = ModuleValidator.FIXERS[nn.BatchNorm2d](layer, **options)
+    return fixed
+
+
+def _refuse(layer: nn.Module, what: str, remedy: str) -> None:
+    raise SurgeryError(DROPPED.format(layer=layer, what=what, remedy=remedy))
