@@ -45,7 +45,7 @@ nb::object normalize(Handle x, Handle residual, Handle weight, Handle bias, Hand
 }
 
 // Normalize by stored statistics, finished by the kernel: for small inputs tensor operations would cost more than it does.
-nb::object evaluate(Handle x, Handle residual, Handle weight, Handle bias, Handle mean, Handle var, int axis, Handle out, int activation,
+nb::object evaluate(Handle x, Handle residual, Handle weight, Handle bias, Handle mean, Handle var, int axis, int activation,
                     double slope, double eps, int threads) {
     Call call(x, axis, threads);
     call.args.residual = call.like(residual, "residual");
@@ -54,7 +54,7 @@ nb::object evaluate(Handle x, Handle residual, Handle weight, Handle bias, Handl
     call.activation(activation, slope);
     call.args.eps = eps;
     if (!call.in_order) return nb::none();
-    nb::object y = call.output(out, true);
+    nb::object y = call.output(nb::none(), true);
     if (!call.in_order) return nb::none();
     call.run(kernels(call.x.dtype).normalize);
     return y;

@@ -6,7 +6,6 @@ convolutions may pass on their images in the order of memory that suits them.
 """
 
 import functools
-import sys
 from itertools import pairwise
 from typing import Any
 
@@ -29,10 +28,7 @@ _OWN = (
     "__new__", "__init_subclass__", "__reduce__", "__reduce_ex__", "__getstate__",
 )  # fmt: skip
 
-_MAKING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NOTHING = (None, IDENTITY)
-# References to a tensor that only one variable holds, while they are counted.
-_OURS = 2
 
 
 class Sequential(nn.Sequential):
@@ -52,7 +48,6 @@ class Sequential(nn.Sequential):
     def _walk(self, x: Any, found: stretch.Stretch | None) -> Any:
         together = not (watchers.count_what_is_saved() or torch._C._len_torch_function_stack())
         done: Any = None
-        before: Any = None
         modules: list[Any] = [*self._modules.values(), None]
         for module, after in pairwise(modules):
             if module is done:
@@ -62,12 +57,8 @@ class Sequential(nn.Sequential):
             elif found is not None and module in found.convs:
                 x = found.convolve(module, x)
             else:
-                y = None
-                if together and after is not None:
-                    fresh = sys.getrefcount(x) == _OURS and _makes(before)
-                    y = _together(module, after, x, fresh)
+                y = _together(module, after, x) if together and after is not None else None
                 x, done = (module(x), None) if y is None else (y, after)
-            before = module
         return x
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -146,20 +137,8 @@ def _is_walked(module: nn.Module) -> bool:
     return isinstance(module, Sequential) or type(module) is nn.Sequential
 
 
-def _makes(module: Any) -> bool:
-    """Return whether a module's result is a tensor of its own."""
-    return type(module) in _MAKING and not _is_touched(module)
-
-
-def _together(layer: Any, after: nn.Module, x: Tensor, fresh: bool) -> Tensor | None:
-    """Return the activated result of a layer, or None where the two are to be called in turn.
-
-    Args:
-        layer: A module.
-        after: The next.
-        x: The input.
-        fresh: Whether nobody else has it.
-    """
+def _together(layer: Any, after: nn.Module, x: Tensor) -> Tensor | None:
+    """Return the activated result of a layer, or None where the two are to be called in turn."""
     if not _is_learning(layer):
         return None
     act, plans, key = of_module(after), layer._fusion.plans, layer.training
@@ -168,7 +147,7 @@ def _together(layer: Any, after: nn.Module, x: Tensor, fresh: bool) -> Tensor | 
     plan = plans.get(key)
     if plan is not None and (type(plan) is not Plan or plan.act != act):
         return None
-    y = hot.forward(layer, x, None, act, None, x if fresh else None)
+    y = hot.forward(layer, x, None, act)
     if plan is None and y is not None:
         plans[key] = Plan(act=act, crossed=(after,))
     return y

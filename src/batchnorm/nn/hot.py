@@ -30,7 +30,6 @@ def forward(
     residual: Tensor | None,
     act: Activation | None = None,
     found: list[Tensor] | None = None,
-    out: Tensor | None = None,
 ) -> Tensor | None:
     """Return the result of the layer, or None where the call is not the common one.
 
@@ -40,7 +39,6 @@ def forward(
         residual: What is added to it.
         act: An activation in the place of the layer's own.
         found: In training receives stats (6, C), see ``ops.reference``.
-        out: In evaluation may receive the result; x where nobody else has it.
     """
     # That nothing is being compiled is asked here too: behind a graph break this is traced alone.
     # A kernel reads strided memory; mkldnn and sparse tensors have none.
@@ -63,7 +61,7 @@ def forward(
     act = layer.activation if act is None else act
     given = (layer, x, axis, weight, bias, residual, act)
     try:
-        return _train(*given, found) if layer.training else _evaluate(*given, out)
+        return _train(*given, found) if layer.training else _evaluate(*given)
     except UnservedError:
         return None
 
@@ -76,7 +74,6 @@ def _evaluate(
     bias: Tensor | None,
     residual: Tensor | None,
     act: Activation,
-    out: Tensor | None,
 ) -> Tensor | None:
     buffers = layer._buffers
     mean, var = buffers.get("running_mean"), buffers.get("running_var")
@@ -89,9 +86,7 @@ def _evaluate(
         backend = select(x, weight, bias, residual, axis)
         if not (backend.commits and _fits(x, axis, weight, bias, residual, mean, var)):
             return None
-        out = None
-    call = (x, mean, var, weight, bias, residual, act, layer.eps, axis)
-    y: Tensor = backend.evaluate(*call) if out is None else backend.evaluate(*call, out)
+    y: Tensor = backend.evaluate(x, mean, var, weight, bias, residual, act, layer.eps, axis)
     return y
 
 

@@ -107,13 +107,12 @@ def evaluate(
     act: Activation,
     eps: float,
     axis: int,
-    out: Maybe = None,
 ) -> Tensor:
-    """Normalize by stored statistics, finished in the same call; to ``out`` if that may be."""
+    """Normalize by stored statistics, finished in the same call."""
     rest = (CODES[act.name], act.slope, eps, _threads())
-    y: Tensor = _native.evaluate(x, residual, weight, bias, mean, var, axis, out, *rest)
+    y: Tensor = _native.evaluate(x, residual, weight, bias, mean, var, axis, *rest)
     if y is None:
-        y = _again(_native.evaluate, x, (residual,), (weight, bias, mean, var), axis, None, *rest)
+        y = _again(_native.evaluate, x, (residual,), (weight, bias, mean, var), axis, *rest)
     return y
 
 
