@@ -4,6 +4,8 @@ relative error of the variance <= 1e-6; of the mean <= one float32 rounding;
 |y - oracle| <= 8 * 2^-24 * (1 + |mean| / std) * |weight|
 """
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -156,3 +158,61 @@ def test_why_it_matters_what_torch_itself_makes_of_a_large_mean():
     ours = bn.BatchNorm1d(2, momentum=1.0)
     ours(x)
     assert float(((ours.running_var - true) / true).abs().max()) <= 1e-6
+
+
+@pytest.mark.parametrize("spread", ["even", "outlier"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("route", ROUTES)
+def test_squares_beyond_float32_keep_the_bound_where_the_variance_is_finite(route, layout, spread):
+    """A sum of squares of 1e41 and more, or one square of 1e40, in channels of variance 1e37."""
+    torch.manual_seed(5)
+    rows = torch.randn(4096, 3) * 5e18
+    if spread == "outlier":
+        rows[17] = 1e20
+    assert bool((rows.double().var(0) < torch.finfo(torch.float32).max).all())
+    check(route, rows, layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e19, 1e21], ids=["plain", "near the end", "beyond"])
+@pytest.mark.parametrize("shape", [(64, 3), (4, 3, 5, 5), (2, 3, 64, 64), (8, 300)], ids=str)
+def test_a_layer_s_step_is_torch_s_in_float64_up_to_the_end_of_float32(shape, scale, dtype):
+    """Beyond it, where the variance itself is infinite in float32, y and gradients are still right."""
+    torch.manual_seed(6)
+    x, dy = (torch.randn(shape) * scale).to(dtype), torch.randn(shape).to(dtype)
+    kind = "BatchNorm2d" if len(shape) == 4 else "BatchNorm1d"
+    exact = getattr(torch.nn, kind)(shape[1], dtype=torch.float64)
+    torch.nn.init.normal_(exact.weight)
+    wide = x.double().requires_grad_()
+    expected = exact(wide)
+    expected.backward(dy.double())
+    formats = [torch.contiguous_format] + ([torch.channels_last] if len(shape) == 4 else [])
+    for order, compiled in itertools.product(formats, (False, True)):
+        layer = getattr(bn, kind)(shape[1])
+        layer.weight.data.copy_(exact.weight)
+        torch.compiler.reset()
+        call = torch.compile(layer, backend="aot_eager") if compiled else layer
+        leaf = x.clone(memory_format=order).requires_grad_()
+        y = call(leaf)
+        y.backward(dy)
+        narrow = torch.finfo(dtype).eps if dtype is torch.bfloat16 else 0.0
+        for got, true, allowed in (
+            (y.detach(), expected.detach(), 1e-6 + narrow),
+            (leaf.grad, wide.grad, 1e-5 + narrow),
+            (layer.weight.grad, exact.weight.grad, 1e-5),
+            (layer.bias.grad, exact.bias.grad, 1e-5),
+            (layer.running_mean, exact.running_mean, 1e-6),
+        ):
+            assert float((got.double() - true).abs().max()) <= allowed * float(true.abs().max())
+        torch.testing.assert_close(layer.running_var, exact.running_var.float(), rtol=1e-6, atol=0)
+
+
+def test_calibration_and_masks_keep_the_range_of_float32():
+    x = torch.tensor([[1e19], [-1e19]] * 2)
+    layer = bn.BatchNorm1d(1)
+    y = layer(x, mask=torch.ones(4, dtype=torch.bool))
+    assert y.flatten().tolist() == [1, -1, 1, -1]
+    expected = 0.9 + 0.1 * 4 / 3 * 1e38
+    assert layer.running_var.item() == pytest.approx(expected, rel=1e-6)
+    found = bn.calibrate(bn.BatchNorm1d(1), [x])
+    assert found.layers[""].new.var.item() == pytest.approx(4 / 3 * 1e38, rel=1e-6)
