@@ -240,6 +240,20 @@ def test_the_second_derivative_refuses_a_residual_that_another_operation_wrote_t
         torch.autograd.grad(y, x, torch.randn(8, CHANNELS), create_graph=True)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_an_input_written_to_by_data_counts_with_its_new_values_as_in_torch(training):
+    torch.manual_seed(0)
+    x = torch.randn(8, CHANNELS, dtype=torch.float64)
+    dy = torch.randn_like(x)
+    found = []
+    for layer in (bn.BatchNorm1d(CHANNELS), nn.BatchNorm1d(CHANNELS)):
+        leaf = x.clone().requires_grad_()
+        y = layer.double().train(training)(leaf)
+        leaf.data.mul_(3)
+        found.append(torch.autograd.grad(y, [leaf, layer.weight], dy))
+    torch.testing.assert_close(*found)
+
+
 class Block(nn.Module):
     """A normalization, an addition and an activation, as networks write them."""
 
