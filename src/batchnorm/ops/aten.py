@@ -1,13 +1,16 @@
-"""Torch's own kernels for CUDA, seen as the other backends are: those that ``F.batch_norm`` runs.
+"""Torch's own kernels, seen as the other backends are: those that ``F.batch_norm`` runs.
 
-They serve where they were measured to be faster (``cuda_choice``), and whoever asks for them. Mean
-and variance come from ``batch_norm_update_stats``, which hands out the variance itself: from the
+They serve calls that need a backend (``bn.save_memory``, ``bn.Synced``, graphs) where there are no
+kernels of ours, calls on CUDA where they were measured to be faster (``cuda_choice``), and those
+that ask for them by name. A plain call of a layer takes ``torch_norm`` instead. Mean and variance
+come from ``batch_norm_update_stats``, which hands out the variance itself: from the
 float32 1 / sqrt(var + eps) of ``native_batch_norm`` no variance that is small next to eps could be
 had. An addition and an activation are operations of their own, as in any torch program.
 
-Torch's kernel sums in float32, by Welford's recurrence in each thread: the mean may be off by a few
-roundings instead of one, and the variance by more than 1e-6 where |mean| / std is 1000 or more
-(docs/decisions/0040-triton.md).
+Torch's CUDA kernel sums in float32, by Welford's recurrence in each thread: the mean may be off by
+a few roundings instead of one, and the variance by more than 1e-6 where |mean| / std is 1000 or
+more (docs/decisions/0040-triton.md). Its CPU kernel sums contiguous input in float64, and (N, C)
+and channels-last input in float32.
 
 The operations of which synchronized and frozen statistics are made are those of ``reference``.
 """
@@ -26,13 +29,6 @@ Running = tuple[Tensor, Tensor, Tensor | None, float]
 commits = True
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-def missing() -> str | None:
-    """Return why there is no such backend here, or None where there is."""
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA, whose kernels these are"
-    return None
 
 
 def serves(
@@ -74,7 +70,7 @@ def normalize(
     rstd = rstd if rstd.ndim == 1 else rstd[0]
     if x.is_cuda:
         y = torch.batch_norm_elemt(x, weight, bias, mean, rstd, 0.0)
-    else:  # the same formula; for tests
+    else:  # the CPU has no batch_norm_elemt; evaluation is the same formula
         y = torch.native_batch_norm(x, weight, bias, mean, rstd**-2, False, 0.0, 0.0)[0]
     return act(y if residual is None else y + residual)
 
