@@ -103,7 +103,7 @@ def test_torchs_kernels_equal_torch_in_float64_for_every_rank_dtype_and_memory_o
         expected = step(theirs, x.double(), wide, dy.double(), after)
         assert got[0].stride() == x.stride()
         for one, other in zip(got, expected, strict=True):
-            rtol = max(LOOSE[dtype], LOOSE[one.dtype])  # gradients of parameters are float32
+            rtol = max(LOOSE[dtype], LOOSE.get(one.dtype, 0))  # gradients of parameters are float32
             torch.testing.assert_close(one.double(), other.double(), rtol=rtol, atol=10 * rtol)
 
 
