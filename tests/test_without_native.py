@@ -2,9 +2,12 @@
 
 import copy
 import itertools
+import os
+import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -329,3 +332,33 @@ def test_without_the_native_module_torchs_kernels_are_chosen_and_save_memory_sti
         for one, other in zip(*gradients[1:], strict=True):
             assert torch.equal(one, other)
     """)
+
+
+def test_a_device_without_kernels_of_ours_is_served_by_torchs_kernels():
+    layer, x = (
+        bn.BatchNorm2d(3, activation="relu", device="meta"),
+        torch.empty(2, 3, 4, 4, device="meta"),
+    )
+    y = layer(x.requires_grad_(), x)
+    assert y.shape == x.shape and y.is_meta
+    found = {node.name() for node, _ in [(y.grad_fn, 0), *y.grad_fn.next_functions]}
+    assert found >= {"ReluBackward0", "AddBackward0"}
+
+
+@pytest.mark.slow
+def test_a_build_without_a_compiler_succeeds_and_says_what_is_missing(tmp_path):
+    root = Path(__file__).parent.parent
+    for name in ("src", "native", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+        source = root / name
+        copy_of = shutil.copytree if source.is_dir() else shutil.copy
+        copy_of(source, tmp_path / name)
+    command = [sys.executable, "-m", "pip", "wheel", str(tmp_path), "-v", "--no-deps"]
+    done = subprocess.run(
+        [*command, "--no-build-isolation", "-w", str(tmp_path / "wheels")],
+        capture_output=True, text=True, check=True, timeout=250,
+        env={**os.environ, "CXX": "/bin/false", "CC": "/bin/false"},
+    )  # fmt: skip
+    assert "built WITHOUT its native module" in done.stdout + done.stderr
+    assert "C++17 compiler" in done.stdout + done.stderr
+    (wheel,) = (tmp_path / "wheels").iterdir()
+    assert wheel.name.endswith("-none-any.whl")

@@ -18,7 +18,7 @@ The operations of which synchronized and frozen statistics are made are those of
 import torch
 from torch import Tensor
 
-from batchnorm.ops import reference
+from batchnorm.ops import reference, torch_norm
 from batchnorm.ops.activations import IDENTITY, Activation
 from batchnorm.ops.strides import wide
 
@@ -72,7 +72,7 @@ def normalize(
         y = torch.batch_norm_elemt(x, weight, bias, mean, rstd, 0.0)
     else:  # the CPU has no batch_norm_elemt; evaluation is the same formula
         y = torch.native_batch_norm(x, weight, bias, mean, rstd**-2, False, 0.0, 0.0)[0]
-    return act(y if residual is None else y + residual)
+    return act.over(y if residual is None else y.add_(residual))
 
 
 def evaluate(
@@ -87,8 +87,7 @@ def evaluate(
     axis: int,
 ) -> Tensor:
     """Normalize by stored statistics."""
-    mean, rstd = mean.to(wide(x)), torch.rsqrt(var + eps).to(wide(x))
-    return normalize(x, mean, rstd, weight, bias, residual, act, axis)
+    return torch_norm.evaluate(x, mean, var, weight, bias, residual, act, eps, axis)
 
 
 def forward(
@@ -147,10 +146,10 @@ def backward(
 
 def _statistics(x: Tensor, running: Running | None) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance in the arithmetic's dtype, and take the running step."""
-    if not x.is_cuda:  # where they would have x's dtype
-        x = x.to(wide(x))
     if running is None or running[0].dtype != wide(x):
-        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+        # The CPU's kernel gives its results the dtype of the running statistics.
+        scratch = [None, None] if x.is_cuda else [*x.new_zeros(2, x.shape[1], dtype=wide(x))]
+        mean, var = torch.batch_norm_update_stats(x, scratch[0], scratch[1], 0.0)
         if running is not None:
             n = x.numel() // x.shape[1]
             running[0].lerp_(mean.to(running[0].dtype), running[3])

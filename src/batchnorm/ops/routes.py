@@ -35,7 +35,7 @@ def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
         return _masked_batch(call, call.mask)
     if _is_added_behind(call):
         y, moments = normalize_batch(call._replace(residual=None, act=IDENTITY))
-        return _with_rest(call, y), moments
+        return call.act.over(y + call.residual), moments  # type: ignore[operator]
     given = (call.x, call.weight, call.bias, call.residual)
     rest = (call.eps, call.axis)
     count = layout.values_per_channel(call.x.shape, call.axis)
@@ -74,7 +74,8 @@ def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
     if call.mask is not None:
         return _masked_by(call, call.mask, mean, var)
     if _is_added_behind(call):
-        return _with_rest(call, normalize_by(call._replace(residual=None, act=IDENTITY), mean, var))
+        z = normalize_by(call._replace(residual=None, act=IDENTITY), mean, var)
+        return call.act.over(z + call.residual)  # type: ignore[operator]
     if is_traced():
         return _aten(call, mean, var)
     plain = is_plain(call)
@@ -160,9 +161,4 @@ def _aten(
     y = F.batch_norm(x, *given, training, momentum or 0.0, call.eps)  # type: ignore[call-arg, arg-type]
     if call.axis != 1:
         y = y.movedim(1, call.axis)
-    return _with_rest(call, y)
-
-
-def _with_rest(call: Call, y: Tensor) -> Tensor:
-    """Add the residual and apply the activation, as operations of their own."""
     return call.act(y if call.residual is None else y + call.residual)
