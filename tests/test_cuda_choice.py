@@ -91,6 +91,7 @@ def test_the_aten_backend_says_why_it_declines_a_call():
     x, w = torch.randn(4, 3, 2), torch.ones(3)
     assert aten.serves(x, w, w, x, 1) is None
     assert "axis" in aten.serves(x, None, None, None, 2)
+    assert "on meta" in aten.serves(x.to("meta"), None, None, None, 1)
     assert "int64" in aten.serves(x.long(), None, None, None, 1)
     assert "more than one value" in aten.serves(x[:1, :, :1], None, None, None, 1)
     assert "weight" in aten.serves(x, w.half(), None, None, 1)

@@ -39,6 +39,8 @@ def serves(
         return f"the channels are on axis {axis}; torch's kernels take them on axis 1"
     if x.dtype not in _DTYPES or x.layout is not torch.strided:
         return f"it is {x.layout} of {x.dtype}; torch's kernels take strided floating tensors"
+    if not (x.is_cpu or x.is_cuda):
+        return f"it is on {x.device}; these operations of torch's exist for CPUs and CUDA"
     if x.numel() <= x.shape[1]:
         return "torch's kernels take more than one value per channel"
     dtype = wide(x)
