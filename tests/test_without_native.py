@@ -334,7 +334,9 @@ def test_without_the_native_module_torchs_kernels_are_chosen_and_save_memory_sti
     """)
 
 
-def test_a_device_without_kernels_of_ours_is_served_by_torchs_kernels():
+def test_a_device_without_kernels_of_ours_is_served_by_torchs_kernels(monkeypatch):
+    monkeypatch.setattr("batchnorm.ops.backend._forced", None)
+    monkeypatch.setattr("batchnorm.ops.backend._wrap", None)
     layer, x = (
         bn.BatchNorm2d(3, activation="relu", device="meta"),
         torch.empty(2, 3, 4, 4, device="meta"),
