@@ -46,7 +46,7 @@ def moments(x: Tensor, axis: int = 1) -> Moments:
         return Moments.of(x, axis)
     values = layout.canonical(x.detach(), axis)
     served = backend.chosen(values) if values.is_cpu else reference
-    native = served is not reference
+    native = served is backend.BACKENDS.get("cpu")
     size = NATIVE if native else BLOCK.get(x.device.type, LARGE)
     of: MomentsOf = served.moments if native else _block
     _, channels, inner = values.shape

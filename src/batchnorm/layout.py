@@ -70,6 +70,14 @@ def canonical(x: Tensor, axis: int, companion: Tensor | None = None) -> Tensor:
     return x.reshape(outer, x.shape[axis], inner)
 
 
+def restored(z: Tensor, x: Tensor, axis: int) -> Tensor:
+    """View ``z``, dense and of the shape of ``canonical(x, axis)``, with the axes of ``x``."""
+    moved = x.movedim(axis, -1)
+    if moved.is_contiguous():
+        return z.view(moved.shape).movedim(-1, axis)
+    return z.view(x.shape)
+
+
 def sample_shape(sample: Tensor, x: Tensor, axis: int, what: str) -> Tensor:
     """Bring a mask or weights to the rank of ``x``, with size 1 on the channel axis.
 

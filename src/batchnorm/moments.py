@@ -72,6 +72,24 @@ class Moments(NamedTuple):
         count, mean, m2 = center_weighted(values, sample.to(values.dtype))
         return cls(count, mean, m2)
 
+    @classmethod
+    def of_variance(
+        cls, count: float, mean: Tensor, var: Tensor, correction: float = 0
+    ) -> "Moments":
+        """Return moments with m2 = var * (count - correction), the inverse of ``variance``.
+
+        Args:
+            count: How many values there were.
+            mean: Their mean per channel, (C,).
+            var: Their variance, (C,).
+            correction: What was subtracted from the count when it was finished.
+
+        Returns:
+            Constant Moments in float64 (float32 on devices without it), where m2 has room.
+        """
+        dtype = wide(mean.device)
+        return cls(count, mean.detach().to(dtype), var.detach().to(dtype) * (count - correction))
+
     def merge(self, other: "Moments") -> "Moments":
         """Return the moments of both sets together; see :func:`merge`."""
         return merge(self, other)
@@ -108,26 +126,6 @@ class Moments(NamedTuple):
         if isinstance(left, Tensor):
             return torch.where(left > 0, self.m2 / left, torch.nan)
         return self.m2 / left if left > 0 else torch.full_like(self.m2, torch.nan)
-
-    def pack(self) -> Tensor:
-        """Flatten into one float64 tensor of 1 + 2 C numbers: count, mean, m2."""
-        count = torch.as_tensor(self.count, dtype=torch.float64, device=self.mean.device)
-        return torch.cat([count.reshape(1), self.mean.double(), self.m2.double()])
-
-    @classmethod
-    def unpack(cls, packed: Tensor) -> "Moments":
-        """Invert ``pack``.
-
-        Raises:
-            LayoutError: If ``packed`` is not a vector of odd length.
-        """
-        if packed.ndim != 1 or packed.numel() % 2 == 0:
-            raise LayoutError(
-                "expected packed Moments, a vector of 1 + 2 C numbers, "
-                f"got shape {tuple(packed.shape)}"
-            )
-        channels = packed.numel() // 2
-        return cls(packed[0], packed[1 : 1 + channels], packed[1 + channels :])
 
 
 def merge(first: Moments, *others: Moments) -> Moments:

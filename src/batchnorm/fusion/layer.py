@@ -12,6 +12,7 @@ from batchnorm.fusion.plan import Plan
 from batchnorm.fusion.prepared import prepare
 from batchnorm.fusion.state import State, current_modes
 from batchnorm.fusion.traces import Normally
+from batchnorm.ops.backend import is_torchs
 from batchnorm.ops.onlookers import is_recomputing
 
 # (adds, training) -> the number of elements below which the detour costs more than it saves:
@@ -68,7 +69,8 @@ class Fusion:
     def _pending(
         self, layer: Any, x: Tensor, key: bool, plan: Plan, alive: list[list[Any]]
     ) -> Tensor | None:
-        if _leaves_no_trace(layer, x):
+        # Nothing is gained where a normalization and what follows it are several kernels anyway.
+        if is_torchs(x) or _leaves_no_trace(layer, x):
             return None
         if watchers.count_what_is_saved() or _seen_by_others(layer, plan):
             return None

@@ -15,10 +15,11 @@ from torch.nn import Parameter
 
 from batchnorm.errors import UnservedError
 from batchnorm.nn.tracking import WIDE
-from batchnorm.ops import eager
+from batchnorm.ops import eager, torch_norm
 from batchnorm.ops.activations import Activation
-from batchnorm.ops.backend import likely, select
+from batchnorm.ops.backend import is_torchs, likely, select
 from batchnorm.ops.onlookers import is_calm, is_recomputing
+from batchnorm.ops.strides import wide
 from batchnorm.sources.batch import Batch
 
 _PLAIN = (Parameter, Tensor, type(None))
@@ -83,6 +84,10 @@ def _evaluate(
         return None
     backend = likely(x)
     if backend is None:
+        if is_torchs(x):
+            if not _is_for_torch(x, axis, weight, bias, residual, mean, var):
+                return None
+            return torch_norm.evaluate(x, mean, var, weight, bias, residual, act, layer.eps, axis)
         backend = select(x, weight, bias, residual, axis)
         if not (backend.commits and _fits(x, axis, weight, bias, residual, mean, var)):
             return None
@@ -101,13 +106,18 @@ def _train(
     found: list[Tensor] | None,
 ) -> Tensor | None:
     momentum, eps = layer.momentum, layer.eps
-    plain = type(layer.statistics) is Batch and layer._bank is None and momentum is not None
+    plain = type(layer.statistics) is Batch and layer._bank is None
     if not plain or not 0 < eps < torch.inf or x.numel() <= x.size(axis):
         return None
     buffers = layer._buffers
     mean, var = buffers.get("running_mean"), buffers.get("running_var")
     counter = buffers.get("num_batches_tracked")
     backend = likely(x)
+    if backend is None and found is None and is_torchs(x):
+        stored = (mean, var, counter)
+        return _train_by_torch(layer, x, axis, weight, bias, residual, act, *stored)
+    if momentum is None:
+        return None
     if backend is None:
         backend = select(x, weight, bias, residual, axis)
         counts = counter is None or (counter.dtype is torch.int64 and counter.device == x.device)
@@ -131,6 +141,64 @@ def _train(
     if running is not None:
         torch._C._increment_version(running[:3])
     return y
+
+
+def _train_by_torch(
+    layer: Any,
+    x: Tensor,
+    axis: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: Activation,
+    mean: Tensor | None,
+    var: Tensor | None,
+    counter: Tensor | None,
+) -> Tensor | None:
+    """Do a training step with torch's kernels, which move the running statistics as well."""
+    if not _is_for_torch(x, axis, weight, bias, residual, mean, var):
+        return None
+    affine = (weight, bias, residual, act, layer.eps, axis)
+    if mean is None or var is None or not layer.track_running_stats:
+        return torch_norm.forward(x, *affine)
+    if is_recomputing():  # with copies: checkpointing wants as many saved tensors as before
+        return torch_norm.forward(x, *affine, (mean.clone(), var.clone(), 0.0))
+    if counter is None or mean.is_inference():
+        return None
+    momentum = layer.momentum
+    if momentum is None:
+        if not counter.is_cpu:  # to read it would wait for the device
+            return None
+        momentum = 1 / (int(counter) + 1)
+    y = torch_norm.forward(x, *affine, (mean, var, momentum))
+    counter.add_(1)
+    torch._C._increment_version((mean, var))
+    return y
+
+
+def _is_for_torch(
+    x: Tensor,
+    axis: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+) -> bool:
+    """Return whether tensors belong together, and torch reads and moves the statistics itself."""
+    if (mean is None) is not (var is None) or not torch_norm.takes(x):
+        return False
+    # Numbers, as a comparison of ``device`` or ``shape`` takes as long as the rest of a question.
+    channels, cpu, index = x.size(axis), x.is_cpu, x.get_device()
+    for t in (weight, bias, mean, var, residual):
+        if t is not None and (t.is_cpu is not cpu or t.get_device() != index):
+            return False
+    for t in (weight, bias, mean, var):
+        if t is not None and (t.dim() != 1 or t.size(0) != channels):
+            return False
+    if mean is not None and var is not None and not (mean.dtype is var.dtype is wide(x)):
+        return False
+    return residual is None or (residual.dtype is x.dtype and residual.shape == x.shape)
 
 
 def _needs_grad(

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from batchnorm.estimators.running import average
 from batchnorm.ops import graphs
+from batchnorm.ops.activations import Activation
+from batchnorm.ops.backend import is_torchs_device
 from batchnorm.ops.onlookers import is_transformed
 from batchnorm.sources.batch import Batch
 
@@ -43,9 +45,13 @@ def _evaluate(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
     if mean is None or not layer.eps >= 0:
         return None
     y = F.batch_norm(x, mean, var, layer.weight, layer.bias, False, 0.0, layer.eps)
-    if residual is not None:
-        y = y + residual
-    return y if layer.activation.name == "identity" else layer.activation(y)
+    return _rest(layer, y, residual)
+
+
+def _rest(layer: Any, y: Tensor, residual: Tensor | None) -> Tensor:
+    z: Tensor = y if residual is None else y + residual
+    act: Activation = layer.activation
+    return z if act.name == "identity" else act(z)
 
 
 def _train(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
@@ -53,10 +59,17 @@ def _train(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
     plain = type(layer.statistics) is Batch and layer._bank is None and alpha is not None
     if not plain or not 0 < eps < torch.inf or x.numel() <= x.size(1) or is_transformed():
         return None
-    y: Tensor
-    y, stats = graphs.forward(x, layer.weight, layer.bias, residual, *layer.activation, eps, 1)
     mean, var = layer.running_mean, layer.running_var
-    if layer.track_running_stats and mean is not None:
+    tracks = layer.track_running_stats and mean is not None
+    if is_torchs_device(x.device):
+        stored = (mean, var) if tracks else (None, None)
+        affine = (layer.weight, layer.bias)
+        y: Tensor = F.batch_norm(x, *stored, *affine, True, alpha, eps)  # type: ignore[call-arg]
+        if tracks and layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.add_(1)
+        return _rest(layer, y, residual)
+    y, stats = graphs.forward(x, layer.weight, layer.bias, residual, *layer.activation, eps, 1)
+    if tracks:
         mean.copy_(average(mean, stats[0], alpha))
         n = x.numel() // x.size(1)
         var.copy_(average(var, stats[1] * (n / (n - 1)), alpha))

@@ -39,6 +39,15 @@ class Activation(NamedTuple):
         """Return the activation of ``z``."""
         return _FUNCTIONS[self.name](z, self.slope)
 
+    def over(self, z: Tensor) -> Tensor:
+        """Return the activation of ``z``, in its memory where the gradient needs the result only.
+
+        ``z`` must be a tensor that nothing else reads, and no view.
+        """
+        if self.from_output:
+            return _OVER[self.name](z, self.slope)
+        return self(z)
+
     def backward(self, dy: Tensor, z: Tensor) -> Tensor:
         """Return ``dy`` times the derivative at ``z``; ``z`` may be y where ``from_output``."""
         gradient: Tensor = _GRADIENTS[self.name](dy, z, self.slope)
@@ -63,6 +72,12 @@ _FUNCTIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "hardsigmoid": lambda z, _: F.hardsigmoid(z),
     "sigmoid": lambda z, _: z.sigmoid(),
     "tanh": lambda z, _: z.tanh(),
+}
+
+_OVER: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "relu": lambda z, _: z.relu_(),
+    "relu6": lambda z, _: F.relu6(z, inplace=True),
+    "leaky_relu": lambda z, slope: F.leaky_relu(z, slope, inplace=True),
 }
 
 _GRADIENTS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {

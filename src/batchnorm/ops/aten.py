@@ -1,13 +1,16 @@
-"""Torch's own kernels for CUDA, seen as the other backends are: those that ``F.batch_norm`` runs.
+"""Torch's own kernels, seen as the other backends are: those that ``F.batch_norm`` runs.
 
-They serve where they were measured to be faster (``cuda_choice``), and whoever asks for them. Mean
-and variance come from ``batch_norm_update_stats``, which hands out the variance itself: from the
+They serve calls that need a backend (``bn.save_memory``, ``bn.Synced``, graphs) where there are no
+kernels of ours, calls on CUDA where they were measured to be faster (``cuda_choice``), and those
+that ask for them by name. A plain call of a layer takes ``torch_norm`` instead. Mean and variance
+come from ``batch_norm_update_stats``, which hands out the variance itself: from the
 float32 1 / sqrt(var + eps) of ``native_batch_norm`` no variance that is small next to eps could be
 had. An addition and an activation are operations of their own, as in any torch program.
 
-Torch's kernel sums in float32, by Welford's recurrence in each thread: the mean may be off by a few
-roundings instead of one, and the variance by more than 1e-6 where |mean| / std is 1000 or more
-(docs/decisions/0040-triton.md).
+Torch's CUDA kernel sums in float32, by Welford's recurrence in each thread: the mean may be off by
+a few roundings instead of one, and the variance by more than 1e-6 where |mean| / std is 1000 or
+more (docs/decisions/0040-triton.md). Its CPU kernel sums contiguous input in float64, and (N, C)
+and channels-last input in float32.
 
 The operations of which synchronized and frozen statistics are made are those of ``reference``.
 """
@@ -15,7 +18,7 @@ The operations of which synchronized and frozen statistics are made are those of
 import torch
 from torch import Tensor
 
-from batchnorm.ops import reference
+from batchnorm.ops import reference, torch_norm
 from batchnorm.ops.activations import IDENTITY, Activation
 from batchnorm.ops.strides import wide
 
@@ -28,13 +31,6 @@ commits = True
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def missing() -> str | None:
-    """Return why there is no such backend here, or None where there is."""
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA, whose kernels these are"
-    return None
-
-
 def serves(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, axis: int
 ) -> str | None:
@@ -43,6 +39,8 @@ def serves(
         return f"the channels are on axis {axis}; torch's kernels take them on axis 1"
     if x.dtype not in _DTYPES or x.layout is not torch.strided:
         return f"it is {x.layout} of {x.dtype}; torch's kernels take strided floating tensors"
+    if not (x.is_cpu or x.is_cuda):
+        return f"it is on {x.device}; these operations of torch's exist for CPUs and CUDA"
     if x.numel() <= x.shape[1]:
         return "torch's kernels take more than one value per channel"
     dtype = wide(x)
@@ -74,9 +72,9 @@ def normalize(
     rstd = rstd if rstd.ndim == 1 else rstd[0]
     if x.is_cuda:
         y = torch.batch_norm_elemt(x, weight, bias, mean, rstd, 0.0)
-    else:  # the same formula; for tests
+    else:  # the CPU has no batch_norm_elemt; evaluation is the same formula
         y = torch.native_batch_norm(x, weight, bias, mean, rstd**-2, False, 0.0, 0.0)[0]
-    return act(y if residual is None else y + residual)
+    return act.over(y if residual is None else y.add_(residual))
 
 
 def evaluate(
@@ -91,8 +89,7 @@ def evaluate(
     axis: int,
 ) -> Tensor:
     """Normalize by stored statistics."""
-    mean, rstd = mean.to(wide(x)), torch.rsqrt(var + eps).to(wide(x))
-    return normalize(x, mean, rstd, weight, bias, residual, act, axis)
+    return torch_norm.evaluate(x, mean, var, weight, bias, residual, act, eps, axis)
 
 
 def forward(
@@ -146,10 +143,10 @@ def backward(
 
 def _statistics(x: Tensor, running: Running | None) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance in the arithmetic's dtype, and take the running step."""
-    if not x.is_cuda:  # where they would have x's dtype
-        x = x.to(wide(x))
     if running is None or running[0].dtype != wide(x):
-        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+        # The CPU's kernel gives its results the dtype of the running statistics.
+        scratch = [None, None] if x.is_cuda else [*x.new_zeros(2, x.shape[1], dtype=wide(x))]
+        mean, var = torch.batch_norm_update_stats(x, scratch[0], scratch[1], 0.0)
         if running is not None:
             n = x.numel() // x.shape[1]
             running[0].lerp_(mean.to(running[0].dtype), running[3])

@@ -1,19 +1,31 @@
 """Which backend serves a call, and why the others declined.
 
 A backend is a module with the six functions of ``reference`` and ``serves``. An automatic choice
-falls back without a word; an explicit one raises. Both can be seen with ``bn.env()``.
+falls back to the next; an explicit one raises. Both can be seen with ``bn.env()``. Where no kernels
+of ours serve a device, plain tensors need no backend: ``torch_norm`` serves them (``is_torchs``).
+A CPU without the native module is such a device, and is warned of once, at import.
 """
 
 import contextlib
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from batchnorm.errors import BackendError
 from batchnorm.ops import aten, cuda, cuda_choice, reference
+
+NO_NATIVE = """\
+batchnorm has no native module: it {reason}. Layers on the CPU are then computed by torch's own \
+kernels: as torch.nn computes them, without the speed and the accuracy of the native ones. CUDA \
+is not affected. A C++17 compiler builds the module (Debian: apt install g++; macOS: xcode-select \
+--install; Windows: Visual Studio with clang-cl): install batchnorm again when there is one. To \
+go on without, ignore this warning before the import: \
+warnings.filterwarnings("ignore", "batchnorm has no native module")."""
 
 # Fastest first. The reference serves everything and stands last.
 BACKENDS: dict[str, ModuleType] = {}
@@ -26,28 +38,33 @@ try:
 except ImportError as error:
     _built = importlib.util.find_spec("batchnorm._native") is not None
     _reason = f"does not load ({error})" if _built else "was not built"
-    UNAVAILABLE["cpu"] = f"the native module {_reason}; a C++ compiler builds it"
+    UNAVAILABLE["cpu"] = f"the native module {_reason}; a C++17 compiler builds it"
+    warnings.warn(NO_NATIVE.format(reason=_reason), RuntimeWarning, stacklevel=2)
 else:
     BACKENDS["cpu"] = cpu
 
-for _name, _module in (("triton", cuda), ("aten", aten)):
-    _missing = _module.missing()
-    if _missing is None:
-        BACKENDS[_name] = _module
-    else:
-        UNAVAILABLE[_name] = _missing
+_missing = cuda.missing()
+if _missing is None:
+    BACKENDS["triton"] = cuda
+else:
+    UNAVAILABLE["triton"] = _missing
 
+BACKENDS["aten"] = aten
 BACKENDS["reference"] = reference
 
-# Between the two for CUDA, measured rows decide. Triton's interpreter serves whoever asks for it by
-# name, and nobody else.
+# Between Triton and torch's kernels, measured rows decide. Triton's interpreter serves only where
+# it is asked for by name.
+_interpreted = _missing is None and cuda.interprets()
 _order = tuple(
     cuda_choice if one is cuda else one
     for one in BACKENDS.values()
-    if one is not aten and (one is not cuda or not cuda.interprets())
+    if one is not cuda or not _interpreted
 )
 
 _cpu = BACKENDS.get("cpu")
+
+# The types of devices for which there are kernels of ours.
+_DEVICES = {"cpu": _cpu is not None, "cuda": _missing is None and not _interpreted}
 
 _forced: str | None = None
 
@@ -108,6 +125,23 @@ def likely(x: Tensor) -> Any:
     if _cpu is None or not x.is_cpu or not (_forced is None or _forced == "cpu"):
         return None
     return _cpu if _wrap is None else _wrap(_cpu)
+
+
+def is_torchs(x: Tensor) -> bool:
+    """Return whether ``torch_norm`` is to serve an input, instead of a backend.
+
+    That is where ``select`` would come to torch's kernels, until ``bn.save_memory`` is first used:
+    from then on a backend serves inside and outside of its blocks, so that checkpointed regions
+    save the same tensors when they are recomputed, and results have the same bits.
+    """
+    return _wrap is None and is_torchs_device(x.device)
+
+
+def is_torchs_device(device: torch.device) -> bool:
+    """Return whether there are no kernels of ours for a device, or "aten" was asked for."""
+    if _forced is not None:
+        return _forced == "aten"
+    return not _DEVICES.get(device.type, False)
 
 
 def wrap_with(wrap: Callable[[Any], Any]) -> None:

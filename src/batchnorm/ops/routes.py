@@ -1,6 +1,7 @@
 """Three routes, one meaning.
 
-*Fast*: plain eager tensors go straight to a backend (``eager``). *Compile*: while a graph is being
+*Fast*: plain eager tensors go straight to a backend (``eager``), or to torch's own kernels where
+no kernels of ours serve their device (``torch_norm``). *Compile*: while a graph is being
 traced, training is one opaque op (``graphs``; Inductor opens it where the input is ``small``) and
 evaluation is ``aten.batch_norm``, so that an exported graph needs nothing of ours. *Everything
 else* (torch.func, forward AD, masks, odd tensors, broadcast residuals): the plain operations of
@@ -15,8 +16,9 @@ from torch.nn import Parameter
 from batchnorm import layout
 from batchnorm import moments as _moments
 from batchnorm.moments import Moments
-from batchnorm.ops import eager, graphs, reference
-from batchnorm.ops.backend import select
+from batchnorm.ops import eager, graphs, reference, torch_norm
+from batchnorm.ops.activations import IDENTITY
+from batchnorm.ops.backend import is_torchs, is_torchs_device, select
 from batchnorm.ops.call import Call
 from batchnorm.ops.onlookers import is_calm, is_traced, is_transformed
 
@@ -31,25 +33,37 @@ def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
     """
     if call.mask is not None:
         return _masked_batch(call, call.mask)
+    if _is_added_behind(call):
+        y, moments = normalize_batch(call._replace(residual=None, act=IDENTITY))
+        return call.act.over(y + call.residual), moments  # type: ignore[operator]
     given = (call.x, call.weight, call.bias, call.residual)
     rest = (call.eps, call.axis)
     count = layout.values_per_channel(call.x.shape, call.axis)
     if is_plain(call):
+        if count > 1 and is_torchs(call.x) and torch_norm.takes(call.x):
+            return torch_norm.normalize_batch(call)
         backend = select(*given, call.axis)
         if call.needs_grad:
             found: list[Tensor] = []
             y = eager.apply_batch(*given, (call.act, *rest, backend, found, None))
-            return y, _moments_of(found[0], count)
+            return y, Moments.of_variance(count, found[0][0], found[0][1])
         y, stats = backend.forward(*given, call.act, *rest)
     elif is_traced() and call.portable:
         y = _aten(call, None, None)
         mean, m2 = reference.moments(call.x.detach(), call.axis)
         return y, Moments(count, mean, m2)
+    elif is_traced() and is_torchs_device(call.x.device) and not is_transformed():
+        x = call.x
+        mean, var = torch.zeros(
+            2, x.shape[call.axis], dtype=layout.compute_dtype(x), device=x.device
+        )
+        y = _aten(call, mean, var, 1.0)
+        return y, Moments.of_variance(count, mean, var, correction=1)
     elif call.same_residual and torch.compiler.is_compiling() and not is_transformed():
         y, stats = graphs.forward(*given, *call.act, *rest)
     else:
         y, stats = reference.forward(*given, call.act, *rest)
-    return y, _moments_of(stats, count)
+    return y, Moments.of_variance(count, stats[0], stats[1])
 
 
 def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
@@ -59,12 +73,18 @@ def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
     """
     if call.mask is not None:
         return _masked_by(call, call.mask, mean, var)
+    if _is_added_behind(call):
+        z = normalize_by(call._replace(residual=None, act=IDENTITY), mean, var)
+        return call.act.over(z + call.residual)  # type: ignore[operator]
     if is_traced():
         return _aten(call, mean, var)
+    plain = is_plain(call)
+    if plain and is_torchs(call.x) and torch_norm.takes(call.x):
+        return torch_norm.normalize_by(call, mean, var)
     x, given = call.x, (call.weight, call.bias)
     rest = (*given, call.residual, call.act, call.axis)
     rstd = reference.stored_rstd(var, call.eps)
-    if not is_plain(call):
+    if not plain:
         return reference.normalize(x, mean.detach().to(layout.compute_dtype(x)), rstd, *rest)
     backend = select(x, *given, call.residual, call.axis)
     stats = reference.known_stats(x, mean, var, rstd, *given)
@@ -76,17 +96,17 @@ def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
     return y
 
 
-def _moments_of(stats: Tensor, count: int) -> Moments:
-    """Return the Moments of stats (6, C), in float64: m2 may overflow float32."""
-    wide = _moments.wide(stats.device)
-    mean, var = (row.detach().to(wide) for row in (stats[0], stats[1]))
-    return Moments(count, mean, var * count)
+def _is_added_behind(call: Call) -> bool:
+    """Return whether only the residual, broadcast or promoted, keeps kernels from serving."""
+    return is_plain(call._replace(residual=None)) and not call.same_residual
 
 
 def is_plain(call: Call) -> bool:
     """Return whether a kernel may touch the tensors directly, with nobody looking on."""
     x = call.x
-    if x.device.type not in _DEVICES or x.layout is not torch.strided or not call.same_residual:
+    if x.layout is not torch.strided or not call.same_residual:
+        return False
+    if x.device.type not in _DEVICES and not is_torchs(x):
         return False
     for tensor in (x, call.weight, call.bias, call.residual):
         if tensor is not None and type(tensor) is not Tensor and type(tensor) is not Parameter:
@@ -123,8 +143,13 @@ def _unmasked(residual: Tensor | None, mask: Tensor) -> Tensor | None:
     return None if residual is None else torch.where(mask, residual, 0.0)
 
 
-def _aten(call: Call, mean: Tensor | None, var: Tensor | None) -> Tensor:
-    """Evaluate with ``aten.batch_norm`` and plain operations, for graphs that travel."""
+def _aten(
+    call: Call, mean: Tensor | None, var: Tensor | None, momentum: float | None = None
+) -> Tensor:
+    """Normalize with ``aten.batch_norm`` and plain operations, for graphs that travel.
+
+    By the batch where there is no mean, or where mean and var are to be moved with ``momentum``.
+    """
     dtype = layout.compute_dtype(call.x)
     given = [
         t if t is None or t.dtype == dtype else t.to(dtype)
@@ -132,7 +157,8 @@ def _aten(call: Call, mean: Tensor | None, var: Tensor | None) -> Tensor:
     ]
     # Nodes that do nothing are left out of the graph.
     x = call.x if call.axis == 1 else call.x.movedim(call.axis, 1)
-    y = F.batch_norm(x, *given, mean is None, 0.0, call.eps)  # type: ignore[call-arg, arg-type]
+    training = mean is None or momentum is not None
+    y = F.batch_norm(x, *given, training, momentum or 0.0, call.eps)  # type: ignore[call-arg, arg-type]
     if call.axis != 1:
         y = y.movedim(1, call.axis)
     return call.act(y if call.residual is None else y + call.residual)

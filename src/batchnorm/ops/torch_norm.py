@@ -1,0 +1,138 @@
+"""A normalization as a program of ``torch.nn`` computes it: ``torch.batch_norm`` and autograd.
+
+This serves plain eager tensors where no kernels of ours do: on a CPU without the native module, on
+a GPU without Triton, on other devices. Speed, saved tensors and higher derivatives are those of
+``torch.nn.BatchNorm2d`` followed by an addition and an activation in place. Two things are added:
+inputs whose channels are not on axis 1 are seen as (outer, C, inner), and per-channel tensors of
+another dtype are brought to the arithmetic's, which is the only one that torch takes everywhere.
+
+How accurate the statistics are is torch's choice: on the CPU it sums contiguous input in float64,
+and (N, C) and channels-last input in float32.
+"""
+
+import torch
+from torch import Tensor
+
+from batchnorm import layout
+from batchnorm.moments import Moments
+from batchnorm.ops.activations import Activation
+from batchnorm.ops.call import Call
+from batchnorm.ops.strides import wide
+
+# running_mean, running_var (in the arithmetic's dtype) and momentum
+Running = tuple[Tensor, Tensor, float]
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Devices where torch takes 16-bit input with float32 parameters.
+_MIXING = ("cpu", "cuda")
+
+
+def takes(x: Tensor) -> bool:
+    """Return whether torch's kernels take an input; in training, of several values per channel."""
+    if x.dtype not in DTYPES or x.layout is not torch.strided or not x.numel():
+        return False
+    return x.is_cpu or x.dtype is wide(x) or x.device.type in _MIXING
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: Activation,
+    eps: float,
+    axis: int,
+    running: Running | None = None,
+) -> Tensor:
+    """Normalize by the input's own statistics; move ``running`` by them, with the unbiased var.
+
+    The caller has checked that everything has C elements and is on the input's device.
+    """
+    if running is not None:
+        # Autograd saves the two and does not read them in backward. As ``data`` they have version
+        # counters of their own, so that later steps are no error.
+        mean, var, momentum = running
+        running = mean.data, var.data, momentum
+    return _batch_norm(x, weight, bias, residual, act, eps, axis, True, running)
+
+
+def evaluate(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: Activation,
+    eps: float,
+    axis: int,
+) -> Tensor:
+    """Normalize by stored statistics, which autograd saves: give copies if they may change."""
+    dtype = wide(x)
+    if mean.dtype is not dtype:
+        mean = mean.to(dtype)
+    if var.dtype is not dtype:
+        var = var.to(dtype)
+    return _batch_norm(x, weight, bias, residual, act, eps, axis, False, (mean, var, 0.0))
+
+
+def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
+    """Normalize by the input's own statistics; return them too."""
+    x, axis = call.x, call.axis
+    # A running average that keeps nothing of its past is the batch's statistic: no further pass.
+    mean, var = torch.zeros(2, x.shape[axis], dtype=wide(x), device=x.device)
+    affine = (call.weight, call.bias, call.residual)
+    y = forward(x, *affine, call.act, call.eps, axis, (mean, var, 1.0))
+    count = x.numel() // x.shape[axis]
+    return y, Moments.of_variance(count, mean, var, correction=1)
+
+
+def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
+    """Normalize by given statistics, which are constants and may be updated before backward."""
+    if call.needs_grad:
+        mean, var = mean.detach().clone(), var.detach().clone()
+    affine = (call.weight, call.bias, call.residual)
+    return evaluate(call.x, mean, var, *affine, call.act, call.eps, call.axis)
+
+
+def _batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: Activation,
+    eps: float,
+    axis: int,
+    training: bool,
+    stored: Running | None,
+) -> Tensor:
+    dtype = wide(x)
+    if weight is not None and weight.dtype is not dtype:
+        weight = weight.to(dtype)
+    if bias is not None:
+        if bias.dtype is not dtype:
+            bias = bias.to(dtype)
+        if weight is None:  # torch's second derivatives are wrong for a bias without a weight
+            weight = torch.ones_like(bias, requires_grad=False)
+    seen = x
+    if not _is_taken_as_it_is(x, axis):
+        seen = layout.canonical(x, axis)
+        residual = None if residual is None else layout.canonical(x, axis, residual)
+    mean, var, momentum = stored or (None, None, 0.0)
+    cudnn = x.is_cuda and torch.backends.cudnn.enabled
+    y = torch.batch_norm(seen, weight, bias, mean, var, training, momentum, eps, cudnn)
+    if residual is not None:
+        y.add_(residual)
+    if act.name != "identity":
+        y = act.over(y)
+    return y if seen is x else layout.restored(y, x, axis)
+
+
+def _is_taken_as_it_is(x: Tensor, axis: int) -> bool:
+    """Whether the channels are on axis 1, in a memory order for which torch has fast kernels."""
+    if axis != 1:
+        return False
+    if x.is_contiguous():
+        return True
+    order = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return order is not None and x.is_contiguous(memory_format=order)
