@@ -31,7 +31,7 @@ def run(*command, **environment):
 @without_gpu
 def test_bench_without_a_gpu_ends_in_one_line(tmp_path):
     done = run("-m", "batchnorm", "bench", "--device", "cuda", "--out", str(tmp_path / "out"))
-    assert done.returncode == 1
+    assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.strip()]
     assert "finds none" in line and "--device cuda" in line
     assert not (tmp_path / "out").exists()

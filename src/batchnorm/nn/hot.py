@@ -85,9 +85,10 @@ def _evaluate(
     backend = likely(x)
     if backend is None:
         if is_torchs(x):
-            if not _is_for_torch(x, axis, weight, bias, residual, mean, var):
+            if not _is_for_torch(x, residual, mean, var):
                 return None
-            return torch_norm.evaluate(x, mean, var, weight, bias, residual, act, layer.eps, axis)
+            given = (x, mean, var, weight, bias, residual, act, layer.eps, axis)
+            return _or_none(torch_norm.evaluate, *given)
         backend = select(x, weight, bias, residual, axis)
         if not (backend.commits and _fits(x, axis, weight, bias, residual, mean, var)):
             return None
@@ -156,13 +157,13 @@ def _train_by_torch(
     counter: Tensor | None,
 ) -> Tensor | None:
     """Do a training step with torch's kernels, which move the running statistics as well."""
-    if not _is_for_torch(x, axis, weight, bias, residual, mean, var):
+    if not _is_for_torch(x, residual, mean, var):
         return None
-    affine = (weight, bias, residual, act, layer.eps, axis)
+    given = (x, weight, bias, residual, act, layer.eps, axis)
     if mean is None or var is None or not layer.track_running_stats:
-        return torch_norm.forward(x, *affine)
+        return _or_none(torch_norm.forward, *given)
     if is_recomputing():  # with copies: checkpointing wants as many saved tensors as before
-        return torch_norm.forward(x, *affine, (mean.clone(), var.clone(), 0.0))
+        return _or_none(torch_norm.forward, *given, (mean.clone(), var.clone(), 0.0))
     if counter is None or mean.is_inference():
         return None
     momentum = layer.momentum
@@ -170,35 +171,41 @@ def _train_by_torch(
         if not counter.is_cpu:  # to read it would wait for the device
             return None
         momentum = 1 / (int(counter) + 1)
-    y = torch_norm.forward(x, *affine, (mean, var, momentum))
+    y = _or_none(torch_norm.forward, *given, (mean, var, momentum))
+    if y is None:
+        return None
     counter.add_(1)
-    torch._C._increment_version((mean, var))
     return y
 
 
 def _is_for_torch(
-    x: Tensor,
-    axis: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
+    x: Tensor, residual: Tensor | None, mean: Tensor | None, var: Tensor | None
 ) -> bool:
-    """Return whether tensors belong together, and torch reads and moves the statistics itself."""
-    if (mean is None) is not (var is None) or not torch_norm.takes(x):
+    """Return whether torch reads and moves the statistics itself, if the rest belongs together."""
+    if not torch_norm.takes(x):
         return False
-    # Numbers, as a comparison of ``device`` or ``shape`` takes as long as the rest of a question.
-    channels, cpu, index = x.size(axis), x.is_cpu, x.get_device()
-    for t in (weight, bias, mean, var, residual):
-        if t is not None and (t.is_cpu is not cpu or t.get_device() != index):
+    if mean is None or var is None:
+        if mean is not var:
             return False
-    for t in (weight, bias, mean, var):
-        if t is not None and (t.dim() != 1 or t.size(0) != channels):
-            return False
-    if mean is not None and var is not None and not (mean.dtype is var.dtype is wide(x)):
+    elif not (mean.dtype is var.dtype is wide(x)):
         return False
-    return residual is None or (residual.dtype is x.dtype and residual.shape == x.shape)
+    if residual is None:
+        return True
+    same = residual.dtype is x.dtype and residual.device == x.device
+    return same and residual.shape == x.shape
+
+
+def _or_none(function: Any, *given: Any) -> Tensor | None:
+    """Call torch, which checks sizes and devices before it changes anything.
+
+    To check them here first would cost a small layer a tenth of its time. What torch refuses, the
+    general way refuses in words of its own.
+    """
+    try:
+        y: Tensor = function(*given)
+    except RuntimeError:
+        return None
+    return y
 
 
 def _needs_grad(

@@ -46,11 +46,11 @@ def forward(
 ) -> Tensor:
     """Normalize by the input's own statistics; move ``running`` by them, with the unbiased var.
 
-    The caller has checked that everything has C elements and is on the input's device.
+    As in ``torch.nn`` the version counters of the running statistics stay.
     """
     if running is not None:
         # Autograd saves the two and does not read them in backward. As ``data`` they have version
-        # counters of their own, so that later steps are no error.
+        # counters of their own, so that a later step of another kind is no error.
         mean, var, momentum = running
         running = mean.data, var.data, momentum
     return _batch_norm(x, weight, bias, residual, act, eps, axis, True, running)
