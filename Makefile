@@ -23,7 +23,7 @@ TRITON := $(VENV)/triton
 # Which of the tests, for example TESTS=tests/test_cli.py.
 TESTS ?=
 
-.PHONY: run test test-slow test-integrations test-triton coverage bench docs lint sanitize neon format clean
+.PHONY: run test test-slow test-integrations test-triton test-driver coverage bench docs lint sanitize neon format clean
 
 run: $(READY_RUN)
 	$(PY) -m batchnorm demo
@@ -43,13 +43,18 @@ test-integrations: $(READY)
 # The Triton kernels without a GPU: run by Triton's interpreter in numpy, and compiled for Hopper.
 # Two lanes side by side; the suite of every backend runs with this one.
 test-triton: $(READY) $(TRITON)/ready
-	(	PYTHONPATH=$(TRITON) $(PY) -m pytest tests/kernels/test_ahead.py tests/kernels/test_launch.py && \
+	(	PYTHONPATH=$(TRITON) $(PY) -m pytest tests/kernels/test_driver.py tests/kernels/test_ahead.py \
+			tests/kernels/test_launch.py && \
 		TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(PY) -m pytest \
 			tests/kernels/test_triton.py tests/kernels/test_hostile.py tests/kernels/test_session.py \
 	) & kernels=$$!; \
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(PY) -m pytest -m "not slow" -k "triton and not threads" \
 		tests/test_ops.py tests/test_bounds.py tests/test_accuracy.py; \
 	suite=$$?; wait $$kernels && exit $$suite
+
+# Whether the CUDA library of the tests has all functions that the driver of the pinned Triton calls.
+test-driver: $(READY) $(TRITON)/ready
+	PYTHONPATH=$(TRITON) $(PY) -m pytest tests/kernels/test_driver.py
 
 $(TRITON)/ready: requirements/triton.txt | $(READY)
 	@echo "Installing Triton into $(TRITON): 0.2 GB to download, 0.7 GB on disk"

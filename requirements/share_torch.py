@@ -1,8 +1,8 @@
 """Make a virtual environment that uses the torch of the interpreter that runs this file.
 
 ``path/to/python share_torch.py FOLDER`` makes FOLDER. The environment's own packages come first;
-after them it sees the site-packages of the interpreter by a ``.pth`` file. This works for the Python
-of another virtual environment, whose base is what ``--system-site-packages`` would show instead.
+after them a ``.pth`` file adds the interpreter's site-packages. ``--system-site-packages`` does not
+do: where the interpreter belongs to a virtual environment, it adds what that one's base has.
 ``FOLDER/torch.txt`` requires the version of torch that is there, so that pip keeps it.
 """
 
