@@ -1,49 +1,64 @@
-# Every target makes and fills .venv by itself. With PYTHON=path/to/python, an interpreter that
-# already has torch is used instead, and nothing is installed.
+# Every target first makes a virtual environment and fills it: .venv, made with BASE, which gets the
+# torch of requirements/torch.txt. With PYTHON=path/to/python it is build/venv-path-to-python, which
+# uses the torch of that interpreter (2.11 or newer, in whatever build) and gets all else.
 
 BASE ?= python3
-VENV := .venv
 
 ifdef PYTHON
-PY := PYTHONPATH=src $(PYTHON)
-PY_TRITON := PYTHONPATH=build/triton:src $(PYTHON)
-READY :=
+VENV := build/venv-$(subst /,-,$(PYTHON))
+TORCH := $(VENV)/torch.txt
+SAYS_TORCH := torch of $(PYTHON)
 else
-PY := $(VENV)/bin/python
-PY_TRITON := PYTHONPATH=build/triton $(VENV)/bin/python
-READY := $(VENV)/ready
+VENV := .venv
+TORCH := requirements/torch.txt
+SAYS_TORCH := torch 2.13 (on Linux pip takes a CUDA build: 2.8 GB to download, 5 GB on disk)
 endif
 
-.PHONY: run test test-slow test-integrations test-triton coverage bench docs lint sanitize neon format clean
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install
+READY_RUN := $(VENV)/ready-run
+READY := $(VENV)/ready
+TRITON := $(VENV)/triton
 
-run: $(READY)
+# Which of the tests, for example TESTS=tests/test_cli.py.
+TESTS ?=
+
+.PHONY: run test test-slow test-integrations test-triton test-driver coverage bench docs lint sanitize neon format clean
+
+run: $(READY_RUN)
 	$(PY) -m batchnorm demo
 
 test: $(READY)
-	$(PY) -m pytest -m "not slow and not cuda"
+	$(PY) -m pytest -m "not slow and not cuda" $(TESTS)
 
 test-slow: $(READY)
-	$(PY) -m pytest -m "slow and not cuda"
+	$(PY) -m pytest -m "slow and not cuda" $(TESTS)
 
 # The callbacks with the real libraries, which are no requirement of anything else.
 test-integrations: $(READY)
-	$(PY) -m pip install --quiet --requirement requirements/integrations.txt
+	@echo "Installing the trainers of requirements/integrations.txt"
+	$(PIP) --constraint $(TORCH) --requirement requirements/integrations.txt
 	$(PY) -m pytest tests/test_integrations.py -m "not cuda"
 
 # The Triton kernels without a GPU: run by Triton's interpreter in numpy, and compiled for Hopper.
 # Two lanes side by side; the suite of every backend runs with this one.
-test-triton: $(READY) build/triton/ready
-	(	$(PY_TRITON) -m pytest tests/kernels/test_ahead.py tests/kernels/test_launch.py && \
-		TRITON_INTERPRET=1 $(PY_TRITON) -m pytest \
+test-triton: $(READY) $(TRITON)/ready
+	(	PYTHONPATH=$(TRITON) $(PY) -m pytest tests/kernels/test_driver.py tests/kernels/test_ahead.py \
+			tests/kernels/test_launch.py && \
+		TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(PY) -m pytest \
 			tests/kernels/test_triton.py tests/kernels/test_hostile.py tests/kernels/test_session.py \
 	) & kernels=$$!; \
-	TRITON_INTERPRET=1 $(PY_TRITON) -m pytest -m "not slow" -k "triton and not threads" \
+	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(PY) -m pytest -m "not slow" -k "triton and not threads" \
 		tests/test_ops.py tests/test_bounds.py tests/test_accuracy.py; \
 	suite=$$?; wait $$kernels && exit $$suite
 
-build/triton/ready: requirements/triton.txt | $(READY)
-	$(or $(PYTHON),$(VENV)/bin/python) -m pip install --quiet --upgrade --no-deps \
-		--target build/triton --requirement requirements/triton.txt
+# Whether the CUDA library of the tests has all functions that the driver of the pinned Triton calls.
+test-driver: $(READY) $(TRITON)/ready
+	PYTHONPATH=$(TRITON) $(PY) -m pytest tests/kernels/test_driver.py
+
+$(TRITON)/ready: requirements/triton.txt | $(READY)
+	@echo "Installing Triton into $(TRITON): 0.2 GB to download, 0.7 GB on disk"
+	$(PIP) --upgrade --no-deps --target $(TRITON) --requirement requirements/triton.txt
 	touch $@
 
 coverage: $(READY)
@@ -80,11 +95,27 @@ format: $(READY)
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-$(VENV)/ready: requirements/dev.txt pyproject.toml CMakeLists.txt $(wildcard native/*)
+$(PY):
+ifdef PYTHON
+	$(PYTHON) requirements/share_torch.py $(VENV)
+else
 	$(BASE) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet --requirement requirements/dev.txt
-	$(VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+endif
+
+# What the demo needs.
+$(READY_RUN): requirements/torch.txt requirements/run.txt pyproject.toml CMakeLists.txt $(wildcard native/*) | $(PY)
+	@echo "Installing what the demo needs into $(VENV): 50 MB to download, 0.5 GB on disk,"
+	@echo "with $(SAYS_TORCH)"
+	$(PIP) --requirement $(TORCH) --requirement requirements/run.txt
+	@echo "Compiling the CPU kernels: 1 to 3 minutes on two cores"
+	$(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+# And what tests, lint, pages and measurements need. Networks are for the pinned torch only.
+$(READY): requirements/dev.txt requirements/networks.txt $(READY_RUN)
+	@echo "Installing what tests, lint and pages need into $(VENV): 70 MB to download, 0.3 GB on disk, a minute"
+	$(PIP) --requirement $(TORCH) --requirement requirements/dev.txt \
+		$$(grep -q -f requirements/torch.txt $(TORCH) && echo --requirement requirements/networks.txt)
 	touch $@
 
 clean:

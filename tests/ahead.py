@@ -2,7 +2,8 @@
 
 All that Triton does at a launch is done, by Triton itself: arguments are bound and specialized, the
 kernel is compiled for the GPU, its launcher by the C compiler, and the launcher is called. It then
-calls ``fake_cuda.c`` instead of libcuda, which refuses what a real one would refuse.
+calls ``fake_cuda.c`` instead of libcuda, which refuses what a real one would refuse. It runs with
+Triton 3.6 (torch 2.11) and 3.7 (torch 2.12 and 2.13).
 """
 
 import contextlib

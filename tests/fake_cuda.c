@@ -1,7 +1,9 @@
-/* A libcuda.so.1 for machines without a GPU: all that Triton's driver and launcher call.
+/* A libcuda.so.1 for machines without a GPU: every function that the driver and the launcher of
+   Triton 3.6 and 3.7 call or look up (tests/kernels/test_driver.py compares the names).
 
-   Modules are not loaded and nothing runs; a launch is handed to whoever watches, once the limits
-   that a real driver checks are kept. */
+   Modules are not loaded and nothing runs; a launch that keeps the limits which a real driver
+   checks is handed to the watcher. Functions of which our kernels have no use return
+   CUDA_ERROR_NOT_SUPPORTED. */
 #include "cuda.h"
 
 enum { THREADS = 1024, REGISTERS = 65536, SHARED = 227 * 1024, GRID_YZ = 65535 };
@@ -21,6 +23,8 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction f, void **par
   if (watcher) watcher(f, config, params);
   return CUDA_SUCCESS;
 }
+
+CUresult cuDriverGetVersion(int *version) { *version = CUDA_VERSION; return CUDA_SUCCESS; }
 
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute which, CUdevice device) {
   switch (which) {
@@ -50,7 +54,9 @@ CUresult cuPointerGetAttribute(void *value, CUpointer_attribute which, CUdevicep
 }
 
 CUresult cuGetErrorString(CUresult error, const char **text) {
-  *text = error == CUDA_ERROR_INVALID_VALUE ? "invalid argument" : "too many resources requested";
+  *text = error == CUDA_ERROR_INVALID_VALUE   ? "invalid argument"
+          : error == CUDA_ERROR_NOT_SUPPORTED ? "operation not supported"
+                                              : "too many resources requested";
   return CUDA_SUCCESS;
 }
 
@@ -68,3 +74,22 @@ CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute which, int value)
 CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache config) { return CUDA_SUCCESS; }
 CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { *value = 0; return CUDA_SUCCESS; }
 CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_SUCCESS; }
+
+CUresult cuOccupancyMaxActiveClusters(int *clusters, CUfunction f, const CUlaunchConfig *config) {
+  return CUDA_ERROR_NOT_SUPPORTED;
+}
+CUresult cuTensorMapEncodeTiled(
+    CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
+    const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
+    const cuuint32_t *steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+    CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+  return CUDA_ERROR_NOT_SUPPORTED;
+}
+CUresult cuTensorMapEncodeIm2col(
+    CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
+    const cuuint64_t *sizes, const cuuint64_t *strides, const int *lower, const int *upper,
+    cuuint32_t channels, cuuint32_t pixels, const cuuint32_t *steps,
+    CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+    CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+  return CUDA_ERROR_NOT_SUPPORTED;
+}

@@ -1,6 +1,6 @@
 """Triton's interpreter, with the rounding of a GPU.
 
-Triton 3.6 truncates in its interpreter where it narrows float32 to bfloat16; a GPU rounds to
+Triton (3.6 to 3.7) truncates in its interpreter where it narrows float32 to bfloat16; a GPU rounds to
 nearest, ties to even. And it adds up the rows of a tile one after another; a GPU adds a few in each
 thread, and the threads' sums in a tree. Imported by conftest where TRITON_INTERPRET=1 is set.
 """

@@ -18,8 +18,12 @@ def across_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[An
         context = torch.multiprocessing.spawn(
             _one, (function, size, folder, args), nprocs=size, join=False
         )
-        while not context.join():
-            pass
+        try:
+            while not context.join():
+                pass
+        finally:
+            for process in context.processes:
+                process.kill()
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(size)]
 
 

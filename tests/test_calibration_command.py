@@ -14,6 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import batchnorm as bn
+import processes
 from batchnorm.checkpoints import read_state
 from batchnorm.cli.app import app
 from batchnorm.errors import CheckpointError
@@ -117,14 +118,13 @@ def test_options_reach_the_library(folder):
 @pytest.mark.parametrize("data", ["recipe:batches", "recipe:share"])
 def test_under_torchrun_the_work_is_shared_and_one_file_written(data, folder):
     folder, expected = folder
-    done = subprocess.run(
+    done = processes.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"),
             *("-m", "batchnorm", *GIVEN[:3], "--data", data),
             *("--checkpoint", "in.safetensors", "--out", "out.safetensors"),
         ],
-        capture_output=True, text=True, env={**environment(), "OMP_NUM_THREADS": "1"}, cwd=folder,
-        timeout=200, check=False,
+        env={**environment(), "OMP_NUM_THREADS": "1"}, cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert_state(folder / "out.safetensors", expected)

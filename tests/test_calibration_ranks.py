@@ -244,9 +244,14 @@ def test_a_dead_process_is_an_error_in_the_others_and_changes_nothing(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     given = (dying, 2, str(tmp_path), (str(tmp_path),))
     processes = [context.Process(target=ranks._one, args=(rank, *given)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.kill()
     assert [process.exitcode for process in processes] == [0, -signal.SIGKILL]
     assert "is gone or did not answer" in (tmp_path / "survived").read_text()

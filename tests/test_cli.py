@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import batchnorm as bn
+import processes
 from batchnorm.cli.app import app
 
 SOURCE = str(Path(__file__).parents[1] / "src")
@@ -26,15 +26,8 @@ def environment(**changes):
 
 
 def command(*arguments, cwd=None, **changes):
-    return subprocess.run(
-        [sys.executable, "-m", "batchnorm", *arguments],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env=environment(**changes),
-        cwd=cwd,
-        timeout=280,
-        check=False,
+    return processes.run(
+        [sys.executable, "-m", "batchnorm", *arguments], env=environment(**changes), cwd=cwd
     )
 
 
@@ -121,15 +114,7 @@ def test_a_missing_package_is_named_in_one_line(package, tmp_path):
         f"import sys; sys.modules[{package!r}] = None; sys.argv[1:] = ['demo', '--steps', '1'];"
         "from batchnorm.cli import main; sys.exit(main())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        cwd=tmp_path,
-        timeout=120,
-        check=False,
-    )
+    done = processes.run([sys.executable, "-c", script], env=environment(), cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [
         f"batchnorm: the package '{package}' is missing; pip install 'batchnorm[demo]' brings it"
@@ -138,14 +123,7 @@ def test_a_missing_package_is_named_in_one_line(package, tmp_path):
 
 
 def started(*arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "batchnorm", *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        env=environment(),
-    )
+    return processes.started([sys.executable, "-m", "batchnorm", *arguments], env=environment())
 
 
 def interrupted(process):
@@ -162,21 +140,21 @@ def interrupted(process):
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT is POSIX")
 def test_an_interrupted_demo_leaves_no_file(tmp_path):
     out = tmp_path / "out"
-    process = started("demo", "--steps", "100000", "--out", str(out))
-    deadline = time.monotonic() + 60
-    while not out.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.5)
-    interrupted(process)
+    with started("demo", "--steps", "100000", "--out", str(out)) as process:
+        deadline = time.monotonic() + 60
+        while not out.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.5)
+        interrupted(process)
     assert list(out.iterdir()) == []
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT is POSIX")
 def test_an_interrupted_bench_leaves_what_it_has_measured(tmp_path):
-    process = started("bench", "--seconds", "0.05", "--out", str(tmp_path))
-    time.sleep(25)
-    assert process.poll() is None, "it ended before it could be interrupted"
-    interrupted(process)
+    with started("bench", "--seconds", "0.05", "--out", str(tmp_path)) as process:
+        time.sleep(25)
+        assert process.poll() is None, "it ended before it could be interrupted"
+        interrupted(process)
     assert len((tmp_path / "rows.csv").read_text().splitlines()) > 3
     assert "32" in (tmp_path / "report.html").read_text()

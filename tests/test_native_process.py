@@ -1,13 +1,13 @@
 """The native module as a guest in a process: one OpenMP runtime, fork, threads calling at once."""
 
 import os
-import subprocess
 import sys
 import threading
 
 import pytest
 import torch
 
+import processes
 from batchnorm.ops.activations import Activation
 
 _native = pytest.importorskip("batchnorm._native")
@@ -42,9 +42,7 @@ assert len(loaded) <= 1, loaded
 
 
 def run(code):
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
+    result = processes.run([sys.executable, "-c", code])
     assert result.returncode == 0, result.stderr
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from html.parser import HTMLParser
@@ -23,6 +22,7 @@ from batchnorm.report.model import Formula, Plot, Report, Section, Series, Table
 from batchnorm.report.plots import to_svg
 from batchnorm.report.sparkline import sparkline
 from batchnorm.report.terminal import print_report
+from processes import started
 
 NASTY = "a < b & [bold]c[/bold] | *d* <script>alert(1)</script>"
 
@@ -188,17 +188,15 @@ while True:
 def test_an_interrupt_leaves_a_whole_file_and_nothing_else(tmp_path):
     path = tmp_path / "file"
     source = str(Path(__file__).parents[1] / "src")
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(path)],
-        env={**os.environ, "PYTHONPATH": source},
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 60
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) != 0
+    environment = {**os.environ, "PYTHONPATH": source}
+    with started([sys.executable, "-c", WRITER, path], env=environment) as process:
+        deadline = time.monotonic() + 60
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+        assert process.returncode != 0
     content = path.read_bytes()
     assert len(content) == 2_000_000
     assert len(set(content)) == 1

@@ -4,13 +4,13 @@ import argparse
 import csv
 import importlib
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import processes
 from batchnorm.benchmark import cases, contenders, measure
 from batchnorm.benchmark import rows as bench_rows
 from batchnorm.errors import DeviceError
@@ -21,9 +21,9 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 
 
 def run(*command, **environment):
-    return subprocess.run(
+    return processes.run(
         [sys.executable, *command],
-        capture_output=True, text=True, check=False, timeout=250, cwd=ROOT,
+        cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(["src", *sys.path]), **environment},
     )  # fmt: skip
 
