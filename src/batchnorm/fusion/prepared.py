@@ -93,6 +93,7 @@ class Known:
     def __init__(self, backend: Any, stats: Tensor) -> None:
         self.backend = backend
         self.stats = stats
+        self.reads_output = backend.reads_output
         self.backward = backend.backward
         self.backward_sums = backend.backward_sums
 
@@ -118,6 +119,7 @@ class Wrapping:
 
     def __init__(self, backend: Any, cls: Any) -> None:
         self.cls = cls
+        self.reads_output = False  # the wrapper has no values
         self.backward = backend.backward
         self.backward_sums = backend.backward_sums
         self.backward_input = backend.backward_input

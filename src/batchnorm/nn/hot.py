@@ -87,8 +87,12 @@ def _evaluate(
         if is_torchs(x):
             if not _is_for_torch(x, residual, mean, var):
                 return None
-            given = (x, mean, var, weight, bias, residual, act, layer.eps, axis)
-            return _or_none(torch_norm.evaluate, *given)
+            try:
+                return torch_norm.evaluate(
+                    x, mean, var, weight, bias, residual, act, layer.eps, axis
+                )
+            except RuntimeError:
+                return None  # the general way says what is wrong
         backend = select(x, weight, bias, residual, axis)
         if not (backend.commits and _fits(x, axis, weight, bias, residual, mean, var)):
             return None
@@ -159,22 +163,26 @@ def _train_by_torch(
     """Do a training step with torch's kernels, which move the running statistics as well."""
     if not _is_for_torch(x, residual, mean, var):
         return None
-    given = (x, weight, bias, residual, act, layer.eps, axis)
-    if mean is None or var is None or not layer.track_running_stats:
-        return _or_none(torch_norm.forward, *given)
-    if is_recomputing():  # with copies: checkpointing wants as many saved tensors as before
-        return _or_none(torch_norm.forward, *given, (mean.clone(), var.clone(), 0.0))
-    if counter is None or mean.is_inference():
-        return None
-    momentum = layer.momentum
-    if momentum is None:
-        if not counter.is_cpu:  # to read it would wait for the device
+    step, momentum = None, layer.momentum
+    if mean is not None and var is not None and layer.track_running_stats:
+        if counter is None or mean.is_inference():
             return None
-        momentum = 1 / (int(counter) + 1)
-    y = _or_none(torch_norm.forward, *given, (mean, var, momentum))
-    if y is None:
-        return None
-    counter.add_(1)
+        if momentum is None:
+            if not counter.is_cpu:  # to read it would wait for the device
+                return None
+            momentum = 1 / (int(counter) + 1)
+        if is_recomputing():  # with copies: checkpointing wants as many saved tensors as before
+            step, counter = (mean.clone(), var.clone(), 0.0), None
+        else:
+            step = (mean, var, momentum)
+    # Torch checks sizes and devices before it changes anything. To check them here first would cost
+    # a small layer a tenth of its time.
+    try:
+        y = torch_norm.forward(x, weight, bias, residual, act, layer.eps, axis, step)
+    except RuntimeError:
+        return None  # the general way says what is wrong
+    if step is not None and counter is not None:
+        counter.add_(1)
     return y
 
 
@@ -193,19 +201,6 @@ def _is_for_torch(
         return True
     same = residual.dtype is x.dtype and residual.device == x.device
     return same and residual.shape == x.shape
-
-
-def _or_none(function: Any, *given: Any) -> Tensor | None:
-    """Call torch, which checks sizes and devices before it changes anything.
-
-    To check them here first would cost a small layer a tenth of its time. What torch refuses, the
-    general way refuses in words of its own.
-    """
-    try:
-        y: Tensor = function(*given)
-    except RuntimeError:
-        return None
-    return y
 
 
 def _needs_grad(

@@ -10,6 +10,7 @@ from torch import Tensor
 from batchnorm.estimators.base import keep_if_empty, nothing, unbiased
 from batchnorm.estimators.running import Averages, average, share_of_next
 from batchnorm.moments import Moments
+from batchnorm.ops.backend import is_torchs_device
 from batchnorm.ops.onlookers import is_recomputing
 
 WIDE = (torch.float32, torch.float64)
@@ -49,7 +50,7 @@ def _move(layer: Any, batch: Moments) -> None:
         old = getattr(layer, name)
         wide = old if old.dtype in WIDE else _widened(layer, name, old)
         moved = average(wide, new if new.dtype == wide.dtype else new.to(wide.dtype), alpha)
-        old.copy_(keep_if_empty(batch, wide, moved))
+        _write(old, keep_if_empty(batch, wide, moved))
 
 
 def publish(layer: Any, states: Mapping[str, Any]) -> None:
@@ -60,7 +61,17 @@ def publish(layer: Any, states: Mapping[str, Any]) -> None:
         if old.dtype not in WIDE:
             _widened(layer, name, old)
         with torch.no_grad():
-            old.copy_(statistic)
+            _write(old, statistic)
+
+
+def _write(buffer: Tensor, new: Tensor) -> None:
+    """Write a running statistic.
+
+    Torch's own kernels save the buffers for backward and do not read them there: where they serve,
+    the version counter stays, as ``torch.nn`` leaves it.
+    """
+    torchs = not torch.compiler.is_compiling() and is_torchs_device(buffer.device)
+    (buffer.data if torchs else buffer).copy_(new)
 
 
 def restart(layer: Any, known: bool = False) -> None:

@@ -28,6 +28,9 @@ Running = tuple[Tensor, Tensor, Tensor | None, float]
 # Whether ``forward`` takes the step of the running statistics in the same call.
 commits = True
 
+# Whether backward reads the mask off y where it may, as torch does, instead of computing z again.
+reads_output = True
+
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 

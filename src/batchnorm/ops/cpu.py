@@ -26,6 +26,9 @@ Maybe = Tensor | None
 # Whether ``forward`` takes the step of the running statistics in the same call.
 commits = True
 
+# Whether backward reads the mask off y where it may, instead of computing z again.
+reads_output = False
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # The order is that of the enumeration in native/args.hpp.

@@ -32,6 +32,9 @@ Running = tuple[Tensor, Tensor, Tensor | None, float]
 # Whether ``forward`` takes the step of the running statistics in the same call.
 commits = True
 
+# Whether backward reads the mask off y where it may, instead of computing z again.
+reads_output = False
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Rows of stats: mean, var, rstd, what rounding took from it, weight, bias.

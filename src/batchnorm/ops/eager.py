@@ -49,7 +49,7 @@ class BatchNormalize(torch.autograd.Function):
         y, stats = backend.forward(x, weight, bias, residual, act, eps, axis, running)
         if found is not None:
             found.append(stats)
-        ctx.save_for_backward(x, stats, weight, kept_beside(act, residual, y))
+        ctx.save_for_backward(x, stats, weight, kept_beside(act, residual, y, backend))
         ctx.rest = act, eps, axis, backend, residual is not None, dtype_of(bias)
         ctx.edges = edge_of(bias), edge_of(residual if reads_sum(act) else None)
         return y
@@ -98,7 +98,7 @@ class Normalize(torch.autograd.Function):
     ) -> Tensor:
         """Return y."""
         y: Tensor = backend.normalize(x, stats[0], stats[2:4], weight, bias, residual, act, axis)
-        ctx.save_for_backward(x, stats, weight, kept_beside(act, residual, y))
+        ctx.save_for_backward(x, stats, weight, kept_beside(act, residual, y, backend))
         ctx.rest = act, axis, backend, residual is not None, dtype_of(bias)
         ctx.edges = edge_of(bias), edge_of(residual if reads_sum(act) else None)
         return y
@@ -137,16 +137,14 @@ apply_given = super(torch.autograd.Function, Normalize).apply
 BatchNormalize._backward_cls.apply = BatchNormalize.backward  # type: ignore[attr-defined]
 
 
-def kept_beside(act: Activation, residual: Tensor | None, y: Tensor) -> Tensor | None:
+def kept_beside(act: Activation, residual: Tensor | None, y: Tensor, backend: Any) -> Tensor | None:
     """Return what tells act'(z) besides x and stats: y, or a copy of what was added.
 
     A copy, since the caller may write to it before backward, as behind ``torch.add``.
     """
-    if residual is None:
-        return None
     if act.from_output:
-        return y
-    return residual.clone() if reads_sum(act) else None
+        return None if residual is None and not backend.reads_output else y
+    return residual.clone() if residual is not None and reads_sum(act) else None
 
 
 def reads_sum(act: Activation) -> bool:

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from batchnorm import layout
 from batchnorm.errors import UnservedError
-from batchnorm.ops import inductor
+from batchnorm.ops import inductor, reference
 from batchnorm.ops.activations import IDENTITY, Activation
 from batchnorm.ops.backend import likely
 from batchnorm.ops.eager import dtype_of, kept_beside, to_parameters
@@ -119,7 +119,7 @@ class Forward(torch.autograd.Function):
         y, stats = forward_alone(*inputs)
         act = Activation(activation, slope)
         ctx.mark_non_differentiable(stats)
-        ctx.save_for_backward(x, stats, kept_beside(act, residual, y))
+        ctx.save_for_backward(x, stats, kept_beside(act, residual, y, reference))
         ctx.act, ctx.axis = act, axis
         ctx.dtypes = dtype_of(weight), dtype_of(bias)
         return y, stats

@@ -28,6 +28,9 @@ from batchnorm.ops.activations import Activation
 # Whether ``forward`` takes the step of the running statistics in the same call.
 commits = False
 
+# Whether backward reads the mask off y where it may, instead of computing z again.
+reads_output = False
+
 
 def serves(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, axis: int

@@ -35,7 +35,7 @@ def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
         return _masked_batch(call, call.mask)
     if _is_added_behind(call):
         y, moments = normalize_batch(call._replace(residual=None, act=IDENTITY))
-        return call.act.over(y + call.residual), moments  # type: ignore[operator]
+        return _added_behind(y, call), moments
     given = (call.x, call.weight, call.bias, call.residual)
     rest = (call.eps, call.axis)
     count = layout.values_per_channel(call.x.shape, call.axis)
@@ -75,7 +75,7 @@ def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
         return _masked_by(call, call.mask, mean, var)
     if _is_added_behind(call):
         z = normalize_by(call._replace(residual=None, act=IDENTITY), mean, var)
-        return call.act.over(z + call.residual)  # type: ignore[operator]
+        return _added_behind(z, call)
     if is_traced():
         return _aten(call, mean, var)
     plain = is_plain(call)
@@ -99,6 +99,15 @@ def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
 def _is_added_behind(call: Call) -> bool:
     """Return whether only the residual, broadcast or promoted, keeps kernels from serving."""
     return is_plain(call._replace(residual=None)) and not call.same_residual
+
+
+def _added_behind(z: Tensor, call: Call) -> Tensor:
+    """Add the residual and activate, in place where shape and dtype stay."""
+    residual = call.residual
+    assert residual is not None
+    stays = torch.promote_types(z.dtype, residual.dtype) is z.dtype
+    stays = stays and torch.broadcast_shapes(z.shape, residual.shape) == z.shape
+    return call.act.over(z.add_(residual) if stays else z + residual)
 
 
 def is_plain(call: Call) -> bool:

@@ -59,7 +59,7 @@ class SharedNormalize(torch.autograd.Function):
         count, stats = statistics
         y: Tensor = backend.normalize(x, stats[0], stats[2:4], weight, bias, residual, act, axis)
         # The weight is kept so that torch refuses backward where it was written to in between.
-        ctx.save_for_backward(x, stats, weight, kept_beside(act, residual, y))
+        ctx.save_for_backward(x, stats, weight, kept_beside(act, residual, y, backend))
         ctx.rest = act, axis, backend, residual is not None, count, add
         ctx.dtypes = dtype_of(weight), dtype_of(bias)
         return y

@@ -46,13 +46,9 @@ def forward(
 ) -> Tensor:
     """Normalize by the input's own statistics; move ``running`` by them, with the unbiased var.
 
-    As in ``torch.nn`` the version counters of the running statistics stay.
+    As in ``torch.nn``, the version counters of the running statistics stay: autograd saves the two
+    and does not read them in backward, so that a later step must be no error.
     """
-    if running is not None:
-        # Autograd saves the two and does not read them in backward. As ``data`` they have version
-        # counters of their own, so that a later step of another kind is no error.
-        mean, var, momentum = running
-        running = mean.data, var.data, momentum
     return _batch_norm(x, weight, bias, residual, act, eps, axis, True, running)
 
 
