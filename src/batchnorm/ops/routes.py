@@ -105,8 +105,9 @@ def _added_behind(z: Tensor, call: Call) -> Tensor:
     """Add the residual and activate, in place where shape and dtype stay."""
     residual = call.residual
     assert residual is not None
-    stays = torch.promote_types(z.dtype, residual.dtype) is z.dtype
-    stays = stays and torch.broadcast_shapes(z.shape, residual.shape) == z.shape
+    sizes = zip(reversed(residual.shape), reversed(z.shape), strict=False)
+    stays = residual.ndim <= z.ndim and all(size in (1, full) for size, full in sizes)
+    stays = stays and torch.promote_types(z.dtype, residual.dtype) is z.dtype
     return call.act.over(z.add_(residual) if stays else z + residual)
 
 
