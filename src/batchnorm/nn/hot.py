@@ -15,12 +15,13 @@ from torch.nn import Parameter
 
 from batchnorm.errors import UnservedError
 from batchnorm.nn.tracking import WIDE
-from batchnorm.ops import eager, torch_norm
+from batchnorm.ops import eager, reference, torch_norm
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.backend import is_torchs, likely, select
 from batchnorm.ops.onlookers import is_calm, is_recomputing
 from batchnorm.ops.strides import wide
 from batchnorm.sources.batch import Batch
+from batchnorm.sources.frozen import Frozen
 
 _PLAIN = (Parameter, Tensor, type(None))
 
@@ -62,7 +63,9 @@ def forward(
     act = layer.activation if act is None else act
     given = (layer, x, axis, weight, bias, residual, act)
     try:
-        return _train(*given, found) if layer.training else _evaluate(*given)
+        if layer.training and type(layer.statistics) is not Frozen:
+            return _train(*given, found)
+        return _evaluate(*given)
     except UnservedError:
         return None
 
@@ -76,27 +79,35 @@ def _evaluate(
     residual: Tensor | None,
     act: Activation,
 ) -> Tensor | None:
-    buffers = layer._buffers
+    """Normalize by the stored statistics: in evaluation, and in training if they are frozen."""
+    buffers, eps = layer._buffers, layer.eps
     mean, var = buffers.get("running_mean"), buffers.get("running_var")
-    if mean is None or var is None or not layer.eps >= 0:
+    if mean is None or var is None or not (eps > 0 or (eps == 0 and not layer.training)):
         return None
-    if torch.is_grad_enabled() and _needs_grad(x, weight, bias, residual):
-        return None
+    graph = torch.is_grad_enabled() and _needs_grad(x, weight, bias, residual)
     backend = likely(x)
-    if backend is None:
-        if is_torchs(x):
-            if not _is_for_torch(x, residual, mean, var):
-                return None
-            try:
-                return torch_norm.evaluate(
-                    x, mean, var, weight, bias, residual, act, layer.eps, axis
-                )
-            except RuntimeError:
-                return None  # the general way says what is wrong
-        backend = select(x, weight, bias, residual, axis)
-        if not (backend.commits and _fits(x, axis, weight, bias, residual, mean, var)):
+    if backend is None and is_torchs(x):
+        if not _is_for_torch(x, residual, mean, var):
             return None
-    y: Tensor = backend.evaluate(x, mean, var, weight, bias, residual, act, layer.eps, axis)
+        if graph:  # autograd saves them, and they may move before backward
+            mean, var = mean.clone(), var.clone()
+        try:
+            return torch_norm.evaluate(x, mean, var, weight, bias, residual, act, eps, axis)
+        except RuntimeError:
+            return None  # the general way says what is wrong
+    if backend is None or graph:
+        if not _fits(x, axis, weight, bias, residual, mean, var):
+            return None
+        backend = select(x, weight, bias, residual, axis)
+        if not backend.commits:
+            return None
+    y: Tensor
+    if graph:
+        rstd = reference.stored_rstd(var, eps)
+        stats = reference.known_stats(x, mean, var, rstd, weight, bias)
+        y = eager.apply_given(x, stats, weight, bias, residual, act, axis, backend)
+    else:
+        y = backend.evaluate(x, mean, var, weight, bias, residual, act, eps, axis)
     return y
 
 

@@ -82,17 +82,19 @@ def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
     if plain and is_torchs(call.x) and torch_norm.takes(call.x):
         return torch_norm.normalize_by(call, mean, var)
     x, given = call.x, (call.weight, call.bias)
-    rest = (*given, call.residual, call.act, call.axis)
+    rest = (*given, call.residual, call.act)
+    if plain:
+        backend = select(x, *given, call.residual, call.axis)
+        y: Tensor
+        if not call.needs_grad:
+            y = backend.evaluate(x, mean, var, *rest, call.eps, call.axis)
+            return y
     rstd = reference.stored_rstd(var, call.eps)
     if not plain:
-        return reference.normalize(x, mean.detach().to(layout.compute_dtype(x)), rstd, *rest)
-    backend = select(x, *given, call.residual, call.axis)
+        dtype = layout.compute_dtype(x)
+        return reference.normalize(x, mean.detach().to(dtype), rstd, *rest, call.axis)
     stats = reference.known_stats(x, mean, var, rstd, *given)
-    y: Tensor
-    if call.needs_grad:
-        y = eager.apply_given(x, stats, *rest, backend)
-    else:
-        y = backend.normalize(x, stats[0], stats[2:4], *rest)
+    y = eager.apply_given(x, stats, *rest, call.axis, backend)
     return y
 
 
