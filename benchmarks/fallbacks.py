@@ -5,10 +5,10 @@
 
 Each cell is timed in pairs, ours and torch's in random order, in one process; a row holds the
 median of the ratios (above 1, ours is slower) and an interval that holds it with 95 %. Cells of
-"no native module" run in a process where the module cannot be imported. Memory that is freed is kept
-(``bn.recycle_memory``): otherwise fresh pages go to whichever of the two allocates after the heap has
-shrunk. A cell that has a row of this commit, machine, torch and number of threads is not measured
-again.
+"no native module" run in a process where the module cannot be imported. Memory that is freed is
+kept (``bn.recycle_memory``): otherwise fresh pages go to whichever of the two allocates after the
+heap has shrunk. A cell that has a row of this commit, machine, torch and number of threads is not
+measured again.
 """
 
 import argparse
