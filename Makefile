@@ -28,8 +28,9 @@ TESTS ?=
 run: $(READY_RUN)
 	$(PY) -m batchnorm demo
 
+# A process for every core: each test computes on one thread.
 test: $(READY)
-	$(PY) -m pytest -m "not slow and not cuda" $(TESTS)
+	$(PY) -m pytest -m "not slow and not cuda" -n auto --maxprocesses 4 --dist worksteal $(TESTS)
 
 test-slow: $(READY)
 	$(PY) -m pytest -m "slow and not cuda" $(TESTS)

@@ -154,7 +154,7 @@ class MyReLU(nn.ReLU):
         Activation("softmax"),
         torch.ones(2),
     ],
-    ids=repr,
+    ids=lambda spec: getattr(spec, "__name__", repr(spec)),
 )
 def test_anything_else_is_refused_with_the_list_of_what_there_is(spec):
     with pytest.raises(OptionError, match="expected an activation that can be fused") as caught:

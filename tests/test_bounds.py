@@ -160,15 +160,13 @@ def test_why_it_matters_what_torch_itself_makes_of_a_large_mean():
     assert float(((ours.running_var - true) / true).abs().max()) <= 1e-6
 
 
-@pytest.mark.parametrize("spread", ["even", "outlier"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("route", ROUTES)
-def test_squares_beyond_float32_keep_the_bound_where_the_variance_is_finite(route, layout, spread):
-    """A sum of squares of 1e41 and more, or one square of 1e40, in channels of variance 1e37."""
+def test_squares_beyond_float32_keep_the_bound_where_the_variance_is_finite(route, layout):
+    """A sum of squares beyond 1e41, and one square of 1e40, in channels of variance 1e37."""
     torch.manual_seed(5)
     rows = torch.randn(4096, 3) * 5e18
-    if spread == "outlier":
-        rows[17] = 1e20
+    rows[17, 0] = 1e20
     assert bool((rows.double().var(0) < torch.finfo(torch.float32).max).all())
     check(route, rows, layout)
 
@@ -187,7 +185,9 @@ def test_a_layer_s_step_is_torch_s_in_float64_up_to_the_end_of_float32(shape, sc
     expected = exact(wide)
     expected.backward(dy.double())
     formats = [torch.contiguous_format] + ([torch.channels_last] if len(shape) == 4 else [])
-    for order, compiled in itertools.product(formats, (False, True)):
+    # A graph takes a second to be captured, and is the same for every shape.
+    ways = (False, True) if shape in ((64, 3), (4, 3, 5, 5)) else (False,)
+    for order, compiled in itertools.product(formats, ways):
         layer = getattr(bn, kind)(shape[1])
         layer.weight.data.copy_(exact.weight)
         torch.compiler.reset()
