@@ -259,7 +259,7 @@ def test_one_batch_has_no_error_and_says_so():
     [
         {"max_batches": 0}, {"max_batches": 1.5}, {"max_samples": -1}, {"max_samples": True},
         {"target_error": 0}, {"target_error": float("nan")}, {"upstream": "none"}, {"passes": 2},
-        {"passes": 0, "upstream": "population"}, {"cache_bytes": -1}, {"layers": "nothing"},
+        {"passes": 0, "upstream": "population"}, {"cache_bytes": -1}, {"cache_bytes": 1}, {"layers": "nothing"},
     ],
 )  # fmt: skip
 def test_an_option_out_of_range_is_refused_before_anything_is_read(options):

@@ -76,6 +76,11 @@ class Options:
         whole = isinstance(self.cache_bytes, Integral) and not isinstance(self.cache_bytes, bool)
         if not (whole and self.cache_bytes >= 0):
             raise OptionError(f"expected cache_bytes >= 0, an integer, got {self.cache_bytes!r}")
+        if self.cache_bytes and self.upstream == "batch":
+            raise OptionError(
+                f"cache_bytes={self.cache_bytes} keeps what the next pass of upstream="
+                '"population" would compute again; with upstream="batch" there is one pass'
+            )
 
 
 def calibrate(

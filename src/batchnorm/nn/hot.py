@@ -82,7 +82,7 @@ def _evaluate(
     """Normalize by the stored statistics: in evaluation, and in training if they are frozen."""
     buffers, eps = layer._buffers, layer.eps
     mean, var = buffers.get("running_mean"), buffers.get("running_var")
-    if mean is None or var is None or not (eps > 0 or (eps == 0 and not layer.training)):
+    if mean is None or var is None or not (0 < eps < torch.inf if layer.training else eps >= 0):
         return None
     graph = torch.is_grad_enabled() and _needs_grad(x, weight, bias, residual)
     backend = likely(x)
