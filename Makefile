@@ -11,7 +11,7 @@ SAYS_TORCH := torch of $(PYTHON)
 else
 VENV := .venv
 TORCH := requirements/torch.txt
-SAYS_TORCH := torch 2.13 (on Linux pip takes a CUDA build: 2.8 GB to download, 5 GB on disk)
+SAYS_TORCH := torch 2.13 (on Linux pip takes a CUDA build: 2.8 GB to download, 5 GB on disk, 3 minutes or more)
 endif
 
 PY := $(VENV)/bin/python
@@ -105,7 +105,7 @@ endif
 
 # What the demo needs.
 $(READY_RUN): requirements/torch.txt requirements/run.txt pyproject.toml CMakeLists.txt $(wildcard native/*) | $(PY)
-	@echo "Installing what the demo needs into $(VENV): 50 MB to download, 0.5 GB on disk,"
+	@echo "Installing what the demo needs into $(VENV): 50 MB to download, 0.5 GB on disk, a minute,"
 	@echo "with $(SAYS_TORCH)"
 	$(PIP) --requirement $(TORCH) --requirement requirements/run.txt
 	@echo "Compiling the CPU kernels: 1 to 3 minutes on two cores"

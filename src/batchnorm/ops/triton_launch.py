@@ -260,8 +260,7 @@ def _pair(rstd: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _kept(stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return mean, rstd, its rest, weight and bias as forward used them."""
-    mean, _, rstd, rest, weight, bias = stats
-    return mean, rstd, rest, weight, bias
+    return stats[0], stats[2], stats[3], stats[4], stats[5]
 
 
 def _two(value: float) -> tuple[float, float]:
