@@ -176,7 +176,9 @@ void input_block(const Block<T>& block, const Coefs<Real<T>>& k, Real<T> slope) 
         const auto deviation = get(b.x + at, left) - c.pivot;
         const auto dz = dz_at<Act, S>(b, c, deviation, at, left, slope);
         if (b.dz) put(b.dz + at, dz, left, b.stream);
-        put(b.out + at, (dz + fma(c.c1, deviation, c.c0)) * c.scale, left, b.stream);
+        // Without the product where it is 0, as with constant statistics: x may be infinite.
+        const auto rest = c.c1 == 0 ? c.c0 : fma(c.c1, deviation, c.c0);
+        put(b.out + at, (dz + rest) * c.scale, left, b.stream);
     });
 }
 

@@ -6,7 +6,9 @@ so must the layer. The step without a write is compared with torch.nn in float64
 """
 
 import copy
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ import batchnorm as bn
 from batchnorm.moments import Moments
 from batchnorm.ops import shared
 from batchnorm.ops.activations import activation
+from batchnorm.ops.backend import BACKENDS
 from batchnorm.ops.call import Call
 
 SHAPE, CHANNELS = (6, 3, 4, 5), 3
@@ -229,15 +232,77 @@ def test_second_derivatives_reach_the_parameters_with_the_values_forward_read(ro
             assert all(grad.abs().max() > 0 for grad in plain)
 
 
-def test_the_second_derivative_refuses_a_residual_that_another_operation_wrote_to():
-    layer, x = bn.BatchNorm1d(CHANNELS, activation="silu"), torch.randn(8, CHANNELS)
-    residual = torch.randn(8, CHANNELS, requires_grad=True) * 1
-    y = layer(x.requires_grad_(), residual)
-    residual.mul_(2)
-    (first,) = torch.autograd.grad(y, x, torch.randn(8, CHANNELS), retain_graph=True)
-    assert first.isfinite().all()
-    with pytest.raises(RuntimeError, match="another grad_fn"):
-        torch.autograd.grad(y, x, torch.randn(8, CHANNELS), create_graph=True)
+@pytest.mark.parametrize("what", ["residual", "bias"])
+def test_the_second_derivative_goes_where_the_value_came_from_whatever_is_written_to_it(what):
+    """A write in place gives a residual or bias that an operation made another grad_fn."""
+
+    def second(write):
+        torch.manual_seed(0)
+        layer = bn.BatchNorm1d(CHANNELS, activation="silu").double()
+        x, leaf = (torch.randn(8, CHANNELS, dtype=torch.float64).requires_grad_() for _ in range(2))
+        made = leaf * 2 if what == "residual" else leaf[0] * 2
+        if what == "residual":
+            y = layer(x, made)
+        else:
+            y, _ = bn.functional.normalize(x, None, made, activation="silu")
+        if write:
+            made.mul_(y.detach() if what == "residual" else 3)
+        (first,) = torch.autograd.grad(y, x, torch.ones_like(y) + x.detach(), create_graph=True)
+        return torch.autograd.grad(first.square().sum(), [x, leaf])
+
+    for changed, plain in zip(second(True), second(False), strict=True):
+        assert torch.equal(changed, plain)
+        assert plain.abs().max() > 0
+
+
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_a_residual_that_the_sum_is_written_to_is_freed_with_the_graph(act):
+    layer = bn.BatchNorm1d(CHANNELS, activation=act)
+
+    def step():
+        x = torch.randn(8, CHANNELS, requires_grad=True)
+        residual = x * 1
+        y = layer(x, residual)
+        residual.add_(y)
+        residual.sum().backward()
+        return weakref.ref(residual)
+
+    found = step()
+    gc.collect()
+    assert found() is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_gradients_by_stored_statistics_are_finite_at_inputs_that_are_not(value, backend):
+    for act, adds in itertools.product((None, "relu"), (False, True)):
+        x = torch.randn(6, CHANNELS)
+        x[2, 1] = value
+        found = []
+        for layer in (bn.BatchNorm1d(CHANNELS, activation=act), nn.BatchNorm1d(CHANNELS)):
+            leaf = x.clone().requires_grad_()
+            residual = torch.zeros_like(x) if adds else None
+            if isinstance(layer, bn.BatchNorm1d):
+                with bn.use_backend(backend):
+                    y = layer.eval()(leaf, residual)
+            else:
+                y = ACTS[act](layer.eval()(leaf))
+            found.append(torch.autograd.grad(y, leaf, torch.ones_like(y))[0])
+        torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_a_graph_with_a_residual_that_broadcasts_reads_what_forward_read(act):
+    def gradient(write):
+        torch.compiler.reset()
+        step = Step(act, adds=False)
+        call = torch.compile(step.layer, backend="aot_eager", fullgraph=True)
+        y = call(step.x, torch.ones(1, CHANNELS, 1, 1))
+        write(step)
+        return torch.autograd.grad(y, step.leaves, step.dy)
+
+    for a, b in zip(gradient(twice("bias")), gradient(lambda step: None), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -5,9 +5,10 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import batchnorm as bn
+from batchnorm.errors import DtypeError
 from twins import KIND, PAIRS, SHAPES, assert_same_state, randomize
 
 # What a user may write -> the module that it must equal.
@@ -199,3 +200,22 @@ def test_autocast_leaves_residual_and_activation_as_torch_computes_them():
         y, expected = layer(x, r), torch.relu(theirs(x) + r)
     assert y.dtype == expected.dtype
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_residual_that_is_a_number_promotes_as_in_torch_add(dtype):
+    layer, x = bn.BatchNorm1d(3), torch.randn(6, 3).to(dtype)
+    number = torch.tensor(1.0, dtype=torch.float64)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    mask = torch.ones(6, dtype=torch.bool)
+    for y in (layer(x, number), layer(x, number, mask), compiled(x, number)):
+        assert y.dtype == torch.add(x, number).dtype == dtype
+
+
+@pytest.mark.parametrize("convert", [Tensor.to_sparse, Tensor.to_mkldnn])
+def test_a_residual_that_is_not_strided_is_declined_with_the_conversion_to_call(convert):
+    layer, x = bn.BatchNorm1d(3), torch.randn(6, 3)
+    with pytest.raises(DtypeError, match=r"residual of shape \(6, 3\).*residual.to_dense\(\)"):
+        layer(x, convert(torch.randn(6, 3)))
+    assert layer.num_batches_tracked == 0

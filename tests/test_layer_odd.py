@@ -324,7 +324,7 @@ def test_converting_to_mkldnn_keeps_a_plain_layer_and_refuses_to_drop_an_activat
 def test_a_sparse_tensor_is_declined_with_the_conversion_to_call(layout, training):
     layer = twins("1d", 3)[0].train(training)
     before = snapshot(layer)
-    with pytest.raises(DtypeError, match=r"torch\.sparse_.*x\.to_dense\(\)"):
+    with pytest.raises(DtypeError, match=r"torch\.sparse_.*input\.to_dense\(\)"):
         layer(getattr(torch.randn(4, 3), layout)())
     assert_unchanged(before, layer)
     with pytest.raises(DtypeError, match="to_dense"):

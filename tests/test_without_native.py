@@ -363,3 +363,15 @@ def test_a_build_without_a_compiler_succeeds_and_says_what_is_missing(tmp_path):
     assert "C++17 compiler" in done.stdout + done.stderr
     (wheel,) = (tmp_path / "wheels").iterdir()
     assert wheel.name.endswith("-none-any.whl")
+
+
+@pytest.mark.parametrize("act", ["relu6", "leaky_relu(0.1)", "elu"])
+def test_a_write_to_the_output_behind_an_activation_is_allowed_as_by_torch(act, torch_serves):
+    """As `out += x` behind LeakyReLU: torch keeps the activation's input, unless it is in place."""
+    layer = bn.BatchNorm1d(3, activation=act)
+    x, dy = torch.randn(8, 3, requires_grad=True), torch.randn(8, 3)
+    y = layer(x)
+    (plain,) = torch.autograd.grad(y, x, dy)
+    y = layer(x)
+    y += 1
+    assert torch.equal(torch.autograd.grad(y, x, dy)[0], plain)

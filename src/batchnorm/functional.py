@@ -152,6 +152,8 @@ def prepare(
         layout.check_device(x, "mask", mask)
         if residual is not None and residual.ndim:  # a number may come from anywhere
             layout.check_device(x, "residual", residual)
+        if residual is not None:
+            layout.check_strided(residual, "residual")
     if mask is not None:
         mask = element_weights(x, axis, mask)
     act = activation(act)

@@ -114,15 +114,24 @@ def check_input(x: Tensor) -> None:
     Raises:
         DtypeError: If ``x`` is not of a real floating dtype, or is not strided.
     """
-    if x.layout is not torch.strided:
-        raise DtypeError(
-            f'"batch_norm" is not defined for the layout {x.layout} (input of shape '
-            f"{tuple(x.shape)}); expected a strided tensor: convert with x.to_dense()"
-        )
+    check_strided(x, "input")
     if not x.dtype.is_floating_point:
         raise DtypeError(
             f'"batch_norm" is not defined for {x.dtype} (input of shape {tuple(x.shape)}); '
             f"expected a real floating dtype: convert with x.float()"
+        )
+
+
+def check_strided(tensor: Tensor, name: str) -> None:
+    """Refuse sparse and mkldnn tensors.
+
+    Raises:
+        DtypeError: If ``tensor`` is not strided.
+    """
+    if tensor.layout is not torch.strided:
+        raise DtypeError(
+            f'"batch_norm" is not defined for the layout {tensor.layout} ({name} of shape '
+            f"{tuple(tensor.shape)}); expected a strided tensor: convert with {name}.to_dense()"
         )
 
 

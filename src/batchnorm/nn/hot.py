@@ -58,7 +58,9 @@ def forward(
         return None
     if type(weight) not in _PLAIN or type(bias) not in _PLAIN:
         return None
-    if not (residual is None or type(residual) is Tensor):
+    if residual is not None and (
+        type(residual) is not Tensor or residual.layout is not torch.strided
+    ):
         return None
     act = layer.activation if act is None else act
     given = (layer, x, axis, weight, bias, residual, act)

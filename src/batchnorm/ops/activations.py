@@ -40,11 +40,13 @@ class Activation(NamedTuple):
         return _FUNCTIONS[self.name](z, self.slope)
 
     def over(self, z: Tensor) -> Tensor:
-        """Return the activation of ``z``, in its memory where the gradient needs the result only.
+        """Return the activation of ``z``, in its memory where torch keeps no more for backward.
 
-        ``z`` must be a tensor that nothing else reads, and no view.
+        ``z`` must be a tensor that nothing else reads, and no view. With a gradient that is ReLU
+        alone: of the others torch keeps the result if they work in place, and else z, which the
+        caller cannot write to.
         """
-        if self.from_output:
+        if self.name == "relu" or (self.from_output and not z.requires_grad):
             return _OVER[self.name](z, self.slope)
         return self(z)
 

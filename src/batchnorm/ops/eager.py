@@ -18,12 +18,6 @@ from batchnorm.ops.onlookers import is_out_of_reach
 
 Gradients = tuple[Tensor | None, ...]
 Running = tuple[Tensor, Tensor, Tensor | None, float]
-Edge = tuple[Tensor, Any] | None
-
-CHANGED = """\
-one of the variables needed for gradient computation has been modified by an inplace operation: a \
-bias or residual of shape {shape} has another grad_fn than when the layer read it, and its second \
-derivative would go there; write to a copy instead"""
 
 
 # What ``BatchNormalize`` needs besides tensors: the activation, eps, the channel axis, the backend,
@@ -51,7 +45,7 @@ class BatchNormalize(torch.autograd.Function):
             found.append(stats)
         ctx.save_for_backward(x, stats, weight, kept_beside(act, residual, y, backend))
         ctx.rest = act, eps, axis, backend, residual is not None, dtype_of(bias)
-        ctx.edges = edge_of(bias), edge_of(residual if reads_sum(act) else None)
+        ctx.bias = with_edge(bias)
         return y
 
     @staticmethod
@@ -100,7 +94,7 @@ class Normalize(torch.autograd.Function):
         y: Tensor = backend.normalize(x, stats[0], stats[2:4], weight, bias, residual, act, axis)
         ctx.save_for_backward(x, stats, weight, kept_beside(act, residual, y, backend))
         ctx.rest = act, axis, backend, residual is not None, dtype_of(bias)
-        ctx.edges = edge_of(bias), edge_of(residual if reads_sum(act) else None)
+        ctx.bias = with_edge(bias)
         return y
 
     @staticmethod
@@ -140,21 +134,27 @@ BatchNormalize._backward_cls.apply = BatchNormalize.backward  # type: ignore[att
 def kept_beside(act: Activation, residual: Tensor | None, y: Tensor, backend: Any) -> Tensor | None:
     """Return what tells act'(z) besides x and stats: y, or a copy of what was added.
 
-    A copy, since the caller may write to it before backward, as behind ``torch.add``.
+    A copy, since the caller may write to it before backward, as behind ``torch.add``. It is made by
+    an operation that autograd records, so that the second derivative reaches the residual.
     """
     if act.from_output:
         return None if residual is None and not backend.reads_output else y
-    return residual.clone() if residual is not None and reads_sum(act) else None
+    if residual is None or act.name == "identity":
+        return None
+    with torch.enable_grad():
+        return residual.clone()
 
 
-def reads_sum(act: Activation) -> bool:
-    """Whether act'(z) is taken from z, of which a residual is a part."""
-    return not (act.from_output or act.name == "identity")
+def with_edge(bias: Tensor | None) -> Tensor | None:
+    """Return a tensor from which the second derivative reaches the bias.
 
-
-def edge_of(tensor: Tensor | None) -> Edge:
-    """Return a tensor that needs a gradient, and where it comes from now."""
-    return None if tensor is None or not tensor.requires_grad else (tensor, tensor.grad_fn)
+    A parameter is that itself. What an operation made is copied by another operation, since a write
+    in place would give the tensor another ``grad_fn``, and a cycle if it comes from this layer.
+    """
+    if bias is None or bias.grad_fn is None:
+        return bias
+    with torch.enable_grad():
+        return bias.clone()
 
 
 def to_parameters(
@@ -194,15 +194,14 @@ def _graph(
     """
     x, stats, weight, beside = ctx.saved_tensors
     x = x.view_as(x)
-    scale = _as_used(stats[4], edge_of(weight))
-    z = again(x, scale, _as_used(stats[5], ctx.edges[0]))
+    scale = _as_used(stats[4], weight)
+    z = again(x, scale, _as_used(stats[5], ctx.bias))
     if act.from_output and beside is not None:
         dz = act.backward(dy.to(z.dtype), beside.to(z.dtype))
     elif act.name == "identity":
         dz = dy.to(z.dtype)
     else:
-        residual = None if beside is None else _as_used(beside, ctx.edges[1])
-        dz = _chain(act, reference.added(z, x, residual), dy)
+        dz = _chain(act, reference.added(z, x, beside), dy)
     wanted = [t for t in (x, scale) if t.requires_grad]
     found = iter(torch.autograd.grad(z, wanted, dz, create_graph=True)) if wanted else iter(())
     dx, dweight = (next(found) if t.requires_grad else None for t in (x, scale))
@@ -211,14 +210,11 @@ def _graph(
     return dx, *affine, dz.to(dy.dtype) if adds else None
 
 
-def _as_used(used: Tensor, edge: Edge) -> Tensor:
-    """Return the values that forward used, with a gradient that goes where theirs came from."""
-    if edge is None:
+def _as_used(used: Tensor, parameter: Tensor | None) -> Tensor:
+    """Return the values that forward used; their gradient goes to the parameter."""
+    if parameter is None or not parameter.requires_grad:
         return used
-    tensor, came_from = edge
-    if tensor.grad_fn is not came_from:
-        raise RuntimeError(CHANGED.format(shape=list(tensor.shape)))
-    return used + (tensor - tensor.detach()).to(used.dtype)
+    return used + (parameter - parameter.detach()).to(used.dtype)
 
 
 class _Constant(torch.autograd.Function):

@@ -96,9 +96,7 @@ def normalize(
 
     A residual broadcasts and promotes as in ``torch.add``.
     """
-    dtype = x.dtype
-    if residual is not None:
-        dtype = torch.promote_types(dtype, residual.dtype)
+    dtype = x.dtype if residual is None else torch.result_type(x, residual)
     z = affine(x, mean, rstd, weight, bias, axis)
     return act(added(z, x, residual)).to(dtype)
 
@@ -185,7 +183,9 @@ def backward_input(
     xhat = affine(x, stats[0], stats[2:4], None, None, axis)
     scale = joined(stats[2:4]).to(dz.dtype) * stats[4].to(dz.dtype)
     n = count or 1
-    centered = dz - (sum_dz / n).view(view) - xhat * (sum_dz_xhat / n).view(view)
+    # Without the product where it is 0, as with constant statistics: x may be infinite.
+    share = (sum_dz_xhat / n).view(view)
+    centered = dz - (sum_dz / n).view(view) - torch.where(share == 0, 0.0, xhat * share)
     dx = (centered * scale.view(view)).to(x.dtype)
     return dx, dz.to(x.dtype) if want_residual else None
 

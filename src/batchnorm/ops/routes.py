@@ -100,7 +100,11 @@ def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
 
 def _is_added_behind(call: Call) -> bool:
     """Return whether only the residual, broadcast or promoted, keeps kernels from serving."""
-    return is_plain(call._replace(residual=None)) and not call.same_residual
+    if call.same_residual:
+        return False
+    if torch.compiler.is_compiling():
+        return not is_transformed()
+    return is_plain(call._replace(residual=None))
 
 
 def _added_behind(z: Tensor, call: Call) -> Tensor:
@@ -136,7 +140,7 @@ def _masked_batch(call: Call, mask: Tensor) -> tuple[Tensor, Moments]:
     weights = layout.canonical(x, axis, sample).to(wide)
     count, mean, m2 = _moments.center_weighted(values, weights)
     rstd = reference.reciprocal_std(m2, count, call.eps)
-    residual = _unmasked(call.residual, mask)
+    residual = _unmasked(call, mask)
     affine = (call.weight, call.bias, residual, call.act, axis)
     y = reference.normalize(x, mean.to(dtype), rstd, *affine)
     return torch.where(mask, y, 0.0), Moments(count, mean.detach(), m2.detach())
@@ -145,14 +149,19 @@ def _masked_batch(call: Call, mask: Tensor) -> tuple[Tensor, Moments]:
 def _masked_by(call: Call, mask: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     x = torch.where(mask, call.x, 0.0)
     rstd = reference.stored_rstd(var, call.eps)
-    affine = (call.weight, call.bias, _unmasked(call.residual, mask), call.act, call.axis)
+    affine = (call.weight, call.bias, _unmasked(call, mask), call.act, call.axis)
     y = reference.normalize(x, mean.detach().clone(), rstd, *affine)
     return torch.where(mask, y, 0.0)
 
 
-def _unmasked(residual: Tensor | None, mask: Tensor) -> Tensor | None:
+def _unmasked(call: Call, mask: Tensor) -> Tensor | None:
     """Replace what is masked out of a residual by 0, as in the input, and for the same reason."""
-    return None if residual is None else torch.where(mask, residual, 0.0)
+    residual = call.residual
+    if residual is None:
+        return None
+    if not residual.ndim:  # a number does not promote; the tensor of its copies would
+        residual = residual.to(torch.result_type(call.x, residual))
+    return torch.where(mask, residual, 0.0)
 
 
 def _aten(

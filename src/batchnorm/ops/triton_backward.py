@@ -155,8 +155,9 @@ def shares(inverse, sum_dz, sum_dot, count, count_rest, REAL: tl.constexpr):
 
 @triton.jit
 def gradient_of_x(dz, x, middle, gain, offset, slope):
-    """Return dx of a tile."""
+    """Return dx of a tile; x may be infinite where the slope is 0, as with constant statistics."""
     centered = tl.fma(middle[None, :] - x, slope[None, :], dz - offset[None, :])
+    centered = tl.where(slope[None, :] == 0, dz - offset[None, :], centered)
     return centered * gain[None, :]
 
 
