@@ -32,8 +32,9 @@ run: $(READY_RUN)
 test: $(READY)
 	$(PY) -m pytest -m "not slow and not cuda" -n auto --maxprocesses 4 --dist worksteal $(TESTS)
 
+# By files: the tests of huge tensors are in one, and two of them would not fit into memory.
 test-slow: $(READY)
-	$(PY) -m pytest -m "slow and not cuda" $(TESTS)
+	$(PY) -m pytest -m "slow and not cuda" -n auto --maxprocesses 2 --dist loadfile $(TESTS)
 
 # The callbacks with the real libraries, which are no requirement of anything else.
 test-integrations: $(READY)

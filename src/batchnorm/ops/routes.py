@@ -100,11 +100,11 @@ def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
 
 def _is_added_behind(call: Call) -> bool:
     """Return whether only the residual, broadcast or promoted, keeps kernels from serving."""
-    if call.same_residual:
-        return False
     if torch.compiler.is_compiling():
-        return not is_transformed()
-    return is_plain(call._replace(residual=None))
+        kernels = not is_transformed()
+    else:  # not for torch.jit.trace, where sizes are tensors that must not be compared
+        kernels = is_plain(call._replace(residual=None))
+    return kernels and not call.same_residual
 
 
 def _added_behind(z: Tensor, call: Call) -> Tensor:
