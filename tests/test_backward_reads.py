@@ -99,7 +99,7 @@ def gradients(route, act, adds, write=lambda step: None):
     return torch.autograd.grad(y, step.leaves, step.dy)
 
 
-def twice(write):
+def by_data(write):
     """Write by ``.data``, which torch's version counters do not see."""
     return {
         "weight": lambda s: s.layer.weight.data.mul_(-3),
@@ -124,7 +124,7 @@ def test_gradients_are_those_of_the_values_forward_read_after_a_data_write(route
         if route is reference and write == "activation":
             continue
         plain = gradients(route, act, adds)
-        for a, b in zip(gradients(route, act, adds, twice(write)), plain, strict=True):
+        for a, b in zip(gradients(route, act, adds, by_data(write)), plain, strict=True):
             assert torch.equal(a, b), (act, adds)
 
 
@@ -224,7 +224,7 @@ def test_second_derivatives_reach_the_parameters_with_the_values_forward_read(ro
         if write == "residual" and not adds:
             continue
         plain = penalty(act, adds, lambda step: None)
-        changed = penalty(act, adds, twice(write))
+        changed = penalty(act, adds, by_data(write))
         for a, b in zip(changed, plain, strict=True):
             assert (a is None) == (b is None), (act, adds)
             assert a is None or torch.equal(a, b), (act, adds)
@@ -301,7 +301,7 @@ def test_a_graph_with_a_residual_that_broadcasts_reads_what_forward_read(act):
         write(step)
         return torch.autograd.grad(y, step.leaves, step.dy)
 
-    for a, b in zip(gradient(twice("bias")), gradient(lambda step: None), strict=True):
+    for a, b in zip(gradient(by_data("bias")), gradient(lambda step: None), strict=True):
         assert torch.equal(a, b)
 
 
@@ -375,7 +375,7 @@ def test_what_save_memory_computes_again_is_what_forward_computed(route, write):
         change(step)
         return torch.autograd.grad(y.square().sum(), [step.x, *conv.parameters()])
 
-    for a, b in zip(run(twice(write)), run(lambda step: None), strict=True):
+    for a, b in zip(run(by_data(write)), run(lambda step: None), strict=True):
         assert torch.equal(a, b)
 
 

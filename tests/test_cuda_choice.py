@@ -175,7 +175,7 @@ def test_a_row_speaks_for_its_kind_and_size_only(table):
 
 def test_all_of_a_call_goes_where_the_rows_say(table, monkeypatch):
     cells = [(cell((32, 64, 8, 8), op, mode), 2.0, 1.0)
-        for op in ("bn", "bn+add+relu") for mode in ("train", "eval")]  # fmt: skip
+        for op in ("bn", "bn+relu", "bn+add+relu") for mode in ("train", "eval")]  # fmt: skip
     table(*cells)
     monkeypatch.setattr(cuda_choice, "serves", lambda *_: None)
     monkeypatch.setattr(backend, "_order", (cuda_choice,))
@@ -205,6 +205,9 @@ def test_all_of_a_call_goes_where_the_rows_say(table, monkeypatch):
     fused = bn.BatchNorm2d(64, activation="relu")
     fused(x, x.detach()).backward(dy)
     assert calls[3:] == ["forward", "backward"]
+    # And with an activation alone, whose y is not kept.
+    fused(x).backward(dy)
+    assert calls[5:] == ["forward", "backward"]
 
 
 def test_without_a_compiler_the_kernels_decline_before_the_first_launch(monkeypatch):

@@ -41,7 +41,7 @@ class Prepared(NamedTuple):
 
         Its gradient is that without an activation.
         """
-        if not (torch.is_grad_enabled() and self.call._replace(residual=residual).needs_grad):
+        if not self.call._replace(residual=residual).needs_grad:
             return wrap(self.call.x, cls)
         return self._run(residual, IDENTITY, Wrapping(self._backend(residual), cls))
 
@@ -59,7 +59,7 @@ class Prepared(NamedTuple):
 
     def _run(self, residual: Tensor | None, act: Activation, backend: Any) -> Tensor:
         call = self.call._replace(residual=residual)
-        if not (torch.is_grad_enabled() and call.needs_grad):
+        if not call.needs_grad:
             return self._normalize(residual, act, backend)
         y: Tensor
         if self.batch is None:

@@ -35,6 +35,9 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "bf16"}
 Class = tuple[str, str, str, str, int, int]
 
 commits = True
+
+# Whether backward reads the mask off y where it may: either of the two may be the one to read it.
+reads_output = False
 serves = cuda.serves
 moments = cuda.moments
 backward_sums = cuda.backward_sums
