@@ -58,7 +58,7 @@ def timed(
         if options.over(0.9):
             break
         compiles = compiles and not options.tiny
-        runs = contenders.contenders(case, compiled=compiles)
+        runs = contenders.contenders(case, contenders.names(case, compiles))
         timings = measure.interleaved(
             {"copy": measure.copy_run(case), **runs}, 0.05 if options.tiny else 0.1, 20, clock
         )

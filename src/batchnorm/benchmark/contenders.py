@@ -1,7 +1,6 @@
 """Who is measured: the same operation by different means, each a function without arguments."""
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from typing import Any
@@ -57,30 +56,41 @@ class Ours(nn.Module):
         return y
 
 
-def contenders(case: Case, compiled: bool = False, jax: bool = False) -> dict[str, Run]:
-    """Return name -> function for a case, on the same values.
+def names(case: Case, compiled: bool = False, jax: bool = False) -> list[str]:
+    """Return who takes part in a case.
 
     Args:
         case: The cell.
-        compiled: Whether to add ``torch.compile`` of the eager module; on a GPU also with
+        compiled: Whether ``torch.compile`` of the eager module does; on a GPU also with
             ``mode="max-autotune"``.
-        jax: Whether to add JAX, where it is installed; on the CPU only.
+        jax: Whether JAX does, where it is installed; on the CPU only.
     """
-    modules: dict[str, nn.Module] = {"eager": Eager(case), "ours": Ours(case)}
+    found = ["eager", "ours"]
     if case.op != "bn":
-        modules["eager in place"] = Eager(case, inplace=True)
-    modules = {name: module.to(case.device) for name, module in modules.items()}
+        found.append("eager in place")
     if compiled:
-        torch.compiler.reset()
-        for name, mode in COMPILED[case.device].items():
-            eager = copy.deepcopy(modules["eager"])
-            modules[name] = torch.compile(eager, dynamic=False, mode=mode)  # type: ignore[assignment]
-    found = {name: step(module, case) for name, module in modules.items()}
+        found += COMPILED[case.device]
     if jax and case.device == "cpu" and find_spec("jax") is not None:
+        found.append("jax")
+    return found
+
+
+def contenders(case: Case, chosen: Iterable[str]) -> dict[str, Run]:
+    """Return name -> function for some of the ``names`` of a case, on the same values."""
+    return {name: _contender(case, name) for name in chosen}
+
+
+def _contender(case: Case, name: str) -> Run:
+    if name == "jax":
         from batchnorm.benchmark.with_jax import jax_step
 
-        found["jax"] = jax_step(case)
-    return found
+        return jax_step(case)
+    module: Any = Ours(case) if name == "ours" else Eager(case, inplace=name == "eager in place")
+    module = module.to(case.device)
+    if name in COMPILED[case.device]:
+        torch.compiler.reset()
+        module = torch.compile(module, dynamic=False, mode=COMPILED[case.device][name])
+    return step(module, case)
 
 
 def backends(case: Case, names: Iterable[str]) -> dict[str, Run]:

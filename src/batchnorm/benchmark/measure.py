@@ -1,10 +1,12 @@
 """How it is measured: side by side, interleaved, medians."""
 
+import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from math import comb
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +25,7 @@ class Timing:
 
 
 Clock = Callable[[Callable[[], Any], int], float]
+Found = TypeVar("Found")
 
 
 def interleaved(
@@ -43,7 +46,7 @@ def interleaved(
         Name -> quantiles. Calls shorter than half a millisecond are timed in batches.
     """
     clock = clock or cpu_clock
-    batch = {name: _calls_per_round(run, clock) for name, run in runs.items()}
+    batch = {name: calls_per_round(run, clock) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     started = time.perf_counter()
     for rounds in range(1, most + 1):
@@ -51,7 +54,40 @@ def interleaved(
             times[name].append(clock(run, batch[name]))
         if rounds >= 5 and time.perf_counter() - started > seconds * len(runs):
             break
-    return {name: _quantiles(taken) for name, taken in times.items()}
+    return {name: quantiles(taken) for name, taken in times.items()}
+
+
+def in_turn(
+    names: Iterable[str], rounds: int, measured: Callable[[str], Found]
+) -> dict[str, list[Found]]:
+    """Measure each of some contenders once per round, the order drawn anew in every round."""
+    order, found = list(names), {name: list[Found]() for name in names}
+    drawn = random.Random(0)  # noqa: S311
+    for _ in range(rounds):
+        drawn.shuffle(order)
+        for name in order:
+            found[name].append(measured(name))
+    return found
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Return two order statistics between which the median lies with at least 95 %.
+
+    Of less than six values no two hold it so surely; the smallest and the largest are returned.
+    """
+    ordered, n = sorted(values), len(values)
+    below = [sum(comb(n, i) for i in range(k + 1)) / 2**n for k in range(n)]
+    rank = max((k for k in range(n // 2 + 1) if below[k] <= 0.025), default=0)
+    return ordered[rank], ordered[n - 1 - rank]
+
+
+def page_faults() -> int:
+    """Return how many page faults this process has had; 0 where the system does not count them."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def clock_of(device: str) -> Clock:
@@ -113,13 +149,15 @@ class CudaClock:
         return statistics.median(taken) / 1e3
 
 
-def _calls_per_round(run: Callable[[], Any], clock: Clock) -> int:
+def calls_per_round(run: Callable[[], Any], clock: Clock) -> int:
+    """Warm up, and return after how many calls to look at the clock: a millisecond's worth."""
     run()
     run()
     once = clock(run, 1)
     return max(1, int(0.001 / max(once, 1e-7))) if once < 0.0005 else 1
 
 
-def _quantiles(taken: list[float]) -> Timing:
+def quantiles(taken: list[float]) -> Timing:
+    """Return the quantiles of two times or more."""
     fifths = statistics.quantiles(taken, n=5, method="inclusive")
     return Timing(fifths[0], statistics.median(taken), fifths[3], len(taken))

@@ -48,17 +48,22 @@ def table(rows: Iterable[Row], mode: str) -> Table:
     cells: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         if row.mode == mode:
-            key = (row.op, row.dtype, row.shape, row.layout)
+            key = (row.op, row.dtype, row.shape, row.layout, row.regime)
             cells.setdefault(key, {})[row.contender] = row
     rivals = [name for name in RIVALS if any(name in found for found in cells.values())]
     lines: list[tuple[Cell, ...]] = []
-    for (op, dtype, shape, layout), found in cells.items():
+    for (*what, regime), found in cells.items():
         ours = found["ours"]
         faster = [found[name].median / ours.median if name in found else None for name in rivals]
-        floor = ours.floor_ratio
-        lines.append((op, dtype, shape, layout, ours.megabytes, ours.median * 1e3, *faster, floor))
-    columns = ("op", "dtype", "shape", "layout", "MB", "ours ms", *rivals, "× floor")
-    note = "Columns of rivals: their median time over ours; above 1, ours is faster."
+        size, seconds = ours.megabytes, ours.median
+        lines.append((*what, regime, size, seconds * 1e3, *faster, ours.floor_ratio))
+    columns = (
+        "op", "dtype", "shape", "layout", "memory", "MB", "ours ms", *rivals, "× floor"
+    )  # fmt: skip
+    note = (
+        "Columns of rivals: their median time over ours; above 1, ours is faster. memory: default, "
+        "as the C library has it; kept, with an allocator that keeps freed pages."
+    )
     return Table(_title(mode), columns, tuple(lines), note)
 
 
@@ -67,8 +72,10 @@ def plot(rows: Iterable[Row], mode: str) -> Plot:
     points: dict[str, list[tuple[float, float]]] = {}
     rows = list(rows)
     dtype = "fp32" if any(row.dtype == "fp32" for row in rows) else "bf16"
+    regime = rows[-1].regime  # kept, where it was measured
     for row in rows:
-        if row.mode == mode and row.dtype == dtype and row.layout != "channels-last":
+        shown = row.regime == regime and row.layout != "channels-last"
+        if row.mode == mode and row.dtype == dtype and shown:
             points.setdefault(f"{row.contender} {row.op}", []).append(
                 (row.megabytes, row.floor_ratio)
             )
@@ -78,7 +85,8 @@ def plot(rows: Iterable[Row], mode: str) -> Plot:
         if name.startswith(("ours", "eager bn"))
     )
     caption = (
-        f"Time as a multiple of the bytes floor, {dtype}, contiguous; lower is better, 1 is ideal."
+        f"Time as a multiple of the bytes floor, {dtype}, contiguous, memory {regime}; lower is "
+        "better, 1 is ideal."
     )
     return Plot(
         f"{_title(mode)}: distance to the floor", "lines", series, "MB of input", "× floor",

@@ -2,6 +2,7 @@
 
 import csv
 import datetime as dt
+import hashlib
 import io
 import platform
 import subprocess
@@ -14,14 +15,28 @@ import torch
 
 from batchnorm.benchmark.cases import Case
 from batchnorm.benchmark.measure import Timing
+from batchnorm.benchmark.regimes import allocator
 from batchnorm.files import write_atomically
+
+_PACKAGE = Path(__file__).parents[1]
+_ROOT = _PACKAGE.parents[1]
+
+# What decides how fast a layer and a network of layers are; the hash of a row's code covers it.
+_ROOMS = ("ops", "nn", "fusion", "graph", "memory")
+_SOURCES = {".py", ".hpp", ".cpp", ".csv"}
+
+# What may not differ from the commit that a row names, or the row is not clean.
+_MEASURED = ("src", "native", "benchmarks", "CMakeLists.txt", ":!benchmarks/data")
 
 
 @dataclass(frozen=True)
 class Row:
     """One contender in one cell; times in seconds, ``copy`` is that of the same run's copy.
 
-    ``machine`` is the processor, or the GPU, which has no ``threads`` (0).
+    ``machine`` is the processor, or the GPU, which has no ``threads`` (0), regime and page faults.
+    ``rounds`` counts processes on the CPU, and rounds of one process on a GPU. ``ratio`` is the
+    median over the rounds of this contender's time over ours, and lies between ``low`` and ``high``
+    with at least 95 %; on a GPU they are 0. ``faults`` are page faults of a step.
     """
 
     op: str
@@ -43,6 +58,15 @@ class Row:
     machine: str
     threads: int
     torch: str
+    regime: str = ""
+    allocator: str = ""
+    faults: float = 0.0
+    ratio: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    clean: str = ""
+    python: str = ""
+    code: str = ""
 
     @property
     def floor_ratio(self) -> float:
@@ -51,15 +75,63 @@ class Row:
 
 
 def circumstances(device: str = "cpu") -> dict[str, str | int]:
-    """Return date, commit, machine, threads and torch's version."""
+    """Return what one needs to know of where and of what a row was measured.
+
+    ``clean`` says whether sources, kernels and measuring scripts were those of ``commit``; ``code``
+    is ``code_hash()``.
+    """
     on_gpu = device != "cpu"
     return {
         "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": _git("rev-parse", "--short", "HEAD") or "unknown",
+        "clean": str(_git("status", "--porcelain", "--", *_MEASURED) == ""),
         "machine": torch.cuda.get_device_name(device) if on_gpu else _processor(),
         "threads": 0 if on_gpu else torch.get_num_threads(),
+        "python": platform.python_version(),
         "torch": torch.__version__,
+        "allocator": "" if on_gpu else allocator(),
+        "code": code_hash(),
     }
+
+
+def code_hash() -> str:
+    """Return twelve hexadecimal digits that change with the code that a row measures.
+
+    It is of native/ and of the package's ops, nn, fusion, graph and memory, as they lie on disk.
+    """
+    folders = [_ROOT / "native", *(_PACKAGE / room for room in _ROOMS)]
+    found = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in _SOURCES:
+                found.update(f"{folder.name}/{path.relative_to(folder).as_posix()}\0".encode())
+                found.update(path.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def row_of(
+    case: Case,
+    contender: str,
+    timing: Timing,
+    copy: float,
+    around: Mapping[str, object],
+    **more: object,
+) -> Row:
+    """Turn a contender's times in a cell into a row; ``around`` and ``more`` are further fields."""
+    cell: dict[str, Any] = {
+        "op": case.op,
+        "mode": case.mode,
+        "dtype": case.dtype,
+        "shape": "x".join(map(str, case.shape)),
+        "layout": case.layout,
+        "megabytes": round(case.megabytes, 3),
+        "copy": round(copy, 9),
+        "floor_copies": case.floor_copies,
+        **{name: round(value, 9) for name, value in asdict(timing).items()},
+        **around,
+        **more,
+    }
+    return Row(contender=contender, **cell)
 
 
 def rows_of(
@@ -70,26 +142,30 @@ def rows_of(
 ) -> list[Row]:
     """Turn one cell's timings into rows; the timing named ``copy`` is the yardstick of all."""
     copy = timings["copy"].median
-    cell: dict[str, Any] = {
-        "op": case.op,
-        "mode": case.mode,
-        "dtype": case.dtype,
-        "shape": "x".join(map(str, case.shape)),
-        "layout": case.layout,
-        "megabytes": round(case.megabytes, 3),
-        "copy": round(copy, 9),
-        "floor_copies": case.floor_copies,
-        **around,
-    }
     return [
-        Row(contender=name, saved_bytes=saved.get(name, 0), **_times(timing), **cell)
+        row_of(case, name, timing, copy, around, saved_bytes=saved.get(name, 0))
         for name, timing in timings.items()
         if name != "copy"
     ]
 
 
-def _times(timing: Timing) -> dict[str, Any]:
-    return {name: round(value, 9) for name, value in asdict(timing).items()}
+def append(path: Path, row: Mapping[str, object]) -> None:
+    """Append a row to a CSV file, which is begun with a header."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    begun = path.exists()
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        if not begun:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file as text; none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
@@ -111,12 +187,15 @@ def read_rows(path: Path) -> list[Row]:
         ]
 
 
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
+def _git(*command: str) -> str | None:
+    """Return what git prints about this checkout, or None where there is none."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+        done = subprocess.run(  # noqa: S603
+            ["git", *command],  # noqa: S607
+            capture_output=True, text=True, check=True, cwd=_ROOT,
+        )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return None
     return done.stdout.strip()
 
 

@@ -4,7 +4,6 @@ What a command needs is imported in its body, so that ``--help`` and ``env`` ans
 not ask for packages that only the demo needs.
 """
 
-import enum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ import typer
 from rich.text import Text
 
 from batchnorm.cli.bars import bars
+from batchnorm.cli.benchmark import bench
 from batchnorm.cli.calibration import calibrate, merge
 from batchnorm.cli.telling import console, errors, told_in_one_line
 from batchnorm.version import __version__
@@ -22,13 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # usage errors in plain lines, without boxes
 )
-
-
-class Device(enum.Enum):
-    """Where ``bench`` measures."""
-
-    CPU = "cpu"
-    CUDA = "cuda"
 
 
 def _version(asked: bool) -> None:
@@ -84,53 +77,6 @@ def demo(
 
 
 @app.command()
-def bench(
-    out: Annotated[Path, typer.Option(help="Folder for the rows and the page.")] = Path(
-        "batchnorm-bench"
-    ),
-    seconds: Annotated[
-        float, typer.Option(min=0, help="About how long to time each contender.")
-    ] = 0.5,
-    part: Annotated[
-        str, typer.Option(help="Only cells whose name has this part, as in 'eval fp32 32x64'.")
-    ] = "",
-    compiled: Annotated[
-        bool, typer.Option("--compiled", help="With torch.compile, which compiles each cell.")
-    ] = False,
-    jax: Annotated[bool, typer.Option("--jax", help="With JAX, if it is installed.")] = False,
-    device: Annotated[
-        Device, typer.Option(help="What to measure on; a GPU with its own clock and shapes.")
-    ] = Device.CPU,
-) -> None:
-    """Time torch and ours side by side on this machine; write the rows and a page with plots."""
-    from batchnorm.benchmark.cases import CUDA_SHAPES, SHAPES, cases
-    from batchnorm.benchmark.page import report, write_benchmark
-    from batchnorm.benchmark.run import measure
-    from batchnorm.files import make_folder
-    from batchnorm.report.terminal import print_table
-
-    shapes = SHAPES if device is Device.CPU else CUDA_SHAPES
-    chosen = [case for case in cases(shapes, device=device.value) if part in str(case)]
-    with told_in_one_line(), bars(errors) as watch:
-        measured = measure(chosen, watch, seconds, compiled, jax)
-        make_folder(out)
-        rows = []
-        try:
-            for row in measured:
-                rows.append(row)  # noqa: PERF402 (list() keeps nothing when it is cut off)
-        except BaseException:
-            if rows:  # what an interrupted run has measured is not lost
-                write_benchmark(rows, out)
-            raise
-        files = write_benchmark(rows, out)
-    for section in report(rows).sections:
-        for table in section.tables():
-            print_table(table, console)
-    for file in files:
-        console.print(Text(str(file)), soft_wrap=True)
-
-
-@app.command()
 def env() -> None:
     """Print versions, devices and backends, and why a backend is not there."""
     from batchnorm.environment import env as environment
@@ -141,5 +87,6 @@ def env() -> None:
             console.print(Text(f"{name:<10} {key:<12} {found}"), soft_wrap=True)
 
 
+app.command()(bench)
 app.command()(calibrate)
 app.command()(merge)

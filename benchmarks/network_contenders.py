@@ -1,0 +1,106 @@
+"""The networks that are measured, and each contender that is made of one.
+
+Of a converted network's mechanisms there is a contender for each: with the layers alone, and then
+one mechanism more at a time.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import batchnorm as bn
+import third_party
+from batchnorm import _native
+from batchnorm.fusion import channels_last, sequence
+
+
+class Join(torch.autograd.Function):
+    """An addition that costs nothing: its first operand, with the gradient for both."""
+
+    @staticmethod
+    def forward(ctx: Any, one: Tensor, other: Tensor) -> Tensor:  # noqa: ARG004
+        """Return the first."""
+        return one.view_as(one)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG004
+        """Return dy for both."""
+        return dy, dy
+
+
+def mlp() -> nn.Module:
+    layers: list[nn.Module] = [nn.Flatten()]
+    for before, after in ((3 * 32 * 32, 512), (512, 512), (512, 512)):
+        layers += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(512, 1000))
+
+
+def build(name: str) -> nn.Module:
+    """Return a network by name, without dropout."""
+    model: nn.Module = mlp() if name == "mlp" else getattr(third_party.torchvision().models, name)()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def _bottleneck(self: Any, x: Tensor) -> Tensor:
+    short = x if self.downsample is None else self.downsample(x)
+    return Join.apply(self.conv3(self.conv2(self.conv1(x))), short)
+
+
+def _inverted(self: Any, x: Tensor) -> Tensor:
+    return Join.apply(self.conv(x), x) if self.use_res_connect else self.conv(x)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Take normalizations, activations and additions out of a torchvision network."""
+    gone = nn.modules.batchnorm._BatchNorm | nn.ReLU | nn.ReLU6
+    forwards = {"Bottleneck": _bottleneck, "InvertedResidual": _inverted}
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, gone):
+                setattr(module, name, nn.Identity())
+        forward = forwards.get(type(module).__name__)
+        if forward is not None:
+            module.forward = forward.__get__(module)
+    return model
+
+
+def deferred(model: nn.Module) -> nn.Module:
+    """Convert with deferred tensors, and leave every Sequential as it is."""
+    sequence.adopt = lambda _: None
+    return bn.convert(model)
+
+
+def sequences(model: nn.Module) -> nn.Module:
+    """Convert with deferred tensors and sequences, without channels-last runs of convolutions."""
+    channels_last.may_help = lambda _: False
+    return bn.convert(model)
+
+
+def without_pool(model: nn.Module) -> nn.Module:
+    """Convert; the native module then keeps no freed output for the next."""
+    _native.pool_limit(0)
+    return bn.convert(model)
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, dynamic=False)  # type: ignore[return-value]
+
+
+# Each is made in a process of its own, which it may change.
+CONTENDERS: dict[str, Callable[[nn.Module], Any]] = {
+    "eager": lambda model: model,
+    "layers": lambda model: bn.convert(model, fuse=False),
+    "deferred": deferred,
+    "sequences": sequences,
+    "converted": bn.convert,
+    "converted, pool off": without_pool,
+    "save_memory": lambda model: bn.save_memory(bn.convert(model)),
+    "compile": compiled,
+    "compile converted": lambda model: compiled(bn.convert(model)),
+    "bare": bare,
+}
