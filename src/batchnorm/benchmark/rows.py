@@ -2,6 +2,7 @@
 
 import csv
 import datetime as dt
+import hashlib
 import io
 import platform
 import subprocess
@@ -60,6 +61,23 @@ def circumstances(device: str = "cpu") -> dict[str, str | int]:
         "threads": 0 if on_gpu else torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+MEASURED = ("native", *(f"src/batchnorm/{room}" for room in ("ops", "nn", "fusion", "graph", "memory")))
+SOURCES = (".py", ".hpp", ".cpp", ".csv")
+
+
+def code_hash() -> str:
+    """Return 12 hexadecimal digits that change with the sources of what is measured.
+
+    Of an installed package without its repository, only what is there counts.
+    """
+    root = Path(__file__).resolve().parents[3]
+    found = [path for folder in MEASURED for path in (root / folder).rglob("*")]
+    digest = hashlib.sha256()
+    for path in sorted(path for path in found if path.suffix in SOURCES):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def rows_of(
