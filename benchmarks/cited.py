@@ -6,8 +6,8 @@ A file is named by its folder in ``benchmarks/data``: ``networks`` is ``networks
 
 import csv
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 # What a selection means by what it does not say. A value of "*" takes any.
 DEFAULTS: dict[str, dict[str, str]] = {
@@ -24,14 +24,15 @@ class CitationError(Exception):
     """A text asks for rows that are not there, or for one of several."""
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """A row: where it stands, and its values as text."""
 
     path: Path
     line: int
     values: Mapping[str, str]
 
-    def __getitem__(self, column: str) -> str:  # type: ignore[override]
+    def __getitem__(self, column: str) -> str:
         """Return the value of a column."""
         if column not in self.values:
             names = ", ".join(self.values)
@@ -111,11 +112,11 @@ class Rows:
         return [row for row in self._cited.values() if old not in row.path.parents]
 
     def _path(self, name: str) -> Path:
-        folder = self.folder / name
-        return folder / "rows.csv" if folder.is_dir() else folder.with_suffix(".csv")
+        file = self.folder / f"{name}.csv"
+        return file if file.is_file() else self.folder / name / "rows.csv"
 
     def _read(self, name: str) -> list[Row]:
-        if name.split("/")[0] == HISTORY and not self.history_allowed:
+        if name.partition("/")[0] == HISTORY and not self.history_allowed:
             raise CitationError(f"{name} is history, which docs/decisions alone may cite")
         if name not in self._files:
             path = self._path(name)

@@ -63,7 +63,7 @@ def circumstances(device: str = "cpu") -> dict[str, str | int]:
     }
 
 
-MEASURED = ("native", *(f"src/batchnorm/{room}" for room in ("ops", "nn", "fusion", "graph", "memory")))
+ROOMS = ("ops", "nn", "fusion", "graph", "memory")
 SOURCES = (".py", ".hpp", ".cpp", ".csv")
 
 
@@ -73,10 +73,12 @@ def code_hash() -> str:
     Of an installed package without its repository, only what is there counts.
     """
     root = Path(__file__).resolve().parents[3]
-    found = [path for folder in MEASURED for path in (root / folder).rglob("*")]
+    folders = [root / "native", *(root / "src" / "batchnorm" / room for room in ROOMS)]
+    found = [path for folder in folders for path in folder.rglob("*")]
     digest = hashlib.sha256()
     for path in sorted(path for path in found if path.suffix in SOURCES):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+        name = path.relative_to(root).as_posix().encode()
+        digest.update(b"%s\0%s\0" % (name, path.read_bytes()))
     return digest.hexdigest()[:12]
 
 
