@@ -16,6 +16,8 @@ DEFAULTS: dict[str, dict[str, str]] = {
     "fallbacks": {"mode": "train", "dtype": "fp32", "kind": "layer"},
 }
 HISTORY = "history"
+# What every row says, those of the history apart.
+COLUMNS = ("date", "commit", "clean", "machine", "threads", "python", "torch", "code")
 
 Filters = Mapping[str, str | tuple[str, ...]]
 
@@ -101,6 +103,12 @@ class Rows:
                 f"{', '.join(differing)}; say which, or move old rows to data/{HISTORY}"
             )
         return found[0]
+
+    def incomplete(self) -> Iterator[str]:
+        """Yield a message for each file with cited rows that lacks columns."""
+        for path, columns in {row.path: row.values.keys() for row in self.cited()}.items():
+            if missing := [column for column in COLUMNS if column not in columns]:
+                yield f"{path}:1: rows must say {', '.join(missing)}; measure them again"
 
     def dirty(self) -> Iterator[Row]:
         """Yield the cited rows that were measured with uncommitted changes."""

@@ -160,6 +160,7 @@ def checked(root: Path, data: Path, write: bool) -> tuple[list[str], Rows]:
         problems += [f"{page.name}:{line}: {message}" for line, message in sorted(page.problems)]
     problems += faults
     problems += [f"{typed.CONSTANTS}: {message}" for message in typed.unused(constants)]
+    problems += rows.incomplete()
     problems += [
         f"{row.path}:{row.line}: cited, and measured with uncommitted changes; commit, then measure"
         for row in sorted(rows.dirty(), key=lambda row: (row.path, row.line))

@@ -76,7 +76,7 @@ def short(rows: Rows) -> str:
         [MODES[cell[0]], *shown(cell), *against(rows, cell, "eager"), *floor(rows, cell)]
         for cell in SHORT
     ]
-    head = ["", "op", "input", *both("× eager"), *both("× floor")]
+    head = ["mode", "op", "input", *both("× eager"), *both("× floor")]
     return f"{place(rows, SHORT)}\n\n{markdown(head, 3, lines)}"
 
 
@@ -88,7 +88,15 @@ def short_chinese(rows: Rows) -> str:
         size = f"{shape.replace('x', '×')} {dtype}，{CHINESE[layout]}"
         ratios = [*against(rows, cell, "eager"), *floor(rows, cell)]
         lines.append([CHINESE[mode], op, size, *ratios])
-    head = ["", "运算", "输入", "× eager，默认", "× eager，保留", "× 下限，默认", "× 下限，保留"]
+    head = [
+        "模式",
+        "运算",
+        "输入",
+        "× eager，默认",
+        "× eager，保留",
+        "× 下限，默认",
+        "× 下限，保留",
+    ]
     return f"{place(rows, SHORT)}\n\n{markdown(head, 3, lines)}"
 
 

@@ -121,14 +121,14 @@ def networks(rows: Rows) -> str:
     """Return what conversion gains."""
     cells = [Network(rows, cell) for cell in NETWORKS]
     lines = [[*cell.words(), *cell.ratios("converted")] for cell in cells]
-    return _with_place(["network", "", "layout", *both("× eager")], cells, lines, 3)
+    return _with_place(["network", "mode", "layout", *both("× eager")], cells, lines, 3)
 
 
 def compiled(rows: Rows) -> str:
     """Return what compiling gains, of the original and of the converted network."""
     cells = [Network(rows, cell) for cell in COMPILED]
     lines = [[*cell.words(), *cell.ratios("compile", "compile converted")] for cell in cells]
-    head = ["network", "", "layout", *both("compiled"), *both("converted and compiled")]
+    head = ["network", "mode", "layout", *both("compiled"), *both("converted and compiled")]
     return _with_place(head, cells, lines, 3)
 
 
@@ -159,7 +159,7 @@ def ablation(rows: Rows) -> str:
             faults = [digits(row.number("faults"), 0) for row in pair]
             times = [seconds(row, "median") for row in pair]
             lines.append([*cell.words(), name, *times, *map(ratio, pair), *faults])
-    head = ["network", "", "layout", "contender", *both("step"), *both("× eager"),
+    head = ["network", "mode", "layout", "contender", *both("step"), *both("× eager"),
             *both("page faults")]  # fmt: skip
     return _with_place(head, cells, lines, 4)
 

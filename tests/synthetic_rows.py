@@ -75,8 +75,15 @@ def statistics_of_use():
         yield {**cell, **found, "distance_population": 2e-3, **AROUND}
 
 
+THROUGHPUT = [
+    ("cnn", "2x1x28x28"),
+    ("mlp, 784-512-512-10", "8x784"),
+    ("mlp, 64-128-128-10", "8x64"),
+]
+
+
 def throughput():
-    for network, shape in (("cnn", "2x1x28x28"), ("mlp, 64-128-128-10", "8x64")):
+    for network, shape in THROUGHPUT:
         cell = {"network": network, "shape": shape, "batches": "400", "regime": "default"}
         yield timed(cell) | {"plain_seconds": 0.07, "calibrate_seconds": 0.11}
 

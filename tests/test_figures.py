@@ -142,6 +142,14 @@ def test_a_dirty_row_that_nobody_cites_does_no_harm(root, check):
     assert check()[0] == 0
 
 
+def test_a_row_that_does_not_tell_its_code_fails(root, check):
+    text = networks(root).read_text()
+    networks(root).write_text(text.replace(",code\n", ",note\n", 1))
+    status, said = check()
+    assert status == 1
+    assert "networks/rows.csv:1: rows must say code" in said
+
+
 def test_two_rows_of_one_cell_fail(root, check):
     line = cited_line(root)
     edit(networks(root), line, line + "\n" + line.replace("abcdef0", "fedcba0"))
