@@ -180,8 +180,8 @@ def main(arguments: list[str] | None = None) -> int:
     data = options.data or options.root / "benchmarks" / "data"
     problems, rows = checked(options.root, data, write=not options.check)
     print("\n".join(problems), file=sys.stderr, end="\n" if problems else "")
-    cited = rows.cited()
-    older = sum(row.values.get("code") != code_hash() for row in cited) if cited else 0
+    cited, today = rows.cited(), code_hash()
+    older = sum(row.values.get("code") != today for row in cited)
     print(f"{len(cited)} rows are cited, {older} of them of older code; {len(problems)} problems")
     return 1 if problems else 0
 

@@ -144,7 +144,7 @@ def test_a_dirty_row_that_nobody_cites_does_no_harm(root, check):
 
 def test_a_row_that_does_not_tell_its_code_fails(root, check):
     text = networks(root).read_text()
-    networks(root).write_text(text.replace(",code\n", ",note\n", 1))
+    networks(root).write_text(text.replace(",code,", ",note,", 1))
     status, said = check()
     assert status == 1
     assert "networks/rows.csv:1: rows must say code" in said
