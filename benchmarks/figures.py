@@ -8,7 +8,7 @@ Pages are README.md, README.zh.md, docs/*.md and docs/decisions/*.md. A table is
     <!-- rows: NAME -->
     <!-- /rows -->
 
-by the function of that name in ``tables.py`` or ``layers.py``. A figure in running text is written
+by the function of that name in ``tables.py``, ``layers.py`` or ``tables_of_use.py``. A figure in running text is written
 between the comments of
 
     <!--row networks network=resnet50 regime=kept contender=converted : ratio-->1.35×<!--/row-->
@@ -30,6 +30,7 @@ from pathlib import Path
 import inline
 import layers
 import tables
+import tables_of_use
 import typed
 from batchnorm.benchmark.rows import code_hash
 from batchnorm.files import write_atomically
@@ -39,7 +40,11 @@ INSIDE = r"(?P<old>(?:(?!<!--).)*)"
 BLOCK = re.compile(rf"<!-- rows: (?P<name>\S+) -->\n{INSIDE}<!-- /rows -->", re.DOTALL)
 INLINE = re.compile(rf"<!--row (?P<spec>(?:(?!-->).)*)-->{INSIDE}<!--/row-->", re.DOTALL)
 LOOSE = re.compile(r"<!--\s*/?rows?\b")
-BLOCKS: dict[str, Callable[[Rows], str]] = {**tables.BLOCKS, **layers.BLOCKS}
+BLOCKS: dict[str, Callable[[Rows], str]] = {
+    **tables.BLOCKS,
+    **layers.BLOCKS,
+    **tables_of_use.BLOCKS,
+}
 REPAIR = "run `python benchmarks/figures.py`"
 
 

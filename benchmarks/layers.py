@@ -1,7 +1,7 @@
 """The tables of single layers: ten rows for the READMEs, and the long one of docs/benchmarks.md."""
 
 from cited import Row, Rows
-from tables import REGIMES, around, both, markdown, ratio
+from tables import REGIMES, around, both, markdown, ratio, where
 
 MODES = {"train": "forward and backward", "eval": "evaluation"}
 FLAT = [("32x64", "N,C"), ("512x1024", "N,C"), ("32768x1024", "N,C")]
@@ -65,9 +65,9 @@ def shown(cell: Cell) -> list[str]:
     return [op, f"{shape.replace('x', '×')} {dtype}, {layout}"]
 
 
-def place(rows: Rows, cells: list[Cell]) -> str:
-    """Return where the cells were measured."""
-    return around(contender(rows, cell, "ours", regime) for cell in cells for regime in REGIMES)
+def ours(rows: Rows, cells: list[Cell]) -> list[Row]:
+    """Return our own rows of cells, which tell where all were measured."""
+    return [contender(rows, cell, "ours", regime) for cell in cells for regime in REGIMES]
 
 
 def short(rows: Rows) -> str:
@@ -77,7 +77,7 @@ def short(rows: Rows) -> str:
         for cell in SHORT
     ]
     head = ["mode", "op", "input", *both("× eager"), *both("× floor")]
-    return f"{place(rows, SHORT)}\n\n{markdown(head, 3, lines)}"
+    return f"{around(ours(rows, SHORT))}\n\n{markdown(head, 3, lines)}"
 
 
 def short_chinese(rows: Rows) -> str:
@@ -97,14 +97,17 @@ def short_chinese(rows: Rows) -> str:
         "× 下限，默认",
         "× 下限，保留",
     ]
-    return f"{place(rows, SHORT)}\n\n{markdown(head, 3, lines)}"
+    place = "{machine}，{threads} 个线程，torch {torch}，Python {python}，提交 {commit}".format(
+        **where(ours(rows, SHORT))
+    )
+    return f"{place}\n\n{markdown(head, 3, lines)}"
 
 
 def long(rows: Rows) -> str:
     """Return all cells, with every rival."""
     head = ["op", "input", *both("× eager"), *both("× in place"), *both("× compile"),
             *both("× floor")]  # fmt: skip
-    parts = [place(rows, CELLS)]
+    parts = [around(ours(rows, CELLS))]
     for mode, title in MODES.items():
         lines = []
         for cell in CELLS:

@@ -4,10 +4,9 @@ What a table shows is listed here and not read off the files, so that a row that
 error. Cells are "ratio (low–high)" with the 95 % interval of the rows.
 """
 
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-from cited import CitationError, Row, Rows
+from cited import Row, Rows
 from inline import digits
 
 REGIMES = ("default", "kept")
@@ -68,15 +67,19 @@ def markdown(head: Sequence[str], left: int, lines: Iterable[Sequence[str]]) -> 
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))
 
 
-def around(rows: Iterable[Row]) -> str:
-    """Return where rows were measured."""
+def where(rows: Iterable[Row]) -> dict[str, str]:
+    """Return the circumstances of rows; where they differ, all of them."""
     found = list(rows)
-    each = {c: ", ".join(sorted({row[c] for row in found}))
-            for c in ("machine", "threads", "torch", "python", "commit")}  # fmt: skip
-    many = "thread" if each["threads"] == "1" else "threads"
-    return "{machine}, {threads} {many}, torch {torch}, Python {python}, commit {commit}".format(
-        **each, many=many
-    )
+    columns = ("machine", "threads", "torch", "python", "commit")
+    return {column: ", ".join(sorted({row[column] for row in found})) for column in columns}
+
+
+def around(rows: Iterable[Row]) -> str:
+    """Return where rows were measured, in words."""
+    found = where(rows)
+    threads = f"{found['threads']} {'thread' if found['threads'] == '1' else 'threads'}"
+    versions = f"torch {found['torch']}, Python {found['python']}"
+    return f"{found['machine']}, {threads}, {versions}, commit {found['commit']}"
 
 
 def both(what: str) -> list[str]:
@@ -164,26 +167,6 @@ def ablation(rows: Rows) -> str:
     return _with_place(head, cells, lines, 4)
 
 
-def calibration(rows: Rows) -> str:
-    """Return what the cache of ``bn.calibrate`` gains."""
-    keys = ("network", "layout", "batch", "size", "batches")
-    everything = rows.every("calibration", {})
-    regimes = list(dict.fromkeys(row["regime"] for row in everything))
-    lines = []
-    for key in dict.fromkeys(tuple(row[c] for c in keys) for row in everything):
-        cell = dict(zip(keys, key, strict=True))
-        name, layout = TITLES.get(cell["network"], cell["network"]), cell["layout"]
-        what = f"{cell['batches']} of {cell['batch']}, {cell['size']}²"
-        for regime in regimes:
-            filters = {**cell, "regime": regime}
-            off = rows.one("calibration", {**filters, "contender": "cache off"})
-            on = rows.one("calibration", {**filters, "contender": "cache on"})
-            where = [name, WORDS.get(layout, layout), what, regime]
-            lines.append([*where, seconds(off, "median"), seconds(on, "median"), ratio(on)])
-    head = ["network", "layout", "batches", "allocator", "cache off", "cache on", "off over on"]
-    return f"{around(everything)}\n\n{markdown(head, 4, lines)}"
-
-
 def fallbacks(rows: Rows) -> str:
     """Return what serves where the native kernels do not, against torch.nn."""
     cell = ("world", "kind", "op", "dtype", "layout")
@@ -203,54 +186,10 @@ def fallbacks(rows: Rows) -> str:
     return f"{around(everything)}\n\n{markdown(head, 3, lines)}"
 
 
-def accuracy(rows: Rows) -> str:
-    """Return what networks make of each estimate of the statistics of use."""
-    everything = rows.every("use/statistics", {})
-    seeds = {row["seed"] for row in everything}
-    methods = list(dict.fromkeys(row["method"] for row in everything))
-    parts = [f"{around(everything)}; {len(seeds)} seeds, mean ± standard deviation."]
-    for data, size in dict.fromkeys((row["data"], row["batch"]) for row in everything):
-        lines = []
-        for method in methods:
-            some = rows.every("use/statistics", {"data": data, "batch": size, "method": method})
-            if sorted(row["seed"] for row in some) != sorted(seeds):
-                raise CitationError(f"{some[0].path}: expected each of {len(seeds)} seeds once for "
-                                    f"{data}, batches of {size}, {method}; measure it")  # fmt: skip
-            means = [f"{statistics.mean(row.number(c) for row in some):.1e}"
-                     for c in ("distance_batch", "distance_population")]  # fmt: skip
-            lines.append([method, _spread(some, "accuracy"), _spread(some, "loss"), *means])
-        head = ["statistics", "accuracy", "loss", "distance by batch", "distance of population"]
-        title = f"{data[0].upper()}{data[1:]}, batches of {size}:"
-        parts += [title, markdown(head, 1, lines)]
-    return "\n\n".join(parts)
-
-
-def _spread(rows: list[Row], column: str) -> str:
-    values = [row.number(column) for row in rows]
-    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
-
-
-def throughput(rows: Rows) -> str:
-    """Return how long calibration takes next to a plain forward."""
-    everything = rows.every("use/throughput", {})
-    lines = []
-    for row in everything:
-        cell = {c: row[c] for c in ("network", "shape", "batches", "regime")}
-        rows.one("use/throughput", cell)
-        times = [seconds(row, c) for c in ("plain_seconds", "calibrate_seconds")]
-        what = f"{row['batches']} of {row['shape'].replace('x', '×')}"
-        lines.append([row["network"], what, row["regime"], *times, ratio(row)])
-    head = ["network", "batches", "allocator", "plain forward", '`upstream="batch"`', "ratio"]
-    return f"{around(everything)}\n\n{markdown(head, 3, lines)}"
-
-
 BLOCKS: dict[str, Callable[[Rows], str]] = {
     "networks": networks,
     "compiled": compiled,
     "saved": saved,
     "ablation": ablation,
-    "calibration": calibration,
     "fallbacks": fallbacks,
-    "accuracy": accuracy,
-    "throughput": throughput,
 }

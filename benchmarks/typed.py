@@ -27,15 +27,20 @@ HISTORY = re.compile(
 _DIGITS = r"(?<![\w.,])(?:\d[\d.,]*|(?=[½¼¾]))[½¼¾]?"
 _CHINESE = r"[\d一二三四五六七八九十百两半½¼¾][\d.½¼¾]*(?:\s?分)?\s?"
 _UNITS = "ms|µs|μs|us|ns|s|secs?|seconds?|min|mins|minutes?|h|hours?"
+_WORDS = "two|three|four|five|six|seven|eight|nine|ten"
+_RATIOS = (
+    rf"{_DIGITS}\s?×(?![\w²³]|\s?\d)",  # 32×64 and 3 × 3 are shapes
+    r"(?<![\w.,])\d+\.\d+\s?×(?!\s?\d)",
+    r"(?<![\w)²³])(?<![\w)²³]\s)×\s?\d+\.\d+",
+    rf"(?:{_DIGITS}|\b(?:{_WORDS}))(?:\s(?:times|fold)|-fold)\b",
+    rf"{_DIGITS}x(?!\w)",
+    rf"{_CHINESE}倍",
+)
 KINDS = {
-    "ratio": re.compile(
-        rf"{_DIGITS}\s?×(?![\w²³]|\s?\d)|{_DIGITS}(?:\s(?:times|fold)\b|-fold\b|x(?!\w))"
-        rf"|{_CHINESE}倍"
-    ),
+    "ratio": re.compile("|".join(_RATIOS)),
     "percentage": re.compile(rf"{_DIGITS}\s?(?:[%%]|percent\b|per cent\b)|百分之\S"),
     "time": re.compile(
-        rf"{_DIGITS}[\s-]?(?:{_UNITS})(?![\w/])"
-        rf"|{_CHINESE}(?:毫秒|微秒|秒|分钟|分半|小时)"
+        rf"{_DIGITS}[\s-]?(?:{_UNITS})(?![\w/])|{_CHINESE}(?:毫秒|微秒|秒|分钟|分半|小时)"
     ),
 }
 # A cell with nothing but numbers, one of them with decimals.

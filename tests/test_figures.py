@@ -161,7 +161,7 @@ def test_two_rows_of_one_cell_fail(root, check):
 
 @pytest.mark.parametrize(
     "figure",
-    ["1.23×", "1.2–1.4 ×", "1.2 times", "2x", "30 %", "40 percent", "3 ms", "0.5 µs", "4 s",
+    ["1.23×", "1.4×eager", "× 1.5", "1.2–1.4 ×", "1.2 times", "three times as fast", "2x", "30 %", "40 percent", "3 ms", "0.5 µs", "4 s",
      "10 seconds", "5½ min", "2 hours", "1.2 倍", "两倍", "3 毫秒", "5 分半", "三分钟"],
 )  # fmt: skip
 def test_a_figure_typed_by_hand_fails(root, check, figure):
