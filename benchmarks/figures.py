@@ -8,8 +8,8 @@ Pages are README.md, README.zh.md, docs/*.md and docs/decisions/*.md. A table is
     <!-- rows: NAME -->
     <!-- /rows -->
 
-by the function of that name in ``tables.py``, ``layers.py`` or ``tables_of_use.py``. A figure in running text is written
-between the comments of
+by the function of that name in ``tables.py``, ``layers.py`` or ``tables_of_use.py``. A figure in
+running text is written between the comments of
 
     <!--row networks network=resnet50 regime=kept contender=converted : ratio-->1.35×<!--/row-->
 
