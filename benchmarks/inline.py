@@ -2,15 +2,16 @@
 
     FILE column=value ... : [min|max|range|interval] EXPRESSION [in UNIT]
 
-``FILE`` and the filters select rows (``cited.py``); a column that is given twice may have either
-value, ``column=*`` any, and a value with spaces stands in quotes. ``EXPRESSION`` is a column, or
-arithmetic on columns of one row: ``(calibrate_seconds - plain_seconds) / batches``. Without a word
-before it exactly one row must be left; ``min``, ``max`` and ``range`` take several, and
-``interval`` adds the columns low and high of the one row. ``UNIT`` is one of ``UNITS``; a column
-has one of its own (a ratio ×, seconds what reads best, bytes MB).
+``FILE`` and the filters select exactly one row (``cited.py`` has what they are by default); a value
+with spaces stands in quotes. ``min``, ``max`` and ``range`` take a column that is given twice, with
+either value: one row for each combination. ``interval`` adds the columns low and high of the row.
+``EXPRESSION`` is a column, or arithmetic on columns of one row:
+``(calibrate_seconds - plain_seconds) / batches``. ``UNIT`` is one of ``UNITS``; a column has one of
+its own (a ratio ×, seconds what reads best, bytes MB).
 """
 
 import ast
+import itertools
 import math
 import operator
 import re
@@ -52,8 +53,11 @@ def text(spec: str, rows: Rows) -> str:
         raise CitationError(f"expected `FILE column=value ... : COLUMN`, got `{spec.strip()}`")
     name, filters = selection(found["select"])
     what, how = found["what"], found["how"]
-    several = how in ("min", "max", "range")
-    chosen = rows.every(name, filters) if several else [rows.one(name, filters)]
+    if how in ("min", "max", "range"):
+        cells = itertools.product(*filters.values())
+        chosen = [rows.one(name, dict(zip(filters, cell, strict=True))) for cell in cells]
+    else:
+        chosen = [rows.one(name, filters)]
     values = [evaluated(what, row) for row in chosen]
     unit = found["unit"] or own_unit(what, max(values))
     if unit not in UNITS:

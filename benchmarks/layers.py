@@ -1,7 +1,7 @@
 """The tables of single layers: ten rows for the READMEs, and the long one of docs/benchmarks.md."""
 
 from cited import Row, Rows
-from tables import REGIMES, around, both, markdown, ratio, where
+from tables import REGIMES, allocators, around, both, markdown, ratio, where
 
 MODES = {"train": "forward and backward", "eval": "evaluation"}
 FLAT = [("32x64", "N,C"), ("512x1024", "N,C"), ("32768x1024", "N,C")]
@@ -97,9 +97,11 @@ def short_chinese(rows: Rows) -> str:
         "× 下限，默认",
         "× 下限，保留",
     ]
+    found = ours(rows, SHORT)
     place = "{machine}，{threads} 个线程，torch {torch}，Python {python}，提交 {commit}".format(
-        **where(ours(rows, SHORT))
+        **where(found)
     )
+    place = "；".join([place, *allocators(found)]).replace(": ", "：")
     return f"{place}\n\n{markdown(head, 3, lines)}"
 
 

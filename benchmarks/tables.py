@@ -76,10 +76,19 @@ def where(rows: Iterable[Row]) -> dict[str, str]:
 
 def around(rows: Iterable[Row]) -> str:
     """Return where rows were measured, in words."""
+    rows = list(rows)
     found = where(rows)
     threads = f"{found['threads']} {'thread' if found['threads'] == '1' else 'threads'}"
     versions = f"torch {found['torch']}, Python {found['python']}"
-    return f"{found['machine']}, {threads}, {versions}, commit {found['commit']}"
+    place = f"{found['machine']}, {threads}, {versions}, commit {found['commit']}"
+    return "; ".join([place, *allocators(rows)])
+
+
+def allocators(rows: list[Row]) -> list[str]:
+    """Return the allocator of each regime, where rows of times say it."""
+    timed = [row for row in rows if "allocator" in row.values]
+    pairs = sorted({(row["regime"], row["allocator"]) for row in timed})
+    return [f"{regime}: {allocator}" for regime, allocator in pairs]
 
 
 def both(what: str) -> list[str]:

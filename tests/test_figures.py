@@ -256,7 +256,13 @@ def tables_cited(root):
     return figures.checked(root, root / "benchmarks" / "data", write=False)[1].cited()
 
 
-SEVERAL = "networks network=resnet50 network=mobilenet_v2 layout=* regime=kept contender=converted"
+def test_a_range_needs_every_row_of_it(root):
+    edit(networks(root), cited_line(root) + "\n", "")
+    with pytest.raises(CitationError, match="has no row with"):
+        inline.text(f"{SEVERAL} : range ratio", Rows(root / "benchmarks" / "data"))
+
+
+SEVERAL = "networks network=resnet50 network=mobilenet_v2 regime=kept layout=nchw layout=channels_last contender=converted"
 
 
 @pytest.mark.parametrize(
