@@ -101,7 +101,8 @@ def short_chinese(rows: Rows) -> str:
     place = "{machine}，{threads} 个线程，torch {torch}，Python {python}，提交 {commit}".format(
         **where(found)
     )
-    place = "；".join([place, *allocators(found)]).replace(": ", "：")
+    names = zip(("默认", "保留"), allocators(found), strict=True)
+    place += "".join(f"；{name}：{said.partition(': ')[2]}" for name, said in names)
     return f"{place}\n\n{markdown(head, 3, lines)}"
 
 

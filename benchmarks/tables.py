@@ -86,7 +86,7 @@ def around(rows: Iterable[Row]) -> str:
 
 def allocators(rows: list[Row]) -> list[str]:
     """Return the allocator of each regime, where rows of times say it."""
-    timed = [row for row in rows if "allocator" in row.values]
+    timed = [row for row in rows if {"regime", "allocator"} <= set(row.values)]
     pairs = sorted({(row["regime"], row["allocator"]) for row in timed})
     return [f"{regime}: {allocator}" for regime, allocator in pairs]
 
