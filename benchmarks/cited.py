@@ -120,8 +120,8 @@ class Rows:
         return [row for row in self._cited.values() if old not in row.path.parents]
 
     def _path(self, name: str) -> Path:
-        file = self.folder / f"{name}.csv"
-        return file if file.is_file() else self.folder / name / "rows.csv"
+        whole = "/" not in name.removeprefix(f"{HISTORY}/")
+        return self.folder / name / "rows.csv" if whole else self.folder / f"{name}.csv"
 
     def _read(self, name: str) -> list[Row]:
         if name.partition("/")[0] == HISTORY and not self.history_allowed:
