@@ -68,7 +68,6 @@ coverage: $(READY)
 
 bench: $(READY)
 	$(PY) -m batchnorm bench --out benchmarks/data/latest
-	$(PY) benchmarks/readme.py benchmarks/data/latest/rows.csv README.md README.zh.md
 
 docs: $(READY)
 	$(PY) -m mkdocs build --strict --quiet
