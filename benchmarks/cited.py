@@ -1,7 +1,8 @@
 """Rows of measurements, and which of them a text cites.
 
 A file is named by its folder in ``benchmarks/data``: ``networks`` is ``networks/rows.csv``, and
-``use/throughput`` is ``use/throughput.csv``. Every row that is handed out is remembered as cited.
+``use/throughput`` is ``use/throughput.csv``. Rows are appended to it: of two measurements of the
+same thing the later one counts. Every row that is handed out is remembered as cited.
 """
 
 import csv
@@ -15,6 +16,17 @@ DEFAULTS: dict[str, dict[str, str]] = {
     "cpu": {"mode": "train", "dtype": "fp32"},
     "fallbacks": {"mode": "train", "dtype": "fp32", "kind": "layer"},
 }
+# What tells the rows of a file apart; where these agree, the later row is the newer measurement.
+IDENTITY: dict[str, tuple[str, ...]] = {
+    "networks": ("network", "mode", "layout", "dtype", "batch", "size", "threads", "regime",
+                 "contender", "base", "machine"),
+    "cpu": ("op", "mode", "dtype", "shape", "layout", "contender", "threads", "regime", "machine"),
+    "fallbacks": ("world", "kind", "op", "dtype", "layout", "mode", "regime", "machine"),
+    "calibration": ("network", "layout", "batch", "size", "batches", "contender", "regime",
+                    "machine"),
+    "use/throughput": ("network", "shape", "batches", "regime", "machine"),
+    "use/statistics": ("data", "batch", "seed", "method"),
+}  # fmt: skip
 HISTORY = "history"
 # What every row says, those of the history apart.
 COLUMNS = ("date", "commit", "clean", "machine", "threads", "python", "torch", "code")
@@ -132,8 +144,16 @@ class Rows:
                 raise CitationError(f"there is no file {path}; measure its rows")
             with path.open(encoding="utf-8", newline="") as file:
                 reader = csv.DictReader(file)
-                self._files[name] = [Row(path, reader.line_num, line) for line in reader]
+                found = [Row(path, reader.line_num, line) for line in reader]
+            self._files[name] = _newest(found, IDENTITY.get(name, ()))
         return self._files[name]
+
+
+def _newest(rows: list[Row], identity: tuple[str, ...]) -> list[Row]:
+    """Return the last row of each identity; all rows where there is none."""
+    if not identity:
+        return rows
+    return list({tuple(row[column] for column in identity): row for row in rows}.values())
 
 
 def _words(filters: Filters) -> str:

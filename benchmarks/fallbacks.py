@@ -1,25 +1,21 @@
 """Measure what serves where the native kernels do not, against the same thing by torch.nn.
 
-    python benchmarks/fallbacks.py                              # measure what is not measured yet
-    python benchmarks/fallbacks.py --page docs/fallbacks.md     # and write the table
+    python benchmarks/fallbacks.py      # every cell that has no row yet
 
-Each cell is timed in pairs, ours and torch's in random order, in one process; a row holds the
-median of the ratios (above 1, ours is slower) and an interval that holds it with 95 %. Cells of
-"no native module" run in a process where the module cannot be imported. Memory that is freed is
-kept (``bn.recycle_memory``): otherwise fresh pages go to whichever of the two allocates after the
-heap has shrunk. A cell that has a row of this commit, machine, torch and number of threads is not
+Each cell is timed in pairs, ours and torch's in random order, in one process and on one thread; a
+row holds the median of the ratios (above 1, ours is slower) and an interval that holds it with
+95 %. Cells of "no native module" run in a process where the module cannot be imported. The
+allocator keeps freed pages (the regime "kept"): otherwise fresh pages go to whichever of the two
+allocates after the heap has shrunk. A cell that has a row of this code, machine and torch is not
 measured again.
 """
 
 import argparse
-import csv
 import random
-import re
 import statistics
 import subprocess
 import sys
 import warnings
-from math import comb
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm.benchmark.measure import cpu_clock
-from batchnorm.benchmark.rows import circumstances
-from batchnorm.files import write_atomically
+from batchnorm.benchmark.measure import cpu_clock, interval
+from batchnorm.benchmark.regimes import KEPT, enter
+from batchnorm.benchmark.rows import append, circumstances, read
 
 ROWS = Path(__file__).parent / "data" / "fallbacks" / "rows.csv"
 WORLDS = {"no native module": ["--without-native"], "native module": []}
@@ -155,7 +151,7 @@ def step(module: Any, x: Tensor, residual: Tensor | None, dy: Tensor, mode: str)
     return train
 
 
-def measured(cell: Cell, pairs: int, seconds: float) -> dict[str, Any]:
+def measured(cell: Cell, pairs: int, seconds: float, around: dict[str, Any]) -> dict[str, Any]:
     """Return the row of a cell."""
     runs = pair(cell)
     for run in runs:
@@ -174,73 +170,30 @@ def measured(cell: Cell, pairs: int, seconds: float) -> dict[str, Any]:
         **{name: round(value, 3) for name, value in numbers.items()},
         "torch_seconds": round(statistics.median(torchs), 7),
         "pairs": pairs,
-        **circumstances(),
+        "regime": KEPT,
+        **around,
     }
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Return two order statistics between which the median lies with at least 95 %."""
-    ordered, n = sorted(values), len(values)
-    below = [sum(comb(n, i) for i in range(k + 1)) / 2**n for k in range(n)]
-    rank = max((k for k in range(n // 2 + 1) if below[k] <= 0.025), default=0)
-    return ordered[rank], ordered[n - 1 - rank]
-
-
-AROUND = ("commit", "machine", "threads", "torch")
-
-
-def read() -> list[dict[str, str]]:
-    """Return the measured rows."""
-    if not ROWS.exists():
-        return []
-    with ROWS.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+AROUND = ("code", "machine", "threads", "torch")
 
 
 def measure(world: str, pairs: int, seconds: float) -> None:
     """Append a row for every cell of a world that has none."""
-    bn.recycle_memory()
+    torch.set_num_threads(1)
     around = circumstances()
     key = tuple(str(around[name]) for name in AROUND)
     done = {
         Cell(*(row[name] for name in Cell._fields))
-        for row in read()
+        for row in read(ROWS)
         if tuple(row[name] for name in AROUND) == key
     }
-    ROWS.parent.mkdir(parents=True, exist_ok=True)
     for cell in cells(world):
         if cell in done:
             continue
-        row = measured(cell, pairs, seconds)
-        new = not ROWS.exists()
-        with ROWS.open("a", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(row), lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        row = measured(cell, pairs, seconds, around)
+        append(ROWS, row)
         print(", ".join(cell), f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]")
-
-
-def table(rows: list[dict[str, str]]) -> str:
-    """Return the rows of the last measurement as Markdown."""
-    last = rows[-1]
-    rows = [row for row in rows if all(row[name] == last[name] for name in AROUND)]
-    found = [
-        "{machine}, {threads} threads, torch {torch}, commit {commit}".format(**last),
-        "",
-        "Time of ours over torch.nn's, with a 95 % interval; freed memory is kept:",
-        "",
-        "| serves | call | input | training step | evaluation |",
-        "| --- | --- | --- | ---: | ---: |",
-    ]
-    lines: dict[tuple[str, ...], dict[str, str]] = {}
-    for row in rows:
-        call = row["op"] if row["kind"] == "layer" else f"{row['op']}, {row['kind']}"
-        line = lines.setdefault((row["world"], call, f"{row['dtype']} {row['layout']}"), {})
-        line[row["mode"]] = f"{float(row['ratio']):.2f} [{row['low']}, {row['high']}]"
-    for what, line in lines.items():
-        found.append(f"| {' | '.join(what)} | {line.get('train', '–')} | {line.get('eval', '–')} |")
-    return "\n".join(found)
 
 
 def main() -> None:
@@ -248,23 +201,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--pairs", type=int, default=15, help="measurements of each cell")
+    parser.add_argument("--pairs", type=int, default=9, help="measurements of each cell")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of one measurement")
-    parser.add_argument("--page", type=Path, help="write the table between its marks in this page")
     parser.add_argument("--world", choices=WORLDS, help=argparse.SUPPRESS)
     parser.add_argument("--without-native", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    enter(KEPT)
     if options.world:
         measure(options.world, options.pairs, options.seconds)
         return
     for world, flags in WORLDS.items():
         given = ["--world", world, "--pairs", str(options.pairs), "--seconds", str(options.seconds)]
         subprocess.run([sys.executable, __file__, *given, *flags], check=True)  # noqa: S603
-    if options.page:
-        marks = re.compile(r"(<!-- fallbacks -->\n).*?(<!-- /fallbacks -->)", re.DOTALL)
-        text = options.page.read_text(encoding="utf-8")
-        fresh = table(read())
-        write_atomically(options.page, marks.sub(lambda m: f"{m[1]}\n{fresh}\n\n{m[2]}", text))
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    around = {"threads": 1, **circumstances()}
+    around = circumstances()
     rows: list[dict[str, Any]] = []
     for folder in (None, options.fashion) if options.fashion else (None,):
         images = load_images(folder)

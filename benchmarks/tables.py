@@ -11,23 +11,24 @@ from inline import digits
 
 REGIMES = ("default", "kept")
 # A network is a name, a batch and a size; a cell is that, a mode, a layout and a number format.
-RESNET50, MOBILENET = ("resnet50", "16", "224"), ("mobilenet_v2", "16", "224")
-MLPS = [("mlp", batch, "32") for batch in ("16", "128", "256")]
-RESNET18 = ("resnet18", "2", "32")
+RESNET50, MOBILENET = ("resnet50", "8", "160"), ("mobilenet_v2", "8", "160")
+MLP, RESNET18 = ("mlp", "128", "32"), ("resnet18", "2", "32")
 Cell = tuple[tuple[str, str, str], str, str, str]
 NETWORKS: list[Cell] = [
-    *((net, "train", layout, "fp32") for net in (RESNET50, MOBILENET)
-      for layout in ("nchw", "channels_last")),
-    *((net, "train", "nchw", "bf16") for net in (RESNET50, MOBILENET)),
-    *((net, "train", "nchw", "fp32") for net in (*MLPS, RESNET18)),
-    *((net, "eval", layout, "fp32") for net in (RESNET50, MOBILENET)
-      for layout in ("nchw", "channels_last")),
-    *((net, "eval", "nchw", "fp32") for net in (*MLPS, RESNET18)),
+    (net, mode, layout, "fp32")
+    for mode in ("train", "eval")
+    for net in (RESNET50, MOBILENET, RESNET18, MLP)
+    for layout in (("nchw",) if net == MLP else ("nchw", "channels_last"))
+]
+ABLATED = [cell for cell in NETWORKS if cell[1] == "train"]
+SAVING = [cell for cell in ABLATED if cell[0] in (RESNET50, MOBILENET) and cell[2] == "nchw"]
+# Beside float32 on one thread, measured where memory is kept.
+OTHERS = [(net, dtype, threads) for net in (RESNET50, MOBILENET, RESNET18, MLP)
+          for dtype, threads in (("bf16", "1"), ("fp32", "2"))]  # fmt: skip
+COMPILED = (MOBILENET, RESNET18, MLP)
+PARTS = [
+    "eager", "layers", "deferred", "sequences", "converted", "converted, pool off", "save_memory"
 ]  # fmt: skip
-COMPILED = [cell for cell in NETWORKS if cell[3] == "fp32"]
-ABLATED = [cell for cell in NETWORKS if cell[0] in (RESNET50, MOBILENET) and cell[3] == "fp32"]
-PARTS = ["eager", "layers", "deferred", "sequences", "converted", "converted, pool off"]
-OTHERS = ["save_memory", "compile", "compile converted"]
 
 TITLES = {
     "resnet50": "ResNet-50",
@@ -97,29 +98,28 @@ def both(what: str) -> list[str]:
 
 
 class Network:
-    """A cell of networks/rows.csv: its contenders in both regimes."""
+    """A cell of networks/rows.csv, which remembers its rows."""
 
-    def __init__(self, rows: Rows, cell: Cell) -> None:
+    def __init__(self, rows: Rows, cell: Cell, threads: str = "1") -> None:
         (self.network, batch, size), self.mode, self.layout, self.dtype = cell
         self.rows, self.cited = rows, list[Row]()
         self.filters = {"network": self.network, "batch": batch, "size": size, "mode": self.mode,
-                        "layout": self.layout, "dtype": self.dtype}  # fmt: skip
+                        "layout": self.layout, "dtype": self.dtype, "threads": threads}  # fmt: skip
         self.title = f"{TITLES[self.network]}, {batch} of {size}²"
 
-    def row(self, contender: str, regime: str) -> Row:
+    def row(self, contender: str, regime: str, base: str = "eager") -> Row:
         """Return the row of a contender."""
-        filters = {**self.filters, "contender": contender, "regime": regime}
+        filters = {**self.filters, "contender": contender, "regime": regime, "base": base}
         self.cited.append(self.rows.one("networks", filters))
         return self.cited[-1]
 
-    def ratios(self, *contenders: str) -> list[str]:
-        """Return the ratios to eager, both regimes of a contender side by side."""
-        return [ratio(self.row(name, regime)) for name in contenders for regime in REGIMES]
+    def ratios(self, contender: str) -> list[str]:
+        """Return the ratios to eager in both regimes."""
+        return [ratio(self.row(contender, regime)) for regime in REGIMES]
 
     def words(self) -> list[str]:
         """Return the cell in words."""
-        how = [WORDS[self.layout], *([WORDS[self.dtype]] if self.dtype != "fp32" else [])]
-        return [self.title, WORDS[self.mode], ", ".join(how)]
+        return [self.title, WORDS[self.mode], WORDS[self.layout]]
 
 
 def _with_place(
@@ -136,44 +136,57 @@ def networks(rows: Rows) -> str:
     return _with_place(["network", "mode", "layout", *both("× eager")], cells, lines, 3)
 
 
+def others(rows: Rows) -> str:
+    """Return what conversion gains in bfloat16 and on two threads."""
+    cells = [
+        Network(rows, (net, "train", "nchw", dtype), threads) for net, dtype, threads in OTHERS
+    ]
+    lines = []
+    for cell, (_, dtype, threads) in zip(cells, OTHERS, strict=True):
+        how = WORDS.get(dtype, f"float32, {threads} threads")
+        found = [ratio(cell.row(name, "kept")) for name in ("layers", "converted")]
+        lines.append([cell.title, how, *found])
+    head = ["training step, contiguous, memory kept", "", "layers alone", "converted"]
+    return _with_place(head, cells, lines, 2)
+
+
 def compiled(rows: Rows) -> str:
-    """Return what compiling gains, of the original and of the converted network."""
-    cells = [Network(rows, cell) for cell in COMPILED]
-    lines = [[*cell.words(), *cell.ratios("compile", "compile converted")] for cell in cells]
-    head = ["network", "mode", "layout", *both("compiled"), *both("converted and compiled")]
-    return _with_place(head, cells, lines, 3)
+    """Return what a converted network gains under torch.compile over the compiled original."""
+    cells = [Network(rows, (net, "train", "nchw", "fp32")) for net in COMPILED]
+    lines = [
+        [cell.title, ratio(cell.row("compile converted", "kept", "compile"))] for cell in cells
+    ]
+    head = ["training step, contiguous, memory kept", "× compiled original"]
+    return _with_place(head, cells, lines, 1)
 
 
 def saved(rows: Rows) -> str:
     """Return what save_memory saves, and what that costs."""
-    cells = [Network(rows, cell) for cell in ABLATED if cell[1] == "train" and cell[2] == "nchw"]
-    lines = []
+    cells, lines = [Network(rows, cell) for cell in SAVING], []
     for cell in cells:
         eager, saving = (cell.row(name, "default") for name in ("eager", "save_memory"))
         share = saving.number("saved_bytes") / eager.number("saved_bytes")
-        bytes_ = [
-            megabytes(row, c) for c in ("saved_bytes", "peak_bytes") for row in (eager, saving)
-        ]
-        lines.append([cell.title, *bytes_[:2], f"{100 * share:.0f} %", *bytes_[2:],
-                      *cell.ratios("save_memory")])  # fmt: skip
+        kept = [megabytes(row, "saved_bytes") for row in (eager, saving)]
+        names = ("eager", "converted", "save_memory")
+        peaks = [megabytes(cell.row(name, "default"), "peak_bytes") for name in names]
+        lines.append([cell.title, *kept, f"{100 * share:.0f} %", *peaks])
     head = ["training step", "saved for backward: torch", "converted, saving", "share",
-            "peak: torch", "converted, saving", *both("× eager")]  # fmt: skip
+            "peak: torch", "converted", "converted, saving"]  # fmt: skip
     return _with_place(head, cells, lines, 1)
 
 
 def ablation(rows: Rows) -> str:
-    """Return every contender of the large networks, with page faults."""
+    """Return every contender of every network, with page faults."""
     cells, lines = [Network(rows, cell) for cell in ABLATED], []
     for cell in cells:
-        names = PARTS if cell.mode == "eval" else [*PARTS, *OTHERS]
-        for name in names:
+        for name in PARTS:
             pair = [cell.row(name, regime) for regime in REGIMES]
             faults = [digits(row.number("faults"), 0) for row in pair]
             times = [seconds(row, "median") for row in pair]
-            lines.append([*cell.words(), name, *times, *map(ratio, pair), *faults])
-    head = ["network", "mode", "layout", "contender", *both("step"), *both("× eager"),
+            lines.append([cell.title, WORDS[cell.layout], name, *times, *map(ratio, pair), *faults])
+    head = ["network", "layout", "contender", *both("step"), *both("× eager"),
             *both("page faults")]  # fmt: skip
-    return _with_place(head, cells, lines, 4)
+    return _with_place(head, cells, lines, 3)
 
 
 def fallbacks(rows: Rows) -> str:
@@ -197,6 +210,7 @@ def fallbacks(rows: Rows) -> str:
 
 BLOCKS: dict[str, Callable[[Rows], str]] = {
     "networks": networks,
+    "networks-others": others,
     "compiled": compiled,
     "saved": saved,
     "ablation": ablation,

@@ -2,9 +2,10 @@
 
     python benchmarks/throughput_of_use.py --out benchmarks/data/use/throughput.csv
 
-A plain forward in training mode without gradients, and ``upstream="batch"``, in turns; medians of
-one thread's times. Small networks and batches show Python's share: each has many batches, as its
-data would. Needs torchvision for the residual networks.
+A plain forward in training mode without gradients, and ``upstream="batch"``, in turns on one
+thread, with an allocator that keeps freed pages; medians, and a 95 % interval of the ratio. Small
+networks and batches show Python's share: each has many batches, as its data would. Needs
+torchvision for the residual networks.
 """
 
 import argparse
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
+from batchnorm.benchmark.measure import interval
+from batchnorm.benchmark.regimes import KEPT, enter
 from batchnorm.benchmark.rows import circumstances
 from statistics_of_use import network, ours, write
 
@@ -63,8 +66,10 @@ CASES: tuple[tuple[str, Callable[[], nn.Module], tuple[int, ...], int], ...] = (
 )
 
 
-def compare(make: Callable[[], nn.Module], data: list[Tensor], rounds: int) -> tuple[float, float]:
-    """Median seconds of a plain forward over the data, and of a calibration."""
+def compare(
+    make: Callable[[], nn.Module], data: list[Tensor], rounds: int
+) -> tuple[list[float], list[float]]:
+    """Seconds of plain forwards over the data, and of calibrations."""
     model = make().train()
 
     @torch.no_grad()
@@ -82,18 +87,21 @@ def compare(make: Callable[[], nn.Module], data: list[Tensor], rounds: int) -> t
             work()
             if number:  # the first warms up
                 found.append(time.perf_counter() - start)
-    a, b = (statistics.median(found) for found in times)
-    return a, b
+    return times
 
 
 def throughput(rounds: int) -> Iterable[dict[str, Any]]:
     """Rows of all cases."""
     for name, make, shape, number in CASES:
         torch.manual_seed(0)
-        a, b = compare(make, [torch.randn(shape) for _ in range(number)], rounds)
+        plain, ours = compare(make, [torch.randn(shape) for _ in range(number)], rounds)
+        ratios = [one / other for one, other in zip(plain, ours, strict=True)]
+        low, high = interval(ratios)
         row = {
             "network": name, "shape": "x".join(map(str, shape)), "batches": number,
-            "plain_seconds": a, "calibrate_seconds": b, "ratio": a / b,
+            "plain_seconds": statistics.median(plain), "calibrate_seconds": statistics.median(ours),
+            "ratio": statistics.median(ratios), "low": low, "high": high, "pairs": rounds,
+            "regime": KEPT,
         }  # fmt: skip
         print(row, flush=True)
         yield row
@@ -104,8 +112,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/data/use/throughput.csv"))
     options = parser.parse_args()
+    enter(KEPT)
     torch.set_num_threads(1)
-    around = {"threads": 1, **circumstances()}
+    around = circumstances()
     write(list(throughput(options.rounds)), options.out, around=around)
 
 

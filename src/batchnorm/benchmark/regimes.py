@@ -10,6 +10,7 @@ tunables tell it to map nothing separately and to return nothing.
 import ctypes.util
 import os
 import platform
+import sys
 from pathlib import Path
 
 from batchnorm.errors import OptionError
@@ -37,13 +38,25 @@ def variables(regime: str) -> dict[str, str]:
         )
     for name in _TCMALLOC:
         if found := ctypes.util.find_library(name):
-            return {"LD_PRELOAD": " ".join(filter(None, (found, os.environ.get("LD_PRELOAD"))))}
+            others = os.environ.get("LD_PRELOAD", "").split()
+            return {"LD_PRELOAD": " ".join(dict.fromkeys([found, *others]))}
     if platform.libc_ver()[0] == "glibc":
         return {"GLIBC_TUNABLES": _TUNABLES}
     raise OptionError(
         "the memory regime 'kept' needs tcmalloc or glibc; this system has neither: install "
         "tcmalloc (gperftools), or measure with regime 'default'"
     )
+
+
+def enter(regime: str) -> None:
+    """Start this script again in a regime, unless it runs with the variables of that already.
+
+    Raises:
+        OptionError: If the regime cannot be had here.
+    """
+    wanted = variables(regime)
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | wanted)  # noqa: S606
 
 
 def allocator() -> str:
