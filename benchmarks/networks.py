@@ -115,7 +115,7 @@ def sample(cell: Cell, contender: str, count_saved: bool) -> Sample:
     for _ in range(3):  # the first pass looks, the second fuses, the heap has then found its size
         run()
     taken, faults, started = list[float](), list[int](), time.perf_counter()
-    while len(taken) < 3 or time.perf_counter() - started < 0.2:
+    while len(taken) < 3 or time.perf_counter() - started < 1.0:
         fault, start = page_faults(), time.perf_counter()
         run()
         taken.append(time.perf_counter() - start)
@@ -214,10 +214,11 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", default=[], help="words of a cell's name, or contenders"
     )
+    parser.add_argument("--again", action="store_true", help="measure what has rows already too")
     parser.add_argument("--pairs", type=int, default=7, help="processes of each contender")
     options = parser.parse_args()
     print("code", code_hash())
-    had = done()
+    had = set() if options.again else done()
     for cell, contenders in plan():
         words = {*map(str, cell), *contenders}
         missing = [c for c in contenders[1:] if (*map(str, cell), c) not in had]

@@ -31,16 +31,25 @@ def timed(cell):
     return {**cell, **times, **ends, "pairs": "7", **AROUND}
 
 
+def network(cell, contender, regime, threads="1", base="eager"):
+    (name, batch, size), mode, layout, dtype = cell
+    row = {
+        "network": name, "mode": mode, "layout": layout, "dtype": dtype, "batch": batch,
+        "size": size, "regime": regime, "contender": contender, "base": base,
+    }  # fmt: skip
+    numbers = {"saved_bytes": "1319000000", "peak_bytes": "1980000000", "threads": threads}
+    return timed(row) | numbers
+
+
 def networks():
-    for (name, batch, size), mode, layout, dtype in tables.NETWORKS:
-        names = tables.PARTS + ([] if mode == "eval" and name != "resnet18" else tables.OTHERS)
-        for contender in dict.fromkeys([*names, "compile", "compile converted"]):
-            for regime in tables.REGIMES:
-                cell = {
-                    "network": name, "mode": mode, "layout": layout, "dtype": dtype,
-                    "batch": batch, "size": size, "regime": regime, "contender": contender,
-                }  # fmt: skip
-                yield timed(cell) | {"saved_bytes": "1319000000", "peak_bytes": "1980000000"}
+    for cell in tables.NETWORKS:
+        for contender, regime in itertools.product(tables.PARTS, tables.REGIMES):
+            yield network(cell, contender, regime)
+    for net, dtype, threads in tables.OTHERS:
+        for contender in ("layers", "converted"):
+            yield network((net, "train", "nchw", dtype), contender, "kept", threads)
+    for net in tables.COMPILED:
+        yield network((net, "train", "nchw", "fp32"), "compile converted", "kept", base="compile")
 
 
 def cpu():

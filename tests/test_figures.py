@@ -59,7 +59,7 @@ def networks(root):
 def cited_line(root):
     lines = networks(root).read_text().splitlines()
     return next(
-        line for line in lines if line.startswith("resnet50,train,nchw,fp32,16,224,kept,conv")
+        line for line in lines if line.startswith("resnet50,train,nchw,fp32,8,160,kept,conv")
     )
 
 
@@ -150,13 +150,23 @@ def test_a_row_that_does_not_tell_its_code_fails(root, check):
     assert "networks/rows.csv:1: rows must say code" in said
 
 
-def test_two_rows_of_one_cell_fail(root, check):
+def test_selection_of_two_rows_fails(root, check):
     line = cited_line(root)
-    edit(networks(root), line, line + "\n" + line.replace("abcdef0", "fedcba0"))
+    edit(networks(root), line, line + "\n" + line.replace(",8,160,", ",16,160,"))
     status, said = check()
     assert status == 1
     assert "has 2 rows with" in said
-    assert "differ in commit" in said
+    assert "differ in batch" in said
+
+
+def test_of_two_rows_of_one_cell_the_later_one_counts(root, check):
+    line = cited_line(root)
+    with networks(root).open("a") as file:
+        file.write(line.replace("abcdef0", "fedcba0") + "\n")
+    status, said = check()
+    assert status == 1
+    assert "rows say" in said
+    assert "fedcba0" in said
 
 
 @pytest.mark.parametrize(
@@ -210,7 +220,7 @@ def test_a_constant_without_a_reason_fails(root, check):
 
 def test_history_is_for_decisions_alone(root, check):
     synthetic_rows.write(root / "benchmarks" / "data" / "history", ["networks/rows.csv"])
-    old = f"It took <!--row history/{CONVERTED} mode=train dtype=fp32 layout=nchw : ratio-->…<!--/row-->."
+    old = f"It took <!--row history/{CONVERTED} mode=train dtype=fp32 layout=nchw threads=1 : ratio-->…<!--/row-->."
     decision = root / "docs" / "decisions" / "0001-a.md"
     decision.write_text(f"# A\n\n{old}\n")
     assert figures.main(["--root", str(root)]) == 0
