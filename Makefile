@@ -66,6 +66,8 @@ $(TRITON)/ready: requirements/triton.txt | $(READY)
 coverage: $(READY)
 	$(PY) -m pytest -m "not cuda" --cov --cov-report=term
 
+# In two memory regimes: "kept" preloads tcmalloc (Debian: apt install libtcmalloc-minimal4), or else
+# sets glibc's tunables. Networks are measured by benchmarks/networks.py.
 bench: $(READY)
 	$(PY) -m batchnorm bench --out benchmarks/data/latest
 
