@@ -23,7 +23,7 @@ LEVELS = [
     {"nn"},
     {"models", "environment"},
     {"observation", "fusion"},
-    {"memory"},
+    {"graph", "memory"},
     {"calibration", "surgery", "report"},
     {"demo", "benchmark", "integrations"},
     {"cli"},

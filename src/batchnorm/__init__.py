@@ -1,6 +1,7 @@
 """Batch normalization for PyTorch that simply works."""
 
 from batchnorm import functional as functional
+from batchnorm import graph as graph
 from batchnorm.calibration.averaging import merge_states as merge_states
 from batchnorm.calibration.calibrate import calibrate as calibrate
 from batchnorm.calibration.result import Calibration as Calibration
@@ -9,6 +10,7 @@ from batchnorm.estimators.decayed import Decayed as Decayed
 from batchnorm.estimators.running import Cumulative as Cumulative
 from batchnorm.estimators.running import Running as Running
 from batchnorm.estimators.window import LastBatches as LastBatches
+from batchnorm.graph.report import fused as fused
 from batchnorm.models import use_estimate as use_estimate
 from batchnorm.moments import Moments as Moments
 from batchnorm.moments import merge as merge

@@ -63,28 +63,68 @@ def forward(
     ):
         return None
     act = layer.activation if act is None else act
-    given = (layer, x, axis, weight, bias, residual, act)
+    given = (x, axis, weight, bias, residual, act)
+    buffers, eps, training = layer._buffers, layer.eps, layer.training
+    mean, var = buffers.get("running_mean"), buffers.get("running_var")
     try:
-        if layer.training and type(layer.statistics) is not Frozen:
-            return _train(*given, found)
-        return _evaluate(*given)
+        if not training or type(layer.statistics) is Frozen:
+            return _evaluate(*given, mean, var, eps, training)
+        if type(layer.statistics) is not Batch or layer._bank is not None:
+            return None
+        counter, tracks = buffers.get("num_batches_tracked"), layer.track_running_stats
+        if tracks and mean is not None and counter is None:
+            return None
+        return _train(*given, mean, var, counter, layer.momentum, eps, tracks, found)
+    except UnservedError:
+        return None
+
+
+def call(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    counter: Tensor | None,
+    residual: Tensor | None,
+    act: Activation,
+) -> Tensor | None:
+    """Return act(F.batch_norm(x, ...) + residual) and step the counter, or None as ``forward``.
+
+    The tensors belong to no layer: a captured graph passes them.
+    """
+    if type(x) is not Tensor or x.layout is not torch.strided or x.dim() < 2 or not is_calm():
+        return None
+    if type(weight) not in _PLAIN or type(bias) not in _PLAIN or type(residual) not in _PLAIN:
+        return None
+    if residual is not None and residual.layout is not torch.strided:
+        return None
+    given = (x, 1, weight, bias, residual, act, running_mean, running_var)
+    try:
+        if training:
+            return _train(*given, counter, momentum, eps, True, None)
+        return _evaluate(*given, eps, False)
     except UnservedError:
         return None
 
 
 def _evaluate(
-    layer: Any,
     x: Tensor,
     axis: int,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     act: Activation,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    training: bool,
 ) -> Tensor | None:
     """Normalize by the stored statistics: in evaluation, and in training if they are frozen."""
-    buffers, eps = layer._buffers, layer.eps
-    mean, var = buffers.get("running_mean"), buffers.get("running_var")
-    if mean is None or var is None or not (0 < eps < torch.inf if layer.training else eps >= 0):
+    if mean is None or var is None or not (0 < eps < torch.inf if training else eps >= 0):
         return None
     graph = torch.is_grad_enabled() and _needs_grad(x, weight, bias, residual)
     backend = likely(x)
@@ -114,26 +154,27 @@ def _evaluate(
 
 
 def _train(
-    layer: Any,
     x: Tensor,
     axis: int,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     act: Activation,
+    mean: Tensor | None,
+    var: Tensor | None,
+    counter: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    tracks: bool,
     found: list[Tensor] | None,
 ) -> Tensor | None:
-    momentum, eps = layer.momentum, layer.eps
-    plain = type(layer.statistics) is Batch and layer._bank is None
-    if not plain or not 0 < eps < torch.inf or x.numel() <= x.size(axis):
+    """Normalize by the batch; where it tracks, move the stored statistics and the counter."""
+    if not 0 < eps < torch.inf or x.numel() <= x.size(axis):
         return None
-    buffers = layer._buffers
-    mean, var = buffers.get("running_mean"), buffers.get("running_var")
-    counter = buffers.get("num_batches_tracked")
     backend = likely(x)
     if backend is None and found is None and is_torchs(x):
-        stored = (mean, var, counter)
-        return _train_by_torch(layer, x, axis, weight, bias, residual, act, *stored)
+        stored = (mean, var, counter, momentum, eps, tracks)
+        return _train_by_torch(x, axis, weight, bias, residual, act, *stored)
     if momentum is None:
         return None
     if backend is None:
@@ -142,8 +183,8 @@ def _train(
         if not (counts and _fits(x, axis, weight, bias, residual, mean, var)):
             return None
     running = None
-    if layer.track_running_stats and mean is not None and not is_recomputing():
-        if not backend.commits or counter is None or mean.is_inference():
+    if tracks and mean is not None and not is_recomputing():
+        if not backend.commits or mean.is_inference():
             return None
         running = (mean, var, counter, momentum)
     elif mean is None and var is not None:
@@ -157,12 +198,11 @@ def _train(
         if found is not None:
             found.append(stats)
     if running is not None:
-        torch._C._increment_version(running[:3])
+        torch._C._increment_version(running[: 2 if counter is None else 3])
     return y
 
 
 def _train_by_torch(
-    layer: Any,
     x: Tensor,
     axis: int,
     weight: Tensor | None,
@@ -172,16 +212,19 @@ def _train_by_torch(
     mean: Tensor | None,
     var: Tensor | None,
     counter: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    tracks: bool,
 ) -> Tensor | None:
     """Do a training step with torch's kernels, which move the running statistics as well."""
     if not _is_for_torch(x, residual, mean, var):
         return None
-    step, momentum = None, layer.momentum
-    if mean is not None and var is not None and layer.track_running_stats:
-        if counter is None or mean.is_inference():
+    step = None
+    if mean is not None and var is not None and tracks:
+        if mean.is_inference():
             return None
         if momentum is None:
-            if not counter.is_cpu:  # to read it would wait for the device
+            if counter is None or not counter.is_cpu:  # to read it would wait for the device
                 return None
             momentum = 1 / (int(counter) + 1)
         if is_recomputing():  # with copies: checkpointing wants as many saved tensors as before
@@ -191,7 +234,7 @@ def _train_by_torch(
     # Torch checks sizes and devices before it changes anything. To check them here first would cost
     # a small layer a tenth of its time.
     try:
-        y = torch_norm.forward(x, weight, bias, residual, act, layer.eps, axis, step)
+        y = torch_norm.forward(x, weight, bias, residual, act, eps, axis, step)
     except RuntimeError:
         return None  # the general way says what is wrong
     if step is not None and counter is not None:

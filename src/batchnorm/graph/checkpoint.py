@@ -1,0 +1,66 @@
+"""Regions of ``torch.utils.checkpoint`` in a captured graph that is run eagerly.
+
+Dynamo captures a region as a graph of its own behind a ``tag_activation_checkpoint`` node, which
+passes buffers as arguments. Run as it is, a step of the running statistics inside it changes what
+the node has saved, and backward raises a version error. Here the node becomes a call of
+``torch.utils.checkpoint.checkpoint``, and tensors that the region writes to are bound by closure.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import checkpoint
+
+from batchnorm.graph.step import step
+
+TAG = torch.ops.higher_order.tag_activation_checkpoint
+# What step writes to: running_mean, running_var and the counter, by position.
+_MOVED = (1, 2, 8)
+
+
+def regions(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModule]]:
+    """Yield the nodes that call checkpointed regions, and the graphs of these."""
+    for node in gm.graph.find_nodes(op="call_function", target=TAG):
+        body: Any = node.args[0]
+        yield node, gm.get_submodule(body.target)  # type: ignore[misc]
+
+
+def run_eagerly(node: fx.Node, body: fx.GraphModule) -> None:
+    """Let a node call torch's checkpoint; the body's own nodes have been rewritten before."""
+    written = tuple(
+        index
+        for index, given in enumerate(body.graph.find_nodes(op="placeholder"))
+        if any(_writes(user, given) for user in given.users)
+    )
+    options = {**node.kwargs, "use_reentrant": False}
+    if (context_fn := body.meta.get("_checkpoint_context_fn")) is not None:
+        options["context_fn"] = context_fn
+    node.kwargs = {}
+    node.target = _region(written, options)
+
+
+def _region(written: tuple[int, ...], options: dict[str, Any]) -> Callable[..., Any]:
+    """Return a function that calls a region, some of whose arguments it writes to."""
+
+    def checkpointed(body: Callable[..., Any], *args: Any) -> Any:
+        bound = {index: args[index] for index in written}
+        free = [value for index, value in enumerate(args) if index not in bound]
+
+        def run(*given: Any) -> Any:
+            rest = iter(given)
+            return body(*(bound[i] if i in bound else next(rest) for i in range(len(args))))
+
+        return checkpoint(run, *free, **options)
+
+    return checkpointed
+
+
+def _writes(user: fx.Node, given: fx.Node) -> bool:
+    """Return whether a node writes to one of its arguments."""
+    if user.target is step:
+        return any(user.args[position] is given for position in _MOVED)
+    name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+    inplace = name.endswith("_") and not name.endswith("__")
+    return bool(user.args) and user.args[0] is given and (inplace or name.startswith("i"))

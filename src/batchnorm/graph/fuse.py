@@ -1,0 +1,237 @@
+"""The pass over a captured graph: each normalization becomes one call with what follows it.
+
+The graph is Dynamo's: calls of PyTorch's API as they were written, each with a fake tensor as its
+example (``meta["example_value"]``), before anything is differentiated. ``F.batch_norm`` of a
+``torch.nn`` layer, or of one of ours, and the step of its ``num_batches_tracked`` become a call of
+``step``; the addition and the activation that its result alone goes to become arguments of it.
+"""
+
+import inspect
+import operator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from batchnorm.graph import checkpoint
+from batchnorm.graph.step import step
+from batchnorm.ops import recognize
+from batchnorm.ops.activations import IDENTITY
+
+_SIGNATURE = inspect.signature(F.batch_norm)
+_WRITTEN = {operator.add: torch.add, operator.iadd: Tensor.add_}
+# Arguments of step, by position.
+_RESIDUAL, _ACT = 9, 10
+# Nodes that change the meaning of the nodes after them.
+_SWITCHES = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode",
+             "_exit_inference_mode")  # fmt: skip
+
+
+class Normalization(NamedTuple):
+    """A normalization of a graph.
+
+    Attributes:
+        tensors: Statistics, weight and bias, as nodes of the outermost graph.
+        partners: What was fused with it: "add", and the activation's name.
+        reason: Why what follows was not.
+    """
+
+    tensors: tuple[fx.Node, ...]
+    partners: tuple[str, ...]
+    reason: str
+
+
+def fuse(gm: fx.GraphModule) -> list[Normalization]:
+    """Rewrite the normalizations of a graph, and of the checkpointed regions in it."""
+    found: list[Normalization] = []
+    for node, body in checkpoint.regions(gm):
+        given = zip(body.graph.find_nodes(op="placeholder"), node.args[1:], strict=True)
+        outer: dict[Any, Any] = dict(given)
+        found += [
+            inside._replace(tensors=tuple(outer[one] for one in inside.tensors))
+            for inside in fuse(body)
+        ]
+        checkpoint.run_eagerly(node, body)
+    nodes = [_taken(node) for node in _normalizations(gm.graph)]
+    # The last comes first: of two that are added, it is the one for which the other is there.
+    for node in reversed(nodes):
+        partners: list[str] = []
+        while not isinstance(name := _absorb(gm.graph, node), Refusal):
+            partners.append(name)
+        tensors = tuple(one for one in node.args[1:5] if isinstance(one, fx.Node))
+        found.append(Normalization(tensors, tuple(partners), str(name)))
+    gm.recompile()
+    return found
+
+
+class Refusal(str):
+    """Why an operation is not fused."""
+
+    __slots__ = ()
+
+
+def _normalizations(graph: fx.Graph) -> list[fx.Node]:
+    return list(graph.find_nodes(op="call_function", target=F.batch_norm))
+
+
+def _taken(node: fx.Node) -> fx.Node:
+    """Make a call of F.batch_norm, and the counter of its layer, one call of ``step``."""
+    given = _SIGNATURE.bind(*node.args, **node.kwargs)
+    given.apply_defaults()
+    counter = _counted(node) if given.arguments["training"] else None
+    node.target = step
+    counted = None if counter is None else counter.args[0]
+    node.args = (*given.arguments.values(), counted, None, IDENTITY)
+    node.kwargs = {}
+    if counter is not None:
+        node.graph.erase_node(counter)
+    return node
+
+
+def _counted(node: fx.Node) -> fx.Node | None:
+    """Return the step of the counter that belongs to a layer's call, if nothing else reads it."""
+    layer = _layer(node)
+    if layer is None:
+        return None
+    for other in node.graph.find_nodes(op="call_method", target="add_"):
+        if _layer(other) != layer or other.args[1:] != (1,) or other.users or other.kwargs:
+            continue
+        counter: Any = other.args[0]
+        example = _example(counter)
+        given = counter.op in ("placeholder", "get_attr") and isinstance(example, Tensor)
+        if given and example.ndim == 0 and example.dtype == torch.int64:
+            return other
+    return None
+
+
+def _layer(node: fx.Node) -> Any:
+    """Return what identifies the module that a node was written in."""
+    stack = node.meta.get("nn_module_stack")
+    return None if not stack else list(stack.items())[-1]
+
+
+def _absorb(graph: fx.Graph, node: fx.Node) -> str:
+    """Take one operation into a normalization; return its name, or a Refusal."""
+    *_, residual, act = node.args
+    if act != IDENTITY:
+        return Refusal("")
+    if len(node.users) != 1:
+        return Refusal(f"its result goes to {len(node.users)} operations")
+    (follower,) = node.users
+    found = _read(follower, node)
+    if found is None:
+        return Refusal(f"it is followed by {_name(follower)}")
+    if not _alike(follower, node):
+        return Refusal(f"{_name(follower)} changes shape, dtype, device or requires_grad")
+    if switch := _switched(node, follower):
+        return Refusal(f"{switch} lies between it and {_name(follower)}")
+    args = list(node.args)
+    if found.residual is None:
+        name, args[_ACT] = found.act.name, found.act
+    elif residual is not None:
+        return Refusal("it is followed by a second addition")
+    elif refusal := _missing(found.residual, node, follower):
+        return Refusal(refusal)
+    else:
+        name, args[_RESIDUAL] = "add", found.residual
+    node.args = tuple(args)
+    follower.replace_all_uses_with(node)
+    graph.erase_node(follower)
+    return name
+
+
+def _read(call: fx.Node, y: fx.Node) -> recognize.Absorbable | None:
+    """Read a call of the graph; a residual in what is returned is a node."""
+    target: Any = call.target
+    func: Any = getattr(Tensor, target, None) if call.op == "call_method" else target
+    func = _WRITTEN.get(func, func)
+    # A sum in place of a value that nothing else reads is a sum.
+    if func is Tensor.add_ and call.args[0] is not y and _is_alone(call.args[0], call):
+        func = torch.add
+    # The reader compares tensors by identity; a slope that is computed is none of its arguments.
+    nodes = {id(_example(node)): node for node in call.all_input_nodes}
+    if not all(isinstance(_example(node), Tensor) for node in nodes.values()):
+        return None
+    args, kwargs = fx.map_arg((call.args, call.kwargs), _example)
+    found = recognize.recognize(func, args, kwargs, lambda value: value is _example(y))
+    if found is None or found.target is not _example(y):
+        return None
+    if found.residual is None:
+        return found
+    return found._replace(residual=nodes[id(found.residual)])
+
+
+def _alike(one: fx.Node, other: fx.Node) -> bool:
+    """Whether two tensors are interchangeable but for their values; also as to gradients."""
+    a, b = _example(one), _example(other)
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return False
+    return _kind(a) == _kind(b) and a.requires_grad == b.requires_grad
+
+
+def _switched(node: fx.Node, follower: fx.Node) -> str:
+    """Return the name of a node between two that switches autocast or gradients."""
+    between = node.next
+    while between is not follower:
+        if (name := _name(between)) in _SWITCHES:
+            return name
+        between = between.next
+    return ""
+
+
+def _missing(residual: fx.Node, node: fx.Node, follower: fx.Node) -> str:
+    """Return why a summand cannot be read where the normalization stands; "" if it can."""
+    if _kind(_example(residual)) != _kind(_example(follower)):
+        return "what is added is broadcast, or of another dtype or device"
+    if not residual < node:
+        return "what is added is computed after it"
+    for one in _aliases(residual, follower):
+        if any(node < user < follower for user in one.users if user.target is not operator.getitem):
+            return "what is added is used, or written to, between it and the addition"
+    return ""
+
+
+def _is_alone(node: Any, user: fx.Node) -> bool:
+    """Whether a tensor was computed here, and nothing but ``user`` sees its memory."""
+    if not isinstance(node, fx.Node) or not node.op.startswith("call") or len(node.users) != 1:
+        return False
+    source = node.args[0] if node.target is operator.getitem else node
+    return not _aliases(node, user) - {node, source}
+
+
+def _aliases(node: fx.Node, end: fx.Node) -> set[fx.Node]:
+    """Return the nodes before ``end`` that have the same memory, or are tuples with some of it."""
+    memory = _memory(_example(node))
+    return {
+        other
+        for other in node.graph.nodes
+        if other < end and any(_memory(leaf) == memory for leaf in _leaves(_example(other)))
+    }
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, list | tuple):
+        return [leaf for part in value for leaf in _leaves(part)]
+    return [value]
+
+
+def _example(node: fx.Node) -> Any:
+    return node.meta.get("example_value")
+
+
+def _name(node: fx.Node) -> str:
+    if node.op == "output":
+        return "the end of the graph"
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.layout
+
+
+def _memory(value: Any) -> int | None:
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return None
+    address: int = value.untyped_storage()._cdata
+    return address
