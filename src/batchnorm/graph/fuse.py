@@ -42,17 +42,23 @@ class Normalization(NamedTuple):
     reason: str
 
 
-def fuse(gm: fx.GraphModule) -> list[Normalization]:
-    """Rewrite the normalizations of a graph, and of the checkpointed regions in it."""
+def fuse(gm: fx.GraphModule, eager: bool = True) -> list[Normalization]:
+    """Rewrite the normalizations of a graph, and of the checkpointed regions in it.
+
+    Args:
+        gm: The graph.
+        eager: Whether it is then run as it is, and regions call torch's checkpoint.
+    """
     found: list[Normalization] = []
     for node, body in checkpoint.regions(gm):
         given = zip(body.graph.find_nodes(op="placeholder"), node.args[1:], strict=True)
         outer: dict[Any, Any] = dict(given)
         found += [
             inside._replace(tensors=tuple(outer[one] for one in inside.tensors))
-            for inside in fuse(body)
+            for inside in fuse(body, eager)
         ]
-        checkpoint.run_eagerly(node, body)
+        if eager:
+            checkpoint.run_eagerly(node, body)
     nodes = [_taken(node) for node in _normalizations(gm.graph)]
     # The last comes first: of two that are added, it is the one for which the other is there.
     for node in reversed(nodes):
@@ -94,13 +100,16 @@ def _counted(node: fx.Node) -> fx.Node | None:
     layer = _layer(node)
     if layer is None:
         return None
+    other: fx.Node
     for other in node.graph.find_nodes(op="call_method", target="add_"):
         if _layer(other) != layer or other.args[1:] != (1,) or other.users or other.kwargs:
             continue
         counter: Any = other.args[0]
         example = _example(counter)
+        # Whoever reads it, as a cumulative average does, reads it at that place.
+        read = any(user.target != "add_" for user in counter.users)
         given = counter.op in ("placeholder", "get_attr") and isinstance(example, Tensor)
-        if given and example.ndim == 0 and example.dtype == torch.int64:
+        if given and not read and example.ndim == 0 and example.dtype == torch.int64:
             return other
     return None
 

@@ -35,11 +35,13 @@ _SEEN: dict[int, tuple[weakref.ref[Tensor], Fused]] = {}
 
 
 class Run:
-    """A graph that is run eagerly, and tells which layers its normalizations belong to."""
+    """A graph, compiled or not, that tells which layers its normalizations belong to."""
 
-    def __init__(self, gm: fx.GraphModule, found: list[Normalization]) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, found: list[Normalization], run: Callable[..., Any]
+    ) -> None:
         places = {node: index for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-        self._forward: Callable[..., Any] = gm.forward
+        self._forward = run
         self._known = [
             (index, Fused("fused" if one.partners else "alone", one.partners, one.reason))
             for one in found

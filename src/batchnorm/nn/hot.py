@@ -198,7 +198,8 @@ def _train(
         if found is not None:
             found.append(stats)
     if running is not None:
-        torch._C._increment_version(running[: 2 if counter is None else 3])
+        moved = running[:2] if counter is None else running[:3]
+        torch._C._increment_version(moved)  # type: ignore[arg-type]
     return y
 
 

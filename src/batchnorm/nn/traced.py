@@ -1,7 +1,9 @@
-"""The common case in a graph that is being made, with as few questions as possible.
+"""The common case in a graph that is being made: ``F.batch_norm`` and the step of the counter.
 
-Every question is a guard of what ``torch.compile`` makes, asked again at every call. As in ``hot``,
-everything else, and every error, takes the general way in ``base``; both mean the same.
+These are the nodes of ``torch.nn``'s own layers, so that a graph needs nothing of this library and
+a pass over it (``graph.fuse``) takes both alike. Every question is a guard of what
+``torch.compile`` makes, asked again at every call, so there are few. As in ``hot``, all else,
+and every error, takes the general way in ``base``; both mean the same.
 """
 
 from typing import Any
@@ -10,10 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchnorm.estimators.running import average
-from batchnorm.ops import graphs
 from batchnorm.ops.activations import Activation
-from batchnorm.ops.backend import is_torchs_device
 from batchnorm.ops.onlookers import is_transformed
 from batchnorm.sources.batch import Batch
 
@@ -61,18 +60,8 @@ def _train(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
         return None
     mean, var = layer.running_mean, layer.running_var
     tracks = layer.track_running_stats and mean is not None
-    if is_torchs_device(x.device):
-        stored = (mean, var) if tracks else (None, None)
-        affine = (layer.weight, layer.bias)
-        y: Tensor = F.batch_norm(x, *stored, *affine, True, alpha, eps)  # type: ignore[call-arg]
-        if tracks and layer.num_batches_tracked is not None:
-            layer.num_batches_tracked.add_(1)
-        return _rest(layer, y, residual)
-    y, stats = graphs.forward(x, layer.weight, layer.bias, residual, *layer.activation, eps, 1)
-    if tracks:
-        mean.copy_(average(mean, stats[0], alpha))
-        n = x.numel() // x.size(1)
-        var.copy_(average(var, stats[1] * (n / (n - 1)), alpha))
-        if layer.num_batches_tracked is not None:
-            layer.num_batches_tracked.add_(1)
-    return y
+    stored = (mean, var) if tracks else (None, None)
+    y: Tensor = F.batch_norm(x, *stored, layer.weight, layer.bias, True, alpha, eps)  # type: ignore[call-arg]
+    if tracks and layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(1)
+    return _rest(layer, y, residual)

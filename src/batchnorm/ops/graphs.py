@@ -1,4 +1,4 @@
-"""The operations of a training step under ``torch.compile`` and ``torch.export``.
+"""The operations of a training step in a graph that Inductor compiles (``graph.inner``).
 
 ``forward`` with its gradient, and ``backward``. A graph calls them once a layer, and small layers
 are many: there is little between PyTorch's dispatcher and the kernels.
@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from batchnorm import layout
 from batchnorm.errors import UnservedError
-from batchnorm.ops import inductor, reference
+from batchnorm.ops import reference
 from batchnorm.ops.activations import IDENTITY, Activation
 from batchnorm.ops.backend import likely
 from batchnorm.ops.eager import dtype_of, kept_beside, to_parameters
@@ -46,7 +46,6 @@ def in_graphs(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
 
 
 def _fake_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    inductor.enlist()  # a graph with this operation is being recorded
     stats = x.new_empty(6, x.shape[rest[-1]], dtype=layout.compute_dtype(x))
     return torch.empty_like(x), stats
 

@@ -1,11 +1,10 @@
 """Three routes, one meaning.
 
 *Fast*: plain eager tensors go straight to a backend (``eager``), or to torch's own kernels where
-no kernels of ours serve their device (``torch_norm``). *Compile*: while a graph is being
-traced, training is one opaque op (``graphs``; Inductor opens it where the input is ``small``) and
-evaluation is ``aten.batch_norm``, so that an exported graph needs nothing of ours. *Everything
-else* (torch.func, forward AD, masks, odd tensors, broadcast residuals): the plain operations of
-``reference``.
+no kernels of ours serve their device (``torch_norm``). *Graph*: while a graph is being traced, it
+is ``aten.batch_norm`` and plain operations, so that an exported graph needs nothing of ours.
+*Everything else* (torch.func, forward AD, masks, odd tensors, broadcast residuals): the plain
+operations of ``reference``.
 """
 
 import torch
@@ -16,9 +15,9 @@ from torch.nn import Parameter
 from batchnorm import layout
 from batchnorm import moments as _moments
 from batchnorm.moments import Moments
-from batchnorm.ops import eager, graphs, reference, torch_norm
+from batchnorm.ops import eager, reference, torch_norm
 from batchnorm.ops.activations import IDENTITY
-from batchnorm.ops.backend import is_torchs, is_torchs_device, select
+from batchnorm.ops.backend import is_torchs, select
 from batchnorm.ops.call import Call
 from batchnorm.ops.onlookers import is_calm, is_traced, is_transformed
 
@@ -52,15 +51,13 @@ def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
         y = _aten(call, None, None)
         mean, m2 = reference.moments(call.x.detach(), call.axis)
         return y, Moments(count, mean, m2)
-    elif is_traced() and is_torchs_device(call.x.device) and not is_transformed():
+    elif is_traced() and not is_transformed():
         x = call.x
         mean, var = torch.zeros(
             2, x.shape[call.axis], dtype=layout.compute_dtype(x), device=x.device
         )
         y = _aten(call, mean, var, 1.0)
         return y, Moments.of_variance(count, mean, var, correction=1)
-    elif call.same_residual and torch.compiler.is_compiling() and not is_transformed():
-        y, stats = graphs.forward(*given, *call.act, *rest)
     else:
         y, stats = reference.forward(*given, call.act, *rest)
     return y, Moments.of_variance(count, stats[0], stats[1])

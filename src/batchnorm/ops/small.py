@@ -79,25 +79,3 @@ def _total(x: Tensor, axis: int) -> Tensor:
 
 def _summed(x: Tensor, axis: int) -> Tensor:
     return _total(x.to(_moments.wide(x.device)), axis).to(x.dtype)
-
-
-def _forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    slope: float,
-    eps: float,
-    axis: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    act = Activation(activation, slope)
-    return Forward.apply(x, weight, bias, residual, act, eps, axis)  # type: ignore[no-any-return]
-
-
-# An operation in name only: whatever differentiates a graph finds what it is made of. A function
-# would do, but graphs that call one are not cached.
-LIBRARY = torch.library.Library("batchnorm", "FRAGMENT")
-LIBRARY.define("forward_small" + torch.library.infer_schema(_forward, mutates_args=()))
-LIBRARY.impl("forward_small", _forward, "CompositeImplicitAutograd")
-forward = torch.ops.batchnorm.forward_small.default

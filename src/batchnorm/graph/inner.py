@@ -1,0 +1,79 @@
+"""The pass in front of Inductor: ``options={"inner": "inductor"}``.
+
+A training step becomes our operation, which Inductor calls; of small inputs it is plain operations,
+which Inductor fuses with their neighbours. Evaluation stays ``F.batch_norm``, the addition and the
+activation: Inductor writes one loop for them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from batchnorm.estimators.running import average
+from batchnorm.graph import checkpoint
+from batchnorm.graph.step import step
+from batchnorm.ops import graphs, small
+from batchnorm.ops.activations import Activation
+
+# Elements of an image, and of (N, C), see docs/decisions/0012-compile.md.
+MOST_SMALL, MOST_SMALL_ROWS = 3 << 14, 1 << 18
+
+
+def compiled(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Let Inductor compile a graph in which ``fuse`` has found the normalizations."""
+    from torch._inductor.compile_fx import compile_fx  # an import of seconds
+
+    lower(gm)
+    return compile_fx(gm, example_inputs)  # type: ignore[arg-type, return-value]
+
+
+def lower(gm: fx.GraphModule) -> None:
+    """Replace the eager route by operations that can be traced."""
+    for _, body in checkpoint.regions(gm):
+        lower(body)
+    for node in gm.graph.find_nodes(op="call_function", target=step):
+        node.target = traceable
+    gm.recompile()
+
+
+def traceable(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    counter: Tensor | None,
+    residual: Tensor | None,
+    act: Activation,
+) -> Tensor:
+    """Do what ``step`` does, by operations that Inductor's tracer follows."""
+    if not training:
+        y: Tensor = F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+        return act(y if residual is None else y + residual)
+    given = (x, weight, bias, residual)
+    if _is_small(x):
+        y, mean, var = small.Forward.apply(*given, act, eps, 1)
+    else:
+        y, stats = graphs.forward(*given, *act, eps, 1)
+        mean, var = stats[0], stats[1]
+    if running_mean is not None and running_var is not None:
+        n = x.numel() // x.size(1)
+        running_mean.copy_(average(running_mean, mean, momentum))
+        running_var.copy_(average(running_var, var * (n / (n - 1)), momentum))
+        if counter is not None:
+            counter.add_(1)
+    return y
+
+
+def _is_small(x: Tensor) -> bool:
+    if x.device.type != "cpu" or x.element_size() > 4:
+        return False
+    elements = x.numel()
+    return isinstance(elements, int) and 0 < elements <= (
+        MOST_SMALL_ROWS if x.ndim == 2 else MOST_SMALL
+    )
