@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from batchnorm.benchmark import cases, contenders, measure, rows
-from batchnorm.ops import cuda_choice, triton_plan
+from batchnorm.ops import triton_plan
 
 Options = argparse.Namespace
 
@@ -95,26 +95,6 @@ def emptied(options: Options) -> None:
     """Give memory back between contenders."""
     if options.device != "cpu":
         torch.cuda.empty_cache()
-
-
-def choices(options: Options) -> Iterator[dict[str, Any]]:
-    """Both backends on plain BN, as the table of the automatic choice holds them."""
-    around = rows.circumstances(options.device)
-    kept = [r for r in rows.read_rows(cuda_choice.TABLE) if r.machine != around["machine"]]
-    clock = measure.clock_of(options.device)
-    shapes = {(8, 4, 3, 3): True} if options.tiny else cases.CUDA_SHAPES
-    given = {"ops": ("bn",), "modes": ("train", "eval"), "dtypes": ("bf16",)}
-    for case in cases.cases(shapes, **given, device=options.device):
-        if options.over(0.95):
-            return
-        runs = {"copy": measure.copy_run(case), **contenders.backends(case, ("triton", "aten"))}
-        timings = measure.interleaved(runs, 0.05, 20, clock)
-        kept += rows.rows_of(case, timings, {}, around)
-        rows.write_rows(options.out / "choices.csv", kept)
-        ours = timings["triton"].median
-        rivals = {name: timings[name].median / ours for name in ("eager", "aten")}
-        yield {"case": str(case), "triton ms": ours * 1e3, **rivals}
-        emptied(options)
 
 
 def sweep(options: Options) -> Iterator[dict[str, Any]]:

@@ -72,16 +72,6 @@ def of_cells(folder: Path) -> Iterator[Found]:
                 )
 
 
-def of_choices(folder: Path) -> Iterator[Found]:
-    """Yield how plain BN does by whoever is faster."""
-    for cell in cells(folder, "choices.csv"):
-        if "eager" in cell:
-            best = min(cell[name].median for name in ("triton", "aten"))
-            eager = cell["eager"]
-            where = f"{eager.shape} {eager.layout} {eager.mode}"
-            yield Found("bn, the better of both, times eager", 1.0, eager.median / best, where)
-
-
 def of_networks(folder: Path) -> Iterator[Found]:
     """Yield what ResNet-50 gains."""
     found = {
@@ -111,7 +101,7 @@ def tell(folders: list[Path]) -> None:
     """Print the worst of each goal, and whether it is good enough."""
     worst: dict[str, Found] = {}
     for folder in folders:
-        for part in (of_cells, of_choices, of_networks, of_bounds):
+        for part in (of_cells, of_networks, of_bounds):
             for one in part(folder):
                 worst[one.goal] = min(worst.get(one.goal, one), one, key=lambda found: found.value)
     print("== goals")

@@ -1,7 +1,7 @@
 """All that only a GPU can tell, in calls of less than ten minutes.
 
     PYTHONPATH=src OUT=first python benchmarks/cuda_session.py
-    PYTHONPATH=src OUT=second python benchmarks/cuda_session.py --parts choices compiled sweep more
+    PYTHONPATH=src OUT=second python benchmarks/cuda_session.py --parts compiled sweep more
 
 Needs torch, triton and numpy, and neither the native module nor other packages. Parts run
 in order of what matters and one that fails does not end the rest; none is begun after --minutes.
@@ -15,13 +15,11 @@ both calls together: python benchmarks/cuda_goals.py first second
     cells      BN, BN+ReLU, BN+add+ReLU on ResNet-50's shapes, batch 256, bf16 -> cells.csv
     networks   a training step of ResNet-50 and an EfficientNet-like net, and its peak memory, as
                it is, converted, with save_memory, and by torch.compile -> networks.csv
-    choices    who serves plain BN: the Triton kernels or torch's own -> choices.csv
     compiled   the largest of them beside torch.compile, default and max-autotune -> compiled.csv
     sweep      the constants of ops/triton_plan.py, one at a time -> sweep.csv
     more       evaluation, contiguous and fp32 cells -> more.csv
 
-What ``choices`` writes is the table that the automatic choice reads, with the rows of other devices
-kept; to take it over: cp second/choices.csv src/batchnorm/ops/choices.csv
+The Triton kernels serve in all of it, by ``bn.use_backend("triton")``; "eager" is torch.nn.
 
 Without a GPU, ``TRITON_INTERPRET=1 ... --device cpu --tiny`` walks the same code on tiny tensors,
 which shows that it runs and nothing else.
@@ -52,17 +50,17 @@ from batchnorm.ops import aten, backend, cuda
 
 sys.path.insert(0, str(Path(__file__).parent))
 import cuda_goals
-from cuda_cells import cells, choices, compiled, more, sweep
+from cuda_cells import cells, compiled, more, sweep
 from cuda_checks import bits, correct, graph, large
 from cuda_networks import networks
 
 # Parts that write their rows themselves.
-ROWS = ("cells", "choices", "compiled", "more")
+ROWS = ("cells", "compiled", "more")
 Options = argparse.Namespace
 
 # In order of what matters, and what the second call is for.
 FIRST = {part.__name__: part for part in (correct, bits, graph, large, cells, networks)}
-SECOND = {part.__name__: part for part in (choices, compiled, sweep, more)}
+SECOND = {part.__name__: part for part in (compiled, sweep, more)}
 PARTS = FIRST | SECOND
 
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from batchnorm.ops import cuda_choice
-from batchnorm.ops.backend import BACKENDS, UNAVAILABLE
+from batchnorm.ops.backend import BACKENDS, PROMISES, UNAVAILABLE
 from batchnorm.version import __version__
 
 PACKAGES = ("torch", "triton", "numpy", "matplotlib", "rich", "safetensors", "jax")
@@ -18,8 +17,8 @@ def env() -> dict[str, Any]:
 
     Returns:
         ``python``, ``machine``, ``threads``, ``packages`` (name -> version or None), ``cuda``
-        (device names), ``backends`` (name -> "available" or the reason why not), ``choice`` (what
-        decides between those for CUDA).
+        (device names), ``backends`` (name -> "available" or the reason why not), ``promises`` (name
+        of a backend -> what holds where it serves).
     """
     cuda = torch.cuda.is_available()
     return {
@@ -31,7 +30,7 @@ def env() -> dict[str, Any]:
         if cuda
         else [],
         "backends": {**dict.fromkeys(BACKENDS, "available"), **UNAVAILABLE},
-        "choice": cuda_choice.said(),
+        "promises": {name: PROMISES[name] for name in BACKENDS},
     }
 
 

@@ -85,7 +85,10 @@ def _contender(case: Case, name: str) -> Run:
         from batchnorm.benchmark.with_jax import jax_step
 
         return jax_step(case)
-    module: Any = Ours(case) if name == "ours" else Eager(case, inplace=name == "eager in place")
+    # On a GPU torch's own kernels serve by default, which is what eager is.
+    backend = None if case.device == "cpu" else "triton"
+    ours = name == "ours"
+    module: Any = Ours(case, backend) if ours else Eager(case, inplace=name == "eager in place")
     module = module.to(case.device)
     if name in COMPILED[case.device]:
         torch.compiler.reset()

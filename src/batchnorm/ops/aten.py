@@ -1,11 +1,11 @@
 """Torch's own kernels, seen as the other backends are: those that ``F.batch_norm`` runs.
 
-They serve calls that need a backend (``bn.save_memory``, ``bn.Synced``, graphs) where there are no
-kernels of ours, calls on CUDA where they were measured to be faster (``cuda_choice``), and those
-that ask for them by name. A plain call of a layer takes ``torch_norm`` instead. Mean and variance
-come from ``batch_norm_update_stats``, which hands out the variance itself: from the
-float32 1 / sqrt(var + eps) of ``native_batch_norm`` no variance that is small next to eps could be
-had. An addition and an activation are operations of their own, as in any torch program.
+They serve calls that need a backend (``bn.save_memory``, ``bn.Synced``) on CUDA and where there are
+no kernels of ours, and those that ask for them by name. A plain call of a layer takes
+``torch_norm`` instead. Mean and variance come from ``batch_norm_update_stats``, which hands out the
+variance itself: from the float32 1 / sqrt(var + eps) of ``native_batch_norm`` no variance that is
+small next to eps could be had. An addition and an activation are operations of their own, as in any
+torch program.
 
 Torch's CUDA kernel sums in float32, by Welford's recurrence in each thread: the mean may be off by
 a few roundings instead of one, and the variance by more than 1e-6 where |mean| / std is 1000 or

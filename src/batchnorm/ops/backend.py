@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import BackendError
-from batchnorm.ops import aten, cuda, cuda_choice, reference
+from batchnorm.ops import aten, cuda, reference
 
 NO_NATIVE = """\
 batchnorm has no native module: it {reason}. Layers on the CPU are then computed by torch's own \
@@ -52,19 +52,22 @@ else:
 BACKENDS["aten"] = aten
 BACKENDS["reference"] = reference
 
-# Between Triton and torch's kernels, measured rows decide. Triton's interpreter serves only where
-# it is asked for by name.
-_interpreted = _missing is None and cuda.interprets()
-_order = tuple(
-    cuda_choice if one is cuda else one
-    for one in BACKENDS.values()
-    if one is not cuda or not _interpreted
-)
+# What serves by itself. The Triton kernels have not been measured on a GPU: they serve where
+# ``use_backend("triton")`` asks for them.
+_order = tuple(one for one in BACKENDS.values() if one is not cuda)
 
 _cpu = BACKENDS.get("cpu")
 
-# The types of devices for which there are kernels of ours.
-_DEVICES = {"cpu": _cpu is not None, "cuda": _missing is None and not _interpreted}
+# What each backend promises, for bn.env() and the documents.
+PROMISES = {
+    "cpu": "variance to a relative 1e-6 whatever the mean, the same bits for any number of "
+    "threads, any pair of dtypes; no masks",
+    "triton": "sums in float64, the same bits in every run, any pair of dtypes; no masks; not "
+    "measured on a GPU, so by name only",
+    "aten": "the accuracy and the bits of torch.nn; parameters are cast to the arithmetic's dtype; "
+    "no masks",
+    "reference": "any input, masks, the transforms of torch.func, any derivative; sums in float64",
+}
 
 _forced: str | None = None
 
@@ -141,7 +144,7 @@ def is_torchs_device(device: torch.device) -> bool:
     """Return whether there are no kernels of ours for a device, or "aten" was asked for."""
     if _forced is not None:
         return _forced == "aten"
-    return not _DEVICES.get(device.type, False)
+    return device.type != "cpu" or _cpu is None
 
 
 def wrap_with(wrap: Callable[[Any], Any]) -> None:

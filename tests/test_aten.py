@@ -1,9 +1,6 @@
-"""Torch's own kernels as a backend, on the CPU, where they mean the same; and who is chosen by rows."""
+"""Torch's own kernels as a backend, on the CPU, where they mean the same."""
 
-import copy
-import csv
 import itertools
-from dataclasses import fields
 
 import pytest
 import torch
@@ -11,11 +8,8 @@ from torch import nn
 
 import batchnorm as bn
 import oracle
-from batchnorm.benchmark.cases import Case as Cell
-from batchnorm.benchmark.measure import Timing
-from batchnorm.benchmark.rows import Row, rows_of, write_rows
 from batchnorm.errors import BackendError
-from batchnorm.ops import aten, backend, cuda, cuda_choice
+from batchnorm.ops import aten, backend, cuda
 from batchnorm.ops.activations import IDENTITY, Activation
 from test_ops import ACTS, COARSE, EPS, Case, check_gradients, plain
 
@@ -100,114 +94,6 @@ def test_the_aten_backend_says_why_it_declines_a_call():
         assert backend.chosen(x) is aten
         with pytest.raises(BackendError, match="on axis 2"):
             backend.chosen(x, axis=2)
-
-
-@pytest.fixture
-def table(tmp_path, monkeypatch):
-    """Write measured rows: (case, seconds of triton, seconds of aten)."""
-    monkeypatch.setattr(cuda_choice, "TABLE", tmp_path / "choices.csv")
-
-    def write(*cells, **around):
-        rows = []
-        for cell, triton, torchs in cells:
-            times = {"triton": triton, "aten": torchs, "eager": 1.0, "copy": 1.0}
-            timings = {name: Timing(t, t, t, 5) for name, t in times.items()}
-            rows += rows_of(cell, timings, {}, {**AROUND, **around})
-        write_rows(cuda_choice.TABLE, rows)
-        cuda_choice.faster.cache_clear()
-
-    yield write
-    cuda_choice.faster.cache_clear()
-
-
-def cell(shape, op="bn", mode="train", dtype="bf16", last=False):
-    return Cell(op, mode, dtype, shape, last)
-
-
-def who(x, mode="train", act=IDENTITY, adds=False, weight=None, axis=1):
-    return cuda_choice.served(mode, x, weight, None, act, adds, axis)
-
-
-def test_the_table_that_is_kept_is_one_of_rows():
-    with cuda_choice.TABLE.open() as file:
-        assert next(csv.reader(file)) == [field.name for field in fields(Row)]
-    measured = cuda_choice.read()
-    assert bn.env()["choice"] == cuda_choice.said()
-    assert measured or "nothing was measured" in bn.env()["choice"]
-
-
-def test_whoever_was_faster_serves(table):
-    x = torch.randn(32, 64, 8, 8).bfloat16()
-    table()
-    assert who(x) is cuda and "nothing" in cuda_choice.said()
-    table((cell((32, 64, 8, 8)), 2.0, 1.0), (cell((8192, 1024)), 1.0, 2.0))
-    assert who(x) is aten and "cpu" in cuda_choice.said()
-    assert who(torch.randn(8192, 1024).bfloat16()) is cuda
-    # A tie is not worth the digits.
-    table((cell((32, 64, 8, 8)), 1.02, 1.0))
-    assert who(x) is cuda
-    # Another machine's rows say nothing.
-    table((cell((32, 64, 8, 8)), 2.0, 1.0), machine="a GPU")
-    assert who(x) is cuda and "a GPU" in cuda_choice.said()
-
-
-def test_a_row_speaks_for_its_kind_and_size_only(table):
-    table((cell((32, 64, 8, 8)), 2.0, 1.0), (cell((32, 64, 8, 8), "bn+add+relu"), 1.0, 2.0))
-    x = torch.randn(32, 64, 8, 8).bfloat16()
-    assert who(x) is who(x.half()) is who(torch.randn(40, 100, 8, 9).bfloat16()) is aten
-    for other in (
-        who(x, "eval"),
-        who(x, act=RELU),
-        who(x, act=RELU, adds=True),
-        who(x.contiguous(memory_format=torch.channels_last)),
-        who(x.float()),
-        who(torch.randn(32, 1024, 8, 8).bfloat16()),
-        who(torch.randn(512, 64, 8, 8).bfloat16()),
-        who(torch.randn(2048, 64).bfloat16()),
-        who(x, weight=torch.ones(64).bfloat16()),  # which torch's kernels decline
-        who(x, axis=2),
-    ):
-        assert other is cuda
-    # Of two rows of one size, both must agree.
-    table((cell((32, 64, 8, 8)), 2.0, 1.0), (cell((40, 64, 8, 8)), 1.0, 2.0))
-    assert who(x) is cuda
-
-
-def test_all_of_a_call_goes_where_the_rows_say(table, monkeypatch):
-    cells = [(cell((32, 64, 8, 8), op, mode), 2.0, 1.0)
-        for op in ("bn", "bn+relu", "bn+add+relu") for mode in ("train", "eval")]  # fmt: skip
-    table(*cells)
-    monkeypatch.setattr(cuda_choice, "serves", lambda *_: None)
-    monkeypatch.setattr(backend, "_order", (cuda_choice,))
-    monkeypatch.setattr(backend, "_cpu", None)
-    monkeypatch.setitem(backend._DEVICES, "cpu", True)
-    calls = []
-    for name in ("forward", "evaluate", "backward"):
-        genuine = getattr(aten, name)
-        monkeypatch.setattr(aten, name, lambda *a, n=name, f=genuine: calls.append(n) or f(*a))
-    ours = bn.BatchNorm2d(64)
-    theirs = copy.deepcopy(nn.BatchNorm2d(64))
-    x = torch.randn(32, 64, 8, 8).bfloat16().requires_grad_()
-    other, dy = x.detach().clone().requires_grad_(), torch.randn(32, 64, 8, 8).bfloat16()
-    y = ours(x)
-    y.backward(dy)
-    expected = theirs(other)
-    expected.backward(dy)
-    with torch.no_grad():
-        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=2e-2, atol=2e-2)
-    assert calls == ["forward", "backward", "evaluate"]
-    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(x.grad, other.grad, rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-3, atol=1e-2)
-    for one, buffer in zip(ours.buffers(), theirs.buffers(), strict=True):
-        torch.testing.assert_close(one, buffer, rtol=1e-3, atol=1e-4)
-    # With an addition, whose y alone is kept for backward, too.
-    fused = bn.BatchNorm2d(64, activation="relu")
-    fused(x, x.detach()).backward(dy)
-    assert calls[3:] == ["forward", "backward"]
-    # And with an activation alone, whose y is not kept.
-    fused(x).backward(dy)
-    assert calls[5:] == ["forward", "backward"]
 
 
 def test_without_a_compiler_the_kernels_decline_before_the_first_launch(monkeypatch):
