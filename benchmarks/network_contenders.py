@@ -87,8 +87,8 @@ def without_pool(model: nn.Module) -> nn.Module:
     return bn.convert(model)
 
 
-def compiled(model: nn.Module) -> nn.Module:
-    return torch.compile(model, dynamic=False)  # type: ignore[return-value]
+def compiled(model: nn.Module, **options: Any) -> nn.Module:
+    return torch.compile(model, dynamic=False, **options)  # type: ignore[return-value]
 
 
 # Each is made in a process of its own, which it may change.
@@ -100,7 +100,12 @@ CONTENDERS: dict[str, Callable[[nn.Module], Any]] = {
     "converted": bn.convert,
     "converted, pool off": without_pool,
     "save_memory": lambda model: bn.save_memory(bn.convert(model)),
+    "dynamo": lambda model: compiled(model, backend="eager"),
+    "graph": lambda model: compiled(model, backend=bn.graph.backend),
     "compile": compiled,
     "compile converted": lambda model: compiled(bn.convert(model)),
+    "graph, inductor": lambda model: compiled(
+        model, backend=bn.graph.backend, options={"inner": "inductor"}
+    ),
     "bare": bare,
 }

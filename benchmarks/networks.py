@@ -46,7 +46,8 @@ ABLATION = (
     "save_memory",
 )
 BRIEF = ("eager", "layers", "converted")
-COMPILED = ("compile", "compile converted")
+GRAPHS = ("eager", "dynamo", "layers", "graph")
+COMPILED = ("compile", "compile converted", "graph, inductor")
 
 
 class Cell(NamedTuple):
@@ -89,6 +90,8 @@ def plan() -> Iterator[tuple[Cell, tuple[str, ...]]]:
     for name in SIZES:
         yield cell(name, dtype="bf16"), BRIEF
         yield cell(name, threads=2), BRIEF
+    for name, layout, regime in each():
+        yield cell(name, layout=layout, regime=regime), GRAPHS
     for name in ("mlp", "resnet18", "mobilenet_v2"):
         yield cell(name), COMPILED
 

@@ -25,7 +25,6 @@ SAVING = [cell for cell in ABLATED if cell[0] in (RESNET50, MOBILENET) and cell[
 # Beside float32 on one thread, measured where memory is kept.
 OTHERS = [(net, dtype, threads) for net in (RESNET50, MOBILENET, RESNET18, MLP)
           for dtype, threads in (("bf16", "1"), ("fp32", "2"))]  # fmt: skip
-COMPILED = (MOBILENET, RESNET18, MLP)
 PARTS = [
     "eager", "layers", "deferred", "sequences", "converted", "converted, pool off", "save_memory"
 ]  # fmt: skip
@@ -150,16 +149,6 @@ def others(rows: Rows) -> str:
     return _with_place(head, cells, lines, 2)
 
 
-def compiled(rows: Rows) -> str:
-    """Return what a converted network gains under torch.compile over the compiled original."""
-    cells = [Network(rows, (net, "train", "nchw", "fp32")) for net in COMPILED]
-    lines = [
-        [cell.title, ratio(cell.row("compile converted", "kept", "compile"))] for cell in cells
-    ]
-    head = ["training step, contiguous, memory kept", "× compiled original"]
-    return _with_place(head, cells, lines, 1)
-
-
 def saved(rows: Rows) -> str:
     """Return what save_memory saves, and what that costs."""
     cells, lines = [Network(rows, cell) for cell in SAVING], []
@@ -211,7 +200,6 @@ def fallbacks(rows: Rows) -> str:
 BLOCKS: dict[str, Callable[[Rows], str]] = {
     "networks": networks,
     "networks-others": others,
-    "compiled": compiled,
     "saved": saved,
     "ablation": ablation,
     "fallbacks": fallbacks,

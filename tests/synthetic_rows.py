@@ -31,11 +31,11 @@ def timed(cell):
     return {**cell, **times, **ends, "pairs": "7", **AROUND}
 
 
-def network(cell, contender, regime, threads="1", base="eager"):
+def network(cell, contender, regime, threads="1"):
     (name, batch, size), mode, layout, dtype = cell
     row = {
         "network": name, "mode": mode, "layout": layout, "dtype": dtype, "batch": batch,
-        "size": size, "regime": regime, "contender": contender, "base": base,
+        "size": size, "regime": regime, "contender": contender, "base": "eager",
     }  # fmt: skip
     numbers = {"saved_bytes": "1319000000", "peak_bytes": "1980000000", "threads": threads}
     return timed(row) | numbers
@@ -48,8 +48,6 @@ def networks():
     for net, dtype, threads in tables.OTHERS:
         for contender in ("layers", "converted"):
             yield network((net, "train", "nchw", dtype), contender, "kept", threads)
-    for net in tables.COMPILED:
-        yield network((net, "train", "nchw", "fp32"), "compile converted", "kept", base="compile")
 
 
 def cpu():
