@@ -6,6 +6,7 @@ the node has saved, and backward raises a version error. Here the node becomes a
 ``torch.utils.checkpoint.checkpoint``, and tensors that the region writes to are bound by closure.
 """
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from batchnorm.graph.step import step
 
 TAG = torch.ops.higher_order.tag_activation_checkpoint
+# Python's operators that write to their first operand: iadd for +=, setitem for x[i] = y.
+_OPERATORS = {
+    getattr(operator, name)
+    for name in dir(operator)
+    if name in ("setitem", "delitem") or (name.startswith("i") and name[1:] in vars(operator))
+}
 # What step writes to: running_mean, running_var and the counter, by position.
 _MOVED = (1, 2, 8)
 
@@ -61,6 +68,8 @@ def _writes(user: fx.Node, given: fx.Node) -> bool:
     """Return whether a node writes to one of its arguments."""
     if user.target is step:
         return any(user.args[position] is given for position in _MOVED)
+    if not user.args or user.args[0] is not given:
+        return False
     name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
     inplace = name.endswith("_") and not name.endswith("__")
-    return bool(user.args) and user.args[0] is given and (inplace or name.startswith("i"))
+    return inplace or user.target in _OPERATORS or user.kwargs.get("inplace") is True
