@@ -21,7 +21,8 @@ TAG = torch.ops.higher_order.tag_activation_checkpoint
 _OPERATORS = {
     getattr(operator, name)
     for name in dir(operator)
-    if name in ("setitem", "delitem") or (name.startswith("i") and name[1:] in vars(operator))
+    if name in ("setitem", "delitem", "iand", "ior")
+    or (name.startswith("i") and name[1:] in vars(operator))
 }
 # What step writes to: running_mean, running_var and the counter, by position.
 _MOVED = (1, 2, 8)
