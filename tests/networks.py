@@ -75,3 +75,51 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "timm cspresnet50": (_timm("cspresnet50"), 40),
     "timm dla34": (_timm("dla34"), 20),
 }
+
+
+def _monai(name: str, **options) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        third_party.torchvision()
+        nets = pytest.importorskip("monai.networks.nets")
+        return getattr(nets, name)(spatial_dims=2, in_channels=3, **options)
+
+    return build
+
+
+def _segmentation(name: str, encoder: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        third_party.timm()
+        smp = pytest.importorskip("segmentation_models_pytorch")
+        return getattr(smp, name)(encoder, encoder_weights=None, classes=4)
+
+    return build
+
+
+_SMALL = {"init_features": 16, "growth_rate": 8, "block_config": (2, 2)}
+_UNET = {"channels": (8, 16, 32), "strides": (2, 2), "num_res_units": 2, "norm": "batch"}
+
+# name -> (builder, normalizations, activations and additions that are fused in a captured graph)
+CAPTURED: dict[str, tuple[Callable[[], nn.Module], int, int, int]] = {
+    "torchvision resnet50": (_torchvision("resnet50"), 53, 49, 16),
+    "torchvision densenet121": (_torchvision("densenet121"), 121, 121, 0),
+    "torchvision vgg11_bn": (_torchvision("vgg11_bn"), 8, 8, 0),
+    "torchvision googlenet": (
+        _torchvision("googlenet", aux_logits=False, init_weights=False), 57, 57, 0
+    ),
+    "torchvision shufflenet": (_torchvision("shufflenet_v2_x0_5"), 56, 37, 0),
+    "torchvision mnasnet": (_torchvision("mnasnet0_5"), 52, 35, 10),
+    "timm efficientnet_b0": (_timm("efficientnet_b0"), 49, 33, 9),
+    "timm hrnet_w18_small": (_timm("hrnet_w18_small"), 91, 67, 30),
+    "timm repvgg_a0": (_timm("repvgg_a0"), 61, 5, 22),
+    "timm legacy_seresnet18": (_timm("legacy_seresnet18"), 20, 17, 0),
+    "timm ghostnet_050": (_timm("ghostnet_050"), 80, 34, 5),
+    "timm resnet26d": (_timm("resnet26d"), 31, 27, 8),
+    "timm mobileone_s0": (_timm("mobileone_s0"), 226, 0, 43),
+    "monai densenet": (_monai("DenseNet", out_channels=4, **_SMALL), 11, 11, 0),
+    "monai unet": (_monai("UNet", out_channels=4, **_UNET), 9, 0, 0),
+    "monai seresnet50": (_monai("SEResNet50", num_classes=4), 53, 33, 0),
+    "segmentation unet": (_segmentation("Unet", "resnet18"), 30, 27, 8),
+    "segmentation fpn": (_segmentation("FPN", "mobilenet_v2"), 52, 35, 10),
+    "segmentation deeplab": (_segmentation("DeepLabV3Plus", "resnet18"), 29, 26, 8),
+    "segmentation unet++": (_segmentation("UnetPlusPlus", "resnet18"), 42, 39, 8),
+}  # fmt: skip

@@ -6,28 +6,73 @@ import pytest
 import torch
 
 import batchnorm as bn
-from captured import assert_same, compiled
-from networks import NETWORKS
+from captured import assert_same, compiled, partners, step
+from networks import CAPTURED, NETWORKS
 
-QUICK = {"mlp", "torchvision densenet", "transformers resnet"}
-MODELS = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS]
+QUICK = {"mlp", "torchvision densenet", "transformers resnet", "segmentation unet"}
+BUILDERS = {name: build for name, (build, *_) in (*NETWORKS.items(), *CAPTURED.items())}
 
 
-@pytest.mark.parametrize("convert", [False, True], ids=["as it is", "converted"])
-@pytest.mark.parametrize("name", MODELS)
-def test_three_steps_in_float64_equal_eager(name, convert):
-    build, least = NETWORKS[name]
-    torch.manual_seed(0)
-    plain = build().double()
-    for module in plain.modules():
+def slow_but(quick, names):
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+def without_dropout(model):
+    for module in model.modules():
         if "drop" in type(module).__name__.lower():
             for rate in ("p", "drop_prob"):
                 if hasattr(module, rate):
                     setattr(module, rate, 0.0)
+    return model
+
+
+def inputs(name, number, dtype):
+    size = 32 if name == "mlp" else 64
+    return [torch.randn(4, 3, size, size, dtype=dtype) for _ in range(number)]
+
+
+@pytest.mark.parametrize("convert", [False, True], ids=["as it is", "converted"])
+@pytest.mark.parametrize("name", slow_but(QUICK, BUILDERS))
+def test_three_steps_in_float64_equal_eager(name, convert):
+    torch.manual_seed(0)
+    plain = without_dropout(BUILDERS[name]()).double()
     model = bn.convert(copy.deepcopy(plain)) if convert else plain
     other = compiled(model, fullgraph=True)
-    size = 32 if name == "mlp" else 64
-    xs = [torch.randn(4, 3, size, size, dtype=torch.float64) for _ in range(3)]
-    found = assert_same(plain, other, xs)
+    found = assert_same(plain, other, inputs(name, 3, torch.float64))
     assert all(one.state != "unseen" for one in found.values()), found
-    assert sum(one.state == "fused" for one in found.values()) >= least
+    if name in NETWORKS:
+        assert sum(one.state == "fused" for one in found.values()) >= NETWORKS[name][1]
+
+
+@pytest.mark.parametrize("name", slow_but({"segmentation unet", "timm resnet26d"}, CAPTURED))
+def test_normalizations_activations_and_additions_of_a_network(name):
+    build, *expected = CAPTURED[name]
+    other = compiled(build(), fullgraph=True)
+    other(*inputs(name, 1, torch.float32))
+    found = list(partners(other).values())
+    added = sum("add" in one for one in found)
+    assert [len(found), sum(map(len, found)) - added, added] == expected
+
+
+def errors(found, exact):
+    """Root mean square over tensors of the relative error, and the errors one by one."""
+    each = [
+        float((got.double() - want).norm() / want.norm().clamp_min(1e-30))
+        for got, want in zip(found, exact, strict=True)
+        if want is not None and float(want.norm()) > 1e-8
+    ]
+    return (sum(error**2 for error in each) / len(each)) ** 0.5, each
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUILDERS)
+def test_float32_is_as_near_to_float64_as_torch(name):
+    torch.manual_seed(0)
+    plain = without_dropout(BUILDERS[name]())
+    exact, other = copy.deepcopy(plain).double(), compiled(plain, fullgraph=True)
+    (x,) = inputs(name, 1, torch.float32)
+    true = step(exact, x.double(), 0)
+    ours, mine = errors(step(other, x, 0), true)
+    torchs, theirs = errors(step(plain, x, 0), true)
+    assert ours <= 2 * torchs + 1e-6
+    assert all(a <= 4 * b + 1e-5 for a, b in zip(mine, theirs, strict=True))

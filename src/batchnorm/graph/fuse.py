@@ -232,6 +232,8 @@ def _example(node: fx.Node) -> Any:
 def _name(node: fx.Node) -> str:
     if node.op == "output":
         return "the end of the graph"
+    if node.target is step:
+        return "another normalization"
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
 
 
