@@ -44,7 +44,6 @@ import torch
 
 import batchnorm as bn
 from batchnorm.files import write_atomically
-from batchnorm.fusion import layer as fusion
 from batchnorm.memory import recipe
 from batchnorm.ops import aten, backend, cuda
 
@@ -114,8 +113,7 @@ def main() -> int:
     options.over = lambda share: options.elapsed() > share * options.minutes * 60
     options.out.mkdir(parents=True, exist_ok=True)
     backend.BACKENDS.setdefault("aten", aten)  # without a GPU it means the same
-    if options.tiny:  # fuse and make again what would else be too small to gain by it
-        fusion.SMALLEST = dict.fromkeys(fusion.SMALLEST, 0)
+    if options.tiny:  # make again what would else be too small to gain by it
         recipe.SMALLEST_BYTES = 0
     for key, value in bn.env().items():
         print(key, value)

@@ -1,7 +1,7 @@
 """The networks that are measured, and each contender that is made of one.
 
-Of a converted network's mechanisms there is a contender for each: with the layers alone, and then
-one mechanism more at a time.
+"layers" is the converted network, "dynamo" the original captured by torch's backend "eager", and
+"graph" the original behind the backend "batchnorm".
 """
 
 from collections.abc import Callable
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import batchnorm as bn
 import third_party
 from batchnorm import _native
-from batchnorm.fusion import channels_last, sequence
 
 
 class Join(torch.autograd.Function):
@@ -69,18 +68,6 @@ def bare(model: nn.Module) -> nn.Module:
     return model
 
 
-def deferred(model: nn.Module) -> nn.Module:
-    """Convert with deferred tensors, and leave every Sequential as it is."""
-    sequence.adopt = lambda _: None
-    return bn.convert(model)
-
-
-def sequences(model: nn.Module) -> nn.Module:
-    """Convert with deferred tensors and sequences, without channels-last runs of convolutions."""
-    channels_last.may_help = lambda _: False
-    return bn.convert(model)
-
-
 def without_pool(model: nn.Module) -> nn.Module:
     """Convert; the native module then keeps no freed output for the next."""
     _native.pool_limit(0)
@@ -91,21 +78,20 @@ def compiled(model: nn.Module, **options: Any) -> nn.Module:
     return torch.compile(model, dynamic=False, **options)  # type: ignore[return-value]
 
 
+def graph(model: nn.Module, **options: Any) -> nn.Module:
+    return compiled(model, backend=bn.graph.backend, **options)
+
+
 # Each is made in a process of its own, which it may change.
 CONTENDERS: dict[str, Callable[[nn.Module], Any]] = {
     "eager": lambda model: model,
-    "layers": lambda model: bn.convert(model, fuse=False),
-    "deferred": deferred,
-    "sequences": sequences,
-    "converted": bn.convert,
-    "converted, pool off": without_pool,
-    "save_memory": lambda model: bn.save_memory(bn.convert(model)),
+    "layers": bn.convert,
+    "layers, pool off": without_pool,
     "dynamo": lambda model: compiled(model, backend="eager"),
-    "graph": lambda model: compiled(model, backend=bn.graph.backend),
+    "graph": graph,
+    "save_memory": lambda model: bn.save_memory(graph(model)),
     "compile": compiled,
     "compile converted": lambda model: compiled(bn.convert(model)),
-    "graph, inductor": lambda model: compiled(
-        model, backend=bn.graph.backend, options={"inner": "inductor"}
-    ),
+    "graph, inductor": lambda model: graph(model, options={"inner": "inductor"}),
     "bare": bare,
 }

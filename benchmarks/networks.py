@@ -36,17 +36,8 @@ ROWS = Path(__file__).parent / "data" / "networks" / "rows.csv"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 
-ABLATION = (
-    "eager",
-    "layers",
-    "deferred",
-    "sequences",
-    "converted",
-    "converted, pool off",
-    "save_memory",
-)
-BRIEF = ("eager", "layers", "converted")
-GRAPHS = ("eager", "dynamo", "layers", "graph")
+FULL = ("eager", "layers", "dynamo", "graph", "save_memory")
+BRIEF = ("eager", "layers", "graph")
 COMPILED = ("compile", "compile converted", "graph, inductor")
 
 
@@ -84,14 +75,12 @@ def plan() -> Iterator[tuple[Cell, tuple[str, ...]]]:
                     yield name, layout, regime
 
     for name, layout, regime in each():
-        yield cell(name, layout=layout, regime=regime), ABLATION
-    for name, layout, regime in each():
-        yield cell(name, "eval", layout, regime=regime), BRIEF
+        yield cell(name, layout=layout, regime=regime), FULL
     for name in SIZES:
         yield cell(name, dtype="bf16"), BRIEF
         yield cell(name, threads=2), BRIEF
     for name, layout, regime in each():
-        yield cell(name, layout=layout, regime=regime), GRAPHS
+        yield cell(name, "eval", layout, regime=regime), BRIEF
     for name in ("mlp", "resnet18", "mobilenet_v2"):
         yield cell(name), COMPILED
 
@@ -115,7 +104,7 @@ def sample(cell: Cell, contender: str, count_saved: bool) -> Sample:
     model = CONTENDERS[contender](build(cell.network).to(memory_format=form))
     before = _status("VmRSS")
     run = runner(model, x, dy, cell)
-    for _ in range(3):  # the first pass looks, the second fuses, the heap has then found its size
+    for _ in range(3):  # the first captures a graph, and the heap finds its size
         run()
     taken, faults, started = list[float](), list[int](), time.perf_counter()
     while len(taken) < 3 or time.perf_counter() - started < 1.0:

@@ -63,28 +63,3 @@ def _promised_accuracy():
 def _one_thread():
     """Small tensors gain nothing from more; tests that are about threads set their number."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture
-def everything_is_large_enough(monkeypatch):
-    """Fuse inputs of any size, on one thread."""
-    keys = [(adds, training) for adds in (True, False) for training in (True, False)]
-    monkeypatch.setattr("batchnorm.fusion.layer.SMALLEST", dict.fromkeys(keys, 0))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def orders(monkeypatch):
-    """The order of memory in which each convolution is handed its image, while the test runs."""
-    found = []
-    plain = torch.nn.Conv2d._conv_forward
-
-    def forward(self, x, weight, bias):
-        found.append("contiguous" if x.is_contiguous() else "last")
-        return plain(self, x, weight, bias)
-
-    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", forward)
-    return found

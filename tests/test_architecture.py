@@ -22,7 +22,7 @@ LEVELS = [
     {"functional"},
     {"nn"},
     {"models", "environment"},
-    {"observation", "fusion"},
+    {"observation"},
     {"graph", "memory"},
     {"calibration", "surgery", "report"},
     {"demo", "benchmark", "integrations"},

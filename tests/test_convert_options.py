@@ -71,8 +71,7 @@ OPTIONS = {
     "cumulative": {"estimator": bn.Cumulative()},
     "last batches": {"estimator": bn.LastBatches(2)},
     "two estimators": {"estimator": [bn.Decayed(0.2), bn.Running(0.3)]},
-    "all": {"statistics": bn.Frozen(), "estimator": bn.LastBatches(3), "fuse": False},
-    "not fused": {"fuse": False},
+    "all": {"statistics": bn.Frozen(), "estimator": bn.LastBatches(3)},
 }
 DONE_BEFORE = {
     "for the first time": None,
@@ -108,12 +107,10 @@ def estimators_of(layer):
 
 def has(layer, option, value):
     if not isinstance(layer, bn.BatchNorm2d | bn.BatchNorm):
-        return (option, value) == ("fuse", False)
+        return False
     if option == "statistics":
         return layer.statistics == value
-    if option == "estimator":
-        return layer.running_mean is not None and estimators_of(layer) == named(value)
-    return (layer._fusion is not None) is (value and str(layer.activation) == "identity")
+    return layer.running_mean is not None and estimators_of(layer) == named(value)
 
 
 # Kind -> options that it cannot have, by name of the option.
@@ -126,11 +123,9 @@ CANNOT = {
     "ours, no statistics": lambda o: {
         name for name in o if name == "estimator" or o[name] == bn.Frozen()
     },
-    "torchvision, frozen": lambda o: {
-        name for name in o if name != "fuse" and o[name] != bn.Frozen()
-    },
-    "torch, lazy": lambda o: set(o) - {"fuse"},
-    "torch, subclass": lambda o: set(o) - {"fuse"},
+    "torchvision, frozen": lambda o: {name for name in o if o[name] != bn.Frozen()},
+    "torch, lazy": set,
+    "torch, subclass": set,
 }
 
 
@@ -217,31 +212,9 @@ def test_edits_tell_the_options_of_layers_that_were_ours_already():
         "0: BatchNorm2d left as it was: filter= said no\n"
         "1: BatchNorm2d -> bn.BatchNorm2d; statistics=Frozen()"
     )
-    assert model[0]._fusion is None
     bn.convert(model, estimator=bn.LastBatches(2))
     assert "estimator=[LastBatches(k=2, pooled=False)]" in str(bn.edits(model)[1])
     assert "statistics=Frozen()" in str(bn.edits(model)[1])
-
-
-def test_fuse_false_takes_back_fusing_of_an_earlier_call():
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3))
-    bn.convert(model)
-    assert type(model) is not nn.Sequential
-    assert model._forward_hooks
-    bn.convert(model, fuse=False)
-    assert type(model) is nn.Sequential
-    assert not model._forward_hooks
-    assert model[1]._fusion is None
-    bn.convert(model, filter=lambda name, _: name == "3")
-    assert (model[1]._fusion, model[3]._fusion is None) == (None, False)
-
-
-def test_what_was_learned_of_a_forward_pass_survives_a_second_call():
-    model = bn.convert(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()))
-    model(torch.randn(X))
-    told = str(bn.edits(model))
-    assert "fused with relu" in told
-    assert str(bn.edits(bn.convert(model))) == told
 
 
 def test_no_warning_without_options():

@@ -12,7 +12,7 @@ import batchnorm as bn
 from batchnorm.ops import backend
 from test_memory import check_bits, everything_has_a_recipe, residual  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("everything_is_large_enough", "everything_has_a_recipe")
+pytestmark = pytest.mark.usefixtures("everything_has_a_recipe")
 
 
 def no_hooks() -> bool:
@@ -59,7 +59,7 @@ def test_transforms_and_graphs_of_a_model_that_is_switched_on():
     assert no_hooks()
 
 
-@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.filterwarnings("ignore:Sparse", "ignore:The .grad attribute of a Tensor that is not")
 def test_saved_tensors_that_have_no_storage():
     class Graph(nn.Module):
         def __init__(self) -> None:
@@ -112,7 +112,10 @@ def test_recycled_memory_that_has_no_use_any_more_is_given_back():
         model(x).square().mean().backward()
 
     parts = [[nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()] for _ in range(8)]
-    model = bn.convert(nn.Sequential(*(part for three in parts for part in three)))
+    torch.compiler.reset()
+    model = torch.compile(
+        nn.Sequential(*(part for three in parts for part in three)), backend=bn.graph.backend
+    )
     x = torch.randn(4, 32, 64, 64)
     bn._native.pool_limit(0)
     bn._native.pool_limit(1 << 30)

@@ -185,8 +185,6 @@ def parametrized():
         (lambda: bn.BatchNorm(3, axis=-1), "axis=-1"),
         (lambda: bn.BatchNorm2d(3, dtype=torch.bfloat16), "weight is torch.bfloat16"),
         (lambda: bn.convert(nn.BatchNorm2d(3)), r"bn\.revert\(model\)"),
-        (lambda: bn.convert(nn.BatchNorm2d(3), fuse=False), r"bn\.revert\(model\)"),
-        (lambda: bn.convert(bn.BatchNorm2d(3)), r"bn\.revert\(model\)"),
         (parametrized, "activation='relu'"),
         (hooked, "forward hooks"),
         (pre_hooked, "forward hooks"),

@@ -22,7 +22,7 @@ _PACKAGE = Path(__file__).parents[1]
 _ROOT = _PACKAGE.parents[1]
 
 # What decides how fast a layer and a network of layers are; the hash of a row's code covers it.
-_ROOMS = ("ops", "nn", "fusion", "graph", "memory")
+_ROOMS = ("ops", "nn", "graph", "memory")
 _SOURCES = {".py", ".hpp", ".cpp", ".csv"}
 
 # What may not differ from the commit that a row names, or the row is not clean.
@@ -97,7 +97,7 @@ def circumstances(device: str = "cpu") -> dict[str, str | int]:
 def code_hash() -> str:
     """Return twelve hexadecimal digits that change with the code that a row measures.
 
-    It is of native/ and of the package's ops, nn, fusion, graph and memory, as they lie on disk.
+    It is of native/ and of the package's ops, nn, graph and memory, as they lie on disk.
     """
     folders = [_ROOT / "native", *(_PACKAGE / room for room in _ROOMS)]
     found = hashlib.sha256()

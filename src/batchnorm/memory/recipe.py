@@ -147,44 +147,6 @@ class Rectified(Source):
         return self.parent.kept()
 
 
-class Pooled(Source):
-    """What max_pool2d picked from a result: its places are kept for backward anyway."""
-
-    __slots__ = ("parent", "places")
-
-    def __init__(self, parent: Source, places: Kept, version: int) -> None:
-        super().__init__(version)
-        self.parent, self.places = parent, places
-
-    def make(self) -> Tensor:
-        """Pick again."""
-        places = self.places.value()
-        picked = self.parent.value().flatten(2).gather(2, places.flatten(2))
-        return torch.empty_like(places, dtype=picked.dtype).copy_(picked.view(places.shape))
-
-    def kept(self) -> list[Tensor]:
-        """Return the places, and what the result keeps."""
-        return [self.places.tensor, *self.parent.kept()]
-
-
-class Reordered(Source):
-    """A copy of a result in another order of memory, as a stretch of convolutions gets it."""
-
-    __slots__ = ("order", "parent")
-
-    def __init__(self, parent: Source, order: torch.memory_format) -> None:
-        super().__init__(0)
-        self.parent, self.order = parent, order
-
-    def make(self) -> Tensor:
-        """Copy again."""
-        return self.parent.value().contiguous(memory_format=self.order)
-
-    def kept(self) -> list[Tensor]:
-        """Return what the result keeps."""
-        return self.parent.kept()
-
-
 class Recording:
     """A backend that gives every result its recipe."""
 

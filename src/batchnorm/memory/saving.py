@@ -1,7 +1,6 @@
 """What autograd saves while a network runs forward: recipes in the place of results."""
 
 import threading
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,13 +10,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
 from batchnorm.errors import SurgeryError
-from batchnorm.fusion.channels_last import CHANNELS_LAST, copied_from
-from batchnorm.memory.recipe import Kept, Pooled, Recording, Reordered, Source, give, recipe_of
+from batchnorm.memory.recipe import Kept, Recording, Source, recipe_of
 from batchnorm.ops import backend
 from batchnorm.ops.onlookers import is_calm
 
 _here = threading.local()
 _cpu: Any = backend.BACKENDS.get("cpu")
+
+NOTHING = """\
+; hardly an activation was computed by a normalization, which could make it again: compile the \
+model with torch.compile(model, backend="batchnorm"), or build layers with activation="""
 
 REUSED = """\
 expected a fresh block, this one has been entered before; write bn.save_memory() in each with \
@@ -49,7 +51,8 @@ class Saved:
 
     def __str__(self) -> str:
         share = f" ({100 * self.kept / self.without:.0f} %)" if self.without else ""
-        return f"kept {_megabytes(self.kept)} of {_megabytes(self.without)}{share}"
+        note = NOTHING if self.without and self.kept > 0.95 * self.without else ""
+        return f"kept {_megabytes(self.kept)} of {_megabytes(self.without)}{share}{note}"
 
     def _count(self, tensor: Tensor, which: int) -> int:
         storage = tensor.untyped_storage()
@@ -80,7 +83,6 @@ class SaveMemory:
         self.saved = Saved()
         self._hooks: saved_tensors_hooks | None = None
         self._outer: tuple[Any, Any] | None = None
-        self._looking: list[Any] | None = None
         self._used = False
 
     def __enter__(self) -> Saved:
@@ -114,10 +116,12 @@ class SaveMemory:
         top = torch._C._autograd._top_saved_tensors_default_hooks(True)
         return top is not None and getattr(top[0], "__self__", None) is self
 
+    # Behind a graph break Dynamo would follow the hooks, as any Python that runs there.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _pack(self, tensor: Tensor) -> Any:
         recipe = None
         if type(tensor) is Tensor and tensor.layout is torch.strided:
-            recipe = recipe_of(tensor) or self._pooled(tensor) or _copied(tensor)
+            recipe = recipe_of(tensor)
             self.saved.note(tensor, recipe)
         if recipe is not None:
             size, stride = tensor.size(), tuple(map(int, tensor.stride()))
@@ -126,36 +130,8 @@ class SaveMemory:
             return Handle(recipe, size, stride, offset, whole)
         return Kept(tensor) if self._outer is None else self._outer[0](tensor)
 
-    def _pooled(self, tensor: Tensor) -> Source | None:
-        """Return a recipe for the output of max_pool2d, if its input has one."""
-        node: Any = tensor.grad_fn
-        if node is None or node.name() != "MaxPool2DWithIndicesBackward0" or tensor._version:
-            return None
-        pooled, places = (
-            self._look(lambda: node._saved_self),
-            self._look(lambda: node._saved_result1),
-        )
-        if not isinstance(pooled, Handle) or not isinstance(places, Kept):
-            return None
-        if not pooled.whole or tensor.dim() != 4 or places.tensor.shape != tensor.shape:
-            return None
-        recipe = Pooled(pooled.recipe, places, 0)
-        give(tensor, recipe)
-        return recipe
-
-    def _look(self, get: Callable[[], Any]) -> Any:
-        """Return what a saved tensor was packed as, without unpacking it."""
-        self._looking = []
-        try:
-            get()
-            return self._looking[0] if self._looking else None
-        finally:
-            self._looking = None
-
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _unpack(self, packed: Any) -> Tensor:
-        if self._looking is not None:
-            self._looking.append(packed)
-            return torch.empty(0)
         if isinstance(packed, Handle):
             recipe, size, stride, offset, _ = packed
             y = recipe.serve()
@@ -167,20 +143,6 @@ class SaveMemory:
         assert self._outer is not None
         tensor: Tensor = self._outer[1](packed)
         return tensor
-
-    # Read by batchnorm.fusion: under these hooks nothing depends on what is saved.
-    _pack.knows_fusion = True  # type: ignore[attr-defined]
-
-
-def _copied(tensor: Tensor) -> Source | None:
-    """Return a recipe for what a stretch of convolutions is handed, if its original has one."""
-    original = copied_from(tensor)
-    parent = None if original is None or tensor._version else recipe_of(original)
-    if parent is None:
-        return None
-    recipe = Reordered(parent, CHANNELS_LAST)
-    give(tensor, recipe)
-    return recipe
 
 
 def _is_ours(hooks: tuple[Any, Any]) -> bool:

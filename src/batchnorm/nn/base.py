@@ -40,8 +40,6 @@ class Layer(_BatchNorm):
     __constants__ = [*_BatchNorm.__constants__, "ranks"]  # noqa: RUF012 (torch declares a list)
     axis: int = 1
     ranks: tuple[int, ...] = ()
-    # How results meet what follows in a converted model; see batchnorm.fusion.
-    _fusion: Any = None
 
     def __init__(
         self,
@@ -99,9 +97,6 @@ class Layer(_BatchNorm):
                 return self._forward(input, residual, mask, traced)
             if isinstance(input, fx.Proxy):
                 return foreign.call_module(self, input, residual, mask)
-            if self._fusion is not None:
-                fused: Tensor = self._fusion.forward(self, input, residual, mask)
-                return fused
             return self._forward(input, residual, mask)
 
     # torch's own code under a name that does not collide with forward in the compiled class.

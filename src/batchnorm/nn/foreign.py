@@ -88,7 +88,7 @@ def check_scriptable(layer: Any) -> None:
 
 def _beyond_torch(layer: Any) -> str | None:
     """Return what a layer has that ``torch.nn`` has not; None if there is nothing."""
-    if layer._fusion is not None or "_origin" in layer.__dict__:
+    if "_origin" in layer.__dict__:
         return CONVERTED
     if layer.activation != IDENTITY:
         return (

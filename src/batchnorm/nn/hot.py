@@ -26,22 +26,8 @@ from batchnorm.sources.frozen import Frozen
 _PLAIN = (Parameter, Tensor, type(None))
 
 
-def forward(
-    layer: Any,
-    x: Tensor,
-    residual: Tensor | None,
-    act: Activation | None = None,
-    found: list[Tensor] | None = None,
-) -> Tensor | None:
-    """Return the result of the layer, or None where the call is not the common one.
-
-    Args:
-        layer: The layer.
-        x: Its input.
-        residual: What is added to it.
-        act: An activation in the place of the layer's own.
-        found: In training receives stats (6, C), see ``ops.reference``.
-    """
+def forward(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
+    """Return the result of the layer, or None where the call is not the common one."""
     # That nothing is being compiled is asked here too: behind a graph break this is traced alone.
     # A kernel reads strided memory; mkldnn and sparse tensors have none.
     if type(x) is not Tensor or x.layout is not torch.strided or not is_calm():
@@ -62,8 +48,7 @@ def forward(
         type(residual) is not Tensor or residual.layout is not torch.strided
     ):
         return None
-    act = layer.activation if act is None else act
-    given = (x, axis, weight, bias, residual, act)
+    given = (x, axis, weight, bias, residual, layer.activation)
     buffers, eps, training = layer._buffers, layer.eps, layer.training
     mean, var = buffers.get("running_mean"), buffers.get("running_var")
     try:
@@ -74,7 +59,7 @@ def forward(
         counter, tracks = buffers.get("num_batches_tracked"), layer.track_running_stats
         if tracks and mean is not None and counter is None:
             return None
-        return _train(*given, mean, var, counter, layer.momentum, eps, tracks, found)
+        return _train(*given, mean, var, counter, layer.momentum, eps, tracks)
     except UnservedError:
         return None
 
@@ -105,7 +90,7 @@ def call(
     given = (x, 1, weight, bias, residual, act, running_mean, running_var)
     try:
         if training:
-            return _train(*given, counter, momentum, eps, True, None)
+            return _train(*given, counter, momentum, eps, True)
         return _evaluate(*given, eps, False)
     except UnservedError:
         return None
@@ -166,13 +151,12 @@ def _train(
     momentum: float | None,
     eps: float,
     tracks: bool,
-    found: list[Tensor] | None,
 ) -> Tensor | None:
     """Normalize by the batch; where it tracks, move the stored statistics and the counter."""
     if not 0 < eps < torch.inf or x.numel() <= x.size(axis):
         return None
     backend = likely(x)
-    if backend is None and found is None and is_torchs(x):
+    if backend is None and is_torchs(x):
         stored = (mean, var, counter, momentum, eps, tracks)
         return _train_by_torch(x, axis, weight, bias, residual, act, *stored)
     if momentum is None:
@@ -191,12 +175,10 @@ def _train(
         return None
     y: Tensor
     if torch.is_grad_enabled() and _needs_grad(x, weight, bias, residual):
-        step = (act, eps, axis, backend, found, running)
+        step = (act, eps, axis, backend, None, running)
         y = eager.apply_batch(x, weight, bias, residual, step)
     else:
-        y, stats = backend.forward(x, weight, bias, residual, act, eps, axis, running)
-        if found is not None:
-            found.append(stats)
+        y, _ = backend.forward(x, weight, bias, residual, act, eps, axis, running)
     if running is not None:
         moved = running[:2] if counter is None else running[:3]
         torch._C._increment_version(moved)  # type: ignore[arg-type]

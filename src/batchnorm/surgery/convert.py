@@ -11,10 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 
 from batchnorm.estimators.bank import EstimatorLike
-from batchnorm.fusion import sequence, session
-from batchnorm.fusion.layer import Fusion
 from batchnorm.nn.base import Layer
-from batchnorm.ops.activations import IDENTITY
 from batchnorm.sources.base import Source
 from batchnorm.surgery import edits, origin, rules
 from batchnorm.surgery.edits import Edit
@@ -45,7 +42,6 @@ def convert(
     statistics: Source | None = None,
     estimator: EstimatorLike | None = None,
     filter: Filter | None = None,
-    fuse: bool = True,
 ) -> Model:
     """Make every batch normalization of a model ours, in place.
 
@@ -64,10 +60,6 @@ def convert(
             layer did so before.
         estimator: What is kept for use; running averages go on from the present statistics.
         filter: ``filter(name, module)`` says whether a module is changed; all by default.
-        fuse: Whether an addition and an activation behind a layer are computed with it, from the
-            second forward pass on. The structure stays, but a ``torch.nn.Sequential``, or a
-            subclass without a ``forward``, becomes a subclass of what it was, with the same name;
-            convolutions inside may pass on channels-last images, whose last bits differ.
 
     Returns:
         The model.
@@ -77,7 +69,7 @@ def convert(
         OptionError: If an option is wrong; likewise.
     """
     edits.expect_model(model, _VERB)
-    options = Options(statistics, estimator, fuse)
+    options = Options(statistics, estimator)
     options.check(model, filter)
     steps = list(_plan(model, options, filter))
     log = [_apply(step, options) for step in steps]
@@ -88,14 +80,6 @@ def convert(
         )
     warn((step.name, step.refused) for step in steps)
     edits.record(model, _VERB, log)
-    if not fuse:
-        sequence.release(model)
-    if any(getattr(module, "_fusion", None) is not None for module in model.modules()):
-        sequence.adopt(model)
-        if not sequence.is_enough(model):
-            session.install(model)
-    else:
-        session.remove(model)
     return model
 
 
@@ -113,11 +97,8 @@ def revert(model: Model) -> Model:
         The model.
     """
     edits.expect_model(model, "revert")
-    session.remove(model)
-    sequence.release(model)
     switch_off(model)
     for module in model.modules():
-        module.__dict__.pop("_fusion", None)
         origin.restore(module)
     edits.forget(model, _VERB)
     return model
@@ -146,15 +127,7 @@ def _apply(step: Step, options: Options) -> Edit:
     new = options.attributes(layer, verdict, refused)
     if new:
         origin.change(layer, new, verdict.cls if isinstance(verdict, rules.Becomes) else None)
-    _fuse(name, layer, options.fuse)
     return _edit(name, layer, rules.OURS, refused)
-
-
-def _fuse(name: str, layer: Any, fuse: bool) -> None:
-    if not (fuse and layer.activation == IDENTITY):
-        layer.__dict__.pop("_fusion", None)
-    elif layer._fusion is None or layer._fusion.name != name:
-        layer._fusion = Fusion(name)
 
 
 def _edit(name: str, layer: Any, reason: str, refused: dict[str, str]) -> Edit:
@@ -162,9 +135,7 @@ def _edit(name: str, layer: Any, reason: str, refused: dict[str, str]) -> Edit:
     kind = type(layer).__name__
     found = origin.describe(layer) if isinstance(layer, Layer) else None
     if found is None:
-        if not isinstance(layer, Layer) or layer._fusion is None:
-            return Edit(name, _VERB, kind, None, reason)
-        found = kind, rules.OURS
+        return Edit(name, _VERB, kind, None, reason)
     before, note = found
     notes = [note] if note else []
     notes += [f"no {option}=: {why}" for option, why in refused.items()]

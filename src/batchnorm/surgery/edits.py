@@ -1,7 +1,7 @@
 """The log of surgery: what was changed in a model, what was not, and why."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -22,7 +22,6 @@ class Edit:
         before: The class it had.
         after: The class it has, or None where it was left as it was.
         reason: Why it was left, or what else is to be said.
-        fused: What became of the operations behind it, once the model has run.
     """
 
     name: str
@@ -30,7 +29,6 @@ class Edit:
     before: str
     after: str | None = None
     reason: str = ""
-    fused: str = ""
 
     @property
     def skipped(self) -> bool:
@@ -41,8 +39,9 @@ class Edit:
         name = self.name or "(the model)"
         if self.skipped:
             return f"{name}: {self.before} left as it was: {self.reason}"
-        notes = "; ".join(note for note in (self.reason, self.fused) if note)
-        return f"{name}: {self.before} -> {self.after}" + (f"; {notes}" if notes else "")
+        return f"{name}: {self.before} -> {self.after}" + (
+            f"; {self.reason}" if self.reason else ""
+        )
 
 
 class Edits(tuple[Edit, ...]):
@@ -70,9 +69,6 @@ class Edits(tuple[Edit, ...]):
 def edits(model: nn.Module) -> Edits:
     """Return the log of what surgery changed in a model, what it left as it was, and why.
 
-    What happened to the operations behind a converted layer is known once the model has run: each
-    edit's ``fused`` says it for training and for evaluation.
-
     Args:
         model: A model that a verb of surgery was called with (not a part of it).
 
@@ -80,16 +76,7 @@ def edits(model: nn.Module) -> Edits:
         The edits that still hold: ``bn.revert`` takes back those of ``bn.convert``.
     """
     expect_model(model, "edits")
-    modules = dict(model.named_modules())
-    return Edits(
-        replace(edit, fused=_fused(modules.get(edit.name))) if edit.after else edit
-        for edit in model.__dict__.get(_PLACE, ())
-    )
-
-
-def _fused(module: nn.Module | None) -> str:
-    fusion: Any = getattr(module, "_fusion", None)
-    return "" if fusion is None else str(fusion)
+    return Edits(model.__dict__.get(_PLACE, ()))
 
 
 def expect_model(model: Any, verb: str) -> None:

@@ -41,7 +41,6 @@ class Options(NamedTuple):
 
     statistics: Source | None
     estimator: EstimatorLike | None
-    fuse: bool
 
     def check(self, model: nn.Module, wanted: Filter | None) -> None:
         """Refuse what has no meaning.

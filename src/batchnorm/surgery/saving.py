@@ -1,13 +1,12 @@
 """``bn.save_memory``: a block, or a switch of a model."""
 
-import sys
 import threading
 from typing import Any, TypeVar, overload
 
+import torch
 from torch import nn
 
 from batchnorm.errors import OptionError
-from batchnorm.fusion.session import is_running
 from batchnorm.memory.saving import SaveMemory
 from batchnorm.ops.onlookers import is_calm
 from batchnorm.surgery import edits
@@ -29,9 +28,9 @@ def save_memory(model: Model | None = None, *, enabled: bool = True) -> Model | 
 
     What follows a normalization (the next convolution) saves its output, and the normalization
     saves its input: together twice the memory. Here the output is replaced by a recipe. Loss and
-    gradients are the same to the last bit. Only what this library's layers compute has a recipe,
-    so that activations must be fused: the saving begins with the second forward pass of a
-    converted model.
+    gradients are the same to the last bit. Only what this library's kernels compute has a recipe:
+    the activation must be the layer's own (``activation=``), or fused with it by
+    ``torch.compile(model, backend="batchnorm")``.
 
         with bn.save_memory() as saved:
             loss = criterion(model(x), y)
@@ -39,7 +38,8 @@ def save_memory(model: Model | None = None, *, enabled: bool = True) -> Model | 
         print(saved)                      # kept ... of ... MB, each storage once
 
     Args:
-        model: Save in every forward pass of this model from now on; without one, in the block.
+        model: Save in every forward pass of this model from now on; without one, in the block. Of
+            a compiled model pass what ``torch.compile`` returned.
         enabled: Whether to switch it on or off.
 
     Returns:
@@ -86,17 +86,23 @@ def switch_off(model: nn.Module) -> None:
 
 
 def _enter(model: nn.Module, args: Any) -> None:  # noqa: ARG001
+    if torch.compiler.is_compiling():
+        return  # what is captured has no hooks; the switch is for the compiled model
     blocks = _here.__dict__.setdefault("blocks", [])
-    # An interrupt ends a pass without telling.
-    while blocks and not is_running(blocks[-1][2]) and blocks[-1][1].is_innermost():
-        blocks.pop()[1].__exit__(None, None, None)
+    # An interrupt ends a pass without calling _leave; the next pass of that model closes its block.
+    if any(one is model for one, _ in blocks):
+        while blocks and blocks[-1][1].is_innermost():
+            blocks.pop()[1].__exit__(None, None, None)
+        blocks.clear()
     if is_calm():
         block = SaveMemory()
         block.__enter__()
-        blocks.append((model, block, sys._getframe(1)))
+        blocks.append((model, block))
 
 
 def _leave(model: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
+    if torch.compiler.is_compiling():
+        return
     blocks = _here.__dict__.get("blocks")
     if blocks and blocks[-1][0] is model:
         blocks.pop()[1].__exit__(None, None, None)
