@@ -63,3 +63,9 @@ def _promised_accuracy():
 def _one_thread():
     """Small tensors gain nothing from more; tests that are about threads set their number."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def everything_has_a_recipe(monkeypatch):
+    """Small results have recipes too."""
+    monkeypatch.setattr("batchnorm.memory.recipe.SMALLEST_BYTES", 0)

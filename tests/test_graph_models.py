@@ -9,7 +9,7 @@ import batchnorm as bn
 from captured import assert_same, compiled, partners, step
 from networks import CAPTURED, NETWORKS
 
-QUICK = {"mlp", "torchvision densenet", "transformers resnet", "segmentation unet"}
+QUICK = {"mlp", "torchvision densenet", "transformers resnet"}
 BUILDERS = {name: build for name, (build, *_) in (*NETWORKS.items(), *CAPTURED.items())}
 
 
@@ -44,7 +44,7 @@ def test_three_steps_in_float64_equal_eager(name, convert):
         assert sum(one.state == "fused" for one in found.values()) >= NETWORKS[name][1]
 
 
-@pytest.mark.parametrize("name", slow_but({"segmentation unet", "timm resnet26d"}, CAPTURED))
+@pytest.mark.parametrize("name", slow_but({"torchvision vgg11_bn", "timm resnet26d"}, CAPTURED))
 def test_normalizations_activations_and_additions_of_a_network(name):
     build, *expected = CAPTURED[name]
     other = compiled(build(), fullgraph=True)

@@ -2,98 +2,20 @@
 
 import copy
 import gc
-import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from networks import NETWORKS
+from saving import chain, check_bits, fused, residual, step
 from twins import randomize
 
 pytestmark = pytest.mark.usefixtures("everything_has_a_recipe")
-
-
-@pytest.fixture
-def everything_has_a_recipe(monkeypatch):
-    monkeypatch.setattr("batchnorm.memory.recipe.SMALLEST_BYTES", 0)
-
-
-class Block(nn.Module):
-    def __init__(self, before: int, after: int, act: nn.Module) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after)
-        self.conv2, self.bn2 = nn.Conv2d(after, after, 3, padding=1), nn.BatchNorm2d(after)
-        self.act, self.short = act, None
-        if before != after:
-            self.short = nn.Sequential(nn.Conv2d(before, after, 1), nn.BatchNorm2d(after))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
-        y += x if self.short is None else self.short(x)
-        return self.act(y)
-
-
-def residual(act: nn.Module | None = None) -> nn.Module:
-    act = act or nn.ReLU(inplace=True)
-    widths = (8, 8, 8, 12, 12, 12)
-    blocks = [Block(a, b, act) for a, b in zip((8, *widths), widths, strict=False)]
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), act, *blocks, nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(), nn.Linear(12, 5),
-    )  # fmt: skip
-
-
-def chain() -> nn.Module:
-    layers: list[nn.Module] = [nn.Conv2d(3, 8, 3, bias=False)]
-    for _ in range(12):
-        layers += [nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, padding=1)]
-    return nn.Sequential(*layers[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
-
-
-def fused(model: nn.Module) -> nn.Module:
-    """Return a model behind the backend, where activations have recipes."""
-    torch.compiler.reset()
-    return torch.compile(model, backend=bn.graph.backend)  # type: ignore[return-value]
-
-
-def step(model: nn.Module, x: Tensor, save: bool, between=lambda _: None) -> list[Tensor]:
-    model.zero_grad()
-    x = x.clone().requires_grad_()
-    torch.manual_seed(3)
-    if save:
-        with bn.save_memory():
-            y = model(x)
-    else:
-        y = model(x)
-    between(model)
-    torch.manual_seed(4)
-    y.backward(torch.randn_like(y))
-    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-
-
-def check_bits(model: nn.Module, x: Tensor, between=lambda _: None, passes: int = 2) -> None:
-    torch.compiler.reset()
-    model(x)
-    randomize(model)
-    # Cast after converting: our layers then keep float32 statistics.
-    dtype = next(model.parameters()).dtype
-    plain, saving = (
-        torch.compile(bn.convert(copy.deepcopy(model).float()).to(dtype), backend=bn.graph.backend)
-        for _ in range(2)
-    )
-    for i in range(passes):
-        expected, got = step(plain, x, False, between), step(saving, x, True, between)
-        assert len(expected) == len(got)
-        for one, other in zip(expected, got, strict=True):
-            assert torch.equal(one, other), i
-    for one, other in zip(plain.buffers(), saving.buffers(), strict=True):
-        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("act", [nn.ReLU(inplace=True), nn.ReLU(), nn.SiLU(), nn.Hardswish(True)])
@@ -231,14 +153,6 @@ EDITS = {
 @pytest.mark.parametrize("name", EDITS)
 def test_edits_before_the_consumer(name):
     check_bits(Between(EDITS[name]), torch.randn(3, 3, 9, 9))
-
-
-def layers() -> nn.Module:
-    """A chain of layers that compute their activation, in eager mode."""
-    parts: list[nn.Module] = [nn.Conv2d(3, 8, 3, bias=False)]
-    for _ in range(6):
-        parts += [bn.BatchNorm2d(8, activation="relu"), nn.Conv2d(8, 8, 3, padding=1)]
-    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
 
 
 def test_output_that_is_given_other_data_has_no_recipe_any_more():
@@ -412,110 +326,3 @@ def test_a_block_inside_of_a_checkpointed_region(reentrant):
     for _ in range(3):
         for one, other in zip(step(model, x, False), step(plain, x, False), strict=True):
             torch.testing.assert_close(one, other)
-
-
-# The switch.
-
-
-def test_the_switch_of_a_model():
-    plain = layers()
-    model = copy.deepcopy(plain)
-    assert bn.save_memory(model) is model
-    assert "recipes" in str(bn.edits(model))
-    x = torch.randn(3, 3, 9, 9)
-    for _ in range(3):
-        for one, other in zip(step(model, x, False), step(plain, x, False), strict=True):
-            assert torch.equal(one, other)
-    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-    assert living_inputs(plain, x) == 1
-    assert living_inputs(model, x) < 0.2
-    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
-    for one, other in zip(step(copied, x, False), step(plain, x, False), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
-    bn.save_memory(model, enabled=False)
-    assert "recipes" not in str(bn.edits(model))
-    bn.save_memory(model)
-    bn.revert(model)
-    assert not model._forward_hooks
-    assert not model._forward_pre_hooks
-
-
-def test_the_switch_of_a_compiled_model():
-    plain, x = residual(), torch.randn(3, 3, 9, 9)
-    model = bn.save_memory(fused(copy.deepcopy(plain)))
-    same = torch.compile(copy.deepcopy(plain), backend=bn.graph.backend)
-    for _ in range(2):
-        for one, other in zip(step(model, x, False), step(same, x, False), strict=True):
-            assert torch.equal(one, other)
-    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-
-
-def test_report_names_the_backend_where_nothing_was_saved():
-    model, x = bn.convert(residual(nn.ReLU())), torch.randn(3, 3, 9, 9)
-    with bn.save_memory() as saved:
-        model(x)
-    assert saved.kept > 0.95 * saved.without > 0
-    assert 'torch.compile(model, backend="batchnorm")' in str(saved)
-    with bn.save_memory() as saved:
-        layers()(x)
-    assert "torch.compile" not in str(saved)
-
-
-def living_inputs(model: nn.Module, x: Tensor) -> float:
-    """Return the share of what entered the convolutions that is in memory after forward."""
-    seen: list[StorageWeakRef] = []
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    inner = {m: m._conv_forward for m in convolutions}
-    for m in convolutions:
-        m._conv_forward = lambda x, *rest, m=m: (
-            seen.append(StorageWeakRef(x.untyped_storage())),
-            inner[m](x, *rest),
-        )[1]
-    y = model(x)
-    for m in convolutions:
-        del m._conv_forward
-    alive = [not one.expired() for one in seen]
-    del y
-    return sum(alive) / len(alive)
-
-
-def test_of_a_pooled_activation_the_result_and_the_places_are_kept():
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1),
-        nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
-        nn.Conv2d(8, 4, 3), nn.Flatten(),
-    )  # fmt: skip
-    for layout in (torch.contiguous_format, torch.channels_last):
-        x = torch.randn(4, 3, 20, 20)
-        check_bits(model.to(memory_format=layout), x.contiguous(memory_format=layout))
-        converted = fused(bn.convert(copy.deepcopy(model)))
-        for _ in range(2):
-            with bn.save_memory() as saved:
-                y = converted(x)
-            # Kept are x, two inputs of layers, the pooled image and its places, which are int64.
-            elements = 4 * (3 * 400 + 8 * 18 * 18 + 8 * 7 * 7 + 8 * 81 + 2 * 8 * 81)
-            assert saved.kept <= 4 * elements + 1000
-            y.backward(torch.randn_like(y))
-
-
-def test_an_error_or_a_nested_block_leaves_no_hooks():
-    model = bn.convert(residual())
-    x = torch.randn(3, 3, 9, 9)
-    model(x)
-    with bn.save_memory(), bn.save_memory():
-        model(x)
-    with pytest.raises(RuntimeError), bn.save_memory():
-        model(x[0, 0])
-    bn.save_memory(model)
-    with pytest.raises(RuntimeError):
-        model(x[0, 0])
-    with bn.save_memory():
-        model(x)
-    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-
-
-def test_a_model_without_our_layers_is_as_it_was():
-    model, x = residual(), torch.randn(3, 3, 9, 9)
-    twin = copy.deepcopy(model)
-    for one, other in zip(step(model, x, True), step(twin, x, False), strict=True):
-        assert torch.equal(one, other)

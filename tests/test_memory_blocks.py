@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import batchnorm as bn
 from batchnorm.ops import backend
-from test_memory import check_bits, everything_has_a_recipe, residual  # noqa: F401
+from saving import check_bits, residual
 
 pytestmark = pytest.mark.usefixtures("everything_has_a_recipe")
 

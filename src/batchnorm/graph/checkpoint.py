@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from batchnorm.graph.step import step
 
-TAG = torch.ops.higher_order.tag_activation_checkpoint
 # Python's operators that write to their first operand: iadd for +=, setitem for x[i] = y.
 _OPERATORS = {
     getattr(operator, name)
@@ -30,7 +29,8 @@ _MOVED = (1, 2, 8)
 
 def regions(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModule]]:
     """Yield the nodes that call checkpointed regions, and the graphs of these."""
-    for node in gm.graph.find_nodes(op="call_function", target=TAG):
+    tag = torch.ops.higher_order.tag_activation_checkpoint  # the first access imports much
+    for node in gm.graph.find_nodes(op="call_function", target=tag):
         body: Any = node.args[0]
         yield node, gm.get_submodule(body.target)  # type: ignore[misc]
 

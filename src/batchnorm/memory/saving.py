@@ -1,6 +1,8 @@
 """What autograd saves while a network runs forward: recipes in the place of results."""
 
+import sys
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -82,6 +84,7 @@ class SaveMemory:
     def __init__(self) -> None:
         self.saved = Saved()
         self._hooks: saved_tensors_hooks | None = None
+        self._packs: Any = None
         self._outer: tuple[Any, Any] | None = None
         self._used = False
 
@@ -95,7 +98,9 @@ class SaveMemory:
         # The transforms of torch.func have no hooks, and there are no recipes in them.
         if not known and is_calm():
             self._outer = outer
-            self._hooks = saved_tensors_hooks(self._pack, self._unpack)
+            pack, unpack = _outside_graphs(self._pack), _outside_graphs(self._unpack)
+            self._hooks = saved_tensors_hooks(pack, unpack)
+            self._packs = pack
             self._hooks.__enter__()
             backend.wrap_with(_record)
             if _cpu is not None:
@@ -114,10 +119,8 @@ class SaveMemory:
     def is_innermost(self) -> bool:
         """Whether leaving the block now takes its own hooks away, and nobody else's."""
         top = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        return top is not None and getattr(top[0], "__self__", None) is self
+        return top is not None and top[0] is self._packs
 
-    # Behind a graph break Dynamo would follow the hooks, as any Python that runs there.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _pack(self, tensor: Tensor) -> Any:
         recipe = None
         if type(tensor) is Tensor and tensor.layout is torch.strided:
@@ -130,7 +133,6 @@ class SaveMemory:
             return Handle(recipe, size, stride, offset, whole)
         return Kept(tensor) if self._outer is None else self._outer[0](tensor)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Handle):
             recipe, size, stride, offset, _ = packed
@@ -145,8 +147,17 @@ class SaveMemory:
         return tensor
 
 
+def _outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook that Dynamo does not follow, as it would any Python behind a graph break."""
+    if "torch._dynamo" not in sys.modules:  # an import of seconds
+        return hook
+    disabled: Callable[..., Any] = torch.compiler.disable(hook)
+    return disabled
+
+
 def _is_ours(hooks: tuple[Any, Any]) -> bool:
-    return isinstance(getattr(hooks[0], "__self__", None), SaveMemory)
+    hook = getattr(hooks[0], "__wrapped__", hooks[0])
+    return isinstance(getattr(hook, "__self__", None), SaveMemory)
 
 
 def _is_checkpointing(hooks: tuple[Any, Any]) -> bool:
