@@ -15,16 +15,15 @@ RESNET50, MOBILENET = ("resnet50", "8", "160"), ("mobilenet_v2", "8", "160")
 MLP, RESNET18 = ("mlp", "128", "32"), ("resnet18", "2", "32")
 Cell = tuple[tuple[str, str, str], str, str, str]
 NETWORKS: list[Cell] = [
-    (net, mode, layout, "fp32")
-    for mode in ("train", "eval")
+    (net, "train", layout, "fp32")
     for net in (RESNET50, MOBILENET, RESNET18, MLP)
     for layout in (("nchw",) if net == MLP else ("nchw", "channels_last"))
 ]
-ABLATED = [cell for cell in NETWORKS if cell[1] == "train"]
-SAVING = [cell for cell in ABLATED if cell[0] in (RESNET50, MOBILENET) and cell[2] == "nchw"]
+SAVING = [cell for cell in NETWORKS if cell[0] in (RESNET50, MOBILENET) and cell[2] == "nchw"]
 # Beside float32 on one thread, measured where memory is kept.
 OTHERS = [(net, dtype, threads) for net in (RESNET50, MOBILENET, RESNET18, MLP)
           for dtype, threads in (("bf16", "1"), ("fp32", "2"))]  # fmt: skip
+# What conversion consisted of before graphs were captured, in history/ablation.
 PARTS = [
     "eager", "layers", "deferred", "sequences", "converted", "converted, pool off", "save_memory"
 ]  # fmt: skip
@@ -97,19 +96,19 @@ def both(what: str) -> list[str]:
 
 
 class Network:
-    """A cell of networks/rows.csv, which remembers its rows."""
+    """A cell of networks/rows.csv, or of a file of the same columns, which remembers its rows."""
 
-    def __init__(self, rows: Rows, cell: Cell, threads: str = "1") -> None:
+    def __init__(self, rows: Rows, cell: Cell, threads: str = "1", name: str = "networks") -> None:
         (self.network, batch, size), self.mode, self.layout, self.dtype = cell
-        self.rows, self.cited = rows, list[Row]()
+        self.rows, self.name, self.cited = rows, name, list[Row]()
         self.filters = {"network": self.network, "batch": batch, "size": size, "mode": self.mode,
                         "layout": self.layout, "dtype": self.dtype, "threads": threads}  # fmt: skip
         self.title = f"{TITLES[self.network]}, {batch} of {size}²"
 
-    def row(self, contender: str, regime: str, base: str = "eager") -> Row:
+    def row(self, contender: str, regime: str) -> Row:
         """Return the row of a contender."""
-        filters = {**self.filters, "contender": contender, "regime": regime, "base": base}
-        self.cited.append(self.rows.one("networks", filters))
+        filters = {**self.filters, "contender": contender, "regime": regime}
+        self.cited.append(self.rows.one(self.name, filters))
         return self.cited[-1]
 
     def ratios(self, contender: str) -> list[str]:
@@ -118,7 +117,7 @@ class Network:
 
     def words(self) -> list[str]:
         """Return the cell in words."""
-        return [self.title, WORDS[self.mode], WORDS[self.layout]]
+        return [self.title, WORDS[self.layout]]
 
 
 def _with_place(
@@ -129,50 +128,50 @@ def _with_place(
 
 
 def networks(rows: Rows) -> str:
-    """Return what conversion gains."""
+    """Return what conversion and captured graphs gain in a training step."""
     cells = [Network(rows, cell) for cell in NETWORKS]
-    lines = [[*cell.words(), *cell.ratios("converted")] for cell in cells]
-    return _with_place(["network", "mode", "layout", *both("× eager")], cells, lines, 3)
+    lines = [[*cell.words(), *cell.ratios("layers"), *cell.ratios("graph")] for cell in cells]
+    head = ["training step", "layout", *both("converted"), *both("graph")]
+    return _with_place(head, cells, lines, 2)
 
 
 def others(rows: Rows) -> str:
-    """Return what conversion gains in bfloat16 and on two threads."""
+    """Return the same in bfloat16 and on two threads."""
     cells = [
         Network(rows, (net, "train", "nchw", dtype), threads) for net, dtype, threads in OTHERS
     ]
     lines = []
     for cell, (_, dtype, threads) in zip(cells, OTHERS, strict=True):
         how = WORDS.get(dtype, f"float32, {threads} threads")
-        found = [ratio(cell.row(name, "kept")) for name in ("layers", "converted")]
-        lines.append([cell.title, how, *found])
-    head = ["training step, contiguous, memory kept", "", "layers alone", "converted"]
+        lines.append([cell.title, how, *(ratio(cell.row(c, "kept")) for c in ("layers", "graph"))])
+    head = ["training step, contiguous, memory kept", "", "converted", "graph"]
     return _with_place(head, cells, lines, 2)
 
 
 def saved(rows: Rows) -> str:
-    """Return what save_memory saves, and what that costs."""
+    """Return what save_memory saves."""
     cells, lines = [Network(rows, cell) for cell in SAVING], []
     for cell in cells:
-        eager, saving = (cell.row(name, "default") for name in ("eager", "save_memory"))
+        eager, saving = (cell.row(name, "kept") for name in ("eager", "save_memory"))
         share = saving.number("saved_bytes") / eager.number("saved_bytes")
         kept = [megabytes(row, "saved_bytes") for row in (eager, saving)]
-        names = ("eager", "converted", "save_memory")
-        peaks = [megabytes(cell.row(name, "default"), "peak_bytes") for name in names]
-        lines.append([cell.title, *kept, f"{100 * share:.0f} %", *peaks])
-    head = ["training step", "saved for backward: torch", "converted, saving", "share",
-            "peak: torch", "converted", "converted, saving"]  # fmt: skip
+        names = ("eager", "graph", "save_memory")
+        peaks = [megabytes(cell.row(name, "kept"), "peak_bytes") for name in names]
+        lines.append([cell.title, *kept, f"{100 * share:.0f} %", *peaks, ratio(saving)])
+    head = ["training step", "saved for backward: torch", "graph, saving", "share",
+            "peak: torch", "graph", "graph, saving", "× eager, saving"]  # fmt: skip
     return _with_place(head, cells, lines, 1)
 
 
 def ablation(rows: Rows) -> str:
-    """Return every contender of every network, with page faults."""
-    cells, lines = [Network(rows, cell) for cell in ABLATED], []
+    """Return every contender that conversion consisted of, with page faults."""
+    cells, lines = [Network(rows, cell, name="history/ablation") for cell in NETWORKS], []
     for cell in cells:
         for name in PARTS:
             pair = [cell.row(name, regime) for regime in REGIMES]
             faults = [digits(row.number("faults"), 0) for row in pair]
             times = [seconds(row, "median") for row in pair]
-            lines.append([cell.title, WORDS[cell.layout], name, *times, *map(ratio, pair), *faults])
+            lines.append([*cell.words(), name, *times, *map(ratio, pair), *faults])
     head = ["network", "layout", "contender", *both("step"), *both("× eager"),
             *both("page faults")]  # fmt: skip
     return _with_place(head, cells, lines, 3)

@@ -41,13 +41,22 @@ def network(cell, contender, regime, threads="1"):
     return timed(row) | numbers
 
 
+CONTENDERS = ("eager", "layers", "graph", "save_memory")
+
+
 def networks():
+    for cell in tables.NETWORKS:
+        for contender, regime in itertools.product(CONTENDERS, tables.REGIMES):
+            yield network(cell, contender, regime)
+    for net, dtype, threads in tables.OTHERS:
+        for contender in ("layers", "graph"):
+            yield network((net, "train", "nchw", dtype), contender, "kept", threads)
+
+
+def ablation():
     for cell in tables.NETWORKS:
         for contender, regime in itertools.product(tables.PARTS, tables.REGIMES):
             yield network(cell, contender, regime)
-    for net, dtype, threads in tables.OTHERS:
-        for contender in ("layers", "converted"):
-            yield network((net, "train", "nchw", dtype), contender, "kept", threads)
 
 
 def cpu():
@@ -98,6 +107,7 @@ def throughput():
 
 FILES = {
     "networks/rows.csv": networks,
+    "history/ablation/rows.csv": ablation,
     "cpu/rows.csv": cpu,
     "fallbacks/rows.csv": fallbacks,
     "calibration/rows.csv": calibration,
