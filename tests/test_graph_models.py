@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import batchnorm as bn
-from captured import assert_same, compiled, partners, step
+from captured import assert_same, compiled, partners
 from networks import CAPTURED, NETWORKS
 
 QUICK = {"mlp", "torchvision densenet", "transformers resnet"}
-BUILDERS = {name: build for name, (build, *_) in (*NETWORKS.items(), *CAPTURED.items())}
+BUILDERS = {name: build for name, (build, _) in NETWORKS.items()}
 
 
 def slow_but(quick, names):
@@ -40,11 +40,10 @@ def test_three_steps_in_float64_equal_eager(name, convert):
     other = compiled(model, fullgraph=True)
     found = assert_same(plain, other, inputs(name, 3, torch.float64))
     assert all(one.state != "unseen" for one in found.values()), found
-    if name in NETWORKS:
-        assert sum(one.state == "fused" for one in found.values()) >= NETWORKS[name][1]
+    assert sum(one.state == "fused" for one in found.values()) >= NETWORKS[name][1]
 
 
-@pytest.mark.parametrize("name", slow_but({"torchvision vgg11_bn", "timm resnet26d"}, CAPTURED))
+@pytest.mark.parametrize("name", slow_but({"monai densenet", "timm resnet26d"}, CAPTURED))
 def test_normalizations_activations_and_additions_of_a_network(name):
     build, *expected = CAPTURED[name]
     other = compiled(build(), fullgraph=True)
@@ -52,27 +51,3 @@ def test_normalizations_activations_and_additions_of_a_network(name):
     found = list(partners(other).values())
     added = sum("add" in one for one in found)
     assert [len(found), sum(map(len, found)) - added, added] == expected
-
-
-def errors(found, exact):
-    """Root mean square over tensors of the relative error, and the errors one by one."""
-    each = [
-        float((got.double() - want).norm() / want.norm().clamp_min(1e-30))
-        for got, want in zip(found, exact, strict=True)
-        if want is not None and float(want.norm()) > 1e-8
-    ]
-    return (sum(error**2 for error in each) / len(each)) ** 0.5, each
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", BUILDERS)
-def test_float32_is_as_near_to_float64_as_torch(name):
-    torch.manual_seed(0)
-    plain = without_dropout(BUILDERS[name]())
-    exact, other = copy.deepcopy(plain).double(), compiled(plain, fullgraph=True)
-    (x,) = inputs(name, 1, torch.float32)
-    true = step(exact, x.double(), 0)
-    ours, mine = errors(step(other, x, 0), true)
-    torchs, theirs = errors(step(plain, x, 0), true)
-    assert ours <= 2 * torchs + 1e-6
-    assert all(a <= 4 * b + 1e-5 for a, b in zip(mine, theirs, strict=True))

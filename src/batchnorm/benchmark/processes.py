@@ -9,6 +9,8 @@ made in spawned processes, which import everything anew.
 import contextlib
 import multiprocessing
 import os
+import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -56,6 +58,9 @@ def processes(regime: str, threads: int) -> Iterator[Call]:
 
     try:
         yield call
+    except BaseException:
+        server.terminate()  # and with it a call that was being made
+        raise
     finally:
         here.close()
         server.join()
@@ -64,6 +69,9 @@ def processes(regime: str, threads: int) -> Iterator[Call]:
 def _serve(pipe: Connection, threads: int) -> None:
     forks = threads == 1 and "fork" in multiprocessing.get_all_start_methods()
     method = "fork" if forks else "spawn"
+    # Ctrl-C reaches every process of the terminal; the caller hears it and ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     context = multiprocessing.get_context(method)
     while True:
         try:
@@ -71,6 +79,7 @@ def _serve(pipe: Connection, threads: int) -> None:
         except EOFError:
             return
         child = context.Process(target=_answer, args=(pipe, threads, function, args))  # type: ignore[attr-defined]
+        child.daemon = True
         child.start()
         child.join()
         if child.exitcode:
@@ -78,6 +87,8 @@ def _serve(pipe: Connection, threads: int) -> None:
 
 
 def _answer(pipe: Connection, threads: int, function: Call, args: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(threads)
     try:
         found = True, function(*args)
