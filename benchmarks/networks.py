@@ -36,8 +36,9 @@ ROWS = Path(__file__).parent / "data" / "networks" / "rows.csv"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 
-FULL = ("eager", "layers", "dynamo", "graph", "save_memory")
 BRIEF = ("eager", "layers", "graph")
+LARGE = (*BRIEF, "save_memory")
+SMALL = (*BRIEF, "dynamo")
 COMPILED = ("compile", "compile converted", "graph, inductor")
 
 
@@ -75,7 +76,8 @@ def plan() -> Iterator[tuple[Cell, tuple[str, ...]]]:
                     yield name, layout, regime
 
     for name, layout, regime in each():
-        yield cell(name, layout=layout, regime=regime), FULL
+        large = name in ("resnet50", "mobilenet_v2")
+        yield cell(name, layout=layout, regime=regime), LARGE if large else SMALL
     for name in SIZES:
         yield cell(name, dtype="bf16"), BRIEF
         yield cell(name, threads=2), BRIEF

@@ -20,9 +20,6 @@ NETWORKS: list[Cell] = [
     for layout in (("nchw",) if net == MLP else ("nchw", "channels_last"))
 ]
 SAVING = [cell for cell in NETWORKS if cell[0] in (RESNET50, MOBILENET) and cell[2] == "nchw"]
-# Beside float32 on one thread, measured where memory is kept.
-OTHERS = [(net, dtype, threads) for net in (RESNET50, MOBILENET, RESNET18, MLP)
-          for dtype, threads in (("bf16", "1"), ("fp32", "2"))]  # fmt: skip
 # What conversion consisted of before graphs were captured, in history/ablation.
 PARTS = [
     "eager", "layers", "deferred", "sequences", "converted", "converted, pool off", "save_memory"
@@ -111,10 +108,6 @@ class Network:
         self.cited.append(self.rows.one(self.name, filters))
         return self.cited[-1]
 
-    def ratios(self, contender: str) -> list[str]:
-        """Return the ratios to eager in both regimes."""
-        return [ratio(self.row(contender, regime)) for regime in REGIMES]
-
     def words(self) -> list[str]:
         """Return the cell in words."""
         return [self.title, WORDS[self.layout]]
@@ -128,23 +121,14 @@ def _with_place(
 
 
 def networks(rows: Rows) -> str:
-    """Return what conversion and captured graphs gain in a training step."""
+    """Return what conversion and captured graphs gain in a training step where memory is kept."""
     cells = [Network(rows, cell) for cell in NETWORKS]
-    lines = [[*cell.words(), *cell.ratios("layers"), *cell.ratios("graph")] for cell in cells]
-    head = ["training step", "layout", *both("converted"), *both("graph")]
-    return _with_place(head, cells, lines, 2)
-
-
-def others(rows: Rows) -> str:
-    """Return the same in bfloat16 and on two threads."""
-    cells = [
-        Network(rows, (net, "train", "nchw", dtype), threads) for net, dtype, threads in OTHERS
-    ]
-    lines = []
-    for cell, (_, dtype, threads) in zip(cells, OTHERS, strict=True):
-        how = WORDS.get(dtype, f"float32, {threads} threads")
-        lines.append([cell.title, how, *(ratio(cell.row(c, "kept")) for c in ("layers", "graph"))])
-    head = ["training step, contiguous, memory kept", "", "converted", "graph"]
+    lines = [
+        [*cell.words(), seconds(cell.row("eager", "kept"), "median"),
+         *(ratio(cell.row(name, "kept")) for name in ("layers", "graph"))]
+        for cell in cells
+    ]  # fmt: skip
+    head = ["training step", "layout", "eager", "converted", "graph"]
     return _with_place(head, cells, lines, 2)
 
 
@@ -198,7 +182,6 @@ def fallbacks(rows: Rows) -> str:
 
 BLOCKS: dict[str, Callable[[Rows], str]] = {
     "networks": networks,
-    "networks-others": others,
     "saved": saved,
     "ablation": ablation,
     "fallbacks": fallbacks,
