@@ -78,6 +78,7 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+	$(PY) benchmarks/figures.py --check
 
 # Memory errors, undefined behaviour and races of the native kernels, without Python around them.
 sanitize:
