@@ -62,7 +62,7 @@ def main() -> None:
     """Print one line per cell that falls short, and how many there are."""
     cells: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in read_rows(Path(sys.argv[1])):
-        key = (row.op, row.mode, row.dtype, row.shape, row.layout)
+        key = (row.op, row.mode, row.dtype, row.shape, row.layout, row.regime)
         cells.setdefault(key, {})[row.contender] = row
     short = {key: list(shortfalls(cell)) for key, cell in cells.items()}
     for key, found in short.items():
