@@ -1,4 +1,4 @@
-"""Rows of measurements that nobody made, of every file that the pages cite."""
+"""Made-up rows for tests, of every file that the pages cite."""
 
 import csv
 import itertools
