@@ -106,7 +106,7 @@ def _counted(node: fx.Node) -> fx.Node | None:
             continue
         counter: Any = other.args[0]
         example = _example(counter)
-        # A cumulative average reads the counter: its step must then stay where it is.
+        # Whoever reads it, as a cumulative average does, reads it at that place.
         read = any(user.target != "add_" for user in counter.users)
         given = counter.op in ("placeholder", "get_attr") and isinstance(example, Tensor)
         if given and not read and example.ndim == 0 and example.dtype == torch.int64:
