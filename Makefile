@@ -23,18 +23,22 @@ TRITON := $(VENV)/triton
 # Which of the tests, for example TESTS=tests/test_cli.py.
 TESTS ?=
 
-.PHONY: run test test-slow test-integrations test-triton test-driver coverage bench docs lint sanitize neon format clean
+.PHONY: run test test-slow audit test-integrations test-triton test-driver coverage bench docs lint sanitize neon format clean
 
 run: $(READY_RUN)
 	$(PY) -m batchnorm demo
 
 # A process for every core: each test computes on one thread.
 test: $(READY)
-	$(PY) -m pytest -m "not slow and not cuda" -n auto --maxprocesses 4 --dist worksteal $(TESTS)
+	$(PY) -m pytest -m "not slow and not audit and not cuda" -n auto --maxprocesses 4 --dist worksteal $(TESTS)
 
 # By files: the tests of huge tensors are in one, and two of them would not fit into memory.
 test-slow: $(READY)
 	$(PY) -m pytest -m "slow and not cuda" -n auto --maxprocesses 2 --dist loadfile $(TESTS)
+
+# Long proofs, which .ci/run leaves out: 36 networks in graphs, step by step.
+audit: $(READY)
+	$(PY) -m pytest -m "audit and not cuda" -n auto --maxprocesses 2 --timeout 900 $(TESTS)
 
 # The callbacks with the real libraries, which are no requirement of anything else.
 test-integrations: $(READY)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import batchnorm as bn
 import third_party
-from batchnorm import _native
 
 
 class Join(torch.autograd.Function):
@@ -68,12 +67,6 @@ def bare(model: nn.Module) -> nn.Module:
     return model
 
 
-def without_pool(model: nn.Module) -> nn.Module:
-    """Convert; the native module then keeps no freed output for the next."""
-    _native.pool_limit(0)
-    return bn.convert(model)
-
-
 def compiled(model: nn.Module, **options: Any) -> nn.Module:
     return torch.compile(model, dynamic=False, **options)  # type: ignore[return-value]
 
@@ -86,7 +79,6 @@ def graph(model: nn.Module, **options: Any) -> nn.Module:
 CONTENDERS: dict[str, Callable[[nn.Module], Any]] = {
     "eager": lambda model: model,
     "layers": bn.convert,
-    "layers, pool off": without_pool,
     "dynamo": lambda model: compiled(model, backend="eager"),
     "graph": graph,
     "save_memory": lambda model: bn.save_memory(graph(model)),

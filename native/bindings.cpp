@@ -11,7 +11,6 @@
 #include "call.hpp"
 #include "dispatch.hpp"
 #include "parallel.hpp"
-#include "pool.hpp"
 
 namespace nb = nanobind;
 using namespace batchnorm;
@@ -54,7 +53,7 @@ nb::object evaluate(Handle x, Handle residual, Handle weight, Handle bias, Handl
     call.activation(activation, slope);
     call.args.eps = eps;
     if (!call.in_order) return nb::none();
-    nb::object y = call.output(nb::none(), true);
+    nb::object y = call.output(nb::none());
     if (!call.in_order) return nb::none();
     call.run(kernels(call.x.dtype).normalize);
     return y;
@@ -170,19 +169,7 @@ NB_MODULE(_native, m) {
     define(m, "backward_sums", &backward_sums);
     define(m, "backward_input", &backward_input);
     define(m, "backward", &backward);
-    m.def("empty_like", [](Handle x) {
-        Tensor t;
-        if (!read(x, t)) throw nb::value_error("expected a floating tensor on the CPU");
-        return empty_like(t).object;
-    }, "An uninitialised tensor of the sizes and strides of a dense one; in recycled memory where it is large.");
     m.def("spoil", &spoil, "For tests: fill new tensors with NaN, so that what is not written shows.");
-    m.def("pool_limit", [](int64_t bytes) { pool::set_limit(bytes < 0 ? 0 : bytes); }, "Most bytes kept idle; 0 gives all back.");
-    m.def("pool_usage", [] {
-        const auto u = pool::usage();
-        return nb::make_tuple(u.idle, u.live, u.limit);
-    }, "Bytes idle, bytes in live tensors, limit.");
-    m.def("pool_drop_older", &pool::drop_older, "Give back what is idle and was not handed out since pool_next_epoch.");
-    m.def("pool_next_epoch", &pool::next_epoch, "See pool_drop_older.");
     m.def("simd", [] { return std::string(simd_name()); }, "The instruction set in use.");
     m.def("use_simd", [](const std::string& name) { return use_simd(name.c_str()); }, "For tests: choose an instruction set; False where it is not available.");
     m.def("threading", [] { return std::string(threading()); }, "The thread runtime this was built with.");

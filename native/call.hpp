@@ -98,11 +98,11 @@ struct Call {
     }
 
     // Where the result goes: to a new tensor, or to one that is given, which may be exactly x or the residual.
-    nanobind::object output(nanobind::handle given, bool brief = false) {
+    nanobind::object output(nanobind::handle given) {
         if (given.is_none()) {
-            Made made = empty_like(x, brief);
+            Made made = empty_like(x);
             args.y = made.data;
-            if (!brief) advise_huge(args.y, bytes());
+            advise_huge(args.y, bytes());
             return made.object;
         }
         args.y = like(given, "out");

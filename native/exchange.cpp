@@ -4,19 +4,12 @@
 #include <memory>
 #include <new>
 
-#include "pool.hpp"
-
 namespace nb = nanobind;
 
 namespace batchnorm {
 namespace {
 
-// From this many elements on, outputs live in recycled memory: fresh pages cost more than the arithmetic
-// (docs/decisions/0006-recycled-memory.md).
-constexpr int64_t pooled_from = int64_t(1) << 18;
-// Beyond this glibc maps every block anew.
-constexpr int64_t heap_most = int64_t(32) << 20;
-
+// The alignment of torch's own CPU tensors: what one of the two frees fits the other's next request.
 constexpr std::align_val_t line{64};
 
 // The part of DLPack's ABI that is used, as its version 1 fixes it.
@@ -59,14 +52,8 @@ bool spoiling = false;
 // What a tensor that was made here rests on.
 struct Owned : DLManaged {
     std::unique_ptr<int64_t[]> extents;  // sizes, then strides
-    int64_t capacity = 0, taken = 0;     // of recycled memory; 0 where it is not
 
-    ~Owned() {
-        if (capacity)
-            pool::release(tensor.data, capacity, taken);
-        else
-            ::operator delete(tensor.data, line);
-    }
+    ~Owned() { ::operator delete(tensor.data, line); }
 };
 
 // False where there is nothing to point at: meta tensors, sparse ones, wrappers.
@@ -87,7 +74,7 @@ bool means_negative(nb::handle object) {
     return answer == Py_True;
 }
 
-Made make(int rank, const int64_t* shape, const int64_t* strides, DType dtype, bool brief = false) {
+Made make(int rank, const int64_t* shape, const int64_t* strides, DType dtype) {
     auto made = std::make_unique<Owned>();
     made->extents.reset(new int64_t[2 * rank]);
     int64_t elements = 1;
@@ -104,8 +91,7 @@ Made make(int rank, const int64_t* shape, const int64_t* strides, DType dtype, b
     made->flags = 0;
     made->tensor = {nullptr, device_cpu, 0, rank, dtype == DType::bfloat16 ? kind_bfloat : kind_float, uint8_t(8 * size_of(dtype)), 1,
                     made->extents.get(), made->extents.get() + rank, 0};
-    // Of the very size that torch asks for, so that what one has freed serves the other.
-    void* data = elements < pooled_from || (brief && bytes <= heap_most) ? ::operator new(size_t(bytes), line) : pool::acquire(bytes, made->capacity, made->taken);
+    void* data = ::operator new(size_t(bytes), line);
     made->tensor.data = data;
     if (spoiling) std::memset(data, 0xff, size_t(bytes));  // NaN in every dtype
     void* object = nullptr;
@@ -186,7 +172,7 @@ int64_t* counter(nb::handle object) {
 
 void spoil(bool on) { spoiling = on; }
 
-Made empty_like(const Tensor& t, bool brief) { return make(t.rank, t.shape, t.strides, t.dtype, brief); }
+Made empty_like(const Tensor& t) { return make(t.rank, t.shape, t.strides, t.dtype); }
 
 Made empty(int64_t rows, int64_t columns, DType dtype) {
     const int64_t shape[] = {rows, columns}, strides[] = {columns, 1};

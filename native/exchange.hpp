@@ -40,9 +40,8 @@ bool read(nanobind::handle object, Tensor& tensor);
 // The int64 that a tensor of one element holds, or null.
 int64_t* counter(nanobind::handle object);
 
-// New tensors, not initialised. `brief`: it dies soon, as in evaluation; then it takes turns in the heap with what torch makes, which
-// would be given back to the system if nothing lay there meanwhile.
-Made empty_like(const Tensor& tensor, bool brief = false);
+// New tensors, not initialised, in memory of the C library as torch's own.
+Made empty_like(const Tensor& tensor);
 Made empty(int64_t rows, int64_t columns, DType dtype);
 Made empty(int64_t size, DType dtype);
 

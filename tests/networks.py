@@ -123,3 +123,15 @@ CAPTURED: dict[str, tuple[Callable[[], nn.Module], int, int, int]] = {
     "segmentation deeplab": (_segmentation("DeepLabV3Plus", "resnet18"), 29, 26, 8),
     "segmentation unet++": (_segmentation("UnetPlusPlus", "resnet18"), 42, 39, 8),
 }  # fmt: skip
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """Set every rate of dropout to 0."""
+    for module in model.modules():
+        rates = ["drop_rate"]  # timm's networks give it to F.dropout
+        if "drop" in type(module).__name__.lower():
+            rates += ["p", "drop_prob"]
+        for rate in rates:
+            if hasattr(module, rate):
+                setattr(module, rate, 0.0)
+    return model

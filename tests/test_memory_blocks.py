@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm.ops import backend
 from saving import check_bits, residual
 
 pytestmark = pytest.mark.usefixtures("everything_has_a_recipe")
@@ -101,35 +100,3 @@ def test_backward_may_run_in_another_thread():
             y = model(x)
         with ThreadPoolExecutor(1) as pool:
             pool.submit(y.square().mean().backward).result()
-
-
-@pytest.mark.skipif("cpu" not in backend.BACKENDS, reason="needs the native module")
-def test_recycled_memory_that_has_no_use_any_more_is_given_back():
-    def idle():
-        return bn._native.pool_usage()[0]
-
-    def step():
-        model(x).square().mean().backward()
-
-    parts = [[nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()] for _ in range(8)]
-    torch.compiler.reset()
-    model = torch.compile(
-        nn.Sequential(*(part for three in parts for part in three)), backend=bn.graph.backend
-    )
-    x = torch.randn(4, 32, 64, 64)
-    bn._native.pool_limit(0)
-    bn._native.pool_limit(1 << 30)
-    step()
-    whole = idle()
-    assert whole >= 8 * x.nbytes
-    bn.save_memory(model)
-    for _ in range(3):
-        step()
-    assert idle() <= whole / 2
-    mapped = idle()
-    for _ in range(3):
-        step()
-    assert idle() == mapped
-    bn.save_memory(model, enabled=False)
-    step()
-    assert idle() >= whole

@@ -13,11 +13,11 @@ _MMAP_MAX, _NONE, _AS_BUILT = -4, 0, 65536
 def recycle_memory(on: bool = True) -> bool:
     """Let this process keep the memory that it frees, for the tensors to come.
 
-    On the CPU torch takes memory for tensors from the C library, which maps large ones anew and
-    gives back what is free at the end of its heap. So every step waits for pages that the system
-    has to clear first, whichever layers the network has. The outputs of our own layers are recycled
-    in any case; this is for all others. The process then stays as large as it has ever been, and
-    may grow beyond that, by the holes that blocks of other sizes leave in the heap.
+    On the CPU, tensors of torch and outputs of our layers come from the C library, which maps large
+    blocks anew and gives back what is free at the end of its heap. So every step waits for pages
+    that the system has to clear first, whichever layers the network has. With this setting the
+    process stays as large as it has ever been, and may grow beyond that, by the holes that blocks
+    of other sizes leave in the heap.
 
     This is a setting of the C library (``mallopt``) and holds for the whole process. The variables
     ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_MMAP_THRESHOLD_``, set to more than there is memory, do

@@ -17,7 +17,6 @@ from batchnorm.ops import backend
 from batchnorm.ops.onlookers import is_calm
 
 _here = threading.local()
-_cpu: Any = backend.BACKENDS.get("cpu")
 
 NOTHING = """\
 ; hardly an activation was computed by a normalization, which could make it again: compile the \
@@ -103,8 +102,6 @@ class SaveMemory:
             self._packs = pack
             self._hooks.__enter__()
             backend.wrap_with(_record)
-            if _cpu is not None:
-                _cpu.drop_older()  # what the last backward pass had no use for
             _here.depth = getattr(_here, "depth", 0) + 1
         return self.saved
 
@@ -113,8 +110,6 @@ class SaveMemory:
             self._hooks.__exit__(*error)
             self._hooks = None
             _here.depth -= 1
-            if _cpu is not None:
-                _cpu.next_epoch()
 
     def is_innermost(self) -> bool:
         """Whether leaving the block now takes its own hooks away, and nobody else's."""

@@ -39,9 +39,6 @@ _threads = torch.get_num_threads
 
 _native.connect(Tensor)
 
-# Of recycled memory, where less of it is wanted: see native/pool.hpp.
-drop_older, next_epoch = _native.pool_drop_older, _native.pool_next_epoch
-
 
 def serves(x: Tensor, weight: Maybe, bias: Maybe, residual: Maybe, axis: int) -> str | None:
     """Return why these tensors cannot be served, or None where they can."""
