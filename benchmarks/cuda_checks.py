@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import batchnorm as bn
 from batchnorm.ops import aten, cuda, reference
 from batchnorm.ops.activations import NAMES, Activation
+from batchnorm.ops.call import Epilogue, ForBackward
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import oracle
@@ -112,16 +113,20 @@ def one_step(
     x, dy, residual = (arranged(shape, layout, dtype, device) for _ in range(3))
     residual = residual if adds else None
     weight, bias = (torch.randn(shape[1], device=device) for _ in range(2))
-    y, stats = cuda.forward(x, weight, bias, residual, act, 1e-3, 1)
-    exact = reference.forward(x.double(), weight, bias, none_or_double(residual), act, 1e-3, 1)
+    y, stats = cuda.forward(x, Epilogue(weight, bias, residual, act), 1e-3, 1)
+    exact = reference.forward(
+        x.double(), Epilogue(weight, bias, none_or_double(residual), act), 1e-3, 1
+    )
     count = x.numel() // shape[1]
     size = 2 * max(1.0, float(weight.abs().max()), float(bias.abs().max()))
     allowed = oracle.tolerance(dtype, count, 1, 2 * size)
     shares = [worst(y, exact[0], allowed)]
-    found = cuda.backward(dy, x, stats, oracle.beside(act, residual, y), act, 1, adds)
+    found = cuda.backward(dy, ForBackward(x, stats, oracle.beside(act, residual, y), act, 1), adds)
     # The kinks' side is told by the y that was kept, as in any framework.
     told = y.double() if act.from_output else none_or_double(residual)
-    expected = reference.backward(dy.double(), x.double(), exact[1], told, act, 1, adds)
+    expected = reference.backward(
+        dy.double(), ForBackward(x.double(), exact[1], told, act, 1), adds
+    )
     narrow = oracle.ROUNDING[str(dtype).removeprefix("torch.")][0]
     rough = allowed._replace(atol=allowed.atol + (narrow if narrow > 2.0**-24 else 0) * 4 * size)
     shares += [worst(found[0], expected[0], rough)]
@@ -145,13 +150,14 @@ def bits(options: Options) -> Iterator[dict[str, Any]]:
         weight = torch.randn(shape[1], device=options.device)
 
         def step(x: Tensor = x, dy: Tensor = dy, r: Tensor = r, weight: Tensor = weight) -> Any:
-            y, stats = cuda.forward(x, weight, weight, r, Activation("relu"), 1e-5, 1)
-            given = (y, Activation("relu"), 1, True)
-            return y, stats, *cuda.backward(dy, x, stats, *given)
+            y, stats = cuda.forward(x, Epilogue(weight, weight, r, Activation("relu")), 1e-5, 1)
+            saved = ForBackward(x, stats, y, Activation("relu"), 1)
+            return y, stats, *cuda.backward(dy, saved, True)
 
         first, same = step(), True
         stats = first[1]
-        again = (x, stats[0], stats[2:4], weight, weight, r, Activation("relu"), 1)
+        epilogue = Epilogue(weight, weight, r, Activation("relu"))
+        again = (x, stats[0], stats[2:4], epilogue, 1)
         same &= torch.equal(first[0], cuda.normalize(*again))
         for _ in range(2 if options.tiny else 20):
             same &= all(torch.equal(a, b) for a, b in zip(first, step(), strict=True))
@@ -207,10 +213,10 @@ def large(options: Options) -> Iterator[dict[str, Any]]:
         x = torch.zeros(shape, dtype=torch.bfloat16, device=options.device)
         x = x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
         x[-1] = torch.randn(shape[1:], device=options.device)
-        y, stats = cuda.forward(x, None, None, None, Activation("relu"), 1e-5, 1)
+        y, stats = cuda.forward(x, Epilogue(act=Activation("relu")), 1e-5, 1)
         mean = x[-1:].double().sum([0, *range(2, x.ndim)]) / (x.numel() // shape[1])
         exact = reference.normalize(
-            x[-1:], stats[0], stats[2:4], None, None, None, Activation("relu"), 1
+            x[-1:], stats[0], stats[2:4], Epilogue(act=Activation("relu")), 1
         )
         yield {
             "elements": x.numel(), "channels-last": last,

@@ -10,7 +10,8 @@ import batchnorm as bn
 import oracle
 from batchnorm.errors import BackendError
 from batchnorm.ops import aten, backend, cuda
-from batchnorm.ops.activations import IDENTITY, Activation
+from batchnorm.ops.activations import Activation
+from batchnorm.ops.call import Epilogue, ForBackward, Running
 from test_ops import ACTS, COARSE, EPS, Case, check_gradients, plain
 
 RELU = Activation("relu")
@@ -34,34 +35,39 @@ def looser(case, dtype):
 def test_every_function_is_the_textbook(layout, act):
     for dtype, adds in itertools.product(("float32", "float64", "bfloat16"), (False, True)):
         case = looser(Case(layout, act, dtype, adds), dtype)
-        assert aten.serves(case.x, case.weight, case.bias, case.residual, case.axis) is None
+        assert (
+            aten.serves(case.x, Epilogue(case.weight, case.bias, case.residual), case.axis, "train")
+            is None
+        )
         mean, var, rstd = case.statistics()
         count = case.done.count
         for got, expected in zip(aten.moments(case.x, 1), (mean, var * count), strict=True):
             oracle.assert_close(plain(got), plain(expected), case.sums, "moments")
-        y = aten.normalize(case.x, mean, rstd, *case.given, 1)
+        y = aten.normalize(case.x, mean, rstd, Epilogue(*case.given), 1)
         assert y.dtype == case.x.dtype
         oracle.assert_close(plain(y), case.done.y, case.allowed, "normalize")
-        y = aten.evaluate(case.x, mean, var, *case.given, EPS, 1)
+        y = aten.evaluate(case.x, mean, var, Epilogue(*case.given), EPS, 1)
         oracle.assert_close(plain(y), case.done.y, case.allowed, "evaluate")
-        y, stats = aten.forward(case.x, *case.given, EPS, 1)
+        y, stats = aten.forward(case.x, Epilogue(*case.given), EPS, 1)
         oracle.assert_close(plain(y), case.done.y, case.allowed, "forward")
         oracle.assert_close(plain(stats[2]), case.done.rstd, case.fine, "rstd")
-        given = (stats, oracle.beside(act, case.residual, y), act, 1, adds)
-        dx, dresidual, *sums = aten.backward(case.dy, case.x, *given)
+        saved = ForBackward(case.x, stats, oracle.beside(act, case.residual, y), act, 1)
+        dx, dresidual, *sums = aten.backward(case.dy, saved, adds)
         check_gradients(case, (dx, sums[1], sums[0], dresidual))
         assert (dresidual is None) == (not adds)
 
 
 def test_the_result_and_its_recipe_have_the_same_bits():
     x, weight, bias = torch.randn(4, 3, 5).bfloat16(), torch.randn(3), torch.randn(3)
-    y, stats = aten.forward(x, weight, bias, x, RELU, EPS, 1)
-    assert torch.equal(y, aten.normalize(x, stats[0], stats[2:4], weight, bias, x, RELU, 1))
+    y, stats = aten.forward(x, Epilogue(weight, bias, x, RELU), EPS, 1)
+    assert torch.equal(
+        y, aten.normalize(x, stats[0], stats[2:4], Epilogue(weight, bias, x, RELU), 1)
+    )
 
 
 def test_a_variance_that_is_small_next_to_eps_keeps_its_digits():
     x = (torch.randn(64, 3, 4, dtype=torch.float64) * 1e-4).float()
-    _, stats = aten.forward(x, None, None, None, IDENTITY, 1e-3, 1)
+    _, stats = aten.forward(x, Epilogue(), 1e-3, 1)
     exact = x.double().var((0, 2), correction=0)
     assert float((stats[1].double() / exact - 1).abs().max()) <= 1e-6
     # Of what F.batch_norm hands to its backward, only so much is left.
@@ -73,23 +79,24 @@ def test_a_variance_that_is_small_next_to_eps_keeps_its_digits():
 def test_the_running_step_is_torch_s(wide):
     x = torch.randn(6, 3, 4)
     theirs = nn.BatchNorm1d(3, momentum=0.3)
-    running = torch.zeros(3, dtype=wide), torch.ones(3, dtype=wide), torch.tensor(0), 0.3
+    stored = torch.zeros(3, dtype=wide), torch.ones(3, dtype=wide), torch.tensor(0)
+    running = Running(*stored, 0.3)
     for _ in range(2):
         theirs(x)
-        aten.forward(x, None, None, None, IDENTITY, EPS, 1, running)
+        aten.forward(x, Epilogue(), EPS, 1, running)
     for ours, buffer in zip(running[:3], theirs.buffers(), strict=True):
         torch.testing.assert_close(ours, buffer, check_dtype=False)
 
 
 def test_the_aten_backend_says_why_it_declines_a_call():
     x, w = torch.randn(4, 3, 2), torch.ones(3)
-    assert aten.serves(x, w, w, x, 1) is None
-    assert "axis" in aten.serves(x, None, None, None, 2)
-    assert "on meta" in aten.serves(x.to("meta"), None, None, None, 1)
-    assert "int64" in aten.serves(x.long(), None, None, None, 1)
-    assert "more than one value" in aten.serves(x[:1, :, :1], None, None, None, 1)
-    assert "weight" in aten.serves(x, w.half(), None, None, 1)
-    assert "residual" in aten.serves(x, w, w, x.double(), 1)
+    assert aten.serves(x, Epilogue(w, w, x), 1, "train") is None
+    assert "axis" in aten.serves(x, Epilogue(), 2, "train")
+    assert "on meta" in aten.serves(x.to("meta"), Epilogue(), 1, "train")
+    assert "int64" in aten.serves(x.long(), Epilogue(), 1, "train")
+    assert "more than one value" in aten.serves(x[:1, :, :1], Epilogue(), 1, "train")
+    assert "weight" in aten.serves(x, Epilogue(w.half()), 1, "train")
+    assert "residual" in aten.serves(x, Epilogue(w, w, x.double()), 1, "train")
     with bn.use_backend("aten"):
         assert backend.chosen(x) is aten
         with pytest.raises(BackendError, match="on axis 2"):

@@ -8,6 +8,7 @@ _native = pytest.importorskip("batchnorm._native")
 import oracle  # noqa: E402
 from batchnorm.ops import cpu  # noqa: E402
 from batchnorm.ops.activations import Activation  # noqa: E402
+from batchnorm.ops.call import Epilogue, ForBackward, Running  # noqa: E402
 
 ACTS = {
     "identity": lambda z, s: z * 1,
@@ -59,9 +60,10 @@ def act_of(name):
     return Activation(name, 0.1 if name == "leaky_relu" else 1.3)
 
 
-def forward(*args, **kwargs):
+def forward(*args, running=None):
     """y, mean, the biased variance, and stats, of which they are the first rows."""
-    y, stats = cpu.forward(*args, **kwargs)
+    running = running and Running(*running)
+    y, stats = cpu.forward(*args, running=running)
     return y, stats[0], stats[1], stats
 
 
@@ -147,9 +149,8 @@ class Case:
         self.dx = gain * (self.dz - average(self.sum_dz) - self.xhat * average(self.sum_dz_xhat))
 
     def forward(self, **kw):
-        return forward(
-            self.x, self.weight, self.bias, self.residual, self.act, self.eps, self.axis, **kw
-        )
+        epilogue = Epilogue(self.weight, self.bias, self.residual, self.act)
+        return forward(self.x, epilogue, self.eps, self.axis, **kw)
 
 
 def close(actual, expected, tolerance, scale=None):
@@ -191,20 +192,22 @@ def check(case):
     close(y, case.y, case.tolerance)
     assert y.stride() == case.x.stride() and y.dtype == case.x.dtype
     rstd = stats[2:4]
-    again = cpu.normalize(case.x, mean_f, rstd, case.weight, case.bias, case.residual, act, axis)
+    again = cpu.normalize(
+        case.x, mean_f, rstd, Epilogue(case.weight, case.bias, case.residual, act), axis
+    )
     assert torch.equal(again, y)
     want = case.residual is not None
-    known = (case.x, stats, oracle.beside(act, case.residual, y), act, axis)
-    dx, dresidual, sum_dz, sum_dz_xhat = cpu.backward(case.dy, *known, want)
+    saved = ForBackward(case.x, stats, oracle.beside(act, case.residual, y), act, axis)
+    dx, dresidual, sum_dz, sum_dz_xhat = cpu.backward(case.dy, saved, want)
     norm = case.count**0.5 * 4
     close(sum_dz, case.sum_dz, case.fine * norm)
     close(sum_dz_xhat, case.sum_dz_xhat, case.fine * norm)
     close(dx, case.dx, 4 * case.tolerance)
     if want:
         close(dresidual, case.dz, case.tolerance)
-    s1, s2 = cpu.backward_sums(case.dy, *known)
+    s1, s2 = cpu.backward_sums(case.dy, saved)
     assert torch.equal(s1, sum_dz) and torch.equal(s2, sum_dz_xhat)
-    dx2, dresidual2 = cpu.backward_input(case.dy, *known, s1, s2, case.count, want)
+    dx2, dresidual2 = cpu.backward_input(case.dy, saved, s1, s2, case.count, want)
     close(dx2, case.dx, 4 * case.tolerance)
     if want:
         assert torch.equal(dresidual2, dresidual)
@@ -250,11 +253,13 @@ def test_kinks_and_nan_follow_torch():
         leaf = z.clone().requires_grad_()
         y = function(leaf, act_of(name).slope)
         (expected,) = torch.autograd.grad(y, leaf, torch.full_like(y, 2.0))
-        ours = cpu.normalize(z, zero, one, None, None, None, act_of(name), 1)
+        ours = cpu.normalize(z, zero, one, Epilogue(act=act_of(name)), 1)
         exact = function(z.double(), act_of(name).slope).float()
         torch.testing.assert_close(ours, exact, rtol=1e-6, atol=1e-6, equal_nan=True)
         dy, stats = torch.full_like(z, 2.0), stats_of(zero, one)
-        _, dz = cpu.backward_input(dy, z, stats, None, act_of(name), 1, zero, zero, 1, True)
+        _, dz = cpu.backward_input(
+            dy, ForBackward(z, stats, None, act_of(name), 1), zero, zero, 1, True
+        )
         if name in {
             "relu6",
             "elu",
@@ -276,7 +281,7 @@ def test_infinity_and_nan_propagate_as_in_torch(layout, bad):
     dims = others(x, 1)
     torch.testing.assert_close(mean.float(), x.mean(dims), equal_nan=True, rtol=1e-6, atol=1e-6)
     assert m2[0].isnan() and not m2[1:].isnan().any()
-    y, *_ = forward(x, None, None, None, act_of("relu"), 1e-5, 1)
+    y, *_ = forward(x, Epilogue(act=act_of("relu")), 1e-5, 1)
     torch.testing.assert_close(y.isnan(), F.batch_norm(x, None, None, training=True).isnan())
 
 
@@ -302,7 +307,7 @@ def test_statistics_are_accurate_for_ten_million_values(simd, layout, ratio, out
     mean, m2 = exact.mean(), ((exact - exact.mean()) ** 2).sum()
     std = (m2 / x.numel()).sqrt()
     data = LARGE[layout](x)
-    y, ours, var, _ = forward(data, None, None, None, act_of("identity"), 0.0, 1)
+    y, ours, var, _ = forward(data, Epilogue(), 0.0, 1)
     assert abs(var.item() * x.numel() / m2.item() - 1) <= 1e-6
     assert abs(ours.item() - mean.item()) <= 2.0**-24 * max(abs(mean.item()), 0.01 * std.item())
     expected = (data.double() - mean) / std
@@ -333,8 +338,8 @@ def test_the_same_bits_for_any_number_of_threads(shape, dtype):
             runs = []
             for threads in (1, 2, 2, 3, 7):
                 torch.set_num_threads(threads)
-                y, stats = cpu.forward(a, None, None, c, act, 1e-5, 1)
-                runs.append((y, stats, *cpu.backward(b, a, stats, c, act, 1, True)))
+                y, stats = cpu.forward(a, Epilogue(None, None, c, act), 1e-5, 1)
+                runs.append((y, stats, *cpu.backward(b, ForBackward(a, stats, c, act, 1), True)))
             for other in runs[1:]:
                 assert all(torch.equal(p, q) for p, q in zip(runs[0], other))
             exact = F.silu(F.batch_norm(a.double(), None, None, training=True) + c.double())
@@ -348,11 +353,9 @@ def test_nothing_in_is_nothing_out(shape):
     x = torch.empty(shape)
     act = act_of("relu")
     counter, running = torch.tensor(7), (torch.ones(shape[1]), torch.ones(shape[1]))
-    y, mean, var, stats = forward(
-        x, None, None, None, act, 1e-5, 1, running=(*running, counter, 0.1)
-    )
+    y, mean, var, stats = forward(x, Epilogue(act=act), 1e-5, 1, running=(*running, counter, 0.1))
     assert y.shape == x.shape and not mean.any() and not var.any()
-    dx, _, sum_dz, sum_dz_xhat = cpu.backward(x, x, stats, None, act, 1, False)
+    dx, _, sum_dz, sum_dz_xhat = cpu.backward(x, ForBackward(x, stats, None, act, 1), False)
     assert dx.shape == x.shape and not sum_dz.any() and not sum_dz_xhat.any()
     assert running[0].eq(1).all() and (counter == 7 or not shape[1])
 
@@ -364,11 +367,11 @@ def test_views_that_start_off_a_vector_boundary(shape, dtype):
     store = [torch.randn(numel + 1).to(dtype) for _ in range(2)]
     x, dy = (s[1:].view(shape) for s in store)
     act = act_of("relu")
-    y, stats = cpu.forward(x, None, None, None, act, 1e-5, 1)
-    same = cpu.forward(x.clone(), None, None, None, act, 1e-5, 1)
+    y, stats = cpu.forward(x, Epilogue(act=act), 1e-5, 1)
+    same = cpu.forward(x.clone(), Epilogue(act=act), 1e-5, 1)
     assert torch.equal(y, same[0]) and torch.equal(stats, same[1])
-    dx, *_ = cpu.backward(dy, x, stats, None, act, 1, False)
-    again, *_ = cpu.backward(dy.clone(), x.clone(), stats, None, act, 1, False)
+    dx, *_ = cpu.backward(dy, ForBackward(x, stats, None, act, 1), False)
+    again, *_ = cpu.backward(dy.clone(), ForBackward(x.clone(), stats, None, act, 1), False)
     assert torch.equal(dx, again)
 
 
@@ -376,11 +379,12 @@ def test_odd_strides_are_copied_and_gradients_may_be_expanded():
     base = Case("planes", torch.float32, "relu")
     x = base.x.repeat_interleave(2, dim=3)[..., ::2]
     dy = torch.tensor(0.5).expand(x.shape)
-    y, stats = cpu.forward(x, base.weight, base.bias, None, base.act, base.eps, 1)
+    y, stats = cpu.forward(x, Epilogue(base.weight, base.bias, None, base.act), base.eps, 1)
     close(y, base.y, base.tolerance)
-    known = (stats, None, base.act, 1, False)
-    dx, *_ = cpu.backward(dy, x, *known)
-    assert torch.equal(dx, cpu.backward(dy.contiguous(), x.contiguous(), *known)[0])
+    saved = ForBackward(x, stats, None, base.act, 1)
+    dx, *_ = cpu.backward(dy, saved, False)
+    tidy = saved._replace(x=x.contiguous())
+    assert torch.equal(dx, cpu.backward(dy.contiguous(), tidy, False)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -407,10 +411,7 @@ def test_stored_statistics_are_finished_in_the_call(layout, dtype):
         case.x,
         case.mean.to(dtype),
         var,
-        case.weight,
-        case.bias,
-        case.residual,
-        case.act,
+        Epilogue(case.weight, case.bias, case.residual, case.act),
         case.eps,
         case.axis,
     )
@@ -420,7 +421,8 @@ def test_stored_statistics_are_finished_in_the_call(layout, dtype):
 def test_normalising_in_place():
     case = Case("planes", torch.float32, "relu", residual=True)
     y, mean, _, stats = case.forward()
-    known = (mean, stats[2:4], case.weight, case.bias, case.residual, case.act, 1)
+    epilogue = Epilogue(case.weight, case.bias, case.residual, case.act)
+    known = (mean, stats[2:4], epilogue, 1)
     x = case.x.clone()
     assert cpu.normalize(x, *known, out=x) is x and torch.equal(x, y)
     turned = case.x.contiguous(memory_format=torch.channels_last)
@@ -431,9 +433,11 @@ def test_normalising_in_place():
 
 def test_native_backend_names_what_it_cannot_serve():
     case = Case("planes", torch.float32, "gelu", residual=True)
-    assert cpu.serves(case.x, case.weight, case.bias, case.residual, 1) is None
-    assert "dtype" in cpu.serves(case.x.int(), None, None, None, 1)
-    assert "residual" in cpu.serves(case.x, None, None, case.residual.double(), 1)
+    assert cpu.serves(case.x, Epilogue(case.weight, case.bias, case.residual), 1, "train") is None
+    assert "dtype" in cpu.serves(case.x.int(), Epilogue(), 1, "train")
+    assert "residual" in cpu.serves(
+        case.x, Epilogue(None, None, case.residual.double()), 1, "train"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -442,7 +446,7 @@ def test_denormal_values_are_not_flushed(simd, shape, dtype):
     smallest = torch.finfo(dtype).smallest_normal * 2.0 ** {torch.float16: -10}.get(dtype, -7)
     x = (torch.randint(-60, 60, shape) * smallest).to(dtype)
     one, zero = torch.ones(shape[1]), torch.zeros(shape[1])
-    y = cpu.evaluate(x, zero, one, one, zero, None, act_of("identity"), 0.0, 1)
+    y = cpu.evaluate(x, zero, one, Epilogue(one, zero, None, act_of("identity")), 0.0, 1)
     # F.batch_norm of torch 2.11 refuses an eps of 0 in evaluation too.
     expected = torch.batch_norm(x, one, zero, zero, one, False, 0.0, 0.0, False)
     assert torch.equal(expected, x) and x.count_nonzero() > 0

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 _native = pytest.importorskip("batchnorm._native")
 from batchnorm.ops import cpu  # noqa: E402
 from batchnorm.ops.activations import Activation  # noqa: E402
+from batchnorm.ops.call import Epilogue  # noqa: E402
 
 U = 2.0**-24
 IDENTITY = Activation("identity", 0.0)
@@ -135,7 +136,7 @@ def tensor(values, shape, dtype=torch.float32):
 def check(x, weight, bias):
     """The bounds of docs/statistics.md, for every channel."""
     rounding = ROUNDING[x.dtype]
-    y, (mean, var, *_) = cpu.forward(x, weight, bias, None, IDENTITY, 0.0, 1)
+    y, (mean, var, *_) = cpu.forward(x, Epilogue(weight, bias, None, IDENTITY), 0.0, 1)
     wide = x.double().numpy().reshape(x.shape[0], x.shape[1], -1)
     count = wide.shape[0] * wide.shape[2]
     true_mean = np.array([math.fsum(wide[:, c].ravel()) for c in range(wide.shape[1])]) / count
@@ -224,7 +225,7 @@ def test_a_second_pass_in_some_channels_has_the_same_bits_for_any_number_of_thre
     try:
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
-            seen.append(cpu.forward(x, None, None, None, IDENTITY, 1e-5, 1))
+            seen.append(cpu.forward(x, Epilogue(), 1e-5, 1))
     finally:
         torch.set_num_threads(before)
     for y, stats in seen[1:]:

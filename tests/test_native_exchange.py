@@ -9,6 +9,7 @@ _native = pytest.importorskip("batchnorm._native")
 from batchnorm.errors import UnservedError  # noqa: E402
 from batchnorm.ops import cpu  # noqa: E402
 from batchnorm.ops.activations import IDENTITY, Activation  # noqa: E402
+from batchnorm.ops.call import Epilogue, Running  # noqa: E402
 
 
 def misaligned(*shape, dtype=torch.float32):
@@ -72,8 +73,9 @@ def test_what_does_not_belong_together_is_declined_and_nothing_is_changed(change
     axis = given.pop("axis")
     before = [t if t is None else t.clone() for t in given.values()]
     if axis == 1:
+        epilogue = Epilogue(*affine, Activation("relu"))
         with pytest.raises(UnservedError, match="expected tensors of shape"):
-            cpu.forward(x, *affine, Activation("relu"), 1e-5, axis, (*given.values(), 0.1))
+            cpu.forward(x, epilogue, 1e-5, axis, Running(*given.values(), 0.1))
     assert (
         _native.forward(x, affine[2], *affine[:2], axis, *given.values(), 0, 0.0, 1e-5, 0.1, 1)
         is None
@@ -85,10 +87,10 @@ def test_what_does_not_belong_together_is_declined_and_nothing_is_changed(change
 def test_a_view_that_means_the_negative_of_its_memory():
     x = torch.randn(3, 4, 5, 5)
     negative = torch._neg_view(x)
-    y, stats = cpu.forward(negative, None, None, None, Activation("relu"), 1e-5, 1)
-    again, same = cpu.forward(-x, None, None, None, Activation("relu"), 1e-5, 1)
+    y, stats = cpu.forward(negative, Epilogue(act=Activation("relu")), 1e-5, 1)
+    again, same = cpu.forward(-x, Epilogue(act=Activation("relu")), 1e-5, 1)
     assert torch.equal(y, again) and torch.equal(stats, same)
     weight = torch._neg_view(torch.ones(4))
-    y, _ = cpu.forward(x, weight, None, negative, IDENTITY, 1e-5, 1)
-    again, _ = cpu.forward(x, -torch.ones(4), None, -x, IDENTITY, 1e-5, 1)
+    y, _ = cpu.forward(x, Epilogue(weight, None, negative, IDENTITY), 1e-5, 1)
+    again, _ = cpu.forward(x, Epilogue(-torch.ones(4), None, -x, IDENTITY), 1e-5, 1)
     assert torch.equal(y, again)

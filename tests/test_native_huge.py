@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from batchnorm.ops.backend import BACKENDS
+from batchnorm.ops.call import Epilogue, ForBackward
 
 pytestmark = [
     pytest.mark.slow,
@@ -49,15 +50,15 @@ def test_beyond_32_bits(shape, axis):
     torch.testing.assert_close(found[0].double(), mean, rtol=1e-6, atol=1e-12)
     torch.testing.assert_close(found[1].double(), m2, rtol=1e-6, atol=1e-3)
 
-    rest = (None, None, None, activation("relu"), axis)
+    relu = activation("relu")
     zero, one = torch.zeros(channels), torch.ones(channels)
     stats = torch.stack([zero, one, one, zero, one, zero])
-    sums = cpu.backward_sums(x, x, stats, None, *rest[3:])
+    sums = cpu.backward_sums(x, ForBackward(x, stats, None, relu, axis))
     positive = per_channel / 2 if axis == 0 or channels == 1 else per_channel * (constant > 0)
     assert float((sums[0].double() - positive).abs().max()) <= 4 * 64 + 1e-6 * per_channel
 
     scale = torch.full((channels,), 0.5)
-    cpu.normalize(x, torch.zeros(channels), scale, *rest, out=x)
+    cpu.normalize(x, torch.zeros(channels), scale, Epilogue(act=relu), axis, out=x)
     flat = x.view(-1)
     assert flat[PLACES].tolist() == [32.0] * len(PLACES)
     assert flat[2**31 - 64 : 2**31 - 3].tolist() == ([0.5, 0.0] * 31)[:61]

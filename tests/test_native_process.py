@@ -9,6 +9,7 @@ import torch
 
 import processes
 from batchnorm.ops.activations import Activation
+from batchnorm.ops.call import Epilogue
 
 _native = pytest.importorskip("batchnorm._native")
 from batchnorm.ops import cpu  # noqa: E402
@@ -20,13 +21,14 @@ import os, torch
 from batchnorm.ops.activations import Activation
 from batchnorm import _native
 from batchnorm.ops import cpu
+from batchnorm.ops.call import Epilogue
 relu = Activation("relu")
 x = torch.randn(8, 64, 32, 32)
-before = cpu.forward(x, None, None, None, relu, 1e-5, 1)
+before = cpu.forward(x, Epilogue(act=relu), 1e-5, 1)
 expected = before[0].numpy().tobytes()
 pid = os.fork()
 if pid == 0:
-    after = cpu.forward(x, None, None, None, relu, 1e-5, 1)
+    after = cpu.forward(x, Epilogue(act=relu), 1e-5, 1)
     os._exit(0 if _native.in_forked_child() and after[0].numpy().tobytes() == expected else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 assert not _native.in_forked_child()
@@ -58,12 +60,12 @@ def test_there_is_one_openmp_runtime():
 
 def test_threads_may_call_at_once():
     x = torch.randn(16, 32, 28, 28)
-    expected = cpu.forward(x, None, None, None, RELU, 1e-5, 1)
+    expected = cpu.forward(x, Epilogue(act=RELU), 1e-5, 1)
     wrong = []
 
     def work():
         for _ in range(20):
-            got = cpu.forward(x, None, None, None, RELU, 1e-5, 1)
+            got = cpu.forward(x, Epilogue(act=RELU), 1e-5, 1)
             if not all(torch.equal(a, b) for a, b in zip(expected, got)):
                 wrong.append(1)
 

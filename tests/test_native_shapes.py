@@ -6,6 +6,7 @@ import torch
 _native = pytest.importorskip("batchnorm._native")
 from batchnorm.ops import cpu  # noqa: E402
 from batchnorm.ops.activations import Activation  # noqa: E402
+from batchnorm.ops.call import Epilogue, ForBackward  # noqa: E402
 
 RELU, EPS = Activation("relu"), 1e-5
 UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53, torch.bfloat16: 2.0**-8}
@@ -41,13 +42,13 @@ def simd(request):
 def results(x, residual, dy, weight, bias, threads):
     """All that forward and backward of BN+add+ReLU, and BN+ReLU, find."""
     torch.set_num_threads(threads)
-    y, stats = cpu.forward(x, weight, bias, residual, RELU, EPS, 1)
-    plain, _ = cpu.forward(x, weight, bias, None, RELU, EPS, 1)
-    given = (dy, x, stats)
+    y, stats = cpu.forward(x, Epilogue(weight, bias, residual, RELU), EPS, 1)
+    plain, _ = cpu.forward(x, Epilogue(weight, bias, None, RELU), EPS, 1)
+    beside, alone = (ForBackward(x, stats, one, RELU, 1) for one in (y, None))
     return (
         *(y, stats, plain),
-        *cpu.backward(*given, y, RELU, 1, True),
-        *(found for found in cpu.backward(*given, None, RELU, 1, False) if found is not None),
+        *cpu.backward(dy, beside, True),
+        *(found for found in cpu.backward(dy, alone, False) if found is not None),
     )
 
 

@@ -15,6 +15,7 @@ from batchnorm.errors import BackendError
 from batchnorm.ops import graphs, reference
 from batchnorm.ops.activations import NAMES, Activation
 from batchnorm.ops.backend import BACKENDS, UNAVAILABLE
+from batchnorm.ops.call import Epilogue, ForBackward
 
 CHANNELS, EPS = 3, 1e-3
 SLOPES = {"leaky_relu": 0.2, "elu": 1.3}
@@ -141,21 +142,22 @@ def test_every_function_of_a_backend_is_the_textbook(backend, act, layout):
         for got, expected in zip(found, (mean, var * case.done.count), strict=True):
             assert got.dtype == torch.float64
             oracle.assert_close(plain(got), plain(expected), case.sums, "moments")
-        y = serving.normalize(case.x, mean, rstd, *case.given, case.axis)
+        y = serving.normalize(case.x, mean, rstd, Epilogue(*case.given), case.axis)
         assert y.dtype == case.x.dtype
         oracle.assert_close(plain(y), case.done.y, case.allowed, "normalize")
-        y = serving.evaluate(case.x, mean, var, *case.given, EPS, case.axis)
+        y = serving.evaluate(case.x, mean, var, Epilogue(*case.given), EPS, case.axis)
         oracle.assert_close(plain(y), case.done.y, case.allowed, "evaluate")
-        y, stats = serving.forward(case.x, *case.given, EPS, case.axis)
+        y, stats = serving.forward(case.x, Epilogue(*case.given), EPS, case.axis)
         oracle.assert_close(plain(y), case.done.y, case.allowed, "forward")
         for row, expected in enumerate((case.done.mean, case.done.var, case.done.rstd)):
             oracle.assert_close(plain(stats[row]), expected, case.fine, f"row {row} of stats")
         assert torch.equal(stats[4:], torch.stack([case.weight, case.bias]).to(stats.dtype))
-        given = (case.x, stats, oracle.beside(act, case.residual, y), act, case.axis)
-        dx, dresidual, *sums = serving.backward(case.dy, *given, residual)
+        beside = oracle.beside(act, case.residual, y)
+        saved = ForBackward(case.x, stats, beside, act, case.axis)
+        dx, dresidual, *sums = serving.backward(case.dy, saved, residual)
         check_gradients(case, (dx, sums[1], sums[0], dresidual))
-        sums = serving.backward_sums(case.dy, *given)
-        dx, dresidual = serving.backward_input(case.dy, *given, *sums, case.done.count, residual)
+        sums = serving.backward_sums(case.dy, saved)
+        dx, dresidual = serving.backward_input(case.dy, saved, *sums, case.done.count, residual)
         check_gradients(case, (dx, sums[1], sums[0], dresidual))
         assert (dresidual is None) == (not residual)
 
@@ -245,12 +247,13 @@ def test_backward_is_autograd_through_the_definition(backend, act, residual):
     case = Case("line", act, "float64", residual)
     leaves = [t.detach().requires_grad_() for t in (case.x, case.weight, case.bias)]
     added = None if case.residual is None else case.residual.detach().requires_grad_()
-    y, stats = reference.forward(*leaves, added, act, EPS, 1)
+    y, stats = reference.forward(leaves[0], Epilogue(*leaves[1:], added, act), EPS, 1)
     wanted = [*leaves, *([] if added is None else [added])]
     expected = torch.autograd.grad(y, wanted, case.dy)
     serving = BACKENDS[backend]
-    given = (stats.detach(), oracle.beside(act, case.residual, y.detach()), act, 1, residual)
-    dx, dresidual, sum_dz, sum_dz_xhat = serving.backward(case.dy, case.x, *given)
+    beside = oracle.beside(act, case.residual, y.detach())
+    saved = ForBackward(case.x, stats.detach(), beside, act, 1)
+    dx, dresidual, sum_dz, sum_dz_xhat = serving.backward(case.dy, saved, residual)
     found = (dx, sum_dz_xhat, sum_dz, dresidual)
     coarse = COARSE.get(act.name, 0)
     for got, wanted in zip(found, expected, strict=False):

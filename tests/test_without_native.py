@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from contextvars import ContextVar
 from pathlib import Path
 
 import pytest
@@ -334,7 +335,7 @@ def test_without_the_native_module_torchs_kernels_are_chosen_and_save_memory_sti
 
 
 def test_a_device_without_kernels_of_ours_is_served_by_torchs_kernels(monkeypatch):
-    monkeypatch.setattr("batchnorm.ops.backend._forced", None)
+    monkeypatch.setattr("batchnorm.ops.backend._forced", ContextVar("no name", default=None))
     monkeypatch.setattr("batchnorm.ops.backend._wrap", None)
     layer, x = (
         bn.BatchNorm2d(3, activation="relu", device="meta"),

@@ -7,7 +7,6 @@ are the same for any number of threads.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,10 @@ LARGE = 1 << 22
 NATIVE = 1 << 18
 
 MomentsOf = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+# The native kernel, which writes to vectors that are given.
+_moments_into: Callable[[Tensor, int, Tensor, Tensor], None] | None
+_moments_into = getattr(backend.BACKENDS.get("cpu"), "moments_into", None)
 
 
 def moments(x: Tensor, axis: int = 1) -> Moments:
@@ -78,10 +81,11 @@ def write(x: Tensor, axis: int, mean: Tensor, m2: Tensor) -> int:
     dims = x.dim()
     if not -dims <= axis < dims or dims < 2 or x.shape[axis] != mean.shape[0]:
         return 0
-    cpu: Any = backend.BACKENDS.get("cpu")
-    if x.dtype is torch.float64 or backend.chosen(x) is not cpu:
+    if _moments_into is None or x.dtype is torch.float64:
         return 0
-    cpu.moments_into(x.double(), axis % dims, mean, m2)
+    if backend.chosen(x) is not backend.BACKENDS["cpu"]:
+        return 0
+    _moments_into(x.double(), axis % dims, mean, m2)
     return x.numel() // x.shape[axis]
 
 

@@ -18,6 +18,7 @@ if ahead.missing():
 
 from batchnorm.ops import cuda, triton_plan
 from batchnorm.ops.activations import NAMES, Activation
+from batchnorm.ops.call import Epilogue, ForBackward, Running
 
 SHAPES = {
     "dense": ((64, 96), False),
@@ -44,14 +45,15 @@ def compiled(
     weight, bias = (torch.empty(channels, dtype=parameters) for _ in range(2))
     residual = torch.empty_like(x) if adds else None
     act = Activation(act, 0.5)
-    running = torch.empty(channels), torch.empty(channels), torch.empty((), dtype=torch.int64), 0.1
+    stored = torch.empty(channels), torch.empty(channels), torch.empty((), dtype=torch.int64)
+    running = Running(*stored, 0.1)
     with ahead.launches(capability) as found:
-        y, stats = cuda.forward(x, weight, bias, residual, act, 1e-5, 1, running)
-        cuda.evaluate(x, running[0], running[1], weight, bias, residual, act, 1e-5, 1)
-        given = (x, stats, oracle.beside(act, residual, y), act, 1)
-        cuda.backward(y, *given, adds)
-        sums = cuda.backward_sums(y, *given)
-        cuda.backward_input(y, *given, *sums, 64, adds)
+        y, stats = cuda.forward(x, Epilogue(weight, bias, residual, act), 1e-5, 1, running)
+        cuda.evaluate(x, running[0], running[1], Epilogue(weight, bias, residual, act), 1e-5, 1)
+        saved = ForBackward(x, stats, oracle.beside(act, residual, y), act, 1)
+        cuda.backward(y, saved, adds)
+        sums = cuda.backward_sums(y, saved)
+        cuda.backward_input(y, saved, *sums, 64, adds)
     return found
 
 

@@ -15,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import oracle
 from batchnorm.ops import cuda, reference, triton_launch, triton_plan
 from batchnorm.ops.activations import Activation
+from batchnorm.ops.call import Epilogue, ForBackward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SIZES = [1, 1, 2, 3, 5, 8, 13, 33]
@@ -58,10 +59,10 @@ def check(x, dy, residual, act, weight, axis):
     channels, wide = x.shape[axis], cuda.wide(x)
     count = x.numel() // channels
     bias = torch.randn(channels).to(weight.dtype)
-    y, stats = cuda.forward(x, weight, bias, residual, act, 1e-2, axis)
+    y, stats = cuda.forward(x, Epilogue(weight, bias, residual, act), 1e-2, axis)
     double = lambda t: None if t is None else t.double()
     exact = reference.forward(
-        x.double(), weight.double(), bias.double(), double(residual), act, 1e-2, axis
+        x.double(), Epilogue(weight.double(), bias.double(), double(residual), act), 1e-2, axis
     )
     size = 4 * max(1.0, float(weight.abs().max()))
     allowed = oracle.tolerance(x.dtype, count, 1, size)
@@ -71,10 +72,14 @@ def check(x, dy, residual, act, weight, axis):
     judge(y, exact[0], 8)
     assert stats.dtype == wide
     adds = residual is not None
-    found = cuda.backward(dy, x, stats, oracle.beside(act, residual, y), act, axis, adds)
+    found = cuda.backward(
+        dy, ForBackward(x, stats, oracle.beside(act, residual, y), act, axis), adds
+    )
     # the kinks' side is told by y as it was kept, or computed
     told = y.double() if act.from_output else double(residual)
-    expected = reference.backward(dy.double(), x.double(), exact[1], told, act, axis, adds)
+    expected = reference.backward(
+        dy.double(), ForBackward(x.double(), exact[1], told, act, axis), adds
+    )
     narrow = oracle.ROUNDING[str(x.dtype).removeprefix("torch.")][0]
     rough = allowed.atol * 40 * size + (narrow if x.dtype.itemsize == 2 else 0) * 40 * size
     for got, want in zip(found, expected, strict=True):
@@ -113,8 +118,10 @@ def test_a_result_that_is_made_again_has_the_same_bits(tiles, shape):
     for dtype, mean, act in itertools.product(DTYPES, (0, 1000), ("relu", "silu")):
         x = (torch.randn(shape) + mean).to(dtype)
         weight, bias, r = torch.randn(shape[1]), torch.randn(shape[1]), torch.randn(shape).to(dtype)
-        y, stats = cuda.forward(x, weight, bias, r, Activation(act), 1e-5, 1)
-        again = cuda.normalize(x, stats[0], stats[2:4], weight, bias, r, Activation(act), 1)
+        y, stats = cuda.forward(x, Epilogue(weight, bias, r, Activation(act)), 1e-5, 1)
+        again = cuda.normalize(
+            x, stats[0], stats[2:4], Epilogue(weight, bias, r, Activation(act)), 1
+        )
         assert torch.equal(y, again), (dtype, mean, act)
 
 
@@ -137,8 +144,8 @@ def test_several_samples_make_a_row_where_that_fills_the_lanes(shape, wraps, mon
 
 def test_one_number_expanded_to_a_gradient_is_as_good_as_many(tiles):
     x = torch.randn(4, 5, 6, 2).contiguous(memory_format=torch.channels_last)
-    _, stats = cuda.forward(x, None, None, x, Activation("silu"), 1e-3, 1)
-    given = (x, stats, x, Activation("silu"), 1, True)
+    _, stats = cuda.forward(x, Epilogue(None, None, x, Activation("silu")), 1e-3, 1)
+    given = (ForBackward(x, stats, x, Activation("silu"), 1), True)
     dy = torch.ones(())
     one, other = (cuda.backward(g, *given) for g in (dy.expand(x.shape), torch.ones(x.shape)))
     assert all(torch.equal(a, b) for a, b in zip(one, other))

@@ -23,6 +23,7 @@ if ahead.missing():
 from batchnorm.benchmark import cases
 from batchnorm.ops import cuda
 from batchnorm.ops.activations import Activation
+from batchnorm.ops.call import Epilogue, ForBackward, Running
 
 
 def tensor(shape, last=False, dtype=torch.bfloat16):
@@ -35,14 +36,14 @@ def step(x, act="relu", adds=True, momentum=0.1):
     """What a layer calls in a training step and then in evaluation."""
     channels = x.shape[1]
     weight, bias, mean, var = (torch.empty(channels) for _ in range(4))
-    running = mean, var, torch.empty((), dtype=torch.int64), momentum
+    running = Running(mean, var, torch.empty((), dtype=torch.int64), momentum)
     act, r = Activation(act), x if adds else None
-    y, stats = cuda.forward(x, weight, bias, r, act, 1e-5, 1, running)
-    given = (x, stats, oracle.beside(act, r, y), act, 1)
-    cuda.backward(y, *given, adds)
-    cuda.evaluate(x, mean, var, weight, bias, r, act, 1e-5, 1)
-    sums = cuda.backward_sums(y, *given)
-    cuda.backward_input(y, *given, *sums, x.numel() / channels, adds)
+    y, stats = cuda.forward(x, Epilogue(weight, bias, r, act), 1e-5, 1, running)
+    saved = ForBackward(x, stats, oracle.beside(act, r, y), act, 1)
+    cuda.backward(y, saved, adds)
+    cuda.evaluate(x, mean, var, Epilogue(weight, bias, r, act), 1e-5, 1)
+    sums = cuda.backward_sums(y, saved)
+    cuda.backward_input(y, saved, *sums, x.numel() / channels, adds)
 
 
 @pytest.mark.parametrize("last", [False, True])

@@ -26,6 +26,7 @@ import oracle
 from batchnorm.errors import BackendError
 from batchnorm.ops import cuda, reference, triton_plan
 from batchnorm.ops.activations import NAMES, Activation
+from batchnorm.ops.call import Epilogue, ForBackward
 from batchnorm.ops.triton_moments import merge
 from test_ops import Case, check_gradients, plain
 from test_ops import run as step_of
@@ -287,10 +288,11 @@ def test_values_and_slopes_where_activations_bend_and_at_nan_are_torch_s(act):
     z = torch.tensor([-4.0, -3, -1e-4, -0.0, 0, 1e-4, 1, 3, 4, 6, 7, 90, -90, torch.nan])
     z = z[:, None].repeat(1, 2)
     stats = torch.tensor([[0.0, 0], [1, 1], [1, 1], [0, 0], [1, 1], [0, 0]])
-    y = cuda.normalize(z, stats[0], stats[2], None, None, None, act, 1)
+    y = cuda.normalize(z, stats[0], stats[2], Epilogue(act=act), 1)
     torch.testing.assert_close(y, act(z), equal_nan=True, rtol=1e-6, atol=6e-7)
     zero = torch.zeros(2)
-    given = (torch.ones_like(z), z, stats, None, act, 1, zero, zero, 1, False)
+    saved = ForBackward(z, stats, None, act, 1)
+    given = (torch.ones_like(z), saved, zero, zero, 1, False)
     dx, expected = cuda.backward_input(*given)[0], reference.backward_input(*given)[0]
     if act.name in ("relu6", "elu", "hardswish"):
         # Torch's derivative at NaN depends on the length of the tensor here.
@@ -301,8 +303,8 @@ def test_values_and_slopes_where_activations_bend_and_at_nan_are_torch_s(act):
 def test_infinite_and_nan_inputs_stay_in_their_channel():
     x = torch.randn(6, 3)
     x[2, 0], x[0, 1] = torch.inf, torch.nan
-    y, stats = cuda.forward(x, None, None, None, Activation(), 1e-5, 1)
-    expected, _ = reference.forward(x, None, None, None, Activation(), 1e-5, 1)
+    y, stats = cuda.forward(x, Epilogue(), 1e-5, 1)
+    expected, _ = reference.forward(x, Epilogue(), 1e-5, 1)
     assert torch.equal(y[:, :2].isnan(), expected[:, :2].isnan())
     torch.testing.assert_close(y[:, 2], expected[:, 2])
     assert torch.isfinite(stats[:, 2]).all()
@@ -310,11 +312,11 @@ def test_infinite_and_nan_inputs_stay_in_their_channel():
 
 def test_who_cannot_be_served_is_told_why():
     x, w = torch.randn(4, 3), torch.ones(3)
-    assert cuda.serves(x, w, w, x, 1) is None
-    assert "dtype" in cuda.serves(x.long(), None, None, None, 1)
-    assert "weight" in cuda.serves(x, w.long(), None, None, 1)
-    assert "residual" in cuda.serves(x, None, None, x.double(), 1)
-    assert "meta" in cuda.serves(x.to("meta"), None, None, None, 1)
+    assert cuda.serves(x, Epilogue(w, w, x), 1, "train") is None
+    assert "dtype" in cuda.serves(x.long(), Epilogue(), 1, "train")
+    assert "weight" in cuda.serves(x, Epilogue(w.long()), 1, "train")
+    assert "residual" in cuda.serves(x, Epilogue(None, None, x.double()), 1, "train")
+    assert "meta" in cuda.serves(x.to("meta"), Epilogue(), 1, "train")
     with bn.use_backend("triton"), pytest.raises(BackendError, match="Triton kernels take float32"):
         bn.ops.routes.select(x.long())
 

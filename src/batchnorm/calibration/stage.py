@@ -20,7 +20,7 @@ from batchnorm.layout import TOO_FEW_VALUES
 from batchnorm.models import Found, walk
 from batchnorm.observation import entering
 from batchnorm.ops import backend
-from batchnorm.ops.activations import IDENTITY
+from batchnorm.ops.call import Epilogue
 from batchnorm.ops.onlookers import is_transformed
 
 UNNAMED = """\
@@ -141,9 +141,9 @@ class _Seat:
         layer = self._layer
         if self._is_torch:
             layer._check_input_dim(x)
-            weight, bias = layer.weight, layer.bias
-            served = backend.chosen(x, weight, bias)
-            return served.evaluate(x, mean, m2 / count, weight, bias, None, IDENTITY, layer.eps, 1)
+            epilogue = Epilogue(layer.weight, layer.bias)
+            served = backend.chosen(x, epilogue, 1, "eval")
+            return served.evaluate(x, mean, m2 / count, epilogue, layer.eps, 1)
         if self._own is not None:
             buffers = layer._buffers
             buffers["running_mean"], buffers["running_var"] = self._own

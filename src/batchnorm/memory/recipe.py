@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from batchnorm.ops import reference
-from batchnorm.ops.activations import Activation
+from batchnorm.ops.call import Epilogue, Running
+from batchnorm.ops.contract import Backend
 
 # Where a result carries its recipe: an attribute, so that it lives and moves with the tensor.
 _PLACE = "_batchnorm_recipe"
@@ -101,26 +102,19 @@ class Recipe(Source):
     __slots__ = ("act", "axis", "backend", "residual", "stats", "x")
 
     def __init__(
-        self,
-        backend: Any,
-        x: Tensor,
-        stats: Tensor,
-        act: Activation,
-        residual: Tensor | None,
-        axis: int,
+        self, backend: Backend, x: Tensor, stats: Tensor, epilogue: Epilogue, axis: int
     ) -> None:
         super().__init__(0)
-        self.backend, self.stats, self.act, self.axis = backend, stats, act, axis
+        self.backend, self.stats, self.act, self.axis = backend, stats, epilogue.act, axis
         self.x = source(x)
-        self.residual = None if residual is None else source(residual)
+        self.residual = None if epilogue.residual is None else source(epilogue.residual)
 
     def make(self) -> Tensor:
         """Normalize as forward did."""
         residual = None if self.residual is None else self.residual.value()
         s = self.stats
-        given = (self.x.value(), s[0], s[2:4], s[4], s[5], residual, self.act, self.axis)
-        y: Tensor = self.backend.normalize(*given)
-        return y
+        epilogue = Epilogue(s[4], s[5], residual, self.act)
+        return self.backend.normalize(self.x.value(), s[0], s[2:4], epilogue, self.axis)
 
     def kept(self) -> list[Tensor]:
         """Return x and the residual as far as they are kept, and the small tensors."""
@@ -150,60 +144,38 @@ class Rectified(Source):
 class Recording:
     """A backend that gives every result its recipe."""
 
-    def __init__(self, backend: Any) -> None:
+    def __init__(self, backend: Backend) -> None:
         self.backend = backend
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backend, name)
 
     def forward(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        act: Activation,
-        eps: float,
-        axis: int,
-        running: Any = None,
+        self, x: Tensor, epilogue: Epilogue, eps: float, axis: int, running: Running | None = None
     ) -> tuple[Tensor, Tensor]:
         """Do what the backend does."""
-        y: Tensor
-        y, stats = self.backend.forward(x, weight, bias, residual, act, eps, axis, running)
-        if self._wants(y, x, weight, bias, residual):
-            give(y, Recipe(self.backend, x, stats, act, residual, axis))
+        y, stats = self.backend.forward(x, epilogue, eps, axis, running)
+        if self._wants(y, x, epilogue):
+            give(y, Recipe(self.backend, x, stats, epilogue, axis))
         return y, stats
 
     def normalize(
-        self,
-        x: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        act: Activation,
-        axis: int,
+        self, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, axis: int
     ) -> Tensor:
         """Do what the backend does."""
-        y: Tensor = self.backend.normalize(x, mean, rstd, weight, bias, residual, act, axis)
-        if self._wants(y, x, weight, bias, residual):
+        y = self.backend.normalize(x, mean, rstd, epilogue, axis)
+        if self._wants(y, x, epilogue):
             var = torch.zeros_like(mean)  # which nothing reads
-            stats = reference.known_stats(x, mean, var, reference.joined(rstd), weight, bias)
-            give(y, Recipe(self.backend, x, stats, act, residual, axis))
+            affine = epilogue.weight, epilogue.bias
+            stats = reference.known_stats(x, mean, var, reference.joined(rstd), *affine)
+            give(y, Recipe(self.backend, x, stats, epilogue, axis))
         return y
 
-    def _wants(
-        self,
-        y: Tensor,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-    ) -> bool:
+    def _wants(self, y: Tensor, x: Tensor, epilogue: Epilogue) -> bool:
         # Without a gradient nothing keeps x, and a recipe would.
-        wanted = any(t is not None and t.requires_grad for t in (x, weight, bias))
-        return wanted and y.nbytes >= SMALLEST_BYTES and y is not residual
+        given = (x, epilogue.weight, epilogue.bias)
+        wanted = any(t is not None and t.requires_grad for t in given)
+        return wanted and y.nbytes >= SMALLEST_BYTES and y is not epilogue.residual
 
 
 def recipe_of(tensor: Tensor) -> Source | None:

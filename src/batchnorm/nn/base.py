@@ -93,22 +93,19 @@ class Layer(_BatchNorm):
             y: Tensor = self._torch_forward(input)
             return y if residual is None else y + residual
         else:  # noqa: RET505 (after a return, torch.jit.script would compile what follows)
-            if is_compiling():
-                return self._forward(input, residual, mask, traced)
-            if isinstance(input, fx.Proxy):
-                return foreign.call_module(self, input, residual, mask)
+            if mask is None:
+                fast = traced if is_compiling() else hot
+                z: Tensor | None = fast.forward(self, input, residual)
+                if z is not None:
+                    return z
             return self._forward(input, residual, mask)
 
     # torch's own code under a name that does not collide with forward in the compiled class.
     _torch_forward = foreign.renamed(_BatchNorm.forward, "_torch_forward")
 
-    def _forward(
-        self, input: Tensor, residual: Tensor | None, mask: Tensor | None, common: Any = hot
-    ) -> Tensor:
-        if mask is None:
-            y: Tensor | None = common.forward(self, input, residual)
-            if y is not None:
-                return y
+    def _forward(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        if not is_compiling() and isinstance(input, fx.Proxy):
+            return foreign.call_module(self, input, residual, mask)
         if input.is_mkldnn:
             return foreign.through_dense(self, input, residual, mask)
         try:

@@ -126,7 +126,7 @@ def through_dense(
     """Compute a layer on mkldnn tensors: on copies in torch's own layout, and back to mkldnn."""
     if residual is not None and residual.is_mkldnn:
         residual = residual.to_dense()
-    y: Tensor = layer._forward(input.to_dense(), residual, mask)
+    y: Tensor = layer.forward(input.to_dense(), residual, mask)
     return y.to_mkldnn()
 
 

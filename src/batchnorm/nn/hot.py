@@ -18,6 +18,7 @@ from batchnorm.nn.tracking import WIDE
 from batchnorm.ops import eager, reference, torch_norm
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.backend import is_torchs, likely, select
+from batchnorm.ops.call import Epilogue, Running
 from batchnorm.ops.onlookers import is_calm, is_recomputing
 from batchnorm.ops.strides import wide
 from batchnorm.sources.batch import Batch
@@ -48,18 +49,18 @@ def forward(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
         type(residual) is not Tensor or residual.layout is not torch.strided
     ):
         return None
-    given = (x, axis, weight, bias, residual, layer.activation)
+    epilogue = Epilogue(weight, bias, residual, layer.activation)
     buffers, eps, training = layer._buffers, layer.eps, layer.training
     mean, var = buffers.get("running_mean"), buffers.get("running_var")
     try:
         if not training or type(layer.statistics) is Frozen:
-            return _evaluate(*given, mean, var, eps, training)
+            return _evaluate(x, epilogue, axis, mean, var, eps, training)
         if type(layer.statistics) is not Batch or layer._bank is not None:
             return None
         counter, tracks = buffers.get("num_batches_tracked"), layer.track_running_stats
         if tracks and mean is not None and counter is None:
             return None
-        return _train(*given, mean, var, counter, layer.momentum, eps, tracks)
+        return _train(x, epilogue, axis, mean, var, counter, layer.momentum, eps, tracks)
     except UnservedError:
         return None
 
@@ -87,7 +88,7 @@ def call(
         return None
     if residual is not None and residual.layout is not torch.strided:
         return None
-    given = (x, 1, weight, bias, residual, act, running_mean, running_var)
+    given = (x, Epilogue(weight, bias, residual, act), 1, running_mean, running_var)
     try:
         if training:
             return _train(*given, counter, momentum, eps, True)
@@ -98,11 +99,8 @@ def call(
 
 def _evaluate(
     x: Tensor,
+    epilogue: Epilogue,
     axis: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    act: Activation,
     mean: Tensor | None,
     var: Tensor | None,
     eps: float,
@@ -111,40 +109,35 @@ def _evaluate(
     """Normalize by the stored statistics: in evaluation, and in training if they are frozen."""
     if mean is None or var is None or not (0 < eps < torch.inf if training else eps >= 0):
         return None
-    graph = torch.is_grad_enabled() and _needs_grad(x, weight, bias, residual)
+    graph = torch.is_grad_enabled() and _needs_grad(x, epilogue)
     backend = likely(x)
     if backend is None and is_torchs(x):
-        if not _is_for_torch(x, residual, mean, var):
+        if not _is_for_torch(x, epilogue.residual, mean, var):
             return None
         if graph:  # autograd saves them, and they may move before backward
             mean, var = mean.clone(), var.clone()
         try:
-            return torch_norm.evaluate(x, mean, var, weight, bias, residual, act, eps, axis)
+            return torch_norm.evaluate(x, mean, var, epilogue, eps, axis)
         except RuntimeError:
             return None  # the general way says what is wrong
     if backend is None or graph:
-        if not _fits(x, axis, weight, bias, residual, mean, var):
+        if not _fits(x, epilogue, axis, mean, var):
             return None
-        backend = select(x, weight, bias, residual, axis)
+        backend = select(x, epilogue, axis, "eval")
         if not backend.commits:
             return None
-    y: Tensor
-    if graph:
-        rstd = reference.stored_rstd(var, eps)
-        stats = reference.known_stats(x, mean, var, rstd, weight, bias)
-        y = eager.apply_given(x, stats, weight, bias, residual, act, axis, backend)
-    else:
-        y = backend.evaluate(x, mean, var, weight, bias, residual, act, eps, axis)
+    if not graph:
+        return backend.evaluate(x, mean, var, epilogue, eps, axis)
+    rstd = reference.stored_rstd(var, eps)
+    stats = reference.known_stats(x, mean, var, rstd, epilogue.weight, epilogue.bias)
+    y: Tensor = eager.apply_given(x, stats, *epilogue, axis, backend)
     return y
 
 
 def _train(
     x: Tensor,
+    epilogue: Epilogue,
     axis: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    act: Activation,
     mean: Tensor | None,
     var: Tensor | None,
     counter: Tensor | None,
@@ -158,40 +151,35 @@ def _train(
     backend = likely(x)
     if backend is None and is_torchs(x):
         stored = (mean, var, counter, momentum, eps, tracks)
-        return _train_by_torch(x, axis, weight, bias, residual, act, *stored)
+        return _train_by_torch(x, epilogue, axis, *stored)
     if momentum is None:
         return None
     if backend is None:
-        backend = select(x, weight, bias, residual, axis)
+        backend = select(x, epilogue, axis)
         counts = counter is None or (counter.dtype is torch.int64 and counter.device == x.device)
-        if not (counts and _fits(x, axis, weight, bias, residual, mean, var)):
+        if not (counts and _fits(x, epilogue, axis, mean, var)):
             return None
     running = None
-    if tracks and mean is not None and not is_recomputing():
+    if (mean is None) is not (var is None):
+        return None
+    if tracks and mean is not None and var is not None and not is_recomputing():
         if not backend.commits or mean.is_inference():
             return None
-        running = (mean, var, counter, momentum)
-    elif mean is None and var is not None:
-        return None
+        running = Running(mean, var, counter, momentum)
     y: Tensor
-    if torch.is_grad_enabled() and _needs_grad(x, weight, bias, residual):
-        step = (act, eps, axis, backend, None, running)
+    if torch.is_grad_enabled() and _needs_grad(x, epilogue):
+        weight, bias, residual, _ = epilogue
+        step = (epilogue, eps, axis, backend, None, running)
         y = eager.apply_batch(x, weight, bias, residual, step)
     else:
-        y, _ = backend.forward(x, weight, bias, residual, act, eps, axis, running)
-    if running is not None:
-        moved = running[:2] if counter is None else running[:3]
-        torch._C._increment_version(moved)  # type: ignore[arg-type]
+        y, _ = backend.forward(x, epilogue, eps, axis, running)
     return y
 
 
 def _train_by_torch(
     x: Tensor,
+    epilogue: Epilogue,
     axis: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    act: Activation,
     mean: Tensor | None,
     var: Tensor | None,
     counter: Tensor | None,
@@ -200,7 +188,7 @@ def _train_by_torch(
     tracks: bool,
 ) -> Tensor | None:
     """Do a training step with torch's kernels, which move the running statistics as well."""
-    if not _is_for_torch(x, residual, mean, var):
+    if not _is_for_torch(x, epilogue.residual, mean, var):
         return None
     step = None
     if mean is not None and var is not None and tracks:
@@ -211,13 +199,13 @@ def _train_by_torch(
                 return None
             momentum = 1 / (int(counter) + 1)
         if is_recomputing():  # with copies: checkpointing wants as many saved tensors as before
-            step, counter = (mean.clone(), var.clone(), 0.0), None
+            step, counter = Running(mean.clone(), var.clone(), None, 0.0), None
         else:
-            step = (mean, var, momentum)
+            step = Running(mean, var, None, momentum)
     # Torch checks sizes and devices before it changes anything. To check them here first would cost
     # a small layer a tenth of its time.
     try:
-        y = torch_norm.forward(x, weight, bias, residual, act, eps, axis, step)
+        y = torch_norm.forward(x, epilogue, eps, axis, step)
     except RuntimeError:
         return None  # the general way says what is wrong
     if step is not None and counter is not None:
@@ -242,9 +230,8 @@ def _is_for_torch(
     return same and residual.shape == x.shape
 
 
-def _needs_grad(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
-) -> bool:
+def _needs_grad(x: Tensor, epilogue: Epilogue) -> bool:
+    weight, bias, residual, _ = epilogue
     return (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
@@ -254,15 +241,10 @@ def _needs_grad(
 
 
 def _fits(
-    x: Tensor,
-    axis: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
+    x: Tensor, epilogue: Epilogue, axis: int, mean: Tensor | None, var: Tensor | None
 ) -> bool:
     """Return whether tensors belong together, and statistics can be read and written in place."""
+    weight, bias, residual, _ = epilogue
     channels = x.shape[axis]
     if not x.dtype.is_floating_point or (mean is None) is not (var is None):
         return False

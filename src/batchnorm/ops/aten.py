@@ -19,33 +19,27 @@ import torch
 from torch import Tensor
 
 from batchnorm.ops import reference, torch_norm
-from batchnorm.ops.activations import IDENTITY, Activation
+from batchnorm.ops.activations import IDENTITY
+from batchnorm.ops.call import Epilogue, ForBackward, Running
 from batchnorm.ops.strides import wide
 
-# running_mean, running_var, num_batches_tracked, momentum
-Running = tuple[Tensor, Tensor, Tensor | None, float]
-
-# Whether ``forward`` takes the step of the running statistics in the same call.
 commits = True
-
-# Whether backward reads the mask off y where it may, as torch does, instead of computing z again.
 reads_output = True
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def serves(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, axis: int
-) -> str | None:
+def serves(x: Tensor, epilogue: Epilogue, axis: int, mode: str) -> str | None:
     """Return why these tensors cannot be served, or None where they can."""
+    weight, bias, residual, _ = epilogue
     if axis != 1:
         return f"the channels are on axis {axis}; torch's kernels take them on axis 1"
     if x.dtype not in _DTYPES or x.layout is not torch.strided:
         return f"it is {x.layout} of {x.dtype}; torch's kernels take strided floating tensors"
     if not (x.is_cpu or x.is_cuda):
         return f"it is on {x.device}; these operations of torch's exist for CPUs and CUDA"
-    if x.numel() <= x.shape[1]:
-        return "torch's kernels take more than one value per channel"
+    if not x.numel() or (mode == "train" and x.numel() <= x.shape[1]):
+        return "torch's kernels take more than one value per channel in training, and one in use"
     dtype = wide(x)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and (tensor.dtype != dtype or tensor.device != x.device):
@@ -61,17 +55,9 @@ def moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     return mean.double(), var.double() * (x.numel() // x.shape[1])
 
 
-def normalize(
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    act: Activation,
-    axis: int,
-) -> Tensor:
+def normalize(x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, axis: int) -> Tensor:
     """Return act((x - mean) * rstd * weight + bias + residual)."""
+    weight, bias, residual, act = epilogue
     rstd = rstd if rstd.ndim == 1 else rstd[0]
     if x.is_cuda:
         y = torch.batch_norm_elemt(x, weight, bias, mean, rstd, 0.0)
@@ -81,29 +67,14 @@ def normalize(
 
 
 def evaluate(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    act: Activation,
-    eps: float,
-    axis: int,
+    x: Tensor, mean: Tensor, var: Tensor, epilogue: Epilogue, eps: float, axis: int
 ) -> Tensor:
     """Normalize by stored statistics."""
-    return torch_norm.evaluate(x, mean, var, weight, bias, residual, act, eps, axis)
+    return torch_norm.evaluate(x, mean, var, epilogue, eps, axis)
 
 
 def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    act: Activation,
-    eps: float,
-    axis: int,
-    running: Running | None = None,
+    x: Tensor, epilogue: Epilogue, eps: float, axis: int, running: Running | None = None
 ) -> tuple[Tensor, Tensor]:
     """Normalize by the input's own statistics; return y and stats (6, C), the rest of rstd being 0.
 
@@ -112,9 +83,10 @@ def forward(
     mean, var = _statistics(x, running)
     rstd = torch.rsqrt(var + eps)
     zero = torch.zeros_like(mean)
+    weight, bias = epilogue.weight, epilogue.bias
     affine = [torch.ones_like(mean) if weight is None else weight, zero if bias is None else bias]
     stats = torch.stack([mean, var, rstd, zero, *affine])
-    return normalize(x, mean, rstd, weight, bias, residual, act, axis), stats
+    return normalize(x, mean, rstd, epilogue, axis), stats
 
 
 backward_sums = reference.backward_sums
@@ -122,21 +94,16 @@ backward_input = reference.backward_input
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    beside: Tensor | None,
-    act: Activation,
-    axis: int,
-    want_residual: bool,
+    dy: Tensor, saved: ForBackward, want_residual: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Invert ``forward``; return dx, dresidual, sum(dz), sum(dz * xhat)."""
+    x, stats, beside, act, axis = saved
     mean, rstd, weight, bias = stats[0], stats[2], stats[4], stats[5]
     dz = dy
     if act.name != "identity":
         z = beside
         if z is None or not act.from_output:
-            z = normalize(x, mean, rstd, weight, bias, beside, IDENTITY, axis)
+            z = normalize(x, mean, rstd, Epilogue(weight, bias, beside, IDENTITY), axis)
         dz = act.backward(dy, z)
     dx, sum_dz_xhat, sum_dz = torch.ops.aten.native_batch_norm_backward(
         dz, x, weight, None, None, mean, rstd, True, 0.0, [True, True, True]
@@ -146,16 +113,17 @@ def backward(
 
 def _statistics(x: Tensor, running: Running | None) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance in the arithmetic's dtype, and take the running step."""
-    if running is None or running[0].dtype != wide(x):
+    if running is None or running.mean.dtype != wide(x):
         # The CPU's kernel gives its results the dtype of the running statistics.
         scratch = [None, None] if x.is_cuda else [*x.new_zeros(2, x.shape[1], dtype=wide(x))]
         mean, var = torch.batch_norm_update_stats(x, scratch[0], scratch[1], 0.0)
         if running is not None:
             n = x.numel() // x.shape[1]
-            running[0].lerp_(mean.to(running[0].dtype), running[3])
-            running[1].lerp_(var.to(running[1].dtype) * (n / (n - 1)), running[3])
+            running.mean.lerp_(mean.to(running.mean.dtype), running.momentum)
+            running.var.lerp_(var.to(running.var.dtype) * (n / (n - 1)), running.momentum)
     else:
-        mean, var = torch.batch_norm_update_stats(x, running[0], running[1], running[3])
-    if running is not None and running[2] is not None:
-        running[2].add_(1)
+        stored = (running.mean, running.var)
+        mean, var = torch.batch_norm_update_stats(x, *stored, running.momentum)
+    if running is not None and running.counter is not None:
+        running.counter.add_(1)
     return mean, var

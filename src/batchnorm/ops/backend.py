@@ -1,23 +1,24 @@
 """Which backend serves a call, and why the others declined.
 
-A backend is a module with the six functions of ``reference`` and ``serves``. An automatic choice
-falls back to the next; an explicit one raises. Both can be seen with ``bn.env()``. Where no kernels
-of ours serve a device, plain tensors need no backend: ``torch_norm`` serves them (``is_torchs``).
-A CPU without the native module is such a device, and is warned of once, at import.
+An automatic choice falls back to the next; an explicit one raises. Both can be seen with
+``bn.env()``. Where no kernels of ours serve a device, plain tensors need no backend:
+``torch_norm`` serves them (``is_torchs``). A CPU without the native module is such a device, and is
+warned of once, at import.
 """
 
 import contextlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
-from types import ModuleType
-from typing import Any
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 from batchnorm.errors import BackendError
 from batchnorm.ops import aten, cuda, reference
+from batchnorm.ops.call import Epilogue
+from batchnorm.ops.contract import Backend, Mode
 
 NO_NATIVE = """\
 batchnorm has no native module: it {reason}. Layers on the CPU are then computed by torch's own \
@@ -28,7 +29,7 @@ go on without, ignore this warning before the import: \
 warnings.filterwarnings("ignore", "batchnorm has no native module")."""
 
 # Fastest first. The reference serves everything and stands last.
-BACKENDS: dict[str, ModuleType] = {}
+BACKENDS: dict[str, Backend] = {}
 
 # Why a backend that exists in the source is not in the list above: name -> reason.
 UNAVAILABLE: dict[str, str] = {}
@@ -69,63 +70,56 @@ PROMISES = {
     "reference": "any input, masks, the transforms of torch.func, any derivative; sums in float64",
 }
 
-_forced: str | None = None
+# The name that use_backend gave. Each thread and each asyncio task has its own.
+_forced: ContextVar[str | None] = ContextVar("batchnorm.use_backend", default=None)
 
 # What bn.save_memory puts around the backend of a call.
-_wrap: Callable[[Any], Any] | None = None
+_wrap: Callable[[Backend], Backend] | None = None
 
 
 def select(
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    axis: int = 1,
-) -> Any:
+    x: Tensor, epilogue: Epilogue = Epilogue(), axis: int = 1, mode: Mode = "train"
+) -> Backend:
     """Return the first backend that serves the call, in what ``wrap_with`` puts around it.
 
     Raises:
         BackendError: If ``use_backend`` named one that does not.
     """
-    backend = chosen(x, weight, bias, residual, axis)
+    backend = chosen(x, epilogue, axis, mode)
     return backend if _wrap is None else _wrap(backend)
 
 
 def chosen(
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    axis: int = 1,
-) -> ModuleType:
+    x: Tensor, epilogue: Epilogue = Epilogue(), axis: int = 1, mode: Mode = "train"
+) -> Backend:
     """Return the first backend that serves the call, as it is.
 
     Raises:
         BackendError: If ``use_backend`` named one that does not.
     """
-    if _forced is not None:
-        backend = BACKENDS[_forced]
-        reason = backend.serves(x, weight, bias, residual, axis)
+    if (forced := _forced.get()) is not None:
+        backend = BACKENDS[forced]
+        reason = backend.serves(x, epilogue, axis, mode)
         if reason is not None:
             raise BackendError(
-                f"backend {_forced!r} was asked for and cannot serve an input of shape "
+                f"backend {forced!r} was asked for and cannot serve an input of shape "
                 f"{tuple(x.shape)}, {x.dtype} on {x.device}: {reason}; "
                 "leave the choice open, or use_backend('reference')"
             )
         return backend
     for backend in _order:
-        if backend.serves(x, weight, bias, residual, axis) is None:
+        if backend.serves(x, epilogue, axis, mode) is None:
             return backend
     raise AssertionError("the reference backend serves everything")
 
 
-def likely(x: Tensor) -> Any:
+def likely(x: Tensor) -> Backend | None:
     """Return the backend that serves an input, if that can be told without a look at the rest.
 
     Its functions look at everything themselves, and raise ``UnservedError`` with nothing changed.
     Where it returns None, more must be asked first; the answer is then that of ``select``.
     """
-    if _cpu is None or not x.is_cpu or not (_forced is None or _forced == "cpu"):
+    if _cpu is None or not x.is_cpu or _forced.get() not in (None, "cpu"):
         return None
     return _cpu if _wrap is None else _wrap(_cpu)
 
@@ -142,12 +136,12 @@ def is_torchs(x: Tensor) -> bool:
 
 def is_torchs_device(device: torch.device) -> bool:
     """Return whether there are no kernels of ours for a device, or "aten" was asked for."""
-    if _forced is not None:
-        return _forced == "aten"
+    if (forced := _forced.get()) is not None:
+        return forced == "aten"
     return device.type != "cpu" or _cpu is None
 
 
-def wrap_with(wrap: Callable[[Any], Any]) -> None:
+def wrap_with(wrap: Callable[[Backend], Backend]) -> None:
     """Let ``wrap(backend)`` serve from now on what ``backend`` is selected for."""
     global _wrap
     _wrap = wrap
@@ -157,20 +151,21 @@ def wrap_with(wrap: Callable[[Any], Any]) -> None:
 def use_backend(name: str) -> Iterator[None]:
     """Serve every call inside the ``with`` block by one backend, or raise where it cannot.
 
+    This holds for the thread (or asyncio task) that enters the block; others keep their choice.
+
     Args:
         name: ``"reference"``, or another that ``bn.env()`` lists.
 
     Raises:
         BackendError: If there is no such backend here.
     """
-    global _forced
     if name not in BACKENDS:
         reason = UNAVAILABLE.get(name)
         known = ", ".join(repr(known) for known in BACKENDS)
         because = f": {reason}" if reason else ""
         raise BackendError(f"backend {name!r} is not available{because}; expected one of {known}")
-    before, _forced = _forced, name
+    token = _forced.set(name)
     try:
         yield
     finally:
-        _forced = before
+        _forced.reset(token)

@@ -1,4 +1,4 @@
-"""One normalization, as a value."""
+"""One normalization as values: what is asked for, what is added to it, what backward reads."""
 
 from typing import NamedTuple
 
@@ -6,6 +6,56 @@ import torch
 from torch import Tensor
 
 from batchnorm.ops.activations import IDENTITY, Activation
+
+
+class Epilogue(NamedTuple):
+    """What is computed of the normalized input: act(xhat * weight + bias + residual).
+
+    Attributes:
+        weight: Scale per channel, (C,); None is 1.
+        bias: Shift per channel, (C,); None is 0.
+        residual: Of the input's shape and dtype; None is 0.
+        act: The activation.
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    act: Activation = IDENTITY
+
+
+class Running(NamedTuple):
+    """Running statistics, which a training step moves in place.
+
+    mean and var go to (1 - momentum) * old + momentum * new, var with the unbiased variance, and
+    the counter, where there is one, goes up by 1.
+    """
+
+    mean: Tensor
+    var: Tensor
+    counter: Tensor | None
+    momentum: float
+
+
+class ForBackward(NamedTuple):
+    """What the forward pass leaves to the backward pass.
+
+    Attributes:
+        x: The input.
+        stats: (6, C) in the arithmetic's dtype: mean, biased var, rstd, what rounding took from
+            rstd, and weight and bias as forward used them (1 and 0 where there are none).
+        beside: What tells act'(z) besides x and stats, where there was a residual: the output y for
+            an activation with ``from_output``, the residual for the others. None where there was
+            none: z is then computed again from x and stats.
+        act: The activation.
+        axis: The channel axis.
+    """
+
+    x: Tensor
+    stats: Tensor
+    beside: Tensor | None
+    act: Activation
+    axis: int
 
 
 class Call(NamedTuple):
@@ -37,6 +87,11 @@ class Call(NamedTuple):
     mean: Tensor | None = None
     var: Tensor | None = None
     portable: bool = False
+
+    @property
+    def epilogue(self) -> Epilogue:
+        """What is computed of the normalized input."""
+        return Epilogue(self.weight, self.bias, self.residual, self.act)
 
     @property
     def same_residual(self) -> bool:

@@ -9,24 +9,22 @@ or (N, C)). Any other is copied to a contiguous one first; the rest follows the 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from batchnorm import _native
 from batchnorm.errors import UnservedError
 from batchnorm.ops.activations import NAMES, Activation
+from batchnorm.ops.call import Epilogue, ForBackward, Running
 from batchnorm.ops.strides import like_or_none, plan, vector
 
-# running_mean, running_var, num_batches_tracked, momentum
-Running = tuple[Tensor, Tensor, Tensor | None, float]
 Maybe = Tensor | None
+Found = TypeVar("Found")
 
-# Whether ``forward`` takes the step of the running statistics in the same call.
 commits = True
-
-# Whether backward reads the mask off y where it may, instead of computing z again.
 reads_output = False
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -40,16 +38,17 @@ _threads = torch.get_num_threads
 _native.connect(Tensor)
 
 
-def serves(x: Tensor, weight: Maybe, bias: Maybe, residual: Maybe, axis: int) -> str | None:
+def serves(x: Tensor, epilogue: Epilogue, axis: int, mode: str) -> str | None:
     """Return why these tensors cannot be served, or None where they can."""
     if not x.is_cpu or x.layout is not torch.strided:
         return f"it is {x.layout} on {x.device}; the native kernels take strided CPU tensors"
     dtype = x.dtype
     if dtype not in DTYPES:
         return f"its dtype is {dtype}; the native kernels take float32, float64, bfloat16, float16"
-    for name, tensor in (("weight", weight), ("bias", bias)):
+    for name, tensor in (("weight", epilogue.weight), ("bias", epilogue.bias)):
         if tensor is not None and (not tensor.is_cpu or tensor.dtype not in DTYPES):
             return f"{name} is {tensor.dtype} on {tensor.device}; expected a floating CPU tensor"
+    residual = epilogue.residual
     if residual is not None and (residual.dtype != dtype or not residual.is_cpu):
         return f"the residual is {residual.dtype} on {residual.device}; expected the input's dtype"
     return None
@@ -71,20 +70,13 @@ def moments_into(x: Tensor, axis: int, mean: Tensor, m2: Tensor) -> None:
 
 
 def normalize(
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Maybe,
-    bias: Maybe,
-    residual: Maybe,
-    act: Activation,
-    axis: int,
-    out: Maybe = None,
+    x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, axis: int, out: Maybe = None
 ) -> Tensor:
     """Return act((x - mean) * rstd * weight + bias + residual), in one pass.
 
     ``out`` may be x or the residual: each element is read before it is written.
     """
+    weight, bias, residual, act = epilogue
     vectors = (weight, bias, mean, rstd)
     fused = (CODES[act.name], act.slope, _threads())
     if out is not None:
@@ -98,103 +90,89 @@ def normalize(
 
 
 def evaluate(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Maybe,
-    bias: Maybe,
-    residual: Maybe,
-    act: Activation,
-    eps: float,
-    axis: int,
+    x: Tensor, mean: Tensor, var: Tensor, epilogue: Epilogue, eps: float, axis: int
 ) -> Tensor:
     """Normalize by stored statistics, finished in the same call."""
+    weight, bias, residual, act = epilogue
     rest = (CODES[act.name], act.slope, eps, _threads())
-    y: Tensor = _native.evaluate(x, residual, weight, bias, mean, var, axis, *rest)
+    y = _native.evaluate(x, residual, weight, bias, mean, var, axis, *rest)
     if y is None:
         y = _again(_native.evaluate, x, (residual,), (weight, bias, mean, var), axis, *rest)
     return y
 
 
 def forward(
-    x: Tensor,
-    weight: Maybe,
-    bias: Maybe,
-    residual: Maybe,
-    act: Activation,
-    eps: float,
-    axis: int,
-    running: Running | None = None,
+    x: Tensor, epilogue: Epilogue, eps: float, axis: int, running: Running | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Normalize by the input's own statistics; return y and stats (4, C).
+    """Normalize by the input's own statistics; return y and stats (6, C).
 
-    With ``running`` the same call moves the running statistics towards the mean and the unbiased
-    variance by momentum, and the counter by one; bumping their versions is the caller's.
+    With ``running`` the same call moves the running statistics, and their versions.
     """
+    weight, bias, residual, act = epilogue
     mean, var, counter, momentum = _NO_STEP if running is None else running
     rest = (mean, var, counter, CODES[act.name], act.slope, eps, momentum, _threads())
-    found: tuple[Tensor, Tensor] | None
     found = _native.forward(x, residual, weight, bias, axis, *rest)
-    return found or _again(_native.forward, x, (residual,), (weight, bias), axis, *rest)
+    if found is None:
+        found = _again(_native.forward, x, (residual,), (weight, bias), axis, *rest)
+    if running is not None:
+        moved = (running.mean, running.var)
+        increment_version(moved if running.counter is None else (*moved, running.counter))
+    return found
 
 
-def backward_sums(
-    dy: Tensor, x: Tensor, stats: Tensor, beside: Maybe, act: Activation, axis: int
-) -> tuple[Tensor, Tensor]:
+def backward_sums(dy: Tensor, saved: ForBackward) -> tuple[Tensor, Tensor]:
     """Return sum(dz) and sum(dz * xhat) per channel."""
+    x, stats, beside, act, axis = saved
     alike = (dy, *_beside(act, beside))
     rest = (CODES[act.name], act.slope, _threads())
-    sums: tuple[Tensor, Tensor] | None
     sums = _native.backward_sums(x, *alike, stats, axis, *rest)
     return sums or _again(_native.backward_sums, x, alike, (stats,), axis, *rest)
 
 
 def backward_input(
     dy: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    beside: Maybe,
-    act: Activation,
-    axis: int,
+    saved: ForBackward,
     sum_dz: Tensor,
     sum_dz_xhat: Tensor,
     count: float,
     want_residual: bool,
 ) -> tuple[Tensor, Maybe]:
     """Return dx from the merged sums and count, and dresidual = dz where it is wanted."""
-    alike = (dy, *_beside(act, beside))
-    vectors = (stats, sum_dz, sum_dz_xhat)
-    rest = (CODES[act.name], act.slope, float(count), want_residual, _threads())
-    found: tuple[Tensor, Maybe] | None
-    found = _native.backward_input(x, *alike, *vectors, axis, *rest)
-    return found or _again(_native.backward_input, x, alike, vectors, axis, *rest)
+    x, stats, beside, act, axis = saved
+    residual, y = _beside(act, beside)
+    code, slope, n, threads = CODES[act.name], act.slope, float(count), _threads()
+    sums = (sum_dz, sum_dz_xhat)
+    found = _native.backward_input(
+        x, dy, residual, y, stats, *sums, axis, code, slope, n, want_residual, threads
+    )
+    if found is None:
+        rest = (code, slope, n, want_residual, threads)
+        found = _again(_native.backward_input, x, (dy, residual, y), (stats, *sums), axis, *rest)
+    return found
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    beside: Maybe,
-    act: Activation,
-    axis: int,
-    want_residual: bool,
+    dy: Tensor, saved: ForBackward, want_residual: bool
 ) -> tuple[Tensor, Maybe, Tensor, Tensor]:
     """Invert ``forward`` in one call; return dx, dresidual, sum(dz), sum(dz * xhat)."""
-    alike = (dy, *_beside(act, beside))
-    rest = (CODES[act.name], act.slope, want_residual, _threads())
-    found: tuple[Tensor, Maybe, Tensor, Tensor]
-    found = _native.backward(x, *alike, stats, axis, *rest)
-    return found or _again(_native.backward, x, alike, (stats,), axis, *rest)
+    x, stats, beside, act, axis = saved
+    residual, y = _beside(act, beside)
+    code, slope, threads = CODES[act.name], act.slope, _threads()
+    found = _native.backward(x, dy, residual, y, stats, axis, code, slope, want_residual, threads)
+    if found is None:
+        rest = (code, slope, want_residual, threads)
+        found = _again(_native.backward, x, (dy, residual, y), (stats,), axis, *rest)
+    return found
 
 
 def _again(
-    kernel: Callable[..., Any],
+    kernel: Callable[..., Found | None],
     x: Tensor,
     alike: tuple[Maybe, ...],
     vectors: tuple[Maybe, ...],
     axis: int,
     *rest: Any,
-) -> Any:
+) -> Found:
     """Call a kernel that has declined once more, with tensors that lie as it wants them.
 
     Args:

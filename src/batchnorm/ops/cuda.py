@@ -21,18 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from batchnorm.ops import reference
 from batchnorm.ops.activations import Activation
+from batchnorm.ops.call import Epilogue, ForBackward, Running
 from batchnorm.ops.strides import like, like_or_none, plan, vector, walked, wide
 
-# running_mean, running_var, num_batches_tracked, momentum
-Running = tuple[Tensor, Tensor, Tensor | None, float]
-
-# Whether ``forward`` takes the step of the running statistics in the same call.
 commits = True
-
-# Whether backward reads the mask off y where it may, instead of computing z again.
 reads_output = False
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -69,9 +65,7 @@ def interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
-def serves(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, axis: int
-) -> str | None:
+def serves(x: Tensor, epilogue: Epilogue, axis: int, mode: str) -> str | None:
     """Return why these tensors cannot be served, or None where they can."""
     device = x.device
     if x.layout is not torch.strided or not (x.is_cuda or (x.is_cpu and interprets())):
@@ -79,11 +73,12 @@ def serves(
     dtype = x.dtype
     if dtype not in _DTYPES:
         return f"its dtype is {dtype}; the Triton kernels take float32, bfloat16, float16, float64"
-    for name, tensor in (("weight", weight), ("bias", bias)):
+    for name, tensor in (("weight", epilogue.weight), ("bias", epilogue.bias)):
         if tensor is not None and (tensor.device != device or tensor.dtype not in _DTYPES):
             return (
                 f"{name} is {tensor.dtype} on {tensor.device}; expected a floating one on {device}"
             )
+    residual = epilogue.residual
     if residual is not None and (residual.dtype != dtype or residual.device != device):
         return f"the residual is {residual.dtype} on {residual.device}; expected the input's dtype"
     return None
@@ -98,50 +93,26 @@ def moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     return stats[0], stats[1] * (x.numel() // shape[1] if shape[1] else 0)
 
 
-def normalize(
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    act: Activation,
-    axis: int,
-) -> Tensor:
+def normalize(x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, axis: int) -> Tensor:
     """Return act((x - mean) * rstd * weight + bias + residual), in one pass."""
-    return _normalize(x, mean, rstd, weight, bias, residual, act, None, axis)
+    return _normalize(x, mean, rstd, epilogue, None, axis)
 
 
 def evaluate(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    act: Activation,
-    eps: float,
-    axis: int,
+    x: Tensor, mean: Tensor, var: Tensor, epilogue: Epilogue, eps: float, axis: int
 ) -> Tensor:
     """Normalize by stored statistics, finished in the same pass."""
-    return _normalize(x, mean, var, weight, bias, residual, act, eps, axis)
+    return _normalize(x, mean, var, epilogue, eps, axis)
 
 
 def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    act: Activation,
-    eps: float,
-    axis: int,
-    running: Running | None = None,
+    x: Tensor, epilogue: Epilogue, eps: float, axis: int, running: Running | None = None
 ) -> tuple[Tensor, Tensor]:
     """Normalize by the input's own statistics; return y and stats (6, C).
 
-    With ``running`` the same call moves the running statistics towards the mean and the unbiased
-    variance by momentum, and the counter by one; bumping their versions is the caller's.
+    With ``running`` the same call moves the running statistics, and their versions.
     """
+    weight, bias, residual, act = epilogue
     x, *shape = plan(x, axis)
     y = torch.empty_like(x)
     if not x.numel():
@@ -151,13 +122,15 @@ def forward(
     stats = torch.empty(_STATS, shape[1], dtype=wide(x), device=x.device)
     given = vector(weight), vector(bias), like_or_none(residual, x)
     _kernels().forward(x, tuple(shape), *given, y, stats, act, eps, running)
+    if running is not None:
+        moved = (running.mean, running.var)
+        increment_version(moved if running.counter is None else (*moved, running.counter))
     return y, stats
 
 
-def backward_sums(
-    dy: Tensor, x: Tensor, stats: Tensor, beside: Tensor | None, act: Activation, axis: int
-) -> tuple[Tensor, Tensor]:
+def backward_sums(dy: Tensor, saved: ForBackward) -> tuple[Tensor, Tensor]:
     """Return sum(dz) and sum(dz * xhat) per channel."""
+    x, stats, beside, act, axis = saved
     x, *shape = plan(x, axis)
     if not x.numel():
         sums = torch.zeros(2, shape[1], dtype=wide(x), device=x.device)
@@ -171,17 +144,14 @@ def backward_sums(
 
 def backward_input(
     dy: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    beside: Tensor | None,
-    act: Activation,
-    axis: int,
+    saved: ForBackward,
     sum_dz: Tensor,
     sum_dz_xhat: Tensor,
     count: float,
     want_residual: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return dx from the merged sums and count, and dresidual = dz where it is wanted."""
+    x, stats, beside, act, axis = saved
     x, *shape = plan(x, axis)
     dy = like(dy, x)
     dx, dresidual = torch.empty_like(x), _dresidual(dy, x, act, want_residual)
@@ -195,15 +165,10 @@ def backward_input(
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    beside: Tensor | None,
-    act: Activation,
-    axis: int,
-    want_residual: bool,
+    dy: Tensor, saved: ForBackward, want_residual: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Invert ``forward``; return dx, dresidual, sum(dz), sum(dz * xhat)."""
+    x, stats, beside, act, axis = saved
     x, *shape = plan(x, axis)
     dy, stats = like(dy, x), walked(stats)
     dx, dresidual = torch.empty_like(x), _dresidual(dy, x, act, want_residual)
@@ -227,13 +192,11 @@ def _normalize(
     x: Tensor,
     mean: Tensor,
     spread: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    act: Activation,
+    epilogue: Epilogue,
     eps: float | None,
     axis: int,
 ) -> Tensor:
+    weight, bias, residual, act = epilogue
     x, *shape = plan(x, axis)
     y = torch.empty_like(x)
     if x.numel():

@@ -14,15 +14,16 @@ from batchnorm import layout
 from batchnorm import moments as _moments
 from batchnorm.ops import reference
 from batchnorm.ops.activations import Activation
+from batchnorm.ops.call import Epilogue, ForBackward, Running
+from batchnorm.ops.contract import Backend
 from batchnorm.ops.onlookers import is_out_of_reach
 
 Gradients = tuple[Tensor | None, ...]
-Running = tuple[Tensor, Tensor, Tensor | None, float]
 
-
-# What ``BatchNormalize`` needs besides tensors: the activation, eps, the channel axis, the backend,
-# a list that receives stats where they are wanted, and what the backend commits in the same call.
-Step = tuple[Activation, float, int, Any, list[Tensor] | None, Running | None]
+# What ``BatchNormalize`` needs besides the tensors that autograd follows: the epilogue (of the same
+# tensors), eps, the channel axis, the backend, a list that receives stats where they are wanted, and
+# what the backend moves in the same call.
+Step = tuple[Epilogue, float, int, Backend, list[Tensor] | None, Running | None]
 
 
 class BatchNormalize(torch.autograd.Function):
@@ -38,9 +39,9 @@ class BatchNormalize(torch.autograd.Function):
         step: Step,
     ) -> Tensor:
         """Return y."""
-        act, eps, axis, backend, found, running = step
-        y: Tensor
-        y, stats = backend.forward(x, weight, bias, residual, act, eps, axis, running)
+        epilogue, eps, axis, backend, found, running = step
+        act = epilogue.act
+        y, stats = backend.forward(x, epilogue, eps, axis, running)
         if found is not None:
             found.append(stats)
         ctx.save_for_backward(x, stats, weight, kept_beside(act, residual, y, backend))
@@ -65,12 +66,12 @@ class BatchNormalize(torch.autograd.Function):
                 return reference.affine(x, mean, rstd, weight, bias, axis)
 
             return *_graph(ctx, again, dy, act, axis, adds, bias_dtype), None
-        rest = (beside, act, axis)
+        saved = ForBackward(x, stats, beside, act, axis)
         if not (adds or ctx.needs_input_grad[0]):
             dx = dresidual = None
-            sum_dz, sum_dz_xhat = backend.backward_sums(dy, x, stats, *rest)
+            sum_dz, sum_dz_xhat = backend.backward_sums(dy, saved)
         else:
-            dx, dresidual, sum_dz, sum_dz_xhat = backend.backward(dy, x, stats, *rest, adds)
+            dx, dresidual, sum_dz, sum_dz_xhat = backend.backward(dy, saved, adds)
         affine = to_parameters(dtype_of(weight), sum_dz_xhat, bias_dtype, sum_dz)
         return dx, *affine, dresidual, None
 
@@ -88,10 +89,11 @@ class Normalize(torch.autograd.Function):
         residual: Tensor | None,
         act: Activation,
         axis: int,
-        backend: Any,
+        backend: Backend,
     ) -> Tensor:
         """Return y."""
-        y: Tensor = backend.normalize(x, stats[0], stats[2:4], weight, bias, residual, act, axis)
+        epilogue = Epilogue(weight, bias, residual, act)
+        y = backend.normalize(x, stats[0], stats[2:4], epilogue, axis)
         ctx.save_for_backward(x, stats, weight, kept_beside(act, residual, y, backend))
         ctx.rest = act, axis, backend, residual is not None, dtype_of(bias)
         ctx.bias = with_edge(bias)
@@ -114,12 +116,12 @@ class Normalize(torch.autograd.Function):
             if dx is not None and x.requires_grad and not dx.requires_grad:
                 dx = _Constant.apply(dx, x)  # type: ignore[no-untyped-call]
             return dx, None, *others, None, None, None
-        given = (dy, x, stats, beside, act, axis)
+        saved = ForBackward(x, stats, beside, act, axis)
         sum_dz = sum_dz_xhat = None
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            sum_dz, sum_dz_xhat = backend.backward_sums(*given)
+            sum_dz, sum_dz_xhat = backend.backward_sums(dy, saved)
         zero = torch.zeros_like(stats[0])
-        dx, dresidual = backend.backward_input(*given, zero, zero, 1, adds)
+        dx, dresidual = backend.backward_input(dy, saved, zero, zero, 1, adds)
         affine = to_parameters(dtype_of(weight), sum_dz_xhat, bias_dtype, sum_dz)
         return dx, None, *affine, dresidual, None, None, None
 
@@ -131,7 +133,9 @@ apply_given = super(torch.autograd.Function, Normalize).apply
 BatchNormalize._backward_cls.apply = BatchNormalize.backward  # type: ignore[attr-defined]
 
 
-def kept_beside(act: Activation, residual: Tensor | None, y: Tensor, backend: Any) -> Tensor | None:
+def kept_beside(
+    act: Activation, residual: Tensor | None, y: Tensor, backend: Backend
+) -> Tensor | None:
     """Return what tells act'(z) besides x and stats: y, or a copy of what was added.
 
     A copy, since the caller may write to it before backward, as behind ``torch.add``. It is made by

@@ -16,6 +16,7 @@ from batchnorm.errors import UnservedError
 from batchnorm.ops import reference
 from batchnorm.ops.activations import IDENTITY, Activation
 from batchnorm.ops.backend import likely
+from batchnorm.ops.call import Epilogue, ForBackward
 from batchnorm.ops.eager import dtype_of, kept_beside, to_parameters
 from batchnorm.ops.library import (
     FLEXIBLE,
@@ -76,9 +77,10 @@ def _forward(
     axis: int,
 ) -> tuple[Tensor, Tensor]:
     """Normalize by the input's own statistics; return y and stats (6, C)."""
-    given = (x, weight, bias, residual, Activation(activation, slope), eps, axis)
+    epilogue = Epilogue(weight, bias, residual, Activation(activation, slope))
+    given = (x, epilogue, eps, axis)
     found = _quick(x, "forward", *given)
-    y, stats = found or select(x, weight, bias, residual, axis).forward(*given)
+    y, stats = found or select(x, epilogue, axis).forward(*given)
     return like(x, y), stats
 
 
@@ -99,11 +101,10 @@ def backward(
     want_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Invert ``forward``: return dx, dresidual, sum(dz), sum(dz * xhat)."""
-    act = Activation(activation, slope)
-    given = (dy, x, stats, beside, act, axis, want_residual)
-    found = _quick(x, "backward", *given)
+    saved = ForBackward(x, stats, beside, Activation(activation, slope), axis)
+    found = _quick(x, "backward", dy, saved, want_residual)
     if found is None:
-        found = select(x, axis=axis, stats=stats).backward(*given)
+        found = select(x, axis=axis, stats=stats).backward(dy, saved, want_residual)
     dx, dresidual, sum_dz, sum_dz_xhat = found
     return like(x, dx), wanted(x, dresidual, dy), sum_dz, sum_dz_xhat
 

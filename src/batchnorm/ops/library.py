@@ -3,14 +3,14 @@
 They are opaque nodes of a graph, with known shapes; results have the strides of ``empty_like(x)``.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from batchnorm import layout
 from batchnorm.errors import ChannelError
 from batchnorm.ops.backend import select as _select
+from batchnorm.ops.call import Epilogue
+from batchnorm.ops.contract import Backend
 
 # Inductor likes images channels-last; else it would copy them to the layout of the traced example,
 # and the results back.
@@ -18,23 +18,19 @@ FLEXIBLE = (torch.Tag.flexible_layout,)
 
 
 def select(
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    axis: int = 1,
-    stats: Tensor | None = None,
-) -> Any:
+    x: Tensor, epilogue: Epilogue = Epilogue(), axis: int = 1, stats: Tensor | None = None
+) -> Backend:
     """Return the backend, checked first: kernels read addresses, and calls come from anywhere."""
     axis = layout.channel_axis(x.ndim, axis)
     rows = {} if stats is None else {"each row of stats": stats[0]}
-    layout.check_per_channel(x, axis, weight=weight, bias=bias, **rows)
+    layout.check_per_channel(x, axis, weight=epilogue.weight, bias=epilogue.bias, **rows)
+    residual = epilogue.residual
     if residual is not None and residual.shape != x.shape:
         raise ChannelError(
             f"expected a residual of the input's shape {tuple(x.shape)}, "
             f"got {tuple(residual.shape)}"
         )
-    return _select(x, weight, bias, residual, axis)
+    return _select(x, epilogue, axis)
 
 
 def like(x: Tensor, result: Tensor) -> Tensor:

@@ -8,14 +8,11 @@ its two forward functions can be differentiated any number of times, in either m
 ``torch.func``, since they are nothing but compositions.
 
 The arithmetic's dtype is float32, or float64 where x is float64. In it are the sums of the backward
-pass, and ``stats`` (6, C), all that backward reads per channel:
-
-    0 mean   1 var (biased)   2 rstd   3 what rounding took from rstd   4 weight   5 bias
-
-Rows 4 and 5 are copies (1 and 0 where there is no parameter), so that backward computes with what
-forward used, whatever was written to the parameters in between. ``moments`` returns mean and m2 in
-float64: m2 = n * var overflows float32 where the variance does not. Parameters and stored
-statistics may have any floating dtype; parameters are rounded to the dtype of the arithmetic.
+pass, and ``stats`` (``call.ForBackward``), whose rows for weight and bias are copies, so that
+backward computes with what forward used, whatever was written to the parameters in between.
+``moments`` returns mean and m2 in float64: m2 = n * var overflows float32 where the variance does
+not. Parameters and stored statistics may have any floating dtype; parameters are rounded to the
+dtype of the arithmetic.
 """
 
 import torch
@@ -23,19 +20,14 @@ from torch import Tensor
 
 from batchnorm import layout
 from batchnorm import moments as _moments
-from batchnorm.ops.activations import Activation
+from batchnorm.ops.call import Epilogue, ForBackward, Running
 
-# Whether ``forward`` takes the step of the running statistics in the same call.
 commits = False
-
-# Whether backward reads the mask off y where it may, instead of computing z again.
 reads_output = False
 
 
-def serves(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, axis: int
-) -> str | None:
-    """Return why this backend declines a call: it never does."""
+def serves(x: Tensor, epilogue: Epilogue, axis: int, mode: str) -> str | None:
+    """Return None: any call is served."""
     return None
 
 
@@ -82,80 +74,42 @@ def known_stats(
     return torch.cat([given, with_rest(rstd.detach(), dtype), torch.stack(affine)])
 
 
-def normalize(
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    act: Activation,
-    axis: int,
-) -> Tensor:
+def normalize(x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, axis: int) -> Tensor:
     """Return y = act((x - mean) * rstd * weight + bias + residual), in x's dtype.
 
     A residual broadcasts and promotes as in ``torch.add``.
     """
+    weight, bias, residual, act = epilogue
     dtype = x.dtype if residual is None else torch.result_type(x, residual)
     z = affine(x, mean, rstd, weight, bias, axis)
     return act(added(z, x, residual)).to(dtype)
 
 
 def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    act: Activation,
-    eps: float,
-    axis: int,
-    running: None = None,
+    x: Tensor, epilogue: Epilogue, eps: float, axis: int, running: Running | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Normalize by the input's own statistics; return y and stats.
-
-    ``running`` is (running_mean, running_var, counter, momentum) where a backend ``commits``.
-    """
+    """Normalize by the input's own statistics; return y and stats. It does not move ``running``."""
     mean, m2 = _moments.center(layout.canonical(x, axis).to(_moments.wide(x.device)))
     wide = reciprocal_std(m2, layout.values_per_channel(x.shape, axis), eps)
     dtype = layout.compute_dtype(x)
     rounded, rstd = mean.to(dtype), with_rest(wide, dtype)
-    y = normalize(x, rounded, rstd, weight, bias, residual, act, axis)
+    y = normalize(x, rounded, rstd, epilogue, axis)
     var = m2 / (layout.values_per_channel(x.shape, axis) or 1)
-    return y, known_stats(x, mean, var, wide, weight, bias)
+    return y, known_stats(x, mean, var, wide, epilogue.weight, epilogue.bias)
 
 
 def evaluate(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    act: Activation,
-    eps: float,
-    axis: int,
+    x: Tensor, mean: Tensor, var: Tensor, epilogue: Epilogue, eps: float, axis: int
 ) -> Tensor:
     """Normalize by stored statistics."""
     rstd = torch.rsqrt(var.to(_moments.wide(x.device)) + eps)
-    return normalize(x, mean, rstd, weight, bias, residual, act, axis)
+    return normalize(x, mean, rstd, epilogue, axis)
 
 
-def backward_sums(
-    dy: Tensor, x: Tensor, stats: Tensor, beside: Tensor | None, act: Activation, axis: int
-) -> tuple[Tensor, Tensor]:
-    """Return sum(dz) and sum(dz * xhat) per channel: also the gradients of bias and weight.
-
-    Args:
-        dy: Gradient of y.
-        x: Input of the forward pass.
-        stats: What forward returned, (6, C).
-        beside: What tells act'(z) besides x and stats, where there was a residual: the output y for
-            an activation with ``from_output``, the residual for the others. None where there was
-            none: z is then computed again from x and stats.
-        act: The activation.
-        axis: The channel axis.
-    """
-    dz = gradient_of_z(dy, x, stats, beside, act, axis)
+def backward_sums(dy: Tensor, saved: ForBackward) -> tuple[Tensor, Tensor]:
+    """Return sum(dz) and sum(dz * xhat) per channel: also the gradients of bias and weight."""
+    x, stats, _, _, axis = saved
+    dz = gradient_of_z(dy, saved)
     xhat = affine(x, stats[0], stats[2:4], None, None, axis)
     sums = [_moments.total(layout.canonical(part, axis)) for part in (dz, dz * xhat)]
     return sums[0].to(stats.dtype), sums[1].to(stats.dtype)
@@ -163,11 +117,7 @@ def backward_sums(
 
 def backward_input(
     dy: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    beside: Tensor | None,
-    act: Activation,
-    axis: int,
+    saved: ForBackward,
     sum_dz: Tensor,
     sum_dz_xhat: Tensor,
     count: float,
@@ -178,8 +128,9 @@ def backward_input(
     The sums are those of ``backward_sums`` merged over all parts and ``count`` is their n; zeros
     and 1 where the statistics are constants. dresidual is None where it is not wanted.
     """
+    x, stats, _, _, axis = saved
     view = layout.per_channel_shape(x.ndim, axis)
-    dz = gradient_of_z(dy, x, stats, beside, act, axis)
+    dz = gradient_of_z(dy, saved)
     xhat = affine(x, stats[0], stats[2:4], None, None, axis)
     scale = joined(stats[2:4]).to(dz.dtype) * stats[4].to(dz.dtype)
     n = count or 1
@@ -191,19 +142,12 @@ def backward_input(
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    beside: Tensor | None,
-    act: Activation,
-    axis: int,
-    want_residual: bool,
+    dy: Tensor, saved: ForBackward, want_residual: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Invert ``forward``; return dx, dresidual, sum(dz), sum(dz * xhat)."""
-    given = (dy, x, stats, beside, act, axis)
-    sum_dz, sum_dz_xhat = backward_sums(*given)
-    count = layout.values_per_channel(x.shape, axis)
-    dx, dresidual = backward_input(*given, sum_dz, sum_dz_xhat, count, want_residual)
+    sum_dz, sum_dz_xhat = backward_sums(dy, saved)
+    count = layout.values_per_channel(saved.x.shape, saved.axis)
+    dx, dresidual = backward_input(dy, saved, sum_dz, sum_dz_xhat, count, want_residual)
     return dx, dresidual, sum_dz, sum_dz_xhat
 
 
@@ -243,10 +187,9 @@ def joined(rstd: Tensor) -> Tensor:
     return wide[0] + wide[1]
 
 
-def gradient_of_z(
-    dy: Tensor, x: Tensor, stats: Tensor, beside: Tensor | None, act: Activation, axis: int
-) -> Tensor:
+def gradient_of_z(dy: Tensor, saved: ForBackward) -> Tensor:
     """Return dz = dy * act'(z), in the widest dtype, from y or from z computed again."""
+    x, stats, beside, act, axis = saved
     wide = _moments.wide(x.device)
     dy = dy.to(wide)
     if act.name == "identity":

@@ -35,18 +35,18 @@ def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
     if _is_added_behind(call):
         y, moments = normalize_batch(call._replace(residual=None, act=IDENTITY))
         return _added_behind(y, call), moments
-    given = (call.x, call.weight, call.bias, call.residual)
     rest = (call.eps, call.axis)
     count = layout.values_per_channel(call.x.shape, call.axis)
     if is_plain(call):
         if count > 1 and is_torchs(call.x) and torch_norm.takes(call.x):
             return torch_norm.normalize_batch(call)
-        backend = select(*given, call.axis)
+        backend = select(call.x, call.epilogue, call.axis)
         if call.needs_grad:
             found: list[Tensor] = []
-            y = eager.apply_batch(*given, (call.act, *rest, backend, found, None))
+            given = (call.x, call.weight, call.bias, call.residual)
+            y = eager.apply_batch(*given, (call.epilogue, *rest, backend, found, None))
             return y, Moments.of_variance(count, found[0][0], found[0][1])
-        y, stats = backend.forward(*given, call.act, *rest)
+        y, stats = backend.forward(call.x, call.epilogue, *rest)
     elif is_traced() and call.portable:
         y = _aten(call, None, None)
         mean, m2 = reference.moments(call.x.detach(), call.axis)
@@ -59,7 +59,7 @@ def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
         y = _aten(call, mean, var, 1.0)
         return y, Moments.of_variance(count, mean, var, correction=1)
     else:
-        y, stats = reference.forward(*given, call.act, *rest)
+        y, stats = reference.forward(call.x, call.epilogue, *rest)
     return y, Moments.of_variance(count, stats[0], stats[1])
 
 
@@ -78,20 +78,17 @@ def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
     plain = is_plain(call)
     if plain and is_torchs(call.x) and torch_norm.takes(call.x):
         return torch_norm.normalize_by(call, mean, var)
-    x, given = call.x, (call.weight, call.bias)
-    rest = (*given, call.residual, call.act)
+    x, epilogue, axis = call.x, call.epilogue, call.axis
     if plain:
-        backend = select(x, *given, call.residual, call.axis)
-        y: Tensor
+        backend = select(x, epilogue, axis, "eval")
         if not call.needs_grad:
-            y = backend.evaluate(x, mean, var, *rest, call.eps, call.axis)
-            return y
+            return backend.evaluate(x, mean, var, epilogue, call.eps, axis)
     rstd = reference.stored_rstd(var, call.eps)
     if not plain:
         dtype = layout.compute_dtype(x)
-        return reference.normalize(x, mean.detach().to(dtype), rstd, *rest, call.axis)
-    stats = reference.known_stats(x, mean, var, rstd, *given)
-    y = eager.apply_given(x, stats, *rest, call.axis, backend)
+        return reference.normalize(x, mean.detach().to(dtype), rstd, epilogue, axis)
+    stats = reference.known_stats(x, mean, var, rstd, call.weight, call.bias)
+    y: Tensor = eager.apply_given(x, stats, *epilogue, axis, backend)
     return y
 
 
@@ -137,17 +134,16 @@ def _masked_batch(call: Call, mask: Tensor) -> tuple[Tensor, Moments]:
     weights = layout.canonical(x, axis, sample).to(wide)
     count, mean, m2 = _moments.center_weighted(values, weights)
     rstd = reference.reciprocal_std(m2, count, call.eps)
-    residual = _unmasked(call, mask)
-    affine = (call.weight, call.bias, residual, call.act, axis)
-    y = reference.normalize(x, mean.to(dtype), rstd, *affine)
+    epilogue = call.epilogue._replace(residual=_unmasked(call, mask))
+    y = reference.normalize(x, mean.to(dtype), rstd, epilogue, axis)
     return torch.where(mask, y, 0.0), Moments(count, mean.detach(), m2.detach())
 
 
 def _masked_by(call: Call, mask: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     x = torch.where(mask, call.x, 0.0)
     rstd = reference.stored_rstd(var, call.eps)
-    affine = (call.weight, call.bias, _unmasked(call, mask), call.act, call.axis)
-    y = reference.normalize(x, mean.detach().clone(), rstd, *affine)
+    epilogue = call.epilogue._replace(residual=_unmasked(call, mask))
+    y = reference.normalize(x, mean.detach().clone(), rstd, epilogue, call.axis)
     return torch.where(mask, y, 0.0)
 
 

@@ -16,7 +16,7 @@ from batchnorm.moments import Moments
 from batchnorm.ops import reference
 from batchnorm.ops.activations import IDENTITY, Activation
 from batchnorm.ops.backend import select
-from batchnorm.ops.call import Call
+from batchnorm.ops.call import Call, Epilogue, ForBackward
 from batchnorm.ops.eager import dtype_of, kept_beside, to_parameters
 
 Gradients = tuple[Tensor | None, ...]
@@ -55,9 +55,10 @@ class SharedNormalize(torch.autograd.Function):
         add: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """Return y; ``statistics`` are the count of all parts and stats (6, C)."""
-        backend = select(x, weight, bias, residual, axis)
+        epilogue = Epilogue(weight, bias, residual, act)
+        backend = select(x, epilogue, axis)
         count, stats = statistics
-        y: Tensor = backend.normalize(x, stats[0], stats[2:4], weight, bias, residual, act, axis)
+        y = backend.normalize(x, stats[0], stats[2:4], epilogue, axis)
         # The weight is kept so that torch refuses backward where it was written to in between.
         ctx.save_for_backward(x, stats, weight, kept_beside(act, residual, y, backend))
         ctx.rest = act, axis, backend, residual is not None, count, add
@@ -70,7 +71,7 @@ class SharedNormalize(torch.autograd.Function):
         """Return the gradients of x, weight, bias and residual."""
         x, stats, _, beside = ctx.saved_tensors
         act, axis, backend, adds, count, add = ctx.rest
-        given = (grads[0], x, stats, beside, act, axis)
+        given = (grads[0], ForBackward(x, stats, beside, act, axis))
         sum_dz, sum_dz_xhat = backend.backward_sums(*given)
         merged = add(torch.stack([sum_dz, sum_dz_xhat]))
         dx, dresidual = backend.backward_input(*given, *merged, count, adds)
@@ -88,7 +89,7 @@ def normalize_shared(call: Call, sharing: Sharing) -> tuple[Tensor, Moments]:
         y, moments = normalize_shared(call._replace(residual=None, act=IDENTITY), sharing)
         return call.act(y + call.residual), moments
     x, axis = call.x, call.axis
-    backend = select(x, call.weight, call.bias, call.residual, axis)
+    backend = select(x, call.epilogue, axis)
     moments = Moments(layout.values_per_channel(x.shape, axis), *backend.moments(x.detach(), axis))
     merged = sharing.merge(moments)
     count = float(torch.as_tensor(merged.count, dtype=merged.mean.dtype).flatten()[0])

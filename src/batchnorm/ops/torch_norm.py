@@ -15,12 +15,8 @@ from torch import Tensor
 
 from batchnorm import layout
 from batchnorm.moments import Moments
-from batchnorm.ops.activations import Activation
-from batchnorm.ops.call import Call
+from batchnorm.ops.call import Call, Epilogue, Running
 from batchnorm.ops.strides import wide
-
-# running_mean, running_var (in the arithmetic's dtype) and momentum
-Running = tuple[Tensor, Tensor, float]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Devices where torch takes 16-bit input with float32 parameters.
@@ -35,33 +31,20 @@ def takes(x: Tensor) -> bool:
 
 
 def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    act: Activation,
-    eps: float,
-    axis: int,
-    running: Running | None = None,
+    x: Tensor, epilogue: Epilogue, eps: float, axis: int, running: Running | None = None
 ) -> Tensor:
     """Normalize by the input's own statistics; move ``running`` by them, with the unbiased var.
+
+    Running statistics have the arithmetic's dtype. Their counter is the caller's to move.
 
     As in ``torch.nn``, the version counters of the running statistics stay: autograd saves the two
     and does not read them in backward, so that a later step must be no error.
     """
-    return _batch_norm(x, weight, bias, residual, act, eps, axis, True, running)
+    return _batch_norm(x, epilogue, eps, axis, True, running)
 
 
 def evaluate(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    act: Activation,
-    eps: float,
-    axis: int,
+    x: Tensor, mean: Tensor, var: Tensor, epilogue: Epilogue, eps: float, axis: int
 ) -> Tensor:
     """Normalize by stored statistics, which autograd saves: give copies if they may change."""
     dtype = wide(x)
@@ -69,7 +52,7 @@ def evaluate(
         mean = mean.to(dtype)
     if var.dtype is not dtype:
         var = var.to(dtype)
-    return _batch_norm(x, weight, bias, residual, act, eps, axis, False, (mean, var, 0.0))
+    return _batch_norm(x, epilogue, eps, axis, False, Running(mean, var, None, 0.0))
 
 
 def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
@@ -77,8 +60,7 @@ def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
     x, axis = call.x, call.axis
     # A running average that keeps nothing of its past is the batch's statistic: no further pass.
     mean, var = torch.zeros(2, x.shape[axis], dtype=wide(x), device=x.device)
-    affine = (call.weight, call.bias, call.residual)
-    y = forward(x, *affine, call.act, call.eps, axis, (mean, var, 1.0))
+    y = forward(x, call.epilogue, call.eps, axis, Running(mean, var, None, 1.0))
     count = x.numel() // x.shape[axis]
     return y, Moments.of_variance(count, mean, var, correction=1)
 
@@ -87,21 +69,18 @@ def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
     """Normalize by given statistics, which are constants and may be updated before backward."""
     if call.needs_grad:
         mean, var = mean.detach().clone(), var.detach().clone()
-    affine = (call.weight, call.bias, call.residual)
-    return evaluate(call.x, mean, var, *affine, call.act, call.eps, call.axis)
+    return evaluate(call.x, mean, var, call.epilogue, call.eps, call.axis)
 
 
 def _batch_norm(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    act: Activation,
+    epilogue: Epilogue,
     eps: float,
     axis: int,
     training: bool,
     stored: Running | None,
 ) -> Tensor:
+    weight, bias, residual, act = epilogue
     dtype = wide(x)
     if weight is not None and weight.dtype is not dtype:
         weight = weight.to(dtype)
@@ -114,7 +93,7 @@ def _batch_norm(
     if not _is_taken_as_it_is(x, axis):
         seen = layout.canonical(x, axis)
         residual = None if residual is None else layout.canonical(x, axis, residual)
-    mean, var, momentum = stored or (None, None, 0.0)
+    mean, var, _, momentum = stored or (None, None, None, 0.0)
     cudnn = x.is_cuda and torch.backends.cudnn.enabled
     y = torch.batch_norm(seen, weight, bias, mean, var, training, momentum, eps, cudnn)
     if residual is not None:
