@@ -21,8 +21,8 @@ from batchnorm.ops.onlookers import is_out_of_reach
 Gradients = tuple[Tensor | None, ...]
 
 # What ``BatchNormalize`` needs besides the tensors that autograd follows: the epilogue (of the same
-# tensors), eps, the channel axis, the backend, a list that receives stats where they are wanted, and
-# what the backend moves in the same call.
+# tensors), eps, the channel axis, the backend, a list that receives stats where they are wanted,
+# and what the backend moves in the same call.
 Step = tuple[Epilogue, float, int, Backend, list[Tensor] | None, Running | None]
 
 
