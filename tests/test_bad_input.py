@@ -20,7 +20,7 @@ def layer_of(**options):
 
 def everything(layer):
     found = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    for name, state in layer._bank.states.items():
+    for name, state in layer.bank.states.items():
         found |= {f"{name}.{i}": tensor.clone() for i, tensor in enumerate(state)}
     return found
 

@@ -5,10 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchnorm import blocks
 from batchnorm.calibration import pool
 from batchnorm.calibration.pool import GROUPS, Pool
-from batchnorm.moments import Moments
+from batchnorm.moments import Moments, merge_all
 
 CHANNELS = {"a": 3, "b": 1, "c": 2}
 
@@ -105,9 +104,9 @@ def test_equal_parts_leave_no_variance_and_empty_ones_may_hold_anything():
     count = torch.tensor([[0.0], [7], [3], [0]], dtype=torch.float64)
     odd = torch.tensor([[torch.nan], [0.1], [0.1], [torch.inf]], dtype=torch.float64)
     m2 = torch.tensor([[torch.nan], [0], [0], [1e9]], dtype=torch.float64)
-    found = blocks.fold(Moments(count[1:], odd[1:], m2[1:]))
+    found = merge_all(Moments(count[1:], odd[1:], m2[1:]))
     assert [float(part) for part in found] == [10, 0.1, 0]
-    found = blocks.fold(Moments(count, odd, m2))
+    found = merge_all(Moments(count, odd, m2))
     assert float(found.count) == 10
     assert float(found.mean) == pytest.approx(0.1, rel=1e-15)
     assert float(found.m2) < 1e-30

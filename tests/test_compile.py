@@ -100,7 +100,7 @@ def test_several_estimators_move_inside_a_compiled_step():
     for _ in range(4):
         x = torch.randn(8, 4)
         compiled(x), plain(x)
-    for name in plain._bank.estimators:
+    for name in plain.bank.estimators:
         bn.use_estimate(plain, name), bn.use_estimate(twin, name)
         torch.testing.assert_close(twin.running_mean, plain.running_mean)
         torch.testing.assert_close(twin.running_var, plain.running_var)

@@ -98,7 +98,7 @@ def assert_same_state(before, model):
 
 
 def estimators_of(layer):
-    bank = getattr(layer, "_bank", None)
+    bank = getattr(layer, "bank", None)
     if bank is not None:
         return bank.estimators
     one = bn.Cumulative() if layer.momentum is None else bn.Running(layer.momentum)
@@ -192,7 +192,7 @@ def test_estimators_that_come_back_have_the_dtype_and_device_of_the_layer():
     layer = trained(bn.BatchNorm2d(3, estimator=bn.LastBatches(2)))
     bn.convert(layer, estimator=bn.Running(0.2)).to("meta")
     bn.revert(layer)
-    assert all(tensor.is_meta for tensor in layer._bank.states["last_batches"])
+    assert all(tensor.is_meta for tensor in layer.bank.states["last_batches"])
 
 
 def test_an_estimator_that_a_layer_has_already_keeps_its_states_and_selection():
@@ -201,7 +201,7 @@ def test_an_estimator_that_a_layer_has_already_keeps_its_states_and_selection():
     bn.use_estimate(layer, "last_batches")
     before = snapshot(layer)
     bn.convert(layer, estimator=estimators)
-    assert layer._bank.selected == "last_batches"
+    assert layer.bank.selected == "last_batches"
     assert_unchanged(before, bn.revert(layer))
 
 

@@ -250,7 +250,7 @@ def test_selecting_an_unknown_estimate_changes_no_layer_and_no_selection():
     bn.use_estimate(net, "running")
     net(torch.randn(6, 3))
     first, second, theirs = net
-    assert first._bank.selected == second._bank.selected == "running"
+    assert first.bank.selected == second.bank.selected == "running"
     assert theirs.momentum == 0.1
 
 

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from torch.utils import mkldnn
 
 import batchnorm as bn
-from batchnorm.errors import DtypeError, SurgeryError
+from batchnorm.errors import DtypeError
 from twins import assert_unchanged, snapshot, twins
 
 MODES = list(itertools.product((True, False), (True, False)))
@@ -309,13 +309,11 @@ def test_a_converted_network_takes_mkldnn_tensors(training):
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 
 
-def test_converting_to_mkldnn_keeps_a_plain_layer_and_refuses_to_drop_an_activation():
+def test_converting_to_mkldnn_keeps_a_plain_layer():
     x = torch.randn(2, 3, 4, 4)
     layer = twins("2d", 3)[0].eval()
     converted = mkldnn.to_mkldnn(nn.Sequential(layer))
     torch.testing.assert_close(converted(x.to_mkldnn()).to_dense(), layer(x))
-    with pytest.raises(SurgeryError, match=r"torch\.utils\.mkldnn\.to_mkldnn would replace"):
-        mkldnn.to_mkldnn(bn.BatchNorm2d(3, activation="relu").eval())
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")

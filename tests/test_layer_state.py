@@ -33,7 +33,7 @@ def _one_thread():
 
 
 def states(layer):
-    return [tensor for state in layer._bank.states.values() for tensor in state]
+    return [tensor for state in layer.bank.states.values() for tensor in state]
 
 
 def trained(layer=None, steps=3):

@@ -13,6 +13,7 @@ import batchnorm as bn
 import oracle
 from batchnorm import Moments
 from batchnorm.errors import DtypeError, LayoutError, OptionError
+from batchnorm.moments import merge, merge_runs
 
 U = 2.0**-53
 HUGE = [0.0, 1e-30, 1.0, -1e3, 1e8, 1e15, -1e100]
@@ -176,6 +177,25 @@ def test_a_stream_of_ten_thousand_parts_ends_where_the_whole_does():
     assert stream.count == whole.count
     torch.testing.assert_close(stream.mean, whole.mean, rtol=1e-13, atol=0)
     torch.testing.assert_close(stream.m2, whole.m2, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("channels_of_count", [1, 3])
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 7])
+def test_merging_along_an_axis_is_the_merge_of_two_again_and_again(number, channels_of_count):
+    generator = torch.Generator().manual_seed(number)
+    count = torch.randint(0, 4, (7, channels_of_count), generator=generator).double()
+    mean = 1e3 + torch.randn(7, 3, generator=generator, dtype=torch.float64)
+    m2 = torch.rand(7, 3, generator=generator, dtype=torch.float64)
+    found = merge_runs(Moments(count, mean, m2), number)
+    for i, start in enumerate(range(0, 7, number)):
+        run = [Moments(count[k], mean[k], m2[k]) for k in range(start, min(start + number, 7))]
+        expected = merge(Moments.zero(3), *run)
+        some = expected.count > 0
+        total = found.count[i].expand(expected.count.shape)
+        torch.testing.assert_close(total, expected.count, rtol=0, atol=0)
+        for part, want in zip(found[1:], expected[1:], strict=True):
+            pair = (torch.where(some, one, 0.0) for one in (part[i], want))
+            torch.testing.assert_close(*pair, rtol=1e-14, atol=1e-9)
 
 
 def test_counts_beyond_float32_and_float64_integers():

@@ -64,7 +64,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
             found[f"{path}.{name}"] = getattr(module, name, None)
         found[f"{path}.hooks"] = (len(module._forward_pre_hooks), len(module._forward_hooks))
         found[f"{path}.dict"] = sorted(module.__dict__)
-        bank = getattr(module, "_bank", None)
+        bank = getattr(module, "bank", None)
         if bank is not None:
             found[f"{path}.selected"] = bank.selected
             for name, state in bank.states.items():

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import layout
-from batchnorm.moments import Moments, wide
-from batchnorm.moments import fold as sum_by_halves
+from batchnorm.moments import Moments, merge_all, wide
 from batchnorm.ops import backend, reference
 
 # Elements of a block. PyTorch's reductions stay on one thread below 32768.
@@ -89,55 +88,6 @@ def write(x: Tensor, axis: int, mean: Tensor, m2: Tensor) -> int:
     return x.numel() // x.shape[axis]
 
 
-def fold(parts: Moments) -> Moments:
-    """Merge Moments that are stacked along a leading axis.
-
-    Args:
-        parts: count (K, 1) or (K, C); mean and m2 (K, C).
-
-    Returns:
-        Moments without the leading axis.
-    """
-    return Moments(*(part[0] for part in neighbours(parts, len(parts.mean))))  # type: ignore[index]
-
-
-def neighbours(parts: Moments, number: int) -> Moments:
-    r"""Merge each so many neighbours of Moments that are stacked along a leading axis.
-
-    Of all at once, in sums by halves around the first mean :math:`\mu_1`:
-
-    .. math::
-
-        n = \sum_i n_i, \quad \mu = \mu_1 + \sum_i \tfrac{n_i}{n} (\mu_i - \mu_1), \quad
-        M_2 = \sum_i \big(M_{2i} + n_i (\mu_i - \mu)^2\big)
-
-    Args:
-        parts: count (K, 1) or (K, C); mean and m2 (K, C). An empty part may hold anything.
-        number: How many become one; the last may be of fewer.
-
-    Returns:
-        Moments stacked likewise, ceil(K / number) of them.
-    """
-    count, mean, m2 = (_in_rows(part, number) for part in parts)  # type: ignore[arg-type]
-    some = count > 0
-    if not some.all():
-        mean, m2 = (torch.where(some, part, 0.0) for part in (mean, m2))
-    total = sum_by_halves(count, 1)
-    share = count / total.clamp_min(torch.finfo(total.dtype).tiny)[:, None]
-    first = mean[:, :1]
-    middle = first[:, 0] + sum_by_halves((mean - first).mul_(share), 1)
-    squares = (mean - middle[:, None]).square_().mul_(count).add_(m2)
-    return Moments(total, middle, sum_by_halves(squares, 1))
-
-
-def _in_rows(part: Tensor, number: int) -> Tensor:
-    """View (K, C) as (K / number, number, C); filled up with zeros."""
-    missing = -len(part) % number
-    if missing:
-        part = torch.cat([part, part.new_zeros(missing, part.shape[1])])
-    return part.view(-1, number, part.shape[1])
-
-
 def _rows(values: Tensor, rows: int, some: int, of: MomentsOf) -> tuple[Tensor, Tensor]:
     """Return mean and m2 of (outer, C, inner), taken in blocks of (rows, C, some)."""
     counts, found = [], []
@@ -149,7 +99,9 @@ def _rows(values: Tensor, rows: int, some: int, of: MomentsOf) -> tuple[Tensor, 
     if len(counts) == 1:
         return found[0]
     count = torch.tensor(counts, dtype=torch.float64, device=values.device)[:, None]
-    _, mean, m2 = fold(Moments(count, *(torch.stack(parts) for parts in zip(*found, strict=True))))
+    _, mean, m2 = merge_all(
+        Moments(count, *(torch.stack(parts) for parts in zip(*found, strict=True)))
+    )
     return mean, m2
 
 

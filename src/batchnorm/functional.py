@@ -7,6 +7,7 @@ from torch.nn.functional import batch_norm as _torch_batch_norm
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from batchnorm import layout
+from batchnorm.compat.modes import is_calm, is_recorded
 from batchnorm.errors import OptionError
 from batchnorm.estimators.base import unbiased
 from batchnorm.estimators.running import average, check_momentum
@@ -14,7 +15,6 @@ from batchnorm.moments import Moments, element_weights
 from batchnorm.ops import routes
 from batchnorm.ops.activations import ActivationLike, activation
 from batchnorm.ops.call import Call
-from batchnorm.ops.onlookers import is_calm, is_recorded
 from batchnorm.sources.base import Source
 from batchnorm.sources.batch import Batch
 

@@ -71,14 +71,14 @@ def use_estimate(model: Model, name: str) -> Model:
             + "; build layers with estimator=[bn.Running(0.1), bn.LastBatches(10), ...]"
         )
     for found in layers:
-        if isinstance(found.layer, Layer) and found.layer._bank is not None:
-            found.layer._bank.selected = name
-            tracking.publish(found.layer, found.layer._bank.states)
+        if isinstance(found.layer, Layer) and found.layer.bank is not None:
+            found.layer.bank.selected = name
+            tracking.publish(found.layer, found.layer.bank.states)
     return model
 
 
 def _kept(layer: _BatchNorm) -> list[str]:
-    bank = layer._bank if isinstance(layer, Layer) else None
+    bank = layer.bank if isinstance(layer, Layer) else None
     if bank is not None:
         return list(bank.estimators)
     return ["cumulative" if layer.momentum is None else "running"]

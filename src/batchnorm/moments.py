@@ -167,6 +167,57 @@ def _merge_two(a: Moments, b: Moments) -> Moments:
     return Moments(count, mean, m2)
 
 
+def merge_all(parts: Moments) -> Moments:
+    """Merge Moments that are stacked along a leading axis.
+
+    Args:
+        parts: count (K, 1) or (K, C); mean and m2 (K, C).
+
+    Returns:
+        Moments without the leading axis.
+    """
+    return Moments(*(part[0] for part in merge_runs(parts, len(parts.mean))))  # type: ignore[index]
+
+
+def merge_runs(parts: Moments, number: int) -> Moments:
+    """Merge each run of so many Moments that are stacked along a leading axis.
+
+    The merge of two, applied to the first and the second half of every run until one is left: the
+    error grows with log(number), and the order depends on the shapes alone.
+
+    Args:
+        parts: count (K, 1) or (K, C); mean and m2 (K, C). An empty part may hold anything.
+        number: How many become one; the last run may be shorter.
+
+    Returns:
+        Moments stacked likewise, ceil(K / number) of them.
+    """
+    some = torch.as_tensor(parts.count) > 0
+    filled = parts._replace(
+        mean=torch.where(some, parts.mean, 0.0), m2=torch.where(some, parts.m2, 0.0)
+    )
+    runs = Moments(*(_in_runs(part, number) for part in filled))  # type: ignore[arg-type]
+    while (left := runs.mean.shape[1]) > 1:
+        half = left // 2
+        first, second, odd = (
+            Moments(*(part[:, start:end] for part in runs))  # type: ignore[index]
+            for start, end in ((0, half), (half, 2 * half), (2 * half, left))
+        )
+        runs = _merge_two(first, second)
+        if left % 2:
+            both = zip(runs, odd, strict=True)
+            runs = Moments(*(torch.cat(pair, 1) for pair in both))  # type: ignore[arg-type]
+    return Moments(*(part[:, 0] for part in runs))  # type: ignore[index]
+
+
+def _in_runs(part: Tensor, number: int) -> Tensor:
+    """View (K, C) as (K / number, number, C); filled up with zeros."""
+    missing = -len(part) % number
+    if missing:
+        part = torch.cat([part, part.new_zeros(missing, part.shape[1])])
+    return part.view(-1, number, part.shape[1])
+
+
 def _promoted(kept: Moments, other: Moments) -> Moments:
     dtype = torch.promote_types(kept.mean.dtype, other.mean.dtype)
     return Moments(kept.count, kept.mean.to(dtype), kept.m2.to(dtype))

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from batchnorm.benchmark.cases import Case
+from batchnorm.compat.modules import sleep_on_gpu
 from batchnorm.errors import DeviceError
 
 
@@ -138,7 +139,7 @@ class CudaClock:
         events = []
         for _ in range(calls):
             self._flush.zero_()
-            torch.cuda._sleep(self.SLEEP)
+            sleep_on_gpu(self.SLEEP)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             run()

@@ -9,9 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from batchnorm import blocks
 from batchnorm.calibration.row import Row
-from batchnorm.moments import Moments, merge
+from batchnorm.moments import Moments, merge, merge_all, merge_runs
 
 # Groups of batches that are told apart for the standard errors; they double in size when full.
 GROUPS = 64
@@ -52,7 +51,7 @@ def standard_errors(groups: Moments) -> Errors:
     if not len(mean):
         unknown = mean.new_full(mean.shape[1:], torch.nan)
         return Errors(unknown, unknown.clone())
-    all_n, all_mean, all_m2 = blocks.fold(groups)
+    all_n, all_mean, all_m2 = merge_all(groups)
     some = count > 0
     share = count / all_n
     away = torch.where(some, mean - all_mean, 0.0)
@@ -72,7 +71,7 @@ def relative_error(groups: Moments, eps: Tensor) -> Tensor:
     errors = standard_errors(groups)
     if not len(groups.mean):
         return errors.mean
-    count, _, m2 = blocks.fold(groups)
+    count, _, m2 = merge_all(groups)
     spread = m2 / count + eps
     return torch.maximum(errors.mean / spread.sqrt(), errors.var / spread / 2)
 
@@ -115,7 +114,7 @@ class Pool:
         """Return at most ``most`` groups in order: count, mean, m2, each (K, A)."""
         groups, _ = self._grouped()
         while len(groups.mean) > max(most, 1):
-            groups = blocks.neighbours(groups, 2)
+            groups = merge_runs(groups, 2)
         return groups
 
     def total(self) -> Moments:
@@ -123,7 +122,7 @@ class Pool:
         groups = self.groups()
         if not len(groups.mean):
             return Moments(*(torch.zeros_like(row) for row in (self.row.values[0],) * 3))
-        return blocks.fold(groups)
+        return merge_all(groups)
 
     def split(self, row: Tensor) -> dict[str, Tensor]:
         """Cut the last axis of a tensor, A, into layers."""
@@ -138,14 +137,14 @@ class Pool:
         counts = torch.tensor(self._counts, dtype=torch.float64).index_select(1, self._layers)
         new = Moments(counts, *self._waiting[: len(counts)].unbind(1))
         if size > 1:
-            new = blocks.neighbours(new, min(size, len(self._places)))
+            new = merge_runs(new, min(size, len(self._places)))
         if self._taken % size:
             # The last group is not full, and more than what can wait is missing.
             new = merge(Moments(*(part[-1:] for part in groups)), new)  # type: ignore[index]
             groups = Moments(*(part[:-1] for part in groups))  # type: ignore[index]
         groups = Moments(*(torch.cat(pair) for pair in zip(groups, new, strict=True)))  # type: ignore[arg-type]
         while len(groups.mean) > GROUPS:
-            groups, size = blocks.neighbours(groups, 2), 2 * size
+            groups, size = merge_runs(groups, 2), 2 * size
         return groups, size
 
 

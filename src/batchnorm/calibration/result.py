@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm import blocks
 from batchnorm.calibration import store, table
 from batchnorm.calibration.commit import write
 from batchnorm.calibration.pool import GROUPS, Errors, relative_error, standard_errors
 from batchnorm.calibration.stage import Statistics
 from batchnorm.errors import CalibrationError
 from batchnorm.models import unwrapped, walk
-from batchnorm.moments import Moments, merge
+from batchnorm.moments import Moments, merge, merge_runs
 
 
 @dataclass(frozen=True)
@@ -242,7 +241,7 @@ def _merge_layer(name: str, a: LayerStatistics, b: LayerStatistics) -> LayerStat
         )
     groups = Moments(*(torch.cat([x, y]) for x, y in zip(a.groups, b.groups, strict=True)))  # type: ignore[list-item]
     while len(groups.mean) > GROUPS:
-        groups = blocks.neighbours(groups, 2)
+        groups = merge_runs(groups, 2)
     remaining = max(a.remaining, b.remaining)
     return replace(a, moments=merge(a.moments, b.moments), groups=groups, remaining=remaining)
 

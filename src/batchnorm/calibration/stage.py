@@ -15,13 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import blocks
 from batchnorm.calibration.row import Row
+from batchnorm.compat.modes import is_transformed
 from batchnorm.errors import BatchNormError, CalibrationError, LayoutError
 from batchnorm.layout import TOO_FEW_VALUES
 from batchnorm.models import Found, walk
 from batchnorm.observation import entering
 from batchnorm.ops import backend
 from batchnorm.ops.call import Epilogue
-from batchnorm.ops.onlookers import is_transformed
 
 UNNAMED = """\
 expected the layer's input as the first argument or as input=, got the keywords {names}: what it \

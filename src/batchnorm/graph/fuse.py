@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from batchnorm.compat.tensors import storage_key
 from batchnorm.graph import checkpoint
 from batchnorm.graph.step import step
 from batchnorm.ops import recognize
@@ -244,5 +245,4 @@ def _kind(tensor: Tensor) -> tuple[Any, ...]:
 def _memory(value: Any) -> int | None:
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return None
-    address: int = value.untyped_storage()._cdata
-    return address
+    return storage_key(value)

@@ -11,6 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from batchnorm.compat.autograd import inductor
 from batchnorm.estimators.running import average
 from batchnorm.graph import checkpoint
 from batchnorm.graph.step import step
@@ -23,10 +24,8 @@ MOST_SMALL, MOST_SMALL_ROWS = 3 << 14, 1 << 18
 
 def compiled(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Let Inductor compile a graph in which ``fuse`` has found the normalizations."""
-    from torch._inductor.compile_fx import compile_fx  # an import of seconds
-
     lower(gm)
-    return compile_fx(gm, example_inputs)  # type: ignore[arg-type, return-value]
+    return inductor(gm, example_inputs)
 
 
 def lower(gm: fx.GraphModule) -> None:

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from batchnorm.compat.modes import is_recomputing
 from batchnorm.nn import hot
 from batchnorm.ops.activations import Activation
-from batchnorm.ops.onlookers import is_recomputing
 
 
 def step(

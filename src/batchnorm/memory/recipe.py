@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm.compat.tensors import base, version
 from batchnorm.ops import reference
 from batchnorm.ops.call import Epilogue, Running
 from batchnorm.ops.contract import Backend
@@ -29,7 +30,7 @@ class Kept:
     def __init__(self, tensor: Tensor) -> None:
         # Detached: the tensor may be the output of the very node that keeps it.
         self.tensor = tensor.detach()
-        self.version = _version(tensor)
+        self.version = version(tensor)
 
     def value(self) -> Tensor:
         """Return the tensor.
@@ -37,7 +38,7 @@ class Kept:
         Raises:
             RuntimeError: Torch's own, if it has been changed in place.
         """
-        now = _version(self.tensor)
+        now = version(self.tensor)
         if now != self.version:
             kind, shape = self.tensor.type(), list(self.tensor.shape)
             raise RuntimeError(CHANGED.format(kind=kind, shape=shape, now=now, then=self.version))
@@ -180,35 +181,32 @@ class Recording:
 
 def recipe_of(tensor: Tensor) -> Source | None:
     """Return the recipe of a tensor, or of what it is a view of, if it is as it was made."""
-    base = tensor if tensor._base is None else tensor._base
-    recipe: Source | None = base.__dict__.get(_PLACE)
-    if recipe is None or base.data_ptr() != recipe.pointer:  # y.data = z leaves no other trace
+    origin = base(tensor)
+    made = tensor if origin is None else origin
+    recipe: Source | None = made.__dict__.get(_PLACE)
+    if recipe is None or made.data_ptr() != recipe.pointer:  # y.data = z leaves no other trace
         return None
-    if tensor.dtype != base.dtype or tensor.is_conj() or tensor.is_neg():
+    if tensor.dtype != made.dtype or tensor.is_conj() or tensor.is_neg():
         return None  # seen as complex numbers; sizes and strides do not tell that
-    if base._version == recipe.version + 1 and _is_rectified(base):
-        recipe = Rectified(recipe, base._version)
-        give(base, recipe)
-    return recipe if base._version == recipe.version else None
+    if version(made) == recipe.version + 1 and _is_rectified(made):
+        recipe = Rectified(recipe, version(made))
+        give(made, recipe)
+    return recipe if version(made) == recipe.version else None
 
 
 def give(tensor: Tensor, recipe: Source) -> None:
     """Give a tensor its recipe."""
-    recipe.version = tensor._version
+    recipe.version = version(tensor)
     recipe.pointer = tensor.data_ptr()
     setattr(tensor, _PLACE, recipe)
 
 
 def source(tensor: Tensor) -> Kept | Source:
     """Return how an input of a recipe comes back: by a recipe of its own, or because it is kept."""
-    recipe = recipe_of(tensor) if tensor._base is None else None
+    recipe = recipe_of(tensor) if base(tensor) is None else None
     return Kept(tensor) if recipe is None else recipe
 
 
 def _is_rectified(tensor: Tensor) -> bool:
     """Whether the one change since was a relu_: nothing else leaves this node and one version."""
     return tensor.grad_fn is not None and tensor.grad_fn.name() == "ReluBackward0"
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

@@ -11,10 +11,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
+from batchnorm.compat.autograd import saved_tensor_hooks
+from batchnorm.compat.modes import is_calm
+from batchnorm.compat.tensors import base
 from batchnorm.errors import SurgeryError
 from batchnorm.memory.recipe import Kept, Recording, Source, recipe_of
 from batchnorm.ops import backend
-from batchnorm.ops.onlookers import is_calm
 
 _here = threading.local()
 
@@ -66,7 +68,7 @@ class Saved:
 
     def note(self, tensor: Tensor, recipe: Source | None) -> None:
         """Count a tensor that is about to be saved; parameters are there anyway."""
-        if isinstance(tensor._base, Parameter):
+        if isinstance(base(tensor), Parameter):
             return
         self.without += self._count(tensor, 0)
         for one in [tensor] if recipe is None else recipe.kept():
@@ -91,7 +93,7 @@ class SaveMemory:
         if self._used:
             raise SurgeryError(REUSED)
         self._used = True
-        outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        outer = saved_tensor_hooks()
         # Checkpointing counts what is saved; inside of a region there is nothing to add to it.
         known = outer is not None and (_is_ours(outer) or _is_checkpointing(outer))
         # The transforms of torch.func have no hooks, and there are no recipes in them.
@@ -113,7 +115,7 @@ class SaveMemory:
 
     def is_innermost(self) -> bool:
         """Whether leaving the block now takes its own hooks away, and nobody else's."""
-        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        top = saved_tensor_hooks()
         return top is not None and top[0] is self._packs
 
     def _pack(self, tensor: Tensor) -> Any:
@@ -124,7 +126,7 @@ class SaveMemory:
         if recipe is not None:
             size, stride = tensor.size(), tuple(map(int, tensor.stride()))
             recipe.handles += 1
-            offset, whole = int(tensor.storage_offset()), tensor._base is None
+            offset, whole = int(tensor.storage_offset()), base(tensor) is None
             return Handle(recipe, size, stride, offset, whole)
         return Kept(tensor) if self._outer is None else self._outer[0](tensor)
 

@@ -3,13 +3,12 @@
 They are never constructed: a converted layer changes its class and keeps everything else.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from batchnorm import functional
-from batchnorm.nn import foreign
+from batchnorm.compat.modules import check_input_dim, load_from_state_dict
 from batchnorm.nn.layers import BatchNorm, BatchNorm2d
 
 
@@ -30,24 +29,20 @@ class _Activated:
         activated: Tensor = self.act(self.drop(y))
         return activated
 
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Return drop and act; converters that would take them for the whole are stopped."""
-        foreign.refuse_converters(self, self.act)
-        return super().named_children()  # type: ignore[misc, no-any-return]
-
 
 class _Stored:
     """The part of a frozen layer: weight and bias are buffers, and there is no counter."""
 
     def _normalize(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         layer: Any = self
-        layer._check_input_dim(x)
-        return functional.evaluate(layer._call(x, residual, mask))
+        check_input_dim(layer, x)
+        return functional.evaluate(layer.call_of(x, residual, mask))
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         # As the original does: a checkpoint of the layer that was frozen has a counter.
         state.pop(prefix + "num_batches_tracked", None)
-        nn.Module._load_from_state_dict(self, state, prefix, *rest)  # type: ignore[arg-type]
+        layer: Any = self
+        load_from_state_dict(layer, state, prefix, *rest)
 
 
 class BatchNormAct2d(_Activated, BatchNorm2d):

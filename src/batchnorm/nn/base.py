@@ -1,6 +1,6 @@
 """What all layers share: construction, forward, and the step of the estimate."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,11 +35,14 @@ class Layer(_BatchNorm):
         statistics: The source of mean and variance in training.
         axis: The channel axis of the input.
         ranks: The ranks of input that are accepted; none given means any from 2.
+        bank: The states of ``estimator=``; None where there is but torch's running average.
+        warned: Whether a warning said that something has narrowed the running statistics.
     """
 
     __constants__ = [*_BatchNorm.__constants__, "ranks"]  # noqa: RUF012 (torch declares a list)
     axis: int = 1
     ranks: tuple[int, ...] = ()
+    warned: bool = False
 
     def __init__(
         self,
@@ -66,7 +69,7 @@ class Layer(_BatchNorm):
     def _configure(self, act: ActivationLike, statistics: Source, bank: Bank | None) -> None:
         self.activation = activation(act)
         self.statistics = statistics
-        self._bank = bank
+        self.bank = bank
         if bank is not None and self.running_mean is not None:
             tracking.restart(self)
 
@@ -116,7 +119,7 @@ class Layer(_BatchNorm):
 
     def _normalize(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         self._check_input_dim(x)
-        call = self._call(x, residual, mask)
+        call = self.call_of(x, residual, mask)
         if not self.training and call.mean is not None:
             return functional.evaluate(call)
         source = self.statistics if self.training else BATCH
@@ -126,7 +129,8 @@ class Layer(_BatchNorm):
             tracking.step(self, moments)
         return y
 
-    def _call(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Call:
+    def call_of(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Call:
+        """Return one normalization by this layer as a value, checked."""
         return functional.prepare(
             x,
             self.weight,
@@ -154,7 +158,7 @@ class Layer(_BatchNorm):
     def reset_running_stats(self) -> None:
         """Forget: mean 0, variance 1, no batches, and every further estimate empty."""
         super().reset_running_stats()
-        if getattr(self, "_bank", None) is not None and self.running_mean is not None:
+        if getattr(self, "bank", None) is not None and self.running_mean is not None:
             tracking.restart(self)
 
     def extra_repr(self) -> str:
@@ -164,15 +168,10 @@ class Layer(_BatchNorm):
             parts.append(f"activation={str(self.activation)!r}")
         if self.statistics != BATCH:
             parts.append(f"statistics={self.statistics}")
-        if self._bank is not None:
-            parts.append(f"estimator={list(self._bank.estimators.values())}")
-            parts.append(f"in_use={self._bank.selected!r}")
+        if self.bank is not None:
+            parts.append(f"estimator={list(self.bank.estimators.values())}")
+            parts.append(f"in_use={self.bank.selected!r}")
         return ", ".join(parts)
-
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Return the children, of which there are none; converters that go on from here lose."""
-        foreign.refuse_converters(self)
-        return super().named_children()
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Let ``torch.jit.script`` compile a layer that computes what torch's does."""
@@ -186,7 +185,7 @@ class Layer(_BatchNorm):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        if self._bank is not None and self.running_mean is not None:
+        if self.bank is not None and self.running_mean is not None:
             tracking.restart(self, known=True)
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer
 
+from batchnorm.compat.modules import buffers
+
 STATISTICS = ("running_mean", "running_var")
 
 
@@ -19,9 +21,9 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 def widen_statistics(layer: Any) -> None:
     """Make the fresh buffers of a layer that was constructed in half precision float32."""
     for name in STATISTICS:
-        buffer = layer._buffers[name]
+        buffer = buffers(layer)[name]
         if buffer is not None:
-            layer._buffers[name] = buffer.to(at_least_float32(buffer.dtype))
+            buffers(layer)[name] = buffer.to(at_least_float32(buffer.dtype))
 
 
 @contextlib.contextmanager
@@ -30,19 +32,19 @@ def statistics_kept_wide(layer: Any, fn: Callable[[Tensor], Tensor]) -> Iterator
 
     They are never cast and restored: a running_var of 1e6 is infinite in float16.
     """
-    kept = {name: layer._buffers[name] for name in STATISTICS}
+    kept = {name: buffers(layer)[name] for name in STATISTICS}
     for name in kept:
-        layer._buffers[name] = None
+        buffers(layer)[name] = None
     try:
         yield
         moved = {name: _move(buffer, fn) for name, buffer in kept.items()}
     except BaseException:
-        layer._buffers.update(kept)
+        buffers(layer).update(kept)
         raise
-    layer._buffers.update(moved)
-    if layer._bank is not None and moved["running_mean"] is not None:
+    buffers(layer).update(moved)
+    if layer.bank is not None and moved["running_mean"] is not None:
         device = moved["running_mean"].device
-        layer._bank.apply(lambda tensor: _carry(tensor, device))
+        layer.bank.apply(lambda tensor: _carry(tensor, device))
 
 
 def _carry(state: Tensor, device: torch.device) -> Tensor:

@@ -1,6 +1,5 @@
-"""How layers meet torch's own tools: symbolic tracing, and converters that would drop a part."""
+"""How layers meet torch's own tools: symbolic tracing, scripting, mkldnn tensors."""
 
-import sys
 from types import FunctionType
 from typing import Any
 
@@ -9,14 +8,10 @@ from torch import Tensor
 from torch.fx.proxy import TraceError
 from torch.nn.parameter import is_lazy
 
+from batchnorm.compat.modules import has_forward_hooks
 from batchnorm.errors import SurgeryError
 from batchnorm.ops.activations import IDENTITY
 from batchnorm.sources.batch import Batch
-
-DROPPED = """\
-{caller} would replace a layer that has activation={activation!r} by one without it, and the model \
-would compute something else. Give the activation back to the model first: build the layer without \
-activation= and put the torch.nn module behind it."""
 
 SCRIPTED = """\
 torch.jit.script would compile {layer} as the layer of torch.nn, which computes something else: \
@@ -28,13 +23,6 @@ CONVERTED = "bn.convert changed the model; call bn.revert(model) first and scrip
 ROOT = """\
 torch.fx cannot trace a {layer} that is the whole model: the layer becomes one node, and there is \
 no model around it to look it up in. Trace torch.nn.Sequential(layer) instead."""
-
-# Converters of torch and timm that rebuild any _BatchNorm by its five numbers, by the name of the
-# function that asks a layer for its children.
-_CONVERTERS = {
-    "convert_sync_batchnorm": "convert_sync_batchnorm",
-    "m_fn_rec": "torch.utils.mkldnn.to_mkldnn",
-}
 
 
 def call_module(
@@ -54,25 +42,6 @@ def call_module(
     target = input.tracer.path_of_module(layer)
     proxy: Tensor = input.tracer.create_proxy("call_module", target, (input,), kwargs)
     return proxy
-
-
-def refuse_converters(layer: Any, act: torch.nn.Module | None = None) -> None:
-    """Stop a converter that would drop what follows ``layer``; called as it looks inside.
-
-    Args:
-        layer: The layer whose children are asked for.
-        act: A module that the layer applies to its result, besides its ``activation``.
-
-    Raises:
-        SurgeryError: If ``SyncBatchNorm.convert_sync_batchnorm`` or a namesake is calling, or
-            ``torch.utils.mkldnn.to_mkldnn``.
-    """
-    if layer.activation == IDENTITY and (act is None or type(act) is torch.nn.Identity):
-        return
-    caller = sys._getframe(2).f_code.co_name
-    if caller in _CONVERTERS:
-        dropped = str(layer.activation) if act is None else act
-        raise SurgeryError(DROPPED.format(caller=_CONVERTERS[caller], activation=dropped))
 
 
 def check_scriptable(layer: Any) -> None:
@@ -97,7 +66,7 @@ def _beyond_torch(layer: Any) -> str | None:
         )
     if type(layer.statistics) is not Batch:
         return f"it has statistics={layer.statistics}; build the layer without statistics="
-    if layer._bank is not None:
+    if layer.bank is not None:
         return (
             "it has an estimator= besides the running average; build the layer with momentum= for "
             "the model to script"
@@ -106,7 +75,7 @@ def _beyond_torch(layer: Any) -> str | None:
         return f"it has axis={layer.axis}; build the layer with axis=1 and move the channels there"
     if any(is_lazy(tensor) for tensor in (*layer.parameters(), *layer.buffers())):
         return "it has no parameters yet; run the model once, then script it"
-    if layer._forward_hooks or layer._forward_pre_hooks:
+    if has_forward_hooks(layer):
         return (
             "it has forward hooks, which torch.jit compiles for a forward of input, residual and "
             "mask, and not for one of input alone; remove the hooks, or hook the module around it"

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from batchnorm.compat.modes import is_calm, is_recomputing
+from batchnorm.compat.modules import tables
 from batchnorm.errors import UnservedError
 from batchnorm.nn.tracking import WIDE
 from batchnorm.ops import eager, reference, torch_norm
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.backend import is_torchs, likely, select
 from batchnorm.ops.call import Epilogue, Running
-from batchnorm.ops.onlookers import is_calm, is_recomputing
 from batchnorm.ops.strides import wide
 from batchnorm.sources.batch import Batch
 from batchnorm.sources.frozen import Frozen
@@ -38,8 +39,8 @@ def forward(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
         return None
     if axis < 0:
         axis += rank
+    parameters, buffers = tables(layer)
     try:
-        parameters = layer._parameters
         weight, bias = parameters["weight"], parameters["bias"]
     except KeyError:  # one that is parametrized is an attribute like any other
         return None
@@ -50,12 +51,12 @@ def forward(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
     ):
         return None
     epilogue = Epilogue(weight, bias, residual, layer.activation)
-    buffers, eps, training = layer._buffers, layer.eps, layer.training
+    eps, training = layer.eps, layer.training
     mean, var = buffers.get("running_mean"), buffers.get("running_var")
     try:
         if not training or type(layer.statistics) is Frozen:
             return _evaluate(x, epilogue, axis, mean, var, eps, training)
-        if type(layer.statistics) is not Batch or layer._bank is not None:
+        if type(layer.statistics) is not Batch or layer.bank is not None:
             return None
         counter, tracks = buffers.get("num_batches_tracked"), layer.track_running_stats
         if tracks and mean is not None and counter is None:

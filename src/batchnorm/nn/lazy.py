@@ -63,7 +63,7 @@ class Lazy(LazyModuleMixin, Layer):  # type: ignore[misc]
             if tensor is not None:
                 tensor.materialize((self.num_features,))  # type: ignore[attr-defined]
         self.reset_parameters()
-        if self._bank is not None:
+        if self.bank is not None:
             tracking.restart(self)
 
 

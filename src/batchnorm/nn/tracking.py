@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm.compat.modes import is_recomputing
 from batchnorm.estimators.base import keep_if_empty, nothing, unbiased
 from batchnorm.estimators.running import Averages, average, share_of_next
 from batchnorm.moments import Moments
 from batchnorm.ops.backend import is_torchs_device
-from batchnorm.ops.onlookers import is_recomputing
 
 WIDE = (torch.float32, torch.float64)
+
 NARROW = """\
 {name} of a batch normalization layer is {dtype}: something cast it past torch.nn.Module's own \
 .to()/.half(). Its steps are computed in float32, but every one of them is rounded to {dtype}, and \
@@ -28,11 +29,11 @@ def step(layer: Any, batch: Moments) -> None:
     """
     if nothing(batch) or is_recomputing():
         return
-    if layer._bank is not None:
+    if layer.bank is not None:
         # Kept once published: a step that torch refuses (in torch.func.grad) changes nothing.
-        states = layer._bank.updated(batch)
+        states = layer.bank.updated(batch)
         publish(layer, states)
-        layer._bank.states = states
+        layer.bank.states = states
     else:
         _move(layer, batch)
     if layer.num_batches_tracked is not None:
@@ -56,7 +57,7 @@ def _move(layer: Any, batch: Moments) -> None:
 def publish(layer: Any, states: Mapping[str, Any]) -> None:
     """Write the estimate in use to the buffers, where eval, state dicts and torch.nn look."""
     names = ("running_mean", "running_var")
-    for name, statistic in zip(names, layer._bank.statistics(states), strict=True):
+    for name, statistic in zip(names, layer.bank.statistics(states), strict=True):
         old = getattr(layer, name)
         if old.dtype not in WIDE:
             _widened(layer, name, old)
@@ -79,12 +80,12 @@ def restart(layer: Any, known: bool = False) -> None:
     start = None
     if known and layer.num_batches_tracked is not None:
         start = Averages(layer.running_mean, layer.running_var, layer.num_batches_tracked)
-    layer._bank.restart(layer.num_features, layer.running_mean.device, start)
+    layer.bank.restart(layer.num_features, layer.running_mean.device, start)
 
 
 def _widened(layer: Any, name: str, statistic: Tensor) -> Tensor:
     """Return a statistic that something narrowed in float32; warn the first time."""
-    if not torch.compiler.is_compiling() and not layer.__dict__.get("_warned"):
-        layer._warned = True
+    if not torch.compiler.is_compiling() and not layer.warned:
+        layer.warned = True
         warnings.warn(NARROW.format(name=name, dtype=statistic.dtype), stacklevel=6)
     return statistic.float()

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from batchnorm import layout
 from batchnorm import moments as _moments
+from batchnorm.compat.autograd import quick_apply
+from batchnorm.compat.modes import is_out_of_reach
 from batchnorm.ops import reference
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.call import Epilogue, ForBackward, Running
 from batchnorm.ops.contract import Backend
-from batchnorm.ops.onlookers import is_out_of_reach
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -126,11 +127,9 @@ class Normalize(torch.autograd.Function):
         return dx, None, *affine, dresidual, None, None, None
 
 
-# Called directly: the Python wrapper around it looks for torch.func, which the route has done.
-apply_batch = super(torch.autograd.Function, BatchNormalize).apply
-apply_given = super(torch.autograd.Function, Normalize).apply
-# So is the gradient: torch's own ``apply`` finds out first which of several ways it is written in.
-BatchNormalize._backward_cls.apply = BatchNormalize.backward  # type: ignore[attr-defined]
+# The route has asked for transforms of torch.func before.
+apply_batch = quick_apply(BatchNormalize)
+apply_given = quick_apply(Normalize)
 
 
 def kept_beside(

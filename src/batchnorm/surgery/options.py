@@ -80,7 +80,7 @@ class Options(NamedTuple):
         """Return the attributes that a layer is to get; none where it has them already."""
         new: dict[str, Any] = {}
         if isinstance(verdict, rules.Becomes):
-            new = {"activation": IDENTITY, "statistics": BATCH, "_bank": None}
+            new = {"activation": IDENTITY, "statistics": BATCH, "bank": None}
             if verdict.synced:
                 new["statistics"] = Synced(layer.process_group)
             if verdict.frozen:
@@ -92,8 +92,8 @@ class Options(NamedTuple):
             new["statistics"] = self.statistics
         if self.estimator is not None and "estimator" not in refused:
             momentum, bank = estimation(MOMENTUM, self.estimator, track_running_stats=True)
-            if momentum != has["momentum"] or not _are_alike(bank, has["_bank"]):
-                new |= {"momentum": momentum, "_bank": bank}
+            if momentum != has["momentum"] or not _are_alike(bank, has["bank"]):
+                new |= {"momentum": momentum, "bank": bank}
         return new
 
 

@@ -41,14 +41,14 @@ def change(layer: Any, new: dict[str, Any], cls: type[Layer] | None = None) -> N
     known = {*origin.changed, *origin.added}
     changed = {name: has[name] for name in new if name in has and name not in known}
     added = tuple(name for name in new if name not in has)
-    batches = _batches(layer) if changed.get("_bank") is not None else origin.batches
+    batches = _batches(layer) if changed.get("bank") is not None else origin.batches
     has[_PLACE] = Origin(
         origin.cls, {**origin.changed, **changed}, (*origin.added, *added), batches
     )
     has.update(new)
     if cls is not None:
         layer.__class__ = cls
-    if new.get("_bank") is not None and not is_lazy(layer.running_mean):
+    if new.get("bank") is not None and not is_lazy(layer.running_mean):
         tracking.restart(layer, known=True)
 
 
@@ -66,7 +66,7 @@ def restore(layer: Any) -> None:
     layer.__dict__.update(origin.changed)
     if origin.cls is not None:
         layer.__class__ = origin.cls
-    bank = origin.changed.get("_bank")
+    bank = origin.changed.get("bank")
     if bank is None or is_lazy(layer.running_mean):
         return
     if not bank.states or origin.batches != _batches(layer):
@@ -84,9 +84,9 @@ def describe(layer: Any) -> tuple[str, str] | None:
     old, notes = origin.changed, []
     if layer.statistics != old.get("statistics", BATCH):
         notes.append(f"statistics={layer.statistics}")
-    before = old.get("_bank", None if "_bank" in origin.added else layer._bank)
-    if layer._bank is not None and layer._bank is not before:
-        notes.append(f"estimator={list(layer._bank.estimators.values())}")
+    before = old.get("bank", None if "bank" in origin.added else layer.bank)
+    if layer.bank is not None and layer.bank is not before:
+        notes.append(f"estimator={list(layer.bank.estimators.values())}")
     elif layer.momentum != old.get("momentum", layer.momentum):
         notes.append(f"momentum={layer.momentum}")
     return (origin.cls or type(layer)).__name__, ", ".join(notes)

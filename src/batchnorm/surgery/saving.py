@@ -6,9 +6,9 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import nn
 
+from batchnorm.compat.modes import is_calm
 from batchnorm.errors import OptionError
 from batchnorm.memory.saving import SaveMemory
-from batchnorm.ops.onlookers import is_calm
 from batchnorm.surgery import edits
 from batchnorm.surgery.edits import Edit
 

@@ -1,0 +1,40 @@
+"""Shortcuts into autograd, and its default hooks for saved tensors.
+
+Private names, and what happens without them:
+
+- ``Function.apply`` of the base class in C++ and ``Function._backward_cls``: the Python wrappers
+  around them look for ``torch.func`` and for the style in which a Function is written. A layer has
+  asked the first before, and of the second there is one. A small layer would take a tenth longer.
+- ``torch._C._autograd._top_saved_tensors_default_hooks``: no public form tells which hooks are
+  active. Without it ``save_memory`` could not leave checkpointed regions alone.
+- ``torch._inductor.compile_fx.compile_fx``: Inductor as a function of a graph, as custom backends
+  call it. Without it there would be no ``options={"inner": "inductor"}``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+Hooks = tuple[Callable[..., Any], Callable[..., Any]]
+
+
+def quick_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return ``function.apply`` for calls under no transform of ``torch.func``."""
+    given: Any = function
+    given._backward_cls.apply = given.backward
+    return super(torch.autograd.Function, given).apply  # type: ignore[no-any-return, misc]
+
+
+def saved_tensor_hooks() -> Hooks | None:
+    """Return the pack and unpack hooks that are active, or None."""
+    hooks: Hooks | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks
+
+
+def inductor(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+    """Let Inductor compile a graph, with AOTAutograd before it."""
+    from torch._inductor.compile_fx import compile_fx  # an import of seconds
+
+    return compile_fx(gm, example_inputs)  # type: ignore[return-value]

@@ -1,0 +1,67 @@
+"""What PyTorch is doing around a call: tracing a graph, a transform, a recomputation.
+
+Kernels of ours read and write the memory of tensors by address. That is right only for ordinary
+tensors that nothing else interprets: while a graph is traced, under a dispatch mode, in a transform
+of ``torch.func`` or in forward-mode AD, operations of torch have to be called instead.
+
+Private names, and what happens without them:
+
+- ``torch._C._get_tracing_state``: public form ``torch.jit.is_tracing()``, which takes longer and is
+  asked at every call of a layer.
+- ``torch._C._len_torch_dispatch_stack``: no public form. Without it a ``TorchDispatchMode`` would
+  not see our operations.
+- ``torch._C._functorch.peek_interpreter_stack``, ``CInterpreter``, ``is_legacy_batchedtensor``: no
+  public form. Without them kernels would read the memory of wrappers of ``torch.func``.
+- ``torch.autograd.forward_ad._current_level``: no public form. Without it tangents would be lost.
+- ``torch._C._current_graph_task_id``: no public form. Without it checkpointing would step the
+  running statistics twice.
+"""
+
+import torch
+from torch import Tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+
+def is_calm() -> bool:
+    """Return whether a kernel may touch memory: no graph, dispatch mode, transform, dual number."""
+    # Asked in every call, so without is_traced() between.
+    return (
+        not is_compiling()
+        and _get_tracing_state() is None
+        and _len_torch_dispatch_stack() == 0
+        and peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def is_out_of_reach(dy: Tensor) -> bool:
+    """Return whether a kernel must not touch a cotangent.
+
+    A mode is active, or dy is batched (``is_grads_batched``) or a zero tensor, without storage.
+    """
+    return not is_calm() or torch._C._functorch.is_legacy_batchedtensor(dy) or dy._is_zerotensor()
+
+
+def is_traced() -> bool:
+    """Return whether a graph is being made: by compile, export or ``torch.jit.trace``."""
+    return is_compiling() or is_recorded()
+
+
+def is_recorded() -> bool:
+    """Return whether ``torch.jit.trace`` records: sizes are then tensors, not numbers."""
+    return _get_tracing_state() is not None
+
+
+def is_transformed() -> bool:
+    """Return whether a transform of ``torch.func`` is active; custom operations have no rules."""
+    # Not "is not None": Dynamo wraps the None.
+    top = peek_interpreter_stack()
+    return isinstance(top, torch._C._functorch.CInterpreter)
+
+
+def is_recomputing() -> bool:
+    """Return whether this is the second forward of activation checkpointing, inside backward."""
+    return not is_compiling() and torch._C._current_graph_task_id() != -1

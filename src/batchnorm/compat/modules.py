@@ -1,0 +1,80 @@
+"""The tables and hooks of ``torch.nn.Module``.
+
+Private names, and what happens without them:
+
+- ``Module._parameters``, ``Module._buffers``: the tables behind the attributes. Reading them costs
+  a small layer less than ``__getattr__``; writing to ``_buffers`` replaces a buffer without the
+  checks of the attribute.
+- ``Module._modules``: the table of children, in order.
+- ``Module._forward_hooks``, ``_forward_pre_hooks``, ``_forward_hooks_always_called`` and the global
+  ``_global_forward_hooks``, ``_global_forward_pre_hooks``: no public form tells whether there are
+  hooks, and a copied model has hooks without handles.
+- ``_BatchNorm._check_input_dim``, ``Module._load_from_state_dict``: torch's points to override.
+- ``torch.cuda._sleep``: no public form. Without it timings on a GPU hold the time of launching.
+- ``OptimizedModule._orig_mod``: what ``torch.compile`` was given. No public form.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+Tables = tuple[dict[str, nn.Parameter | None], dict[str, Tensor | None]]
+
+
+def tables(module: nn.Module) -> Tables:
+    """Return the parameters and the buffers of a module by name, as it stores them."""
+    return module._parameters, module._buffers
+
+
+def buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the buffers of a module by name, as it stores them: writing here replaces one."""
+    return module._buffers
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Return whether hooks run before or after a module's forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def has_global_forward_hooks() -> bool:
+    """Return whether hooks run before or after the forward of every module."""
+    return bool(_module._global_forward_hooks or _module._global_forward_pre_hooks)
+
+
+def remove_forward_hooks(module: nn.Module, hooks: tuple[Callable[..., Any], ...]) -> None:
+    """Remove functions from the forward hooks of a module, also of a copy, which has no handles."""
+    for table in (module._forward_pre_hooks, module._forward_hooks):
+        for number, hook in list(table.items()):
+            if hook in hooks:
+                del table[number]
+                module._forward_hooks_always_called.pop(number, None)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return what ``torch.compile`` was given, for what it returned; any other module itself."""
+    original = getattr(model, "_orig_mod", None)
+    return original if isinstance(original, nn.Module) else model
+
+
+def check_input_dim(layer: nn.modules.batchnorm._BatchNorm, x: Tensor) -> None:
+    """Raise torch's own error for an input of a wrong rank: ``_BatchNorm._check_input_dim``."""
+    layer._check_input_dim(x)
+
+
+def load_from_state_dict(module: nn.Module, *args: Any) -> None:
+    """Load parameters and buffers as a plain module does: ``Module._load_from_state_dict``.
+
+    ``_BatchNorm``'s own would ask for ``num_batches_tracked``.
+    """
+    nn.Module._load_from_state_dict(module, *args)
+
+
+def sleep_on_gpu(cycles: int) -> None:
+    """Keep the current CUDA stream busy for so many cycles (``torch.cuda._sleep``).
+
+    Timings are then not of the time that launching takes.
+    """
+    torch.cuda._sleep(cycles)
