@@ -182,8 +182,9 @@ def test_state_dicts_are_those_of_torch_in_both_directions():
     ours = bn.BatchNorm2d(3, activation="relu", estimator=[bn.LastBatches(2), bn.Running(0.1)])
     theirs = nn.BatchNorm2d(3)
     ours(torch.randn(4, 3, 2, 2))
-    theirs.load_state_dict(ours.state_dict())
-    assert list(theirs.state_dict()) == list(ours.state_dict())
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    names = [name for name in ours.state_dict() if not name.startswith("estimators.")]
+    assert list(theirs.state_dict()) == names
     ours.load_state_dict(theirs.state_dict())
     old = {name: value for name, value in theirs.state_dict().items() if "tracked" not in name}
     ours.load_state_dict(old)

@@ -162,7 +162,7 @@ def test_a_checkpoint_fills_a_meta_layer_by_assignment():
 
 def test_shared_memory_is_shared():
     layer = trained().share_memory()
-    assert all(t.is_shared() for t in layer.state_dict().values())
+    assert all(t.is_shared() for t in (*layer.parameters(), *layer.buffers()))
     trained(layer)
     assert layer.num_batches_tracked.item() == 6
 
@@ -191,7 +191,7 @@ def test_state_dicts_have_torchs_keys_order_shapes_and_dtypes(kind, options):
 
 
 @pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("extra", [{}, {"estimator": SEVERAL}, {"activation": "relu"}], ids=str)
+@pytest.mark.parametrize("extra", [{}, {"activation": "relu"}], ids=str)
 def test_both_directions_load_strictly(extra, assign):
     ours, theirs = trained(bn.BatchNorm1d(3, **extra)), trained(nn.BatchNorm1d(3))
     randomize(theirs)
@@ -202,6 +202,47 @@ def test_both_directions_load_strictly(extra, assign):
     fresh.load_state_dict(ours.state_dict(), strict=True, assign=assign)
     assert_same_state(fresh, ours, rtol=0, atol=0)
     assert fresh.num_batches_tracked.item() == 6
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_states_of_estimators_are_named_tensors_that_load_strictly(assign):
+    layer, fresh = (nn.Sequential(bn.BatchNorm1d(3, estimator=SEVERAL)) for _ in range(2))
+    trained(layer)
+    state = layer.state_dict()
+    named = [name for name in state if ".estimators." in name]
+    fields = [f"0.estimators.{e.name}.{f}" for e in SEVERAL for f in e.init(3)._fields]
+    assert sorted(named) == sorted(fields)
+    fresh.load_state_dict(state, strict=True, assign=assign)
+    for ours in (layer, fresh):
+        torch.manual_seed(3)
+        trained(ours, 1)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, fresh.state_dict()[name]), name
+
+
+def test_states_of_estimators_may_be_absent_and_are_unexpected_elsewhere():
+    layer = trained(bn.BatchNorm1d(3, estimator=SEVERAL))
+    theirs = trained(nn.BatchNorm1d(3))
+    layer.load_state_dict(theirs.state_dict(), strict=True)
+    assert_same_state(layer, theirs, rtol=0, atol=0)
+    state = trained(layer).state_dict()
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*estimators\.last_batches\.means"):
+        nn.BatchNorm1d(3).load_state_dict(state)
+    nn.BatchNorm1d(3).load_state_dict(state, strict=False)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*estimators\.last_batches\.means"):
+        bn.BatchNorm1d(3).load_state_dict(state)
+
+
+def test_states_of_another_size_are_an_error_and_change_no_estimate():
+    small, large = (bn.BatchNorm1d(3, estimator=bn.LastBatches(k)) for k in (2, 4))
+    state = trained(large).state_dict()
+    with pytest.raises(RuntimeError, match=r"size mismatch for estimators\.last_batches\.means"):
+        small.load_state_dict(state)
+    partial = {name: value for name, value in state.items() if not name.endswith(".m2s")}
+    fresh = bn.BatchNorm1d(3, estimator=bn.LastBatches(4))
+    with pytest.raises(RuntimeError, match=r"expected all of .*m2s.* are missing"):
+        fresh.load_state_dict(partial)
+    assert not fresh.bank.states["last_batches"].counts.any()
 
 
 def test_missing_and_unexpected_keys_are_named_as_in_torch():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import OptionError
+from batchnorm.estimators.bank import PREFIX
 from batchnorm.moments import Moments, merge, wide
 
 MEAN, VAR, COUNTER = "running_mean", "running_var", "num_batches_tracked"
@@ -38,7 +39,8 @@ def merge_states(
     Returns:
         A new state dict that shares no memory with the given ones: other floating tensors are
         averaged (in float64), ``num_batches_tracked`` is the largest, other integers and objects
-        are those of the state with the largest count.
+        are those of the state with the largest count. States of ``estimator=``, of which there is
+        no average, are left out.
 
     Raises:
         OptionError: Different keys or shapes, or counts that are no weights.
@@ -53,6 +55,8 @@ def merge_states(
         sibling = (
             f"{stem}.{VAR if leaf == MEAN else MEAN}" if stem else (VAR if leaf == MEAN else MEAN)
         )
+        if _is_estimate(name, states[0]):
+            continue
         if leaf in (MEAN, VAR) and sibling in states[0]:
             pairs = [(values[i], s[sibling]) for i, s in enumerate(states)]
             means_vars = [pair if leaf == MEAN else pair[::-1] for pair in pairs]
@@ -67,6 +71,12 @@ def merge_states(
         else:
             merged[name] = heaviest[name].clone()
     return merged
+
+
+def _is_estimate(name: str, state: Mapping[str, Any]) -> bool:
+    """Return whether an entry is a state of ``estimator=``, which starts anew when absent."""
+    layer, found, _ = name.rpartition(PREFIX) if not name.startswith(PREFIX) else ("", PREFIX, "")
+    return bool(found) and layer + MEAN in state
 
 
 def _pooled(

@@ -11,6 +11,9 @@ from batchnorm.estimators.base import Estimator, Statistics
 from batchnorm.estimators.running import Averages
 from batchnorm.moments import Moments
 
+# Of the states in a state dict, behind the layer's own prefix.
+PREFIX = "estimators."
+
 EstimatorLike = Estimator | Sequence[Estimator] | Mapping[str, Estimator]
 
 
@@ -77,6 +80,50 @@ class Bank:
     def statistics(self, states: Mapping[str, Any]) -> Statistics:
         """Return mean and variance of the selected estimate."""
         return self.estimators[self.selected].statistics(states[self.selected])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor of the states by its name in a state dict.
+
+        The name is ``estimators.{name}.{field}``, e.g. ``estimators.last_batches.means``.
+        """
+        return {
+            f"{PREFIX}{name}.{field}": tensor
+            for name, state in self.states.items()
+            for field, tensor in state._asdict().items()
+        }
+
+    def load(self, found: Mapping[str, Tensor]) -> list[str]:
+        """Take states from tensors of a state dict; an estimator of which none is there is left.
+
+        Args:
+            found: Tensors by name, as ``tensors`` names them.
+
+        Returns:
+            What is wrong, in torch's words; then nothing has been changed.
+        """
+        known, errors = self.tensors(), []
+        for name, tensor in found.items():
+            if name in known and tensor.shape != known[name].shape:
+                errors.append(
+                    f"size mismatch for {name}: copying a param with shape {tensor.shape} from "
+                    f"checkpoint, the shape in current model is {known[name].shape}."
+                )
+        for name, state in self.states.items():
+            names = [f"{PREFIX}{name}.{field}" for field in state._fields]
+            absent = [one for one in names if one not in found]
+            if absent and len(absent) < len(names):
+                errors.append(f"expected all of {names}, or none; {absent} are missing.")
+        if not errors:
+            for name, state in self.states.items():
+                values = [found.get(f"{PREFIX}{name}.{field}") for field in state._fields]
+                new = [
+                    value.detach().to(old, copy=True)
+                    for value, old in zip(values, state, strict=True)
+                    if value is not None
+                ]
+                if new:
+                    self.states[name] = type(state)(*new)
+        return errors
 
     def apply(self, move: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor of the states by ``move(tensor)``."""

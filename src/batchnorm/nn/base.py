@@ -183,10 +183,27 @@ class Layer(_BatchNorm):
             super()._apply(fn, recurse)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.bank is not None:
+            for name, tensor in self.bank.tensors().items():
+                destination[prefix + name] = tensor if keep_vars else tensor.detach()
+
+    def _load_from_state_dict(  # type: ignore[override]
+        self,
+        state: Any,
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        rest = (metadata, strict, missing, unexpected, errors)
+        super()._load_from_state_dict(state, prefix, *rest)
         if self.bank is not None and self.running_mean is not None:
             tracking.restart(self, known=True)
+            tracking.load(self, state, prefix, unexpected, errors)
 
 
 def estimation(

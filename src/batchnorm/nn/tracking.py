@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from batchnorm.compat.modes import is_recomputing
+from batchnorm.estimators import bank
 from batchnorm.estimators.base import keep_if_empty, nothing, unbiased
 from batchnorm.estimators.running import Averages, average, share_of_next
 from batchnorm.moments import Moments
@@ -75,12 +77,37 @@ def _write(buffer: Tensor, new: Tensor) -> None:
     (buffer.data if torchs else buffer).copy_(new)
 
 
+def load(
+    layer: Any, state: Mapping[str, Any], prefix: str, unexpected: list[str], errors: list[str]
+) -> None:
+    """Take the states of further estimates from a state dict, where it has them.
+
+    Args:
+        layer: The layer, whose estimates have been restarted.
+        state: The state dict.
+        prefix: The layer's own, with the dot behind it.
+        unexpected: Keys that no one has taken; those that are taken here are removed.
+        errors: Receives what does not fit.
+    """
+    start = prefix + bank.PREFIX
+    given = {
+        key.removeprefix(prefix): value for key, value in state.items() if key.startswith(start)
+    }
+    known = layer.bank.tensors()
+    found = {name: value for name, value in given.items() if name in known}
+    taken = {prefix + name for name in found}
+    unexpected[:] = [key for key in unexpected if key not in taken]
+    errors += layer.bank.load(found)
+
+
 def restart(layer: Any, known: bool = False) -> None:
     """Empty all estimates; running averages go on from the buffers if those are known."""
     start = None
     if known and layer.num_batches_tracked is not None:
         start = Averages(layer.running_mean, layer.running_var, layer.num_batches_tracked)
-    layer.bank.restart(layer.num_features, layer.running_mean.device, start)
+    lazy = is_lazy(layer.running_mean)
+    channels = layer.num_features if lazy else layer.running_mean.numel()
+    layer.bank.restart(channels, layer.running_mean.device, start)
 
 
 def _widened(layer: Any, name: str, statistic: Tensor) -> Tensor:
