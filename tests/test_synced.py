@@ -70,6 +70,49 @@ def test_the_shares_of_all_are_one_batch(share):
                 torch.testing.assert_close(parts[0], expected, atol=0, rtol=1e-6)
 
 
+MASKS = {
+    "some": ((True, False, True), (True, True, False, True)),
+    "none here": ((False,) * 3, (True,) * 4),
+}
+
+
+def _masked(rank, masks):
+    x, dy, residual = (parts[rank] for parts in batch(tuple(map(len, masks))))
+    layer = layer_of({"activation": "relu"})
+    mask = torch.tensor(masks[rank])[:, None, None].expand(-1, 2, 2)
+    x[~mask[:, None].expand_as(x)] = torch.nan
+    x.requires_grad_()
+    y = layer(x, residual.requires_grad_(), mask)
+    y.backward(dy)
+    grads = {n: p.grad for n, p in layer.named_parameters()}
+    rest = {"x": x.grad, "residual": residual.grad, **grads, **dict(layer.named_buffers())}
+    return {"y": y.detach(), **rest}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", MASKS)
+def test_masked_shares_of_all_are_one_masked_batch(name):
+    masks = MASKS[name]
+    found = across_ranks(_masked, 2, masks)
+    x, dy, residual = (torch.cat(parts) for parts in batch(tuple(map(len, masks))))
+    layer = layer_of({"activation": "relu"})
+    layer.statistics = bn.Batch()
+    mask = torch.tensor(sum(masks, ()))[:, None, None].expand(-1, 2, 2)
+    x.requires_grad_(), residual.requires_grad_()
+    y = layer(x, residual, mask)
+    y.backward(dy)
+    for key, want in (("y", y.detach()), ("x", x.grad), ("residual", residual.grad)):
+        whole = torch.cat([one[key] for one in found])
+        torch.testing.assert_close(whole, want, atol=2e-5, rtol=2e-5)
+    for key in ("weight", "bias"):  # of each process; DistributedDataParallel averages them
+        whole, want = sum(one[key] for one in found), getattr(layer, key).grad
+        torch.testing.assert_close(whole, want, atol=2e-5, rtol=2e-5)
+    for key in ("running_mean", "running_var", "num_batches_tracked"):
+        for one in found:
+            torch.testing.assert_close(one[key], getattr(layer, key), atol=0, rtol=1e-6)
+
+
 def _converted(rank):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 from torch.nn.functional import batch_norm as _torch_batch_norm
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -15,8 +16,13 @@ from batchnorm.moments import Moments, element_weights
 from batchnorm.ops import routes
 from batchnorm.ops.activations import ActivationLike, activation
 from batchnorm.ops.call import Call
-from batchnorm.sources.base import Source
+from batchnorm.ops.shared import normalize_shared
+from batchnorm.sources.base import Context, Source
 from batchnorm.sources.batch import Batch
+
+STORED = """\
+statistics={source} normalizes by stored statistics, but there are none \
+(track_running_stats=False, or mean and var not given)"""
 
 
 def normalize(
@@ -65,8 +71,7 @@ def normalize(
         OptionError: eps <= 0, or an activation that cannot be fused.
     """
     call = prepare(x, weight, bias, residual, mask, activation, mean, var, eps, axis)
-    check_source(call, statistics)
-    return statistics.normalize(call)
+    return by_source(call, statistics)
 
 
 def batch_norm(
@@ -104,6 +109,34 @@ def batch_norm(
         if old is not None and moments.count:
             old.detach().copy_(average(old.detach(), new, momentum))
     return y
+
+
+def by_source(call: Call, source: Source) -> tuple[Tensor, Moments]:
+    """Normalize a training step by what its source says.
+
+    Returns:
+        y, and the Moments that the estimators should see: of count 0 for stored statistics.
+
+    Raises:
+        OptionError: If the source takes stored statistics and there are none, or eps <= 0.
+        LayoutError: If a batch has one value per channel and is to be normalized by itself.
+        CollectiveError: If a process that shares the step is gone.
+    """
+    check_source(call, source)
+    if source.plan == "stored":
+        if call.mean is None or call.var is None:
+            raise OptionError(STORED.format(source=source))
+        y = routes.normalize_by(call, call.mean, call.var)
+        return y, Moments.zero(call.mean.numel(), call.mean.device)
+    sharing = None
+    if source.plan == "own":
+        sharing = source.share(Context(call.mean, call.var, call.mask is not None))
+    if sharing is None:
+        return routes.normalize_batch(call)
+    # The exchange with others is no part of a compiled graph.
+    over = torch.compiler.disable(normalize_shared)
+    shared: tuple[Tensor, Moments] = over(call, sharing)
+    return shared
 
 
 def evaluate(call: Call) -> Tensor:
@@ -169,7 +202,12 @@ def check_source(call: Call, source: Source) -> None:
     """
     if not 0 < call.eps < math.inf:
         raise OptionError(f"batch_norm eps must be positive during training, but got {call.eps}")
-    if source.normalizes_by_batch:
+    if source.plan != "stored":
         layout.check_enough_values(call.x, call.axis)
-        if call.mask is not None and call.x.device.type == "cpu" and is_calm():
+        if (
+            source.plan == "batch"
+            and call.mask is not None
+            and call.x.device.type == "cpu"
+            and is_calm()
+        ):
             layout.check_enough_unmasked(call.x, call.mask, call.axis)

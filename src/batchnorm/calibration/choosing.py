@@ -83,7 +83,7 @@ def _unable(found: Found) -> str:
 
 def _frozen(found: Found, trains: bool) -> str:
     layer = found.layer
-    if isinstance(layer, Layer) and not layer.statistics.normalizes_by_batch:
+    if isinstance(layer, Layer) and layer.statistics.plan == "stored":
         return f"frozen (statistics={layer.statistics})"
     if trains and not layer.training:
         return "frozen (in eval while the model trains)"

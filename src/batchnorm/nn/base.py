@@ -123,8 +123,7 @@ class Layer(_BatchNorm):
         if not self.training and call.mean is not None:
             return functional.evaluate(call)
         source = self.statistics if self.training else BATCH
-        functional.check_source(call, source)
-        y, moments = source.normalize(call)
+        y, moments = functional.by_source(call, source)
         if self.training and self.track_running_stats and call.mean is not None:
             tracking.step(self, moments)
         return y

@@ -11,7 +11,6 @@ from torch.nn.parameter import is_lazy
 from batchnorm.compat.modules import has_forward_hooks
 from batchnorm.errors import SurgeryError
 from batchnorm.ops.activations import IDENTITY
-from batchnorm.sources.batch import Batch
 
 SCRIPTED = """\
 torch.jit.script would compile {layer} as the layer of torch.nn, which computes something else: \
@@ -64,7 +63,7 @@ def _beyond_torch(layer: Any) -> str | None:
             f"it has activation={str(layer.activation)!r}; build the layer without activation= and "
             "put the torch.nn module behind it"
         )
-    if type(layer.statistics) is not Batch:
+    if layer.statistics.plan != "batch":
         return f"it has statistics={layer.statistics}; build the layer without statistics="
     if layer.bank is not None:
         return (

@@ -22,8 +22,6 @@ from batchnorm.ops.activations import Activation
 from batchnorm.ops.backend import is_torchs, likely, select
 from batchnorm.ops.call import Epilogue, Running
 from batchnorm.ops.strides import wide
-from batchnorm.sources.batch import Batch
-from batchnorm.sources.frozen import Frozen
 
 _PLAIN = (Parameter, Tensor, type(None))
 
@@ -54,9 +52,10 @@ def forward(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
     eps, training = layer.eps, layer.training
     mean, var = buffers.get("running_mean"), buffers.get("running_var")
     try:
-        if not training or type(layer.statistics) is Frozen:
+        plan = layer.statistics.plan
+        if not training or plan == "stored":
             return _evaluate(x, epilogue, axis, mean, var, eps, training)
-        if type(layer.statistics) is not Batch or layer.bank is not None:
+        if plan != "batch" or layer.bank is not None:
             return None
         counter, tracks = buffers.get("num_batches_tracked"), layer.track_running_stats
         if tracks and mean is not None and counter is None:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from batchnorm.compat.modes import is_transformed
 from batchnorm.ops.activations import Activation
-from batchnorm.sources.batch import Batch
 
 
 def forward(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
@@ -55,7 +54,7 @@ def _rest(layer: Any, y: Tensor, residual: Tensor | None) -> Tensor:
 
 def _train(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
     alpha, eps = layer.momentum, layer.eps
-    plain = type(layer.statistics) is Batch and layer.bank is None and alpha is not None
+    plain = layer.statistics.plan == "batch" and layer.bank is None and alpha is not None
     if not plain or not 0 < eps < torch.inf or x.numel() <= x.size(1) or is_transformed():
         return None
     mean, var = layer.running_mean, layer.running_var

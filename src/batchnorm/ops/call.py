@@ -99,6 +99,15 @@ class Call(NamedTuple):
         r = self.residual
         return r is None or (r.shape == self.x.shape and r.dtype == self.x.dtype)
 
+    def residual_where(self, mask: Tensor) -> Tensor | None:
+        """Return the residual with 0 where it is masked out: a NaN there would reach gradients."""
+        residual = self.residual
+        if residual is None:
+            return None
+        if not residual.ndim:  # a number does not promote; the tensor of its copies would
+            residual = residual.to(torch.result_type(self.x, residual))
+        return torch.where(mask, residual, 0.0)
+
     @property
     def needs_grad(self) -> bool:
         """Whether any tensor of the call requires a gradient, while gradients are recorded."""

@@ -134,7 +134,7 @@ def _masked_batch(call: Call, mask: Tensor) -> tuple[Tensor, Moments]:
     weights = layout.canonical(x, axis, sample).to(wide)
     count, mean, m2 = _moments.center_weighted(values, weights)
     rstd = reference.reciprocal_std(m2, count, call.eps)
-    epilogue = call.epilogue._replace(residual=_unmasked(call, mask))
+    epilogue = call.epilogue._replace(residual=call.residual_where(mask))
     y = reference.normalize(x, mean.to(dtype), rstd, epilogue, axis)
     return torch.where(mask, y, 0.0), Moments(count, mean.detach(), m2.detach())
 
@@ -142,19 +142,9 @@ def _masked_batch(call: Call, mask: Tensor) -> tuple[Tensor, Moments]:
 def _masked_by(call: Call, mask: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     x = torch.where(mask, call.x, 0.0)
     rstd = reference.stored_rstd(var, call.eps)
-    epilogue = call.epilogue._replace(residual=_unmasked(call, mask))
+    epilogue = call.epilogue._replace(residual=call.residual_where(mask))
     y = reference.normalize(x, mean.detach().clone(), rstd, epilogue, call.axis)
     return torch.where(mask, y, 0.0)
-
-
-def _unmasked(call: Call, mask: Tensor) -> Tensor | None:
-    """Replace what is masked out of a residual by 0, as in the input, and for the same reason."""
-    residual = call.residual
-    if residual is None:
-        return None
-    if not residual.ndim:  # a number does not promote; the tensor of its copies would
-        residual = residual.to(torch.result_type(call.x, residual))
-    return torch.where(mask, residual, 0.0)
 
 
 def _aten(

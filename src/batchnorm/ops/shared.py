@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from batchnorm import layout
+from batchnorm import moments as _moments
 from batchnorm.moments import Moments
 from batchnorm.ops import reference
 from batchnorm.ops.activations import IDENTITY, Activation
@@ -79,24 +80,46 @@ class SharedNormalize(torch.autograd.Function):
         return dx, *affine, dresidual, None, None, None, None
 
 
-def normalize_shared(call: Call, sharing: Sharing) -> tuple[Tensor, Moments]:
+def normalize_shared(
+    call: Call, sharing: Sharing, moments: Moments | None = None
+) -> tuple[Tensor, Moments]:
     """Normalize this part by the statistics of all parts.
 
     Returns:
         y, and the Moments of all parts.
     """
+    if call.mask is not None:
+        return _masked(call, call.mask, sharing)
     if call.residual is not None and not call.same_residual:  # broadcast or promoted
-        y, moments = normalize_shared(call._replace(residual=None, act=IDENTITY), sharing)
-        return call.act(y + call.residual), moments
+        alone = call._replace(residual=None, act=IDENTITY)
+        y, merged = normalize_shared(alone, sharing, moments)
+        return call.act(y + call.residual), merged
     x, axis = call.x, call.axis
-    backend = select(x, call.epilogue, axis)
-    moments = Moments(layout.values_per_channel(x.shape, axis), *backend.moments(x.detach(), axis))
+    if moments is None:
+        count = layout.values_per_channel(x.shape, axis)
+        backend = select(x, call.epilogue, axis)
+        moments = Moments(count, *backend.moments(x.detach(), axis))
     merged = sharing.merge(moments)
-    count = float(torch.as_tensor(merged.count, dtype=merged.mean.dtype).flatten()[0])
-    rstd = reference.reciprocal_std(merged.m2, count, call.eps)
+    n = float(torch.as_tensor(merged.count, dtype=merged.mean.dtype).flatten()[0])
+    rstd = reference.reciprocal_std(merged.m2, n, call.eps)
     affine = (call.weight, call.bias)
-    stats = reference.known_stats(x, merged.mean, merged.m2 / (count or 1), rstd, *affine)
+    stats = reference.known_stats(x, merged.mean, merged.m2 / (n or 1), rstd, *affine)
     y = SharedNormalize.apply(  # type: ignore[no-untyped-call]
-        x, *affine, call.residual, (count, stats), call.act, axis, sharing.add
+        x, *affine, call.residual, (n, stats), call.act, axis, sharing.add
     )
-    return y, Moments(count, merged.mean, merged.m2)
+    return y, Moments(n, merged.mean, merged.m2)
+
+
+def _masked(call: Call, mask: Tensor, sharing: Sharing) -> tuple[Tensor, Moments]:
+    """Normalize where the mask is True, by the elements that count in all parts; 0 elsewhere.
+
+    ``torch.where`` before and behind keeps gradients of masked elements out of the sums.
+    """
+    x, axis = torch.where(mask, call.x, 0.0), call.axis
+    sample = mask.expand([1 if i == axis else size for i, size in enumerate(x.shape)])
+    wide = _moments.wide(x.device)
+    values, weights = (layout.canonical(x, axis, t).to(wide) for t in (x.detach(), sample))
+    moments = Moments(*_moments.center_weighted(values, weights))
+    plain = call._replace(x=x, residual=call.residual_where(mask), mask=None)
+    y, merged = normalize_shared(plain, sharing, moments)
+    return torch.where(mask, y, 0.0), merged

@@ -1,19 +1,41 @@
-"""What a source of statistics is."""
+"""What a source of statistics is: what normalizes a training step."""
 
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from batchnorm.moments import Moments
-from batchnorm.ops.call import Call
+from batchnorm.ops.shared import Sharing
+
+Plan = Literal["batch", "stored", "own"]
+
+
+class Context(NamedTuple):
+    """What a source may ask about a step.
+
+    Attributes:
+        mean: Stored mean, (C,), where there is one.
+        var: Stored variance.
+        mask: Whether elements are masked out.
+    """
+
+    mean: Tensor | None
+    var: Tensor | None
+    mask: bool
 
 
 class Source(Protocol):
-    """Chooses what normalizes a training step: a composition of the operations in ``ops``."""
+    """Chooses the statistics that normalize a training step.
+
+    Attributes:
+        plan: ``"batch"``: the input's own. ``"stored"``: the stored ones, which then stay as they
+            are. ``"own"``: the input's, merged with those of others as ``share`` says.
+    """
 
     @property
-    def normalizes_by_batch(self) -> bool:
-        """Whether the input itself provides the statistics, and so needs several values."""
+    def plan(self) -> Plan: ...  # noqa: D102
 
-    def normalize(self, call: Call) -> tuple[Tensor, Moments]:
-        """Return y, and the Moments that the estimators should see (of count 0 for none)."""
+    def share(self, context: Context) -> Sharing | None:
+        """Return how Moments and sums of this input come together with those of others.
+
+        Called at every step of a source whose plan is ``"own"``. None is the input alone.
+        """

@@ -1,12 +1,9 @@
 """Statistics of the current batch."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import Tensor
-
-from batchnorm.moments import Moments
-from batchnorm.ops import routes
-from batchnorm.ops.call import Call
+from batchnorm.sources.base import Context, Plan
 
 
 @dataclass(frozen=True)
@@ -17,11 +14,7 @@ class Batch:
         Ioffe and Szegedy 2015, "Batch Normalization", Algorithm 1.
     """
 
-    @property
-    def normalizes_by_batch(self) -> bool:
-        """True."""
-        return True
+    plan: ClassVar[Plan] = "batch"
 
-    def normalize(self, call: Call) -> tuple[Tensor, Moments]:
-        """Return y and the Moments of the batch."""
-        return routes.normalize_batch(call)
+    def share(self, context: Context) -> None:
+        """Return None: there are no others."""

@@ -52,7 +52,7 @@ class Options(NamedTuple):
         if isinstance(model, torch.jit.ScriptModule):
             raise SurgeryError(SCRIPTED.format(kind=type(model).__name__))
         source = self.statistics
-        is_source = callable(getattr(source, "normalize", None)) and not isinstance(source, type)
+        is_source = callable(getattr(source, "share", None)) and not isinstance(source, type)
         if source is not None and not is_source:
             raise OptionError(SOURCE.format(got=source))
         if wanted is not None and not callable(wanted):
@@ -65,7 +65,7 @@ class Options(NamedTuple):
         asked = [name for name in ("statistics", "estimator") if getattr(self, name) is not None]
         if isinstance(verdict, rules.Left):
             return dict.fromkeys(asked, verdict.reason)
-        stored = self.statistics is not None and not self.statistics.normalizes_by_batch
+        stored = self.statistics is not None and self.statistics.plan == "stored"
         found = {}
         for name in asked:
             if verdict.frozen and not (stored and name == "statistics"):

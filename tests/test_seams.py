@@ -1,0 +1,82 @@
+"""A backend and a source of one's own: each is one object, and no file of the library changes."""
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.moments import Moments, merge
+from batchnorm.ops import reference
+from batchnorm.ops.backend import BACKENDS
+from batchnorm.ops.shared import Sharing
+
+
+class Counting:
+    """A backend that computes as the reference does and notes what it was asked for."""
+
+    commits = reads_output = False
+
+    def __init__(self):
+        self.asked = []
+
+    def __getattr__(self, name):
+        def noted(*given):
+            self.asked.append(name)
+            return getattr(reference, name)(*given)
+
+        return noted
+
+    def serves(self, x, epilogue, axis, mode):
+        return "it wants no SiLU" if epilogue.act.name == "silu" and mode == "train" else None
+
+
+def test_a_backend_serves_layers_by_its_name(monkeypatch):
+    mine = Counting()
+    monkeypatch.setitem(BACKENDS, "mine", mine)
+    layer, plain = bn.BatchNorm2d(3, activation="relu"), nn.BatchNorm2d(3)
+    x, dy = torch.randn(2, 4, 3, 5, 5).unbind()
+    x.requires_grad_()
+    with bn.use_backend("mine"):
+        y = layer(x)
+        y.backward(dy)
+        layer.eval()(x)
+    assert {"forward", "backward"} <= set(mine.asked)
+    torch.testing.assert_close(y, plain(x).relu())
+    with bn.use_backend("mine"), pytest.raises(bn.errors.BackendError, match="it wants no SiLU"):
+        bn.BatchNorm2d(3, activation="silu")(x)
+    with bn.use_backend("mine"):
+        bn.BatchNorm2d(3, activation="silu").eval()(x)
+
+
+class WithKnown:
+    """A source that adds values which were seen before to those of the batch."""
+
+    plan = "own"
+
+    def __init__(self, known):
+        self.known = known
+
+    def share(self, context):
+        assert not context.mask and context.mean is not None
+        return Sharing(lambda moments: merge(self.known, moments), lambda sums: sums)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_a_source_merges_its_own_moments_into_those_of_the_batch(activation):
+    old = torch.randn(7, 3, dtype=torch.float64) + 2
+    layer = bn.BatchNorm1d(
+        3, activation=activation, statistics=WithKnown(Moments.of(old)), dtype=torch.float64
+    )
+    x, dy = torch.randn(2, 5, 3, dtype=torch.float64).unbind()
+    x.requires_grad_()
+    y = layer(x)
+    y.backward(dy)
+    other = x.detach().clone().requires_grad_()
+    together = torch.cat([old, other])
+    var, mean = torch.var_mean(together, 0, correction=0)
+    z = (other - mean) / (var + layer.eps).sqrt()
+    expected = z if activation is None else getattr(nn.functional, activation)(z)
+    expected.backward(dy)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(x.grad, other.grad, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(layer.running_mean, 0.1 * mean.detach())
