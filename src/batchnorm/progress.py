@@ -1,10 +1,10 @@
-"""Progress bars, where there is somebody to look at them."""
+"""Progress bars on standard error, shown if it is a terminal and rich is installed."""
 
 import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 Tell = Callable[[int, Callable[[], float | None]], None]
 
@@ -12,12 +12,46 @@ Tell = Callable[[int, Callable[[], float | None]], None]
 EVERY = 0.5
 
 
+class Watch(Protocol):
+    """Told how far a stage of some work is."""
+
+    def __call__(
+        self, stage: str, done: int, total: int | None, note: Callable[[], str] = ..., /
+    ) -> None:
+        """Show that ``done`` of ``total`` steps are done (None: unknown), and what ``note`` says.
+
+        ``note`` is called only where bars are shown; by default nothing is said.
+        """
+
+
+@contextlib.contextmanager
+def bars(shown: bool = True, transient: bool = False) -> Iterator[Watch]:
+    """Yield ``watch(stage, done, total, note)``, which shows one bar for each stage.
+
+    Args:
+        shown: Whether to show anything.
+        transient: Whether the bars vanish at the end.
+    """
+    progress = _progress(transient) if shown and sys.stderr.isatty() else None
+    if progress is None:
+        yield lambda stage, done, total, note=str: None  # noqa: ARG005
+        return
+    tasks: dict[str, Any] = {}
+
+    def watch(stage: str, done: int, total: int | None, note: Callable[[], str] = str) -> None:
+        if stage not in tasks:
+            tasks[stage] = progress.add_task(stage, total=total, note="")
+        progress.update(tasks[stage], completed=done, note=note())
+
+    with progress:
+        yield watch
+
+
 @contextlib.contextmanager
 def meter(what: str, total: int | None, shown: bool = True) -> Iterator[Tell]:
     """Yield ``tell(samples, error)``, to be called after every batch.
 
-    Shows a bar on standard error if it is a terminal and rich is installed: batches, samples per
-    second, and the standard error where one is known.
+    Shows one bar: batches, samples per second, and the standard error where one is known.
 
     ``error`` is a function, called now and then.
 
@@ -26,28 +60,30 @@ def meter(what: str, total: int | None, shown: bool = True) -> Iterator[Tell]:
         total: How many batches there are; None if unknown.
         shown: Whether to show anything.
     """
-    bar = _bar(what, total) if shown and sys.stderr.isatty() else None
-    if bar is None:
-        yield lambda samples, error: None  # noqa: ARG005
-        return
-    progress, task = bar
-    start, looked, seen = time.monotonic(), 0.0, 0
+    start, looked, known = time.monotonic(), 0.0, ""
+    batches, seen = 0, 0
 
     def tell(samples: int, error: Callable[[], float | None]) -> None:
-        nonlocal seen, looked
-        seen += samples
-        now = time.monotonic()
-        fields = {"rate": f"{seen / max(now - start, 1e-9):,.0f} samples/s"}
-        if now - looked > EVERY:
-            looked, found = now, error()
-            fields["note"] = "" if found is None else f"standard error {found:.2g}"
-        progress.update(task, advance=1, **fields)
+        nonlocal batches, seen
+        batches, seen = batches + 1, seen + samples
 
-    with progress:
+        def note() -> str:
+            nonlocal looked, known
+            now = time.monotonic()
+            if now - looked > EVERY:
+                looked, found = now, error()
+                known = "" if found is None else f"  standard error {found:.2g}"
+            return f"{seen / max(now - start, 1e-9):,.0f} samples/s{known}"
+
+        watch(what, batches, total, note)
+
+    with bars(shown, transient=True) as watch:
+        watch(what, 0, total)
         yield tell
 
 
-def _bar(what: str, total: int | None) -> tuple[Any, Any] | None:
+def _progress(transient: bool) -> Any:
+    """Return a ``rich.progress.Progress`` on standard error; None where rich is not installed."""
     try:
         from rich import progress as rich
         from rich.console import Console
@@ -57,8 +93,7 @@ def _bar(what: str, total: int | None) -> tuple[Any, Any] | None:
         rich.TextColumn("{task.description}"),
         rich.BarColumn(),
         rich.MofNCompleteColumn(),
-        rich.TextColumn("{task.fields[rate]}  {task.fields[note]}"),
+        rich.TextColumn("{task.fields[note]}"),
         rich.TimeElapsedColumn(),
     )
-    progress = rich.Progress(*columns, console=Console(stderr=True), transient=True)
-    return progress, progress.add_task(what, total=total, rate="", note="")
+    return rich.Progress(*columns, console=Console(stderr=True), transient=transient)

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from batchnorm.benchmark.cases import Case
@@ -23,8 +23,7 @@ from batchnorm.benchmark.processes import Call, processes
 from batchnorm.benchmark.regimes import REGIMES, variables
 from batchnorm.benchmark.rows import Row, circumstances, row_of, rows_of
 from batchnorm.errors import OptionError
-
-Watch = Callable[[str, int, int], None]
+from batchnorm.progress import Watch
 
 
 class Options(NamedTuple):

@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from batchnorm.cli.bars import bars
 from batchnorm.cli.benchmark import bench
 from batchnorm.cli.calibration import calibrate, merge
-from batchnorm.cli.telling import console, errors, told_in_one_line
+from batchnorm.cli.telling import console, told_in_one_line
+from batchnorm.progress import bars
 from batchnorm.version import __version__
 
 app = typer.Typer(
@@ -67,7 +67,7 @@ def demo(
     from batchnorm.demo.training import Options
     from batchnorm.report.terminal import print_table
 
-    with told_in_one_line(), bars(errors) as watch:
+    with told_in_one_line(), bars() as watch:
         options = Options(seed, steps, batch_size, k, epochs)
         tour, files = run_demo(data, out, options, watch)
     print_table(steps_table(tour), console)

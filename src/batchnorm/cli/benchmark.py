@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from batchnorm.cli.bars import bars
-from batchnorm.cli.telling import console, errors, told_in_one_line
+from batchnorm.cli.telling import console, told_in_one_line
+from batchnorm.progress import bars
 
 if TYPE_CHECKING:
     from batchnorm.benchmark.rows import Row
@@ -87,7 +87,7 @@ def bench(
         for case in cases(shapes, device=device.value)
         if part in str(case) and (everything or device is Device.CUDA or is_in_table(case))
     ]
-    with told_in_one_line(), bars(errors) as watch:
+    with told_in_one_line(), bars() as watch:
         regimes = REGIMES if regime is Regime.BOTH else (regime.value,)
         options = Options(seconds, compiled, jax, regimes, pairs, threads)
         measured = measure(chosen, options, watch)

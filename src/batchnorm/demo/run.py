@@ -5,8 +5,9 @@ from pathlib import Path
 from batchnorm.demo.data import load_images
 from batchnorm.demo.output import write_results
 from batchnorm.demo.tour import Tour, take_tour
-from batchnorm.demo.training import Options, Watch
+from batchnorm.demo.training import Options
 from batchnorm.files import make_folder
+from batchnorm.progress import Watch
 
 
 def run_demo(

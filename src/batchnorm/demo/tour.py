@@ -16,9 +16,10 @@ from batchnorm.demo.estimates import (
 from batchnorm.demo.modes import Modes, compare_modes
 from batchnorm.demo.networks import WATCHED, Activation, build
 from batchnorm.demo.shift import Shift, ShiftProbe
-from batchnorm.demo.training import Curve, Options, Watch, one_thread, train
+from batchnorm.demo.training import Curve, Options, one_thread, train
 from batchnorm.estimators.base import Estimator
 from batchnorm.estimators.running import Running
+from batchnorm.progress import Watch
 
 ACTIVATIONS: tuple[Activation, ...] = ("sigmoid", "relu")
 RATES = (0.03, 0.1, 0.3, 1.0, 3.0)

@@ -13,7 +13,6 @@ from batchnorm.demo.data import Images
 from batchnorm.errors import OptionError
 
 # Told now and then how far a stage is: (name of the stage, steps done, steps in all).
-Watch = Callable[[str, int, int], None]
 # Called with the number of steps done, at the start and whenever the held-out data are measured.
 Measure = Callable[[int], None]
 
