@@ -6,10 +6,9 @@ from pathlib import Path
 from batchnorm.benchmark.rows import Row, write_rows
 from batchnorm.files import make_folder, write_atomically
 from batchnorm.report.html import to_html
-from batchnorm.report.model import Plot, Report, Section, Series, Table, Text
+from batchnorm.report.model import Cell, Plot, Report, Section, Series, Table, Text
 
 RIVALS = ("eager", "eager in place", "compile", "compile max-autotune", "jax")
-Cell = str | float | None
 
 
 def report(rows: Iterable[Row]) -> Report:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
 from batchnorm.cli.benchmark import bench
 from batchnorm.cli.calibration import calibrate, merge
-from batchnorm.cli.telling import console, told_in_one_line
+from batchnorm.cli.telling import show, told_in_one_line
 from batchnorm.progress import bars
+from batchnorm.report.model import Table
 from batchnorm.version import __version__
 
 app = typer.Typer(
@@ -26,7 +26,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        console.print(Text(f"batchnorm {__version__}"))
+        show(f"batchnorm {__version__}")
         raise typer.Exit
 
 
@@ -65,15 +65,11 @@ def demo(
     from batchnorm.demo.section_race import steps_table
     from batchnorm.demo.section_use import estimates_table
     from batchnorm.demo.training import Options
-    from batchnorm.report.terminal import print_table
 
     with told_in_one_line(), bars() as watch:
         options = Options(seed, steps, batch_size, k, epochs)
         tour, files = run_demo(data, out, options, watch)
-    print_table(steps_table(tour), console)
-    print_table(estimates_table(tour), console)
-    for file in files:
-        console.print(Text(str(file)), soft_wrap=True)
+    show(steps_table(tour), "", estimates_table(tour), "", *files)
 
 
 @app.command()
@@ -81,10 +77,12 @@ def env() -> None:
     """Print versions, devices and backends, and why a backend is not there."""
     from batchnorm.environment import env as environment
 
-    for name, value in environment().items():
-        lines = value.items() if isinstance(value, dict) else [("", value)]
-        for key, found in lines:
-            console.print(Text(f"{name:<10} {key:<12} {found}"), soft_wrap=True)
+    rows = [
+        (name, key, str(found))
+        for name, value in environment().items()
+        for key, found in (value.items() if isinstance(value, dict) else [("", value)])
+    ]
+    show(Table("", ("what", "name", "found"), tuple(rows)))
 
 
 app.command()(bench)

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.text import Text
 
-from batchnorm.cli.telling import console, told_in_one_line
+from batchnorm.cli.telling import show, told_in_one_line
 from batchnorm.progress import bars
 
 if TYPE_CHECKING:
@@ -79,7 +78,6 @@ def bench(
     from batchnorm.benchmark.regimes import REGIMES
     from batchnorm.benchmark.run import Options, measure
     from batchnorm.files import make_folder
-    from batchnorm.report.terminal import print_table
 
     shapes = SHAPES if device is Device.CPU else CUDA_SHAPES
     chosen = [
@@ -95,9 +93,8 @@ def bench(
         rows, files = _written(measured, out)
     for section in report(rows).sections:
         for table in section.tables():
-            print_table(table, console)
-    for file in files:
-        console.print(Text(str(file)), soft_wrap=True)
+            show(table, "")
+    show(*files)
 
 
 def _written(measured: "Iterator[Row]", out: Path) -> "tuple[list[Row], tuple[Path, ...]]":

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.text import Text
 
 from batchnorm.errors import BatchNormError, DeviceError, OptionError, without_codes
+from batchnorm.report.model import Block, Section
+from batchnorm.report.terminal import to_text
 
 console = Console()
 errors = Console(stderr=True)
@@ -31,6 +33,17 @@ def told_in_one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         _say("interrupted; every file that is there is whole")
         raise typer.Exit(130) from None
+
+
+def show(*things: Section | Block | object) -> None:
+    """Print sections and blocks of a report, and lines of whatever else (files, for example).
+
+    Blocks fit the terminal; where output goes to a file or a pipe, lines are as long as they are.
+    """
+    width = console.width if console.is_terminal else None
+    for thing in things:
+        shown = to_text(thing, width) if isinstance(thing, Section | Block) else str(thing)
+        console.print(Text(shown), soft_wrap=True)
 
 
 def _say(text: str) -> None:

@@ -1,5 +1,7 @@
 """Reports: evidence as plain values; the renderers beside it turn them into text, JSON and HTML."""
 
+from batchnorm.report.model import Block as Block
+from batchnorm.report.model import Finding as Finding
 from batchnorm.report.model import Formula as Formula
 from batchnorm.report.model import Plot as Plot
 from batchnorm.report.model import Report as Report

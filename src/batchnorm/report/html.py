@@ -1,11 +1,24 @@
 """A report as one HTML file that needs nothing else: plots are inline SVG, styles are inside."""
 
+from functools import singledispatch
 from importlib.resources import files
+from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+import matplotlib as mpl  # noqa: F401 (plots import it when they are drawn: missing, it is told here)
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from batchnorm.report.model import Block, Cell, Plot, Report, cell_text, is_number
+from batchnorm.report.model import (
+    Finding,
+    Formula,
+    Plot,
+    Report,
+    Table,
+    Text,
+    cell_text,
+    is_number,
+    no_renderer,
+)
 from batchnorm.report.plots import to_svg
 
 
@@ -14,26 +27,63 @@ def to_html(report: Report) -> str:
 
     Every word of the report is escaped; only the SVG drawn here enters as it is.
     """
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["kind"] = _kind
-    environment.filters["cell"] = _cell
-    environment.tests["number"] = is_number
-    template = files("batchnorm.report").joinpath("page.html.jinja").read_text("utf-8")
-    return environment.from_string(template).render(report=report, pictures=_pictures(report))
+    return PAGES.get_template("page.html.jinja").render(report=report)
 
 
-def _pictures(report: Report) -> dict[Plot, Markup]:
-    """The SVG of each plot; plots are values and can be keys."""
-    plots = [plot for section in report.sections for plot in section.plots()]
+@singledispatch
+def render(block: object, place: str) -> Markup:  # noqa: ARG001 (plots need it)
+    """Return the HTML of a block.
+
+    Args:
+        block: Any block.
+        place: Unique on the page, for ids.
+    """
+    raise no_renderer(block, "html")
+
+
+@render.register
+def _(block: Text, place: str) -> Markup:  # noqa: ARG001
+    return _macro("text", block)
+
+
+@render.register
+def _(block: Formula, place: str) -> Markup:  # noqa: ARG001
+    return _macro("formula", block)
+
+
+@render.register
+def _(block: Table, place: str) -> Markup:  # noqa: ARG001
+    return _macro("table", block)
+
+
+@render.register
+def _(block: Plot, place: str) -> Markup:
     # The SVG is ours: matplotlib escapes the words it draws.
-    return {plot: Markup(to_svg(plot, f"p{at}")) for at, plot in enumerate(plots)}  # noqa: S704
+    return _macro("plot", block, Markup(to_svg(block, place)))  # noqa: S704
 
 
-def _kind(block: Block) -> str:
-    return type(block).__name__.lower()
+@render.register
+def _(block: Finding, place: str) -> Markup:  # noqa: ARG001
+    return _macro("finding", block, block.table())
 
 
-def _cell(cell: Cell, digits: int) -> str:
-    return cell_text(cell, digits)
+def _macro(name: str, *arguments: Any) -> Markup:
+    macros: Any = PAGES.get_template("blocks.html.jinja").module
+    found: Markup = getattr(macros, name)(*arguments)
+    return found
+
+
+def _source(name: str) -> str:
+    return files("batchnorm.report").joinpath(name).read_text("utf-8")
+
+
+PAGES = Environment(
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    loader=FunctionLoader(_source),
+)
+PAGES.filters["cell"] = cell_text
+PAGES.filters["render"] = render
+PAGES.tests["number"] = is_number

@@ -1,9 +1,10 @@
 """A report as Markdown (GitHub's flavour), for pull requests and notebooks."""
 
 import re
+from functools import singledispatch
 
 from batchnorm.report.model import (
-    Block,
+    Finding,
     Formula,
     Plot,
     Report,
@@ -12,50 +13,67 @@ from batchnorm.report.model import (
     Text,
     cell_text,
     is_number,
+    no_renderer,
 )
 from batchnorm.report.sparkline import plot_lines
 
 
 def to_markdown(report: Report) -> str:
     """The whole report as Markdown; plots become one sparkline per series."""
-    head = [f"# {_escape(report.title)}", *map(_escape, report.summary)]
+    head = [f"# {escape(report.title)}", *map(escape, report.summary)]
     return "\n\n".join(head + [_section(section) for section in report.sections]) + "\n"
 
 
-def _section(section: Section) -> str:
-    return "\n\n".join([f"## {_escape(section.title)}", *map(_block, section.blocks)])
+@singledispatch
+def render(block: object) -> str:
+    """Return the Markdown of a block; ``escape`` keeps its words from being markup."""
+    raise no_renderer(block, "markdown")
 
 
-def _block(block: Block) -> str:
-    match block:
-        case Text(words):
-            return _escape(words)
-        case Formula(symbols):
-            return f"    {symbols}"
-        case Table():
-            return _table(block)
-        case Plot():
-            lines = "\n".join(plot_lines(block))
-            return (
-                f"**{_escape(block.title)}**\n\n```text\n{lines}\n```\n\n{_escape(block.caption)}"
-            )
+@render.register
+def _(block: Text) -> str:
+    return escape(block.words)
 
 
-def _table(table: Table) -> str:
-    numbers = [all(is_number(row[i]) for row in table.rows) for i in range(len(table.columns))]
+@render.register
+def _(block: Formula) -> str:
+    return "\n".join(f"    {line}" for line in block.symbols.split("\n"))
+
+
+@render.register
+def _(block: Table) -> str:
+    numbers = [all(is_number(row[i]) for row in block.rows) for i in range(len(block.columns))]
     lines = [
-        _row(table.columns),
+        _row(block.columns),
         "|" + "|".join(" ---: " if right else " --- " for right in numbers) + "|",
-        *(_row([cell_text(cell, table.digits) for cell in row]) for row in table.rows),
+        *(_row([cell_text(cell, block.digits) for cell in row]) for row in block.rows),
     ]
-    parts = [f"**{_escape(table.title)}**", "\n".join(lines), _escape(table.note)]
-    return "\n\n".join(part for part in parts if part)
+    title = f"**{escape(block.title)}**" if block.title else ""
+    return "\n\n".join(part for part in (title, "\n".join(lines), escape(block.note)) if part)
+
+
+@render.register
+def _(block: Plot) -> str:
+    lines = "\n".join(plot_lines(block))
+    return f"**{escape(block.title)}**\n\n```text\n{lines}\n```\n\n{escape(block.caption)}"
+
+
+@render.register
+def _(block: Finding) -> str:
+    parts = [f"**{block.severity} {escape(block.heading())}**", escape(block.message)]
+    parts += [f"**Remedy:** {escape(block.remedy)}"] if block.remedy else []
+    table = block.table()
+    return "\n\n".join(parts if table is None else [*parts, render(table)])
+
+
+def escape(words: str) -> str:
+    """Words in which no character means anything but itself, also inside a table."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", words).replace("\n", " ")
+
+
+def _section(section: Section) -> str:
+    return "\n\n".join([f"## {escape(section.title)}", *map(render, section.blocks)])
 
 
 def _row(cells: list[str] | tuple[str, ...]) -> str:
-    return "| " + " | ".join(_escape(cell) for cell in cells) + " |"
-
-
-def _escape(words: str) -> str:
-    """Words in which no character means anything but itself, also inside a table."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", words).replace("\n", " ")
+    return "| " + " | ".join(escape(cell) for cell in cells) + " |"

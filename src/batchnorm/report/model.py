@@ -1,36 +1,49 @@
 """What a report says, apart from how it looks: plain frozen values, compared by content.
 
 A ``Report`` is a list of sections, a section a list of blocks in reading order. A block is a
-``Text``, a ``Formula``, a ``Table`` or a ``Plot``; a plot carries its data, not a picture.
-Renderers (``terminal``, ``markdown``, ``jsontext``, ``html``) know blocks and nothing of where
-the numbers come from.
+``Text``, a ``Formula``, a ``Table``, a ``Plot`` or a ``Finding``; a plot carries its data, not a
+picture. Renderers (``terminal``, ``markdown``, ``jsontext``, ``html``) know blocks and nothing of
+where the numbers come from.
+
+A new kind of block is a frozen dataclass derived from ``Block``, and one function for each renderer
+that draws, registered by ``terminal.render.register``, ``markdown.render.register`` and
+``html.render.register``; ``jsontext`` writes the fields of any block.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from batchnorm.errors import OptionError
 
 Cell = str | int | float | None
 PlotKind = Literal["lines", "bands", "bars", "histogram"]
+Severity = Literal["error", "warning", "note"]
+# The name of the layer that is the model itself, whose name in torch is "".
+WHOLE = "(the model)"
 
 
 @dataclass(frozen=True)
-class Text:
+class Block:
+    """One piece of a section; each kind is a class derived from this one."""
+
+
+@dataclass(frozen=True)
+class Text(Block):
     """One paragraph of plain words."""
 
     words: str
 
 
 @dataclass(frozen=True)
-class Formula:
+class Formula(Block):
     """One formula on a line of its own, in Unicode, so that every renderer can show it."""
 
     symbols: str
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(Block):
     """Rows of cells under named columns. ``None`` means: there is no such number.
 
     Floats are shown with ``digits`` significant digits, and kept whole in JSON.
@@ -78,7 +91,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Plot:
+class Plot(Block):
     """A drawing of some series; ``caption`` says in words what is to be seen.
 
     Args:
@@ -104,7 +117,59 @@ class Plot:
     y_log: bool = False
 
 
-Block = Text | Formula | Table | Plot
+@dataclass(frozen=True)
+class Finding(Block):
+    """What a rule found in a model, a file or a measurement, and what to do about it.
+
+    Args:
+        rule: Identifier of the rule, such as ``"BN001"``.
+        severity: ``error`` (results are wrong), ``warning`` (they may be) or ``note``.
+        subject: What it is about: the name of a layer, a parameter or a file; ``""`` is the whole
+            model.
+        message: What was found.
+        remedy: What to do; ``""`` where nothing is to be done.
+        evidence: The numbers that the rule decided by: a mapping of names to plain values, which is
+            copied, or a table.
+
+    Raises:
+        OptionError: If the severity is another word, or a value of the evidence is no text, number
+            or None, as a tensor is: ``float(value)`` makes it one.
+    """
+
+    rule: str
+    severity: Severity
+    subject: str
+    message: str
+    remedy: str = ""
+    # Left out of the hash, for a dict has none; findings are compared with their evidence.
+    evidence: Mapping[str, Cell] | Table = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        if self.severity not in get_args(Severity):
+            raise OptionError(
+                f"expected the severity of the finding {self.rule} to be one of "
+                f"{get_args(Severity)}, got {self.severity!r}"
+            )
+        if isinstance(self.evidence, Table):
+            return
+        for name, value in self.evidence.items():
+            if not isinstance(value, str | int | float | None):
+                raise OptionError(
+                    f"expected evidence {name!r} of the finding {self.rule} to be text, a number "
+                    f"or None, got {type(value).__name__}; float(value) makes a number of a tensor"
+                )
+        object.__setattr__(self, "evidence", dict(self.evidence))
+
+    def heading(self) -> str:
+        """The rule and what it is about."""
+        return f"{self.rule}: {self.subject or WHOLE}"
+
+    def table(self) -> Table | None:
+        """The evidence as a table, one row for each item of a mapping; None where there is none."""
+        if isinstance(self.evidence, Table):
+            return self.evidence
+        rows = tuple(self.evidence.items())
+        return Table("", ("evidence", "value"), rows) if rows else None
 
 
 @dataclass(frozen=True)
@@ -118,10 +183,6 @@ class Section:
         """The tables among the blocks."""
         return tuple(block for block in self.blocks if isinstance(block, Table))
 
-    def plots(self) -> tuple[Plot, ...]:
-        """The plots among the blocks."""
-        return tuple(block for block in self.blocks if isinstance(block, Plot))
-
 
 @dataclass(frozen=True)
 class Report:
@@ -134,13 +195,26 @@ class Report:
 
 
 def cell_text(cell: Cell, digits: int) -> str:
-    """A cell as every renderer shows it: ``digits`` significant digits, a dash for ``None``."""
+    """A cell as every renderer shows it.
+
+    Floats with ``digits`` significant digits, integers whole with commas (1,792), ``None`` as a
+    dash.
+    """
     if cell is None:
         return "–"
     if isinstance(cell, float):
         # '#' keeps trailing zeros, so that a column of like numbers lines up.
         return f"{cell:#.{digits}g}".rstrip(".")
-    return str(cell)
+    return f"{cell:,}" if type(cell) is int else str(cell)
+
+
+def no_renderer(block: object, renderer: str) -> OptionError:
+    """The error for a block that a renderer has no function for."""
+    kind = type(block).__name__
+    return OptionError(
+        f"expected a block that batchnorm.report.{renderer} can show, got {kind}: register a "
+        f"function for it, @batchnorm.report.{renderer}.render.register({kind})"
+    )
 
 
 def is_number(cell: Cell) -> bool:

@@ -1,21 +1,22 @@
-"""Plots as inline SVG, drawn by matplotlib without a display.
+"""Plots as inline SVG or as matplotlib's figures, drawn without a display.
 
 The picture takes the page's text colour (``currentColor``) and has no background, so that it is
-legible on light and dark pages and on paper. Series differ in colour and in line style.
+legible on light and dark pages and on paper. Series differ in colour and in line style. matplotlib
+is imported where something is drawn: ``import batchnorm`` neither needs nor loads it.
 """
 
 import io
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
-
+from batchnorm.errors import MissingExtraError
 from batchnorm.report.model import Plot, PlotKind
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # No plot uses this colour, so it can be replaced by `currentColor` in the finished SVG.
 INK = "#010203"
@@ -42,27 +43,84 @@ STYLE: dict[Any, Any] = {
 NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
+# Inches: of a plot, around bars, and of one place of a bar chart.
+SIZE, AROUND, PLACE = (4.9, 3.3), 1.3, 0.26
+
+
 def to_svg(plot: Plot, prefix: str) -> str:
     """The plot as an ``<svg>`` element, ready to stand in an HTML page.
 
     Args:
-        plot: What to draw.
+        plot: What to draw. Its title and caption are left to the page.
         prefix: Unique on the page: put before every id, for ids of several pictures must differ.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
     """
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.9, 3.3), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.subplots()
-        DRAW[plot.kind](axes, plot)
-        _label(axes, plot)
-        if len(plot.series) > 1:
-            figure.legend(loc="outside upper left", ncols=2, frameon=False, handlelength=2.6)
+    figure = _empty([plot])
+    with _style():
+        _draw(figure, [plot])
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata=NO_METADATA)
     return _inline(buffer.getvalue(), prefix)
 
 
-def _label(axes: Axes, plot: Plot) -> None:
+def to_figure(plots: Sequence[Plot], path: str | PathLike[str] | None = None) -> "Figure":
+    """The plots side by side, each under its title, as one figure of matplotlib.
+
+    Args:
+        plots: What to draw, at least one plot.
+        path: Where to write the figure as well, in the format that its ending says.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+        OSError: If the file cannot be written.
+    """
+    figure = _empty(plots)
+    with _style():
+        for axes, plot in zip(_draw(figure, plots), plots, strict=True):
+            axes.set_title(plot.title, loc="left", fontsize="medium")
+        if path is not None:
+            figure.savefig(path)
+    return figure
+
+
+def _empty(plots: Sequence[Plot]) -> "Figure":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError(
+            "plots need the package matplotlib; pip install 'batchnorm[demo]'"
+        ) from error
+    width, height = SIZE
+    bars = [len(one.x) for plot in plots if plot.kind == "bars" for one in plot.series]
+    tall = max(height, AROUND + PLACE * max(bars, default=0))
+    return Figure(figsize=(width * len(plots), tall), layout="constrained")
+
+
+def _style() -> Any:
+    import matplotlib as mpl
+
+    return mpl.rc_context(STYLE)
+
+
+def _draw(figure: "Figure", plots: Sequence[Plot]) -> "Sequence[Axes]":
+    parts: Sequence[Axes] = figure.subplots(1, len(plots), squeeze=False)[0]
+    several = []
+    for axes, plot in zip(parts, plots, strict=True):
+        DRAW[plot.kind](axes, plot)
+        _label(axes, plot)
+        several += axes.get_legend_handles_labels()[0] if len(plot.series) > 1 else []
+    if several:
+        figure.legend(
+            handles=several, loc="outside upper left", ncols=2, frameon=False, handlelength=2.6
+        )
+    return parts
+
+
+def _label(axes: "Axes", plot: Plot) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
+
     axes.set_xlabel(plot.x_label)
     axes.set_ylabel(plot.y_label)
     if plot.x_log:
@@ -81,7 +139,7 @@ def _strokes(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index % len(STYLES)]}
 
 
-def _lines(axes: Axes, plot: Plot) -> None:
+def _lines(axes: "Axes", plot: Plot) -> None:
     for index, series in enumerate(plot.series):
         marker = "o" if len(series.x) <= 12 else ""
         axes.plot(
@@ -89,34 +147,34 @@ def _lines(axes: Axes, plot: Plot) -> None:
         )
 
 
-def _bands(axes: Axes, plot: Plot) -> None:
+def _bands(axes: "Axes", plot: Plot) -> None:
     for index, series in enumerate(plot.series):
         colour = COLOURS[index % len(COLOURS)]
         axes.fill_between(series.x, series.low, series.high, color=colour, alpha=0.28, linewidth=0)
         axes.plot(series.x, series.y, label=series.name, **_strokes(index))
 
 
-def _bars(axes: Axes, plot: Plot) -> None:
+def _bars(axes: "Axes", plot: Plot) -> None:
     # Bars lie on their side: their names then have room, also on a phone.
     height = 0.8 / len(plot.series)
     for index, series in enumerate(plot.series):
-        places = [at + index * height for at in range(len(series.x))]
+        away = (index + 0.5) * height - 0.4
+        places = [at + away for at in range(len(series.x))]
         colour = COLOURS[index % len(COLOURS)]
         axes.barh(places, series.y, height=height * 0.92, label=series.name, color=colour)
     names = plot.series[0].x if plot.series else ()
-    middle = height * (len(plot.series) - 1) / 2
-    axes.set_yticks([at + middle for at in range(len(names))], [str(name) for name in names])
-    axes.invert_yaxis()
+    axes.set_yticks(range(len(names)), [str(name) for name in names])
+    axes.set_ylim(len(names) - 0.4, -0.6)
 
 
-def _histogram(axes: Axes, plot: Plot) -> None:
+def _histogram(axes: "Axes", plot: Plot) -> None:
     for index, series in enumerate(plot.series):
         values = [float(value) for value in series.x]
         colour = COLOURS[index % len(COLOURS)]
         axes.hist(values, bins=30, label=series.name, color=colour, alpha=0.75)
 
 
-DRAW: dict[PlotKind, Callable[[Axes, Plot], None]] = {
+DRAW: dict[PlotKind, Callable[["Axes", Plot], None]] = {
     "lines": _lines,
     "bands": _bands,
     "bars": _bars,

@@ -1,11 +1,17 @@
-"""A report for the terminal, through rich."""
+"""Reports, sections and blocks as plain text, for terminals, logs and ``print``.
 
-from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text as RichText
+No package is needed. Numbers are set flush right; where ``width`` is given, long lines are wrapped
+and the widest columns of a table are narrowed until it fits.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from functools import singledispatch
+from itertools import zip_longest
 
 from batchnorm.report.model import (
     Block,
+    Finding,
     Formula,
     Plot,
     Report,
@@ -14,49 +20,104 @@ from batchnorm.report.model import (
     Text,
     cell_text,
     is_number,
+    no_renderer,
 )
 from batchnorm.report.sparkline import plot_lines
 
-
-def print_report(report: Report, console: Console) -> None:
-    """Print the whole report; plots become one sparkline per series."""
-    console.print(RichText(report.title, style="bold"))
-    for words in report.summary:
-        console.print(RichText(words))
-    for section in report.sections:
-        _print_section(section, console)
+# Between columns; the narrowest column that a table is squeezed to; the length of a line of a note
+# where no width is given.
+GAP, NARROWEST, PROSE = "  ", 4, 100
 
 
-def print_table(table: Table, console: Console) -> None:
-    """Print one table, numbers flush right."""
-    # Text objects, not strings: a bracket in a cell is a bracket, never markup.
-    grid = RichTable(title=RichText(table.title), title_justify="left", caption_justify="left")
-    for index, column in enumerate(table.columns):
-        numbers = all(is_number(row[index]) for row in table.rows)
-        grid.add_column(RichText(column), justify="right" if numbers else "left")
-    for row in table.rows:
-        grid.add_row(*(RichText(cell_text(cell, table.digits)) for cell in row))
-    if table.note:
-        grid.caption = RichText(table.note)
-    console.print(grid)
+def to_text(what: Report | Section | Block, width: int | None = None) -> str:
+    """Return lines of text, without a newline at the end.
+
+    Args:
+        what: A whole report, a section or one block. Plots become one sparkline per series.
+        width: Columns of the terminal; None for lines as long as their content, so that a file or
+            a pipe gets each row of a table in one line.
+    """
+    if isinstance(what, Report):
+        head = [_underlined(what.title, "="), *(_wrapped(words, width) for words in what.summary)]
+        return "\n\n".join(["\n".join(head), *(to_text(part, width) for part in what.sections)])
+    if isinstance(what, Section):
+        blocks = [render(block, width) for block in what.blocks]
+        return "\n\n".join([_underlined(what.title, "-"), *blocks])
+    return render(what, width)
 
 
-def _print_section(section: Section, console: Console) -> None:
-    console.print()
-    console.print(RichText(section.title, style="bold underline"))
-    for block in section.blocks:
-        _print_block(block, console)
+@singledispatch
+def render(block: object, width: int | None) -> str:  # noqa: ARG001 (tables and words need it)
+    """Return the text of a block in at most ``width`` columns."""
+    raise no_renderer(block, "terminal")
 
 
-def _print_block(block: Block, console: Console) -> None:
-    match block:
-        case Text(words):
-            console.print(RichText(words))
-        case Formula(symbols):
-            console.print(RichText(f"    {symbols}", style="italic"))
-        case Table():
-            print_table(block, console)
-        case Plot():
-            console.print(RichText(block.title, style="bold"))
-            for line in plot_lines(block):
-                console.print(RichText(f"  {line}"), overflow="ellipsis", no_wrap=True)
+@render.register
+def _(block: Text, width: int | None) -> str:
+    return _wrapped(block.words, width)
+
+
+@render.register
+def _(block: Formula, width: int | None) -> str:  # noqa: ARG001 (a formula is not broken)
+    return textwrap.indent(block.symbols, "    ")
+
+
+@render.register
+def _(block: Table, width: int | None) -> str:
+    numbers = [all(is_number(row[i]) for row in block.rows) for i in range(len(block.columns))]
+    lines = [list(block.columns)]
+    lines += [[cell_text(cell, block.digits) for cell in row] for row in block.rows]
+    widths = _widths([max(map(len, column)) for column in zip(*lines, strict=True)], width)
+    head, *body = [_row(line, widths, numbers) for line in lines]
+    rule = "-" * (sum(widths) + len(GAP) * (len(widths) - 1))
+    title = [_wrapped(block.title, width)] if block.title else []
+    note = [_wrapped(block.note, width or PROSE)] if block.note else []
+    return "\n".join([*title, head, rule, *body, *note])
+
+
+@render.register
+def _(block: Plot, width: int | None) -> str:
+    lines = [f"  {line}" for line in plot_lines(block)]
+    return "\n".join([block.title, *(line if width is None else line[:width] for line in lines)])
+
+
+@render.register
+def _(block: Finding, width: int | None) -> str:
+    parts = [block.message, f"Remedy: {block.remedy}" if block.remedy else ""]
+    inner = None if width is None else width - 2
+    lines = [_wrapped(part, inner) for part in parts if part]
+    table = block.table()
+    lines += [] if table is None else [render(table, inner)]
+    head = f"{block.severity} {block.heading()}"
+    return "\n".join([_wrapped(head, width), *(textwrap.indent(line, "  ") for line in lines)])
+
+
+def _underlined(title: str, stroke: str) -> str:
+    return f"{title}\n{stroke * len(title)}"
+
+
+def _wrapped(words: str, width: int | None) -> str:
+    return words if width is None else textwrap.fill(words, max(width, NARROWEST))
+
+
+def _widths(widths: list[int], total: int | None) -> list[int]:
+    """Narrow the widest column, again and again, until the row fits ``total`` columns."""
+    room = None if total is None else total - len(GAP) * (len(widths) - 1)
+    while room is not None and sum(widths) > room and max(widths) > NARROWEST:
+        widths[widths.index(max(widths))] -= 1
+    return widths
+
+
+def _row(cells: Sequence[str], widths: Sequence[int], numbers: Sequence[bool]) -> str:
+    """Set one row of a table; a cell wider than its column goes on in the next line."""
+    columns = [
+        textwrap.wrap(cell, max(w, 1)) or [""] for cell, w in zip(cells, widths, strict=True)
+    ]
+    lines = [
+        GAP.join(
+            cell.rjust(w) if right else cell.ljust(w)
+            for cell, w, right in zip(line, widths, numbers, strict=True)
+        )
+        for line in zip_longest(*columns, fillvalue="")
+    ]
+    return "\n".join(line.rstrip() for line in lines)
