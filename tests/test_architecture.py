@@ -21,10 +21,10 @@ LEVELS = [
     {"sources"},
     {"functional"},
     {"nn"},
-    {"models", "environment"},
+    {"models", "environment", "report"},
     {"observation"},
     {"graph", "memory"},
-    {"calibration", "surgery", "report"},
+    {"calibration", "surgery"},
     {"demo", "benchmark", "integrations"},
     {"cli"},
 ]

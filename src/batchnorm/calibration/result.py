@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.calibration import store, table
+from batchnorm.calibration import report, store
 from batchnorm.calibration.commit import write
 from batchnorm.calibration.pool import GROUPS, Errors, relative_error, standard_errors
 from batchnorm.calibration.stage import Statistics
 from batchnorm.errors import CalibrationError
 from batchnorm.models import unwrapped, walk
 from batchnorm.moments import Moments, merge, merge_runs
+from batchnorm.report.model import Report
+from batchnorm.report.plots import to_figure
+from batchnorm.report.terminal import to_text
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,15 @@ class Calibration:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one line of plain numbers per calibrated layer, for tables and plots."""
-        return table.rows(self)
+        return report.rows(self)
+
+    def report(self) -> Report:
+        """Return tables and plots as plain values, for the renderers of ``batchnorm.report``.
+
+        ``batchnorm.report.html.to_html(result.report())`` is a page, ``jsontext.to_json`` and
+        ``markdown.to_markdown`` are text.
+        """
+        return report.report(self)
 
     def plot(self, path: str | PathLike[str] | None = None) -> Any:
         """Draw error and change of every layer; return the matplotlib figure.
@@ -199,12 +210,13 @@ class Calibration:
 
         Raises:
             MissingExtraError: If matplotlib is not installed.
+            OSError: If the file cannot be written.
         """
-        return table.plot(self, path)
+        return to_figure(report.plots(self), path)
 
     def __str__(self) -> str:
-        """Return a table: a line per layer."""
-        return table.text(self)
+        """Return tables: a line per layer, and the layers that were left alone."""
+        return to_text(report.tables(self))
 
 
 def _merge(several: list[Calibration]) -> Calibration:

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
-from batchnorm.cli.telling import console, told_in_one_line
+from batchnorm.cli.telling import show, told_in_one_line
 
 THING = "package.module:name"
 
@@ -46,6 +45,7 @@ def calibrate(
 ) -> None:
     """Put exact statistics of use into a checkpoint; torchrun shares the work."""
     from batchnorm.calibration.job import Job, run
+    from batchnorm.calibration.report import tables
 
     options = {
         "upstream": upstream,
@@ -61,10 +61,8 @@ def calibrate(
         job = Job(model, data, checkpoint, out, forward, device, save, force, options)
         done = run(job)
     if done.rank == 0:
-        console.print(Text(str(done.calibration)), soft_wrap=True)
         rate = done.calibration.samples * done.calibration.passes / max(done.seconds, 1e-9)
-        console.print(Text(f"{done.seconds:.1f} s, {rate:,.0f} samples/s"))
-        console.print(Text(str(out)), soft_wrap=True)
+        show(tables(done.calibration), f"{done.seconds:.1f} s, {rate:,.0f} samples/s", out)
 
 
 def merge(
@@ -75,12 +73,11 @@ def merge(
 ) -> None:
     """Merge calibrations of several machines or days, or average checkpoints."""
     from batchnorm.calibration.combine import combine
+    from batchnorm.calibration.report import tables
 
     with told_in_one_line():
         merged = combine(files, out, _numbers(counts), force)
-    if merged is not None:
-        console.print(Text(str(merged)), soft_wrap=True)
-    console.print(Text(str(out)), soft_wrap=True)
+    show(*([] if merged is None else [tables(merged)]), out)
 
 
 def _numbers(counts: str | None) -> list[float] | None:

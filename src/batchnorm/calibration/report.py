@@ -1,0 +1,129 @@
+"""A calibration as plain numbers, and as tables and plots that any renderer of ``report`` shows."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.report.model import WHOLE, Cell, Plot, Report, Section, Series, Table, Text
+
+COLUMNS = {
+    "layer": "layer",
+    "count": "values per channel",
+    "error": "error",
+    "shift": "shift",
+    "stretch": "stretch",
+    "change": "change",
+}
+NOTE = (
+    "error: largest relative standard error of mean and variance. shift (in deviations) and "
+    "stretch (as a share of the variance): how far mean and variance moved, root mean square over "
+    "the channels. change: the same in standard errors, the largest of all channels. A dash: "
+    "unknown, from a single batch."
+)
+
+
+def rows(calibration: Any) -> list[dict[str, Any]]:
+    """Return one line of plain numbers per layer; NaN where something is not known."""
+    found = []
+    for name, layer in calibration.layers.items():
+        scale = (layer.new.var + layer.eps).sqrt()
+        stretch = (layer.new.var - layer.old.var) / (layer.new.var + layer.eps)
+        found.append(
+            {
+                "layer": name,
+                "channels": layer.new.mean.numel(),
+                "count": float(layer.moments.count),
+                "error": layer.error,
+                "shift": _rms((layer.new.mean - layer.old.mean) / scale),
+                "stretch": _rms(stretch),
+                "change of mean": _most(layer.change.mean),
+                "change of var": _most(layer.change.var),
+                "remaining": layer.remaining,
+            }
+        )
+    return found
+
+
+def tables(calibration: Any) -> Section:
+    """Return what was read, a row for each layer, and what was left alone and why."""
+    found = Table("", tuple(COLUMNS.values()), tuple(map(_cells, rows(calibration))), NOTE, 2)
+    skipped = tuple((name or WHOLE, reason) for name, reason in calibration.skipped.items())
+    left = Table("Unchanged", ("layer", "reason"), skipped)
+    blocks = (Text(_words(calibration)), found, *([left] if left.rows else []))
+    return Section("Calibration", blocks)
+
+
+def plots(calibration: Any) -> tuple[Plot, ...]:
+    """Return bars of how far each layer's statistics moved, and of their relative errors.
+
+    The second is left out where no error is known, which takes two batches.
+    """
+    some = rows(calibration)
+    names = tuple(row["layer"] or WHOLE for row in some)
+
+    def series(key: str) -> Series:
+        return Series(key, names, tuple(row[key] for row in some))
+
+    moved = Plot(
+        "How far the statistics moved",
+        "bars",
+        (series("shift"), series("stretch")),
+        "deviations (shift); share of the variance (stretch)",
+        "",
+        "Root mean square over the channels of each layer.",
+    )
+    error = Plot(
+        "How far off they may be",
+        "bars",
+        (series("error"),),
+        "relative standard error",
+        "",
+        "The largest of the mean's and the variance's, over all channels of each layer.",
+    )
+    return (moved,) if all(math.isnan(row["error"]) for row in some) else (moved, error)
+
+
+def report(calibration: Any) -> Report:
+    """Return all of it, for a page or a file."""
+    words = _words(calibration)
+    _, *blocks = tables(calibration).blocks
+    pictures = Section("Pictures", plots(calibration))
+    return Report("Calibration", (words,), (Section("Layers", tuple(blocks)), pictures))
+
+
+def _cells(row: dict[str, Any]) -> tuple[Cell, ...]:
+    """Return a row of the table: NaN becomes None, and the larger of the two changes counts."""
+    changes = [row[f"change of {what}"] for what in ("mean", "var")]
+    known = [change for change in changes if not math.isnan(change)]
+    shown = {
+        **row,
+        "layer": row["layer"] or WHOLE,
+        "count": round(row["count"]),
+        "change": max(known, default=math.nan),
+    }
+    cells = [shown[key] for key in COLUMNS]
+    return tuple(None if isinstance(c, float) and math.isnan(c) else c for c in cells)
+
+
+def _words(calibration: Any) -> str:
+    parts = [f"calibrated on {calibration.batches} batches"]
+    if calibration.samples:
+        parts.append(f"{calibration.samples:,} samples")
+    if calibration.upstream != "batch":
+        parts.append(f"upstream={calibration.upstream}, {calibration.passes} passes")
+    if calibration.rejected:
+        parts.append(f"{calibration.rejected} batches rejected (NaN or infinite)")
+    if calibration.reached is not None:
+        parts.append("target error " + ("reached" if calibration.reached else "NOT reached"))
+    return ", ".join(parts)
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
+
+
+def _most(values: Tensor) -> float:
+    known = values[~values.isnan()].abs()
+    return float(torch.max(known)) if len(known) else math.nan
