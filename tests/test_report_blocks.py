@@ -182,6 +182,18 @@ def test_a_table_is_narrowed_to_the_terminal_and_loses_nothing(width):
     assert shown == sorted(("layer1.0.downsample.1" + words * 2 + "12").replace(" ", ""))
 
 
+def test_a_table_that_is_narrowed_keeps_numbers_whole_and_words_while_it_can():
+    columns = ("operation", "nanoseconds of ours", "ratio", "layout")
+    row = ("bn+add+relu in training", 0.0123, 1234567, "channels-last")
+    table = Table("", columns, (row,))
+    assert terminal.to_text(table, 47).split("\n")[3:] == [
+        "bn+add+relu       0.0123  1,234,567  channels-",
+        "in training                          last",
+    ]
+    narrowest = terminal.to_text(table, 20)
+    assert "0.0123" in narrowest and "1,234,567" in narrowest
+
+
 def test_words_wrap_at_the_width_and_formulae_do_not():
     long = " ".join(["word"] * 40)
     text = terminal.to_text(Section("s", (Text(long), Formula("x" * 50))), 30)

@@ -4,6 +4,8 @@ No package is needed. Numbers are set flush right; where ``width`` is given, lon
 and the widest columns of a table are narrowed until it fits.
 """
 
+import math
+import re
 import textwrap
 from collections.abc import Sequence
 from functools import singledispatch
@@ -67,7 +69,7 @@ def _(block: Table, width: int | None) -> str:
     numbers = [all(is_number(row[i]) for row in block.rows) for i in range(len(block.columns))]
     lines = [list(block.columns)]
     lines += [[cell_text(cell, block.digits) for cell in row] for row in block.rows]
-    widths = _widths([max(map(len, column)) for column in zip(*lines, strict=True)], width)
+    widths = _widths(list(zip(*lines, strict=True)), numbers, width)
     head, *body = [_row(line, widths, numbers) for line in lines]
     rule = "-" * (sum(widths) + len(GAP) * (len(widths) - 1))
     title = [_wrapped(block.title, width)] if block.title else []
@@ -100,12 +102,29 @@ def _wrapped(words: str, width: int | None) -> str:
     return words if width is None else textwrap.fill(words, max(width, NARROWEST))
 
 
-def _widths(widths: list[int], total: int | None) -> list[int]:
-    """Narrow the widest column, again and again, until the row fits ``total`` columns."""
-    room = None if total is None else total - len(GAP) * (len(widths) - 1)
-    while room is not None and sum(widths) > room and max(widths) > NARROWEST:
-        widths[widths.index(max(widths))] -= 1
+def _widths(
+    columns: Sequence[Sequence[str]], numbers: Sequence[bool], total: int | None
+) -> list[int]:
+    """Return the width of each column; where ``total`` is too little, narrow the widest ones.
+
+    They are narrowed to their longest words at first, then to ``NARROWEST``; numbers stay whole.
+    """
+    widths = [max(map(len, cells)) for cells in columns]
+    room = math.inf if total is None else total - len(GAP) * (len(widths) - 1)
+    words = [max(map(_longest_word, cells)) for cells in columns]
+    least = [
+        max(map(len, cells[1:]), default=NARROWEST) if right else NARROWEST
+        for cells, right in zip(columns, numbers, strict=True)
+    ]
+    for floors in (words, least):
+        while sum(widths) > room and any(w > f for w, f in zip(widths, floors, strict=True)):
+            wide = [w if w > f else 0 for w, f in zip(widths, floors, strict=True)]
+            widths[wide.index(max(wide))] -= 1
     return widths
+
+
+def _longest_word(cell: str) -> int:
+    return max(map(len, re.split(r"\s|(?<=-)", cell)))
 
 
 def _row(cells: Sequence[str], widths: Sequence[int], numbers: Sequence[bool]) -> str:
