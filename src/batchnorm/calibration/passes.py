@@ -6,7 +6,7 @@ from typing import Any
 from batchnorm.calibration.feeding import Source
 from batchnorm.calibration.pool import standard_errors
 from batchnorm.calibration.stage import Part, Stage, Statistics, stored
-from batchnorm.calibration.sweep import Measured, Result, Sweep
+from batchnorm.calibration.sweep import Measured, PassResult, Sweep
 from batchnorm.moments import Moments
 
 Run = Callable[[Any], None]
@@ -38,7 +38,7 @@ class Passes:
         self.current = {name: stored(layer) for name, layer in stage.layers.items()}
         self.found: dict[str, Measured] = {}
         self.remaining: dict[str, float] = {}
-        self.results: list[Result] = []
+        self.results: list[PassResult] = []
 
     def once(self) -> None:
         """Measure all layers, each normalizing by the batch as in training."""

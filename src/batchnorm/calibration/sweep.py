@@ -46,7 +46,7 @@ class Measured(NamedTuple):
 
 
 @dataclass
-class Result:
+class PassResult:
     """What a pass brought, of all processes together.
 
     Attributes:
@@ -84,7 +84,7 @@ class Sweep:
     tally: Tally = field(default_factory=Tally)
     _next: int = FEWEST
 
-    def run(self, batches: Iterator[tuple[Any, int]], feed: Callable[[Any], None]) -> Result:
+    def run(self, batches: Iterator[tuple[Any, int]], feed: Callable[[Any], None]) -> PassResult:
         """Feed every batch, and return what all processes have found together."""
         self.stage.row = self.pool.row
         reached = None if self.target is None else False
@@ -151,7 +151,7 @@ class Sweep:
         packed[:, : len(groups.mean)] = torch.stack(list(groups))  # type: ignore[arg-type]
         return Moments(*torch.cat(ranks.gather(packed), dim=1))
 
-    def _result(self, reached: bool | None) -> Result:
+    def _result(self, reached: bool | None) -> PassResult:
         total = self.ranks.merge(self.pool.total())
         tallies = self.ranks.exchange(self.tally)
         where = next((tally.where for tally in tallies if tally.where is not None), None)
@@ -160,7 +160,7 @@ class Sweep:
             for name in ("batches", "samples", "rejected")
         )
         tally = Tally(batches, samples, rejected, where)
-        return Result(self._split(total, self._groups()), tally, reached)
+        return PassResult(self._split(total, self._groups()), tally, reached)
 
     def _split(self, total: Moments, groups: Moments) -> dict[str, Measured]:
         """Cut the row of all channels into layers."""
