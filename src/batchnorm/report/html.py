@@ -41,19 +41,11 @@ def render(block: object, place: str) -> Markup:  # noqa: ARG001 (plots need it)
     raise no_renderer(block, "html")
 
 
-@render.register
-def _(block: Text, place: str) -> Markup:  # noqa: ARG001
-    return _macro("text", block)
-
-
-@render.register
-def _(block: Formula, place: str) -> Markup:  # noqa: ARG001
-    return _macro("formula", block)
-
-
-@render.register
-def _(block: Table, place: str) -> Markup:  # noqa: ARG001
-    return _macro("table", block)
+@render.register(Text)
+@render.register(Formula)
+@render.register(Table)
+def _(block: Text | Formula | Table, place: str) -> Markup:  # noqa: ARG001
+    return _macro(type(block).__name__.lower(), block)
 
 
 @render.register
