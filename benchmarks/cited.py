@@ -13,6 +13,7 @@ from pathlib import Path
 # What a selection means by what it does not say. A value of "*" takes any.
 DEFAULTS: dict[str, dict[str, str]] = {
     "networks": {"mode": "train", "dtype": "fp32", "layout": "nchw", "threads": "1"},
+    "networks/inside": {"network": "resnet50", "regime": "kept"},
     "cpu": {"mode": "train", "dtype": "fp32"},
     "fallbacks": {"mode": "train", "dtype": "fp32", "kind": "layer"},
 }
@@ -20,6 +21,10 @@ DEFAULTS: dict[str, dict[str, str]] = {
 IDENTITY: dict[str, tuple[str, ...]] = {
     "networks": ("network", "mode", "layout", "dtype", "batch", "size", "threads", "regime",
                  "contender", "base", "machine"),
+    "networks/inside": ("what", "network", "layout", "batch", "size", "contender", "base",
+                        "regime", "machine"),
+    "history/ablation": ("network", "mode", "layout", "dtype", "batch", "size", "threads",
+                         "regime", "contender", "base", "machine"),
     "cpu": ("op", "mode", "dtype", "shape", "layout", "contender", "threads", "regime", "machine"),
     "fallbacks": ("world", "kind", "op", "dtype", "layout", "mode", "regime", "machine"),
     "calibration": ("network", "layout", "batch", "size", "batches", "contender", "regime",

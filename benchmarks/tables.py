@@ -4,6 +4,7 @@ What a table shows is listed here and not read off the files, so that a row that
 error. Cells are "ratio (low–high)" with the 95 % interval of the rows.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 from cited import Row, Rows
@@ -13,12 +14,22 @@ REGIMES = ("default", "kept")
 # A network is a name, a batch and a size; a cell is that, a mode, a layout and a number format.
 RESNET50, MOBILENET = ("resnet50", "8", "160"), ("mobilenet_v2", "8", "160")
 MLP, RESNET18 = ("mlp", "128", "32"), ("resnet18", "2", "32")
+EFFICIENTNET, DENSENET = ("efficientnet_b0", "8", "160"), ("densenet121", "8", "160")
 Cell = tuple[tuple[str, str, str], str, str, str]
-NETWORKS: list[Cell] = [
-    (net, "train", layout, "fp32")
-    for net in (RESNET50, MOBILENET, RESNET18, MLP)
-    for layout in (("nchw",) if net == MLP else ("nchw", "channels_last"))
-]
+
+
+def training(*networks: tuple[str, str, str]) -> list[Cell]:
+    """Return the cells of training steps in float32, in both layouts but for the MLP."""
+    return [
+        (net, "train", layout, "fp32")
+        for net in networks
+        for layout in (("nchw",) if net == MLP else ("nchw", "channels_last"))
+    ]
+
+
+NETWORKS = training(RESNET50, MOBILENET, EFFICIENTNET, DENSENET, RESNET18, MLP)
+# Those that the ablation of conversion was measured with.
+ABLATED = training(RESNET50, MOBILENET, RESNET18, MLP)
 SAVING = [cell for cell in NETWORKS if cell[0] in (RESNET50, MOBILENET) and cell[2] == "nchw"]
 # What conversion consisted of before graphs were captured, in history/ablation.
 PARTS = [
@@ -28,6 +39,8 @@ PARTS = [
 TITLES = {
     "resnet50": "ResNet-50",
     "mobilenet_v2": "MobileNetV2",
+    "efficientnet_b0": "EfficientNet-B0",
+    "densenet121": "DenseNet-121",
     "resnet18": "ResNet-18",
     "mlp": "MLP of three layers of 512",
 }
@@ -121,15 +134,53 @@ def _with_place(
 
 
 def networks(rows: Rows) -> str:
-    """Return what conversion and captured graphs gain in a training step where memory is kept."""
+    """Return what conversion and captured graphs gain in a training step, in both regimes."""
     cells = [Network(rows, cell) for cell in NETWORKS]
     lines = [
         [*cell.words(), seconds(cell.row("eager", "kept"), "median"),
-         *(ratio(cell.row(name, "kept")) for name in ("layers", "graph"))]
+         *(ratio(cell.row(name, regime)) for name in ("layers", "graph") for regime in REGIMES)]
         for cell in cells
     ]  # fmt: skip
-    head = ["training step", "layout", "eager", "converted", "graph"]
+    head = ["training step", "layout", "eager, kept", *both("converted"), *both("graph")]
     return _with_place(head, cells, lines, 2)
+
+
+def inside(rows: Rows) -> str:
+    """Return what normalization, addition and activation take of a step of ResNet-50."""
+    cited, lines = [], []
+    for layout in ("nchw", "channels_last"):
+        for what in ("normalization, addition, activation", "training step"):
+            filters = {"what": what, "layout": layout}
+            pair = [
+                rows.one("networks/inside", {**filters, "contender": name})
+                for name in ("eager", "graph")
+            ]
+            cited += pair
+            times = [seconds(row, "median") for row in pair]
+            lines.append([WORDS[layout], what, *times, ratio(pair[1])])
+    head = ["layout", "time of", "eager", "graph", "graph / eager"]
+    return f"{around(cited)}\n\n{markdown(head, 2, lines)}"
+
+
+def ablation_more(rows: Rows) -> str:
+    """Return the contenders of the ablation in bfloat16 and on two threads, memory kept."""
+    cited, lines = [], []
+    for (network, batch, size), threads, dtype in itertools.product(
+        (RESNET50, MOBILENET, RESNET18, MLP), ("1", "2"), ("bf16", "fp32")
+    ):
+        if (threads == "2") is not (dtype == "fp32"):
+            continue
+        for name in ("eager", "layers", "converted"):
+            filters = {"network": network, "batch": batch, "size": size, "mode": "train",
+                       "layout": "nchw", "dtype": dtype, "threads": threads, "regime": "kept",
+                       "contender": name}  # fmt: skip
+            row = rows.one("history/ablation", filters)
+            cited.append(row)
+            title = f"{TITLES[network]}, {batch} of {size}²"
+            what = "bfloat16 autocast" if dtype == "bf16" else "two threads"
+            lines.append([title, what, name, seconds(row, "median"), ratio(row)])
+    head = ["network", "cell", "contender", "step", "× eager"]
+    return f"{around(cited)}\n\n{markdown(head, 3, lines)}"
 
 
 def saved(rows: Rows) -> str:
@@ -149,7 +200,7 @@ def saved(rows: Rows) -> str:
 
 def ablation(rows: Rows) -> str:
     """Return every contender that conversion consisted of, with page faults."""
-    cells, lines = [Network(rows, cell, name="history/ablation") for cell in NETWORKS], []
+    cells, lines = [Network(rows, cell, name="history/ablation") for cell in ABLATED], []
     for cell in cells:
         for name in PARTS:
             pair = [cell.row(name, regime) for regime in REGIMES]
@@ -184,5 +235,7 @@ BLOCKS: dict[str, Callable[[Rows], str]] = {
     "networks": networks,
     "saved": saved,
     "ablation": ablation,
+    "ablation-more": ablation_more,
+    "inside": inside,
     "fallbacks": fallbacks,
 }

@@ -51,9 +51,22 @@ def networks():
 
 
 def ablation():
-    for cell in tables.NETWORKS:
+    for cell in tables.ABLATED:
         for contender, regime in itertools.product(tables.PARTS, tables.REGIMES):
             yield network(cell, contender, regime)
+    for (net, mode, layout, _), contender in itertools.product(
+        tables.ABLATED, ("eager", "layers", "converted")
+    ):
+        if layout == "nchw":
+            for threads, dtype in (("1", "bf16"), ("2", "fp32")):
+                yield network((net, mode, layout, dtype), contender, "kept") | {"threads": threads}
+
+
+def inside():
+    for layout, contender in itertools.product(("nchw", "channels_last"), ("eager", "graph")):
+        for what in ("normalization, addition, activation", "training step"):
+            cell = {"what": what, "network": "resnet50", "layout": layout, "regime": "kept"}
+            yield timed(cell | {"contender": contender, "base": "eager"})
 
 
 def cpu():
@@ -104,6 +117,7 @@ def throughput():
 
 FILES = {
     "networks/rows.csv": networks,
+    "networks/inside.csv": inside,
     "history/ablation/rows.csv": ablation,
     "cpu/rows.csv": cpu,
     "fallbacks/rows.csv": fallbacks,

@@ -4,14 +4,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from batchnorm.compat.tensors import base, version
 from batchnorm.ops import reference
 from batchnorm.ops.call import Epilogue, Running
 from batchnorm.ops.contract import Backend
 
-# Where a result carries its recipe: an attribute, so that it lives and moves with the tensor.
-_PLACE = "_batchnorm_recipe"
+# Result -> its recipe, as long as the result lives, also where autograd alone refers to it.
+_RECIPES = WeakTensorKeyDictionary()
 
 # Smaller results are kept: the recipe would cost more than they do.
 SMALLEST_BYTES = 1 << 16
@@ -183,7 +184,7 @@ def recipe_of(tensor: Tensor) -> Source | None:
     """Return the recipe of a tensor, or of what it is a view of, if it is as it was made."""
     origin = base(tensor)
     made = tensor if origin is None else origin
-    recipe: Source | None = made.__dict__.get(_PLACE)
+    recipe: Source | None = _RECIPES.get(made)
     if recipe is None or made.data_ptr() != recipe.pointer:  # y.data = z leaves no other trace
         return None
     if tensor.dtype != made.dtype or tensor.is_conj() or tensor.is_neg():
@@ -198,7 +199,7 @@ def give(tensor: Tensor, recipe: Source) -> None:
     """Give a tensor its recipe."""
     recipe.version = version(tensor)
     recipe.pointer = tensor.data_ptr()
-    setattr(tensor, _PLACE, recipe)
+    _RECIPES[tensor] = recipe
 
 
 def source(tensor: Tensor) -> Kept | Source:
