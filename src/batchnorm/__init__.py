@@ -11,7 +11,7 @@ from batchnorm.estimators.running import Cumulative as Cumulative
 from batchnorm.estimators.running import Running as Running
 from batchnorm.estimators.window import LastBatches as LastBatches
 from batchnorm.graph.report import fused as fused
-from batchnorm.models import use_estimate as use_estimate
+from batchnorm.models.walk import use_estimate as use_estimate
 from batchnorm.moments import Moments as Moments
 from batchnorm.moments import merge as merge
 from batchnorm.nn.layers import BatchNorm as BatchNorm

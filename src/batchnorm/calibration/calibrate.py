@@ -32,7 +32,8 @@ from batchnorm.calibration.stage import Stage, Statistics, as_stored
 from batchnorm.calibration.sweep import Sweep
 from batchnorm.collective import Group, Ranks
 from batchnorm.errors import CalibrationError, OptionError
-from batchnorm.models import preserved, unwrapped
+from batchnorm.models.preserve import preserved
+from batchnorm.models.walk import unwrapped
 from batchnorm.progress import meter
 
 UPSTREAM = ("batch", "population")

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm.errors import CalibrationError, OptionError
-from batchnorm.models import Found, walk
+from batchnorm.models.walk import Found, walk
 from batchnorm.nn.base import Layer
 
 # A name or pattern, a module, several of them, or a question.

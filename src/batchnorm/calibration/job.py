@@ -22,7 +22,7 @@ from batchnorm.checkpoints import check_target, read_state, safetensors, write_s
 from batchnorm.collective import Ranks, launched
 from batchnorm.errors import CheckpointError, OptionError
 from batchnorm.files import check_output
-from batchnorm.models import unwrapped
+from batchnorm.models.walk import unwrapped
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
 

@@ -14,7 +14,7 @@ from batchnorm.calibration.commit import write
 from batchnorm.calibration.pool import GROUPS, Errors, relative_error, standard_errors
 from batchnorm.calibration.stage import Statistics
 from batchnorm.errors import CalibrationError
-from batchnorm.models import unwrapped, walk
+from batchnorm.models.walk import unwrapped, walk
 from batchnorm.moments import Moments, merge, merge_runs
 from batchnorm.report.model import Report
 from batchnorm.report.plots import to_figure

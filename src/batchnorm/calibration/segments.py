@@ -21,7 +21,7 @@ from batchnorm.calibration.batches import bytes_of, copied, same
 from batchnorm.calibration.feeding import Source
 from batchnorm.calibration.recording import Call, Key, Recording
 from batchnorm.calibration.stage import Stage
-from batchnorm.models import random_state_kept
+from batchnorm.models.preserve import random_state_kept
 
 
 @dataclass

@@ -18,7 +18,7 @@ from batchnorm.calibration.row import Row
 from batchnorm.compat.modes import is_transformed
 from batchnorm.errors import BatchNormError, CalibrationError, LayoutError
 from batchnorm.layout import TOO_FEW_VALUES
-from batchnorm.models import Found, walk
+from batchnorm.models.walk import Found, walk
 from batchnorm.observation import entering
 from batchnorm.ops import backend
 from batchnorm.ops.call import Epilogue

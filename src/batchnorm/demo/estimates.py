@@ -14,7 +14,7 @@ from batchnorm.estimators.base import Estimator
 from batchnorm.estimators.decayed import Decayed
 from batchnorm.estimators.running import Cumulative, Running
 from batchnorm.estimators.window import LastBatches
-from batchnorm.models import use_estimate
+from batchnorm.models.walk import use_estimate
 
 WHOLE_SET = "whole training set"
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, fx, nn
 
 from batchnorm.graph.fuse import Normalization
-from batchnorm.models import unwrapped, walk
+from batchnorm.models.walk import unwrapped, walk
 
 UNSEEN = (
     "no graph of torch.compile(model, backend='batchnorm') has run it: not called yet, or outside "

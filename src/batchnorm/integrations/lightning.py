@@ -10,7 +10,7 @@ from torch import nn
 from batchnorm.calibration.calibrate import calibrate
 from batchnorm.calibration.result import Calibration
 from batchnorm.errors import MissingExtraError
-from batchnorm.models import walk
+from batchnorm.models.walk import walk
 
 try:
     # Both packages have their own classes: that of the one which is in use.

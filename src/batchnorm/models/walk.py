@@ -1,15 +1,9 @@
-"""Looking at whole models: every normalization once, and giving back what was borrowed."""
+"""Looking at whole models: every normalization once, and which estimate is in use."""
 
-import contextlib
-import random
-import sys
-from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import EstimateError
 from batchnorm.nn import tracking
@@ -96,67 +90,3 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
-
-
-@contextlib.contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Give a borrowed model back as it was, also after an exception.
-
-    Kept are the mode of every module and its buffers (the same tensors, with the same values); of
-    every batch normalization its momentum, whether it tracks, and its ``forward``; and the state
-    of the random number generators.
-    """
-    modules = list(model.modules())
-    modes = [(module, module.training) for module in modules]
-    buffers = [(module, dict(module._buffers), _copies(module)) for module in modules]
-    layers = [(found.layer, dict(found.layer.__dict__)) for found in walk(model)]
-    devices = {t.device.index or 0 for t in model.parameters() if t.is_cuda}
-    try:
-        with random_state_kept(sorted(devices)):
-            yield
-    finally:
-        for layer, attributes in layers:
-            for name in ("momentum", "track_running_stats"):
-                setattr(layer, name, attributes[name])
-            layer.__dict__.pop("forward", None)
-            if "forward" in attributes:
-                layer.__dict__["forward"] = attributes["forward"]
-        for module, before, copies in buffers:
-            # A scripted module lets none of its buffers be replaced.
-            if not isinstance(module, torch.jit.ScriptModule):
-                module._buffers.clear()
-                module._buffers.update(before)
-            with torch.no_grad():
-                for name, copy in copies.items():
-                    _put_back(module._buffers[name], copy)
-        for module, training in modes:
-            module.training = training
-
-
-@contextlib.contextmanager
-def random_state_kept(devices: Sequence[int] = ()) -> Iterator[None]:
-    """Give the generators of torch, Python and numpy back as they were."""
-    numpy = sys.modules.get("numpy")
-    python, arrays = random.getstate(), numpy and numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(list(devices)):
-            yield
-    finally:
-        random.setstate(python)
-        if numpy:
-            numpy.random.set_state(arrays)
-
-
-def _copies(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        name: buffer.detach().clone()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and not is_lazy(buffer)
-    }
-
-
-def _put_back(buffer: torch.Tensor | None, copy: torch.Tensor) -> None:
-    assert buffer is not None
-    # Written to only where something changed: untouched buffers keep their version.
-    if not torch.equal(buffer, copy):
-        buffer.copy_(copy)
