@@ -1,11 +1,12 @@
 """Looking at whole models: every normalization once, and which estimate is in use."""
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import EstimateError
+from batchnorm.models.kinds import kind_of
 from batchnorm.nn import tracking
 from batchnorm.nn.base import Layer
 
@@ -28,8 +29,9 @@ def walk(model: nn.Module) -> list[Found]:
     """
     names: dict[_BatchNorm, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, _BatchNorm):
-            names.setdefault(module, []).append(name)
+        kind = kind_of(module)
+        if kind is not None and kind.derived:
+            names.setdefault(cast(_BatchNorm, module), []).append(name)
     return [Found(first, tuple(rest), layer) for layer, (first, *rest) in names.items()]
 
 

@@ -2,11 +2,10 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import Parameter, is_lazy
 
+from batchnorm.models.kinds import class_name, kind_of
 from batchnorm.nn.adopted import (
     BatchNormAct2d,
     FrozenBatchNorm2d,
@@ -38,15 +37,15 @@ class Left(NamedTuple):
 
 
 # By full name, so that torchvision and timm need not be imported to be recognized.
-_EXACT = {
-    "torch.nn.modules.batchnorm.BatchNorm1d": Becomes(BatchNorm1d),
-    "torch.nn.modules.batchnorm.BatchNorm2d": Becomes(BatchNorm2d),
-    "torch.nn.modules.batchnorm.BatchNorm3d": Becomes(BatchNorm3d),
-    "timm.layers.norm_act.BatchNormAct2d": Becomes(BatchNormAct2d),
-    "timm.layers.norm_act.FrozenBatchNormAct2d": Becomes(FrozenBatchNormAct2d, frozen=True),
-    "torchvision.ops.misc.FrozenBatchNorm2d": Becomes(FrozenBatchNorm2d, frozen=True),
-    "torch.nn.modules.batchnorm.SyncBatchNorm": Becomes(BatchNorm, synced=True),
-    "timm.layers.norm_act.SyncBatchNormAct": Becomes(SyncBatchNormAct, synced=True),
+_OURS: dict[str, type[Layer]] = {
+    "torch.nn.modules.batchnorm.BatchNorm1d": BatchNorm1d,
+    "torch.nn.modules.batchnorm.BatchNorm2d": BatchNorm2d,
+    "torch.nn.modules.batchnorm.BatchNorm3d": BatchNorm3d,
+    "torch.nn.modules.batchnorm.SyncBatchNorm": BatchNorm,
+    "timm.layers.norm_act.BatchNormAct2d": BatchNormAct2d,
+    "timm.layers.norm_act.FrozenBatchNormAct2d": FrozenBatchNormAct2d,
+    "timm.layers.norm_act.SyncBatchNormAct": SyncBatchNormAct,
+    "torchvision.ops.misc.FrozenBatchNorm2d": FrozenBatchNorm2d,
 }
 
 OURS = "it is this library's already"
@@ -66,34 +65,22 @@ SUBCLASS = Left("it is a class of its own, which may do more than what it is mad
 
 def decide(name: str, module: nn.Module) -> Becomes | Kept | Left | None:
     """Return what a module becomes, why it is left, or None where it is no normalization."""
-    if isinstance(module, Layer):
-        return Kept(isinstance(module, FrozenBatchNorm2d | FrozenBatchNormAct2d))
-    if not _looks_like_one(module):
+    kind = kind_of(module)
+    if kind is None:
         return None
-    if isinstance(module, torch.jit.ScriptModule):
+    if kind.family == "ours":
+        return Kept(kind.frozen)
+    if kind.family == "scripted":
         return SCRIPTED
     if nn.utils.parametrize.is_parametrized(module):
         return PARAMETRIZED
     if ".parametrizations." in f".{name}":
         return INSIDE
-    kind = _full_name(module)
-    if kind not in _EXACT:
-        lazy = kind.startswith("torch.nn.modules.batchnorm.Lazy")
-        return LAZY if lazy else SUBCLASS
-    return _unusable(module) or _EXACT[kind]
-
-
-def _full_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def _looks_like_one(module: nn.Module) -> bool:
-    if isinstance(module, _BatchNorm):
-        return True
-    called = type(module).__name__
-    if isinstance(module, torch.jit.ScriptModule):
-        called = module.original_name
-    return "BatchNorm" in called
+    if kind.lazy:
+        return LAZY
+    if kind.family == "foreign":
+        return SUBCLASS
+    return _unusable(module) or Becomes(_OURS[class_name(module)], kind.frozen, kind.synced)
 
 
 def _unusable(module: nn.Module) -> Left | None:
