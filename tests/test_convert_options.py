@@ -151,15 +151,15 @@ def test_an_option_is_applied_or_refused_by_name_and_taken_back(kind, options, h
     bn.convert(model, **asked)
     assert_same_state(once, model)
     assert str(bn.edits(model)) == told
-    bn.revert(model)
+    bn.undo(model)
     assert_same_state(before, model)
     assert not bn.edits(model)
-    bn.revert(model)
+    bn.undo(model)
     assert_same_state(before, model)
 
 
 @pytest.mark.parametrize("kind", ["torch", "ours", "ours, estimators", "ours, lazy", "timm"])
-def test_an_option_works_in_training_and_copies_can_be_reverted(kind):
+def test_an_option_works_in_training_and_copies_can_be_undone(kind):
     model = network(kind)
     cls = type(model[1])
     bn.convert(model, statistics=bn.Frozen())
@@ -171,7 +171,7 @@ def test_an_option_works_in_training_and_copies_can_be_reverted(kind):
     x = torch.randn(X)
     model[1](x)
     torch.testing.assert_close(model[1].running_mean, x.mean((0, 2, 3)))
-    copied = bn.revert(pickle.loads(pickle.dumps(copy.deepcopy(model))))
+    copied = bn.undo(pickle.loads(pickle.dumps(copy.deepcopy(model))))
     after_lazy = cls if "lazy" not in kind else bn.BatchNorm2d
     assert type(copied[1]) is after_lazy
     torch.testing.assert_close(copied[1].running_mean, x.mean((0, 2, 3)))
@@ -182,7 +182,7 @@ def test_estimators_that_come_back_go_on_from_what_training_has_left():
     bn.convert(layer, estimator=bn.LastBatches(1))
     layer(torch.randn(X) + 7)
     mean = layer.running_mean.clone()
-    bn.revert(layer)
+    bn.undo(layer)
     x = torch.randn(X)
     layer(x)
     torch.testing.assert_close(layer.running_mean, (mean + x.mean((0, 2, 3))) / 2)
@@ -191,7 +191,7 @@ def test_estimators_that_come_back_go_on_from_what_training_has_left():
 def test_estimators_that_come_back_have_the_dtype_and_device_of_the_layer():
     layer = trained(bn.BatchNorm2d(3, estimator=bn.LastBatches(2)))
     bn.convert(layer, estimator=bn.Running(0.2)).to("meta")
-    bn.revert(layer)
+    bn.undo(layer)
     assert all(tensor.is_meta for tensor in layer.bank.states["last_batches"])
 
 
@@ -202,7 +202,7 @@ def test_an_estimator_that_a_layer_has_already_keeps_its_states_and_selection():
     before = snapshot(layer)
     bn.convert(layer, estimator=estimators)
     assert layer.bank.selected == "last_batches"
-    assert_unchanged(before, bn.revert(layer))
+    assert_unchanged(before, bn.undo(layer))
 
 
 def test_edits_tell_the_options_of_layers_that_were_ours_already():

@@ -61,14 +61,14 @@ def test_model_that_dynamo_does_not_capture_runs_as_in_eager_mode():
     assert bn.fused(other)["block.1"].state in ("unseen", "fused")
 
 
-@pytest.mark.parametrize("back", [False, True], ids=["converted", "and reverted"])
+@pytest.mark.parametrize("back", [False, True], ids=["converted", "and undone"])
 def test_conversion_after_compiling(back):
     plain = Checkpointed(reentrant=None)
     other = compiled(plain)
     assert_same(plain, other, [images(0)])
     bn.convert(other._orig_mod)
     if back:
-        bn.revert(other._orig_mod)
+        bn.undo(other._orig_mod)
     found = assert_same(plain, other, [images(1), images(2)])
     assert found["bn"].partners == ("add", "relu")
 

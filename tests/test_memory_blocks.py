@@ -45,7 +45,7 @@ def test_an_interrupt_is_cleaned_up_by_the_next_pass():
 
 def test_transforms_and_graphs_of_a_model_that_is_switched_on():
     model = bn.save_memory(bn.convert(residual().eval()))
-    plain = bn.convert(copy.deepcopy(bn.revert(copy.deepcopy(model))))
+    plain = bn.convert(copy.deepcopy(bn.undo(copy.deepcopy(model))))
     x = torch.randn(2, 3, 9, 9)
     for use in (
         lambda m: torch.func.jacrev(m)(x),

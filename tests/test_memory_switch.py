@@ -32,7 +32,7 @@ def test_the_switch_of_a_model():
     bn.save_memory(model, enabled=False)
     assert "recipes" not in str(bn.edits(model))
     bn.save_memory(model)
-    bn.revert(model)
+    bn.undo(model)
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
 

@@ -184,7 +184,7 @@ def parametrized():
         (lambda: bn.BatchNorm2d(3, estimator=bn.LastBatches(3)), "estimator="),
         (lambda: bn.BatchNorm(3, axis=-1), "axis=-1"),
         (lambda: bn.BatchNorm2d(3, dtype=torch.bfloat16), "weight is torch.bfloat16"),
-        (lambda: bn.convert(nn.BatchNorm2d(3)), r"bn\.revert\(model\)"),
+        (lambda: bn.convert(nn.BatchNorm2d(3)), r"bn\.undo\(model\)"),
         (parametrized, "activation='relu'"),
         (hooked, "forward hooks"),
         (pre_hooked, "forward hooks"),

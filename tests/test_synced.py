@@ -141,7 +141,7 @@ def test_alone_it_is_the_batch():
     assert repr(bn.Synced()) == "Synced()"
 
 
-def test_convert_and_revert_torch_s_and_timm_s():
+def test_convert_and_undo_torch_s_and_timm_s():
     timm = third_party.timm()
     plain = timm.layers.norm_act.BatchNormAct2d(3, act_layer=nn.SiLU)
     act = timm.layers.norm_act.convert_sync_batchnorm(plain)
@@ -157,6 +157,6 @@ def test_convert_and_revert_torch_s_and_timm_s():
         plain = bn.BatchNorm2d(3)(x)
         torch.testing.assert_close(model(x), nn.functional.silu(plain) if module is act else plain)
         copy.deepcopy(model)
-        assert type(bn.revert(model)[0]) is before
+        assert type(bn.undo(model)[0]) is before
         assert state.keys() == model.state_dict().keys()
         assert not hasattr(module, "statistics")

@@ -11,6 +11,10 @@ from batchnorm.estimators.running import Cumulative as Cumulative
 from batchnorm.estimators.running import Running as Running
 from batchnorm.estimators.window import LastBatches as LastBatches
 from batchnorm.graph.report import fused as fused
+from batchnorm.models.edits import edits as edits
+from batchnorm.models.edits import forget as forget
+from batchnorm.models.edits import keep_undo as keep_undo
+from batchnorm.models.edits import undo as undo
 from batchnorm.models.walk import use_estimate as use_estimate
 from batchnorm.moments import Moments as Moments
 from batchnorm.moments import merge as merge
@@ -27,7 +31,5 @@ from batchnorm.sources.batch import Batch as Batch
 from batchnorm.sources.frozen import Frozen as Frozen
 from batchnorm.sources.synced import Synced as Synced
 from batchnorm.surgery.convert import convert as convert
-from batchnorm.surgery.convert import revert as revert
-from batchnorm.surgery.edits import edits as edits
 from batchnorm.surgery.saving import save_memory as save_memory
 from batchnorm.version import __version__ as __version__

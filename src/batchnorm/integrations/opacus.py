@@ -66,7 +66,7 @@ def _fix(layer: Any, **options: Any) -> nn.Module:
     if layer.activation != IDENTITY:
         _refuse(layer, "activation", "build it without activation= and put the module behind it")
     if list(layer.children()):
-        _refuse(layer, "drop layer and activation", "call bn.revert(model) first")
+        _refuse(layer, "drop layer and activation", "call bn.undo(model) first")
     if layer.axis != 1:
         _refuse(layer, "channel axis", "build it with axis=1")
     if options.get("replace_bn_with_in") and not layer.ranks:

@@ -17,7 +17,10 @@ torch.jit.script would compile {layer} as the layer of torch.nn, which computes 
 {reason}. torch.jit.trace in eval mode, torch.export and torch.compile take the model as it is; \
 nothing was changed."""
 
-CONVERTED = "bn.convert changed the model; call bn.revert(model) first and script the original"
+# The attribute of a module that has the record of its surgery; models/change.py writes it.
+RECORD = "_batchnorm_edits"
+
+CONVERTED = "bn.convert changed the model; call bn.undo(model) first and script the original"
 
 ROOT = """\
 torch.fx cannot trace a {layer} that is the whole model: the layer becomes one node, and there is \
@@ -56,7 +59,7 @@ def check_scriptable(layer: Any) -> None:
 
 def _beyond_torch(layer: Any) -> str | None:
     """Return what a layer has that ``torch.nn`` has not; None if there is nothing."""
-    if "_origin" in layer.__dict__:
+    if "convert" in getattr(layer.__dict__.get(RECORD), "verbs", ()):
         return CONVERTED
     if layer.activation != IDENTITY:
         return (

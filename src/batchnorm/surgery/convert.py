@@ -1,22 +1,23 @@
-"""``bn.convert`` and ``bn.revert``: a layer changes its class and keeps everything else.
+"""``bn.convert``: a layer changes its class and keeps everything else.
 
 The object stays the one it was, and with it parameters, buffers, hooks, names, every reference to
 it from anywhere, and the optimizer's hold on its parameters. Nothing is copied.
 """
 
 import logging
-from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, TypeVar
 
 from torch import nn
 
 from batchnorm.estimators.bank import EstimatorLike
-from batchnorm.nn.base import Layer
+from batchnorm.models.change import Edit
+from batchnorm.models.edits import expect_model
+from batchnorm.models.stack import Done, Placed, first_on_top, record, stack
 from batchnorm.sources.base import Source
-from batchnorm.surgery import edits, origin, rules
-from batchnorm.surgery.edits import Edit
+from batchnorm.surgery import rules
+from batchnorm.surgery.exchange import Exchange, describe, exchange
 from batchnorm.surgery.options import NO_STATISTICS, Filter, Options, warn
-from batchnorm.surgery.saving import switch_off
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -68,39 +69,22 @@ def convert(
         SurgeryError: If the model is scripted or traced, or none; it is then as it was.
         OptionError: If an option is wrong; likewise.
     """
-    edits.expect_model(model, _VERB)
+    expect_model(model, _VERB)
     options = Options(statistics, estimator)
     options.check(model, filter)
     steps = list(_plan(model, options, filter))
-    log = [_apply(step, options) for step in steps]
+    placed = stack(model)
+    before = {one.owner: one for one in placed if isinstance(one.entry.change, Exchange)}
+    others = [one for one in placed if one.edit.verb != _VERB]
+    stood_on = {one.owner for one in before.values() if first_on_top(one, others)}
+    done = [_apply(step, options, before, step.layer in stood_on) for step in steps]
     if not steps:
-        log = [Edit("", _VERB, type(model).__name__, None, NOTHING)]
+        done = [Done(Edit(("",), _VERB, type(model).__name__, None, NOTHING))]
         logging.getLogger("batchnorm").warning(
             "bn.convert left %s as it was: %s", type(model).__name__, NOTHING
         )
     warn((step.name, step.refused) for step in steps)
-    edits.record(model, _VERB, log)
-    return model
-
-
-def revert(model: Model) -> Model:
-    """Take back ``bn.convert``: every layer gets back the class and the options it had.
-
-    ``bn.save_memory(model)`` is taken back too. Parameters and statistics keep the values they
-    have by now. What was kept besides them for ``estimator=`` is gone; estimators that a layer had
-    before go on, from the present statistics where it has been trained in between.
-
-    Args:
-        model: A converted model, or any; changed in place.
-
-    Returns:
-        The model.
-    """
-    edits.expect_model(model, "revert")
-    switch_off(model)
-    for module in model.modules():
-        origin.restore(module)
-    edits.forget(model, _VERB)
+    record(model, done)
     return model
 
 
@@ -120,23 +104,28 @@ def _plan(model: nn.Module, options: Options, wanted: Filter | None) -> Iterator
         yield Step(name, module, verdict, refused)
 
 
-def _apply(step: Step, options: Options) -> Edit:
+def _apply(
+    step: Step, options: Options, before: Mapping[nn.Module, Placed], is_stood_on: bool
+) -> Done:
+    """Change a layer; several conversions of it are one change, until another verb comes between.
+
+    A layer that stays as it is, and was converted before, has that edit told anew.
+    """
     name, layer, verdict, refused = step
-    if isinstance(verdict, rules.Left):
-        return _edit(name, layer, verdict.reason, refused)
-    new = options.attributes(layer, verdict, refused)
+    new = {} if isinstance(verdict, rules.Left) else options.attributes(layer, verdict, refused)
+    older = before[layer].entry if layer in before else None
+    if new and is_stood_on:
+        older = None
+    change = older.change if older else None
+    assert change is None or isinstance(change, Exchange)
     if new:
-        origin.change(layer, new, verdict.cls if isinstance(verdict, rules.Becomes) else None)
-    return _edit(name, layer, rules.OURS, refused)
-
-
-def _edit(name: str, layer: Any, reason: str, refused: dict[str, str]) -> Edit:
-    """Return what has become of a layer by now, in this call or in an earlier one."""
-    kind = type(layer).__name__
-    found = origin.describe(layer) if isinstance(layer, Layer) else None
-    if found is None:
-        return Edit(name, _VERB, kind, None, reason)
-    before, note = found
+        cls = verdict.cls if isinstance(verdict, rules.Becomes) else None
+        change = exchange(layer, new, cls, change)
+    if change is None:
+        reason = verdict.reason if isinstance(verdict, rules.Left) else rules.OURS
+        return Done(Edit((name,), _VERB, type(layer).__name__, None, reason))
+    was, note = describe(layer, change)
     notes = [note] if note else []
     notes += [f"no {option}=: {why}" for option, why in refused.items()]
-    return Edit(name, _VERB, before, f"bn.{kind}", "; ".join(notes))
+    edit = Edit((name,), _VERB, was, f"bn.{type(layer).__name__}", "; ".join(notes))
+    return Done(edit, change, name, older)

@@ -7,16 +7,27 @@ import torch
 from torch import nn
 
 from batchnorm.compat.modes import is_calm
+from batchnorm.compat.modules import remove_forward_hooks
 from batchnorm.errors import OptionError
 from batchnorm.memory.saving import SaveMemory
-from batchnorm.surgery import edits
-from batchnorm.surgery.edits import Edit
+from batchnorm.models.change import Change, Edit
+from batchnorm.models.edits import expect_model
+from batchnorm.models.stack import Done, record, stack, take_back
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _VERB = "save_memory"
-_PLACE = "_batchnorm_saving"
 _here = threading.local()
+
+
+class Switch(Change):
+    """The hooks of a model that enter a block before each forward pass and leave it after."""
+
+    commutes = True
+
+    def undo(self, owner: nn.Module) -> None:
+        """Remove the hooks."""
+        remove_forward_hooks(owner, (_enter, _leave))
 
 
 @overload
@@ -61,28 +72,15 @@ def save_memory(model: Model | None = None, *, enabled: bool = True) -> Model | 
                 "block, and saves nothing where it is not entered"
             )
         return SaveMemory()
-    edits.expect_model(model, _VERB)
-    switch_off(model)
+    expect_model(model, _VERB)
+    take_back([one for one in stack(model) if one.edit.verb == _VERB])
     if enabled:
-        model.__dict__[_PLACE] = True
         model.register_forward_pre_hook(_enter)
         model.register_forward_hook(_leave, always_call=True)
         kind = type(model).__name__
-        edits.record(model, _VERB, [Edit("", _VERB, kind, kind, "outputs become recipes")])
+        edit = Edit(("",), _VERB, kind, kind, "outputs become recipes")
+        record(model, [Done(edit, Switch())])
     return model
-
-
-def switch_off(model: nn.Module) -> None:
-    """Take the switch back, in a model and its parts."""
-    for module in model.modules():
-        if module.__dict__.pop(_PLACE, None) is None:
-            continue
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for number, hook in list(hooks.items()):
-                if hook in (_enter, _leave):
-                    del hooks[number]
-                    module._forward_hooks_always_called.pop(number, None)
-        edits.forget(module, _VERB)
 
 
 def _enter(model: nn.Module, args: Any) -> None:  # noqa: ARG001

@@ -1,0 +1,109 @@
+"""The change of ``bn.convert``: a layer's class and attributes are exchanged, and put back."""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from batchnorm.models.change import Change
+from batchnorm.nn import tracking
+from batchnorm.nn.base import BATCH, Layer
+
+
+@dataclass(frozen=True)
+class Exchange(Change):
+    """What a layer was before ``bn.convert``.
+
+    Attributes:
+        cls: Its class, None where that stayed.
+        changed: Attributes that had another value, with that value.
+        added: Names of attributes that it did not have.
+        batches: What ``num_batches_tracked`` was when its own estimators were replaced.
+    """
+
+    cls: type[nn.Module] | None = None
+    changed: dict[str, Any] = field(default_factory=dict)
+    added: tuple[str, ...] = ()
+    batches: int | None = None
+
+    def undo(self, owner: Any) -> None:
+        """Give a layer back the class and the attributes it had; parameters and buffers stay.
+
+        Its own estimators get their states back. Where the layer has been trained in between, or
+        the states were dropped, they start anew from the present statistics, as after
+        ``load_state_dict``.
+        """
+        for name in self.added:
+            owner.__dict__.pop(name, None)
+        owner.__dict__.update(self.changed)
+        if self.cls is not None:
+            owner.__class__ = self.cls
+        bank = self.changed.get("bank")
+        if bank is None or is_lazy(owner.running_mean):
+            return
+        if not bank.states or self.batches != _batches(owner):
+            tracking.restart(owner, known=True)
+        else:
+            device = owner.running_mean.device
+            bank.apply(lambda state: state.to(device))
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Return the states of the estimators that were replaced."""
+        bank = self.changed.get("bank")
+        states = bank.states.values() if bank is not None else ()
+        return [one for state in states for one in state if isinstance(one, Tensor)]
+
+    def without_tensors(self, why: str) -> "Exchange":  # noqa: ARG002
+        """Return it without those states, which then start anew."""
+        bank = self.changed.get("bank")
+        if bank is None:
+            return self
+        emptied = copy.copy(bank)
+        emptied.states = {}
+        return replace(self, changed={**self.changed, "bank": emptied})
+
+
+def exchange(
+    layer: Any, new: dict[str, Any], cls: type[Layer] | None = None, older: Exchange | None = None
+) -> Exchange:
+    """Give a layer new attributes, and a class, and return how that is taken back.
+
+    Args:
+        layer: Any normalization.
+        new: Attribute -> value.
+        cls: The class that it becomes; None where it stays what it is.
+        older: An earlier change of the layer that is to be taken back together with this one.
+    """
+    has = layer.__dict__
+    before = older or Exchange(None if cls is None else type(layer))
+    known = {*before.changed, *before.added}
+    changed = {name: has[name] for name in new if name in has and name not in known}
+    added = tuple(name for name in new if name not in has)
+    batches = _batches(layer) if changed.get("bank") is not None else before.batches
+    has.update(new)
+    if cls is not None:
+        layer.__class__ = cls
+    if new.get("bank") is not None and not is_lazy(layer.running_mean):
+        tracking.restart(layer, known=True)
+    return Exchange(before.cls, {**before.changed, **changed}, (*before.added, *added), batches)
+
+
+def describe(layer: Any, change: Exchange) -> tuple[str, str]:
+    """Return the class that a changed layer had, and the options it has by now, in words."""
+    old, notes = change.changed, []
+    if layer.statistics != old.get("statistics", BATCH):
+        notes.append(f"statistics={layer.statistics}")
+    before = old.get("bank", None if "bank" in change.added else layer.bank)
+    if layer.bank is not None and layer.bank is not before:
+        notes.append(f"estimator={list(layer.bank.estimators.values())}")
+    elif layer.momentum != old.get("momentum", layer.momentum):
+        notes.append(f"momentum={layer.momentum}")
+    return (change.cls or type(layer)).__name__, ", ".join(notes)
+
+
+def _batches(layer: Any) -> int | None:
+    counter = layer.num_batches_tracked
+    return None if counter is None or counter.is_meta else int(counter)
