@@ -53,8 +53,7 @@ class Exchange(Change):
     def tensors(self) -> Iterable[Tensor]:
         """Return the states of the estimators that were replaced."""
         bank = self.changed.get("bank")
-        states = bank.states.values() if bank is not None else ()
-        return [one for state in states for one in state if isinstance(one, Tensor)]
+        return () if bank is None else bank.tensors().values()
 
     def without_tensors(self, why: str) -> "Exchange":  # noqa: ARG002
         """Return it without those states, which then start anew."""
