@@ -22,7 +22,6 @@ LEVELS = [
     {"functional"},
     {"nn"},
     {"models", "environment", "report"},
-    {"observation"},
     {"graph", "memory"},
     {"calibration", "surgery"},
     {"demo", "benchmark", "integrations"},

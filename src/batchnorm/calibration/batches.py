@@ -1,11 +1,13 @@
 """Batches of any kind, as trees of tensors."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from batchnorm.models.trees import is_record, tensors_in
 
 
 def moved(batch: Any, device: torch.device) -> Any:
@@ -46,26 +48,6 @@ def same(a: Any, b: Any) -> bool:
     if is_record(a):
         return all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
     return isinstance(a, int | float | str | bytes | None) and bool(a == b)
-
-
-def is_record(batch: Any) -> bool:
-    """Return whether a batch is a dataclass."""
-    return dataclasses.is_dataclass(batch) and not isinstance(batch, type)
-
-
-def tensors_in(batch: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a batch, in order."""
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for item in batch.values():
-            yield from tensors_in(item)
-    elif isinstance(batch, list | tuple):
-        for item in batch:
-            yield from tensors_in(item)
-    elif is_record(batch):
-        for field in dataclasses.fields(batch):
-            yield from tensors_in(getattr(batch, field.name))
 
 
 def _mapped(batch: Any, change: Callable[[Tensor], Any]) -> Any:

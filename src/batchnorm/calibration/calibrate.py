@@ -28,7 +28,7 @@ from batchnorm.calibration.passes import Passes
 from batchnorm.calibration.pool import Pool
 from batchnorm.calibration.population import Population
 from batchnorm.calibration.result import Calibration, LayerStatistics
-from batchnorm.calibration.stage import Stage, Statistics, as_stored
+from batchnorm.calibration.stage import Stage, Statistics, as_stored, staged
 from batchnorm.calibration.sweep import Sweep
 from batchnorm.collective import Group, Ranks
 from batchnorm.errors import CalibrationError, OptionError
@@ -155,8 +155,8 @@ def _calibrate(
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
         meter("calibrating", source.batches, progress) as tell,
+        staged(model, chosen) as stage,
     ):
-        stage = Stage(model, chosen)
 
         def sweep(names: list[str]) -> Sweep:
             pool = Pool({name: stage.layers[name].num_features for name in names})

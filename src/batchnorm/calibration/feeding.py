@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.calibration.batches import bytes_of, cut, is_record, moved, size_of
+from batchnorm.calibration.batches import bytes_of, cut, moved, size_of
 from batchnorm.errors import CalibrationError, OptionError
+from batchnorm.models.trees import is_record
 
 Forward = Callable[[nn.Module, Any], Any]
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.calibration.batches import tensors_in
 from batchnorm.calibration.feeding import Room
+from batchnorm.compat.tensors import storage_key
+from batchnorm.models.trees import tensors_in
 
 # A module, and how many calls of it came before in this batch.
 Key = tuple[nn.Module | None, int]
@@ -97,7 +98,7 @@ class Recording:
             return original(*args, **kwargs)
         tensors = list(tensors_in((args, kwargs)))
         before = [_version(tensor) for tensor in tensors]
-        call = Call(key, frozenset(_memory(tensor) for tensor in tensors))
+        call = Call(key, frozenset(storage_key(tensor) for tensor in tensors))
         self._open.append(call)
         try:
             result = original(*args, **kwargs)
@@ -145,14 +146,14 @@ class Recording:
     def _judge(self, call: Call, tensors: list[Tensor], before: list[int], result: Any) -> None:
         """Find out whether the result of a call says all, and hold it then."""
         written = {
-            _memory(tensor)
+            storage_key(tensor)
             for tensor, version in zip(tensors, before, strict=True)
             if _version(tensor) != version or version < 0
         }
         call.clean = not written & self._open[-1].given
         if written or type(result) is not Tensor or not _is_plain(result):
             return
-        if _memory(result) in call.given:
+        if storage_key(result) in call.given:
             return
         size = result.untyped_storage().nbytes()
         if self._room.take(size):
@@ -190,11 +191,6 @@ class Recording:
             else:
                 read = True
                 self._useful(call, found)
-
-
-def _memory(tensor: Tensor) -> int:
-    address: int = tensor.untyped_storage()._cdata
-    return address
 
 
 def _version(tensor: Tensor) -> int:

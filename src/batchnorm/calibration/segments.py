@@ -21,6 +21,7 @@ from batchnorm.calibration.batches import bytes_of, copied, same
 from batchnorm.calibration.feeding import Source
 from batchnorm.calibration.recording import Call, Key, Recording
 from batchnorm.calibration.stage import Stage
+from batchnorm.models.inputs import replaced_forward
 from batchnorm.models.preserve import random_state_kept
 
 
@@ -57,19 +58,15 @@ class Segments:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Let every module ask before it runs."""
-        wrapped = []
+        pairs = [
+            (module, functools.partial(self._forward, module, module.forward))
+            for module in (self._model.modules() if self._on else ())
+            if not isinstance(module, torch.jit.ScriptModule)
+        ]
         try:
-            for module in list(self._model.modules()) if self._on else ():
-                if not isinstance(module, torch.jit.ScriptModule):
-                    wrapped.append((module, module.__dict__.get("forward")))
-                    ask = functools.partial(self._forward, module, module.forward)
-                    module.__dict__["forward"] = ask
-            yield
+            with replaced_forward(pairs):
+                yield
         finally:
-            for module, before in wrapped:
-                del module.__dict__["forward"]
-                if before is not None:
-                    module.__dict__["forward"] = before
             self.clear()
 
     def begin(self, settled: frozenset[str]) -> None:

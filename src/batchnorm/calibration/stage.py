@@ -6,7 +6,8 @@ ones. So there is one pass over the input for its Moments and one to normalize, 
 Where the forward is torch's own, our kernel takes its place.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,14 +19,10 @@ from batchnorm.calibration.row import Row
 from batchnorm.compat.modes import is_transformed
 from batchnorm.errors import BatchNormError, CalibrationError, LayoutError
 from batchnorm.layout import TOO_FEW_VALUES
+from batchnorm.models.inputs import entered, replaced_forward
 from batchnorm.models.walk import Found, walk
-from batchnorm.observation import entering
 from batchnorm.ops import backend
 from batchnorm.ops.call import Epilogue
-
-UNNAMED = """\
-expected the layer's input as the first argument or as input=, got the keywords {names}: what it \
-is given cannot be told"""
 
 TRANSFORMED = """\
 layer {name!r} is called inside of a transform of torch.func (vmap, grad, ...), where what enters \
@@ -59,11 +56,12 @@ class Part(NamedTuple):
 class Stage:
     """The chosen layers of a model during a calibration; the others go by what they keep.
 
-    To be used inside of ``models.preserved``, which gives everything back.
+    Made by ``staged``.
 
     Attributes:
         layers: Name -> layer.
         row: Takes what the present batch brings.
+        seats: What each layer runs in place of its own forward.
         on_call: Told the name of each layer before it runs; may raise to end the forward.
     """
 
@@ -72,14 +70,26 @@ class Stage:
             if layer.running_mean is not None:
                 layer.training = False
         self.layers = {found.name: found.layer for found in chosen}
-        self._seats = [_Seat(self, name, layer) for name, layer in self.layers.items()]
+        self.seats = [_Seat(self, name, layer) for name, layer in self.layers.items()]
         self.row = Row({})
         self.on_call: Callable[[str], None] | None = None
 
     def cast(self, parts: Mapping[str, Part]) -> None:
         """Say what every layer does from now on."""
-        for seat in self._seats:
+        for seat in self.seats:
             seat.cast(parts[seat.name])
+
+
+@contextlib.contextmanager
+def staged(model: nn.Module, chosen: Iterable[Found]) -> Iterator[Stage]:
+    """Put the chosen layers of a model on a stage in a block.
+
+    To be used inside of ``models.preserved``, which gives modes and buffers back.
+    """
+    stage = Stage(model, chosen)
+    # It would not do to see what enters: a seat also decides by what the layer normalizes.
+    with replaced_forward((seat.layer, seat.forward) for seat in stage.seats):
+        yield stage
 
 
 class _Seat:
@@ -89,7 +99,7 @@ class _Seat:
     """
 
     def __init__(self, stage: Stage, name: str, layer: _BatchNorm) -> None:
-        self._stage, self.name, self._layer = stage, name, layer
+        self._stage, self.name, self.layer = stage, name, layer
         self._axis: int = getattr(layer, "axis", 1)
         self._forward = layer.forward
         own = getattr(self._forward, "__func__", None)
@@ -98,11 +108,10 @@ class _Seat:
         self._part = Part(observed=False, given=None)
         # Buffers for a batch's statistics; None where the layer computes them by itself.
         self._own: Statistics | None = None
-        layer.__dict__["forward"] = self.forward
 
     def cast(self, part: Part) -> None:
         """Say what the layer does from now on."""
-        self._part, self._own, layer = part, None, self._layer
+        self._part, self._own, layer = part, None, self.layer
         # A layer that something cast to half precision would round what is put in its buffers.
         own_path = part.given is None and layer.get_buffer("running_mean").dtype not in _WIDE
         layer.training, layer.track_running_stats = own_path, not own_path
@@ -138,7 +147,7 @@ class _Seat:
         """Run the layer with one tensor, of which the Moments are in the row."""
         if self._part.given is not None:
             return self._forward(x)
-        layer = self._layer
+        layer = self.layer
         if self._is_torch:
             layer._check_input_dim(x)
             epilogue = Epilogue(layer.weight, layer.bias)
@@ -153,12 +162,11 @@ class _Seat:
 
     def _measure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Measure any input, with or without a mask, in any call of a batch."""
-        if not args and "input" not in kwargs:
-            raise CalibrationError(UNNAMED.format(names=list(kwargs)))
-        found = entering(self._layer, args, kwargs)
+        given = entered(self.layer, args, kwargs)
+        found = given.moments()
         count = float(found.count)
         if count == 1 and self._part.needs_several:
-            shape = tuple((args[0] if args else kwargs["input"]).shape)
+            shape = tuple(given.x.shape)
             raise LayoutError(
                 TOO_FEW_VALUES.format(shape=shape, axis=self._axis)
                 + '\nupstream="population" has no use for the statistics of a batch, and takes '
@@ -175,8 +183,8 @@ class _Seat:
     def _put(self, mean: Tensor, var: Tensor) -> None:
         """Put statistics in the place of the layer's buffers, which ``preserved`` keeps."""
         for name, new in zip(_BUFFERS, (mean, var), strict=True):
-            old = self._layer.get_buffer(name)
-            self._layer._buffers[name] = new.to(old.device, old.dtype)
+            old = self.layer.get_buffer(name)
+            self.layer._buffers[name] = new.to(old.device, old.dtype)
 
 
 def as_stored(layer: _BatchNorm) -> Statistics:

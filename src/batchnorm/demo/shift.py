@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.demo.networks import Activation
+from batchnorm.models import inputs
 
 PERCENTILES = (0.15, 0.5, 0.85)
 # A unit is called saturated where its activation has less than a fifth of its greatest slope.
@@ -101,13 +102,9 @@ class ShiftProbe:
 def entering(network: nn.Module, layer: str, images: Tensor) -> Tensor:
     """What enters ``layer`` when ``images`` pass: (N, U), float64."""
     seen: list[Tensor] = []
-    hook = network.get_submodule(layer).register_forward_pre_hook(
-        lambda _, inputs: seen.append(inputs[0].double())
-    )
-    try:
+    watched = {layer: network.get_submodule(layer)}
+    with inputs.entering(watched, lambda _, given: seen.append(given.x.double())):
         network(images)
-    finally:
-        hook.remove()
     return seen[0]
 
 

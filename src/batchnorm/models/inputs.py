@@ -1,0 +1,117 @@
+"""What enters a layer: the one place where calls of a layer are seen from outside.
+
+For the duration of a block ``module.forward`` is another function, set on the instance. Forward
+pre-hooks would do for calls ``layer(x)``, but not for ``layer.forward(x)``, and they could not
+change what the layer computes: calibration lets a layer normalize by other statistics than its
+own. So there is one way for both.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm import blocks
+from batchnorm.errors import LayoutError, SurgeryError
+from batchnorm.moments import Moments
+from batchnorm.nn.base import Layer
+
+Forward = Callable[..., Any]
+
+UNNAMED = """\
+expected the layer's input as the first argument or as input=, got the keywords {names}: which of \
+them is normalized cannot be told"""
+
+SCRIPTED = """\
+expected modules with a forward in Python, got the scripted {kind}, whose calls cannot be seen; \
+use the module that it was made from"""
+
+
+class Entered(NamedTuple):
+    """The input of one call of a layer.
+
+    Attributes:
+        x: The tensor itself, before it is normalized; not a copy.
+        axis: Its channel axis.
+        mask: Which positions count; None for all. Layers of this library take one.
+    """
+
+    x: Tensor
+    axis: int
+    mask: Tensor | None
+
+    def moments(self) -> Moments:
+        """Return count, mean and m2 per channel, float64."""
+        if self.mask is None:
+            return blocks.moments(self.x, self.axis)
+        return Moments.of(self.x, self.axis, mask=self.mask)
+
+
+def entered(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Entered:
+    """Return the input of a layer that is called with these arguments.
+
+    Raises:
+        LayoutError: If there is no positional argument and none that is called ``input``.
+    """
+    if not args and "input" not in kwargs:
+        raise LayoutError(UNNAMED.format(names=list(kwargs)))
+    mask = None
+    if isinstance(layer, Layer):
+        mask = args[2] if len(args) > 2 else kwargs.get("mask")
+    return Entered(args[0] if args else kwargs["input"], getattr(layer, "axis", 1), mask)
+
+
+@contextlib.contextmanager
+def entering(
+    layers: Mapping[str, nn.Module], see: Callable[[str, Entered], None]
+) -> Iterator[None]:
+    """Call ``see(name, input)`` at every call of some layers, before they run.
+
+    What ``see`` raises ends the forward pass.
+
+    Args:
+        layers: Name -> layer, of any class.
+        see: Given the name and the input. If it writes to the tensor, the layer gets that.
+    """
+
+    def around(name: str, layer: nn.Module, original: Forward, *args: Any, **kwargs: Any) -> Any:
+        see(name, entered(layer, args, kwargs))
+        return original(*args, **kwargs)
+
+    pairs = (
+        (layer, functools.partial(around, name, layer, layer.forward))
+        for name, layer in layers.items()
+    )
+    with replaced_forward(pairs):
+        yield
+
+
+@contextlib.contextmanager
+def replaced_forward(pairs: Iterable[tuple[nn.Module, Forward]]) -> Iterator[None]:
+    """Let modules run other functions as their ``forward`` in a block; after it, their own again.
+
+    Blocks may be nested: the new function calls the ``module.forward`` that was there before.
+
+    Args:
+        pairs: Modules, and what takes the place of the ``forward`` of each.
+
+    Raises:
+        SurgeryError: If one is a ``ScriptModule``.
+    """
+    with contextlib.ExitStack() as stack:
+        for module, new in pairs:
+            if isinstance(module, torch.jit.ScriptModule):
+                raise SurgeryError(SCRIPTED.format(kind=module.original_name))
+            stack.callback(_put_back, vars(module), vars(module).get("forward"))
+            vars(module)["forward"] = new
+        yield
+
+
+def _put_back(attributes: dict[str, Any], before: Forward | None) -> None:
+    if before is None:
+        attributes.pop("forward", None)
+    else:
+        attributes["forward"] = before
