@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from batchnorm.compat import autograd, modes, modules, tensors
+from batchnorm.compat import autograd, modes, modules, operators, tensors
 
 
 class Passing(TorchDispatchMode):
@@ -187,3 +187,37 @@ def test_inductor_compiles_a_graph():
     torch.compiler.reset()
     x = torch.randn(5)
     torch.testing.assert_close(torch.compile(torch.sin, backend=backend)(x), x.sin())
+
+
+class Writes(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found += operators.written(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+WRITES = {
+    "in place": (lambda x, y: x.add_(y), "x"),
+    "out": (lambda x, y: torch.mul(y, 2, out=x), "x"),
+    "a list": (lambda x, y: torch._foreach_add_([x], 1), "[x]"),
+    "a copy": (lambda x, y: x.copy_(y), "x"),
+    "none": (lambda x, y: x + y, ""),
+    "statistics in training": (lambda x, y: nn.functional.batch_norm(y, x[0], x[1], training=True), "rows"),
+    "statistics in use": (lambda x, y: nn.functional.batch_norm(y, x[0], x[1] + 1), ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WRITES)
+def test_arguments_that_an_operator_writes_to_are_named(way):
+    run, expected = WRITES[way]
+    x, y = torch.zeros(2, 2), torch.randn(2, 2)
+    with Writes() as seen:
+        run(x, y)
+    same = [one is x if isinstance(one, torch.Tensor) else one[0] is x for one in seen.found]
+    if expected == "rows":
+        assert [tensors.base(one) is x for one in seen.found] == [True, True]
+    else:
+        assert same == [True] * bool(expected)

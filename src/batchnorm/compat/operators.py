@@ -1,0 +1,32 @@
+"""What the schema of an ATen operator tells.
+
+Private names, and what happens without them:
+
+- ``OpOverload._schema``: which arguments an operator writes to. ``torch.Tag`` has no tag for
+  operators with ``out=``, and none that names the arguments. Without it writes in place could not
+  be told from reads.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+def written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield the arguments to which a call of an operator writes: tensors, lists of them, or None.
+
+    Args:
+        func: An operator as ``TorchDispatchMode`` gets it; of a higher-order operator nothing is
+            told.
+        args: Its arguments.
+        kwargs: Those by name.
+    """
+    arguments = func._schema.arguments if hasattr(func, "_schema") else ()
+    given = dict(zip((argument.name for argument in arguments), args, strict=False)) | dict(kwargs)
+    for argument in arguments:
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        # Batch normalization in training writes to these, and its schema does not say so.
+        statistics = argument.name in ("running_mean", "running_var") and given.get(
+            "training", True
+        )
+        if writes or statistics:
+            yield given.get(argument.name)

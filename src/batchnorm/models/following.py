@@ -1,0 +1,362 @@
+"""Running a model once, and writing down what happens: makes a ``Flow``.
+
+Three public ways to look on, each for what the others cannot see: modules' ``forward`` is replaced
+for the calls of modules; ``TorchDispatchMode`` sees every operator with its real tensors, whatever
+called it; ``TorchFunctionMode`` sees which function of the API Python called, and so the reads that
+need no operator (``tolist``, ``numpy``). Layers of this library run plain operators meanwhile.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from batchnorm.compat import operators
+from batchnorm.compat.modes import is_recomputing
+from batchnorm.errors import SurgeryError
+from batchnorm.models.flow import Call, Flow, Read, Value
+from batchnorm.models.inputs import Forward, replaced_forward
+from batchnorm.models.preserve import preserved
+from batchnorm.models.trees import tensors_in, tensors_within
+from batchnorm.models.walk import unwrapped, walk
+
+# Functions that give values, or the memory itself, to Python without an operator that tells it.
+_READING = {"tolist", "numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage"}
+_PRINTING = {"__repr__", "__format__", "__str__"}
+# Operators that return memory without contents.
+_BLANK = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+_MASKS = (torch.bool, torch.uint8)
+
+LAZY = """\
+expected a model whose parameters have shapes, got the uninitialized {name!r}; pass a batch \
+through the model first"""
+
+
+def flow(model: nn.Module, /, *args: Any, **kwargs: Any) -> Flow:
+    """Run a model once on example inputs, in the mode it is in, and return what happened.
+
+    Afterwards the model is as it was, also if it raises: modes, buffers, attributes assigned in
+    ``forward``, random numbers, hooks. Not given back is what the pass changes inside of lists and
+    objects, in parameters and in its inputs: ``Flow.changed`` names the tensors.
+
+    Of a compiled model its Python code runs. Wrappers for several devices are taken off.
+
+    Args:
+        model: The model.
+        args: What it is given.
+        kwargs: The same by name.
+
+    Returns:
+        The pass. It holds no tensors.
+
+    Raises:
+        SurgeryError: If the model is none, or has lazy parameters.
+        Exception: Whatever the model raises.
+    """
+    if not isinstance(model, nn.Module):
+        raise SurgeryError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    model = unwrapped(model)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise SurgeryError(LAZY.format(name=name))
+    # Only what has loaded Dynamo can have compiled anything.
+    eager = "torch._dynamo" in sys.modules
+    stance = torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext()
+    with preserved(model), _attributes_kept(model), stance:
+        return follow(model, lambda: model(*args, **kwargs), (args, kwargs))
+
+
+def follow(model: nn.Module, run: Callable[[], Any], given: Any = ()) -> Flow:
+    """Call a function that runs a model, and return what happened; nothing is given back.
+
+    Args:
+        model: The model.
+        run: Runs it; what it returns counts as what the model returns.
+        given: The tensors that it is given, in a value of any type.
+    """
+    book = _Book()
+    book.register("parameter", model.named_parameters(remove_duplicate=False))
+    book.register("buffer", model.named_buffers(remove_duplicate=False))
+    inputs = [book.value(tensor, "input") for tensor in tensors_within(given)]
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    normalizations = frozenset(found.name for found in walk(model))
+    pairs: list[tuple[nn.Module, Forward]] = []
+    scripted: set[nn.Module] = set()
+    for module, (first, *_) in names.items():
+        if isinstance(module, torch.jit.ScriptModule):
+            if module not in scripted:
+                book.unseen[f"calls of modules in the scripted module {first!r}"] = None
+            scripted.update(module.modules())
+        else:
+            leaf = first in normalizations or not any(True for _ in module.children())
+            pairs.append((module, functools.partial(book.call, first, leaf, module.forward)))
+    with replaced_forward(pairs), _Functions(book), _Operators(book):
+        result = run()
+    outputs = [book.value(tensor) for tensor in tensors_within(result)]
+    del result
+    return Flow(
+        tuple(book.values),
+        tuple(book.calls),
+        tuple(inputs),
+        tuple(outputs),
+        book.kept(),
+        tuple(book.reads),
+        tuple(book.unseen),
+        {name: first for first, *rest in names.values() for name in (first, *rest)},
+        book.parameters,
+        normalizations,
+    )
+
+
+@contextlib.contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Take back what modules assign to their attributes."""
+    kept = [
+        (vars(m), dict(vars(m)))
+        for m in model.modules()
+        if not isinstance(m, torch.jit.ScriptModule)
+    ]
+    try:
+        yield
+    finally:
+        for attributes, before in kept:
+            for name in attributes.keys() - before.keys():
+                del attributes[name]
+            attributes.update(before)
+
+
+class _Book:
+    """What has been written down so far."""
+
+    def __init__(self) -> None:
+        self.values: list[Value] = []
+        self.calls: list[Call] = []
+        self.reads: list[Read] = []
+        self.unseen: dict[str, None] = {}
+        self.parameters: dict[str, int] = {}
+        self.api = ""
+        # While the book looks at a tensor, or one is printed: that is no part of the pass.
+        self.is_aside = False
+        self._within: int | None = None
+        self._counts: Counter[str] = Counter()
+        self._numbers: dict[Any, int] = {}
+        # A weak reference keeps the address from being used again, not the memory.
+        self._memory: dict[StorageWeakRef, int] = {}
+        # Sparse ones, and those wrapped by transforms of torch.func: kept, so that ids stay theirs.
+        self._without_memory: dict[int, tuple[Tensor, int]] = {}
+        self._origins: list[tuple[str, tuple[str, ...]]] = []
+        # Of each memory, the call that made it and every one that wrote to it.
+        self._writers: list[list[int | None]] = []
+        self._blank: set[int] = set()
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Write nothing down in a block."""
+        before, self.is_aside = self.is_aside, True
+        try:
+            yield
+        finally:
+            self.is_aside = before
+
+    def register(self, origin: str, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Write down parameters or buffers, each with all of its names."""
+        tensors = dict(named)
+        for name, tensor in tensors.items():
+            memory = self._memory_of(tensor, origin, None)
+            kind, before = self._origins[memory]
+            self._origins[memory] = kind, (*before, name)
+        self.parameters |= {name: self.value(tensor) for name, tensor in tensors.items()}
+
+    def value(self, tensor: Tensor, origin: str = "outside", producer: int | None = None) -> int:
+        """Return the number of a tensor as it is now.
+
+        Args:
+            tensor: The tensor.
+            origin: Where its memory comes from, if it was not met before.
+            producer: The call that made it; by default the one that wrote to its memory last.
+        """
+        with self.aside():
+            memory = self._memory_of(tensor, origin, producer)
+            shape, dtype = tuple(tensor.shape), str(tensor.dtype)
+            lies = id(tensor) not in self._without_memory
+            stride = tuple(tensor.stride()) if lies else ()
+            offset = int(tensor.storage_offset()) if lies else 0
+        writers = self._writers[memory]
+        key = memory, len(writers) - 1, shape, stride, offset, dtype
+        if key not in self._numbers:
+            number = self._numbers[key] = len(self.values)
+            made = writers[-1] if producer is None else producer
+            self.values.append(Value(number, *key, *self._origins[memory], made))
+        return self._numbers[key]
+
+    def call(self, name: str, leaf: bool, original: Forward, /, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward of a module."""
+        if self.is_aside or is_recomputing():
+            return original(*args, **kwargs)
+        number, outer = len(self.calls), self._within
+        inputs = tuple(map(self.value, tensors_in((args, kwargs))))
+        nth = self._count(name)
+        call = Call(number, name, True, leaf, "", nth, outer, inputs)
+        self.calls.append(call)
+        self._within = number
+        try:
+            result = original(*args, **kwargs)
+        finally:
+            self._within = outer
+        made = ("call", number) if leaf else ("outside", None)
+        outputs = tuple(self.value(tensor, *made) for tensor in tensors_in(result))
+        self.calls[number] = dataclasses.replace(call, outputs=outputs)
+        return result
+
+    def operate(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator."""
+        tensors = list(tensors_in((args, kwargs)))
+        inputs = tuple(map(self.value, tensors))
+        # A change of shape or strides in place (``t_``, ``set_``) writes to no memory.
+        tags = getattr(func, "tags", ())
+        written = (
+            []
+            if torch.Tag.inplace_view in tags
+            else list(tensors_in(list(operators.written(func, args, kwargs))))
+        )
+        writes = tuple(map(self.value, written))
+        self._read_by(func, tags, tensors, inputs)
+        result = func(*args, **kwargs)
+        number = len(self.calls)
+        memories = {self.values[value].memory for value in writes}
+        for memory in memories:
+            self._writers[memory].append(number)
+        changed = [*tensors_in(result), *written]
+        outputs = tuple(dict.fromkeys(self.value(t, "call", number) for t in changed))
+        given = {self.values[value].memory for value in inputs}
+        view = not writes and any(self.values[value].memory in given for value in outputs)
+        name = str(func)
+        nth = self._count(name)
+        self.calls.append(
+            Call(
+                number,
+                name,
+                False,
+                False,
+                self.api,
+                nth,
+                self._within,
+                inputs,
+                outputs,
+                writes,
+                view,
+            )
+        )
+        self._notice_blank(name, given - memories, memories, outputs, view)
+        return result
+
+    def read(self, how: str, values: Iterable[int]) -> None:
+        """Write down that Python reads tensors."""
+        after = len(self.calls)
+        self.reads += [Read(how, value, self._within, after) for value in values]
+
+    def kept(self) -> frozenset[int]:
+        """Return the memory that calls made and that is still there."""
+        return frozenset(
+            number
+            for reference, number in self._memory.items()
+            if self._origins[number][0] == "call" and not reference.expired()
+        )
+
+    def _memory_of(self, tensor: Tensor, origin: str, producer: int | None) -> int:
+        if id(tensor) in self._without_memory:
+            return self._without_memory[id(tensor)][1]
+        number = len(self._origins)
+        try:
+            found = self._memory.setdefault(StorageWeakRef(tensor.untyped_storage()), number)
+        except (NotImplementedError, RuntimeError):
+            self._without_memory[id(tensor)] = tensor, number
+            found = number
+        if found == number:
+            self._origins.append((origin, ()))
+            self._writers.append([producer])
+        return found
+
+    def _count(self, name: str) -> int:
+        self._counts[name] += 1
+        return self._counts[name] - 1
+
+    def _read_by(
+        self, func: Any, tags: Any, tensors: list[Tensor], inputs: tuple[int, ...]
+    ) -> None:
+        """Write down reads by an operator whose result is no tensor, or of a size that varies."""
+        how = self.api or str(func)
+        sized = torch.Tag.dynamic_output_shape in tags
+        if sized and str(func).startswith("aten.index."):
+            # Indices of integers give as many values as there are indices.
+            sized = any(tensor.dtype in _MASKS for tensor in tensors[1:])
+        if sized or torch.Tag.data_dependent_output in tags or not hasattr(func, "tags"):
+            self.read(how, inputs)
+
+    def _notice_blank(
+        self, name: str, read: set[int], written: set[int], made: tuple[int, ...], view: bool
+    ) -> None:
+        """Notice memory that was made without contents, written to by no operator, and read."""
+        if not view:
+            if read & self._blank:
+                where = "" if self._within is None else self.calls[self._within].name
+                self.unseen[f"what filled the memory that {name} reads in module {where!r}"] = None
+            self._blank -= read
+        self._blank -= written
+        if name.removeprefix("aten.").partition(".")[0] in _BLANK:
+            self._blank |= {
+                v.memory for v in map(self.values.__getitem__, made) if 0 not in v.shape
+            }
+
+
+class _Operators(TorchDispatchMode):
+    """Sees operators."""
+
+    # ``torch.cond`` and the like, which are seen as one operator that reads what it is given.
+    supports_higher_order_operators = True
+
+    def __init__(self, book: _Book) -> None:
+        super().__init__()
+        self._book = book
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._book.is_aside:
+            return func(*args, **kwargs)
+        return self._book.operate(func, args, kwargs)
+
+
+class _Functions(TorchFunctionMode):
+    """Sees calls of torch's API in Python, the outermost of nested ones."""
+
+    def __init__(self, book: _Book) -> None:
+        super().__init__()
+        self._book = book
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, book = kwargs or {}, self._book
+        if book.is_aside:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name in _PRINTING:
+            with book.aside():
+                return func(*args, **kwargs)
+        if name in _READING:
+            book.read(name, map(book.value, tensors_in(args)))
+        before, book.api = book.api, book.api or name
+        try:
+            return func(*args, **kwargs)
+        finally:
+            book.api = before
