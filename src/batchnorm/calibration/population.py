@@ -17,8 +17,9 @@ from torch import nn
 from batchnorm.calibration.passes import Passes
 from batchnorm.calibration.segments import Segments
 from batchnorm.calibration.stage import Part, Statistics
-from batchnorm.calibration.tracing import Trace, follow, levels
+from batchnorm.calibration.tracing import Trace, levels, trace
 from batchnorm.collective import Ranks
+from batchnorm.models.following import follow
 
 # Layers that depend on themselves are repeated until they move by less than this, relatively.
 SETTLED = 1e-6
@@ -184,10 +185,10 @@ class Population:
         work = self._work
         work.stage.on_call = None
         work.stage.cast(dict.fromkeys(work.names, Part(observed=False, given=None)))
-        trace = follow(work.stage, self._model, lambda: work.run(batch))
-        if trace not in self._traces:
-            self._traces.append(trace)
-        for name, needs in trace.needs.items():
+        found = trace(follow(self._model, lambda: work.run(batch), batch), work.names)
+        if found not in self._traces:
+            self._traces.append(found)
+        for name, needs in found.needs.items():
             self._needs[name] = self._needs.get(name, 0) | needs
 
     def _share(self) -> None:
