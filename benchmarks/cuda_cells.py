@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from batchnorm.benchmark import cases, contenders, measure, rows
-from batchnorm.ops import triton_plan
+from batchnorm.ops.backends.triton import plan as triton_plan
 
 Options = argparse.Namespace
 

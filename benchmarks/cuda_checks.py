@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm.ops import aten, cuda, reference
 from batchnorm.ops.activations import NAMES, Activation
+from batchnorm.ops.backends import aten, reference
+from batchnorm.ops.backends.triton import cuda
 from batchnorm.ops.call import Epilogue, ForBackward
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

@@ -16,7 +16,7 @@ both calls together: python benchmarks/cuda_goals.py first second
     networks   a training step of ResNet-50 and an EfficientNet-like net, and its peak memory, as
                it is, converted, with save_memory, and by torch.compile -> networks.csv
     compiled   the largest of them beside torch.compile, default and max-autotune -> compiled.csv
-    sweep      the constants of ops/triton_plan.py, one at a time -> sweep.csv
+    sweep      the constants of ops/backends/triton/plan.py, one at a time -> sweep.csv
     more       evaluation, contiguous and fp32 cells -> more.csv
 
 The Triton kernels serve in all of it, by ``bn.use_backend("triton")``; "eager" is torch.nn.
@@ -45,7 +45,8 @@ import torch
 import batchnorm as bn
 from batchnorm.files import write_atomically
 from batchnorm.memory import recipe
-from batchnorm.ops import aten, backend, cuda
+from batchnorm.ops.backends import aten, choice
+from batchnorm.ops.backends.triton import cuda
 
 sys.path.insert(0, str(Path(__file__).parent))
 import cuda_goals
@@ -112,7 +113,7 @@ def main() -> int:
     options.elapsed = lambda: time.perf_counter() - started
     options.over = lambda share: options.elapsed() > share * options.minutes * 60
     options.out.mkdir(parents=True, exist_ok=True)
-    backend.BACKENDS.setdefault("aten", aten)  # without a GPU it means the same
+    choice.BACKENDS.setdefault("aten", aten)  # without a GPU it means the same
     if options.tiny:  # make again what would else be too small to gain by it
         recipe.SMALLEST_BYTES = 0
     for key, value in bn.env().items():

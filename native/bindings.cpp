@@ -1,6 +1,6 @@
 // The Python module: torch tensors in, torch tensors out; None where an input does not lie as the kernels want it.
 //
-// Every function takes the input, then what lies as it does, then vectors over the channels; src/batchnorm/ops/cpu.py
+// Every function takes the input, then what lies as it does, then vectors over the channels; src/batchnorm/ops/backends/cpu.py
 // is the way in and relies on this order.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
@@ -159,7 +159,7 @@ void define(nb::module_& m, const char* name, R (*function)(A...)) {
 }  // namespace
 
 NB_MODULE(_native, m) {
-    m.doc() = "Batch normalization kernels for the CPU; ops/cpu.py is the way in.";
+    m.doc() = "Batch normalization kernels for the CPU; ops/backends/cpu.py is the way in.";
     watch_fork();
     m.def("connect", &connect, "To be called once with torch.Tensor.");
     define(m, "moments", &moments);

@@ -23,7 +23,7 @@ from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from batchnorm.ops import cuda
+from batchnorm.ops.backends.triton import cuda
 
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia"
 COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from batchnorm.ops.backend import BACKENDS, use_backend
+from batchnorm.ops.backends.choice import BACKENDS, use_backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:

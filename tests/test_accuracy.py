@@ -10,7 +10,7 @@ import torch
 import batchnorm as bn
 import oracle
 from batchnorm.ops.activations import activation
-from batchnorm.ops.backend import BACKENDS
+from batchnorm.ops.backends.choice import BACKENDS
 
 U = 2.0**-24
 LAYOUTS = ["(N,C)", "NCHW", "channels-last", "axis=-1", "axis=0", "strided"]

@@ -9,8 +9,9 @@ from torch import nn
 import batchnorm as bn
 import oracle
 from batchnorm.errors import BackendError
-from batchnorm.ops import aten, backend, cuda
 from batchnorm.ops.activations import Activation
+from batchnorm.ops.backends import aten, choice
+from batchnorm.ops.backends.triton import cuda
 from batchnorm.ops.call import Epilogue, ForBackward, Running
 from test_ops import ACTS, COARSE, EPS, Case, check_gradients, plain
 
@@ -98,9 +99,9 @@ def test_the_aten_backend_says_why_it_declines_a_call():
     assert "weight" in aten.serves(x, Epilogue(w.half()), 1, "train")
     assert "residual" in aten.serves(x, Epilogue(w, w, x.double()), 1, "train")
     with bn.use_backend("aten"):
-        assert backend.chosen(x) is aten
+        assert choice.chosen(x) is aten
         with pytest.raises(BackendError, match="on axis 2"):
-            backend.chosen(x, axis=2)
+            choice.chosen(x, axis=2)
 
 
 def test_without_a_compiler_the_kernels_decline_before_the_first_launch(monkeypatch):

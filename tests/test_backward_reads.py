@@ -18,9 +18,9 @@ from torch import nn
 import batchnorm as bn
 import captured
 from batchnorm.moments import Moments
-from batchnorm.ops import shared
 from batchnorm.ops.activations import activation
-from batchnorm.ops.backend import BACKENDS
+from batchnorm.ops.autograd import shared
+from batchnorm.ops.backends.choice import BACKENDS
 from batchnorm.ops.call import Call
 
 SHAPE, CHANNELS = (6, 3, 4, 5), 3

@@ -9,7 +9,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.errors import BatchNormError
-from batchnorm.ops.backend import BACKENDS
+from batchnorm.ops.backends.choice import BACKENDS
 
 
 def layer_of(**options):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import batchnorm as bn
-from batchnorm.ops.backend import BACKENDS
+from batchnorm.ops.backends.choice import BACKENDS
 from captured import before_inductor
 
 ROUNDING = 2.0**-24

@@ -10,7 +10,7 @@ from torch import nn
 from torch.library import opcheck
 
 import batchnorm as bn
-from batchnorm.ops import graphs
+from batchnorm.graph import operations
 from batchnorm.ops.activations import NAMES
 
 
@@ -173,10 +173,10 @@ def test_the_operations_keep_what_they_tell_pytorch(activation, residual, last):
 
     x, dy, r = image(), image(), image() if residual else None
     weight, bias = torch.randn(3), torch.randn(3)
-    y, stats = graphs.forward(x, weight, bias, r, *activation, 1e-5, 1)
-    opcheck(graphs.backward, (dy, x, stats, y, *activation, 1, residual))
+    y, stats = operations.forward(x, weight, bias, r, *activation, 1e-5, 1)
+    opcheck(operations.backward, (dy, x, stats, y, *activation, 1, residual))
     wanting = [None if t is None else t.clone().requires_grad_() for t in (x, weight, bias, r)]
-    opcheck(graphs.forward, (*wanting, *activation, 1e-5, 1))
+    opcheck(operations.forward, (*wanting, *activation, 1e-5, 1))
 
 
 def test_an_operation_refuses_what_would_read_beyond_its_tensors():

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 _native = pytest.importorskip("batchnorm._native")
 import oracle  # noqa: E402
-from batchnorm.ops import cpu  # noqa: E402
 from batchnorm.ops.activations import Activation  # noqa: E402
+from batchnorm.ops.backends import cpu  # noqa: E402
 from batchnorm.ops.call import Epilogue, ForBackward, Running  # noqa: E402
 
 ACTS = {

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 _native = pytest.importorskip("batchnorm._native")
-from batchnorm.ops import cpu  # noqa: E402
 from batchnorm.ops.activations import Activation  # noqa: E402
+from batchnorm.ops.backends import cpu  # noqa: E402
 from batchnorm.ops.call import Epilogue  # noqa: E402
 
 U = 2.0**-24

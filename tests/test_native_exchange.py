@@ -7,8 +7,8 @@ import torch
 
 _native = pytest.importorskip("batchnorm._native")
 from batchnorm.errors import UnservedError  # noqa: E402
-from batchnorm.ops import cpu  # noqa: E402
 from batchnorm.ops.activations import IDENTITY, Activation  # noqa: E402
+from batchnorm.ops.backends import cpu  # noqa: E402
 from batchnorm.ops.call import Epilogue, Running  # noqa: E402
 
 

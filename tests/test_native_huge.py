@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from batchnorm.ops.backend import BACKENDS
+from batchnorm.ops.backends.choice import BACKENDS
 from batchnorm.ops.call import Epilogue, ForBackward
 
 pytestmark = [
@@ -27,8 +27,8 @@ PLACES = [0, 2**31 - 3, 2**31 + 5, COUNT - 1]  # where the channel of index 0 ho
     ids=["one plane", "rows", "few planes"],
 )
 def test_beyond_32_bits(shape, axis):
-    from batchnorm.ops import cpu
     from batchnorm.ops.activations import activation
+    from batchnorm.ops.backends import cpu
 
     x = torch.empty(COUNT, dtype=torch.bfloat16)
     x.view(-1, 2)[:] = torch.tensor([1.0, -1.0], dtype=torch.bfloat16)

@@ -12,7 +12,7 @@ from batchnorm.ops.activations import Activation
 from batchnorm.ops.call import Epilogue
 
 _native = pytest.importorskip("batchnorm._native")
-from batchnorm.ops import cpu  # noqa: E402
+from batchnorm.ops.backends import cpu  # noqa: E402
 
 RELU = Activation("relu")
 
@@ -20,7 +20,7 @@ FORK = """
 import os, torch
 from batchnorm.ops.activations import Activation
 from batchnorm import _native
-from batchnorm.ops import cpu
+from batchnorm.ops.backends import cpu
 from batchnorm.ops.call import Epilogue
 relu = Activation("relu")
 x = torch.randn(8, 64, 32, 32)
@@ -37,7 +37,7 @@ assert not _native.in_forked_child()
 RUNTIMES = """
 import torch
 from batchnorm import _native
-from batchnorm.ops import cpu
+from batchnorm.ops.backends import cpu
 loaded = {line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line or "libomp" in line or "iomp" in line}
 assert len(loaded) <= 1, loaded
 """

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 _native = pytest.importorskip("batchnorm._native")
-from batchnorm.ops import cpu  # noqa: E402
 from batchnorm.ops.activations import Activation  # noqa: E402
+from batchnorm.ops.backends import cpu  # noqa: E402
 from batchnorm.ops.call import Epilogue, ForBackward  # noqa: E402
 
 RELU, EPS = Activation("relu"), 1e-5

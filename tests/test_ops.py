@@ -12,9 +12,10 @@ import batchnorm as bn
 import oracle
 from batchnorm import layout as shapes
 from batchnorm.errors import BackendError
-from batchnorm.ops import graphs, reference
+from batchnorm.graph import operations
 from batchnorm.ops.activations import NAMES, Activation
-from batchnorm.ops.backend import BACKENDS, UNAVAILABLE
+from batchnorm.ops.backends import reference
+from batchnorm.ops.backends.choice import BACKENDS, UNAVAILABLE
 from batchnorm.ops.call import Epilogue, ForBackward
 
 CHANNELS, EPS = 3, 1e-3
@@ -364,7 +365,7 @@ def test_the_operations_keep_their_word_in_every_dtype(dtype):
     for layout in ("strided", "last"):
         case = Case(layout, Activation("elu", 1.3), dtype, residual=True)
         wanting = [t.detach().requires_grad_() for t in (case.x, *case.given[:3])]
-        opcheck(graphs.forward, (*wanting, *case.act, EPS, case.axis))
+        opcheck(operations.forward, (*wanting, *case.act, EPS, case.axis))
 
 
 def test_an_unknown_backend_is_refused_and_the_known_ones_are_named(monkeypatch):

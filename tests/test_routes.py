@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import batchnorm as bn
 from batchnorm.ops.activations import NAMES
-from batchnorm.ops.backend import BACKENDS
+from batchnorm.ops.backends.choice import BACKENDS
 
 
 def normalize(x, *given, **options):

@@ -6,9 +6,9 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.moments import Moments, merge
-from batchnorm.ops import reference
-from batchnorm.ops.backend import BACKENDS
-from batchnorm.ops.shared import Sharing
+from batchnorm.ops.autograd.shared import Sharing
+from batchnorm.ops.backends import reference
+from batchnorm.ops.backends.choice import BACKENDS
 
 
 class Counting:

@@ -17,7 +17,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.errors import ChannelError
-from batchnorm.ops import reference
+from batchnorm.ops.backends import reference
 
 SHAPES = {
     "rows": (64, 5),
@@ -43,7 +43,7 @@ def torch_serves(monkeypatch):
     def refuse(*_):
         raise AssertionError("the reference computed a normalization")
 
-    monkeypatch.setattr("batchnorm.ops.backend._wrap", None)
+    monkeypatch.setattr("batchnorm.ops.backends.choice._wrap", None)
     with bn.use_backend("aten"):
         for name in ("affine", "moments", "forward", "normalize", "backward"):
             monkeypatch.setattr(reference, name, refuse)
@@ -250,7 +250,7 @@ def test_converted_networks_without_the_native_module_step_as_before():
         import torch
         from torch import nn
         import batchnorm as bn
-        from batchnorm.ops import reference
+        from batchnorm.ops.backends import reference
 
         class Block(nn.Module):
             def __init__(self):
@@ -288,7 +288,7 @@ def test_converted_networks_without_the_native_module_step_as_before():
 def test_importing_without_the_native_module_warns_once_with_the_remedy_and_how_to_silence_it():
     done = blocked("""
         import batchnorm as bn
-        import batchnorm.ops.backend
+        import batchnorm.ops.backends.choice
         print(bn.env()["backends"])
     """)
     assert done.stderr.count("RuntimeWarning: batchnorm has no native module") == 1
@@ -313,10 +313,10 @@ def test_without_the_native_module_torchs_kernels_are_chosen_and_save_memory_sti
         warnings.simplefilter("ignore")
         import torch
         import batchnorm as bn
-        from batchnorm.ops import aten, backend
+        from batchnorm.ops.backends import aten, choice
 
         x = torch.randn(16, 8, 32, 32)
-        assert backend.chosen(x) is aten and backend.is_torchs(x)
+        assert choice.chosen(x) is aten and choice.is_torchs(x)
         model = torch.nn.Sequential(
             torch.nn.Conv2d(8, 8, 3), bn.BatchNorm2d(8, activation="relu"), torch.nn.Conv2d(8, 8, 3)
         )
@@ -335,8 +335,10 @@ def test_without_the_native_module_torchs_kernels_are_chosen_and_save_memory_sti
 
 
 def test_a_device_without_kernels_of_ours_is_served_by_torchs_kernels(monkeypatch):
-    monkeypatch.setattr("batchnorm.ops.backend._forced", ContextVar("no name", default=None))
-    monkeypatch.setattr("batchnorm.ops.backend._wrap", None)
+    monkeypatch.setattr(
+        "batchnorm.ops.backends.choice._forced", ContextVar("no name", default=None)
+    )
+    monkeypatch.setattr("batchnorm.ops.backends.choice._wrap", None)
     layer, x = (
         bn.BatchNorm2d(3, activation="relu", device="meta"),
         torch.empty(2, 3, 4, 4, device="meta"),

@@ -25,7 +25,7 @@ from batchnorm.nn.layers import BatchNorm3d as BatchNorm3d
 from batchnorm.nn.lazy import LazyBatchNorm1d as LazyBatchNorm1d
 from batchnorm.nn.lazy import LazyBatchNorm2d as LazyBatchNorm2d
 from batchnorm.nn.lazy import LazyBatchNorm3d as LazyBatchNorm3d
-from batchnorm.ops.backend import use_backend as use_backend
+from batchnorm.ops.backends.choice import use_backend as use_backend
 from batchnorm.recycling import recycle_memory as recycle_memory
 from batchnorm.sources.batch import Batch as Batch
 from batchnorm.sources.frozen import Frozen as Frozen

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from batchnorm import layout
 from batchnorm.moments import Moments, merge_all, wide
-from batchnorm.ops import backend, reference
+from batchnorm.ops.backends import choice, reference
 
 # Elements of a block. PyTorch's reductions stay on one thread below 32768.
 BLOCK = {"cpu": (1 << 15) - 1}
@@ -24,7 +24,7 @@ MomentsOf = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 # The native kernel, which writes to vectors that are given.
 _moments_into: Callable[[Tensor, int, Tensor, Tensor], None] | None
-_moments_into = getattr(backend.BACKENDS.get("cpu"), "moments_into", None)
+_moments_into = getattr(choice.BACKENDS.get("cpu"), "moments_into", None)
 
 
 def moments(x: Tensor, axis: int = 1) -> Moments:
@@ -47,8 +47,8 @@ def moments(x: Tensor, axis: int = 1) -> Moments:
     if count == 0 or wide(x.device) != torch.float64:
         return Moments.of(x, axis)
     values = layout.canonical(x.detach(), axis)
-    served = backend.chosen(values) if values.is_cpu else reference
-    native = served is backend.BACKENDS.get("cpu")
+    served = choice.chosen(values) if values.is_cpu else reference
+    native = served is choice.BACKENDS.get("cpu")
     size = NATIVE if native else BLOCK.get(x.device.type, LARGE)
     of: MomentsOf = served.moments if native else _block
     _, channels, inner = values.shape
@@ -82,7 +82,7 @@ def write(x: Tensor, axis: int, mean: Tensor, m2: Tensor) -> int:
         return 0
     if _moments_into is None or x.dtype is torch.float64:
         return 0
-    if backend.chosen(x) is not backend.BACKENDS["cpu"]:
+    if choice.chosen(x) is not choice.BACKENDS["cpu"]:
         return 0
     _moments_into(x.double(), axis % dims, mean, m2)
     return x.numel() // x.shape[axis]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from batchnorm.ops.backend import BACKENDS, PROMISES, UNAVAILABLE
+from batchnorm.ops.backends.choice import BACKENDS, PROMISES, UNAVAILABLE
 from batchnorm.version import __version__
 
 PACKAGES = ("torch", "triton", "numpy", "matplotlib", "rich", "safetensors", "jax")

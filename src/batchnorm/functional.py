@@ -15,8 +15,8 @@ from batchnorm.estimators.running import average, check_momentum
 from batchnorm.moments import Moments, element_weights
 from batchnorm.ops import routes
 from batchnorm.ops.activations import ActivationLike, activation
+from batchnorm.ops.autograd.shared import normalize_shared
 from batchnorm.ops.call import Call
-from batchnorm.ops.shared import normalize_shared
 from batchnorm.sources.base import Context, Source
 from batchnorm.sources.batch import Batch
 

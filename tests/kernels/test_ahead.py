@@ -16,8 +16,9 @@ import oracle
 if ahead.missing():
     pytest.skip(ahead.missing(), allow_module_level=True)
 
-from batchnorm.ops import cuda, triton_plan
 from batchnorm.ops.activations import NAMES, Activation
+from batchnorm.ops.backends.triton import cuda
+from batchnorm.ops.backends.triton import plan as triton_plan
 from batchnorm.ops.call import Epilogue, ForBackward, Running
 
 SHAPES = {

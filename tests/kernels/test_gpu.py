@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import batchnorm as bn
-from batchnorm.ops import aten
-from batchnorm.ops.backend import chosen
+from batchnorm.ops.backends import aten
+from batchnorm.ops.backends.choice import chosen
 
 pytestmark = [
     pytest.mark.cuda,

@@ -13,8 +13,11 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("set TRITON_INTERPRET=1", allow_module_level=True)
 
 import oracle
-from batchnorm.ops import cuda, reference, triton_launch, triton_plan
 from batchnorm.ops.activations import Activation
+from batchnorm.ops.backends import reference
+from batchnorm.ops.backends.triton import cuda
+from batchnorm.ops.backends.triton import launch as triton_launch
+from batchnorm.ops.backends.triton import plan as triton_plan
 from batchnorm.ops.call import Epilogue, ForBackward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -21,8 +21,8 @@ if ahead.missing():
     pytest.skip(ahead.missing(), allow_module_level=True)
 
 from batchnorm.benchmark import cases
-from batchnorm.ops import cuda
 from batchnorm.ops.activations import Activation
+from batchnorm.ops.backends.triton import cuda
 from batchnorm.ops.call import Epilogue, ForBackward, Running
 
 

@@ -24,10 +24,12 @@ import triton.language as tl
 import batchnorm as bn
 import oracle
 from batchnorm.errors import BackendError
-from batchnorm.ops import cuda, reference, triton_plan
 from batchnorm.ops.activations import NAMES, Activation
+from batchnorm.ops.backends import reference
+from batchnorm.ops.backends.triton import cuda
+from batchnorm.ops.backends.triton import plan as triton_plan
+from batchnorm.ops.backends.triton.moments import merge
 from batchnorm.ops.call import Epilogue, ForBackward
-from batchnorm.ops.triton_moments import merge
 from test_ops import Case, check_gradients, plain
 from test_ops import run as step_of
 

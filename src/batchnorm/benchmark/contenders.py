@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from batchnorm.benchmark.cases import Case
 from batchnorm.nn.layers import BatchNorm
-from batchnorm.ops.backend import use_backend
+from batchnorm.ops.backends.choice import use_backend
 
 Run = Callable[[], Any]
 

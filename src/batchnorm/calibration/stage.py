@@ -21,7 +21,7 @@ from batchnorm.errors import BatchNormError, CalibrationError, LayoutError
 from batchnorm.layout import TOO_FEW_VALUES
 from batchnorm.models.inputs import entered, replaced_forward
 from batchnorm.models.walk import Found, walk
-from batchnorm.ops import backend
+from batchnorm.ops.backends import choice
 from batchnorm.ops.call import Epilogue
 
 TRANSFORMED = """\
@@ -151,7 +151,7 @@ class _Seat:
         if self._is_torch:
             layer._check_input_dim(x)
             epilogue = Epilogue(layer.weight, layer.bias)
-            served = backend.chosen(x, epilogue, 1, "eval")
+            served = choice.chosen(x, epilogue, 1, "eval")
             return served.evaluate(x, mean, m2 / count, epilogue, layer.eps, 1)
         if self._own is not None:
             buffers = layer._buffers

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from batchnorm.compat.tensors import storage_key
 from batchnorm.graph import checkpoint
 from batchnorm.graph.step import step
-from batchnorm.ops import recognize
+from batchnorm.ops import torch_calls
 from batchnorm.ops.activations import IDENTITY
 
 _SIGNATURE = inspect.signature(F.batch_norm)
@@ -151,7 +151,7 @@ def _absorb(graph: fx.Graph, node: fx.Node) -> str:
     return name
 
 
-def _read(call: fx.Node, y: fx.Node) -> recognize.Absorbable | None:
+def _read(call: fx.Node, y: fx.Node) -> torch_calls.Absorbable | None:
     """Read a call of the graph; a residual in what is returned is a node."""
     target: Any = call.target
     func: Any = getattr(Tensor, target, None) if call.op == "call_method" else target
@@ -164,7 +164,7 @@ def _read(call: fx.Node, y: fx.Node) -> recognize.Absorbable | None:
     if not all(isinstance(_example(node), Tensor) for node in nodes.values()):
         return None
     args, kwargs = fx.map_arg((call.args, call.kwargs), _example)
-    found = recognize.recognize(func, args, kwargs, lambda value: value is _example(y))
+    found = torch_calls.recognize(func, args, kwargs, lambda value: value is _example(y))
     if found is None or found.target is not _example(y):
         return None
     if found.residual is None:

@@ -13,9 +13,8 @@ from torch import Tensor, fx
 
 from batchnorm.compat.autograd import inductor
 from batchnorm.estimators.running import average
-from batchnorm.graph import checkpoint
+from batchnorm.graph import checkpoint, operations, small
 from batchnorm.graph.step import step
-from batchnorm.ops import graphs, small
 from batchnorm.ops.activations import Activation
 
 # Elements of an image, and of (N, C), see docs/decisions/0012-compile.md.
@@ -58,7 +57,7 @@ def traceable(
     if _is_small(x):
         y, mean, var = small.Forward.apply(*given, act, eps, 1)
     else:
-        y, stats = graphs.forward(*given, *act, eps, 1)
+        y, stats = operations.forward(*given, *act, eps, 1)
         mean, var = stats[0], stats[1]
     if running_mean is not None and running_var is not None:
         n = x.numel() // x.size(1)

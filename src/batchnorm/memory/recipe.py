@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from batchnorm.compat.tensors import base, version
-from batchnorm.ops import reference
+from batchnorm.ops.backends import reference
+from batchnorm.ops.backends.base import Backend
 from batchnorm.ops.call import Epilogue, Running
-from batchnorm.ops.contract import Backend
 
 # Result -> its recipe, as long as the result lives, also where autograd alone refers to it.
 _RECIPES = WeakTensorKeyDictionary()

@@ -16,7 +16,7 @@ from batchnorm.compat.modes import is_calm
 from batchnorm.compat.tensors import base
 from batchnorm.errors import SurgeryError
 from batchnorm.memory.recipe import Kept, Recording, Source, recipe_of
-from batchnorm.ops import backend
+from batchnorm.ops.backends import choice
 
 _here = threading.local()
 
@@ -103,7 +103,7 @@ class SaveMemory:
             self._hooks = saved_tensors_hooks(pack, unpack)
             self._packs = pack
             self._hooks.__enter__()
-            backend.wrap_with(_record)
+            choice.wrap_with(_record)
             _here.depth = getattr(_here, "depth", 0) + 1
         return self.saved
 

@@ -17,11 +17,12 @@ from batchnorm.compat.modes import is_calm, is_recomputing
 from batchnorm.compat.modules import tables
 from batchnorm.errors import UnservedError
 from batchnorm.nn.tracking import WIDE
-from batchnorm.ops import eager, reference, torch_norm
 from batchnorm.ops.activations import Activation
-from batchnorm.ops.backend import is_torchs, likely, select
+from batchnorm.ops.autograd import eager
+from batchnorm.ops.backends import reference, torch_norm
+from batchnorm.ops.backends.choice import is_torchs, likely, select
+from batchnorm.ops.backends.strides import wide
 from batchnorm.ops.call import Epilogue, Running
-from batchnorm.ops.strides import wide
 
 _PLAIN = (Parameter, Tensor, type(None))
 

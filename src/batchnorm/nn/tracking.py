@@ -13,7 +13,7 @@ from batchnorm.estimators import bank
 from batchnorm.estimators.base import keep_if_empty, nothing, unbiased
 from batchnorm.estimators.running import Averages, average, share_of_next
 from batchnorm.moments import Moments
-from batchnorm.ops.backend import is_torchs_device
+from batchnorm.ops.backends.choice import is_torchs_device
 
 WIDE = (torch.float32, torch.float64)
 

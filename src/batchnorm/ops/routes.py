@@ -16,9 +16,10 @@ from batchnorm import layout
 from batchnorm import moments as _moments
 from batchnorm.compat.modes import is_calm, is_traced, is_transformed
 from batchnorm.moments import Moments
-from batchnorm.ops import eager, reference, torch_norm
 from batchnorm.ops.activations import IDENTITY
-from batchnorm.ops.backend import is_torchs, select
+from batchnorm.ops.autograd import eager
+from batchnorm.ops.backends import reference, torch_norm
+from batchnorm.ops.backends.choice import is_torchs, select
 from batchnorm.ops.call import Call
 
 _DEVICES = ("cpu", "cuda")

@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from batchnorm.ops.shared import Sharing
+from batchnorm.ops.autograd.shared import Sharing
 
 Plan = Literal["batch", "stored", "own"]
 

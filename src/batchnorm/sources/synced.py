@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from batchnorm.collective import Group, Ranks
-from batchnorm.ops.shared import Sharing
+from batchnorm.ops.autograd.shared import Sharing
 from batchnorm.sources.base import Context, Plan
 
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from batchnorm import layout
 from batchnorm.errors import ChannelError
-from batchnorm.ops.backend import select as _select
+from batchnorm.ops.backends.base import Backend
+from batchnorm.ops.backends.choice import select as _select
 from batchnorm.ops.call import Epilogue
-from batchnorm.ops.contract import Backend
 
 # Inductor likes images channels-last; else it would copy them to the layout of the traced example,
 # and the results back.

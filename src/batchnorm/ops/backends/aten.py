@@ -18,10 +18,10 @@ The operations of which synchronized and frozen statistics are made are those of
 import torch
 from torch import Tensor
 
-from batchnorm.ops import reference, torch_norm
 from batchnorm.ops.activations import IDENTITY
+from batchnorm.ops.backends import reference, torch_norm
+from batchnorm.ops.backends.strides import wide
 from batchnorm.ops.call import Epilogue, ForBackward, Running
-from batchnorm.ops.strides import wide
 
 commits = True
 reads_output = True

@@ -14,11 +14,11 @@ from torch.autograd.function import once_differentiable
 from batchnorm import layout
 from batchnorm import moments as _moments
 from batchnorm.moments import Moments
-from batchnorm.ops import reference
 from batchnorm.ops.activations import IDENTITY, Activation
-from batchnorm.ops.backend import select
+from batchnorm.ops.autograd.eager import dtype_of, kept_beside, to_parameters
+from batchnorm.ops.backends import reference
+from batchnorm.ops.backends.choice import select
 from batchnorm.ops.call import Call, Epilogue, ForBackward
-from batchnorm.ops.eager import dtype_of, kept_beside, to_parameters
 
 Gradients = tuple[Tensor | None, ...]
 

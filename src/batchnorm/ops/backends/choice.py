@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import BackendError
-from batchnorm.ops import aten, cuda, reference
+from batchnorm.ops.backends import aten, reference
+from batchnorm.ops.backends.base import Backend, Mode
+from batchnorm.ops.backends.triton import cuda
 from batchnorm.ops.call import Epilogue
-from batchnorm.ops.contract import Backend, Mode
 
 NO_NATIVE = """\
 batchnorm has no native module: it {reason}. Layers on the CPU are then computed by torch's own \
@@ -35,7 +36,7 @@ BACKENDS: dict[str, Backend] = {}
 UNAVAILABLE: dict[str, str] = {}
 
 try:
-    from batchnorm.ops import cpu
+    from batchnorm.ops.backends import cpu
 except ImportError as error:
     _built = importlib.util.find_spec("batchnorm._native") is not None
     _reason = f"does not load ({error})" if _built else "was not built"

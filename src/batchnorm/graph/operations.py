@@ -13,12 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from batchnorm import layout
 from batchnorm.errors import UnservedError
-from batchnorm.ops import reference
-from batchnorm.ops.activations import IDENTITY, Activation
-from batchnorm.ops.backend import likely
-from batchnorm.ops.call import Epilogue, ForBackward
-from batchnorm.ops.eager import dtype_of, kept_beside, to_parameters
-from batchnorm.ops.library import (
+from batchnorm.graph.library import (
     FLEXIBLE,
     fake_gradients,
     like,
@@ -26,6 +21,11 @@ from batchnorm.ops.library import (
     statistic,
     wanted,
 )
+from batchnorm.ops.activations import IDENTITY, Activation
+from batchnorm.ops.autograd.eager import dtype_of, kept_beside, to_parameters
+from batchnorm.ops.backends import reference
+from batchnorm.ops.backends.choice import likely
+from batchnorm.ops.call import Epilogue, ForBackward
 
 LIBRARY = torch.library.Library("batchnorm", "FRAGMENT")
 

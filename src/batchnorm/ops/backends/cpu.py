@@ -18,8 +18,8 @@ from torch.autograd.graph import increment_version
 from batchnorm import _native
 from batchnorm.errors import UnservedError
 from batchnorm.ops.activations import NAMES, Activation
+from batchnorm.ops.backends.strides import like_or_none, plan, vector
 from batchnorm.ops.call import Epilogue, ForBackward, Running
-from batchnorm.ops.strides import like_or_none, plan, vector
 
 Maybe = Tensor | None
 Found = TypeVar("Found")

@@ -11,9 +11,9 @@
 import triton
 import triton.language as tl
 
-from batchnorm.ops.triton_activations import activate
-from batchnorm.ops.triton_moments import about, centered, deviations, finish, finite, merge
-from batchnorm.ops.triton_tiles import (
+from batchnorm.ops.backends.triton.activations import activate
+from batchnorm.ops.backends.triton.moments import about, centered, deviations, finish, finite, merge
+from batchnorm.ops.backends.triton.tiles import (
     block_of,
     channels_of,
     parameters_of,

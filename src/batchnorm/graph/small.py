@@ -12,9 +12,9 @@ from torch import Tensor
 
 from batchnorm import layout
 from batchnorm import moments as _moments
-from batchnorm.ops import reference
 from batchnorm.ops.activations import Activation
-from batchnorm.ops.eager import dtype_of, to_parameters
+from batchnorm.ops.autograd.eager import dtype_of, to_parameters
+from batchnorm.ops.backends import reference
 
 
 class Forward(torch.autograd.Function):

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from batchnorm import layout
 from batchnorm.moments import Moments
+from batchnorm.ops.backends.strides import wide
 from batchnorm.ops.call import Call, Epilogue, Running
-from batchnorm.ops.strides import wide
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Devices where torch takes 16-bit input with float32 parameters.

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from batchnorm.ops import reference
 from batchnorm.ops.activations import Activation
+from batchnorm.ops.backends import reference
+from batchnorm.ops.backends.strides import like, like_or_none, plan, vector, walked, wide
 from batchnorm.ops.call import Epilogue, ForBackward, Running
-from batchnorm.ops.strides import like, like_or_none, plan, vector, walked, wide
 
 commits = True
 reads_output = False
@@ -185,7 +185,7 @@ def backward(
 @functools.cache
 def _kernels() -> Any:
     """Import Triton, and the kernels with it, at the first call."""
-    return importlib.import_module("batchnorm.ops.triton_launch")
+    return importlib.import_module("batchnorm.ops.backends.triton.launch")
 
 
 def _normalize(

@@ -14,10 +14,10 @@ from batchnorm import layout
 from batchnorm import moments as _moments
 from batchnorm.compat.autograd import quick_apply
 from batchnorm.compat.modes import is_out_of_reach
-from batchnorm.ops import reference
 from batchnorm.ops.activations import Activation
+from batchnorm.ops.backends import reference
+from batchnorm.ops.backends.base import Backend
 from batchnorm.ops.call import Epilogue, ForBackward, Running
-from batchnorm.ops.contract import Backend
 
 Gradients = tuple[Tensor | None, ...]
 

@@ -13,16 +13,21 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from batchnorm.ops import triton_plan
 from batchnorm.ops.activations import Activation
-from batchnorm.ops.triton_backward import backward_kernel, fold_kernel, input_kernel, sums_kernel
-from batchnorm.ops.triton_forward import (
+from batchnorm.ops.backends.triton import plan as triton_plan
+from batchnorm.ops.backends.triton.backward import (
+    backward_kernel,
+    fold_kernel,
+    input_kernel,
+    sums_kernel,
+)
+from batchnorm.ops.backends.triton.forward import (
     finish_kernel,
     forward_kernel,
     moments_kernel,
     normalize_kernel,
 )
-from batchnorm.ops.triton_plan import Plan
+from batchnorm.ops.backends.triton.plan import Plan
 
 Shape = tuple[int, int, int]
 Running = tuple[Tensor, Tensor, Tensor | None, float]

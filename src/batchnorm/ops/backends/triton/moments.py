@@ -8,7 +8,7 @@ mean of 1e6.
 import triton
 import triton.language as tl
 
-from batchnorm.ops.triton_tiles import over
+from batchnorm.ops.backends.triton.tiles import over
 
 
 @triton.jit

@@ -14,9 +14,9 @@ gradient goes.
 import triton
 import triton.language as tl
 
-from batchnorm.ops.triton_activations import gradient
-from batchnorm.ops.triton_forward import affine, coefficients, reciprocal
-from batchnorm.ops.triton_tiles import block_of, channels_of, over, parameters_of, places
+from batchnorm.ops.backends.triton.activations import gradient
+from batchnorm.ops.backends.triton.forward import affine, coefficients, reciprocal
+from batchnorm.ops.backends.triton.tiles import block_of, channels_of, over, parameters_of, places
 
 
 @triton.jit
