@@ -17,6 +17,7 @@ from batchnorm.demo.modes import Modes, compare_modes
 from batchnorm.demo.networks import WATCHED, Activation, build
 from batchnorm.demo.shift import Shift, ShiftProbe
 from batchnorm.demo.training import Curve, Options, one_thread, train
+from batchnorm.estimators.bank import PREFIX
 from batchnorm.estimators.base import Estimator
 from batchnorm.estimators.running import Running
 from batchnorm.progress import Watch
@@ -155,7 +156,12 @@ def _run(
         watch(stage, step, options.steps)
 
     curve = train(network, images, options, rate, options.steps, measure)
-    weights = {name: value.detach().clone() for name, value in network.state_dict().items()}
+    # Without the states of further estimates, so that torch.nn's layers load the file strictly.
+    weights = {
+        name: value.detach().clone()
+        for name, value in network.state_dict().items()
+        if f".{PREFIX}" not in name
+    }
     return Run(curve, shift.result(), weights)
 
 
