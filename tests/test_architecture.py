@@ -136,6 +136,25 @@ def test_files_and_functions_keep_their_size(path):
             assert node.end_lineno - node.lineno < 60, f"{node.name} of {path.name}"
 
 
+PUBLIC_BY_CUSTOM = {"_BatchNorm"}  # what isinstance asks for, in torch and everywhere else
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_private_names_of_torch_are_imported_in_compat_alone(path):
+    """Attributes are ruff's SLF001; frames and reference counts are nowhere, compat included."""
+    text = path.read_text()
+    assert not any(word in text for word in ("_getframe", "getrefcount", "f_code", "currentframe"))
+    if room_of(path) == "compat":
+        return
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            names = {alias.name for alias in node.names} - PUBLIC_BY_CUSTOM
+            private = [one for one in (*node.module.split("."), *names) if one.startswith("_")]
+            assert not private, private
+        if isinstance(node, ast.Import):
+            assert not any("torch._" in alias.name for alias in node.names)
+
+
 def test_tests_keep_their_size_and_use_no_sum_as_a_loss():
     loss = ".sum()" + ".backward("
     for path in TESTS.glob("*.py"):

@@ -97,9 +97,13 @@ def _trains(model: nn.Module) -> bool:
     ``AveragedModel`` is made in training mode around a model in eval.
     """
     return any(
-        module.training and (module._parameters or not module._modules)
+        module.training and (_any(module.parameters(recurse=False)) or not _any(module.children()))
         for module in model.modules()
     )
+
+
+def _any(found: Iterable[object]) -> bool:
+    return next(iter(found), None) is not None
 
 
 def _asked(model: nn.Module, found: list[Found], layers: LayersLike) -> set[str]:

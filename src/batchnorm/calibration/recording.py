@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.calibration.feeding import Room
-from batchnorm.compat.tensors import storage_key
+from batchnorm.compat.tensors import storage_key, version
 from batchnorm.models.trees import tensors_in
 
 # A module, and how many calls of it came before in this batch.
@@ -97,7 +97,7 @@ class Recording:
         if self.found is not None:
             return original(*args, **kwargs)
         tensors = list(tensors_in((args, kwargs)))
-        before = [_version(tensor) for tensor in tensors]
+        before = [version(tensor) for tensor in tensors]
         call = Call(key, frozenset(storage_key(tensor) for tensor in tensors))
         self._open.append(call)
         try:
@@ -129,7 +129,7 @@ class Recording:
         for call in self.found.values():
             if call in self._held and call.result is not None:
                 call.result = call.result.clone()
-                call.version = call.result._version
+                call.version = version(call.result)
 
     def close(self, keep: bool) -> dict[Key, Call]:
         """Return the calls that the next pass may skip, and give up all other results."""
@@ -147,8 +147,8 @@ class Recording:
         """Find out whether the result of a call says all, and hold it then."""
         written = {
             storage_key(tensor)
-            for tensor, version in zip(tensors, before, strict=True)
-            if _version(tensor) != version or version < 0
+            for tensor, old in zip(tensors, before, strict=True)
+            if tensor.is_inference() or version(tensor) != old
         }
         call.clean = not written & self._open[-1].given
         if written or type(result) is not Tensor or not _is_plain(result):
@@ -157,7 +157,7 @@ class Recording:
             return
         size = result.untyped_storage().nbytes()
         if self._room.take(size):
-            call.taken, call.result, call.version = size, result, result._version
+            call.taken, call.result, call.version = size, result, version(result)
             self._held.append(call)
             for child in call.children:
                 child.release(self._room)
@@ -178,7 +178,7 @@ class Recording:
         """Find the calls in a call, which runs again, that need not."""
         read = True
         for call in reversed(around.children):
-            intact = call.result is not None and call.result._version == call.version
+            intact = call.result is not None and version(call.result) == call.version
             if intact:
                 found[call.key] = call
                 read = False
@@ -191,10 +191,6 @@ class Recording:
             else:
                 read = True
                 self._useful(call, found)
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_modules
 
 from batchnorm.calibration.batches import bytes_of, copied, same
 from batchnorm.calibration.feeding import Source
 from batchnorm.calibration.recording import Call, Key, Recording
 from batchnorm.calibration.stage import Stage
+from batchnorm.compat.modules import has_forward_hooks, has_global_forward_hooks
+from batchnorm.compat.tensors import version
 from batchnorm.models.inputs import replaced_forward
 from batchnorm.models.preserve import random_state_kept
 
@@ -173,7 +174,7 @@ class Segments:
         numpy = sys.modules.get("numpy")
         _, keys, *place = numpy.random.get_state() if numpy else ("", None)
         return [
-            tuple(tensor._version for tensor in self._constants),
+            tuple(version(tensor) for tensor in self._constants),
             random.getstate(),
             place,
             keys if keys is None else torch.from_numpy(keys.view("int32")),
@@ -184,9 +185,7 @@ class Segments:
 
 def _has_hooks(model: nn.Module) -> bool:
     """Return whether anybody looks at what the modules do."""
-    if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
-        return True
-    return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    return has_global_forward_hooks() or any(map(has_forward_hooks, model.modules()))
 
 
 def _alike(a: Any, b: Any) -> bool:

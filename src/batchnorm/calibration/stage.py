@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm import blocks
 from batchnorm.calibration.row import Row
 from batchnorm.compat.modes import is_transformed
+from batchnorm.compat.modules import buffers, check_input_dim
 from batchnorm.errors import BatchNormError, CalibrationError, LayoutError
 from batchnorm.layout import TOO_FEW_VALUES
 from batchnorm.models.inputs import entered, replaced_forward
@@ -149,13 +150,13 @@ class _Seat:
             return self._forward(x)
         layer = self.layer
         if self._is_torch:
-            layer._check_input_dim(x)
+            check_input_dim(layer, x)
             epilogue = Epilogue(layer.weight, layer.bias)
             served = choice.chosen(x, epilogue, 1, "eval")
             return served.evaluate(x, mean, m2 / count, epilogue, layer.eps, 1)
         if self._own is not None:
-            buffers = layer._buffers
-            buffers["running_mean"], buffers["running_var"] = self._own
+            stored = buffers(layer)
+            stored["running_mean"], stored["running_var"] = self._own
             self._own.mean.copy_(mean)
             self._own.var.copy_(m2 / count)
         return self._forward(x)
@@ -184,7 +185,7 @@ class _Seat:
         """Put statistics in the place of the layer's buffers, which ``preserved`` keeps."""
         for name, new in zip(_BUFFERS, (mean, var), strict=True):
             old = self.layer.get_buffer(name)
-            self.layer._buffers[name] = new.to(old.device, old.dtype)
+            buffers(self.layer)[name] = new.to(old.device, old.dtype)
 
 
 def as_stored(layer: _BatchNorm) -> Statistics:

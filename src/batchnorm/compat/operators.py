@@ -5,10 +5,15 @@ Private names, and what happens without them:
 - ``OpOverload._schema``: which arguments an operator writes to. ``torch.Tag`` has no tag for
   operators with ``out=``, and none that names the arguments. Without it writes in place could not
   be told from reads.
+- ``torch.utils._python_dispatch.TorchDispatchMode``: sees every operator that runs. No public form.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
+
+__all__ = ["DispatchMode", "written"]
 
 
 def written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:

@@ -1,7 +1,7 @@
 """Running a model once, and writing down what happens: makes a ``Flow``.
 
 Three public ways to look on, each for what the others cannot see: modules' ``forward`` is replaced
-for the calls of modules; ``TorchDispatchMode`` sees every operator with its real tensors, whatever
+for the calls of modules; a dispatch mode sees every operator with its real tensors, whatever
 called it; ``TorchFunctionMode`` sees which function of the API Python called, and so the reads that
 need no operator (``tolist``, ``numpy``). Layers of this library run plain operators meanwhile.
 """
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.compat import operators
 from batchnorm.compat.modes import is_recomputing
@@ -321,7 +320,7 @@ class _Book:
             }
 
 
-class _Operators(TorchDispatchMode):
+class _Operators(operators.DispatchMode):
     """Sees operators."""
 
     # ``torch.cond`` and the like, which are seen as one operator that reads what it is given.

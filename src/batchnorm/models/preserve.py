@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from batchnorm.compat.modules import buffers as buffers_of
 from batchnorm.models.walk import walk
 
 
@@ -22,7 +23,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
-    buffers = [(module, dict(module._buffers), _copies(module)) for module in modules]
+    buffers = [(module, dict(buffers_of(module)), _copies(module)) for module in modules]
     layers = [(found.layer, dict(found.layer.__dict__)) for found in walk(model)]
     devices = {t.device.index or 0 for t in model.parameters() if t.is_cuda}
     try:
@@ -38,11 +39,11 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for module, before, copies in buffers:
             # A scripted module lets none of its buffers be replaced.
             if not isinstance(module, torch.jit.ScriptModule):
-                module._buffers.clear()
-                module._buffers.update(before)
+                buffers_of(module).clear()
+                buffers_of(module).update(before)
             with torch.no_grad():
                 for name, copy in copies.items():
-                    _put_back(module._buffers[name], copy)
+                    _put_back(buffers_of(module)[name], copy)
         for module, training in modes:
             module.training = training
 
@@ -64,7 +65,7 @@ def random_state_kept(devices: Sequence[int] = ()) -> Iterator[None]:
 def _copies(module: nn.Module) -> dict[str, torch.Tensor]:
     return {
         name: buffer.detach().clone()
-        for name, buffer in module._buffers.items()
+        for name, buffer in buffers_of(module).items()
         if buffer is not None and not is_lazy(buffer)
     }
 

@@ -5,6 +5,7 @@ from typing import NamedTuple, TypeVar, cast
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.compat.modules import uncompiled
 from batchnorm.errors import EstimateError
 from batchnorm.models.kinds import kind_of
 from batchnorm.nn import tracking
@@ -88,7 +89,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
+        elif (original := uncompiled(model)) is not model:
+            model = original
         else:
             return model

@@ -86,9 +86,7 @@ def decide(name: str, module: nn.Module) -> Becomes | Kept | Left | None:
 def _unusable(module: nn.Module) -> Left | None:
     if "forward" in module.__dict__:
         return OWN_FORWARD
-    for tensor in [*module._parameters.values(), *module._buffers.values()]:
-        if tensor is None:
-            continue
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
         if is_lazy(tensor):
             return LAZY
         if tensor.is_meta:
