@@ -8,7 +8,7 @@ from torch import nn
 
 import batchnorm as bn
 import oracle
-from batchnorm.errors import BackendError
+from batchnorm.errors import BackendError, UnservedError
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.backends import aten, choice
 from batchnorm.ops.backends.triton import cuda
@@ -76,16 +76,31 @@ def test_a_variance_that_is_small_next_to_eps_keeps_its_digits():
     assert float(((invstd.double() ** -2 - 1e-3) / exact - 1).abs().max()) > 1e-4
 
 
-@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
-def test_the_running_step_is_torch_s(wide):
+def test_the_running_step_is_torch_s():
     x = torch.randn(6, 3, 4)
     theirs = nn.BatchNorm1d(3, momentum=0.3)
-    stored = torch.zeros(3, dtype=wide), torch.ones(3, dtype=wide), torch.tensor(0)
-    running = Running(*stored, 0.3)
+    running = Running(torch.zeros(3), torch.ones(3), torch.tensor(0), 0.3)
     for _ in range(2):
         theirs(x)
         aten.forward(x, Epilogue(), EPS, 1, running)
     for ours, buffer in zip(running[:3], theirs.buffers(), strict=True):
+        torch.testing.assert_close(ours, buffer, check_dtype=False)
+
+
+def test_running_statistics_of_another_dtype_are_moved_by_the_layer():
+    x = torch.randn(6, 3, 4)
+    wide = torch.zeros(3, dtype=torch.float64)
+    running = Running(wide, wide + 1, torch.tensor(0), 0.3)
+    with pytest.raises(UnservedError, match="expected running statistics of torch.float32"):
+        aten.forward(x, Epilogue(), EPS, 1, running)
+    assert not wide.any() and not running.counter
+    layer, theirs = bn.BatchNorm1d(3).double(), nn.BatchNorm1d(3)
+    layer.weight.data, layer.bias.data = layer.weight.float(), layer.bias.float()
+    with bn.use_backend("aten"), bn.save_memory():
+        layer(x)
+    theirs(x)
+    assert layer.running_var.dtype == torch.float64
+    for ours, buffer in zip(layer.buffers(), theirs.buffers(), strict=True):
         torch.testing.assert_close(ours, buffer, check_dtype=False)
 
 

@@ -10,8 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from batchnorm import layout
 from batchnorm.compat.modes import is_calm, is_recorded
 from batchnorm.errors import OptionError
-from batchnorm.estimators.base import unbiased
-from batchnorm.estimators.running import average, check_momentum
+from batchnorm.estimators.running import check_momentum, move
 from batchnorm.moments import Moments, element_weights
 from batchnorm.ops import routes
 from batchnorm.ops.activations import ActivationLike, activation
@@ -105,9 +104,8 @@ def batch_norm(
         return evaluate(call)
     check_source(call, Batch())
     y, moments = routes.normalize_batch(call)
-    for old, new in ((running_mean, moments.mean), (running_var, unbiased(moments))):
-        if old is not None and moments.count:
-            old.detach().copy_(average(old.detach(), new, momentum))
+    if running_mean is not None and running_var is not None:
+        move(running_mean, running_var, moments, momentum)
     return y
 
 

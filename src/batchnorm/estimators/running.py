@@ -10,6 +10,7 @@ from torch import Tensor
 from batchnorm.errors import OptionError
 from batchnorm.estimators.base import Statistics, keep_if_empty, nothing, unbiased
 from batchnorm.moments import Moments, wide
+from batchnorm.ops.backends.choice import is_torchs_device
 
 
 class Averages(NamedTuple):
@@ -39,6 +40,39 @@ def check_momentum(momentum: float | None) -> None:
 def average(old: Tensor, new: Tensor, alpha: float | Tensor) -> Tensor:
     """Return (1 - alpha) old + alpha new."""
     return old * (1 - alpha) + new * alpha
+
+
+def move(mean: Tensor, var: Tensor, batch: Moments, alpha: float | Tensor) -> None:
+    r"""Move running statistics by one batch, in place: the one place in Python that does so.
+
+    .. math:: \hat\mu \leftarrow (1-a)\,\hat\mu + a\,\mu_i, \qquad
+        \hat\sigma^2 \leftarrow (1-a)\,\hat\sigma^2 + a\,\tfrac{m}{m-1}\sigma_i^2
+
+    In float32 at least; a batch of no values changes nothing.
+
+    Args:
+        mean: Running mean, (C,).
+        var: Running variance.
+        batch: The Moments of the batch.
+        alpha: a, the weight of the batch.
+    """
+    if nothing(batch):
+        return
+    for old, new in ((mean, batch.mean), (var, unbiased(batch))):
+        dtype = torch.promote_types(old.dtype, torch.float32)
+        before = old.detach().to(dtype)
+        moved = average(before, new if new.dtype == dtype else new.to(dtype), alpha)
+        write(old, keep_if_empty(batch, before, moved))
+
+
+def write(statistic: Tensor, new: Tensor) -> None:
+    """Write a running statistic.
+
+    Torch's own kernels save the buffers for backward and do not read them there: where they serve,
+    the version counter stays, as ``torch.nn`` leaves it.
+    """
+    torchs = not torch.compiler.is_compiling() and is_torchs_device(statistic.device)
+    (statistic.data if torchs else statistic).detach().copy_(new)
 
 
 def share_of_next(batches: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from batchnorm.compat.autograd import inductor
-from batchnorm.estimators.running import average
+from batchnorm.estimators.running import move
 from batchnorm.graph import checkpoint, operations, small
 from batchnorm.graph.step import step
+from batchnorm.moments import Moments
 from batchnorm.ops.activations import Activation
 
 # Elements of an image, and of (N, C), see docs/decisions/0012-compile.md.
@@ -60,9 +61,8 @@ def traceable(
         y, stats = operations.forward(*given, *act, eps, 1)
         mean, var = stats[0], stats[1]
     if running_mean is not None and running_var is not None:
-        n = x.numel() // x.size(1)
-        running_mean.copy_(average(running_mean, mean, momentum))
-        running_var.copy_(average(running_var, var * (n / (n - 1)), momentum))
+        batch = Moments.of_variance(x.numel() // x.size(1), mean, var)
+        move(running_mean, running_var, batch, momentum)
         if counter is not None:
             counter.add_(1)
     return y

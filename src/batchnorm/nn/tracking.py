@@ -10,10 +10,9 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.compat.modes import is_recomputing
 from batchnorm.estimators import bank
-from batchnorm.estimators.base import keep_if_empty, nothing, unbiased
-from batchnorm.estimators.running import Averages, average, share_of_next
+from batchnorm.estimators.base import nothing
+from batchnorm.estimators.running import Averages, move, share_of_next, write
 from batchnorm.moments import Moments
-from batchnorm.ops.backends.choice import is_torchs_device
 
 WIDE = (torch.float32, torch.float64)
 
@@ -49,11 +48,9 @@ def _move(layer: Any, batch: Moments) -> None:
         # As in torch, a layer without counter has no cumulative average to move.
         seen = layer.num_batches_tracked
         alpha = 0.0 if seen is None else share_of_next(seen)
-    for name, new in (("running_mean", batch.mean), ("running_var", unbiased(batch))):
-        old = getattr(layer, name)
-        wide = old if old.dtype in WIDE else _widened(layer, name, old)
-        moved = average(wide, new if new.dtype == wide.dtype else new.to(wide.dtype), alpha)
-        _write(old, keep_if_empty(batch, wide, moved))
+    for name in ("running_mean", "running_var"):
+        _warn_if_narrow(layer, name)
+    move(layer.running_mean, layer.running_var, batch, alpha)
 
 
 def publish(layer: Any, states: Mapping[str, Any]) -> None:
@@ -61,20 +58,9 @@ def publish(layer: Any, states: Mapping[str, Any]) -> None:
     names = ("running_mean", "running_var")
     for name, statistic in zip(names, layer.bank.statistics(states), strict=True):
         old = getattr(layer, name)
-        if old.dtype not in WIDE:
-            _widened(layer, name, old)
+        _warn_if_narrow(layer, name)
         with torch.no_grad():
-            _write(old, statistic)
-
-
-def _write(buffer: Tensor, new: Tensor) -> None:
-    """Write a running statistic.
-
-    Torch's own kernels save the buffers for backward and do not read them there: where they serve,
-    the version counter stays, as ``torch.nn`` leaves it.
-    """
-    torchs = not torch.compiler.is_compiling() and is_torchs_device(buffer.device)
-    (buffer.data if torchs else buffer).copy_(new)
+            write(old, statistic)
 
 
 def load(
@@ -110,9 +96,9 @@ def restart(layer: Any, known: bool = False) -> None:
     layer.bank.restart(channels, layer.running_mean.device, start)
 
 
-def _widened(layer: Any, name: str, statistic: Tensor) -> Tensor:
-    """Return a statistic that something narrowed in float32; warn the first time."""
-    if not torch.compiler.is_compiling() and not layer.warned:
+def _warn_if_narrow(layer: Any, name: str) -> None:
+    """Warn, the first time, of a statistic that something narrowed to 16 bits."""
+    dtype = getattr(layer, name).dtype
+    if dtype not in WIDE and not torch.compiler.is_compiling() and not layer.warned:
         layer.warned = True
-        warnings.warn(NARROW.format(name=name, dtype=statistic.dtype), stacklevel=6)
-    return statistic.float()
+        warnings.warn(NARROW.format(name=name, dtype=dtype), stacklevel=6)

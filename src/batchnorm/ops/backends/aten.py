@@ -18,6 +18,7 @@ The operations of which synchronized and frozen statistics are made are those of
 import torch
 from torch import Tensor
 
+from batchnorm.errors import UnservedError
 from batchnorm.ops.activations import IDENTITY
 from batchnorm.ops.backends import reference, torch_norm
 from batchnorm.ops.backends.strides import wide
@@ -78,8 +79,17 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Normalize by the input's own statistics; return y and stats (6, C), the rest of rstd being 0.
 
-    With ``running`` the same call moves the running statistics and the counter.
+    With ``running`` torch's kernel moves the running statistics, which must have the arithmetic's
+    dtype, and the counter goes up.
+
+    Raises:
+        UnservedError: If they have another; nothing has been changed.
     """
+    if running is not None and running.mean.dtype != wide(x):
+        raise UnservedError(
+            f"expected running statistics of {wide(x)}, got {running.mean.dtype}; torch's kernel "
+            "moves them in the dtype of the arithmetic"
+        )
     mean, var = _statistics(x, running)
     rstd = torch.rsqrt(var + eps)
     zero = torch.zeros_like(mean)
@@ -113,17 +123,12 @@ def backward(
 
 def _statistics(x: Tensor, running: Running | None) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance in the arithmetic's dtype, and take the running step."""
-    if running is None or running.mean.dtype != wide(x):
+    if running is None:
         # The CPU's kernel gives its results the dtype of the running statistics.
         scratch = [None, None] if x.is_cuda else [*x.new_zeros(2, x.shape[1], dtype=wide(x))]
-        mean, var = torch.batch_norm_update_stats(x, scratch[0], scratch[1], 0.0)
-        if running is not None:
-            n = x.numel() // x.shape[1]
-            running.mean.lerp_(mean.to(running.mean.dtype), running.momentum)
-            running.var.lerp_(var.to(running.var.dtype) * (n / (n - 1)), running.momentum)
-    else:
-        stored = (running.mean, running.var)
-        mean, var = torch.batch_norm_update_stats(x, *stored, running.momentum)
-    if running is not None and running.counter is not None:
+        return torch.batch_norm_update_stats(x, scratch[0], scratch[1], 0.0)
+    stored = (running.mean, running.var)
+    mean, var = torch.batch_norm_update_stats(x, *stored, running.momentum)
+    if running.counter is not None:
         running.counter.add_(1)
     return mean, var
