@@ -134,14 +134,14 @@ def _with_place(
 
 
 def networks(rows: Rows) -> str:
-    """Return what conversion and captured graphs gain in a training step, in both regimes."""
+    """Return what conversion and captured graphs gain in a training step where memory is kept."""
     cells = [Network(rows, cell) for cell in NETWORKS]
     lines = [
         [*cell.words(), seconds(cell.row("eager", "kept"), "median"),
-         *(ratio(cell.row(name, regime)) for name in ("layers", "graph") for regime in REGIMES)]
+         *(ratio(cell.row(name, "kept")) for name in ("layers", "graph"))]
         for cell in cells
     ]  # fmt: skip
-    head = ["training step", "layout", "eager, kept", *both("converted"), *both("graph")]
+    head = ["training step", "layout", "eager", "converted", "graph"]
     return _with_place(head, cells, lines, 2)
 
 
