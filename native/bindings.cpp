@@ -104,7 +104,6 @@ void cotangent(Call& call, Handle dy, Handle residual, Handle y, Handle stats, i
 nb::object gradients(Call& call, Handle dy, bool want_residual, nb::object& dresidual) {
     const Made dx = empty_like(call.x);
     call.args.dx = dx.data;
-    advise_huge(dx.data, call.bytes());
     if (!want_residual) {
         dresidual = nb::none();
     } else if (call.args.activation == Activation::identity) {
@@ -112,7 +111,6 @@ nb::object gradients(Call& call, Handle dy, bool want_residual, nb::object& dres
     } else {
         const Made made = empty_like(call.x);
         call.args.dresidual = made.data;
-        advise_huge(made.data, call.bytes());
         dresidual = made.object;
     }
     return dx.object;

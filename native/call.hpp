@@ -102,7 +102,6 @@ struct Call {
         if (given.is_none()) {
             Made made = empty_like(x);
             args.y = made.data;
-            advise_huge(args.y, bytes());
             return made.object;
         }
         args.y = like(given, "out");

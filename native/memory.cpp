@@ -3,15 +3,10 @@
 #include <cstdlib>
 #include <new>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace batchnorm {
 namespace {
 
 constexpr size_t keep = size_t(8) << 20;
-constexpr int64_t huge_from = int64_t(4) << 20;
 
 void* aligned(size_t bytes) {
     void* p = nullptr;
@@ -61,18 +56,6 @@ Scratch::Scratch(size_t bytes) : owned_(bytes > keep || kept.busy) {
 Scratch::~Scratch() {
     if (owned_) release(base_);
     else kept.busy = false;
-}
-
-void advise_huge(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (!data || bytes < huge_from) return;
-    // Whole pages around the range: the allocator maps a large block alone, and a hint for a part of the map would split it.
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(data) & ~uintptr_t(4095);
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes + 4095) & ~uintptr_t(4095);
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-    (void)data, (void)bytes;
-#endif
 }
 
 }  // namespace batchnorm

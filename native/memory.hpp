@@ -1,4 +1,4 @@
-// Scratch memory of a call, and advice to the kernel about the pages of large outputs.
+// Scratch memory of a call.
 #pragma once
 
 #include <cstddef>
@@ -29,8 +29,5 @@ class Scratch {
     size_t used_ = 0;
     bool owned_;
 };
-
-// Asks for huge pages where an output is large and not yet touched: a page fault per 2 MiB and not per 4 KiB.
-void advise_huge(void* data, int64_t bytes);
 
 }  // namespace batchnorm
