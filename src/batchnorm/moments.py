@@ -290,6 +290,20 @@ def center_weighted(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return count, mean, m2.clamp_min(0)
 
 
+def center_masked(x: Tensor, axis: int, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return count (), mean and m2 (C,) of the elements where a mask is True; differentiable.
+
+    Args:
+        x: Input, finite where the mask is False.
+        axis: The channel axis.
+        mask: Of x's rank, with size 1 on the channel axis.
+    """
+    sample = mask.expand([1 if i == axis else size for i, size in enumerate(x.shape)])
+    dtype = wide(x.device)
+    values = layout.canonical(x, axis).to(dtype)
+    return center_weighted(values, layout.canonical(x, axis, sample).to(dtype))
+
+
 def total(x: Tensor) -> Tensor:
     """Sum (outer, C, inner) over outer and inner, pairwise."""
     return fold(fold(x, 0), -1)

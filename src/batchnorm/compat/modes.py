@@ -17,6 +17,8 @@ Private names, and what happens without them:
   running statistics twice.
 """
 
+import sys
+
 import torch
 from torch import Tensor
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
@@ -60,6 +62,11 @@ def is_transformed() -> bool:
     # Not "is not None": Dynamo wraps the None.
     top = peek_interpreter_stack()
     return isinstance(top, torch._C._functorch.CInterpreter)
+
+
+def is_dynamo_loaded() -> bool:
+    """Return whether something has imported ``torch._dynamo``, which takes seconds."""
+    return "torch._dynamo" in sys.modules
 
 
 def is_recomputing() -> bool:

@@ -1,6 +1,5 @@
 """What autograd saves while a network runs forward: recipes in the place of results."""
 
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
 from batchnorm.compat.autograd import saved_tensor_hooks
-from batchnorm.compat.modes import is_calm
+from batchnorm.compat.modes import is_calm, is_dynamo_loaded
 from batchnorm.compat.tensors import base
 from batchnorm.errors import SurgeryError
 from batchnorm.memory.recipe import Kept, Recording, Source, recipe_of
@@ -146,7 +145,7 @@ class SaveMemory:
 
 def _outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Return a hook that Dynamo does not follow, as it would any Python behind a graph break."""
-    if "torch._dynamo" not in sys.modules:  # an import of seconds
+    if not is_dynamo_loaded():
         return hook
     disabled: Callable[..., Any] = torch.compiler.disable(hook)
     return disabled

@@ -132,7 +132,7 @@ class Flow:
         return tuple(call for call in self.calls if call.name == first)
 
     def users(self, name: str) -> tuple[Call, ...]:
-        """Return the calls that read a parameter or buffer, at any time, whoever owns it."""
+        """Return the calls that read a parameter or buffer, of any module, at any time."""
         memory = self.values[self.parameters[name]].memory
         found = [op for (place, _), ops in self._readers.items() if place == memory for op in ops]
         return tuple({call.number: call for call in map(self.step, sorted(found))}.values())

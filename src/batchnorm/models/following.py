@@ -9,7 +9,6 @@ need no operator (``tolist``, ``numpy``). Layers of this library run plain opera
 import contextlib
 import dataclasses
 import functools
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -21,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from batchnorm.compat import operators
-from batchnorm.compat.modes import is_recomputing
+from batchnorm.compat.modes import is_dynamo_loaded, is_recomputing
 from batchnorm.errors import SurgeryError
 from batchnorm.models.flow import Call, Flow, Read, Value
 from batchnorm.models.inputs import Forward, replaced_forward
@@ -69,7 +68,7 @@ def flow(model: nn.Module, /, *args: Any, **kwargs: Any) -> Flow:
         if is_lazy(tensor):
             raise SurgeryError(LAZY.format(name=name))
     # Only what has loaded Dynamo can have compiled anything.
-    eager = "torch._dynamo" in sys.modules
+    eager = is_dynamo_loaded()
     stance = torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext()
     with preserved(model), _attributes_kept(model), stance:
         return follow(model, lambda: model(*args, **kwargs), (args, kwargs))

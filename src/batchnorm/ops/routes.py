@@ -127,13 +127,9 @@ def is_plain(call: Call) -> bool:
 
 def _masked_batch(call: Call, mask: Tensor) -> tuple[Tensor, Moments]:
     axis, dtype = call.axis, layout.compute_dtype(call.x)
-    sample = mask.expand([1 if i == axis else size for i, size in enumerate(call.x.shape)])
     # What is masked out is replaced first: its NaN would come back in the gradient as 0 * NaN.
     x = torch.where(mask, call.x, 0.0)
-    wide = _moments.wide(x.device)
-    values = layout.canonical(x, axis).to(wide)
-    weights = layout.canonical(x, axis, sample).to(wide)
-    count, mean, m2 = _moments.center_weighted(values, weights)
+    count, mean, m2 = _moments.center_masked(x, axis, mask)
     rstd = reference.reciprocal_std(m2, count, call.eps)
     epilogue = call.epilogue._replace(residual=call.residual_where(mask))
     y = reference.normalize(x, mean.to(dtype), rstd, epilogue, axis)

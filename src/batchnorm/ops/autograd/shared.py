@@ -115,11 +115,8 @@ def _masked(call: Call, mask: Tensor, sharing: Sharing) -> tuple[Tensor, Moments
 
     ``torch.where`` before and behind keeps gradients of masked elements out of the sums.
     """
-    x, axis = torch.where(mask, call.x, 0.0), call.axis
-    sample = mask.expand([1 if i == axis else size for i, size in enumerate(x.shape)])
-    wide = _moments.wide(x.device)
-    values, weights = (layout.canonical(x, axis, t).to(wide) for t in (x.detach(), sample))
-    moments = Moments(*_moments.center_weighted(values, weights))
+    x = torch.where(mask, call.x, 0.0)
+    moments = Moments(*_moments.center_masked(x.detach(), call.axis, mask))
     plain = call._replace(x=x, residual=call.residual_where(mask), mask=None)
     y, merged = normalize_shared(plain, sharing, moments)
     return torch.where(mask, y, 0.0), merged
