@@ -193,7 +193,7 @@ def test_a_table_typed_by_hand_fails(root, check):
 @pytest.mark.parametrize(
     "text",
     ["224²", "32×64", "3 × 3", "1×1 and 3×3", "torch 2.13", "Python 3.11", "`momentum=0.1`", "1e-6",
-     "2⁻²⁴", "75 MB/s", "| 0.05 GB | 3 |", "16 of 32×3×32×32", "decisions/0013-channels-last.md", "γ × x"],
+     "2⁻²⁴", "75 MB/s", "| 0.05 GB | 3 |", "16 of 32×3×32×32", "decisions/0016-graphs.md", "γ × x"],
 )  # fmt: skip
 def test_what_is_no_measured_figure_passes(root, check, text):
     edit(

@@ -9,7 +9,7 @@ torch program.
 
 Torch's CUDA kernel sums in float32, by Welford's recurrence in each thread: the mean may be off by
 a few roundings instead of one, and the variance by more than 1e-6 where |mean| / std is 1000 or
-more (docs/decisions/0040-triton.md). Its CPU kernel sums contiguous input in float64, and (N, C)
+more (docs/decisions/0013-triton.md). Its CPU kernel sums contiguous input in float64, and (N, C)
 and channels-last input in float32.
 
 The operations of which synchronized and frozen statistics are made are those of ``reference``.

@@ -1,7 +1,7 @@
 """How the Triton kernels cut a tensor into tiles and shares: a static table, cached per shape.
 
 Decided by shape and item size alone, never by the device or by trial, so that the order of every
-sum is the same in every run and on every GPU. The reasons stand in docs/decisions/0040-triton.md.
+sum is the same in every run and on every GPU. The reasons stand in docs/decisions/0013-triton.md.
 """
 
 import functools
