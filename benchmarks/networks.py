@@ -66,6 +66,7 @@ SIZES = {
     "resnet18": (2, 32),
     "mlp": (128, 32),
 }
+LARGE = (16, 224)  # of ResNet-50, for what is saved for backward
 # Steps of less than 50 ms: there Python's share is large, and torch's backend "eager" the measure.
 SMALL_NETWORKS = ("mlp", "resnet18")
 
@@ -73,9 +74,16 @@ SMALL_NETWORKS = ("mlp", "resnet18")
 def plan() -> Iterator[tuple[Cell, tuple[str, ...]]]:
     """Yield every cell with its contenders, what decides first."""
 
-    def cell(name: str, mode: str = "train", layout: str = "nchw", dtype: str = "fp32",
-             threads: int = 1, regime: str = "kept") -> Cell:  # fmt: skip
-        return Cell(name, mode, layout, dtype, *SIZES[name], threads, regime)
+    def cell(
+        name: str,
+        mode: str = "train",
+        layout: str = "nchw",
+        dtype: str = "fp32",
+        threads: int = 1,
+        regime: str = "kept",
+        size: tuple[int, int] | None = None,
+    ) -> Cell:
+        return Cell(name, mode, layout, dtype, *(size or SIZES[name]), threads, regime)
 
     def each() -> Iterator[tuple[str, str, str]]:
         for regime in ("kept", "default"):
@@ -88,6 +96,7 @@ def plan() -> Iterator[tuple[Cell, tuple[str, ...]]]:
         if name in ("resnet50", "mobilenet_v2") and layout == "nchw":
             contenders = (*BRIEF, "save_memory")
         yield cell(name, layout=layout, regime=regime), contenders
+    yield cell("resnet50", size=LARGE), ("eager", "graph", "save_memory")
     for name in SIZES:
         contenders = SMALL if name in SMALL_NETWORKS else BRIEF
         yield cell(name, dtype="bf16"), contenders
