@@ -189,5 +189,5 @@ def check_enough_unmasked(x: Tensor, mask: Tensor, axis: int) -> None:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of the arithmetic: float32, or float64 for a float64 input."""
+    """Return the compute dtype: float32, or float64 for a float64 input."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,6 +1,7 @@
-"""Layers with the parts that other libraries attach: what ``bn.convert`` makes of theirs.
+"""Classes that ``bn.convert`` assigns to layers of timm and torchvision.
 
-They are never constructed: a converted layer changes its class and keeps everything else.
+They add what those layers compute beyond ``torch.nn``: an activation and a drop module, or frozen
+statistics. They are never constructed: conversion assigns ``layer.__class__``.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from batchnorm.nn.layers import BatchNorm, BatchNorm2d
 
 
 class _Activated:
-    """The part of timm's ``BatchNormAct2d``: a drop layer and an activation behind the result."""
+    """Mixin of timm's ``BatchNormAct2d``: applies its ``drop`` and ``act`` to the result."""
 
     drop: nn.Module
     act: nn.Module
@@ -23,7 +24,7 @@ class _Activated:
     ) -> Tensor:
         """Return act(drop(normalized input))."""
         y: Tensor = super().forward(input, residual, mask)  # type: ignore[misc]
-        # A traced graph has one node for the layer, which does the rest when it is called.
+        # Under torch.fx the layer is one call_module node, which applies both when it runs.
         if isinstance(input, fx.Proxy):
             return y
         activated: Tensor = self.act(self.drop(y))
@@ -31,7 +32,7 @@ class _Activated:
 
 
 class _Stored:
-    """The part of a frozen layer: weight and bias are buffers, and there is no counter."""
+    """Mixin of frozen layers: weight and bias are buffers, there is no ``num_batches_tracked``."""
 
     def _normalize(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         layer: Any = self
@@ -39,7 +40,7 @@ class _Stored:
         return functional.evaluate(layer.call_of(x, residual, mask))
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # As the original does: a checkpoint of the layer that was frozen has a counter.
+        # As the original does: a checkpoint of the unfrozen layer has a counter.
         state.pop(prefix + "num_batches_tracked", None)
         layer: Any = self
         load_from_state_dict(layer, state, prefix, *rest)

@@ -1,4 +1,9 @@
-"""What all layers share: construction, forward, and the step of the estimate."""
+"""The base class of all layers: construction, ``forward``, state dicts, and casts.
+
+``forward`` tries a fast path (``hot`` in eager mode, ``traced`` while a graph is captured), which
+returns None for any call but the common one, and then takes the general path: check the arguments
+(``call_of``), normalize (``functional``), update the running statistics (``tracking``).
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +25,7 @@ from batchnorm.sources.batch import Batch
 
 
 class _Default(float):
-    """torch's default momentum, told apart from a 0.1 that somebody wrote."""
+    """The default momentum 0.1, distinguishable by identity from an explicit ``momentum=0.1``."""
 
 
 MOMENTUM = _Default(0.1)
@@ -28,15 +33,16 @@ BATCH = Batch()
 
 
 class Layer(_BatchNorm):
-    """Base of every layer: parameters, buffers and names of ``torch.nn``, arithmetic of ours.
+    """Base of every layer: parameters, buffers and names are those of ``torch.nn``.
 
     Attributes:
-        activation: What is applied to the result.
+        activation: Applied to the result.
         statistics: The source of mean and variance in training.
         axis: The channel axis of the input.
-        ranks: The ranks of input that are accepted; none given means any from 2.
-        bank: The states of ``estimator=``; None where there is but torch's running average.
-        warned: Whether a warning said that something has narrowed the running statistics.
+        ranks: The ranks of input that are accepted; an empty tuple accepts any rank >= 2.
+        bank: The states of ``estimator=``; None if ``running_mean`` and ``running_var`` are the
+            only state.
+        warned: Whether the warning about 16-bit running statistics was given.
     """
 
     __constants__ = [*_BatchNorm.__constants__, "ranks"]  # noqa: RUF012 (torch declares a list)
@@ -78,8 +84,8 @@ class Layer(_BatchNorm):
     ) -> Tensor:
         """Return act((input - mean) / sqrt(var + eps) * weight + bias + residual).
 
-        In training, mean and var come from the source ``statistics`` and move the stored
-        estimate; in evaluation they are the stored ones, or the batch's where none are stored.
+        In training, mean and var come from the source ``statistics`` and update the running
+        statistics; in evaluation they are the running statistics, or the batch's if there are none.
 
         Args:
             input: Channels on ``axis``; any real floating dtype.
@@ -129,7 +135,11 @@ class Layer(_BatchNorm):
         return y
 
     def call_of(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Call:
-        """Return one normalization by this layer as a value, checked."""
+        """Return the checked arguments of one normalization by this layer.
+
+        Raises:
+            BatchNormError: If shapes, dtypes, devices or options do not fit.
+        """
         return functional.prepare(
             x,
             self.weight,
@@ -155,13 +165,13 @@ class Layer(_BatchNorm):
             )
 
     def reset_running_stats(self) -> None:
-        """Forget: mean 0, variance 1, no batches, and every further estimate empty."""
+        """Set mean to 0, variance to 1, the counter to 0, and restart all estimators."""
         super().reset_running_stats()
         if getattr(self, "bank", None) is not None and self.running_mean is not None:
             tracking.restart(self)
 
     def extra_repr(self) -> str:
-        """Return torch's description, and what differs from its defaults."""
+        """Return torch's description and the options that are not at their defaults."""
         parts = [super().extra_repr()]
         if self.activation != IDENTITY:
             parts.append(f"activation={str(self.activation)!r}")
@@ -173,7 +183,7 @@ class Layer(_BatchNorm):
         return ", ".join(parts)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Let ``torch.jit.script`` compile a layer that computes what torch's does."""
+        """Raise if torch's code, which ``torch.jit.script`` compiles, computes something else."""
         foreign.check_scriptable(self)
         return self
 
@@ -208,7 +218,7 @@ class Layer(_BatchNorm):
 def estimation(
     momentum: float | None, estimator: EstimatorLike | None, track_running_stats: bool
 ) -> tuple[float | None, Bank | None]:
-    """Bring ``momentum`` and ``estimator`` to torch's one number, or to a bank of estimators."""
+    """Return ``(momentum, bank)``; bank is None if torch's one average suffices."""
     if estimator is None:
         check_momentum(momentum)
         return (float(momentum) if momentum is MOMENTUM else momentum), None

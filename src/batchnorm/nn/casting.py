@@ -1,4 +1,4 @@
-"""Statistics stay at least float32, whatever a model is cast to."""
+"""Running statistics stay at least float32 under ``.half()``, ``.to(dtype)`` and ``dtype=``."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def widen_statistics(layer: Any) -> None:
-    """Make the fresh buffers of a layer that was constructed in half precision float32."""
+    """Cast the buffers of a newly constructed layer to float32 if they are narrower."""
     for name in STATISTICS:
         buffer = buffers(layer)[name]
         if buffer is not None:
@@ -28,9 +28,9 @@ def widen_statistics(layer: Any) -> None:
 
 @contextlib.contextmanager
 def statistics_kept_wide(layer: Any, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Hide the statistics while ``Module._apply(fn)`` runs, then move them without narrowing.
+    """Remove the statistics while ``Module._apply(fn)`` runs, then move them without narrowing.
 
-    They are never cast and restored: a running_var of 1e6 is infinite in float16.
+    To cast them and cast them back would lose values: a running_var of 1e6 is infinite in float16.
     """
     kept = {name: buffers(layer)[name] for name in STATISTICS}
     for name in kept:
@@ -48,7 +48,7 @@ def statistics_kept_wide(layer: Any, fn: Callable[[Tensor], Tensor]) -> Iterator
 
 
 def _carry(state: Tensor, device: torch.device) -> Tensor:
-    """Move a state; off the meta device, where there is nothing to move, it starts at 0."""
+    """Move a state to a device; a state on the meta device has no values and becomes zeros."""
     return torch.zeros_like(state, device=device) if state.is_meta else state.to(device)
 
 
@@ -59,7 +59,7 @@ def _move(buffer: Tensor | None, fn: Callable[[Tensor], Tensor]) -> Tensor | Non
         moved = fn(buffer)
         dtype = at_least_float32(moved.dtype)
         return UninitializedBuffer(device=moved.device, dtype=dtype)  # type: ignore[call-arg,no-any-return]
-    # What fn does to a dtype and a device is asked of a tensor without elements.
+    # Apply fn to an empty tensor to learn the dtype and device that it casts to.
     probe = fn(buffer.new_empty(0))
     dtype = at_least_float32(probe.dtype)
     return fn(buffer) if probe.dtype == dtype else buffer.to(probe.device, dtype)

@@ -1,4 +1,4 @@
-"""How layers meet torch's own tools: symbolic tracing, scripting, mkldnn tensors."""
+"""Support for ``torch.fx.symbolic_trace``, ``torch.jit.script`` and mkldnn tensors."""
 
 from types import FunctionType
 from typing import Any
@@ -17,7 +17,7 @@ torch.jit.script would compile {layer} as the layer of torch.nn, which computes 
 {reason}. torch.jit.trace in eval mode, torch.export and torch.compile take the model as it is; \
 nothing was changed."""
 
-# The attribute of a module that has the record of its surgery; models/change.py writes it.
+# The attribute with a module's edits; models/change.py writes it.
 RECORD = "_batchnorm_edits"
 
 CONVERTED = "bn.convert changed the model; call bn.undo(model) first and script the original"
@@ -32,10 +32,10 @@ def call_module(
 ) -> Tensor:
     """Record one ``call_module`` node, as ``torch.fx`` does for the modules of ``torch.nn``.
 
-    The node keeps the layer, and with it the switch between train and eval.
+    The graph module then still has the layer, so ``train()`` and ``eval()`` work on it.
 
     Raises:
-        TraceError: If the layer is itself what is traced; ``torch.nn`` raises it there too.
+        TraceError: If the layer is the traced root module, as for layers of ``torch.nn``.
     """
     given = {"residual": residual, "mask": mask}
     kwargs = {name: value for name, value in given.items() if value is not None}
@@ -47,10 +47,10 @@ def call_module(
 
 
 def check_scriptable(layer: Any) -> None:
-    """Refuse ``torch.jit.script`` of a layer that computes something that ``torch.nn`` does not.
+    """Refuse ``torch.jit.script`` of a layer that computes more than ``torch.nn``'s.
 
     Raises:
-        SurgeryError: With what it has beyond ``torch.nn``, and what to do.
+        SurgeryError: Naming the option that ``torch.nn`` lacks, and what to do.
     """
     reason = _beyond_torch(layer)
     if reason is not None:
@@ -58,7 +58,7 @@ def check_scriptable(layer: Any) -> None:
 
 
 def _beyond_torch(layer: Any) -> str | None:
-    """Return what a layer has that ``torch.nn`` has not; None if there is nothing."""
+    """Return the first property of a layer that ``torch.nn``'s layer lacks, or None."""
     if "convert" in getattr(layer.__dict__.get(RECORD), "verbs", ()):
         return CONVERTED
     if layer.activation != IDENTITY:
@@ -94,7 +94,7 @@ def _beyond_torch(layer: Any) -> str | None:
 def through_dense(
     layer: Any, input: Tensor, residual: Tensor | None, mask: Tensor | None
 ) -> Tensor:
-    """Compute a layer on mkldnn tensors: on copies in torch's own layout, and back to mkldnn."""
+    """Compute a layer on mkldnn tensors: convert to dense, compute, convert back."""
     if residual is not None and residual.is_mkldnn:
         residual = residual.to_dense()
     y: Tensor = layer.forward(input.to_dense(), residual, mask)
@@ -102,13 +102,13 @@ def through_dense(
 
 
 def check_rank(input: Tensor, ranks: list[int]) -> None:
-    """Compare the rank of an input with those that a layer takes, in a scripted model."""
+    """Raise if the rank of an input is not in ``ranks``; compiled by ``torch.jit.script``."""
     if len(ranks) > 0 and input.dim() not in ranks:
         raise ValueError(f"expected input of rank {ranks} (got {input.dim()}D input)")
 
 
 def renamed(function: Any, name: str) -> Any:
-    """Return the same code as a function of another name, which torch.jit compiles under it."""
+    """Return the same code as a function named ``name``: ``torch.jit`` resolves methods by name."""
     return FunctionType(
         function.__code__, function.__globals__, name, function.__defaults__, function.__closure__
     )

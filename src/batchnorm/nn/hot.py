@@ -1,10 +1,11 @@
-"""The common case with as few questions as possible.
+"""The eager fast path: one backend call for the common case, with as few checks as possible.
 
-Small layers are common, and for them the questions cost more than the arithmetic. What is decided
-here is only whether a call is the common one: a plain tensor of the right rank, nobody looking
-on, torch's own rule for the statistics. Then a backend does it in one call, the step of the
-running statistics included; what it finds out of order, it declines with nothing changed.
-Everything else, and every error, takes the general way in ``base``.
+For small layers the checks of the general path cost more than the arithmetic. The common case is a
+plain strided tensor of an accepted rank, no active mode or transform, statistics of the batch or
+stored ones, and at most torch's running average. The backend then normalizes and updates the
+running statistics in one call; if it finds tensors that do not fit, it raises ``UnservedError``
+with nothing changed. Every other call, and every error message, is left to the general path in
+``base``: functions here return None for it.
 """
 
 from typing import Any
@@ -28,9 +29,9 @@ _PLAIN = (Parameter, Tensor, type(None))
 
 
 def forward(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
-    """Return the result of the layer, or None where the call is not the common one."""
-    # That nothing is being compiled is asked here too: behind a graph break this is traced alone.
-    # A kernel reads strided memory; mkldnn and sparse tensors have none.
+    """Return the result of the layer, or None if the general path must compute it."""
+    # is_calm() also asks whether Dynamo is compiling: after a graph break this function is traced
+    # without its caller. Kernels read strided memory; mkldnn and sparse tensors have none.
     if type(x) is not Tensor or x.layout is not torch.strided or not is_calm():
         return None
     axis, rank = layer.axis, x.dim()
@@ -41,7 +42,7 @@ def forward(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
     parameters, buffers = tables(layer)
     try:
         weight, bias = parameters["weight"], parameters["bias"]
-    except KeyError:  # one that is parametrized is an attribute like any other
+    except KeyError:  # a parametrized weight is a property and not in the table
         return None
     if type(weight) not in _PLAIN or type(bias) not in _PLAIN:
         return None
@@ -79,9 +80,10 @@ def call(
     residual: Tensor | None,
     act: Activation,
 ) -> Tensor | None:
-    """Return act(F.batch_norm(x, ...) + residual) and step the counter, or None as ``forward``.
+    """Return act(F.batch_norm(x, ...) + residual), or None as ``forward``; for captured graphs.
 
-    The tensors belong to no layer: a captured graph passes them.
+    A graph has no layer, so statistics, parameters and the counter are arguments. In training the
+    running statistics and the counter are updated.
     """
     if type(x) is not Tensor or x.layout is not torch.strided or x.dim() < 2 or not is_calm():
         return None
@@ -107,7 +109,7 @@ def _evaluate(
     eps: float,
     training: bool,
 ) -> Tensor | None:
-    """Normalize by the stored statistics: in evaluation, and in training if they are frozen."""
+    """Normalize by the stored statistics: in evaluation, and in training with ``Frozen``."""
     if mean is None or var is None or not (0 < eps < torch.inf if training else eps >= 0):
         return None
     graph = torch.is_grad_enabled() and _needs_grad(x, epilogue)
@@ -115,12 +117,12 @@ def _evaluate(
     if backend is None and is_torchs(x):
         if not _is_for_torch(x, epilogue.residual, mean, var):
             return None
-        if graph:  # autograd saves them, and they may move before backward
+        if graph:  # autograd saves them, and a training step may update them before backward
             mean, var = mean.clone(), var.clone()
         try:
             return torch_norm.evaluate(x, mean, var, epilogue, eps, axis)
         except RuntimeError:
-            return None  # the general way says what is wrong
+            return None  # the general path raises the error that explains it
     if backend is None or graph:
         if not _fits(x, epilogue, axis, mean, var):
             return None
@@ -146,7 +148,7 @@ def _train(
     eps: float,
     tracks: bool,
 ) -> Tensor | None:
-    """Normalize by the batch; where it tracks, move the stored statistics and the counter."""
+    """Normalize by the batch; if ``tracks``, update the running statistics and the counter."""
     if not 0 < eps < torch.inf or x.numel() <= x.size(axis):
         return None
     backend = likely(x)
@@ -188,7 +190,7 @@ def _train_by_torch(
     eps: float,
     tracks: bool,
 ) -> Tensor | None:
-    """Do a training step with torch's kernels, which move the running statistics as well."""
+    """Do a training step by ``torch.batch_norm``, which updates the running statistics too."""
     if not _is_for_torch(x, epilogue.residual, mean, var):
         return None
     step = None
@@ -196,19 +198,19 @@ def _train_by_torch(
         if mean.is_inference():
             return None
         if momentum is None:
-            if counter is None or not counter.is_cpu:  # to read it would wait for the device
+            if counter is None or not counter.is_cpu:  # reading it would synchronize the device
                 return None
             momentum = 1 / (int(counter) + 1)
-        if is_recomputing():  # with copies: checkpointing wants as many saved tensors as before
+        if is_recomputing():  # checkpointing expects as many saved tensors: update copies
             step, counter = Running(mean.clone(), var.clone(), None, 0.0), None
         else:
             step = Running(mean, var, None, momentum)
-    # Torch checks sizes and devices before it changes anything. To check them here first would cost
+    # torch.batch_norm checks sizes and devices before it writes. Checking them here too would cost
     # a small layer a tenth of its time.
     try:
         y = torch_norm.forward(x, epilogue, eps, axis, step)
     except RuntimeError:
-        return None  # the general way says what is wrong
+        return None  # the general path raises the error that explains it
     if step is not None and counter is not None:
         counter.add_(1)
     return y
@@ -217,7 +219,7 @@ def _train_by_torch(
 def _is_for_torch(
     x: Tensor, residual: Tensor | None, mean: Tensor | None, var: Tensor | None
 ) -> bool:
-    """Return whether torch reads and moves the statistics itself, if the rest belongs together."""
+    """Return whether ``torch.batch_norm`` takes input, residual and statistics without casts."""
     if not torch_norm.takes(x):
         return False
     if mean is None or var is None:
@@ -244,7 +246,7 @@ def _needs_grad(x: Tensor, epilogue: Epilogue) -> bool:
 def _fits(
     x: Tensor, epilogue: Epilogue, axis: int, mean: Tensor | None, var: Tensor | None
 ) -> bool:
-    """Return whether tensors belong together, and statistics can be read and written in place."""
+    """Return whether shapes and dtypes agree, and statistics can be read and written in place."""
     weight, bias, residual, _ = epilogue
     channels = x.shape[axis]
     if not x.dtype.is_floating_point or (mean is None) is not (var is None):

@@ -1,4 +1,4 @@
-"""The layers: ``torch.nn.BatchNorm1d/2d/3d`` with more to say, and one for any rank."""
+"""The layers: drop-ins for ``torch.nn.BatchNorm1d/2d/3d``, and ``BatchNorm`` for any rank."""
 
 import torch
 from torch import nn
@@ -24,14 +24,17 @@ class BatchNorm1d(Layer, nn.BatchNorm1d):
         eps: Added to the variance; > 0 in training.
         momentum: Weight of the newest batch in the running average; None for the cumulative one.
         affine: Whether there are ``weight`` (gamma) and ``bias`` (beta), both (C,).
-        track_running_stats: Whether an estimate is kept; without one, evaluation uses the batch.
-        device: Where parameters and buffers live.
+        track_running_stats: Whether running statistics are kept; without them, evaluation
+            normalizes by the batch.
+        device: Of parameters and buffers.
         dtype: Of the parameters; statistics stay at least float32.
         bias: Whether an affine layer has a bias.
         activation: Applied to the result; a name, or a ``torch.nn`` activation.
-        statistics: What normalizes a training step: ``bn.Batch()`` or ``bn.Frozen()``.
-        estimator: What is kept for use: one estimator, several side by side, or name -> estimator;
-            the first is in use until ``bn.use_estimate`` selects another.
+        statistics: The statistics that normalize a training step: ``bn.Batch()``, ``bn.Synced()``
+            or ``bn.Frozen()``.
+        estimator: How the statistics for evaluation are estimated: one estimator, several, or a
+            mapping name -> estimator; evaluation uses the first until ``bn.use_estimate`` selects
+            another.
 
     Raises:
         OptionError: NaN momentum, momentum and estimator together, an unknown activation.

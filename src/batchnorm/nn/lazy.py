@@ -1,4 +1,4 @@
-"""Layers that learn ``num_features`` from their first input."""
+"""Lazy layers: they take ``num_features`` from their first input."""
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class Lazy(LazyModuleMixin, Layer):  # type: ignore[misc]
                 setattr(self, name, UninitializedBuffer(device=device, dtype=wide))  # type: ignore[call-arg]
 
     def reset_parameters(self) -> None:
-        """Initialize, as far as there is anything to initialize."""
+        """Initialize parameters and buffers, once they have a shape."""
         if not self.has_uninitialized_params() and self.num_features != 0:
             super().reset_parameters()
 

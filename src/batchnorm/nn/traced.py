@@ -1,9 +1,9 @@
-"""The common case in a graph that is being made: ``F.batch_norm`` and the step of the counter.
+"""The fast path while a graph is captured: ``F.batch_norm`` and ``num_batches_tracked.add_(1)``.
 
-These are the nodes of ``torch.nn``'s own layers, so that a graph needs nothing of this library and
-a pass over it (``graph.fuse``) takes both alike. Every question is a guard of what
-``torch.compile`` makes, asked again at every call, so there are few. As in ``hot``, all else,
-and every error, takes the general way in ``base``; both mean the same.
+These are the nodes of ``torch.nn``'s own layers, so a captured or exported graph needs nothing of
+this library, and ``graph.fuse`` finds both kinds of layer by the same pattern. Every attribute that
+is read here becomes a guard of the compiled graph, evaluated at each call, so there are few. As in
+``hot``, functions return None for a call that the general path in ``base`` must handle.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from batchnorm.ops.activations import Activation
 
 
 def forward(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
-    """Return the result of the layer, or None where the call is not the common one."""
+    """Return the result of the layer, or None if the general path must compute it."""
     rank = x.dim()
     if layer.axis != 1 or not (rank in layer.ranks if layer.ranks else rank > 1):
         return None

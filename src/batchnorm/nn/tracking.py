@@ -1,4 +1,4 @@
-"""The step of a layer's stored estimate after a training batch."""
+"""Updates of a layer's running statistics, by Moments of a training batch."""
 
 import warnings
 from collections.abc import Mapping
@@ -23,15 +23,16 @@ small steps are lost. Restore it with layer.{name} = layer.{name}.float()."""
 
 
 def step(layer: Any, batch: Moments) -> None:
-    """Move ``running_mean``, ``running_var`` and the counter by one batch, in place.
+    """Update ``running_mean``, ``running_var`` and ``num_batches_tracked`` in place.
 
-    Not in the second forward of activation checkpointing, which runs inside of backward, and not
-    for a batch of no values.
+    Skipped for an empty batch, and in the recomputation of activation checkpointing, which calls
+    forward a second time inside of backward.
     """
     if nothing(batch) or is_recomputing():
         return
     if layer.bank is not None:
-        # Kept once published: a step that torch refuses (in torch.func.grad) changes nothing.
+        # Assigned after the buffers were written: torch refuses that write in torch.func.grad, and
+        # the states must then be unchanged as well.
         states = layer.bank.updated(batch)
         publish(layer, states)
         layer.bank.states = states
@@ -45,7 +46,7 @@ def step(layer: Any, batch: Moments) -> None:
 def _move(layer: Any, batch: Moments) -> None:
     alpha = layer.momentum
     if alpha is None:
-        # As in torch, a layer without counter has no cumulative average to move.
+        # As in torch, a layer without a counter does not update its cumulative average.
         seen = layer.num_batches_tracked
         alpha = 0.0 if seen is None else share_of_next(seen)
     for name in ("running_mean", "running_var"):
@@ -54,7 +55,7 @@ def _move(layer: Any, batch: Moments) -> None:
 
 
 def publish(layer: Any, states: Mapping[str, Any]) -> None:
-    """Write the estimate in use to the buffers, where eval, state dicts and torch.nn look."""
+    """Write the selected estimate to ``running_mean`` and ``running_var``."""
     names = ("running_mean", "running_var")
     for name, statistic in zip(names, layer.bank.statistics(states), strict=True):
         old = getattr(layer, name)
@@ -66,14 +67,14 @@ def publish(layer: Any, states: Mapping[str, Any]) -> None:
 def load(
     layer: Any, state: Mapping[str, Any], prefix: str, unexpected: list[str], errors: list[str]
 ) -> None:
-    """Take the states of further estimates from a state dict, where it has them.
+    """Load the states of a layer's estimators from a state dict, if it has them.
 
     Args:
-        layer: The layer, whose estimates have been restarted.
+        layer: The layer, whose estimators have been restarted.
         state: The state dict.
-        prefix: The layer's own, with the dot behind it.
-        unexpected: Keys that no one has taken; those that are taken here are removed.
-        errors: Receives what does not fit.
+        prefix: The layer's prefix in it, ending with a dot.
+        unexpected: torch's list of unexpected keys; keys that are loaded here are removed from it.
+        errors: torch's list of messages; states of another shape are appended.
     """
     start = prefix + bank.PREFIX
     given = {
@@ -87,7 +88,7 @@ def load(
 
 
 def restart(layer: Any, known: bool = False) -> None:
-    """Empty all estimates; running averages go on from the buffers if those are known."""
+    """Restart all estimators; running averages start from the buffers if ``known``."""
     start = None
     if known and layer.num_batches_tracked is not None:
         start = Averages(layer.running_mean, layer.running_var, layer.num_batches_tracked)
@@ -97,7 +98,7 @@ def restart(layer: Any, known: bool = False) -> None:
 
 
 def _warn_if_narrow(layer: Any, name: str) -> None:
-    """Warn, the first time, of a statistic that something narrowed to 16 bits."""
+    """Warn once per layer if a running statistic has a 16-bit dtype."""
     dtype = getattr(layer, name).dtype
     if dtype not in WIDE and not torch.compiler.is_compiling() and not layer.warned:
         layer.warned = True

@@ -1,7 +1,7 @@
-"""The activations that can be fused behind a normalization, and their gradients.
+"""The activations that can be fused with a normalization, and their gradients.
 
-Each is PyTorch's own function, and its gradient PyTorch's own backward operator, so that values at
-the kinks (``relu'(0) = 0``) and for NaN are those of PyTorch.
+Values are those of PyTorch's functions, and gradients those of its aten backward operators, so that
+results at kinks (``relu'(0) = 0``) and for NaN are PyTorch's.
 """
 
 import math
@@ -40,11 +40,10 @@ class Activation(NamedTuple):
         return _FUNCTIONS[self.name](z, self.slope)
 
     def over(self, z: Tensor) -> Tensor:
-        """Return the activation of ``z``, in its memory where torch keeps no more for backward.
+        """Return the activation of ``z``, in place if autograd then saves no more than otherwise.
 
-        ``z`` must be a tensor that nothing else reads, and no view. With a gradient that is ReLU
-        alone: of the others torch keeps the result if they work in place, and else z, which the
-        caller cannot write to.
+        ``z`` must not be a view and must have no other use. If ``z`` requires a gradient, only ReLU
+        works in place: the other activations save ``z`` itself for backward.
         """
         if self.name == "relu" or (self.from_output and not z.requires_grad):
             return _OVER[self.name](z, self.slope)
@@ -99,7 +98,7 @@ _GRADIENTS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 NAMES = tuple(_FUNCTIONS)
 
-# Names alone need no parsing. (A dict and no lru_cache: Dynamo warns of one.)
+# Looked up before parsing. A dict instead of lru_cache, of which Dynamo warns.
 _PLAIN = {name: Activation(name, _SLOPES.get(name, 0.0)) for name in NAMES}
 
 MODULES: dict[type, Callable[[Any], Activation]] = {
@@ -120,7 +119,7 @@ ActivationLike = str | Activation | nn.Module | type[nn.Module] | None
 
 
 def activation(spec: ActivationLike) -> Activation:
-    """Read an activation from what a user has at hand.
+    """Return the Activation for a user's ``activation=`` argument.
 
     Args:
         spec: ``None``, a name (``"relu"``, ``"leaky_relu(0.2)"``), an Activation, or a

@@ -1,4 +1,4 @@
-"""One normalization as values: what is asked for, what is added to it, what backward reads."""
+"""The arguments of one normalization as NamedTuples: Call, Epilogue, Running, ForBackward."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from batchnorm.ops.activations import IDENTITY, Activation
 
 
 class Epilogue(NamedTuple):
-    """What is computed of the normalized input: act(xhat * weight + bias + residual).
+    """What follows the normalization: act(xhat * weight + bias + residual).
 
     Attributes:
         weight: Scale per channel, (C,); None is 1.
@@ -25,10 +25,10 @@ class Epilogue(NamedTuple):
 
 
 class Running(NamedTuple):
-    """Running statistics, which a training step moves in place.
+    """Running statistics, which a training step updates in place.
 
-    mean and var go to (1 - momentum) * old + momentum * new, var with the unbiased variance, and
-    the counter, where there is one, goes up by 1.
+    mean and var become (1 - momentum) * old + momentum * new, var with the unbiased variance, and
+    the counter, if there is one, is increased by 1.
     """
 
     mean: Tensor
@@ -38,15 +38,16 @@ class Running(NamedTuple):
 
 
 class ForBackward(NamedTuple):
-    """What the forward pass leaves to the backward pass.
+    """What the forward pass saves for the backward pass.
 
     Attributes:
         x: The input.
-        stats: (6, C) in the arithmetic's dtype: mean, biased var, rstd, what rounding took from
-            rstd, and weight and bias as forward used them (1 and 0 where there are none).
-        beside: What tells act'(z) besides x and stats, where there was a residual: the output y for
-            an activation with ``from_output``, the residual for the others. None where there was
-            none: z is then computed again from x and stats.
+        stats: (6, C) in the compute dtype: mean, biased variance, rstd, the low part of rstd
+            (what rounding to the compute dtype took off), weight and bias as forward used them (1
+            and 0 if there are none).
+        beside: With a residual, the tensor that act'(z) needs besides x and stats: the output y for
+            an activation with ``from_output``, the residual for the others. None without a
+            residual: z is then recomputed from x and stats.
         act: The activation.
         axis: The channel axis.
     """
@@ -59,7 +60,7 @@ class ForBackward(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Everything about one normalization, checked; shapes as in ``layout``.
+    """The checked arguments of one normalization; shapes as in ``layout``.
 
     Attributes:
         x: Input, channels on ``axis`` (counted from the front).
@@ -73,7 +74,7 @@ class Call(NamedTuple):
         axis: The channel axis.
         mean: Stored mean, (C,), where there is one.
         var: Stored variance.
-        portable: While a graph is traced, use nothing but aten operations.
+        portable: While a graph is captured, use aten operations only.
     """
 
     x: Tensor
@@ -90,26 +91,26 @@ class Call(NamedTuple):
 
     @property
     def epilogue(self) -> Epilogue:
-        """What is computed of the normalized input."""
+        """The epilogue of the call."""
         return Epilogue(self.weight, self.bias, self.residual, self.act)
 
     @property
     def same_residual(self) -> bool:
-        """Whether the residual, if any, can be fused: the input's shape and dtype."""
+        """Whether the residual is None, or has the input's shape and dtype and can be fused."""
         r = self.residual
         return r is None or (r.shape == self.x.shape and r.dtype == self.x.dtype)
 
     def residual_where(self, mask: Tensor) -> Tensor | None:
-        """Return the residual with 0 where it is masked out: a NaN there would reach gradients."""
+        """Return the residual with 0 at masked positions, where a NaN would reach gradients."""
         residual = self.residual
         if residual is None:
             return None
-        if not residual.ndim:  # a number does not promote; the tensor of its copies would
+        if not residual.ndim:  # a 0-d tensor does not promote; expanded to a tensor it would
             residual = residual.to(torch.result_type(self.x, residual))
         return torch.where(mask, residual, 0.0)
 
     @property
     def needs_grad(self) -> bool:
-        """Whether any tensor of the call requires a gradient, while gradients are recorded."""
+        """Whether grad mode is on and any tensor of the call requires a gradient."""
         tensors = (self.x, self.weight, self.bias, self.residual)
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -1,10 +1,11 @@
-"""Three routes, one meaning.
+"""Which implementation computes a checked ``Call``; all give the same result up to rounding.
 
-*Fast*: plain eager tensors go straight to a backend (``eager``), or to torch's own kernels where
-no kernels of ours serve their device (``torch_norm``). *Graph*: while a graph is being traced, it
-is ``aten.batch_norm`` and plain operations, so that an exported graph needs nothing of ours.
-*Everything else* (torch.func, forward AD, masks, odd tensors, broadcast residuals): the plain
-operations of ``reference``.
+- *Eager*: ordinary tensors go to a backend by ``autograd.eager``, or to ``torch.batch_norm``
+  (``torch_norm``) on devices for which this library has no kernels.
+- *Graph*: while a graph is captured, ``aten.batch_norm`` and elementwise operations, so that an
+  exported graph needs nothing of this library.
+- *Reference*: under ``torch.func`` and forward AD, for masks and tensor subclasses, the
+  differentiable operations of ``backends.reference``.
 """
 
 import torch
@@ -26,10 +27,10 @@ _DEVICES = ("cpu", "cuda")
 
 
 def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
-    """Normalize by the statistics of the input itself.
+    """Normalize by the statistics of the input.
 
     Returns:
-        y and the Moments that normalized it, which are not differentiable.
+        y, and the Moments that normalized it, without a gradient.
     """
     if call.mask is not None:
         return _masked_batch(call, call.mask)
@@ -65,9 +66,9 @@ def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
 
 
 def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
-    """Normalize by given statistics, which are constants.
+    """Normalize by given statistics, as constants.
 
-    Nothing that is kept for backward aliases ``mean`` or ``var``: they may be updated in between.
+    What is saved for backward does not alias ``mean`` or ``var``, which may be updated before.
     """
     if call.mask is not None:
         return _masked_by(call, call.mask, mean, var)
@@ -94,7 +95,7 @@ def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
 
 
 def _is_added_behind(call: Call) -> bool:
-    """Return whether only the residual, broadcast or promoted, keeps kernels from serving."""
+    """Return whether kernels could serve the call but for its broadcast or promoted residual."""
     if torch.compiler.is_compiling():
         kernels = not is_transformed()
     else:  # not for torch.jit.trace, where sizes are tensors that must not be compared
@@ -103,7 +104,7 @@ def _is_added_behind(call: Call) -> bool:
 
 
 def _added_behind(z: Tensor, call: Call) -> Tensor:
-    """Add the residual and activate, in place where shape and dtype stay."""
+    """Return act(z + residual), in place if z has the result's shape and dtype."""
     residual = call.residual
     assert residual is not None
     sizes = zip(reversed(residual.shape), reversed(z.shape), strict=False)
@@ -113,7 +114,7 @@ def _added_behind(z: Tensor, call: Call) -> Tensor:
 
 
 def is_plain(call: Call) -> bool:
-    """Return whether a kernel may touch the tensors directly, with nobody looking on."""
+    """Return whether kernels may access the tensors' memory: plain types, no mode or transform."""
     x = call.x
     if x.layout is not torch.strided or not call.same_residual:
         return False
@@ -127,7 +128,8 @@ def is_plain(call: Call) -> bool:
 
 def _masked_batch(call: Call, mask: Tensor) -> tuple[Tensor, Moments]:
     axis, dtype = call.axis, layout.compute_dtype(call.x)
-    # What is masked out is replaced first: its NaN would come back in the gradient as 0 * NaN.
+    # Masked elements are replaced before anything else: a NaN there would reach the gradient as
+    # 0 * NaN.
     x = torch.where(mask, call.x, 0.0)
     count, mean, m2 = _moments.center_masked(x, axis, mask)
     rstd = reference.reciprocal_std(m2, count, call.eps)
@@ -147,16 +149,17 @@ def _masked_by(call: Call, mask: Tensor, mean: Tensor, var: Tensor) -> Tensor:
 def _aten(
     call: Call, mean: Tensor | None, var: Tensor | None, momentum: float | None = None
 ) -> Tensor:
-    """Normalize with ``aten.batch_norm`` and plain operations, for graphs that travel.
+    """Normalize by ``aten.batch_norm`` and elementwise operations, for captured graphs.
 
-    By the batch where there is no mean, or where mean and var are to be moved with ``momentum``.
+    By the batch's statistics if ``mean`` is None, or if ``momentum`` is given: mean and var are
+    then updated with it.
     """
     dtype = layout.compute_dtype(call.x)
     given = [
         t if t is None or t.dtype == dtype else t.to(dtype)
         for t in (mean, var, call.weight, call.bias)
     ]
-    # Nodes that do nothing are left out of the graph.
+    # Avoid casts and a movedim that do nothing: each would be a node of the graph.
     x = call.x if call.axis == 1 else call.x.movedim(call.axis, 1)
     training = mean is None or momentum is not None
     y = F.batch_norm(x, *given, training, momentum or 0.0, call.eps)  # type: ignore[call-arg, arg-type]

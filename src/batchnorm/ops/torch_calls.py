@@ -1,4 +1,4 @@
-"""Which calls of PyTorch's API are an addition or an activation that can be fused."""
+"""Reads calls of PyTorch's API: is it an addition or an activation that can be fused?"""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,10 +12,10 @@ from batchnorm.ops.activations import IDENTITY, Activation
 
 
 class Absorbable(NamedTuple):
-    """An operation on a normalized tensor.
+    """An operation that can be fused with the normalization whose output it takes.
 
     Attributes:
-        target: The tensor it is applied to.
+        target: The tensor that it is applied to.
         act: The activation; the identity for an addition.
         residual: What is added, in an addition.
         inplace: Whether the target itself becomes the result.
@@ -33,13 +33,14 @@ Reader = Callable[..., Absorbable | None]
 def recognize(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mine: Callable[[Any], bool]
 ) -> Absorbable | None:
-    """Read a call, or return None where it is something else.
+    """Return what a call computes, or None if it is not an operation that can be fused.
 
     Args:
         func: The function, as ``__torch_function__`` gets it.
         args: Its arguments.
         kwargs: Its keyword arguments.
-        mine: Whether an argument can be the target; decides which side of an addition is.
+        mine: Whether an argument is a normalized tensor; decides which operand of an addition is
+            the target.
     """
     reader = _READERS.get(func)
     if reader is None:

@@ -1,8 +1,8 @@
-"""The fast eager route: ``autograd.Function`` straight to a backend.
+"""The autograd Functions of the eager route: forward and backward are backend calls.
 
-The old style of Function, whose call is 15-40 microseconds cheaper than one with
-``setup_context``. Under ``create_graph`` the gradient is taken through ``reference`` instead, so
-that it can be differentiated again.
+They are in the style without ``setup_context``, whose call costs less Python. In a backward pass
+with ``create_graph=True`` the gradient is computed by ``reference``, which can be differentiated
+again.
 """
 
 from typing import Any
@@ -21,9 +21,9 @@ from batchnorm.ops.call import Epilogue, ForBackward, Running
 
 Gradients = tuple[Tensor | None, ...]
 
-# What ``BatchNormalize`` needs besides the tensors that autograd follows: the epilogue (of the same
-# tensors), eps, the channel axis, the backend, a list that receives stats where they are wanted,
-# and what the backend moves in the same call.
+# Arguments of ``BatchNormalize`` without a gradient: the epilogue (with the tensors that are given
+# to apply), eps, the channel axis, the backend, a list that receives stats if the caller wants
+# them, and the running statistics that the backend updates.
 Step = tuple[Epilogue, float, int, Backend, list[Tensor] | None, Running | None]
 
 
@@ -127,7 +127,7 @@ class Normalize(torch.autograd.Function):
         return dx, None, *affine, dresidual, None, None, None
 
 
-# The route has asked for transforms of torch.func before.
+# Callers have checked that no transform of torch.func is active, which Function.apply would ask.
 apply_batch = quick_apply(BatchNormalize)
 apply_given = quick_apply(Normalize)
 
@@ -135,10 +135,10 @@ apply_given = quick_apply(Normalize)
 def kept_beside(
     act: Activation, residual: Tensor | None, y: Tensor, backend: Backend
 ) -> Tensor | None:
-    """Return what tells act'(z) besides x and stats: y, or a copy of what was added.
+    """Return the tensor that act'(z) needs besides x and stats: y, a copy of the residual, or None.
 
-    A copy, since the caller may write to it before backward, as behind ``torch.add``. It is made by
-    an operation that autograd records, so that the second derivative reaches the residual.
+    A copy, since the caller may write to the residual before backward, as after ``torch.add``.
+    Autograd records the copy, so that the second derivative reaches the residual.
     """
     if act.from_output:
         return None if residual is None and not backend.reads_output else y
@@ -149,10 +149,10 @@ def kept_beside(
 
 
 def with_edge(bias: Tensor | None) -> Tensor | None:
-    """Return a tensor from which the second derivative reaches the bias.
+    """Return a tensor through which the second derivative reaches the bias.
 
-    A parameter is that itself. What an operation made is copied by another operation, since a write
-    in place would give the tensor another ``grad_fn``, and a cycle if it comes from this layer.
+    A leaf is returned as it is. A non-leaf is cloned under autograd: an in-place write by the
+    caller would change the ``grad_fn`` of the tensor itself.
     """
     if bias is None or bias.grad_fn is None:
         return bias
@@ -166,12 +166,12 @@ def to_parameters(
     bias: torch.dtype | None,
     dbias: Tensor | None,
 ) -> Gradients:
-    """Bring the sums to the dtypes of weight and bias; None for a parameter that is not there."""
+    """Cast the sums to the dtypes of weight and bias; None for an absent parameter."""
     return _as(dweight, weight), _as(dbias, bias)
 
 
 def dtype_of(parameter: Tensor | None) -> torch.dtype | None:
-    """Return the dtype of a parameter, if there is one."""
+    """Return the dtype of a parameter, or None."""
     return None if parameter is None else parameter.dtype
 
 
@@ -190,10 +190,11 @@ def _graph(
     adds: bool,
     bias_dtype: torch.dtype | None,
 ) -> Gradients:
-    """Take the gradients through plain operations, with a graph of their own.
+    """Return the gradients by differentiable operations, for ``create_graph=True``.
 
-    An alias of x keeps the paths apart where it is its own residual. Where y is read, it is this
-    operation's own output, so that all inputs get the zeros that torch gives them.
+    x is aliased by a view, so that its gradient is not mixed with that of the residual if both are
+    one tensor. act' is taken from y, if it is saved, so that the second derivative with respect to
+    all inputs is 0 where torch's is.
     """
     x, stats, weight, beside = ctx.saved_tensors
     x = x.view_as(x)
@@ -214,16 +215,16 @@ def _graph(
 
 
 def _as_used(used: Tensor, parameter: Tensor | None) -> Tensor:
-    """Return the values that forward used; their gradient goes to the parameter."""
+    """Return the values that forward used, with a gradient that flows to the parameter."""
     if parameter is None or not parameter.requires_grad:
         return used
     return used + (parameter - parameter.detach()).to(used.dtype)
 
 
 class _Constant(torch.autograd.Function):
-    """A gradient that does not depend on x, which torch.nn's requires a gradient for all the same.
+    """Identity on ``dx`` that makes it require a gradient, as torch.nn's double backward does.
 
-    A penalty on it can be differentiated, and x gets None.
+    With constant statistics dx does not depend on x: backward returns None for x.
     """
 
     @staticmethod

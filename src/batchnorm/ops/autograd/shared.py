@@ -1,7 +1,8 @@
-"""Normalization by statistics that several parts share, with the gradient through them.
+"""Normalization by statistics merged over several parts of a batch, for example over ranks.
 
-Each part takes its own moments and sums; what is between, a merge over the parts, comes from
-outside. The composition of the four operations that synchronized training is made of.
+Each part computes its own Moments (forward) and sums (backward) by a backend; ``Sharing`` merges
+them over all parts. This composes the four basic operations of a backend: moments, normalize,
+backward_sums, backward_input.
 """
 
 from collections.abc import Callable
@@ -24,11 +25,11 @@ Gradients = tuple[Tensor | None, ...]
 
 
 class Sharing(NamedTuple):
-    """How the parts of a batch come together.
+    """Two functions that combine the parts of a batch.
 
     Attributes:
-        merge: Moments of this part -> Moments of all; counts per channel, (C,).
-        add: Sums of this part -> sums of all.
+        merge: Moments of this part -> Moments of all parts; counts per channel, (C,).
+        add: Sums of this part -> sums over all parts.
     """
 
     merge: Callable[[Moments], Moments]
@@ -60,7 +61,7 @@ class SharedNormalize(torch.autograd.Function):
         backend = select(x, epilogue, axis)
         count, stats = statistics
         y = backend.normalize(x, stats[0], stats[2:4], epilogue, axis)
-        # The weight is kept so that torch refuses backward where it was written to in between.
+        # The weight is saved so that autograd raises if it was written to in place before backward.
         ctx.save_for_backward(x, stats, weight, kept_beside(act, residual, y, backend))
         ctx.rest = act, axis, backend, residual is not None, count, add
         ctx.dtypes = dtype_of(weight), dtype_of(bias)
@@ -111,9 +112,9 @@ def normalize_shared(
 
 
 def _masked(call: Call, mask: Tensor, sharing: Sharing) -> tuple[Tensor, Moments]:
-    """Normalize where the mask is True, by the elements that count in all parts; 0 elsewhere.
+    """Normalize by the unmasked elements of all parts; the output is 0 where the mask is False.
 
-    ``torch.where`` before and behind keeps gradients of masked elements out of the sums.
+    ``torch.where`` on x and on y keeps the gradients of masked elements out of the sums.
     """
     x = torch.where(mask, call.x, 0.0)
     moments = Moments(*_moments.center_masked(x.detach(), call.axis, mask))

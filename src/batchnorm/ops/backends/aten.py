@@ -1,18 +1,17 @@
-"""Torch's own kernels, seen as the other backends are: those that ``F.batch_norm`` runs.
+"""The backend "aten": torch's own kernels, those that ``F.batch_norm`` runs.
 
-They serve calls that need a backend (``bn.save_memory``, ``bn.Synced``) on CUDA and where there are
-no kernels of ours, and those that ask for them by name. A plain call of a layer takes
-``torch_norm`` instead. Mean and variance come from ``batch_norm_update_stats``, which hands out the
-variance itself: from the float32 1 / sqrt(var + eps) of ``native_batch_norm`` no variance that is
-small next to eps could be had. An addition and an activation are operations of their own, as in any
-torch program.
+It serves calls that need a backend (``bn.save_memory``, ``bn.Synced``) on CUDA and where this
+library has no kernels, and ``use_backend("aten")``. Other calls of a layer there take
+``torch_norm``. Mean and variance come from ``batch_norm_update_stats``, which returns the variance:
+the float32 1 / sqrt(var + eps) of ``native_batch_norm`` does not determine a variance that is small
+next to eps. The addition and the activation are separate operations.
 
 Torch's CUDA kernel sums in float32, by Welford's recurrence in each thread: the mean may be off by
-a few roundings instead of one, and the variance by more than 1e-6 where |mean| / std is 1000 or
-more (docs/decisions/0013-triton.md). Its CPU kernel sums contiguous input in float64, and (N, C)
+a few roundings, and the variance by more than 1e-6 where |mean| / std is 1000 or more
+(docs/decisions/0013-triton.md). Its CPU kernel sums contiguous input in float64, and (N, C)
 and channels-last input in float32.
 
-The operations of which synchronized and frozen statistics are made are those of ``reference``.
+``backward_sums`` and ``backward_input`` are those of ``reference``.
 """
 
 import torch
@@ -77,18 +76,18 @@ def evaluate(
 def forward(
     x: Tensor, epilogue: Epilogue, eps: float, axis: int, running: Running | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Normalize by the input's own statistics; return y and stats (6, C), the rest of rstd being 0.
+    """Normalize by the input's own statistics; return y and stats (6, C), the low part of rstd 0.
 
-    With ``running`` torch's kernel moves the running statistics, which must have the arithmetic's
-    dtype, and the counter goes up.
+    With ``running``, torch's kernel updates the running statistics, which must have the compute
+    dtype, and the counter is increased.
 
     Raises:
-        UnservedError: If they have another; nothing has been changed.
+        UnservedError: If they have another dtype; nothing has been changed.
     """
     if running is not None and running.mean.dtype != wide(x):
         raise UnservedError(
             f"expected running statistics of {wide(x)}, got {running.mean.dtype}; torch's kernel "
-            "moves them in the dtype of the arithmetic"
+            "updates them in the compute dtype"
         )
     mean, var = _statistics(x, running)
     rstd = torch.rsqrt(var + eps)
@@ -122,9 +121,9 @@ def backward(
 
 
 def _statistics(x: Tensor, running: Running | None) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance in the arithmetic's dtype, and take the running step."""
+    """Return mean and biased variance in the compute dtype; update ``running`` if given."""
     if running is None:
-        # The CPU's kernel gives its results the dtype of the running statistics.
+        # The CPU kernel returns results in the dtype of the running statistics.
         scratch = [None, None] if x.is_cuda else [*x.new_zeros(2, x.shape[1], dtype=wide(x))]
         return torch.batch_norm_update_stats(x, scratch[0], scratch[1], 0.0)
     stored = (running.mean, running.var)

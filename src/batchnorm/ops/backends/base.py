@@ -1,10 +1,10 @@
-"""The contract of a backend: what computes the operations of a normalization.
+"""The contract of a backend, which computes normalizations of plain tensors.
 
     z = (x - mean) * rstd * weight + bias + residual          y = act(z)
 
-Four operations are the meaning: ``moments``, ``normalize``, ``backward_sums``, ``backward_input``.
-``forward``, ``evaluate`` and ``backward`` are compositions of them that a backend may compute at
-once. A module with these functions and attributes is a backend; ``backend.BACKENDS`` lists them.
+Four operations define it: ``moments``, ``normalize``, ``backward_sums``, ``backward_input``.
+``forward``, ``evaluate`` and ``backward`` are compositions of them, which a backend may compute in
+one pass. A module with these functions and attributes is a backend; ``choice.BACKENDS`` lists them.
 """
 
 from typing import Literal, Protocol
@@ -17,17 +17,16 @@ Mode = Literal["train", "eval"]
 
 
 class Backend(Protocol):
-    """Functions of plain tensors, without autograd; each means what it means in ``reference``.
+    """Functions of plain tensors, without autograd; ``reference`` defines their results.
 
-    Per channel, ``stats`` (6, C), ``sum_dz`` and ``sum_dz_xhat`` (C,) are in the arithmetic's dtype
-    (float32, or float64 where x is float64), and results of ``moments`` in float64 where the device
-    has it. ``rstd`` is (C,), or (2, C) with what rounding took from it. y, dx and dresidual have
+    Per channel, ``stats`` (6, C; see ``ForBackward``), ``sum_dz`` and ``sum_dz_xhat`` (C,) are in
+    the compute dtype (float32, or float64 if x is float64), and results of ``moments`` in float64
+    if the device has it. ``rstd`` is (C,), or (2, C) with its low part. y, dx and dresidual have
     x's dtype.
 
     Attributes:
-        commits: Whether ``forward`` takes ``running``, and moves it and its versions in the call.
-        reads_output: Whether backward reads the sign of y where it may, instead of computing z
-            again.
+        commits: Whether ``forward`` updates ``running``, and increments the tensors' versions.
+        reads_output: Whether backward of the ReLU family reads y instead of recomputing z.
     """
 
     @property
@@ -36,7 +35,7 @@ class Backend(Protocol):
     def reads_output(self) -> bool: ...  # noqa: D102
 
     def serves(self, x: Tensor, epilogue: Epilogue, axis: int, mode: Mode) -> str | None:
-        """Return why a call cannot be served, or None where it can."""
+        """Return the reason why a call cannot be served, or None if it can."""
 
     def moments(self, x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         """Return mean and m2 = sum((x - mean)**2) per channel."""
@@ -56,8 +55,10 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Normalize by x's own mean and biased variance; return y and stats.
 
+        If ``commits``, the running statistics are updated by them, with the unbiased variance.
+
         Raises:
-            UnservedError: If tensors do not belong together; nothing has been changed.
+            UnservedError: If shapes, dtypes or devices do not fit; nothing has been changed.
         """
 
     def backward_sums(self, dy: Tensor, saved: ForBackward) -> tuple[Tensor, Tensor]:
@@ -74,10 +75,11 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """Return dx = weight * rstd * (dz - sum_dz / n - xhat * sum_dz_xhat / n), and dz if wanted.
 
-        The sums are those of all parts of a batch, and n = count; zeros and 1 for constants.
+        The sums are over all parts of the batch and n = ``count`` is its number of values per
+        channel; zeros and 1 if the statistics are constants.
         """
 
     def backward(
         self, dy: Tensor, saved: ForBackward, want_residual: bool
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Invert ``forward``: return dx, dz if wanted, sum(dz), sum(dz * xhat)."""
+        """Return the gradients of ``forward``: dx, dz if wanted, sum(dz), sum(dz * xhat)."""

@@ -1,9 +1,9 @@
-"""Which backend serves a call, and why the others declined.
+"""The list of backends and the choice of one for a call.
 
-An automatic choice falls back to the next; an explicit one raises. Both can be seen with
-``bn.env()``. Where no kernels of ours serve a device, plain tensors need no backend:
-``torch_norm`` serves them (``is_torchs``). A CPU without the native module is such a device, and is
-warned of once, at import.
+The automatic choice takes the first backend that serves the call; one named by ``use_backend``
+raises if it cannot. ``bn.env()`` shows the list and the reasons. On devices for which this library
+has no kernels, ordinary calls need no backend: ``torch_norm`` computes them (``is_torchs``). A CPU
+without the native module is such a device; a warning at import says so.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ is not affected. A C++17 compiler builds the module (Debian: apt install g++; ma
 go on without, ignore this warning before the import: \
 warnings.filterwarnings("ignore", "batchnorm has no native module")."""
 
-# Fastest first. The reference serves everything and stands last.
+# Fastest first; "reference" serves every call and is last.
 BACKENDS: dict[str, Backend] = {}
 
-# Why a backend that exists in the source is not in the list above: name -> reason.
+# Backends that cannot be used in this installation: name -> reason.
 UNAVAILABLE: dict[str, str] = {}
 
 try:
@@ -54,37 +54,37 @@ else:
 BACKENDS["aten"] = aten
 BACKENDS["reference"] = reference
 
-# What serves by itself. The Triton kernels have not been measured on a GPU: they serve where
-# ``use_backend("triton")`` asks for them.
+# The automatic choice. The Triton kernels have not been measured on a GPU, so they serve only by
+# ``use_backend("triton")``.
 _order = tuple(one for one in BACKENDS.values() if one is not cuda)
 
 _cpu = BACKENDS.get("cpu")
 
-# What each backend promises, for bn.env() and the documents.
+# What each backend guarantees, for bn.env() and the documents.
 PROMISES = {
     "cpu": "variance to a relative 1e-6 whatever the mean, the same bits for any number of "
     "threads, any pair of dtypes; no masks",
     "triton": "sums in float64, the same bits in every run, any pair of dtypes; no masks; not "
     "measured on a GPU, so by name only",
-    "aten": "the accuracy and the bits of torch.nn; parameters are cast to the arithmetic's dtype; "
+    "aten": "the accuracy and the bits of torch.nn; parameters are cast to the compute dtype; "
     "no masks",
     "reference": "any input, masks, the transforms of torch.func, any derivative; sums in float64",
 }
 
-# The name that use_backend gave. Each thread and each asyncio task has its own.
+# The name given to use_backend, per thread and asyncio task.
 _forced: ContextVar[str | None] = ContextVar("batchnorm.use_backend", default=None)
 
-# What bn.save_memory puts around the backend of a call.
+# Set by bn.save_memory: wraps the backend of each call.
 _wrap: Callable[[Backend], Backend] | None = None
 
 
 def select(
     x: Tensor, epilogue: Epilogue = Epilogue(), axis: int = 1, mode: Mode = "train"
 ) -> Backend:
-    """Return the first backend that serves the call, in what ``wrap_with`` puts around it.
+    """Return the first backend that serves the call, wrapped by ``wrap_with``'s function.
 
     Raises:
-        BackendError: If ``use_backend`` named one that does not.
+        BackendError: If ``use_backend`` named one that does not serve it.
     """
     backend = chosen(x, epilogue, axis, mode)
     return backend if _wrap is None else _wrap(backend)
@@ -93,10 +93,10 @@ def select(
 def chosen(
     x: Tensor, epilogue: Epilogue = Epilogue(), axis: int = 1, mode: Mode = "train"
 ) -> Backend:
-    """Return the first backend that serves the call, as it is.
+    """Return the first backend that serves the call, without a wrapper.
 
     Raises:
-        BackendError: If ``use_backend`` named one that does not.
+        BackendError: If ``use_backend`` named one that does not serve it.
     """
     if (forced := _forced.get()) is not None:
         backend = BACKENDS[forced]
@@ -115,10 +115,10 @@ def chosen(
 
 
 def likely(x: Tensor) -> Backend | None:
-    """Return the backend that serves an input, if that can be told without a look at the rest.
+    """Return the native backend if x is on the CPU and no other is forced, else None.
 
-    Its functions look at everything themselves, and raise ``UnservedError`` with nothing changed.
-    Where it returns None, more must be asked first; the answer is then that of ``select``.
+    The caller need not check its arguments: the native functions do, and raise ``UnservedError``
+    with nothing changed. After None the caller must check them and call ``select``.
     """
     if _cpu is None or not x.is_cpu or _forced.get() not in (None, "cpu"):
         return None
@@ -126,33 +126,33 @@ def likely(x: Tensor) -> Backend | None:
 
 
 def is_torchs(x: Tensor) -> bool:
-    """Return whether ``torch_norm`` is to serve an input, instead of a backend.
+    """Return whether ``torch_norm`` computes calls on x, instead of a backend.
 
-    That is where ``select`` would come to torch's kernels, until ``bn.save_memory`` is first used:
-    from then on a backend serves inside and outside of its blocks, so that checkpointed regions
-    save the same tensors when they are recomputed, and results have the same bits.
+    So it is on devices without kernels of this library, until ``bn.save_memory`` is first used.
+    From then on a backend serves all calls, inside and outside of ``save_memory``: a checkpointed
+    region must save the same tensors, with the same bits, when it is recomputed.
     """
     return _wrap is None and is_torchs_device(x.device)
 
 
 def is_torchs_device(device: torch.device) -> bool:
-    """Return whether there are no kernels of ours for a device, or "aten" was asked for."""
+    """Return whether this library has no kernels for a device, or "aten" is forced."""
     if (forced := _forced.get()) is not None:
         return forced == "aten"
     return device.type != "cpu" or _cpu is None
 
 
 def wrap_with(wrap: Callable[[Backend], Backend]) -> None:
-    """Let ``wrap(backend)`` serve from now on what ``backend`` is selected for."""
+    """Make ``select`` and ``likely`` return ``wrap(backend)`` from now on."""
     global _wrap
     _wrap = wrap
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Serve every call inside the ``with`` block by one backend, or raise where it cannot.
+    """Compute every call inside the ``with`` block by one backend, or raise if it cannot.
 
-    This holds for the thread (or asyncio task) that enters the block; others keep their choice.
+    This applies to the thread or asyncio task that enters the block, not to others.
 
     Args:
         name: ``"reference"``, or another that ``bn.env()`` lists.

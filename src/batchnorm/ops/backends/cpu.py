@@ -1,11 +1,11 @@
-"""The native CPU kernels, seen as functions of plain tensors.
+"""The backend "cpu": the native kernels as functions of plain tensors.
 
-No autograd and no modules here: one native call, which reads the tensors, makes the outputs and
-computes. Statistics are fresh tensors in the arithmetic's dtype, and every function means what the
-one of the same name in ``reference`` means.
+Each function is one native call, which reads the tensors, allocates the outputs and computes.
+Statistics are new tensors in the compute dtype; ``reference`` defines the results.
 
-Served in place are contiguous inputs, and dense ones with the channels innermost (channels-last,
-or (N, C)). Any other is copied to a contiguous one first; the rest follows the input's layout.
+Read without a copy are contiguous inputs, and dense ones with the channels innermost
+(channels-last, or (N, C)). Any other is copied to a contiguous tensor first; residual and gradients
+are brought to the input's layout.
 """
 
 from collections.abc import Callable
@@ -137,7 +137,7 @@ def backward_input(
     count: float,
     want_residual: bool,
 ) -> tuple[Tensor, Maybe]:
-    """Return dx from the merged sums and count, and dresidual = dz where it is wanted."""
+    """Return dx from the merged sums and count, and dresidual = dz if wanted."""
     x, stats, beside, act, axis = saved
     residual, y = _beside(act, beside)
     code, slope, n, threads = CODES[act.name], act.slope, float(count), _threads()
@@ -154,7 +154,7 @@ def backward_input(
 def backward(
     dy: Tensor, saved: ForBackward, want_residual: bool
 ) -> tuple[Tensor, Maybe, Tensor, Tensor]:
-    """Invert ``forward`` in one call; return dx, dresidual, sum(dz), sum(dz * xhat)."""
+    """Return the gradients of ``forward``: dx, dresidual, sum(dz), sum(dz * xhat)."""
     x, stats, beside, act, axis = saved
     residual, y = _beside(act, beside)
     code, slope, threads = CODES[act.name], act.slope, _threads()
@@ -173,18 +173,19 @@ def _again(
     axis: int,
     *rest: Any,
 ) -> Found:
-    """Call a kernel that has declined once more, with tensors that lie as it wants them.
+    """Call a kernel again that returned None, with copies in the memory order that it supports.
 
     Args:
-        kernel: What takes x, ``alike``, ``vectors``, axis and the rest, and may return None.
+        kernel: Takes x, ``alike``, ``vectors``, axis and the rest; returns None if it cannot serve
+            tensors with these strides.
         x: Input.
         alike: Tensors of the input's shape and dtype.
         vectors: Tensors with the channels on their last axis.
         axis: The channel axis.
-        *rest: What is the kernel's own.
+        *rest: Further arguments of the kernel.
 
     Raises:
-        UnservedError: If the tensors do not belong together; nothing has been changed.
+        UnservedError: If shapes, dtypes or devices do not fit; nothing has been changed.
     """
     found = None
     if all(t is None or (t.shape == x.shape and t.dtype == x.dtype) for t in alike):
@@ -209,5 +210,5 @@ def _unserved(
 
 
 def _beside(act: Activation, beside: Maybe) -> tuple[Maybe, Maybe]:
-    """Return (residual, y), of which at most one is there."""
+    """Return (residual, y): ``beside`` at the place that the activation needs, else None."""
     return (None, beside) if act.from_output else (beside, None)

@@ -1,18 +1,17 @@
-"""The meaning of every operation, in plain PyTorch operations.
+"""The backend "reference": the definition of every operation, in plain PyTorch operations.
 
     z = (x - mean) * rstd * weight + bias + residual          y = act(z)
 
-All of it is computed in float64, where the device has it, and rounded once. Nobody optimizes this
-file. It serves wherever nothing faster does, it is what every other backend is compared with, and
-its two forward functions can be differentiated any number of times, in either mode and under
-``torch.func``, since they are nothing but compositions.
+Everything is computed in float64, if the device has it, and rounded once. This file is written to
+be read, not to be fast. It serves any call, every other backend is tested against it, and its
+forward functions can be differentiated any number of times, in forward and reverse mode and under
+``torch.func``, since they are compositions of differentiable operations.
 
-The arithmetic's dtype is float32, or float64 where x is float64. In it are the sums of the backward
-pass, and ``stats`` (``call.ForBackward``), whose rows for weight and bias are copies, so that
-backward computes with what forward used, whatever was written to the parameters in between.
-``moments`` returns mean and m2 in float64: m2 = n * var overflows float32 where the variance does
-not. Parameters and stored statistics may have any floating dtype; parameters are rounded to the
-dtype of the arithmetic.
+The compute dtype is float32, or float64 if x is float64. The sums of the backward pass have it, and
+``stats`` (``call.ForBackward``), whose rows for weight and bias are copies: backward computes with
+the values that forward used, even if the parameters were written to since. ``moments`` returns mean
+and m2 in float64, since m2 = n * var overflows float32 before the variance does. Parameters and
+stored statistics may have any floating dtype; parameters are rounded to the compute dtype.
 """
 
 import torch
@@ -44,12 +43,12 @@ def reciprocal_std(m2: Tensor, count: float | Tensor, eps: float) -> Tensor:
 
 
 def stored_rstd(var: Tensor, eps: float) -> Tensor:
-    """Return 1 / sqrt(var + eps) of stored statistics, which are constants, in the widest dtype."""
+    """Return 1 / sqrt(var + eps) without a gradient, in the accumulator dtype."""
     return torch.rsqrt(var.detach().to(_moments.wide(var.device)) + eps)
 
 
 def with_rest(rstd: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return (2, C) in ``dtype``: a wider rstd rounded to it, and what that took away."""
+    """Return (2, C) in ``dtype``: the high and the low part of a wider rstd, whose sum it is."""
     rounded = rstd.to(dtype)
     return torch.stack([rounded, (rstd - rounded).to(dtype)])
 
@@ -57,13 +56,13 @@ def with_rest(rstd: Tensor, dtype: torch.dtype) -> Tensor:
 def known_stats(
     x: Tensor, mean: Tensor, var: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """Return stats (6, C) of statistics that are known, as constants.
+    """Return ``stats`` (6, C) of given statistics, without a gradient.
 
     Args:
         x: The input that is normalized by them.
         mean: Per channel, (C,).
         var: Biased variance.
-        rstd: 1 / sqrt(var + eps), in the widest dtype.
+        rstd: 1 / sqrt(var + eps), in the accumulator dtype.
         weight: Scale per channel, or None.
         bias: Shift per channel, or None.
     """
@@ -88,7 +87,7 @@ def normalize(x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, axis: i
 def forward(
     x: Tensor, epilogue: Epilogue, eps: float, axis: int, running: Running | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Normalize by the input's own statistics; return y and stats. It does not move ``running``."""
+    """Normalize by the input's own statistics; return y and stats. ``running`` is not updated."""
     mean, m2 = _moments.center(layout.canonical(x, axis).to(_moments.wide(x.device)))
     wide = reciprocal_std(m2, layout.values_per_channel(x.shape, axis), eps)
     dtype = layout.compute_dtype(x)
@@ -134,7 +133,7 @@ def backward_input(
     xhat = affine(x, stats[0], stats[2:4], None, None, axis)
     scale = joined(stats[2:4]).to(dz.dtype) * stats[4].to(dz.dtype)
     n = count or 1
-    # Without the product where it is 0, as with constant statistics: x may be infinite.
+    # With constant statistics the share is 0; the product would be NaN where x is infinite.
     share = (sum_dz_xhat / n).view(view)
     centered = dz - (sum_dz / n).view(view) - torch.where(share == 0, 0.0, xhat * share)
     dx = (centered * scale.view(view)).to(x.dtype)
@@ -144,7 +143,7 @@ def backward_input(
 def backward(
     dy: Tensor, saved: ForBackward, want_residual: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Invert ``forward``; return dx, dresidual, sum(dz), sum(dz * xhat)."""
+    """Return the gradients of ``forward``: dx, dresidual, sum(dz), sum(dz * xhat)."""
     sum_dz, sum_dz_xhat = backward_sums(dy, saved)
     count = layout.values_per_channel(saved.x.shape, saved.axis)
     dx, dresidual = backward_input(dy, saved, sum_dz, sum_dz_xhat, count, want_residual)
@@ -154,9 +153,9 @@ def backward(
 def affine(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int
 ) -> Tensor:
-    """Return (x - mean) * rstd * weight + bias in the widest dtype, to be rounded once.
+    """Return (x - mean) * rstd * weight + bias in the accumulator dtype.
 
-    The mean is taken off first: x * scale + shift loses digits where the mean is large.
+    The mean is subtracted first: x * scale + shift loses digits if the mean is large.
     """
     view, dtype = layout.per_channel_shape(x.ndim, axis), layout.compute_dtype(x)
     wide = _moments.wide(x.device)
@@ -169,9 +168,9 @@ def affine(
 
 
 def added(z: Tensor, x: Tensor, residual: Tensor | None) -> Tensor:
-    """Return z + residual, each rounded to the arithmetic's dtype, so that kinks are torch's.
+    """Return z + residual, both rounded to the compute dtype, in the accumulator dtype.
 
-    In the widest dtype again, in which what follows is computed.
+    The rounding puts the kinks of activations at the same inputs as in torch.
     """
     z = z.to(layout.compute_dtype(x))
     if residual is not None:
@@ -180,7 +179,7 @@ def added(z: Tensor, x: Tensor, residual: Tensor | None) -> Tensor:
 
 
 def joined(rstd: Tensor) -> Tensor:
-    """Return (C,): rstd with its rest, in the widest dtype."""
+    """Return the sum of the two parts of rstd, (C,), in the accumulator dtype."""
     if rstd.ndim == 1:
         return rstd
     wide = rstd.to(_moments.wide(rstd.device))
@@ -188,7 +187,7 @@ def joined(rstd: Tensor) -> Tensor:
 
 
 def gradient_of_z(dy: Tensor, saved: ForBackward) -> Tensor:
-    """Return dz = dy * act'(z), in the widest dtype, from y or from z computed again."""
+    """Return dz = dy * act'(z), in the accumulator dtype, from y or from a recomputed z."""
     x, stats, beside, act, axis = saved
     wide = _moments.wide(x.device)
     dy = dy.to(wide)

@@ -1,4 +1,4 @@
-"""How tensors lie in memory, as kernels see them: dense, as (outer, C, inner)."""
+"""Memory layouts that kernels support: dense tensors, seen as (outer, C, inner)."""
 
 import torch
 from torch import Tensor
@@ -8,8 +8,8 @@ _float32 = torch.float32
 
 
 def plan(x: Tensor, axis: int) -> tuple[Tensor, int, int, int]:
-    """Return x in a layout that is served, and (outer, C, inner) with inner running fastest."""
-    if x.is_neg():  # a view whose memory holds the opposite of what it means
+    """Return x, copied if its layout is not supported, and (outer, C, inner), inner contiguous."""
+    if x.is_neg():  # a lazy negation: memory holds -x
         x = x.resolve_neg()
     if axis == 1 and x.dim() == 2 and x.is_contiguous():
         return x, *x.shape, 1
@@ -33,7 +33,7 @@ def _channels_innermost(x: Tensor, axis: int) -> bool:
 
 
 def like(tensor: Tensor, x: Tensor) -> Tensor:
-    """Bring a tensor into the memory layout of x."""
+    """Return a tensor with the strides of x, copied if necessary."""
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
     if tensor.stride() == x.stride() or (tensor.is_contiguous() and x.is_contiguous()):
@@ -42,20 +42,20 @@ def like(tensor: Tensor, x: Tensor) -> Tensor:
 
 
 def like_or_none(tensor: Tensor | None, x: Tensor) -> Tensor | None:
-    """Do as ``like``, where there is a tensor."""
+    """Return ``like(tensor, x)``, or None."""
     return None if tensor is None else like(tensor, x)
 
 
 def vector(tensor: Tensor | None) -> Tensor | None:
-    """Return a per-channel tensor that can be walked, where there is one."""
+    """Return ``walked(tensor)``, or None."""
     return None if tensor is None else walked(tensor)
 
 
 def walked(tensor: Tensor) -> Tensor:
-    """Return a per-channel tensor that can be walked."""
+    """Return a per-channel tensor with contiguous, non-negated memory."""
     return tensor.contiguous().resolve_neg()
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """Return the dtype of the arithmetic."""
+    """Return the compute dtype: float64 for float64, float32 for all others."""
     return _float64 if x.dtype is _float64 else _float32

@@ -1,10 +1,10 @@
-"""A normalization as a program of ``torch.nn`` computes it: ``torch.batch_norm`` and autograd.
+"""Normalization by ``torch.batch_norm`` under ordinary autograd, as ``torch.nn`` computes it.
 
-This serves plain eager tensors where no kernels of ours do: on a CPU without the native module, on
-a GPU without Triton, on other devices. Speed, saved tensors and higher derivatives are those of
+This serves eager calls on devices for which this library has no kernels: CPUs without the native
+module, CUDA, and others. Speed, saved tensors and higher derivatives are those of
 ``torch.nn.BatchNorm2d`` followed by an addition and an activation in place. Two things are added:
-inputs whose channels are not on axis 1 are seen as (outer, C, inner), and per-channel tensors of
-another dtype are brought to the arithmetic's, which is the only one that torch takes everywhere.
+inputs with the channels on another axis than 1 are viewed as (outer, C, inner), and per-channel
+tensors are cast to the compute dtype, the only one that torch accepts on all devices.
 
 How accurate the statistics are is torch's choice: on the CPU it sums contiguous input in float64,
 and (N, C) and channels-last input in float32.
@@ -24,7 +24,7 @@ _MIXING = ("cpu", "cuda")
 
 
 def takes(x: Tensor) -> bool:
-    """Return whether torch's kernels take an input; in training, of several values per channel."""
+    """Return whether torch's kernels take x (in training, if it has several values per channel)."""
     if x.dtype not in DTYPES or x.layout is not torch.strided or not x.numel():
         return False
     return x.is_cpu or x.dtype is wide(x) or x.device.type in _MIXING
@@ -33,12 +33,12 @@ def takes(x: Tensor) -> bool:
 def forward(
     x: Tensor, epilogue: Epilogue, eps: float, axis: int, running: Running | None = None
 ) -> Tensor:
-    """Normalize by the input's own statistics; move ``running`` by them, with the unbiased var.
+    """Normalize by the input's own statistics; update ``running`` by them, with the unbiased var.
 
-    Running statistics have the arithmetic's dtype. Their counter is the caller's to move.
+    Running statistics have the compute dtype. The caller increases their counter.
 
-    As in ``torch.nn``, the version counters of the running statistics stay: autograd saves the two
-    and does not read them in backward, so that a later step must be no error.
+    As in ``torch.nn``, the update does not increment the tensors' versions: autograd saves them
+    without reading them in backward, and an update before backward must not be an error.
     """
     return _batch_norm(x, epilogue, eps, axis, True, running)
 
@@ -46,7 +46,7 @@ def forward(
 def evaluate(
     x: Tensor, mean: Tensor, var: Tensor, epilogue: Epilogue, eps: float, axis: int
 ) -> Tensor:
-    """Normalize by stored statistics, which autograd saves: give copies if they may change."""
+    """Normalize by stored statistics. Autograd saves them: pass copies if they may change."""
     dtype = wide(x)
     if mean.dtype is not dtype:
         mean = mean.to(dtype)
@@ -58,7 +58,7 @@ def evaluate(
 def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
     """Normalize by the input's own statistics; return them too."""
     x, axis = call.x, call.axis
-    # A running average that keeps nothing of its past is the batch's statistic: no further pass.
+    # With momentum 1 the kernel writes the batch's own statistics to mean and var.
     mean, var = torch.zeros(2, x.shape[axis], dtype=wide(x), device=x.device)
     y = forward(x, call.epilogue, call.eps, axis, Running(mean, var, None, 1.0))
     count = x.numel() // x.shape[axis]
@@ -87,7 +87,7 @@ def _batch_norm(
     if bias is not None:
         if bias.dtype is not dtype:
             bias = bias.to(dtype)
-        if weight is None:  # torch's second derivatives are wrong for a bias without a weight
+        if weight is None:  # torch's double backward is wrong for a bias without a weight
             weight = torch.ones_like(bias, requires_grad=False)
     seen = x
     if not _is_taken_as_it_is(x, axis):

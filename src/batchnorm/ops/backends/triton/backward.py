@@ -1,14 +1,14 @@
 """The backward kernels in Triton.
 
     sums_kernel        a share of a column of tiles -> partial sums of dz and dz * xhat
-    fold_kernel        partial sums, folded in index order -> the sums
+    fold_kernel        partial sums, added in index order -> the sums
     input_kernel       a few tiles -> dx, and dz as the gradient of the residual
     backward_kernel    all three where a channel's values fit into one tile
 
-``dz = dy * act'(z)`` and ``dx = weight * rstd * (dz - sum_dz / n - xhat * sum_dz_xhat / n)``. What
-tells act'(z) is ``SOURCE``: nothing, "x" (z is computed again), "residual" (the same, with what was
-added), "y" (the ReLU family), or "dz" itself, which the pass before has left where the residual's
-gradient goes.
+``dz = dy * act'(z)`` and ``dx = weight * rstd * (dz - sum_dz / n - xhat * sum_dz_xhat / n)``.
+``SOURCE`` says from what act'(z) is computed: "none" (no activation), "x" (z is recomputed),
+"residual" (z is recomputed and the residual added), "y" (the ReLU family), or "dz" (the pass before
+has stored dz as the residual's gradient).
 """
 
 import triton
@@ -47,10 +47,10 @@ def read(
     POLICY: tl.constexpr,
     X_POLICY: tl.constexpr,
 ):
-    """Return x and dz of a tile, 0 outside; leave dz in dresidual where it is given.
+    """Return x and dz of a tile, 0 outside; store dz to dresidual if it is given.
 
-    z is that of the forward pass, by the same coefficients. The policies are the cache's, for x and
-    for all else that is read.
+    z is recomputed by the coefficients of the forward pass. The two policies are eviction policies
+    of the cache, for x and for the other loads.
     """
     value = tl.load(x + at, inside, eviction_policy=X_POLICY).to(REAL)
     dz = tl.load(dy + at, inside, eviction_policy=POLICY).to(REAL)
@@ -100,8 +100,8 @@ def sums_kernel(
 ):
     """Write the sums over ``share`` tiles to partial (2, splits, C); store dz where asked to.
 
-    Each lane of the tile keeps its own sums, so that the multiprocessor's threads meet once. With
-    dz stored, the pass after this reads that and x, and the cache need not keep the others.
+    Each lane of the tile keeps its own sums, so that threads synchronize once. If dz is stored, the
+    next pass reads dz and x, and the cache need not keep dy and y.
     """
     channel = channels_of(tl.program_id(0), B, ROWS)
     known = channel < channels
@@ -131,7 +131,7 @@ def sums_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def fold_kernel(partial, sums, splits, channels, S: tl.constexpr, K: tl.constexpr):
-    """Fold partial sums of K channels, S at a time in index order, into sums (2, C)."""
+    """Add partial sums of K channels, S at a time in index order, into sums (2, C)."""
     channel = tl.program_id(0) * K + tl.arange(0, K)
     known = channel < channels
     sum_dz = tl.zeros_like(channel).to(tl.float64)
@@ -207,7 +207,7 @@ def input_kernel(
     total = tl.load(sum_dz + own, known, other=0.0).to(tl.float64)
     dot = tl.load(sum_dot + own, known, other=0.0).to(tl.float64)
     offset, slope = shares(inverse, total, dot, count, count_rest, REAL)
-    # Whoever gets the residual's gradient reads dz next.
+    # The backward of what made the residual reads dz next.
     POLICY: tl.constexpr = "" if SOURCE == "dz" else "evict_first"
     for i in tl.range(0, share, num_stages=STAGES):
         index = first - i

@@ -1,12 +1,12 @@
-"""The Triton kernels, seen as functions of plain tensors; the counterpart of ``cpu``.
+"""The backend "triton": the Triton kernels as functions of plain tensors.
 
-Statistics are fresh tensors in the arithmetic's dtype, and every function means what the one of
-the same name in ``reference`` means. Served in place are contiguous inputs, and dense ones with
-the channels innermost (channels-last, or (N, C)); any other is copied to a contiguous one first.
+Statistics are new tensors in the compute dtype; ``reference`` defines the results. Read without a
+copy are contiguous inputs, and dense ones with the channels innermost (channels-last, or (N, C));
+any other is copied to a contiguous tensor first.
 
-Triton is imported at the first call: a program that never runs a kernel does not wait for it. With
-``TRITON_INTERPRET=1`` in the environment when that happens, the kernels run on the CPU in numpy:
-that is for tests, and only what ``use_backend("triton")`` asks for is then served.
+Triton is imported at the first call, since the import takes time that other programs should not
+spend. If ``TRITON_INTERPRET=1`` is set at that time, the kernels run in Triton's interpreter on the
+CPU, for tests, under ``use_backend("triton")`` only.
 """
 
 import functools
@@ -33,7 +33,7 @@ reads_output = False
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# Rows of stats: mean, var, rstd, what rounding took from it, weight, bias.
+# Rows of stats: mean, var, high and low part of rstd, weight, bias.
 _STATS = 6
 
 
@@ -101,7 +101,7 @@ def normalize(x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, axis: i
 def evaluate(
     x: Tensor, mean: Tensor, var: Tensor, epilogue: Epilogue, eps: float, axis: int
 ) -> Tensor:
-    """Normalize by stored statistics, finished in the same pass."""
+    """Normalize by stored statistics; rstd is computed in the same pass."""
     return _normalize(x, mean, var, epilogue, eps, axis)
 
 
@@ -110,7 +110,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Normalize by the input's own statistics; return y and stats (6, C).
 
-    With ``running`` the same call moves the running statistics, and their versions.
+    With ``running`` the call updates the running statistics and increments their versions.
     """
     weight, bias, residual, act = epilogue
     x, *shape = plan(x, axis)
@@ -150,7 +150,7 @@ def backward_input(
     count: float,
     want_residual: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return dx from the merged sums and count, and dresidual = dz where it is wanted."""
+    """Return dx from the merged sums and count, and dresidual = dz if wanted."""
     x, stats, beside, act, axis = saved
     x, *shape = plan(x, axis)
     dy = like(dy, x)
@@ -167,7 +167,7 @@ def backward_input(
 def backward(
     dy: Tensor, saved: ForBackward, want_residual: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Invert ``forward``; return dx, dresidual, sum(dz), sum(dz * xhat)."""
+    """Return the gradients of ``forward``: dx, dresidual, sum(dz), sum(dz * xhat)."""
     x, stats, beside, act, axis = saved
     x, *shape = plan(x, axis)
     dy, stats = like(dy, x), walked(stats)
@@ -206,7 +206,7 @@ def _normalize(
 
 
 def _source(act: Activation, beside: Tensor | None, x: Tensor) -> tuple[str, Tensor | None]:
-    """Return what tells act'(z), and the tensor that is read for it besides x."""
+    """Return the kernels' ``SOURCE`` of act'(z), and the tensor that it reads besides x."""
     if act.name == "identity":
         return "none", None
     if beside is None:
@@ -215,7 +215,7 @@ def _source(act: Activation, beside: Tensor | None, x: Tensor) -> tuple[str, Ten
 
 
 def _dresidual(dy: Tensor, x: Tensor, act: Activation, wanted: bool) -> Tensor | None:
-    """Return where dz goes; without an activation it is dy itself."""
+    """Return the tensor for dz, if wanted; without an activation dz is dy."""
     if not wanted:
         return None
     return dy if act.name == "identity" else torch.empty_like(x)

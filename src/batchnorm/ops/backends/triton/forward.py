@@ -1,7 +1,7 @@
 """The forward kernels in Triton.
 
     moments_kernel     a share of a column of tiles -> partial Moments in the workspace
-    finish_kernel      partial Moments, folded in index order -> stats, and the running step
+    finish_kernel      partial Moments, merged in index order -> stats and running statistics
     normalize_kernel   a few tiles -> y
     forward_kernel     all three where a channel's values fit into one tile: x is read once
 
@@ -46,7 +46,7 @@ def coefficients(mean, rstd, weight, bias, channel, inside, REAL: tl.constexpr):
 
 @triton.jit
 def reciprocal(rstd, rest, channel, inside):
-    """Load rstd in float64: the number, and where it is given what rounding took from it."""
+    """Load rstd in float64: the high part, plus the low part if it is given."""
     inverse = tl.load(rstd + channel, inside, other=0.0).to(tl.float64)
     if rest is not None:
         inverse += tl.load(rest + channel, inside, other=0.0).to(tl.float64)
@@ -141,7 +141,7 @@ def finish_kernel(
     S: tl.constexpr,
     K: tl.constexpr,
 ):
-    """Fold partial Moments of K channels, S at a time in index order, and finish."""
+    """Merge partial Moments of K channels, S at a time in index order, and finish them."""
     channel = tl.program_id(0) * K + tl.arange(0, K)
     known = channel < channels
     n = tl.zeros_like(channel).to(tl.float64)

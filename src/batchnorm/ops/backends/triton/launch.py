@@ -1,8 +1,8 @@
-"""Launching the Triton kernels: workspace, grids and arguments.
+"""Launches of the Triton kernels: workspace, grids and arguments.
 
-Tensors arrive as the adapter ``cuda`` has laid them out: dense, in the memory order of ``shape``
-(outer, C, inner). Launches go to the current stream of the tensor's device, read nothing back,
-and so can be captured in a CUDA graph.
+Tensors are dense, in the memory order of ``shape`` (outer, C, inner), as ``cuda`` passes them.
+Launches go to the current stream of the tensor's device and read nothing back, so they can be
+captured in a CUDA graph.
 """
 
 import contextlib
@@ -32,11 +32,11 @@ from batchnorm.ops.backends.triton.plan import Plan
 Shape = tuple[int, int, int]
 Running = tuple[Tensor, Tensor, Tensor | None, float]
 
-# The compiler forms no fma of its own, which it would do here and not there: so a result that is
-# computed again, in another kernel, has the same bits. Where it matters, tl.fma is written out.
+# The compiler must not contract products and sums to fma, which it would do in some kernels only: a
+# result that another kernel recomputes must have the same bits. tl.fma is written out instead.
 EXACT = {"enable_fp_fusion": False}
 
-# Partial results that are folded at a time, and channels of a program that folds.
+# Partial results that are reduced at a time, and channels per program that reduces them.
 FOLD_SPLITS, FOLD_CHANNELS = 256, 8
 
 
@@ -52,7 +52,7 @@ def forward(
     eps: float,
     running: Running | None,
 ) -> None:
-    """Fill y and stats, for whose rows see ``reference``; commit the running step."""
+    """Fill y and stats (rows as in ``ForBackward``); update the running statistics."""
     plan = triton_plan.whole("forward", *shape, x.element_size())
     if plan is None:
         moments(x, shape, weight, bias, stats, eps, running)
@@ -76,7 +76,7 @@ def moments(
     eps: float,
     running: Running | None,
 ) -> None:
-    """Fill stats, and commit the running step."""
+    """Fill stats; update the running statistics."""
     plan = triton_plan.tiled("moments", *shape, x.element_size())
     partial = _workspace(x, 3, plan)
     with _on(x):
@@ -106,7 +106,7 @@ def normalize(
 ) -> None:
     """Fill y; ``spread`` is rstd where eps is None, and the variance where it is given.
 
-    rstd is (C,), or (2, C) with its rest.
+    rstd is (C,), or (2, C) with its low part.
     """
     plan = triton_plan.tiled("apply", *shape, x.element_size())
     with _on(x):
@@ -134,8 +134,8 @@ def backward(
     count = shape[0] * shape[2]
     plan = triton_plan.whole("backward", *shape, x.element_size())
     if plan is None:
-        # Where dz is exact in the residual's gradient, the first pass leaves it there, and the
-        # second reads it instead of dy and y. ReLU gives dy or 0; other slopes would be rounded.
+        # If dz is exact in x's dtype, the first pass stores it as the residual's gradient, and the
+        # second reads it instead of dy and y. ReLU's dz is dy or 0; other slopes would be rounded.
         exact = act.name in ("relu", "relu6") or x.element_size() > 2
         early, late = (dresidual, None) if exact else (None, dresidual)
         sums_of(dy, x, shape, stats, extra, source, sums, early, act)
@@ -233,14 +233,14 @@ def _activation(act: Activation) -> dict[str, Any]:
 
 
 def _period(plan: Plan) -> int | None:
-    """Return after how many lanes of a row the channels begin again, if they do."""
+    """Return the channels of a sample if a row holds several samples, else None."""
     return None if plan.wraps == 1 else plan.channels // plan.wraps
 
 
 def _fold(plan: Plan) -> tuple[tuple[int], tuple[int, int], dict[str, Any]]:
-    """Return grid, parts and channels, and constants of a kernel that folds partial results.
+    """Return grid, parts and channels, and constants of a kernel that reduces partial results.
 
-    Those of the samples that make a row lie one after another, as those of several programs do.
+    Partial results of the samples of one row are consecutive, like those of several programs.
     """
     parts, channels = plan.splits * plan.wraps, plan.channels // plan.wraps
     block = min(FOLD_SPLITS, 1 << (parts - 1).bit_length())
@@ -257,18 +257,18 @@ def _momentum(running: Running | None) -> tuple[float, float]:
 
 
 def _pair(rstd: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return rstd and its rest, if it is given."""
+    """Return rstd and its low part, or None."""
     if rstd.dim() == 1:
         return rstd, None
     return rstd[0], rstd[1] if len(rstd) > 1 else None
 
 
 def _kept(stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return mean, rstd, its rest, weight and bias as forward used them."""
+    """Return mean, the two parts of rstd, weight and bias as forward used them."""
     return stats[0], stats[2], stats[3], stats[4], stats[5]
 
 
 def _two(value: float) -> tuple[float, float]:
-    """Split a number into what float32, the type of a kernel's numbers, keeps, and the rest."""
+    """Split a number into its float32 value and the rest: kernels take float32 scalars."""
     high = ctypes.c_float(value).value
     return high, float(value) - high

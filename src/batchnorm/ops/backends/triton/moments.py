@@ -1,4 +1,4 @@
-"""Moments in Triton: the merge, the moments of a tile, and what is done once all are merged.
+"""Moments in Triton: the merge, the Moments of a tile, and the finishing of merged Moments.
 
 Sums are float64, as on the CPU (docs/decisions/0009-accuracy.md), of deviations from a value of
 the channel: a mean that cancels out to near 0 keeps its digits, and so does a variance next to a
@@ -15,7 +15,7 @@ from batchnorm.ops.backends.triton.tiles import over
 def merge(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
     """Merge two Moments: Chan, Golub, LeVeque 1983, eq. 2.1; the combine function of tl.reduce.
 
-    An empty part is the identity, selected by its count: what its mean holds does not matter.
+    An empty part is the identity, selected by its count, so its mean may hold anything.
     """
     n = n_a + n_b
     w = n_b / tl.where(n > 0, n, 1.0)
@@ -50,7 +50,7 @@ def deviations(x, inside, pivot):
 
 @triton.jit
 def centered(x, inside, n, pivot, ROWS: tl.constexpr):
-    """Return a better pivot for values of 64 bits, than which float64 is no wider: their mean."""
+    """Return the tile's mean as a better pivot for float64 values, else the pivot unchanged."""
     pivot = pivot.to(tl.float64)
     if x.dtype.primitive_bitwidth == 64:
         mean = pivot + over(deviations(x, inside, pivot), ROWS) / tl.maximum(n, 1.0)
@@ -89,12 +89,12 @@ def finish(
     momentum_rest,
     EPS: tl.constexpr,
 ):
-    """Store stats; commit the running step; return mean and rstd as stored.
+    """Store stats; update the running statistics; return mean and rstd as they were stored.
 
-    Whoever normalizes by what is stored gets the bits of whoever goes on with what is returned.
+    Returning the rounded values gives the caller the bits that a later kernel reads from stats.
 
     running <- (1 - momentum) * running + momentum * (mean, m2 / (n - 1)), counter <- counter + 1.
-    Exactly one program holds a channel here, so that there is nothing to race with.
+    Each channel belongs to one program here, so the updates cannot race.
     """
     biased = m2 / tl.where(n > 0, n, 1.0)
     rstd = 1.0 / tl.sqrt(biased + EPS)

@@ -1,7 +1,7 @@
-"""How the Triton kernels cut a tensor into tiles and shares: a static table, cached per shape.
+"""How the Triton kernels divide a tensor into tiles and programs: computed once per shape.
 
-Decided by shape and item size alone, never by the device or by trial, so that the order of every
-sum is the same in every run and on every GPU. The reasons stand in docs/decisions/0013-triton.md.
+The tiling depends on the shape and the item size only, not on the device or on autotuning, so that
+sums are taken in the same order in every run and on every GPU; see docs/decisions/0013-triton.md.
 """
 
 import functools
@@ -14,12 +14,12 @@ TILE = {"moments": 4096, "sums": 4096, "apply": 4096}
 # A channel's values are handled in one pass if they fit into a tile of so many elements.
 ONE_PASS = {"forward": 32768, "backward": 16384}
 
-# Programs that share a tensor. Two reducing ones fit on each of 132 processors, so that all start
-# at once and end together; the others are more, and come and go.
+# Programs per tensor. Two reducing ones fit on each of 132 multiprocessors, so all are resident at
+# once; of the others there are more.
 PROGRAMS = {"moments": 264, "sums": 264, "apply": 528}
 
-# Tiles that a program goes over at the most where nothing is reduced: they share the arithmetic in
-# float64 that each channel needs, and a longer way would leave the last programs alone.
+# The most tiles of a program that reduces nothing. They share the float64 arithmetic per channel;
+# with more tiles the last programs would run while other multiprocessors are idle.
 MOST_TILES = 8
 
 # Bytes of neighbouring channels in a tile of rows: two cache lines.
@@ -28,12 +28,11 @@ ROW_BYTES = 256
 # Registers of a thread while statistics are taken: two programs of 8 warps fit then.
 REGISTERS = 128
 
-# Tiles on their way to a multiprocessor while one is worked on, and that one, of values of 2 bytes
-# and of wider ones: in the two programs of a processor some 64 KiB are on the way then. Tiles that
-# are copied ahead take no hint of what the cache should keep; with 1 they are not.
+# Software pipelining stages (num_stages) for values of 2 bytes and for wider ones: about 64 KiB are
+# then in flight per multiprocessor. Pipelined loads take no eviction policy; 1 is no pipelining.
 STAGES = {"moments": (5, 3), "sums": (3, 2), "apply": (1, 1)}
 
-# The least that a row of a tile should read: one sector of memory.
+# The least bytes that a row of a tile should read: one sector of memory.
 SECTOR = 32
 
 

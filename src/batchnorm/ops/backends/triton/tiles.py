@@ -1,4 +1,4 @@
-"""Where the values of a tile lie in memory.
+"""Memory offsets of the values of a tile.
 
 A tile has A rows and B lanes, which are neighbours in memory. Of the two layouts,
 
@@ -27,7 +27,7 @@ def channels_of(column, B: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def parameters_of(channel, period):
-    """Return where the parameters of a row's channels are: from sample to sample the same."""
+    """Return the parameter index of each lane, channel % period for rows of several samples."""
     if period is not None:
         channel = channel % period
     return channel
@@ -50,7 +50,7 @@ def places(
 ):
     """Return offsets (A, B) of the tile ``index`` of a column, and which of them are inside.
 
-    With EVEN that is all of them, and the compiler leaves out what else depends on it.
+    With EVEN all are inside, and the compiler drops the masks.
     """
     if LONG:
         index = index.to(tl.int64)
@@ -74,8 +74,8 @@ def places(
 def block_of(columns, share):
     """Return the column of this program's ``share`` tiles, and the last of them.
 
-    Programs go from the end of the tensor to its beginning, and each over its tiles likewise: what
-    the pass before has read last is what is still in the cache.
+    Programs go from the end of the tensor to its beginning, and each over its tiles likewise: the
+    pass before has read the end last, so that is what the L2 cache still holds.
     """
     place = tl.num_programs(0) - 1 - tl.program_id(0)
     return place % columns, (place // columns) * share + share - 1
@@ -93,7 +93,7 @@ def values_in(
     ROWS: tl.constexpr,
     LONG: tl.constexpr,
 ):
-    """Return how many values of a channel the tile ``index`` holds, without counting them."""
+    """Return the number of values per channel in the tile ``index``, computed from its bounds."""
     if LONG:
         index = index.to(tl.int64)
     first = tl.minimum(index * A, rows)
@@ -136,8 +136,8 @@ def start_of(
 def over(x, ROWS: tl.constexpr):
     """Sum a tile over the values of each channel: (B,), or (1,).
 
-    A thread adds a few neighbours one after another, and from there on it is a tree: an outlier
-    swallows no more than its neighbours' last digits.
+    Each thread adds a few neighbours sequentially, then sums are added in a tree: an outlier takes
+    low digits from its neighbours only.
     """
     if ROWS:
         total = tl.sum(x, 0)
