@@ -19,8 +19,9 @@ PIP := $(PY) -m pip --disable-pip-version-check install
 READY_RUN := $(VENV)/ready-run
 READY := $(VENV)/ready
 TRITON := $(VENV)/triton
+KERNELS := tests/backends/triton
 
-# Which of the tests, for example TESTS=tests/test_cli.py.
+# Which of the tests, for example TESTS=tests/cli/test_command.py.
 TESTS ?=
 
 .PHONY: run test test-slow audit test-integrations test-triton test-driver coverage bench docs lint sanitize neon format clean
@@ -44,23 +45,23 @@ audit: $(READY)
 test-integrations: $(READY)
 	@echo "Installing the trainers of requirements/integrations.txt"
 	$(PIP) --constraint $(TORCH) --requirement requirements/integrations.txt
-	$(PY) -m pytest tests/test_integrations.py -m "not cuda"
+	$(PY) -m pytest tests/interop/test_trainers.py -m "not cuda"
 
 # The Triton kernels without a GPU: run by Triton's interpreter in numpy, and compiled for Hopper.
 # Two lanes side by side; the suite of every backend runs with this one.
 test-triton: $(READY) $(TRITON)/ready
-	(	PYTHONPATH=$(TRITON) $(PY) -m pytest tests/kernels/test_driver.py tests/kernels/test_ahead.py \
-			tests/kernels/test_launch.py && \
-		TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(PY) -m pytest \
-			tests/kernels/test_triton.py tests/kernels/test_hostile.py tests/kernels/test_session.py \
+	(	PYTHONPATH=$(TRITON) $(PY) -m pytest $(KERNELS)/test_driver.py \
+			$(KERNELS)/test_compiled_ahead.py $(KERNELS)/test_launch.py && \
+		TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(PY) -m pytest $(KERNELS)/test_kernels.py \
+			$(KERNELS)/test_hostile_shapes.py $(KERNELS)/test_session.py \
 	) & kernels=$$!; \
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(PY) -m pytest -m "not slow" -k "triton and not threads" \
-		tests/test_ops.py tests/test_bounds.py tests/test_accuracy.py; \
+		tests/backends/test_contract.py tests/backends/test_accuracy_bounds.py tests/backends/test_accuracy_edge_cases.py; \
 	suite=$$?; wait $$kernels && exit $$suite
 
 # Whether the CUDA library of the tests has all functions that the driver of the pinned Triton calls.
 test-driver: $(READY) $(TRITON)/ready
-	PYTHONPATH=$(TRITON) $(PY) -m pytest tests/kernels/test_driver.py
+	PYTHONPATH=$(TRITON) $(PY) -m pytest $(KERNELS)/test_driver.py
 
 $(TRITON)/ready: requirements/triton.txt | $(READY)
 	@echo "Installing Triton into $(TRITON): 0.2 GB to download, 0.7 GB on disk"

@@ -18,10 +18,10 @@ from batchnorm.ops.backends.triton import cuda
 from batchnorm.ops.call import Epilogue, ForBackward
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import oracle
+from support import oracle
 
 if cuda.interprets():
-    import interpreter  # noqa: F401 - the rounding of a GPU
+    import support.interpreter  # noqa: F401 - the rounding of a GPU
 
 Options = argparse.Namespace
 

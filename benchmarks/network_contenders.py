@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
-import third_party
+from support import third_party
 
 
 class Join(torch.autograd.Function):

@@ -26,7 +26,7 @@ from batchnorm.benchmark.rows import circumstances
 from statistics_of_use import network, ours, write
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import third_party
+from support import third_party
 
 
 def wide() -> nn.Module:

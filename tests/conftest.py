@@ -11,7 +11,7 @@ from batchnorm.ops.backends.choice import BACKENDS, use_backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
-    import interpreter  # noqa: F401
+    import support.interpreter  # noqa: F401
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,0 +1,164 @@
+"""The house, as data: who may import whom, and how large things may grow."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+SOURCE = TESTS.parent / "src" / "batchnorm"
+
+# Lowest first; rooms on one level do not know each other. A file imports lower levels, or files of
+# its own room; never a package's __init__.
+LEVELS = [
+    {"errors", "compat", "progress", "recycling", "version", "_native"},
+    {"files", "layout"},
+    {"checkpoints"},
+    {"moments"},
+    {"ops", "collective"},
+    {"blocks"},
+    {"estimators"},
+    {"sources"},
+    {"functional"},
+    {"nn"},
+    {"models", "environment", "report"},
+    {"graph", "memory"},
+    {"calibration", "surgery"},
+    {"demo", "benchmark", "integrations"},
+    {"cli"},
+]
+# Of the report's room, others use its face; cli and the pages of env() are lazy on purpose.
+FACES = {"batchnorm.report"}
+LAZY = {"cli", "benchmark"}
+
+FILES = sorted(
+    path for path in SOURCE.rglob("*.py") if path.name not in ("__init__.py", "__main__.py")
+)
+
+
+def level(room):
+    for number, rooms in enumerate(LEVELS):
+        if room in rooms:
+            return number
+    raise AssertionError(f"{room} has no level: add it to LEVELS")
+
+
+def room_of(path):
+    first = path.relative_to(SOURCE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports(path, deep=True):
+    """Modules of ours that a file imports, as dotted names, and whether inside a function."""
+    tree = ast.parse(path.read_text())
+    top = set(ast.walk(tree)) if deep else set(tree.body)
+    inside = {
+        node
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+    }
+    for node in top:
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.split(".")[0] == "batchnorm"
+        ):
+            for alias in node.names:
+                joined = SOURCE.joinpath(*node.module.split(".")[1:], alias.name)
+                is_module = (
+                    joined.with_suffix(".py").exists() or joined.is_dir() or alias.name == "_native"
+                )
+                yield (f"{node.module}.{alias.name}" if is_module else node.module), node in inside
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "batchnorm":
+                    yield alias.name, node in inside
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_a_file_imports_lower_levels_or_siblings(path):
+    own = room_of(path)
+    for module, lazy in imports(path):
+        other = module.split(".")[1] if "." in module else ""
+        assert other, f"{path.name} imports the root package"
+        if other != own:
+            assert level(other) < level(own), f"{path.name} ({own}) imports {module}"
+        target = SOURCE.joinpath(*module.split(".")[1:])
+        if target.is_dir():
+            assert module in FACES, f"{path.name} imports the package {module}, not a file of it"
+        assert not lazy or own in LAZY, f"{path.name} imports {module} inside a function"
+
+
+def test_there_is_no_circle():
+    graph = {}
+    for path in FILES:
+        name = "batchnorm." + ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+        graph[name] = {module for module, _ in imports(path)}
+    done = set()
+
+    def visit(name, trail):
+        assert name not in trail, " -> ".join([*trail, name])
+        if name not in done:
+            for other in graph.get(name, ()):
+                visit(other, [*trail, name])
+            done.add(name)
+
+    for name in graph:
+        visit(name, [])
+
+
+def test_the_root_holds_names_and_nothing_else():
+    for node in ast.parse((SOURCE / "__init__.py").read_text()).body[1:]:
+        assert isinstance(node, ast.ImportFrom)
+        assert all(alias.asname == alias.name for alias in node.names)
+
+
+def test_no_import_is_relative_and_hides_from_the_table():
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}:{node.lineno}"
+
+
+def test_packages_hold_imports_and_nothing_else():
+    for path in SOURCE.rglob("__init__.py"):
+        for node in ast.parse(path.read_text()).body:
+            docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            assert docstring or isinstance(node, ast.ImportFrom), f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_files_and_functions_keep_their_size(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, f"{node.name} of {path.name}"
+
+
+PUBLIC_BY_CUSTOM = {"_BatchNorm"}  # what isinstance asks for, in torch and everywhere else
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_private_names_of_torch_are_imported_in_compat_alone(path):
+    """Attributes are ruff's SLF001; frames and reference counts are nowhere, compat included."""
+    text = path.read_text()
+    assert not any(word in text for word in ("_getframe", "getrefcount", "f_code", "currentframe"))
+    if room_of(path) == "compat":
+        return
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            names = {alias.name for alias in node.names} - PUBLIC_BY_CUSTOM
+            private = [one for one in (*node.module.split("."), *names) if one.startswith("_")]
+            assert not private, private
+        if isinstance(node, ast.Import):
+            assert not any("torch._" in alias.name for alias in node.names)
+
+
+def test_tests_keep_their_size_and_use_no_sum_as_a_loss():
+    loss = ".sum()" + ".backward("
+    for path in TESTS.rglob("*.py"):
+        text = path.read_text()
+        assert len(text.splitlines()) <= 500, path.name
+        plain = [line for line in text.splitlines() if loss in line and "square" not in line]
+        assert not plain, path.name

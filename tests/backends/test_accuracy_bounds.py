@@ -1,0 +1,218 @@
+"""The promise on accuracy, the same for every route and backend, against float64.
+
+relative error of the variance <= 1e-6; of the mean <= one float32 rounding;
+|y - oracle| <= 8 * 2^-24 * (1 + |mean| / std) * |weight|
+"""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import batchnorm as bn
+from batchnorm.ops.backends.choice import BACKENDS
+from support.captured import before_inductor
+
+ROUNDING = 2.0**-24
+LAYOUTS = ["(N,C)", "(N,C,L)", "NCHW", "channels-last", "axis=-1", "strided"]
+# Small inputs under Inductor are summed in its order, which may depend on threads.
+ORDERED = [*BACKENDS, "compiled", "mask", "vmap"]
+ROUTES = [*ORDERED, "small"]
+
+
+def arrange(rows, layout):
+    """Rows (n, C) as a tensor of a layout, its channel axis, and the way back to rows."""
+    n, channels = rows.shape
+    if layout == "(N,C)":
+        return rows, 1
+    if layout == "axis=-1":
+        return rows.reshape(4, n // 4, channels), 2
+    if layout == "(N,C,L)":
+        return rows.reshape(n // 8, 8, channels).transpose(1, 2).contiguous(), 1
+    image = rows.reshape(n // 8, 2, 4, channels).permute(0, 3, 1, 2)
+    if layout == "NCHW":
+        return image.contiguous(), 1
+    if layout == "strided":
+        return torch.stack([image, image], -1)[..., 0], 1
+    return image, 1
+
+
+def rows_of(x, axis):
+    return x.movedim(axis, -1).reshape(-1, x.shape[axis])
+
+
+def run(route, x, axis, weight):
+    """y and Moments of one normalization by a route."""
+    ask = {"eps": 1e-12, "axis": axis}
+    if route in BACKENDS:
+        with bn.use_backend(route):
+            return bn.functional.normalize(x, weight, **ask)
+    if route in ("compiled", "small"):
+        torch.compiler.reset()
+        backend = bn.graph.backend if route == "compiled" else before_inductor
+        compiled = torch.compile(bn.functional.normalize, fullgraph=True, backend=backend)
+        return compiled(x, weight, **ask)
+    if route == "mask":
+        shape = [size for i, size in enumerate(x.shape) if i != axis]
+        return bn.functional.normalize(x, weight, mask=torch.ones(shape, dtype=torch.bool), **ask)
+
+    def pure(x):
+        y, moments = bn.functional.normalize(x, weight, **ask)
+        return y, moments.mean, moments.m2
+
+    y, mean, m2 = torch.func.vmap(pure)(x[None])
+    return y[0], bn.Moments(x.numel() // x.shape[axis], mean[0], m2[0])
+
+
+def check(route, rows, layout):
+    x, axis = arrange(rows, layout)
+    weight = torch.tensor([1.0, -3.0, 0.5])
+    y, found = run(route, x, axis, weight)
+    wide = rows_of(x, axis).double()
+    mean, var = wide.mean(0), wide.var(0, correction=0)
+    assert float(((found.variance() - var) / var).abs().max()) <= 1e-6
+    assert float(((found.mean - mean) / mean).abs().max()) <= ROUNDING
+    expected = (wide - mean) / (var + 1e-12).sqrt() * weight
+    error = (rows_of(y, axis).double() - expected).abs()
+    allowed = 8 * ROUNDING * (1 + mean.abs() / var.sqrt()) * weight.abs()
+    # An outlier's own y may be so large that no float32 lies that near to it.
+    assert bool((error <= torch.maximum(allowed, 4 * ROUNDING * expected.abs())).all())
+    return y, found
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1e3, 1e6])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("route", ROUTES)
+def test_training_keeps_the_bound_in_every_layout(route, layout, ratio):
+    torch.manual_seed(1)
+    rows = torch.randn(4096, 3) + ratio
+    check(route, rows, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_first_value_far_away_spoils_nothing(route, layout):
+    torch.manual_seed(2)
+    rows = torch.randn(4096, 3) + 10
+    rows[0] = 1e5
+    check(route, rows, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("route", BACKENDS)
+@pytest.mark.parametrize("ratio", [0.0, 1e6])
+def test_ten_million_values_keep_the_bound(route, layout, ratio):
+    torch.manual_seed(3)
+    check(route, torch.randn(10_000_000, 3) + ratio, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("route", ORDERED)
+def test_the_bits_do_not_depend_on_the_number_of_threads(route, layout):
+    torch.manual_seed(4)
+    rows = torch.randn(32768, 3) + 100
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            y, found = check(route, rows, layout)
+            results.append((y, found.mean, found.m2))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1e3, 1e6])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("route", [*BACKENDS, "compiled"])
+def test_evaluation_keeps_the_bound(route, layout, ratio):
+    torch.manual_seed(5)
+    x, axis = arrange(torch.randn(4096, 3) + ratio, layout)
+    layer = bn.BatchNorm(3, axis=axis, eps=1e-12).eval()
+    wide = rows_of(x, axis).double()
+    layer.running_mean.copy_(wide.mean(0))
+    layer.running_var.copy_(wide.var(0))
+    mean, var = layer.running_mean.double(), layer.running_var.double()
+    with torch.no_grad():
+        if route == "compiled":
+            torch.compiler.reset()
+            y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+        else:
+            with bn.use_backend(route):
+                y = layer(x)
+    error = (rows_of(y, axis).double() - (wide - mean) / (var + 1e-12).sqrt()).abs()
+    assert float((error / (1 + mean.abs() / var.sqrt())).max()) <= 8 * ROUNDING
+
+
+def test_why_it_matters_what_torch_itself_makes_of_a_large_mean():
+    torch.manual_seed(6)
+    x = torch.randn(1_000_000, 2) + 1e3
+    running = torch.zeros(2), torch.ones(2)
+    F.batch_norm(x, *running, training=True, momentum=1.0)
+    true = x.double().var(0)
+    assert float(((running[1] - true) / true).abs().max()) > 1e-3
+    ours = bn.BatchNorm1d(2, momentum=1.0)
+    ours(x)
+    assert float(((ours.running_var - true) / true).abs().max()) <= 1e-6
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("route", ROUTES)
+def test_squares_beyond_float32_keep_the_bound_where_the_variance_is_finite(route, layout):
+    """A sum of squares beyond 1e41, and one square of 1e40, in channels of variance 1e37."""
+    torch.manual_seed(5)
+    rows = torch.randn(4096, 3) * 5e18
+    rows[17, 0] = 1e20
+    assert bool((rows.double().var(0) < torch.finfo(torch.float32).max).all())
+    check(route, rows, layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e19, 1e21], ids=["plain", "near the end", "beyond"])
+@pytest.mark.parametrize("shape", [(64, 3), (4, 3, 5, 5), (2, 3, 64, 64), (8, 300)], ids=str)
+def test_a_layer_s_step_is_torch_s_in_float64_up_to_the_end_of_float32(shape, scale, dtype):
+    """Beyond it, where the variance itself is infinite in float32, y and gradients are still right."""
+    torch.manual_seed(6)
+    x, dy = (torch.randn(shape) * scale).to(dtype), torch.randn(shape).to(dtype)
+    kind = "BatchNorm2d" if len(shape) == 4 else "BatchNorm1d"
+    exact = getattr(torch.nn, kind)(shape[1], dtype=torch.float64)
+    torch.nn.init.normal_(exact.weight)
+    wide = x.double().requires_grad_()
+    expected = exact(wide)
+    expected.backward(dy.double())
+    formats = [torch.contiguous_format] + ([torch.channels_last] if len(shape) == 4 else [])
+    # A graph takes a second to be captured, and is the same for every shape.
+    ways = (False, True) if shape in ((64, 3), (4, 3, 5, 5)) else (False,)
+    for order, compiled in itertools.product(formats, ways):
+        layer = getattr(bn, kind)(shape[1])
+        layer.weight.data.copy_(exact.weight)
+        torch.compiler.reset()
+        call = torch.compile(layer, backend=bn.graph.backend) if compiled else layer
+        leaf = x.clone(memory_format=order).requires_grad_()
+        y = call(leaf)
+        y.backward(dy)
+        narrow = torch.finfo(dtype).eps if dtype is torch.bfloat16 else 0.0
+        for got, true, allowed in (
+            (y.detach(), expected.detach(), 1e-6 + narrow),
+            (leaf.grad, wide.grad, 1e-5 + narrow),
+            (layer.weight.grad, exact.weight.grad, 1e-5),
+            (layer.bias.grad, exact.bias.grad, 1e-5),
+            (layer.running_mean, exact.running_mean, 1e-6),
+        ):
+            assert float((got.double() - true).abs().max()) <= allowed * float(true.abs().max())
+        torch.testing.assert_close(layer.running_var, exact.running_var.float(), rtol=1e-6, atol=0)
+
+
+def test_calibration_and_masks_keep_the_range_of_float32():
+    x = torch.tensor([[1e19], [-1e19]] * 2)
+    layer = bn.BatchNorm1d(1)
+    y = layer(x, mask=torch.ones(4, dtype=torch.bool))
+    assert y.flatten().tolist() == [1, -1, 1, -1]
+    expected = 0.9 + 0.1 * 4 / 3 * 1e38
+    assert layer.running_var.item() == pytest.approx(expected, rel=1e-6)
+    found = bn.calibrate(bn.BatchNorm1d(1), [x])
+    assert found.layers[""].new.var.item() == pytest.approx(4 / 3 * 1e38, rel=1e-6)

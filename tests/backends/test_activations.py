@@ -1,0 +1,163 @@
+"""The activations that can be fused: their values, gradients and names."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from batchnorm.errors import OptionError
+from batchnorm.ops.activations import IDENTITY, NAMES, Activation, activation
+from support import oracle
+
+SLOPES = {"leaky_relu": 0.2, "elu": 1.3}
+ALL = [Activation(name, SLOPES.get(name, 0.0)) for name in NAMES]
+# Off every kink; far out, where exponentials over- and underflow; and near zero.
+POINTS = [-1e4, -100.0, -20.5, -6.5, -3.25, -2.5, -1.0, -1e-3, -1e-30]
+POINTS += [1e-30, 1e-3, 0.5, 1.0, 2.75, 3.25, 5.9, 6.1, 20.5, 100.0, 1e4]
+
+MODULES = [
+    (nn.Identity(), "identity"),
+    (nn.ReLU(), "relu"),
+    (nn.ReLU(inplace=True), "relu"),
+    (nn.ReLU6(), "relu6"),
+    (nn.LeakyReLU(0.3), "leaky_relu(0.3)"),
+    (nn.LeakyReLU(), "leaky_relu"),
+    (nn.ELU(0.7), "elu(0.7)"),
+    (nn.ELU(), "elu"),
+    (nn.SiLU(), "silu"),
+    (nn.GELU(), "gelu"),
+    (nn.GELU(approximate="tanh"), "gelu_tanh"),
+    (nn.Hardswish(), "hardswish"),
+    (nn.Hardsigmoid(), "hardsigmoid"),
+    (nn.Sigmoid(), "sigmoid"),
+    (nn.Tanh(), "tanh"),
+]
+
+
+def test_the_oracle_knows_every_activation():
+    for act in ALL:
+        assert np.isfinite(oracle.activate(act, 0.5)), act
+        assert np.isfinite(oracle.derivative(act, 0.5)), act
+
+
+@pytest.mark.parametrize("act", ALL, ids=str)
+def test_the_oracle_itself_is_consistent(act):
+    """Its derivative is the slope of its value, by central differences in long double."""
+    z = np.array([p for p in POINTS if abs(p) < 50], oracle.WIDE)
+    step = oracle.WIDE(1e-5)
+    slope = (oracle.activate(act, z + step) - oracle.activate(act, z - step)) / (2 * step)
+    far = np.abs(z) > 2 * step
+    np.testing.assert_allclose(
+        oracle.derivative(act, z)[far].astype(float), slope[far].astype(float), atol=1e-9, rtol=1e-8
+    )
+
+
+# torch's hardsigmoid multiplies by a sixth that was rounded to float32.
+COARSE = {"hardsigmoid": 2.0**-24}
+
+
+@pytest.mark.parametrize("act", ALL, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_values_and_gradients_are_those_of_the_definition(act, dtype):
+    z = torch.tensor(POINTS, dtype=dtype)
+    dy = torch.linspace(0.5, 2, len(z), dtype=dtype)
+    # A cancelling 1 + tanh or 1 + erf leaves an error at the size of z.
+    allowed = oracle.tolerance(dtype, size=4)
+    allowed = allowed._replace(atol=allowed.atol + COARSE.get(act.name, 0))
+    oracle.assert_close(act(z), oracle.activate(act, z), allowed, "value")
+    expected = dy.numpy() * oracle.derivative(act, z)
+    oracle.assert_close(act.backward(dy, z), expected, allowed, "gradient")
+
+
+@pytest.mark.parametrize("act", ALL, ids=str)
+def test_backward_is_what_autograd_makes_of_the_value(act):
+    """Also on the kinks, at signed zeros and for NaN and infinities."""
+    odd = [0.0, -0.0, 3.0, -3.0, 6.0, math.inf, -math.inf, math.nan]
+    z = torch.tensor(POINTS + odd, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(len(z), dtype=torch.float64)
+    (expected,) = torch.autograd.grad(act(z), z, dy)
+    got = act.backward(dy, z.detach())
+    torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("act", [act for act in ALL if act.from_output], ids=str)
+def test_the_relu_family_has_its_gradient_from_its_output_too(act):
+    z = torch.tensor([*POINTS, 0.0, -0.0, 6.0, math.inf, -math.inf, math.nan])
+    dy = torch.randn(len(z))
+    torch.testing.assert_close(
+        act.backward(dy, act(z)), act.backward(dy, z), rtol=0, atol=0, equal_nan=True
+    )
+
+
+def test_no_other_activation_claims_that():
+    assert [act.name for act in ALL if act.from_output] == ["relu", "relu6", "leaky_relu"]
+    assert not Activation("leaky_relu", -0.5).from_output
+    assert not Activation("leaky_relu", 0.0).from_output
+
+
+@pytest.mark.parametrize(("module", "text"), MODULES, ids=lambda v: repr(v))
+def test_a_module_of_torch_names_an_activation_and_computes_the_same(module, text):
+    act = activation(module)
+    assert act == activation(text)
+    z = torch.tensor(POINTS)
+    assert torch.equal(act(z), module(z.clone()))
+
+
+@pytest.mark.parametrize("module", {type(m): m for m, _ in MODULES}.values(), ids=repr)
+def test_its_class_stands_for_the_module_with_defaults(module):
+    assert activation(type(module)) == activation(type(module)())
+
+
+@given(st.sampled_from(["leaky_relu", "elu"]), st.floats(allow_nan=False, allow_infinity=False))
+@settings(deadline=None, derandomize=True)
+def test_every_activation_is_read_back_from_its_text(name, slope):
+    act = Activation(name, slope)
+    assert activation(str(act)) == act
+
+
+def test_nothing_and_an_activation_stand_for_themselves():
+    assert activation(None) is IDENTITY
+    for act in ALL:
+        assert activation(act) is act
+        assert activation(str(act)) == act
+
+
+class MyReLU(nn.ReLU):
+    """A subclass, which may do anything."""
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "",
+        "ReLU",
+        "relu ",
+        "relu(0.1)",
+        "softmax",
+        "leaky_relu()",
+        "leaky_relu(a)",
+        "leaky_relu(0.1",
+        "leaky_relu(0.1)(0.2)",
+        "leaky_relu(0.1, 0.2)",
+        "relu\n",
+        3,
+        torch.relu,
+        nn.Softmax(dim=1),
+        nn.PReLU(),
+        nn.Softplus,
+        MyReLU(),
+        MyReLU,
+        Activation("softmax"),
+        torch.ones(2),
+    ],
+    ids=lambda spec: getattr(spec, "__name__", repr(spec)),
+)
+def test_anything_else_is_refused_with_the_list_of_what_there_is(spec):
+    with pytest.raises(OptionError, match="expected an activation that can be fused") as caught:
+        activation(spec)
+    assert all(name in str(caught.value) for name in NAMES)
+    assert "activation=None" in str(caught.value)

@@ -1,0 +1,132 @@
+"""Torch's own kernels as a backend, on the CPU, where they mean the same."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.errors import BackendError, UnservedError
+from batchnorm.ops.activations import Activation
+from batchnorm.ops.backends import aten, choice
+from batchnorm.ops.backends.triton import cuda
+from batchnorm.ops.call import Epilogue, ForBackward, Running
+from support import oracle
+from support.cases import ACTS, COARSE, EPS, Case, check_gradients, plain
+
+RELU = Activation("relu")
+AROUND = {"date": "", "commit": "", "machine": "cpu", "threads": 0, "torch": ""}
+
+
+def looser(case, dtype):
+    """Torch sums in float32 and, for 16 bits, rounds between normalization, addition and activation."""
+    narrow = oracle.ROUNDING[dtype][0] if dtype in ("bfloat16", "float16") else 0
+    size = 12 * max(1.0, float(abs(case.done.z).max()))
+    for name in ("allowed", "fine", "inner", "sums"):
+        judge = getattr(case, name)
+        scale = case.done.count if name == "sums" else 1
+        more = judge.atol + (narrow + 2.0**-22 * (dtype != "float64")) * size * scale
+        setattr(case, name, judge._replace(atol=more))
+    return case
+
+
+@pytest.mark.parametrize("layout", ["rows", "line", "image", "channels_last", "volume", "strided"])
+@pytest.mark.parametrize("act", [a for a in ACTS if a.name not in COARSE], ids=str)
+def test_every_function_is_the_textbook(layout, act):
+    for dtype, adds in itertools.product(("float32", "float64", "bfloat16"), (False, True)):
+        case = looser(Case(layout, act, dtype, adds), dtype)
+        assert (
+            aten.serves(case.x, Epilogue(case.weight, case.bias, case.residual), case.axis, "train")
+            is None
+        )
+        mean, var, rstd = case.statistics()
+        count = case.done.count
+        for got, expected in zip(aten.moments(case.x, 1), (mean, var * count), strict=True):
+            oracle.assert_close(plain(got), plain(expected), case.sums, "moments")
+        y = aten.normalize(case.x, mean, rstd, Epilogue(*case.given), 1)
+        assert y.dtype == case.x.dtype
+        oracle.assert_close(plain(y), case.done.y, case.allowed, "normalize")
+        y = aten.evaluate(case.x, mean, var, Epilogue(*case.given), EPS, 1)
+        oracle.assert_close(plain(y), case.done.y, case.allowed, "evaluate")
+        y, stats = aten.forward(case.x, Epilogue(*case.given), EPS, 1)
+        oracle.assert_close(plain(y), case.done.y, case.allowed, "forward")
+        oracle.assert_close(plain(stats[2]), case.done.rstd, case.fine, "rstd")
+        saved = ForBackward(case.x, stats, oracle.beside(act, case.residual, y), act, 1)
+        dx, dresidual, *sums = aten.backward(case.dy, saved, adds)
+        check_gradients(case, (dx, sums[1], sums[0], dresidual))
+        assert (dresidual is None) == (not adds)
+
+
+def test_the_result_and_its_recipe_have_the_same_bits():
+    x, weight, bias = torch.randn(4, 3, 5).bfloat16(), torch.randn(3), torch.randn(3)
+    y, stats = aten.forward(x, Epilogue(weight, bias, x, RELU), EPS, 1)
+    assert torch.equal(
+        y, aten.normalize(x, stats[0], stats[2:4], Epilogue(weight, bias, x, RELU), 1)
+    )
+
+
+def test_a_variance_that_is_small_next_to_eps_keeps_its_digits():
+    x = (torch.randn(64, 3, 4, dtype=torch.float64) * 1e-4).float()
+    _, stats = aten.forward(x, Epilogue(), 1e-3, 1)
+    exact = x.double().var((0, 2), correction=0)
+    assert float((stats[1].double() / exact - 1).abs().max()) <= 1e-6
+    # Of what F.batch_norm hands to its backward, only so much is left.
+    invstd = torch.native_batch_norm(x, None, None, None, None, True, 0.0, 1e-3)[2]
+    assert float(((invstd.double() ** -2 - 1e-3) / exact - 1).abs().max()) > 1e-4
+
+
+def test_the_running_step_is_torch_s():
+    x = torch.randn(6, 3, 4)
+    theirs = nn.BatchNorm1d(3, momentum=0.3)
+    running = Running(torch.zeros(3), torch.ones(3), torch.tensor(0), 0.3)
+    for _ in range(2):
+        theirs(x)
+        aten.forward(x, Epilogue(), EPS, 1, running)
+    for ours, buffer in zip(running[:3], theirs.buffers(), strict=True):
+        torch.testing.assert_close(ours, buffer, check_dtype=False)
+
+
+def test_running_statistics_of_another_dtype_are_moved_by_the_layer():
+    x = torch.randn(6, 3, 4)
+    wide = torch.zeros(3, dtype=torch.float64)
+    running = Running(wide, wide + 1, torch.tensor(0), 0.3)
+    with pytest.raises(UnservedError, match="expected running statistics of torch.float32"):
+        aten.forward(x, Epilogue(), EPS, 1, running)
+    assert not wide.any() and not running.counter
+    layer, theirs = bn.BatchNorm1d(3).double(), nn.BatchNorm1d(3)
+    layer.weight.data, layer.bias.data = layer.weight.float(), layer.bias.float()
+    with bn.use_backend("aten"), bn.save_memory():
+        layer(x)
+    theirs(x)
+    assert layer.running_var.dtype == torch.float64
+    for ours, buffer in zip(layer.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(ours, buffer, check_dtype=False)
+
+
+def test_the_aten_backend_says_why_it_declines_a_call():
+    x, w = torch.randn(4, 3, 2), torch.ones(3)
+    assert aten.serves(x, Epilogue(w, w, x), 1, "train") is None
+    assert "axis" in aten.serves(x, Epilogue(), 2, "train")
+    assert "on meta" in aten.serves(x.to("meta"), Epilogue(), 1, "train")
+    assert "int64" in aten.serves(x.long(), Epilogue(), 1, "train")
+    assert "more than one value" in aten.serves(x[:1, :, :1], Epilogue(), 1, "train")
+    assert "weight" in aten.serves(x, Epilogue(w.half()), 1, "train")
+    assert "residual" in aten.serves(x, Epilogue(w, w, x.double()), 1, "train")
+    with bn.use_backend("aten"):
+        assert choice.chosen(x) is aten
+        with pytest.raises(BackendError, match="on axis 2"):
+            choice.chosen(x, axis=2)
+
+
+def test_without_a_compiler_the_kernels_decline_before_the_first_launch(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "Python.h" in cuda.missing()
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr("pathlib.Path.exists", lambda path: True)
+    assert cuda.missing() is None

@@ -1,0 +1,280 @@
+"""Every backend, function by function and through autograd, against the oracle."""
+
+import itertools
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import batchnorm as bn
+from batchnorm.errors import BackendError
+from batchnorm.graph import operations
+from batchnorm.ops.activations import Activation
+from batchnorm.ops.backends import reference
+from batchnorm.ops.backends.choice import BACKENDS, UNAVAILABLE
+from batchnorm.ops.call import Epilogue, ForBackward
+from support import oracle
+from support.cases import (
+    ACTS,
+    CHANNELS,
+    COARSE,
+    DTYPES,
+    EPS,
+    LAYOUTS,
+    Case,
+    case_of,
+    check_gradients,
+    plain,
+    run,
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("act", ACTS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_function_of_a_backend_is_the_textbook(backend, act, layout):
+    serving = BACKENDS[backend]
+    for dtype, residual in itertools.product(DTYPES, [False, True]):
+        case = case_of(layout, act, dtype, residual)
+        mean, var, rstd = case.statistics()
+        found = serving.moments(case.x, case.axis)
+        for got, expected in zip(found, (mean, var * case.done.count), strict=True):
+            assert got.dtype == torch.float64
+            oracle.assert_close(plain(got), plain(expected), case.sums, "moments")
+        y = serving.normalize(case.x, mean, rstd, Epilogue(*case.given), case.axis)
+        assert y.dtype == case.x.dtype
+        oracle.assert_close(plain(y), case.done.y, case.allowed, "normalize")
+        y = serving.evaluate(case.x, mean, var, Epilogue(*case.given), EPS, case.axis)
+        oracle.assert_close(plain(y), case.done.y, case.allowed, "evaluate")
+        y, stats = serving.forward(case.x, Epilogue(*case.given), EPS, case.axis)
+        oracle.assert_close(plain(y), case.done.y, case.allowed, "forward")
+        for row, expected in enumerate((case.done.mean, case.done.var, case.done.rstd)):
+            oracle.assert_close(plain(stats[row]), expected, case.fine, f"row {row} of stats")
+        assert torch.equal(stats[4:], torch.stack([case.weight, case.bias]).to(stats.dtype))
+        beside = oracle.beside(act, case.residual, y)
+        saved = ForBackward(case.x, stats, beside, act, case.axis)
+        dx, dresidual, *sums = serving.backward(case.dy, saved, residual)
+        check_gradients(case, (dx, sums[1], sums[0], dresidual))
+        sums = serving.backward_sums(case.dy, saved)
+        dx, dresidual = serving.backward_input(case.dy, saved, *sums, case.done.count, residual)
+        check_gradients(case, (dx, sums[1], sums[0], dresidual))
+        assert (dresidual is None) == (not residual)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_training_step_is_the_textbook_in_every_layout_and_dtype(backend, layout, residual):
+    for act, dtype in itertools.product(ACTS[:4] + ACTS[5:6], DTYPES):
+        case = case_of(layout, act, dtype, residual)
+        with bn.use_backend(backend):
+            y, moments, gradients = run(case)
+        assert moments.count == case.done.count
+        assert not moments.mean.requires_grad
+        oracle.assert_close(plain(y), case.done.y, case.allowed, "y")
+        oracle.assert_close(plain(moments.variance()), case.done.var, case.fine, "variance")
+        for got, tensor in zip(gradients, (case.x, case.weight, case.bias), strict=False):
+            assert got.dtype == tensor.dtype
+            assert got.shape == tensor.shape
+        check_gradients(case, gradients)
+
+
+@pytest.mark.parametrize("act", ACTS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_constant_statistics_get_no_gradient_and_x_gets_the_plain_one(backend, act):
+    for layout, residual in itertools.product(["rows", "image", "channels_last"], [False, True]):
+        case = Case(layout, act, "float32", residual)
+        given = [plain(t) for t in (case.weight, case.bias, case.residual)]
+        mean, var = torch.randn(CHANNELS), torch.rand(CHANNELS) + 0.5
+        stored = (plain(mean), plain(var))
+        case.done = oracle.forward(
+            plain(case.x), case.axis, *given, act=act, eps=EPS, statistics=stored
+        )
+        if not oracle.far_from_kinks(act, case.done.z, 1e-5):
+            continue
+        case.gradients = oracle.backward(
+            plain(case.dy), case.done, case.axis, given[0], act, constant=True
+        )
+        with bn.use_backend(backend):
+            y, moments, gradients = run(case, bn.Frozen(), mean=mean, var=var)
+        assert not moments.count
+        oracle.assert_close(plain(y), case.done.y, case.allowed, "y")
+        check_gradients(case, gradients)
+
+
+@pytest.mark.parametrize("param", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_pair_of_input_and_parameter_dtypes(backend, dtype, param):
+    case = Case("image", Activation("relu"), dtype, param=param)
+    with bn.use_backend(backend):
+        y, _, (dx, dweight, dbias, _) = run(case)
+    assert (y.dtype, dx.dtype) == (case.dtype, case.dtype)
+    assert dweight.dtype == dbias.dtype == getattr(torch, param)
+    oracle.assert_close(plain(y), case.done.y, case.allowed, "y")
+    # The parameters' gradients are rounded to the parameters' dtype.
+    rounding = oracle.ROUNDING[param][0]
+    case.sums = case.sums._replace(rtol=case.sums.rtol + 2 * rounding)
+    check_gradients(case, (dx, dweight, dbias, None))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("act", ACTS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_is_autograd_through_the_definition(backend, act, residual):
+    case = Case("line", act, "float64", residual)
+    leaves = [t.detach().requires_grad_() for t in (case.x, case.weight, case.bias)]
+    added = None if case.residual is None else case.residual.detach().requires_grad_()
+    y, stats = reference.forward(leaves[0], Epilogue(*leaves[1:], added, act), EPS, 1)
+    wanted = [*leaves, *([] if added is None else [added])]
+    expected = torch.autograd.grad(y, wanted, case.dy)
+    serving = BACKENDS[backend]
+    beside = oracle.beside(act, case.residual, y.detach())
+    saved = ForBackward(case.x, stats.detach(), beside, act, 1)
+    dx, dresidual, sum_dz, sum_dz_xhat = serving.backward(case.dy, saved, residual)
+    found = (dx, sum_dz_xhat, sum_dz, dresidual)
+    coarse = COARSE.get(act.name, 0)
+    for got, wanted in zip(found, expected, strict=False):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10 + coarse * 10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_whoever_wants_no_gradient_gets_none_and_the_others_the_same(backend):
+    case = Case("image", Activation("silu"), "float32", residual=True)
+    tensors = (case.x, case.weight, case.bias, case.residual)
+    for constant in (False, True):
+        source = {"statistics": bn.Frozen(), "mean": torch.zeros(3), "var": torch.ones(3)}
+        options = source if constant else {}
+        whole = None
+        for wanted in itertools.product([True, False], repeat=4):
+            if not any(wanted):
+                continue
+            leaves = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
+            with bn.use_backend(backend):
+                y, _ = bn.functional.normalize(
+                    *leaves[:3], residual=leaves[3], activation="silu", **options
+                )
+                y.backward(case.dy)
+            found = [t.grad for t in leaves]
+            whole = whole or found
+            for got, all_of_them, want in zip(found, whole, wanted, strict=True):
+                assert (got is not None) == want
+                if want:
+                    torch.testing.assert_close(got, all_of_them)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cotangents_of_any_strides_count_alike(backend):
+    case = Case("image", Activation("relu"), "float32", residual=True)
+    last = case.dy.contiguous(memory_format=torch.channels_last)
+    wide = torch.stack([case.dy, case.dy], -1)[..., 1]
+    with bn.use_backend(backend):
+        expected = run(case)[2]
+        for dy in (last, wide):
+            case.dy = dy
+            for got, wanted in zip(run(case)[2], expected, strict=True):
+                assert torch.equal(got, wanted)
+        # One that autograd expands from a single number.
+        leaf = case.x.detach().requires_grad_()
+        y, _ = bn.functional.normalize(leaf, case.weight, case.bias, activation="silu")
+        grads = [
+            torch.autograd.grad(y, leaf, dy, retain_graph=True)[0]
+            for dy in (torch.ones(()).expand(y.shape), torch.ones(y.shape))
+        ]
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_input_that_is_one_row_many_times_gives_the_bias(backend):
+    x = torch.randn(1, 3).expand(8, 3).requires_grad_()
+    bias = torch.randn(3)
+    with bn.use_backend(backend):
+        y, moments = bn.functional.normalize(x, None, bias)
+        y.backward(torch.randn(8, 3))
+    assert torch.equal(y.detach(), bias.expand(8, 3))
+    assert not moments.m2.any()
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0), (0, 3, 2, 2), (2, 3, 0, 2), (0, 0, 3)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_gives_nothing_forward_and_backward(backend, shape):
+    x = torch.randn(shape, requires_grad=True)
+    weight = torch.ones(shape[1], requires_grad=True)
+    with bn.use_backend(backend):
+        y, moments = bn.functional.normalize(x, weight, weight * 2, activation="silu")
+        y.backward(torch.randn(shape))
+    assert y.shape == x.grad.shape == x.shape
+    assert not moments.m2.any()
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tensor_changed_before_backward_is_noticed(backend):
+    for changed in range(2):  # x and the weight, as in torch; see test_backward_reads
+        given = [torch.randn(4, 3), torch.randn(3), torch.randn(3), torch.randn(4, 3)]
+        held = [t.clone().requires_grad_() * 1 for t in given]
+        with bn.use_backend(backend):
+            y, _ = bn.functional.normalize(*held[:3], residual=held[3], activation="silu")
+            held[changed].add_(1)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.backward(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_uninitialized_memory_never_shows(backend, monkeypatch):
+    """Fresh tensors hold NaN here, where they usually hold harmless zeros."""
+    serving = BACKENDS[backend]
+    for name in ("empty", "empty_like"):
+        genuine = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, f=genuine, **k: f(*a, **k).fill_(torch.nan))
+    if hasattr(serving, "_empty"):
+        monkeypatch.setattr(serving, "_empty", torch.empty)
+    for layout, act in itertools.product(LAYOUTS, ACTS):
+        case = case_of(layout, act, "float32", True)
+        with bn.use_backend(backend):
+            y, moments, gradients = run(case)
+        for found in (y, moments.mean, moments.m2, *gradients):
+            assert found.isfinite().all(), (layout, act)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_the_operations_keep_their_word_in_every_dtype(dtype):
+    for layout in ("strided", "last"):
+        case = Case(layout, Activation("elu", 1.3), dtype, residual=True)
+        wanting = [t.detach().requires_grad_() for t in (case.x, *case.given[:3])]
+        opcheck(operations.forward, (*wanting, *case.act, EPS, case.axis))
+
+
+def test_an_unknown_backend_is_refused_and_the_known_ones_are_named(monkeypatch):
+    with pytest.raises(BackendError, match="'reference'"), bn.use_backend("fpga"):
+        raise AssertionError
+    monkeypatch.setitem(UNAVAILABLE, "tpu", "there is no such device in this house")
+    with pytest.raises(BackendError, match="no such device in this house"), bn.use_backend("tpu"):
+        raise AssertionError
+    assert bn.env()["backends"]["tpu"] == "there is no such device in this house"
+
+
+def test_a_backend_that_was_asked_for_does_not_decline_in_silence(monkeypatch):
+    class Choosy:
+        serves = staticmethod(lambda *_: "it has four channels")
+
+    monkeypatch.setitem(BACKENDS, "choosy", Choosy)
+    with bn.use_backend("choosy"), pytest.raises(BackendError, match=r"\(5, 4\).*four channels"):
+        bn.functional.normalize(torch.randn(5, 4))
+    assert bn.functional.normalize(torch.randn(5, 4))[0].shape == (5, 4)
+
+
+def test_the_choice_nests_and_comes_back_after_an_exception(monkeypatch):
+    served = []
+    for name in list(BACKENDS):
+        real = BACKENDS[name]
+        spy = type("Spy", (), {k: staticmethod(v) for k, v in vars(real).items() if callable(v)})
+        spy.serves = staticmethod(lambda *a, n=name, f=real.serves: served.append(n) or f(*a))
+        monkeypatch.setitem(BACKENDS, name, spy)
+    with bn.use_backend("reference"):
+        with pytest.raises(KeyboardInterrupt), bn.use_backend(next(iter(BACKENDS))):
+            raise KeyboardInterrupt
+        bn.functional.normalize(torch.randn(5, 4))
+        assert served == ["reference"]
+    bn.functional.normalize(torch.randn(5, 4))
+    assert served[:1] == ["reference"]

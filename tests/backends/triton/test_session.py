@@ -1,0 +1,110 @@
+"""Measuring on a GPU, as far as it goes without one."""
+
+import argparse
+import csv
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from batchnorm.benchmark import cases, contenders, measure
+from batchnorm.benchmark import rows as bench_rows
+from batchnorm.errors import DeviceError
+from support import processes
+
+ROOT = Path(__file__).parents[3]
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+def run(*command, **environment):
+    return processes.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(["src", *sys.path]), **environment},
+    )  # fmt: skip
+
+
+@without_gpu
+def test_bench_without_a_gpu_ends_in_one_line(tmp_path):
+    done = run("-m", "batchnorm", "bench", "--device", "cuda", "--out", str(tmp_path / "out"))
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+    assert "finds none" in line and "--device cuda" in line
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(DeviceError, match="finds none"):
+        measure.clock_of("cuda")
+
+
+@without_gpu
+def test_the_session_says_what_it_needs(tmp_path):
+    done = run("benchmarks/cuda_session.py", "--out", str(tmp_path))
+    assert done.returncode == 2 and "finds no CUDA device" in done.stderr
+
+
+def test_cells_of_a_gpu_are_those_of_resnet_50():
+    chosen = list(cases.cases(cases.CUDA_SHAPES, device="cuda"))
+    assert {case.device for case in chosen} == {"cuda"}
+    largest = max(case.megabytes for case in chosen if case.dtype == "bf16")
+    assert largest == pytest.approx(256 * 64 * 112 * 112 * 2 / 1e6)
+    assert "max-autotune" in str(contenders.COMPILED["cuda"])
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="set TRITON_INTERPRET=1")
+def test_the_session_walks_through_its_parts(tmp_path):
+    pytest.importorskip("triton")
+    parts = ("bits", "graph", "large", "cells", "sweep")
+    done = run(
+        "benchmarks/cuda_session.py", "--device", "cpu", "--tiny", "--out", str(tmp_path),
+        "--parts", *parts,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "failed: nothing" in done.stdout
+    assert "bn+add+relu, times eager in place" in done.stdout.partition("== goals")[2]
+    with (tmp_path / "cells.csv").open() as file:
+        names = {row["contender"] for row in csv.DictReader(file)}
+    assert names == {"eager", "eager in place", "ours"}
+    with (tmp_path / "bits.csv").open() as file:
+        assert all(row["same bits"] == "True" for row in csv.DictReader(file))
+
+
+def test_a_session_that_is_cut_off_has_what_it_found(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    session = importlib.import_module("cuda_session")
+    options = argparse.Namespace(out=tmp_path, elapsed=lambda: 0.0)
+
+    def cut_off(_):
+        yield {"network": "resnet50", "ms": 200.0}
+        yield {"network": "resnet50", "ms": 150.0, "times eager": 1.33}
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(session.PARTS, "networks", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        session.run_part("networks", options)
+    with (tmp_path / "networks.csv").open() as file:
+        assert [row["times eager"] for row in csv.DictReader(file)] == ["", "1.33"]
+
+
+def test_of_each_goal_the_worst_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    goals = importlib.import_module("cuda_goals")
+    (tmp_path / "networks.csv").write_text(
+        "network,contender,times eager,saved MB without,saved MB with\n"
+        "resnet50,eager,1,100,100\n"
+        "resnet50,converted,1.2,100,60\n"
+        "resnet50,save_memory,1.1,100,70\n"
+    )
+    around = {"date": "", "commit": "", "machine": "a GPU", "threads": 0, "torch": "2.11"}
+    rows = []
+    for size, taken in ((56, {"eager": 5.0, "ours": 2.0}), (28, {"eager": 3.0, "ours": 2.0})):
+        case = cases.Case("bn+relu", "train", "bf16", (256, 64, size, size), True, "cuda")
+        timings = {n: measure.Timing(t, t, t, 5) for n, t in {**taken, "copy": 1.0}.items()}
+        rows += bench_rows.rows_of(case, timings, {}, around)
+    bench_rows.write_rows(tmp_path / "cells.csv", rows)
+    goals.tell([tmp_path])
+    said = capsys.readouterr().out
+    assert "met   ResNet-50, training step, converted, times eager: 1.2" in said
+    assert "SHORT ResNet-50, eager's saved bytes over those kept: 1.43, aim 1.67" in said
+    assert "met   bn+relu, times eager: 1.5, aim 1.5  256x64x28x28" in said

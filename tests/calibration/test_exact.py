@@ -1,0 +1,460 @@
+"""The statistics of everything that entered a layer, to float64 rounding; limits, errors, choices."""
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import batchnorm as bn
+from batchnorm import blocks
+from batchnorm.errors import CalibrationError, OptionError
+from support.calibrated import images
+from support.twins import assert_unchanged, snapshot
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def oracle(tensors):
+    """Count, mean and m2 in long double, by numpy alone."""
+    rows = [
+        np.moveaxis(x.numpy().astype(np.longdouble), 1, -1).reshape(-1, x.shape[1]) for x in tensors
+    ]
+    values = np.concatenate(rows)
+    mean = values.mean(0)
+    return len(values), mean, ((values - mean) ** 2).sum(0)
+
+
+def assert_exact(moments, tensors, rtol=1e-12):
+    count, mean, m2 = oracle(tensors)
+    scale = np.sqrt(m2 / count) + np.abs(mean)
+    assert float(moments.count) == count
+    assert (np.abs(moments.mean.numpy() - mean) <= rtol * scale).all()
+    # A mean is a float64 too: its rounding enters the spread between batches.
+    bound = rtol + 4 * 2.0**-53 * np.abs(mean) / np.sqrt(np.maximum(m2 / count, 1e-300))
+    assert (np.abs(moments.m2.numpy() - m2) <= bound * m2).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape",
+    [(7, 3), (1, 3), (5, 3, 9), (2, 3, 130, 130), (700, 70), (1, 40000, 2), (3, 2, 200, 100)],
+)
+def test_blocks_are_exact_in_every_shape_and_for_any_number_of_threads(shape, dtype):
+    x = (torch.randn(shape, dtype=torch.float64) + 1000).to(dtype)
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(blocks.moments(x))
+    torch.set_num_threads(1)
+    assert torch.equal(found[0].mean, found[1].mean)
+    assert torch.equal(found[0].m2, found[1].m2)
+    if shape[0] > 1:
+        assert_exact(found[0], [x.double()], rtol=1e-11)
+
+
+@pytest.mark.parametrize("view", [lambda x: x.transpose(2, 3), lambda x: x[::2, :, 1::2], lambda x: x.contiguous(memory_format=torch.channels_last), lambda x: x.expand(4, -1, -1, -1)])  # fmt: skip
+def test_blocks_of_views(view):
+    x = view(torch.randn(1, 6, 100, 120))
+    assert_exact(blocks.moments(x), [x])
+
+
+def test_blocks_agree_with_the_definition_and_hold_empty_input():
+    assert blocks.moments(torch.empty(0, 3, 4)).count == 0
+    x = torch.randn(8, 5, 6)
+    ours, theirs = blocks.moments(x, axis=-1), bn.Moments.of(x, axis=-1)
+    torch.testing.assert_close(ours.m2, theirs.m2, rtol=1e-13, atol=0)
+
+
+class Chain(nn.Module):
+    """Keeps what each normalization receives, in the order of calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), bn.BatchNorm2d(4, activation="relu"),
+            nn.Conv2d(4, 4, 1), nn.SyncBatchNorm(4),
+        )  # fmt: skip
+        self.seen = {}
+        for name, layer in self.body.named_children():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.register_forward_pre_hook(
+                    lambda _, args, name=f"body.{name}": self.seen.setdefault(name, []).append(
+                        args[0].clone()
+                    )
+                )
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=70), large=st.sampled_from([0, 1e3, 1e5])
+)
+def test_all_layers_get_the_moments_of_exactly_what_they_received(sizes, large):
+    torch.manual_seed(len(sizes))
+    model = Chain()
+    data = [torch.randn(n, 3, 5, 5) + large for n in sizes]
+    found = bn.calibrate(model, data)
+    assert set(found.moments) == set(model.seen) == {"body.1", "body.3", "body.5"}
+    for name, moments in found.moments.items():
+        assert_exact(moments, model.seen[name])
+    layer = model.body[1]
+    _, mean, m2 = oracle(model.seen["body.1"])
+    count = found.counts["body.1"]
+    np.testing.assert_array_equal(
+        layer.running_mean.numpy(), mean.astype(np.float64).astype(np.float32)
+    )
+    np.testing.assert_allclose(
+        layer.running_var.numpy(), (m2 / (count - 1)).astype(float), rtol=1.2e-7
+    )
+
+
+def test_order_and_cut_matter_by_float64_rounding_only():
+    data = [torch.randn(n, 5) * 3 + 100 for n in (3, 17, 4, 9, 2, 31)]
+    whole = torch.cat(data)
+    found = [
+        bn.calibrate(nn.BatchNorm1d(5), parts).moments[""]
+        for parts in (data, data[::-1], whole.split(2), [whole], random.sample(data, len(data)))
+    ]
+    for one in found[1:]:
+        torch.testing.assert_close(one.mean, found[0].mean, rtol=1e-14, atol=0)
+        torch.testing.assert_close(one.m2, found[0].m2, rtol=1e-13, atol=0)
+
+
+# --- NaN
+
+
+def poisoned(*where):
+    data = images([4] * 6)
+    for i in where:
+        data[i] = data[i].clone()
+        data[i][1, 2, 3, 4] = torch.nan if i % 2 else torch.inf
+    return data
+
+
+def test_batches_that_are_not_finite_are_left_out_counted_and_logged(caplog):
+    model, twin = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    found = bn.calibrate(model, poisoned(1, 4))
+    bn.calibrate(twin, [x for i, x in enumerate(images([4] * 6)) if i not in (1, 4)])
+    assert torch.equal(model.running_var, twin.running_var)
+    assert (found.rejected, found.batches, found.samples, found.accepted) == (2, 6, 16, 4)
+    assert int(model.num_batches_tracked) == 4
+    assert "2 of 6 batches" in caplog.text
+    assert "2 batches rejected" in str(found)
+
+
+def test_such_batches_count_if_allowed():
+    model = nn.BatchNorm2d(3)
+    found = bn.calibrate(model, poisoned(1), allow_nan=True)
+    assert found.rejected == 0
+    assert model.running_mean.isnan().tolist() == [False, False, True]
+    assert model.running_mean[:2].isfinite().all()
+
+
+def test_a_rejected_batch_counts_for_no_layer():
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            y = self.first(x)
+            return self.second(y / (0.0 if len(x) == 5 else 1.0))
+
+    found = bn.calibrate(Late(), [torch.randn(n, 3) for n in (4, 5, 6)])
+    assert found.counts == {"first": 10, "second": 10}
+
+
+# --- limits
+
+
+@pytest.mark.parametrize(
+    ("limits", "batches", "samples"),
+    [
+        ({"max_batches": 2}, 2, 9),
+        ({"max_batches": 99}, 4, 28),
+        ({"max_samples": 20}, 3, 20),
+        ({"max_samples": 9}, 2, 9),
+        ({"max_samples": 99}, 4, 28),
+        ({"max_samples": 8, "max_batches": 1}, 1, 7),
+    ],
+)
+def test_limits_are_kept_and_cut_the_last_batch(limits, batches, samples):
+    stream = iter(images())
+    found = bn.calibrate(nn.BatchNorm2d(3), stream, **limits)
+    assert (found.batches, found.samples) == (batches, samples)
+    assert found.counts[""] == samples * 64
+    # Not a batch more than needed is taken from an iterator.
+    assert len(list(stream)) == 4 - batches
+
+
+def test_what_cannot_be_cut_is_left_out_unless_it_is_all():
+    data = [{"x": x, "edges": torch.zeros(5, 3)} for x in images()]
+    for limit, samples in ((8, 7), (3, 7)):
+        found = bn.calibrate(
+            nn.BatchNorm2d(3), data, max_samples=limit, forward=lambda m, b: m(b["x"])
+        )
+        assert found.samples == samples
+
+
+def test_standard_errors_are_honest():
+    """Of 300 calibrations of 1000 values each, the errors cover the truth as they should."""
+    torch.manual_seed(1)
+    data = torch.randn(300, 40, 25, 4).square()  # chi-squared: mean 1, variance 2, skewed
+    inside = []
+    for batches in data:
+        errors = bn.calibrate(nn.BatchNorm1d(4), batches, progress=False).layers[""]
+        inside.append((errors.new.mean - 1).abs() < 2 * errors.errors.mean)
+        inside.append((errors.new.var - 2).abs() < 2 * errors.errors.var)
+    mean, var = torch.stack(inside).view(300, 2, 4).double().mean((0, 2))
+    assert 0.92 < mean < 0.98  # 95.4 % for a normal estimate, a little less with 40 batches
+    assert 0.85 < var < 0.98  # the variance of a skewed quantity is itself skewed
+
+
+def test_errors_do_not_depend_on_how_many_batches_a_group_has():
+    values = torch.randn(4096, 8)
+    few = bn.calibrate(nn.BatchNorm1d(8), values.split(64)).layers[""]  # 64 groups of one batch
+    many = bn.calibrate(nn.BatchNorm1d(8), values.split(4)).layers[""]  # of 16
+    assert len(few.groups.mean) == len(many.groups.mean) == 64
+    torch.testing.assert_close(few.errors.var, many.errors.var, rtol=1e-9, atol=0)
+    torch.testing.assert_close(few.errors.mean, values.double().std(0) / 64, rtol=0.3, atol=0)
+
+
+def test_a_target_error_stops_when_it_is_reached():
+    data = [torch.randn(32, 4) for _ in range(400)]
+    loose, tight = (bn.calibrate(nn.BatchNorm1d(4), data, target_error=e) for e in (0.05, 0.02))
+    assert loose.reached
+    assert tight.reached
+    assert loose.error <= 0.05
+    assert tight.error <= 0.02
+    # 1/sqrt(n) for the mean: 400 and 2500 values, in batches of 32; with some luck or none.
+    assert 200 < loose.samples < 1200 < tight.samples < 7000
+    never = bn.calibrate(nn.BatchNorm1d(4), data[:20], target_error=1e-4)
+    assert never.reached is False
+    assert never.batches == 20
+    assert "NOT reached" in str(never)
+
+
+def test_one_batch_has_no_error_and_says_so():
+    found = bn.calibrate(nn.BatchNorm1d(3), [torch.randn(8, 3)])
+    assert found.layers[""].errors.mean.isnan().all()
+    assert np.isnan(found.error)
+    assert "–" in str(found)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_batches": 0}, {"max_batches": 1.5}, {"max_samples": -1}, {"max_samples": True},
+        {"target_error": 0}, {"target_error": float("nan")}, {"upstream": "none"}, {"passes": 2},
+        {"passes": 0, "upstream": "population"}, {"cache_bytes": -1}, {"cache_bytes": 1}, {"layers": "nothing"},
+    ],
+)  # fmt: skip
+def test_an_option_out_of_range_is_refused_before_anything_is_read(options):
+    stream = iter(images())
+    with pytest.raises(OptionError):
+        bn.calibrate(nn.BatchNorm2d(3), stream, **options)
+    assert len(list(stream)) == 4
+
+
+# --- which layers
+
+
+def three():
+    return nn.Sequential(
+        nn.BatchNorm2d(3),
+        nn.Sequential(nn.BatchNorm2d(3), bn.BatchNorm2d(3, statistics=bn.Frozen())),
+    )
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (None, {"0"}),
+        ("*", {"0", "1.0", "1.1"}),
+        ("1.*", {"1.0", "1.1"}),
+        (["0", "1.1"], {"0", "1.1"}),
+        (lambda model: model[1], {"1.0", "1.1"}),
+        (lambda model: [model[0], "1.0"], {"0", "1.0"}),
+        (lambda model: lambda name, layer: isinstance(layer, bn.BatchNorm2d), {"1.1"}),
+    ],
+)
+def test_layers_are_asked_for_by_name_pattern_module_or_question(layers, expected):
+    model = three()
+    model[1][0].eval()
+    layers = layers(model) if callable(layers) else layers
+    before = snapshot(model)
+    found = bn.calibrate(model, images(), layers=layers)
+    assert set(found.layers) == expected
+    assert set(found.skipped) == {"0", "1.0", "1.1"} - expected
+    after = snapshot(model)
+    moved = {name.split(".running")[0] for name, value in before.items() if "running_mean" in name and torch.is_tensor(value) and not torch.equal(value, after[name])}  # fmt: skip
+    assert moved == expected
+
+
+def test_layers_that_were_not_asked_for_go_by_what_they_keep():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    found = bn.calibrate(model, images(), layers="1")
+    expected = nn.BatchNorm2d(3).eval()(torch.cat(images()))
+    assert_exact(found.moments["1"], [expected.detach()])
+
+
+# --- batches and devices
+
+
+@dataclasses.dataclass
+class Record:
+    image: torch.Tensor
+    label: int = 0
+
+
+class Takes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, image, label=None):
+        return self.norm(image)
+
+
+def test_records_go_in_as_keywords():
+    found = bn.calibrate(Takes(), [Record(x) for x in images()], max_samples=12)
+    assert found.samples == 12
+    assert_exact(found.moments["norm"], [torch.cat(images())[:12]])
+
+
+def test_items_that_the_model_does_not_take_are_named():
+    with pytest.raises(CalibrationError, match=r"'target'.*forward=lambda"):
+        bn.calibrate(Takes(), [{"image": images()[0], "target": 1}])
+
+
+def test_batches_go_to_the_device_asked_for():
+    seen = []
+    model = Takes()
+    with pytest.raises(NotImplementedError):
+        bn.calibrate(
+            model, images(), device="meta", forward=lambda m, x: seen.append(x.device) or m(x)
+        )
+    assert seen[0].type == "meta"
+
+
+# --- everything as it was
+
+
+class Stateful(nn.Module):
+    """What a training forward changes besides batch normalization."""
+
+    def __init__(self, fails=False):
+        super().__init__()
+        self.linear = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))
+        self.instance = nn.InstanceNorm1d(6, track_running_stats=True)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.norm, self.drop, self.fails = nn.BatchNorm1d(6), nn.Dropout(), fails
+
+    def forward(self, x):
+        self.calls += 1
+        x = self.drop(self.linear(x))
+        self.instance(x.unsqueeze(0).transpose(1, 2))
+        y = self.norm(x)
+        if self.fails and self.calls > 1:
+            raise self.fails
+        return y
+
+
+@pytest.mark.parametrize("upstream", ["batch", "population"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        None,
+        ValueError("x"),
+        KeyboardInterrupt(),
+        MemoryError(),
+        torch.OutOfMemoryError("none left"),
+    ],
+)
+def test_random_numbers_and_every_other_buffer_are_as_before(error, upstream):
+    model = Stateful(error)
+    model(torch.randn(4, 6))
+    before = snapshot(model)
+    state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    data = [torch.randn(4, 6) for _ in range(3)]
+    torch.set_rng_state(state[0])
+
+    def forward(model, x):
+        random.random(), np.random.rand()
+        return model(x)
+
+    if error is None:
+        bn.calibrate(model, data, forward=forward, upstream=upstream)
+        for name in list(before):
+            if (
+                name.startswith("norm.")
+                and ("running" in name or "tracked" in name)
+                and "itself" not in name
+            ):
+                before[name] = snapshot(model)[name]
+    else:
+        with pytest.raises(type(error)):
+            bn.calibrate(model, data, forward=forward, upstream=upstream)
+    assert_unchanged(before, model)
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert random.getstate() == state[1]
+    assert np.random.get_state()[1].tolist() == state[2]
+
+
+def test_an_interrupt_while_the_buffers_are_written_takes_all_of_it_back(monkeypatch):
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    before = snapshot(model)
+    copies, copy = [], torch.Tensor.copy_
+
+    def interrupted(self, other, *args):
+        copies.append(self)
+        if len(copies) == 4:
+            raise KeyboardInterrupt
+        return copy(self, other, *args)
+
+    real = bn.calibration.calibrate.write
+
+    def write(*args):
+        monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+        real(*args)
+
+    monkeypatch.setattr("batchnorm.calibration.calibrate.write", write)
+    with pytest.raises(KeyboardInterrupt):
+        bn.calibrate(model, images())
+    monkeypatch.undo()
+    assert_unchanged(before, model)
+
+
+def test_a_compiled_and_a_wrapped_model_are_calibrated_inside():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    plain = nn.BatchNorm2d(3)
+    bn.calibrate(plain, images())
+    for wrapped in (torch.compile(model, backend="eager"), nn.DataParallel(model)):
+        model[0].reset_running_stats()
+        if wrapped is not model:
+            wrapped(images()[0])
+        found = bn.calibrate(wrapped, images())
+        assert set(found.layers) == {"0"}
+        assert torch.equal(model[0].running_var, plain.running_var)
+
+
+def test_a_converted_model_gives_what_the_original_gives():
+    torch.manual_seed(0)
+    model = Chain()
+    original = bn.calibrate(model, images()).moments
+    ours = bn.calibrate(bn.convert(model), images()).moments
+    for name, moments in original.items():
+        torch.testing.assert_close(ours[name].m2, moments.m2, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,258 @@
+"""Calibrations as values: saved, loaded, merged, applied; averages of state dicts."""
+
+import copy
+import itertools
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import batchnorm as bn
+from batchnorm.errors import CalibrationError, MissingExtraError, OptionError
+from support.twins import assert_unchanged, randomize, snapshot
+
+
+def network(channels=5):
+    torch.manual_seed(2)
+    return nn.Sequential(
+        nn.Linear(4, channels), nn.BatchNorm1d(channels), nn.ReLU(), bn.BatchNorm1d(channels),
+        nn.BatchNorm1d(channels, track_running_stats=False),
+    )  # fmt: skip
+
+
+def data(seed, batches=6):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(8, 4, generator=generator) for _ in range(batches)]
+
+
+def assert_same(a, b):
+    assert str(a) == str(b)
+    assert list(a.layers) == list(b.layers)
+    for name, one in a.layers.items():
+        other = b.layers[name]
+        assert torch.equal(one.new.var, other.new.var)
+        for x, y in zip(one.groups, other.groups, strict=True):
+            assert torch.equal(x, y)
+        assert torch.equal(one.change.mean, other.change.mean)
+
+
+def test_saved_and_loaded_it_is_the_same(tmp_path):
+    found = bn.calibrate(network(), data(0))
+    found.save(tmp_path / "day.safetensors")
+    assert_same(bn.Calibration.load(tmp_path / "day.safetensors"), found)
+    root = bn.calibrate(nn.BatchNorm1d(4), data(0), target_error=0.5, upstream="population")
+    root.save(tmp_path / "root.safetensors")
+    loaded = bn.Calibration.load(str(tmp_path / "root.safetensors"))
+    assert_same(loaded, root)
+    assert (loaded.upstream, loaded.reached, loaded.passes) == ("population", root.reached, 1)
+
+
+def test_days_merged_are_one_calibration_of_all_days(tmp_path):
+    days = [data(seed) for seed in range(3)]
+    parts = [bn.calibrate(network(), day) for day in days]
+    merged = parts[0].merge(*parts[1:])
+    whole = bn.calibrate(network(), list(itertools.chain(*days)))
+    assert (merged.batches, merged.samples) == (18, 144) == (whole.batches, whole.samples)
+    for name, one in whole.layers.items():
+        other = merged.layers[name]
+        torch.testing.assert_close(other.new.var, one.new.var, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(other.errors.var, one.errors.var, rtol=1e-9, atol=1e-12)
+    many = merged.merge(*[merged] * 10)
+    assert len(many.layers["1"].groups.mean) <= 64
+    model = network()
+    assert merged.apply(model) is model
+    twin = network()
+    bn.calibrate(twin, list(itertools.chain(*days)))
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value)
+
+
+def test_what_does_not_belong_together_is_not_merged():
+    first = bn.calibrate(network(), data(0))
+    with pytest.raises(CalibrationError, match="'1'.*5 and 6"):
+        first.merge(bn.calibrate(network(6), data(0)))
+    with pytest.raises(CalibrationError, match="one kind"):
+        first.merge(bn.calibrate(network(), data(0), upstream="population"))
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (lambda: network(6), "'1' of 5 channels.*got 6"),
+        (lambda: network()[:3], "'3'.*no such layer"),
+        (lambda: nn.Sequential(*network()[:3], nn.BatchNorm1d(5, track_running_stats=False)), "keeps no statistics"),
+    ],
+)  # fmt: skip
+def test_applied_to_another_model_it_changes_nothing(model, words):
+    found, model = bn.calibrate(network(), data(0)), model()
+    before = snapshot(model)
+    with pytest.raises(CalibrationError, match=words):
+        found.apply(model)
+    assert_unchanged(before, model)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "x.safetensors"
+    for content, words in ((b"", "no safetensors"), (b"\x08" + b"\0" * 40, "no safetensors")):
+        path.write_bytes(content)
+        with pytest.raises(CalibrationError, match=words):
+            bn.Calibration.load(path)
+    save_file({"a": torch.ones(2)}, path)
+    with pytest.raises(CalibrationError, match="another kind"):
+        bn.Calibration.load(path)
+    bn.calibrate(network(), data(0)).save(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CalibrationError, match="damaged"):
+        bn.Calibration.load(path)
+    with pytest.raises(OSError, match="nothing"):
+        bn.Calibration.load(tmp_path / "nothing")
+
+
+def test_without_the_packages_it_says_what_to_install(tmp_path, monkeypatch):
+    found = bn.calibrate(network(), data(0))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(MissingExtraError, match="pip install safetensors"):
+        found.save(tmp_path / "x.safetensors")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtraError, match="matplotlib"):
+        found.plot()
+
+
+def test_change_is_told_in_standard_errors():
+    layer = nn.BatchNorm1d(4)
+    bn.calibrate(layer, data(1, batches=40))
+    again = bn.calibrate(layer, data(2, batches=40)).layers[""]
+    # Two samples of one population differ by sqrt(2) standard errors or so.
+    assert 0.1 < again.change.mean.abs().mean() < 4
+    with torch.no_grad():
+        layer.running_mean += 1
+    moved = bn.calibrate(layer, data(2, batches=40)).layers[""]
+    torch.testing.assert_close(moved.change.mean, -1 / moved.errors.mean, rtol=1e-4, atol=0)
+    still = bn.calibrate(nn.Sequential(nn.ReLU(), layer), [torch.zeros(4, 4) - 1] * 9).layers["1"]
+    assert (still.new.var == 0).all()
+    assert still.error == 0
+
+
+# --- merge_states
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    mean=st.sampled_from([0.0, 1e3]),
+)
+def test_statistics_are_pooled_as_those_of_one_set(sizes, mean):
+    """Against numpy: states that hold mean and biased variance of parts give those of the whole."""
+    rng = np.random.default_rng(sum(sizes))
+    parts = [rng.normal(mean + i, 1 + i, (n, 3)) for i, n in enumerate(sizes)]
+    states = []
+    for part in parts:
+        layer = nn.BatchNorm1d(3).double()
+        layer.running_mean.copy_(torch.from_numpy(part.mean(0)))
+        layer.running_var.copy_(torch.from_numpy(part.var(0)))
+        states.append(layer.state_dict())
+    merged = bn.merge_states(states, sizes)
+    whole = np.concatenate(parts)
+    np.testing.assert_allclose(merged["running_mean"], whole.mean(0), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(merged["running_var"], whole.var(0), rtol=1e-9, atol=1e-9)
+
+
+def states(count=3):
+    found = []
+    for i in range(count):
+        model = nn.ModuleDict(
+            {"norm": nn.BatchNorm2d(3), "linear": nn.Linear(2, 2, dtype=torch.bfloat16)}
+        )
+        randomize(model)
+        model["norm"].num_batches_tracked.fill_(10 * (i + 1))
+        state = model.state_dict()
+        state["steps"], state["note"] = torch.tensor(i), f"state {i}"
+        found.append(state)
+    return found
+
+
+def test_everything_else_is_averaged_or_taken_with_sense():
+    given_states, counts = states(), [1, 5, 2]
+    before = copy.deepcopy(given_states)
+    merged = bn.merge_states(given_states, counts)
+    assert list(merged) == list(given_states[0])
+    expected = sum(
+        s["norm.weight"].double() * c / 8 for s, c in zip(given_states, counts, strict=True)
+    )
+    torch.testing.assert_close(merged["norm.weight"], expected.float())
+    assert merged["linear.weight"].dtype is torch.bfloat16
+    assert int(merged["norm.num_batches_tracked"]) == 30
+    assert merged["norm.num_batches_tracked"].dtype is torch.int64
+    assert (int(merged["steps"]), merged["note"]) == (1, "state 1")
+    for state, old in zip(given_states, before, strict=True):
+        for name, value in state.items():
+            if torch.is_tensor(value):
+                assert torch.equal(value, old[name])
+                assert value.data_ptr() != merged[name].data_ptr()
+
+
+def test_the_spread_between_states_counts():
+    first, second = (nn.BatchNorm1d(1).state_dict() for _ in range(2))
+    second["running_mean"] += 4
+    assert bn.merge_states([first, second])["running_var"].item() == pytest.approx(1 + 4)
+    assert bn.merge_states([first, second], [3, 1])["running_mean"].item() == pytest.approx(1)
+    assert bn.merge_states([first, second], [1, 0])["running_var"].item() == pytest.approx(1)
+
+
+def test_one_state_comes_back_as_it_is_and_a_state_of_weight_0_may_hold_anything():
+    (state,) = states(1)
+    for merged in (bn.merge_states([state]), bn.merge_states([state, {k: v * math.nan if torch.is_tensor(v) and v.is_floating_point() else v for k, v in state.items()}], [1, 0])):  # fmt: skip
+        for name, value in state.items():
+            assert torch.equal(merged[name], value) if torch.is_tensor(value) else True
+
+
+@pytest.mark.parametrize(
+    ("change", "counts", "words"),
+    [
+        (lambda s: s.pop("steps"), None, "'steps' is missing in state 1"),
+        (lambda s: s.update(more=torch.ones(1)), None, "'more' is missing in state 0"),
+        (lambda s: s.update(steps=torch.ones(2)), None, r"'steps' is of shape \(\) in state 0 and of shape \(2,\)"),
+        (lambda s: None, [1], "a count for each of 2"),
+        (lambda s: None, [0, 0], "not all of them 0"),
+        (lambda s: None, [1, -1], ">= 0"),
+        (lambda s: None, [1, math.nan], "finite"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_averaged_is_named(change, counts, words):
+    both = states(2)
+    change(both[1])
+    with pytest.raises(OptionError, match=words):
+        bn.merge_states(both, counts)
+    with pytest.raises(OptionError, match="at least one"):
+        bn.merge_states([])
+
+
+@pytest.mark.parametrize("average", [None, get_ema_multi_avg_fn(0.9)])
+def test_the_recipe_for_averaged_weights(average):
+    """AveragedModel as it is; then one calibration of what it averaged."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    averaged = AveragedModel(model, multi_avg_fn=average)
+    optimizer = torch.optim.SGD(model.parameters(), 0.3)
+    batches = data(0, 20)
+    for x in batches:
+        loss = nn.functional.cross_entropy(model(x), (x[:, 0] > 0).long())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        averaged.update_parameters(model)
+    found = bn.calibrate(averaged, batches)
+    assert list(found.layers) == ["module.1"]
+    received = torch.cat([averaged.module[0](x) for x in batches]).detach().double()
+    torch.testing.assert_close(
+        averaged.module[1].running_var.double(), received.var(0), rtol=1e-6, atol=0
+    )
+    assert int(averaged.n_averaged) == 20

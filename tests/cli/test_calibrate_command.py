@@ -1,0 +1,353 @@
+"""``batchnorm calibrate`` and ``batchnorm merge`` as a user meets them: real processes."""
+
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from typer.testing import CliRunner
+
+import batchnorm as bn
+from batchnorm.checkpoints import read_state
+from batchnorm.cli.app import app
+from batchnorm.errors import CheckpointError
+from support import processes
+from support.command import command, environment
+
+RECIPE = """
+import torch
+from torch import nn
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 5), nn.BatchNorm1d(5))
+
+def batches():
+    g = torch.Generator().manual_seed(1)
+    return [torch.randn(n, 4, generator=g) + 3 for n in (5, 9, 4, 8, 16, 7)]
+
+def share(rank, world_size):
+    return batches()[rank::world_size]
+
+def failing():
+    yield batches()[0]
+    raise OSError("the disk is gone")
+
+def pairs():
+    return [{"x": x} for x in batches()]
+
+def forward(model, batch):
+    return model(batch["x"])
+
+number = 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delitem(sys.modules, "recipe", raising=False)
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    scope = {}
+    exec(RECIPE, scope)
+    model = scope["model"]()
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    save_file(model.state_dict(), tmp_path / "in.safetensors")
+    torch.save({"state_dict": model.state_dict(), "epoch": 3}, tmp_path / "in.pt")
+    bn.calibrate(model, scope["batches"]())
+    return tmp_path, model.state_dict()
+
+
+def here(*arguments):
+    """The command in this process, which is sooner done."""
+    done = CliRunner().invoke(app, arguments)
+    return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
+
+
+GIVEN = ("calibrate", "--model", "recipe:model", "--data", "recipe:batches")
+
+
+def assert_state(path, expected):
+    found = (
+        load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    )
+    assert sorted(found) == sorted(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [("in.safetensors", "out.safetensors"), ("in.pt", "out.pt")]
+)
+def test_a_checkpoint_gets_exact_statistics(source, target, folder):
+    folder, expected = folder
+    done = command(
+        *GIVEN, "--checkpoint", source, "--out", target, "--save", "day.safetensors", cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    assert_state(folder / target, expected)
+    assert "calibrated on 6 batches, 49 samples" in done.stdout
+    assert re.search(r"[\d,]+ samples/s", done.stdout)
+    assert bn.Calibration.load(folder / "day.safetensors").samples == 49
+    assert sorted(p.name for p in folder.iterdir() if not p.name.startswith("__")) == sorted(
+        ["recipe.py", "in.safetensors", "in.pt", "day.safetensors", target]
+    )
+
+
+def test_options_reach_the_library(folder):
+    folder, _ = folder
+    done = here(
+        *("calibrate", "--model", "recipe:model", "--data", "recipe:pairs", "--forward", "recipe:forward"),
+        *("--checkpoint", "in.safetensors", "--out", "out.safetensors", "--upstream", "population"),
+        *("--max-samples", "20", "--layers", "1", "--layers", "4"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "20 samples, upstream=population, 2 passes" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("data", ["recipe:batches", "recipe:share"])
+def test_under_torchrun_the_work_is_shared_and_one_file_written(data, folder):
+    folder, expected = folder
+    done = processes.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"),
+            *("-m", "batchnorm", *GIVEN[:3], "--data", data),
+            *("--checkpoint", "in.safetensors", "--out", "out.safetensors"),
+        ],
+        env={**environment(), "OMP_NUM_THREADS": "1"}, cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert_state(folder / "out.safetensors", expected)
+    assert done.stdout.count("calibrated on 6 batches, 49 samples") == 1
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch owned",)
+
+
+def assert_refused(done, *words, code=1):
+    assert done.returncode == code, done.stdout + done.stderr
+    said = done.stderr
+    assert said.startswith("batchnorm: ")
+    assert "Traceback" not in said
+    assert "\x1b" not in said
+    for word in words:
+        assert word in said, said
+
+
+@pytest.mark.parametrize(
+    "kind", ["evil", "whole model", "garbage", "truncated", "other model", "list"]
+)
+def test_a_bad_checkpoint_is_refused_without_running_it(kind, folder):
+    folder, _ = folder
+    path = folder / ("bad.safetensors" if kind == "truncated" else "bad.pt")
+    words = ["was not loaded", "safetensors.torch.save_file", "weights_only=False"]
+    if kind == "evil":
+        path.write_bytes(pickle.dumps({"state_dict": Evil()}))
+    elif kind == "whole model":
+        torch.save(nn.Linear(2, 2), path)
+    elif kind == "garbage":
+        path.write_bytes(b"not a checkpoint at all" * 10)
+    elif kind == "truncated":
+        path.write_bytes((folder / "in.safetensors").read_bytes()[:-50])
+        words = ["damaged"]
+    elif kind == "other model":
+        torch.save(nn.Linear(2, 2).state_dict(), path)
+        words = ["no checkpoint of this model", "Missing key"]
+    else:
+        torch.save([torch.ones(2)], path)
+        words = ["has no state dict"]
+    assert_refused(
+        here(
+            *GIVEN,
+            "--checkpoint",
+            path.name,
+            "--out",
+            "out.pt",
+        ),
+        *words,
+    )
+    assert not (folder / "owned").exists()
+    assert not (folder / "out.pt").exists()
+
+
+def test_an_existing_file_is_kept_unless_forced(folder):
+    folder, expected = folder
+    out = folder / "out.safetensors"
+    out.write_bytes(b"precious")
+    given = (*GIVEN, "--checkpoint", "in.safetensors", "--out", out.name)
+    assert_refused(
+        here(
+            *given,
+        ),
+        "out.safetensors exists",
+        "--force",
+    )
+    assert out.read_bytes() == b"precious"
+    assert (
+        here(
+            *given,
+            "--force",
+        ).returncode
+        == 0
+    )
+    assert_state(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "code"),
+    [
+        (("--model", "recipe:nothing"), ("recipe:nothing", "cannot be imported"), 2),
+        (("--model", "nowhere:model"), ("nowhere",), 2),
+        (("--model", "recipe"), ("package.module:name",), 2),
+        (("--model", "recipe:number"), ("Module, got int",), 2),
+        (("--data", "recipe:number"), ("batches, got int",), 2),
+        (("--data", "recipe:failing"), ("the disk is gone",), 1),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_no_file(options, words, code, folder):
+    folder, _ = folder
+    assert_refused(calibrated(options), *words, code=code)
+    assert not list(folder.glob("out*"))
+
+
+def calibrated(options):
+    given = {
+        "--model": "recipe:model",
+        "--data": "recipe:batches",
+        "--checkpoint": "in.pt",
+        "--out": "out.pt",
+    }
+    given |= dict(zip(options[::2], options[1::2], strict=True))
+    return here("calibrate", *(part for pair in given.items() for part in pair))
+
+
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "code"),
+    [
+        (("--upstream", "sideways"), ("upstream",), 2),
+        (("--max-batches", "0"), ("max_batches",), 2),
+        (("--target-error", "-1"), ("target_error",), 2),
+        (("--cache-bytes", "-1"), ("cache_bytes",), 2),
+        (("--layers", "nothing"), ("layers='nothing'", "'1', '4'"), 2),
+        (("--forward", "recipe:nothing"), ("recipe:nothing",), 2),
+        (("--device", "nonsense"), ("device='nonsense'", "such as 'cpu'"), 2),
+        pytest.param(("--device", "cuda"), ("device='cuda'", "CUDA"), 2, marks=NO_CUDA),
+        (("--device", "meta"), ("'meta'",), 2),
+        (("--checkpoint", "lost.pt"), ("lost.pt",), 1),
+        (("--checkpoint", "."), ("Is a directory",), 1),
+        (("--out", "out.txt"), (".safetensors",), 2),
+        (("--out", "missing/out.pt"), ("folder missing does not exist",), 1),
+        (("--out", "."), ("the folder .",), 1),
+        (("--out", "recipe.py/out.pt"), ("folder recipe.py does not exist",), 1),
+        (("--save", "missing/day.safetensors"), ("folder missing does not exist",), 1),
+        (("--save", "in.pt"), ("in.pt exists", "--force"), 1),
+        (("--save", "out.pt"), ("expected two files, got out.pt",), 2),
+        (("--save", "./out.pt"), ("expected two files",), 2),
+        (("--checkpoint", "mixed.pt", "--out", "out.safetensors"), ("'epoch' is int", ".pt"), 1),
+    ],
+)
+def test_an_option_is_refused_before_the_data_are_asked_for(options, words, code, folder):
+    folder, expected = folder
+    torch.save({**expected, "epoch": 3}, folder / "mixed.pt")
+    (folder / "recipe.py").write_text(RECIPE + MIXED)
+    assert_refused(calibrated(("--data", "recipe:forbidden", *options)), *words, code=code)
+    assert not list(folder.glob("out*"))
+
+
+MIXED = """
+class Mixed(nn.Sequential):
+    def load_state_dict(self, state, *rest):
+        return super().load_state_dict({k: v for k, v in state.items() if k != "epoch"}, *rest)
+
+def model(make=model):
+    return Mixed(*make())
+
+def forbidden():
+    raise SystemExit("the data were asked for")
+"""
+
+
+def test_an_error_is_one_line_however_narrow_the_terminal_and_has_no_codes(folder):
+    done = command(*GIVEN, "--out", "missing/out.pt", cwd=folder[0], COLUMNS="20", TERM="xterm")
+    assert_refused(done, "folder missing does not exist")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_reason_that_torch_gives_has_no_terminal_codes(folder):
+    folder, _ = folder
+    torch.save(nn.Linear(2, 2), folder / "whole.pt")
+    with pytest.raises(CheckpointError) as refused:
+        read_state(folder / "whole.pt")
+    assert "\x1b" not in str(refused.value)
+    assert "Unsupported global" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "code"),
+    [
+        (("in.pt",), ("two or more files", "got 1"), 2),
+        (("in.pt", "in.pt", "--counts", "1"), ("count for each of 2",), 2),
+        (("in.pt", "lost.pt"), ("lost.pt",), 1),
+        (("in.pt", "in.pt", "--out", "missing/out.pt"), ("folder missing does not exist",), 1),
+        (("in.pt", "in.pt", "--out", "in.pt"), ("in.pt exists",), 1),
+        (("in.pt", "in.pt", "--out", "out.zip"), (".safetensors",), 2),
+    ],
+)
+def test_a_merge_that_cannot_be_is_refused_in_one_line(options, words, code, folder):
+    folder, _ = folder
+    out = () if "--out" in options else ("--out", "out.pt")
+    assert_refused(here("merge", *options, *out), *words, code=code)
+    assert not list(folder.glob("out*"))
+
+
+def test_what_follows_counts_is_read_as_numbers(folder):
+    done = here("merge", "in.pt", "in.pt", "--counts", "1,x", "--out", "out.pt")
+    assert done.returncode == 2
+    assert "expected numbers such as 1000,250, got '1,x'" in done.stderr
+    assert done.stderr.isascii()
+
+
+def test_calibrations_and_checkpoints_are_merged(folder):
+    folder, _ = folder
+    scope = {}
+    exec(RECIPE, scope)
+    parts = [bn.calibrate(scope["model"](), scope["batches"]()[i::2]) for i in range(2)]
+    for i, part in enumerate(parts):
+        part.save(folder / f"{i}.safetensors")
+    done = here("merge", "0.safetensors", "1.safetensors", "--out", "all.safetensors")
+    assert done.returncode == 0, done.stderr
+    assert "calibrated on 6 batches, 49 samples" in done.stdout
+    assert bn.Calibration.load(folder / "all.safetensors").counts == {"1": 49, "4": 49}
+    done = here("merge", "in.safetensors", "in.pt", "--counts", "3,1", "--out", "soup.safetensors")
+    assert done.returncode == 0, done.stderr
+    assert_state(folder / "soup.safetensors", load_file(folder / "in.safetensors"))
+    assert_refused(
+        here(
+            "merge",
+            "in.pt",
+            "0.safetensors",
+            "--out",
+            "x.pt",
+        ),
+        "both kinds",
+        code=2,
+    )
+
+
+def test_what_the_tests_use_is_this_library():
+    assert Path(bn.__file__).parents[2] == Path(__file__).parents[2]

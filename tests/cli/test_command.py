@@ -1,0 +1,148 @@
+"""The command as a user meets it: real processes, real exit codes."""
+
+import os
+import re
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import batchnorm as bn
+from batchnorm.cli.app import app
+from support import processes
+from support.command import command, environment
+
+PACKAGES = ("typer", "rich", "matplotlib", "jinja2", "sklearn", "safetensors")
+TINY = ("--steps", "4", "--batch-size", "16", "--k", "2")
+
+
+def test_demo_prints_tables_and_where_the_files_are(tmp_path):
+    done = command("demo", *TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Steps to the same held-out accuracy" in done.stdout
+    assert "whole training set" in done.stdout
+    named = [line for line in done.stdout.splitlines() if line.startswith("batchnorm-demo")]
+    assert len(named) == 6
+    assert all((tmp_path / line).stat().st_size > 0 for line in named)
+    assert len(list((tmp_path / "batchnorm-demo").iterdir())) == 6
+
+
+def test_env_prints_versions_and_backends():
+    done = command("env")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"packages +torch +\d", done.stdout)
+    assert re.search(r"backends +reference +available", done.stdout)
+
+
+def test_version_is_that_of_the_library():
+    done = command("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"batchnorm {bn.__version__}\n", "")
+
+
+OPTIONS = [
+    ("demo", "--batch-size", "1"),
+    ("bench", "--seconds", "-1"),
+    ("bench", "--device", "tpu"),
+    ("calibrate",),
+    ("nonsense",),
+    ("--nonsense",),
+]
+
+
+@pytest.mark.parametrize("arguments", OPTIONS, ids=" ".join)
+def test_a_wrong_option_is_a_usage_error_in_plain_lines(arguments):
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("Error: ")
+    assert arguments[-1].lstrip("-") in last or "Missing option" in last or "Invalid" in last
+    assert done.stderr.isascii() and "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--part", "no such cell"), "no name has the part"),
+        (("--out", "file"), "cannot make the folder file"),
+        (("--out", "file/folder"), "cannot make the folder file/folder"),
+        pytest.param(
+            ("--device", "cuda"),
+            "expected a CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
+    ],
+)
+def test_a_benchmark_that_cannot_be_is_refused_before_it_measures(
+    arguments, words, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("precious")
+    done = CliRunner().invoke(app, ("bench", "--seconds", "0", *arguments))
+    assert done.exit_code == 2, done.output
+    assert done.stderr.startswith("batchnorm: ") and words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_wrong_data_ends_in_one_line(tmp_path):
+    done = command("demo", "--data", str(tmp_path / "nothing"), "--out", str(tmp_path / "out"))
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("batchnorm: no train-images-idx3-ubyte")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_missing_package_is_named_in_one_line(package, tmp_path):
+    script = (
+        f"import sys; sys.modules[{package!r}] = None; sys.argv[1:] = ['demo', '--steps', '1'];"
+        "from batchnorm.cli import main; sys.exit(main())"
+    )
+    done = processes.run([sys.executable, "-c", script], env=environment(), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [
+        f"batchnorm: the package '{package}' is missing; pip install 'batchnorm[demo]' brings it"
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def started(*arguments):
+    return processes.started([sys.executable, "-m", "batchnorm", *arguments], env=environment())
+
+
+def interrupted(process):
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    # Where Python was inside exec() of a string, it ends by the signal itself, whatever the exit
+    # code; a shell reports 130 for both.
+    assert process.returncode in (130, -signal.SIGINT), said
+    assert "interrupted" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="SIGINT is POSIX")
+def test_an_interrupted_demo_leaves_no_file(tmp_path):
+    out = tmp_path / "out"
+    with started("demo", "--steps", "100000", "--out", str(out)) as process:
+        deadline = time.monotonic() + 60
+        while not out.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.5)
+        interrupted(process)
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="SIGINT is POSIX")
+def test_an_interrupted_bench_leaves_what_it_has_measured(tmp_path):
+    with started("bench", "--seconds", "0.05", "--out", str(tmp_path)) as process:
+        time.sleep(25)
+        assert process.poll() is None, "it ended before it could be interrupted"
+        interrupted(process)
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) > 3
+    assert "32" in (tmp_path / "report.html").read_text()

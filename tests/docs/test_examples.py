@@ -1,0 +1,38 @@
+"""The examples do what the pages say of them."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sklearn")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    yield importlib.import_module
+    for path in EXAMPLES.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def test_at_the_end_of_an_epoch(example):
+    seen = example("epoch_end").main(epochs=1)
+    assert seen[0][1] > seen[0][0]
+
+
+def test_averaged_weights(example):
+    found = example("averaged_weights").main()
+    assert min(found["merge_states"], found["calibrate"]) > found["as AveragedModel leaves it"]
+
+
+def test_pruned(example):
+    found = example("pruned").main(steps=100)
+    assert found["pruned, calibrated"] > found["pruned"] + 0.1
+
+
+def test_quantized(example):
+    found = example("quantized").main(steps=100)
+    assert found["2 bits, calibrated"] > found["2 bits"] + 0.1

@@ -1,0 +1,316 @@
+"""Text made from rows: what the pages say is what the rows say, or the check fails."""
+
+import re
+
+import pytest
+
+import figures
+import inline
+import typed
+from cited import CitationError, Rows
+from support import synthetic_rows
+
+CONVERTED = "networks network=resnet50 regime=kept contender=graph"
+README = f"""# Library
+
+A step takes <!--row {CONVERTED} : ratio-->…<!--/row--> less, with 95 % confidence.
+
+<!-- rows: networks -->
+<!-- /rows -->
+"""
+CONSTANT = """[[constant]]
+file = "README.md"
+text = "95 % confidence"
+reason = "how intervals are defined"
+"""
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A repository whose pages are what its rows say."""
+    synthetic_rows.write(tmp_path / "benchmarks" / "data", ["networks/rows.csv"])
+    (tmp_path / "docs" / "decisions").mkdir(parents=True)
+    (tmp_path / "README.md").write_text(README)
+    (tmp_path / "benchmarks" / "constants.toml").write_text(CONSTANT)
+    assert figures.main(["--root", str(tmp_path)]) == 0
+    return tmp_path
+
+
+@pytest.fixture
+def check(root, capsys):
+    def run():
+        status = figures.main(["--root", str(root), "--check"])
+        return status, capsys.readouterr().err
+
+    assert run() == (0, "")
+    return run
+
+
+def edit(path, old, new, count=1):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, count))
+
+
+def networks(root):
+    return root / "benchmarks" / "data" / "networks" / "rows.csv"
+
+
+def cited_line(root):
+    lines = networks(root).read_text().splitlines()
+    return next(
+        line for line in lines if line.startswith("resnet50,train,nchw,fp32,8,160,kept,graph")
+    )
+
+
+def test_every_table_can_be_written(tmp_path):
+    synthetic_rows.write(tmp_path)
+    rows = Rows(tmp_path)
+    rows.history_allowed = True
+    for name, make in figures.BLOCKS.items():
+        assert "| --- |" in make(rows), name
+
+
+def test_ten_rows_of_layers_at_most(tmp_path):
+    synthetic_rows.write(tmp_path, ["cpu/rows.csv"])
+    table = figures.BLOCKS["layers"](Rows(tmp_path))
+    assert sum(line.startswith("| ") for line in table.splitlines()) <= 2 + 10
+
+
+def test_writing_twice_changes_nothing(root):
+    once = (root / "README.md").read_text()
+    assert "…" not in once
+    assert figures.main(["--root", str(root)]) == 0
+    assert (root / "README.md").read_text() == once
+
+
+def test_a_digit_changed_in_a_table_fails(root, check):
+    page = root / "README.md"
+    digit = re.search(r"^\| MobileNetV2.*?(\d)\.\d\d \(", page.read_text(), re.MULTILINE)
+    text = page.read_text()
+    other = str((int(digit[1]) + 1) % 10)
+    page.write_text(text[: digit.start(1)] + other + text[digit.end(1) :])
+    status, said = check()
+    line = text.count("\n", 0, digit.start(1)) + 1
+    assert status == 1
+    assert said.startswith(f"README.md:{line}: ")
+    assert "run `python benchmarks/figures.py`" in said
+
+
+def test_a_digit_changed_in_running_text_fails(root, check):
+    text = (root / "README.md").read_text()
+    (root / "README.md").write_text(re.sub(r"-->\d\.", "-->9.", text, count=1))
+    status, said = check()
+    assert status == 1
+    assert said.startswith("README.md:3: `9.")
+
+
+def test_a_row_changed_fails_and_writing_repairs_it(root, check):
+    line = cited_line(root)
+    edit(networks(root), line, re.sub(r",\d+\.\d+,7,", ",1.5,7,", line).replace(",1.", ",3."))
+    status, said = check()
+    assert status == 1
+    assert "README.md:3: " in said
+    assert figures.main(["--root", str(root)]) == 0
+    assert check() == (0, "")
+
+
+def test_a_row_deleted_fails(root, check):
+    edit(networks(root), cited_line(root) + "\n", "")
+    status, said = check()
+    assert status == 1
+    assert "networks/rows.csv has no row with" in said
+    assert "contender=graph" in said
+
+
+def test_a_file_deleted_fails(root, check):
+    networks(root).unlink()
+    assert "there is no file" in check()[1]
+
+
+def test_a_row_of_a_dirty_tree_fails_where_it_is_cited(root, check):
+    line = cited_line(root)
+    edit(networks(root), line, line.replace("True", "False"))
+    number = networks(root).read_text().splitlines().index(line.replace("True", "False")) + 1
+    status, said = check()
+    assert status == 1
+    assert f"rows.csv:{number}: cited, and measured with uncommitted changes" in said
+
+
+def test_a_dirty_row_that_nobody_cites_does_no_harm(root, check):
+    line = next(line for line in networks(root).read_text().splitlines() if ",save_memory," in line)
+    edit(networks(root), line, line.replace("True", "False"))
+    assert check()[0] == 0
+
+
+def test_a_row_that_does_not_tell_its_code_fails(root, check):
+    text = networks(root).read_text()
+    networks(root).write_text(text.replace(",code,", ",note,", 1))
+    status, said = check()
+    assert status == 1
+    assert "networks/rows.csv:1: rows must say code" in said
+
+
+def test_selection_of_two_rows_fails(root, check):
+    line = cited_line(root)
+    edit(networks(root), line, line + "\n" + line.replace(",8,160,", ",16,160,"))
+    status, said = check()
+    assert status == 1
+    assert "has 2 rows with" in said
+    assert "differ in batch" in said
+
+
+def test_of_two_rows_of_one_cell_the_later_one_counts(root, check):
+    line = cited_line(root)
+    with networks(root).open("a") as file:
+        file.write(line.replace("abcdef0", "fedcba0") + "\n")
+    status, said = check()
+    assert status == 1
+    assert "rows say" in said
+    assert "fedcba0" in said
+
+
+@pytest.mark.parametrize(
+    "figure",
+    ["1.23×", "1.4×eager", "× 1.5", "1.2–1.4 ×", "1.2 times", "three times as fast", "2x", "30 %", "40 percent", "3 ms", "0.5 µs", "4 s",
+     "10 seconds", "5½ min", "2 hours", "1.2 倍", "两倍", "3 毫秒", "5 分半", "三分钟"],
+)  # fmt: skip
+def test_a_figure_typed_by_hand_fails(root, check, figure):
+    edit(root / "README.md", "# Library\n", f"# Library\n\nIt is fast: {figure}, always.\n")
+    status, said = check()
+    assert status == 1
+    assert said.startswith("README.md:3: ")
+    assert "typed by hand" in said
+
+
+def test_a_table_typed_by_hand_fails(root, check):
+    edit(
+        root / "README.md", "# Library\n", "# Library\n\n| a | b |\n| - | - |\n| x | 1.29–1.55 |\n"
+    )
+    assert check()[1].startswith("README.md:5: number in a table '1.29–1.55'")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["224²", "32×64", "3 × 3", "1×1 and 3×3", "torch 2.13", "Python 3.11", "`momentum=0.1`", "1e-6",
+     "2⁻²⁴", "75 MB/s", "| 0.05 GB | 3 |", "16 of 32×3×32×32", "decisions/0016-graphs.md", "γ × x"],
+)  # fmt: skip
+def test_what_is_no_measured_figure_passes(root, check, text):
+    edit(
+        root / "README.md", "# Library\n", f"# Library\n\nOf {text} it is.\n\n```\n1.5× 3 ms\n```\n"
+    )
+    assert check() == (0, "")
+
+
+def test_a_constant_that_is_gone_fails(root, check):
+    edit(root / "README.md", ", with 95 % confidence", "")
+    status, said = check()
+    assert status == 1
+    assert "no figure stands in '95 % confidence' of README.md" in said
+
+
+def test_a_constant_holds_for_its_text_only(root, check):
+    edit(root / "README.md", "# Library\n", "# Library\n\nIt saves 95 % of all.\n")
+    assert check()[1].startswith("README.md:3: percentage '95 %'")
+
+
+def test_a_constant_without_a_reason_fails(root, check):
+    edit(root / "benchmarks" / "constants.toml", "how intervals are defined", "")
+    assert "expected file, text and reason" in check()[1]
+
+
+def test_history_is_for_decisions_alone(root, check):
+    synthetic_rows.write(root / "benchmarks" / "data" / "history", ["networks/rows.csv"])
+    old = f"It took <!--row history/{CONVERTED} mode=train dtype=fp32 layout=nchw threads=1 : ratio-->…<!--/row-->."
+    decision = root / "docs" / "decisions" / "0001-a.md"
+    decision.write_text(f"# A\n\n{old}\n")
+    assert figures.main(["--root", str(root)]) == 0
+    assert check() == (0, "")
+    (root / "docs" / "page.md").write_text(decision.read_text())
+    assert "docs/page.md:3: " in check()[1]
+    (root / "docs" / "page.md").write_text("See benchmarks/data/history/networks.\n")
+    assert "for docs/decisions alone" in check()[1]
+
+
+def test_a_figure_of_a_decision_needs_a_date(root, check):
+    decision = root / "docs" / "decisions" / "0001-a.md"
+    decision.write_text("# A\n\n## One\n\nIt took 3 ms.\n\n## Two\n\nNothing.\n")
+    assert check()[1].startswith("docs/decisions/0001-a.md:5: time '3 ms'")
+    dated = "*History: measured on 2026-11-26 at commit e70b602*\n\n"
+    edit(decision, "Nothing.", dated + "Nothing.")
+    assert check()[0] == 1
+    edit(decision, "It took", dated + "It took")
+    assert check() == (0, "")
+    decision.write_text(f"# A\n\n{dated}## One\n\nIt took 3 ms.\n\n## Two\n\nAnd 2 s.\n")
+    assert check() == (0, "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<!-- rows: networks -->\nnever closed\n", "a <!--row networks : ratio--> b\n", "<!-- /rows -->\n",
+     "<!--row networks network=mlp : ratio-->begins a line<!--/row-->\n",
+     "<!-- rows: unknown -->\n<!-- /rows -->\n", "a <!--row networks ratio-->b<!--/row-->\n"],
+)  # fmt: skip
+def test_a_marker_that_is_none_fails(root, check, text):
+    with (root / "README.md").open("a") as file:
+        file.write(f"\n{text}")
+    assert check()[0] == 1
+
+
+def test_rows_of_older_code_are_counted_and_pass(root, capsys):
+    assert figures.main(["--root", str(root), "--check"]) == 0
+    count = len(tables_cited(root))
+    assert f"{count} rows are cited, {count} of them of older code" in capsys.readouterr().out
+
+
+def tables_cited(root):
+    return figures.checked(root, root / "benchmarks" / "data", write=False)[1].cited()
+
+
+def test_a_range_needs_every_row_of_it(root):
+    edit(networks(root), cited_line(root) + "\n", "")
+    with pytest.raises(CitationError, match="has no row with"):
+        inline.text(f"{SEVERAL} : range ratio", Rows(root / "benchmarks" / "data"))
+
+
+SEVERAL = "networks network=resnet50 network=mobilenet_v2 regime=kept layout=nchw layout=channels_last contender=graph"
+
+
+@pytest.mark.parametrize(
+    ("spec", "form"),
+    [
+        (f"{CONVERTED} : ratio", r"\d\.\d\d×"),
+        (f"{CONVERTED} : interval ratio", r"\d\.\d\d× \(\d\.\d\d–\d\.\d\d\)"),
+        (f"{SEVERAL} : range ratio", r"\d\.\d\d–\d\.\d\d×"),
+        (f"{SEVERAL} : min ratio", r"\d\.\d\d×"),
+        (f"{CONVERTED} : saved_bytes", "1 319 MB"),
+        (f"{CONVERTED} : saved_bytes in GB", "1.32 GB"),
+        (f"{CONVERTED} : faults", "150 500"),
+        (f"{CONVERTED} : saved_bytes / peak_bytes in %", "67 %"),
+        (
+            "use/throughput network=cnn : (calibrate_seconds - plain_seconds) / batches in µs",
+            "100 µs",
+        ),
+        (
+            'networks network="resnet50" regime=kept contender="graph" : ratio',
+            r"\d\.\d\d×",
+        ),
+    ],
+)
+def test_what_an_inline_marker_may_ask_for(root, spec, form):
+    synthetic_rows.write(root / "benchmarks" / "data", ["use/throughput.csv"])
+    assert re.fullmatch(form, inline.text(spec, Rows(root / "benchmarks" / "data")))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [f"{SEVERAL} : ratio", f"{CONVERTED} : ratio in km", f"{CONVERTED} : nothing", f"{CONVERTED} : f(x) in s",
+     f"{CONVERTED} size : ratio", f"{CONVERTED} : ratio + 1", "networks colour=red : ratio"],
+)  # fmt: skip
+def test_what_an_inline_marker_may_not_ask_for(root, spec):
+    with pytest.raises(CitationError):
+        inline.text(spec, Rows(root / "benchmarks" / "data"))
+
+
+def test_figures_are_found_once():
+    assert [kind for _, kind in typed.figures("| 1.20 × | 30 % |\n", [])] == ["ratio", "percentage"]

@@ -1,0 +1,81 @@
+"""The backend in front of Inductor: one meaning with eager, for small and large inputs."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.graph import inner
+from support.captured import step
+
+
+class Block(nn.Module):
+    """A convolution or a product, its normalization, an addition and an activation."""
+
+    def __init__(self, act, dense):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(8, 8) if dense else nn.Conv2d(8, 8, 1)
+        self.bn = nn.BatchNorm1d(8) if dense else nn.BatchNorm2d(8)
+        self.act = act
+
+    def forward(self, x):
+        return self.act(self.bn(self.first(x)) + x)
+
+
+def inputs(dense, small):
+    """An input that is taken apart, or one that is not."""
+    torch.manual_seed(1)
+    if dense:
+        return torch.randn((64 if small else 2 + inner.MOST_SMALL_ROWS // 8), 8)
+    return torch.randn(2 if small else 32, 8, 16, 16)
+
+
+def compiled(model):
+    torch.compiler.reset()
+    options = {"inner": "inductor"}
+    return torch.compile(
+        copy.deepcopy(model), backend=bn.graph.backend, fullgraph=True, options=options
+    )
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["large", "small"])
+@pytest.mark.parametrize(
+    ("dense", "act", "convert"),
+    [(True, F.relu, False), (False, F.silu, True), (False, F.relu6, False)],
+    ids=["dense relu", "images silu, converted", "images relu6"],
+)
+def test_compiled_steps_equal_eager(dense, act, convert, small):
+    plain, x = Block(act, dense), inputs(dense, small)
+    other = compiled(bn.convert(copy.deepcopy(plain)) if convert else plain)
+    exact = copy.deepcopy(plain).double()
+    for seed in range(2):
+        found, expected = step(other, x, seed), step(plain, x, seed)
+        for got, want, true in zip(found, expected, step(exact, x.double(), seed), strict=True):
+            scale = float(true.abs().max())
+            error = float((want.double() - true).abs().max())
+            assert float((got.double() - true).abs().max()) <= 4 * error + 1e-5 * scale
+    for want, got in zip(plain.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    plain.eval(), other.eval()
+    torch.testing.assert_close(other(x), plain(x), rtol=1e-4, atol=1e-4)
+    assert bn.fused(other)["bn"].partners[0] == "add"
+
+
+def test_graph_for_inductor_holds_one_call_for_each_normalization():
+    plain, seen = Block(F.relu, dense=False), []
+
+    def look(gm, example_inputs):
+        from batchnorm.graph.fuse import fuse
+
+        fuse(gm, eager=False)
+        inner.lower(gm)
+        seen.extend(n.target for n in gm.graph.nodes if n.op.startswith("call"))
+        return gm.forward
+
+    torch.compiler.reset()
+    torch.compile(plain, backend=look, fullgraph=True)(inputs(dense=False, small=True))
+    assert seen == [torch.conv2d, inner.traceable]

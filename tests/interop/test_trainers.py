@@ -1,0 +1,273 @@
+"""The callbacks in the real trainers, and tools that look layers up by exact type."""
+
+import copy
+import importlib
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import batchnorm as bn
+from batchnorm.errors import MissingExtraError, OptionError, SurgeryError
+from support.third_party import timm, torchvision
+
+X = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)) * 3 + 1
+Y = torch.randint(0, 3, (60,), generator=torch.Generator().manual_seed(1))
+
+# Trainers of other people warn of what is none of our business.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def net():
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 3))  # fmt: skip
+
+
+def assert_exact(model, states, batches):
+    """What the layers kept is what calibrate finds for these weights."""
+    model = copy.deepcopy(model)
+    model.load_state_dict(states)
+    bn.calibrate(model, batches)
+    for name, value in model.state_dict().items():
+        if "running" in name:
+            torch.testing.assert_close(states[name], value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.fixture(autouse=True)
+def _whole_torchvision():
+    """Both libraries import torchvision, which not every build of torch can."""
+    torchvision()
+
+
+@pytest.fixture
+def lightning():
+    with warnings.catch_warnings(action="ignore"):
+        return pytest.importorskip("pytorch_lightning")
+
+
+def lightning_module(lightning):
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, self.seen = net(), []
+
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, batch, _):
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        def validation_step(self, batch, index):
+            if index == 0:
+                assert not self.training
+                self.seen.append(copy.deepcopy(self.net.state_dict()))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    return Module()
+
+
+def fit(lightning, module, callback, tmp_path, **options):
+    trainer = lightning.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=1,
+        default_root_dir=tmp_path, callbacks=[callback], **options,
+    )  # fmt: skip
+    data = TensorDataset(X, Y)
+    trainer.fit(module, DataLoader(data, 16, shuffle=True), DataLoader(data, 60))
+    return trainer
+
+
+def test_lightning_validates_with_exact_statistics(lightning, tmp_path):
+    from batchnorm.integrations.lightning import CalibrateCallback
+
+    module, callback = lightning_module(lightning), CalibrateCallback(upstream="population")
+    fit(lightning, module, callback, tmp_path)
+    assert len(module.seen) == 3  # the sanity check, with what there was, and two epochs
+    for states in module.seen[1:]:
+        plain = copy.deepcopy(module.net)
+        plain.load_state_dict(states)
+        bn.calibrate(plain, X.split(16), upstream="population")
+        for name, value in plain.state_dict().items():
+            torch.testing.assert_close(states[name], value, rtol=1e-5, atol=1e-6)
+    assert callback.calibration.samples == 60
+    assert not any(buffer.is_inference() for buffer in module.buffers())
+
+
+def test_lightning_in_the_midst_of_an_epoch_and_frozen_layers(lightning, tmp_path):
+    from batchnorm.integrations.lightning import CalibrateCallback
+
+    module = lightning_module(lightning)
+    frozen = module.net[3]
+
+    class Freeze(lightning.Callback):
+        def on_train_batch_start(self, *_):
+            frozen.eval()
+
+    callback = CalibrateCallback([(X, Y)])
+    fit(lightning, module, callback, tmp_path, val_check_interval=2)
+    assert len(module.seen) == 5
+    assert_exact(module.net, module.seen[-1], [X])
+
+    module = lightning_module(lightning)
+    frozen = module.net[3]
+    callback = CalibrateCallback()
+    fit_with = [Freeze(), callback]
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        default_root_dir=tmp_path, callbacks=fit_with,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(TensorDataset(X, Y), 16))
+    assert list(callback.calibration.layers) == ["net.1"]
+    assert callback.calibration.skipped == {"net.3": "not asked for"}
+    assert torch.equal(frozen.running_mean, torch.zeros(8))
+
+
+def test_hugging_face_evaluates_with_exact_statistics(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from batchnorm.integrations.huggingface import CalibrateCallback
+
+    config = transformers.ResNetConfig(
+        num_channels=1, embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.ResNetForImageClassification(config)
+    images = torch.randn(24, 1, 16, 16)
+    data = [{"pixel_values": image, "labels": i % 3} for i, image in enumerate(images)]
+    seen = []
+
+    class Watch(transformers.TrainerCallback):
+        def on_evaluate(self, *_, model, **__):
+            seen.append(copy.deepcopy(model.state_dict()))
+
+    args = transformers.TrainingArguments(
+        str(tmp_path), num_train_epochs=2, per_device_train_batch_size=8, use_cpu=True,
+        report_to=[], eval_strategy="epoch", save_strategy="no", disable_tqdm=True, learning_rate=1e-2,
+    )  # fmt: skip
+    callback = CalibrateCallback(upstream="population", cache_bytes=1 << 24)
+    trainer = transformers.Trainer(
+        model, args, train_dataset=data, eval_dataset=data, callbacks=[callback, Watch()]
+    )
+    trainer.train()
+    assert len(seen) == 2
+    assert callback.calibration.samples == 24
+    model.load_state_dict(seen[-1])
+    bn.calibrate(model, [{"pixel_values": images}], upstream="population")
+    for name, value in model.state_dict().items():
+        if "running" in name:
+            torch.testing.assert_close(seen[-1][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_hugging_face_within_an_epoch(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from batchnorm.integrations.huggingface import CalibrateCallback
+
+    model = net().train()
+    callback = CalibrateCallback([X])
+    control = transformers.TrainerControl(should_evaluate=False)
+    callback.on_step_end(None, None, control, model=model)
+    assert callback.calibration is None
+    control.should_evaluate = True
+    callback.on_step_end(None, None, control, model=model)
+    assert_exact(model, model.state_dict(), [X])
+
+
+@pytest.mark.parametrize("name", ["lightning", "huggingface", "opacus"])
+def test_a_missing_library_is_said_in_one_line(name, monkeypatch):
+    for module in (
+        "lightning",
+        "lightning.pytorch",
+        "pytorch_lightning",
+        "transformers",
+        "opacus",
+        "opacus.validators",
+    ):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, f"batchnorm.integrations.{name}", raising=False)
+    with pytest.raises(MissingExtraError, match=r"needs .*pip install ('batchnorm\[|opacus)"):
+        __import__(f"batchnorm.integrations.{name}")
+
+
+@pytest.fixture
+def opacus(monkeypatch):
+    """The registry of opacus, given back as it was."""
+    validators = pytest.importorskip("opacus.validators")
+    for name in ("VALIDATORS", "FIXERS"):
+        registry = getattr(validators.ModuleValidator, name)
+        monkeypatch.setattr(validators.ModuleValidator, name, dict(registry))
+    return importlib.import_module("batchnorm.integrations.opacus")
+
+
+class Subclass(bn.BatchNorm2d):
+    pass
+
+
+LAYERS = {
+    "1d": bn.BatchNorm1d,
+    "2d": bn.BatchNorm2d,
+    "3d": bn.BatchNorm3d,
+    "any rank": bn.BatchNorm,
+    "subclass": Subclass,
+    "converted": lambda channels: bn.convert(nn.BatchNorm2d(channels)),
+    "converted, synced": lambda channels: bn.convert(nn.SyncBatchNorm(channels)),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_opacus_refuses_and_replaces_a_registered_layer_as_that_of_torch(layer, opacus):
+    ours, theirs = nn.Sequential(layer(6)), nn.Sequential(nn.BatchNorm2d(6))
+    validator = opacus.ModuleValidator
+    assert validator.is_valid(ours) and not validator.is_valid(theirs)
+    opacus.register(Subclass)
+    found, expected = (validator.validate(model) for model in (ours, theirs))
+    assert [str(error) for error in found] == [str(error) for error in expected]
+    assert str(validator.fix(ours)) == str(validator.fix(theirs))
+    assert validator.is_valid(validator.fix(ours, num_groups=3))
+    if ours[0].ranks == (4,):
+        fixed = validator.fix(ours, replace_bn_with_in=True)
+        assert str(fixed) == str(validator.fix(theirs, replace_bn_with_in=True))
+    assert isinstance(ours[0], nn.modules.batchnorm._BatchNorm)
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "words"),
+    [
+        (lambda: bn.BatchNorm2d(6, activation="relu"), {}, "without its activation"),
+        (lambda: bn.BatchNorm(6, axis=-1), {}, "without its channel axis"),
+        (lambda: bn.BatchNorm(6), {"replace_bn_with_in": True}, "without its rank"),
+        (lambda: bn.convert(timm().layers.BatchNormAct2d(6)), {}, "without its drop layer"),
+    ],
+)
+def test_opacus_is_kept_from_replacing_a_layer_that_does_more(layer, options, words, opacus):
+    opacus.register()
+    model = nn.Sequential(layer())
+    described = str(model)
+    assert not opacus.ModuleValidator.is_valid(model)
+    with pytest.raises(SurgeryError, match=words):
+        opacus.ModuleValidator.fix(model, **options)
+    assert str(model) == described
+
+
+def test_opacus_registers_classes_of_layers_only(opacus):
+    before = dict(opacus.ModuleValidator.VALIDATORS)
+    for wrong in (nn.BatchNorm2d, bn.BatchNorm2d(3)):
+        with pytest.raises(OptionError, match="expected classes"):
+            opacus.register(Subclass, wrong)
+    assert before == opacus.ModuleValidator.VALIDATORS
+
+
+def test_fvcore_counts_a_layer_in_eval_as_that_of_torch():
+    fvcore = pytest.importorskip("fvcore.nn")
+    x = torch.randn(2, 3, 8, 8)
+    for ours in (bn.BatchNorm2d(3), bn.convert(nn.BatchNorm2d(3))):
+        counts = [
+            fvcore.FlopCountAnalysis(nn.Sequential(layer).eval(), x).total()
+            for layer in (ours, nn.BatchNorm2d(3))
+        ]
+        assert counts[0] == counts[1] > 0

@@ -1,0 +1,487 @@
+"""One forward pass as a value: hand-built models whose every tensor, view, write and read is known."""
+
+import contextlib
+import copy
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.errors import SurgeryError
+from batchnorm.models.following import flow
+from support.calibrated import assert_unchanged, everything
+
+
+class Net(nn.Module):
+    """Four linear layers and as many normalizations, called by some function."""
+
+    def __init__(self, call, **more):
+        super().__init__()
+        torch.manual_seed(0)
+        self.call = call
+        for name in "abcd":
+            self.add_module(name, nn.Linear(4, 4))
+            self.add_module(f"{name}n", nn.BatchNorm1d(4))
+        for name, value in more.items():
+            setattr(self, name, value)
+
+    def forward(self, *args, **kwargs):
+        return self.call(self, *args, **kwargs)
+
+
+def followed(call, *args, **more):
+    given = args or (torch.randn(6, 4),)
+    return flow(Net(call, **more).eval(), *given)
+
+
+def out(found, name, nth=0):
+    return found.calls_of(name)[nth].outputs[0]
+
+
+def names(calls):
+    return [call.name for call in calls]
+
+
+def test_calls_come_in_order_with_what_went_in_and_out():
+    found = followed(lambda m, x: m.an(m.a(x)))
+    a, an = found.calls_of("a")[0], found.calls_of("an")[0]
+    root = found.calls_of("")[0]
+    assert names(c for c in found.calls if c.module) == ["", "a", "an"]
+    assert found.inputs == a.inputs == root.inputs
+    assert a.outputs == an.inputs
+    assert found.outputs == an.outputs == root.outputs
+    assert (a.within, an.within, root.within) == (root.number, root.number, None)
+    product = found.calls_of("aten.addmm.default")[0]
+    assert (product.within, product.api) == (a.number, "linear")
+    x = found.values[a.inputs[0]]
+    assert (x.shape, x.stride, x.offset, x.dtype) == ((6, 4), (4, 1), 0, "torch.float32")
+    assert (x.origin, x.producer, found.values[a.outputs[0]].origin) == ("input", None, "call")
+
+
+def test_the_sole_consumer_of_a_layers_output_is_the_layer_that_reads_it():
+    found = followed(lambda m, x: m.bn(m.b(m.an(m.a(x)))))
+    assert found.sole_consumer(out(found, "a")).name == "an"
+    assert found.sole_consumer(out(found, "an")).name == "b"
+    assert found.producer(out(found, "b")).name == "b"
+    assert found.sole_consumer(out(found, "bn")) is None  # returned
+    assert found.leaves(out(found, "bn")) and not found.leaves(out(found, "b"))
+
+
+ELSEWHERE = {
+    "an addition": lambda m, x: m.an(y := m.a(x)) + y,
+    "another layer": lambda m, x: (m.an(y := m.a(x)), m.bn(y)),
+    "through a view": lambda m, x: m.an(y := m.a(x)) + y.view(-1).view(6, 4)[:, :1],
+    "through a detached tensor": lambda m, x: m.an(y := m.a(x)) + y.detach().sum(),
+    "through data": lambda m, x: m.an(y := m.a(x)) + y.data.sum(),
+    "returned": lambda m, x: (m.an(y := m.a(x)), y),
+    "a view is returned": lambda m, x: (m.an(y := m.a(x)), {"rest": [y[:, 0]]}),
+    "returned in an object": lambda m, x: torch.distributions.Normal(y := m.a(x), m.an(y).exp()),
+    "item": lambda m, x: m.an(y := m.a(x)) * y[0, 0].item(),
+    "numpy": lambda m, x: m.an(y := m.a(x)) * float(y.detach().numpy().sum()),
+    "tolist": lambda m, x: m.an(y := m.a(x)) * y[0].tolist()[0],
+    "state": lambda m, x: (setattr(m, "kept", y := m.a(x)), m.an(y))[1],
+    "state out of sight": lambda m, x: (m.box.append(y := m.a(x)), m.an(y))[1],
+    "a write in place": lambda m, x: (m.an(y := m.a(x)), y.mul_(2))[0],
+    "a write to a part": lambda m, x: (m.an(y := m.a(x)), y[0].zero_())[0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ELSEWHERE)
+def test_a_tensor_that_goes_elsewhere_has_no_sole_consumer(where):
+    found = followed(ELSEWHERE[where], box=[])
+    assert found.calls_of("an")[0].inputs == found.calls_of("a")[0].outputs
+    assert "an" in names(found.consumers(out(found, "a")))
+    assert found.sole_consumer(out(found, "a")) is None
+
+
+NOWHERE_ELSE = {
+    "identity between": lambda m, x: m.an(m.same(m.a(x))),
+    "dropout that is off": lambda m, x: m.an(F.dropout(m.a(x), training=False)),
+    "sizes are asked": lambda m, x: m.an(y := m.a(x)) * y.shape[0] * y.numel() * y.dim(),
+    "it is printed": lambda m, x: (str(y := m.a(x)), f"{y.sum().detach()}", m.an(y))[2],
+    "its memory is written to afterwards": lambda m, x: m.an(m.a(x)).relu_(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", NOWHERE_ELSE)
+def test_a_tensor_that_goes_to_one_layer_has_it_as_its_sole_consumer(where):
+    found = followed(NOWHERE_ELSE[where], same=nn.Identity())
+    consumers = names(found.consumers(out(found, "a")))
+    if where == "it is printed":  # the sum is computed, and only printing read it
+        assert consumers == ["aten.sum.default", "an"] and not found.reads
+    else:
+        assert found.sole_consumer(out(found, "a")).name == "an", consumers
+
+
+def test_a_write_in_place_makes_another_tensor_in_the_same_memory():
+    found = followed(lambda m, x: m.an(F.relu_(m.a(x))))
+    before, after = out(found, "a"), found.calls_of("an")[0].inputs[0]
+    one, two = found.values[before], found.values[after]
+    assert (one.memory, one.version, two.version) == (two.memory, 0, 1)
+    assert names(found.consumers(before)) == names(found.writes(before)) == ["aten.relu_.default"]
+    assert found.writes(before)[0].writes == (before,)
+    assert names(found.consumers(after)) == ["an"] and not found.writes(after)
+    assert found.producer(after).name == "aten.relu_.default"
+
+
+def test_a_write_through_a_view_is_a_write_to_its_base():
+    def call(m, x):
+        y = m.a(x)
+        part = y[:, 1:3]
+        part.add_(1)
+        return m.an(y)
+
+    found = followed(call)
+    before, after = out(found, "a"), found.calls_of("an")[0].inputs[0]
+    assert before != after
+    assert names(found.writes(before)) == ["aten.add_.Tensor"]
+    (view,) = [v for v in found.views(before) if v.shape == (6, 2)]
+    assert (view.offset, view.stride, view.version) == (1, (4, 1), 0)
+    assert found.producer(view.number).view
+
+
+def test_a_layer_that_writes_in_place_is_told_by_its_own_call():
+    found = followed(lambda m, x: m.act(m.an(m.a(x))), act=nn.ReLU(inplace=True))
+    assert found.sole_consumer(out(found, "an")).name == "act"
+    assert found.producer(out(found, "act")).name == "act"
+    assert names(found.writes(out(found, "an"))) == ["aten.relu_.default"]
+
+
+def test_shapes_changed_in_place_write_to_nothing():
+    found = followed(lambda m, x: m.an(m.a(x).t_().t_()))
+    assert found.sole_consumer(out(found, "a")).name == "an"
+    assert not found.writes(out(found, "a"))
+
+
+def test_a_shared_module_has_several_names_and_counts_its_calls():
+    model = Net(lambda m, x: m.an(m.again(m.a(x)))).eval()
+    model.again = model.a
+    found = flow(model, torch.randn(6, 4))
+    assert found.calls_of("again") == found.calls_of("a")
+    assert [call.nth for call in found.calls_of("a")] == [0, 1]
+    assert found.names["again"] == "a"
+    assert found.parameters["again.weight"] == found.parameters["a.weight"]
+    assert found.values[found.parameters["a.weight"]].names == ("a.weight", "again.weight")
+    assert found.calls_of("b") == ()
+
+
+def test_parameters_are_used_by_whoever_reads_them():
+    def call(m, x):
+        y = m.a(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            z = m.b(y).float()
+        return F.linear(z, m.a.weight[:2].t() @ m.c.weight[:2]), m.d.weight
+
+    found = followed(call)
+    assert names(found.users("a.weight")) == ["a", "aten.mm.default"]
+    assert names(found.users("b.weight")) == ["b"]
+    assert names(found.users("c.weight")) == ["aten.mm.default"]
+    assert found.users("d.weight") == found.users("d.bias") == ()
+    assert found.parameters["d.weight"] in found.outputs
+
+
+READS = {
+    "__bool__": lambda m, y: 1 if y.sum() > 0 else 2,
+    "item": lambda m, y: y.sum().item(),
+    "__int__": lambda m, y: int(y.sum()),
+    "__float__": lambda m, y: float(y.detach().sum()),
+    "__index__": lambda m, y: list(range(y.sum().long().clamp(1, 3))),
+    "__getitem__": lambda m, y: y[: y.sum().long().clamp(1, 3)],
+    "__contains__": lambda m, y: 3.0 in y,
+    "tolist": lambda m, y: y.tolist(),
+    "numpy": lambda m, y: y.detach().numpy(),
+    "__array__": lambda m, y: np.asarray(y.detach()),
+    "__dlpack__": lambda m, y: np.from_dlpack(y.detach()),
+    "data_ptr": lambda m, y: y.data_ptr(),
+    "untyped_storage": lambda m, y: y.untyped_storage(),
+    "equal": lambda m, y: torch.equal(y, y),
+    "allclose": lambda m, y: torch.allclose(y, y),
+    "nonzero": lambda m, y: y.nonzero(),
+    "unique": lambda m, y: y.unique(),
+    "masked_select": lambda m, y: y.masked_select(y > 0),
+}
+
+
+@pytest.mark.parametrize("how", READS)
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_read_by_python_is_told_with_its_place(how, grad):
+    reader = Net(lambda m, y: (READS[how](m, y), y)[1])
+    with torch.set_grad_enabled(grad):
+        found = followed(lambda m, x: m.an(m.reader(m.a(x))), reader=reader)
+    assert {read.how for read in found.reads} == {how}
+    assert {found.calls[read.within].name for read in found.reads} == {"reader"}
+    assert found.sole_consumer(out(found, "a")) is None
+
+
+def test_masks_give_sizes_to_python_and_indices_do_not():
+    assert not followed(lambda m, x: m.an(x[torch.tensor([0, 1, 2])])).reads
+    (read, *_) = followed(lambda m, x: m.an(x[x[:, 0] > -9])).reads
+    assert read.how == "__getitem__"
+
+
+def test_both_ways_of_a_branch_are_told_apart_by_a_read():
+    """The layer in the branch that was not taken is only known to exist."""
+
+    def call(m, x):
+        y = m.an(x)
+        return m.bn(y) if y.sum() > 1e9 else m.cn(y)
+
+    found = followed(call)
+    assert found.calls_of("bn") == () and len(found.calls_of("cn")) == 1
+    assert found.calls[found.reads[0].within].name == ""
+    assert found.reads[0].after < found.calls_of("cn")[0].number
+
+
+def test_kept_state_and_changed_memory_are_named():
+    def call(m, x):
+        m.last = m.a(x)
+        m.memory.add_(1)
+        x.mul_(2)
+        m.constant.sub_(1)
+        return m.an(x) + m.memory
+
+    model = Net(call, constant=torch.ones(4)).eval()
+    model.register_buffer("memory", torch.zeros(4))
+    found = flow(model, torch.randn(6, 4))
+    assert found.values[out(found, "a")].memory in found.kept
+    assert [(v.origin, v.names) for v in found.changed] == [
+        ("buffer", ("memory",)),
+        ("input", ()),
+        ("outside", ()),
+    ]
+    assert not hasattr(model, "last") and not model.memory.any()
+
+
+def test_running_statistics_are_written_to_in_training():
+    found = flow(nn.Sequential(nn.BatchNorm1d(4)), torch.randn(6, 4))
+    changed = {name for value in found.changed for name in value.names}
+    assert changed == {"0.running_mean", "0.running_var", "0.num_batches_tracked"}
+    assert not flow(nn.Sequential(nn.BatchNorm1d(4)).eval(), torch.randn(6, 4)).changed
+
+
+class Fills(torch.autograd.Function):
+    """A kernel that PyTorch does not see: it fills memory behind its back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        with torch._C._DisableTorchDispatch():
+            made = x * 2
+        y = torch.empty_like(x)
+        with torch._C._DisableTorchDispatch():
+            y.copy_(made)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * 2
+
+
+def test_memory_filled_out_of_sight_is_told():
+    found = followed(lambda m, x: m.an(Fills.apply(m.a(x))))
+    assert found.unseen == (
+        "what filled the memory that aten.native_batch_norm.default reads in module 'an'",
+    )
+    assert not followed(lambda m, x: m.an(torch.empty_like(m.a(x)).copy_(x))).unseen
+
+
+def test_depends_goes_through_memory_numpy_and_leaves():
+    def call(m, x):
+        y = m.an(x)
+        room = torch.zeros(2, *x.shape)
+        room[0].copy_(y.detach())
+        z = m.bn(room[1] * 2)
+        w = m.cn(torch.from_numpy(z.detach().numpy() * 2))
+        return m.dn(x + 1), w
+
+    found = followed(call)
+    assert [sorted(found.depends(name)) for name in ("an", "bn", "cn", "dn")] == [
+        [], ["an"], ["an", "bn"], [],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_shared_normalization_does_not_depend_on_itself_by_its_buffers(training):
+    model = Net(lambda m, x: m.bn(m.an(x) + m.an(x * 2)) if m.apart else m.an(m.an(x)), apart=True)
+    assert flow(model.train(training), torch.randn(6, 4)).depends("an") == frozenset()
+    model.apart = False
+    assert flow(model, torch.randn(6, 4)).depends("an") == {"an"}
+
+
+class Mapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.BatchNorm1d(4) for _ in range(3))
+
+    def forward(self, x):
+        return self.c(torch.vmap(self.b)(self.a(x)[None])[0])
+
+
+def test_normalizations_inside_of_a_transform_are_followed():
+    found = flow(Mapped().eval(), torch.randn(6, 4))
+    assert (found.depends("b"), found.depends("c")) == ({"a"}, {"a", "b"})
+
+
+def test_kernels_of_this_library_are_seen_as_operators():
+    model = nn.Sequential(nn.Linear(4, 4), bn.BatchNorm1d(4, activation="relu"), bn.BatchNorm1d(4))
+    found = flow(model, torch.randn(6, 4))
+    assert found.sole_consumer(out(found, "0")).name == "1"
+    assert found.sole_consumer(out(found, "1")).name == "2"
+    assert found.depends("2") == {"1"} and not found.unseen and not found.kept
+
+
+class Grads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        y = torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+        (slope,) = torch.autograd.grad(y.square().sum(), x)
+        return self.norm(slope)
+
+
+def test_recomputing_is_no_call():
+    found = flow(Grads(), torch.randn(6, 4, requires_grad=True))
+    assert len(found.calls_of("inner")) == 1
+    assert found.producer(found.calls_of("norm")[0].inputs[0]).name == "aten.mm.default"
+
+
+def test_scripted_modules_are_named_and_their_operators_seen():
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU())), nn.BatchNorm1d(4)).eval()  # fmt: skip
+    found = flow(model, torch.randn(6, 4))
+    assert found.unseen == ("calls of modules in the scripted module '1'",)
+    assert found.sole_consumer(out(found, "0")).name == "aten.addmm.default"
+    assert names(found.users("1.0.weight")) == ["aten.addmm.default"]
+
+
+def test_compiled_parts_are_run_in_python():
+    model = nn.Sequential(nn.Linear(4, 4), torch.compile(nn.BatchNorm1d(4), backend="eager")).eval()
+    assert names(flow(model, torch.randn(6, 4)).calls_of("1._orig_mod")) == ["1._orig_mod"]
+    whole = torch.compile(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval(), backend="eager")
+    found = flow(whole, torch.randn(6, 4))
+    assert found.sole_consumer(out(found, "0")).name == "1"
+
+
+def test_a_branch_inside_of_an_operator_is_a_read():
+    def call(m, x):
+        y = m.an(x)
+        return m.bn(torch.cond(y.sum() > 0, lambda y: y + 1, lambda y: y - 1, (y,)))
+
+    found = followed(call)
+    assert "cond" in {read.how for read in found.reads}
+    assert found.depends("bn") == {"an"}
+
+
+@pytest.mark.parametrize("around", ["inference", "autocast", "no_grad"])
+def test_modes_around_the_pass_are_those_of_the_caller(around):
+    modes = {
+        "inference": torch.inference_mode,
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+        "no_grad": torch.no_grad,
+    }
+    with modes[around]():
+        found = followed(lambda m, x: m.bn(m.an(m.a(x)).relu_()))
+    dtype = "torch.bfloat16" if around == "autocast" else "torch.float32"
+    assert found.values[out(found, "a")].dtype == dtype
+    assert found.depends("bn") == {"an"}
+    assert found.sole_consumer(out(found, "a")).name == "an"
+
+
+def test_sparse_tensors_are_followed():
+    found = followed(lambda m, x: m.an(torch.sparse.mm(m.bn(x).detach().to_sparse(), m.a.weight)))
+    assert found.depends("an") == {"bn"}
+
+
+def odd(m, x):
+    """Leave a mark on everything that a pass can change."""
+    m.note, m.norm = x, None
+    m.memory.add_(1)
+    m.memory = torch.ones(3)
+    torch.rand(()), random.random(), np.random.rand()
+    m.a.train()
+    m.b.forward = m.c.forward
+    y = m.bn(m.an(F.dropout(m.a(x))))
+    if m.fails:
+        raise ValueError("in the midst")
+    return y
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_nothing_is_left_on_the_model(fails):
+    model = Net(odd, fails=fails, norm=3)
+    model.register_buffer("memory", torch.zeros(4))
+    model.b.eval()
+    model.an.register_forward_hook(hook := lambda *_: None)
+    before, attributes = everything(model), {n: dict(vars(m)) for n, m in model.named_modules()}
+    numbers = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    x = torch.randn(6, 4)
+    torch.set_rng_state(numbers[0])
+    if fails:
+        with pytest.raises(ValueError, match="in the midst"):
+            flow(model, x)
+    else:
+        assert flow(model, x).calls_of("an")
+    assert_unchanged(before, everything(model))
+    for name, module in model.named_modules():
+        assert vars(module).keys() == attributes[name].keys(), name
+        assert all(vars(module)[k] is v for k, v in attributes[name].items())
+    assert list(model.an._forward_hooks.values()) == [hook]
+    assert torch.equal(numbers[0], torch.get_rng_state()) and numbers[1] == random.getstate()
+    assert np.array_equal(numbers[2], np.random.get_state()[1])
+    assert all(p.grad is None for p in model.parameters()) and x.grad is None
+
+
+def test_a_flow_is_data_and_holds_no_tensors():
+    found = followed(lambda m, x: m.an(m.a(x)))
+    twin = copy.deepcopy(found)
+    assert twin == found and twin.depends("an") == found.depends("an")
+    with pytest.raises(AttributeError):
+        found.calls = ()
+
+
+def test_what_cannot_be_followed_is_refused_in_words():
+    with pytest.raises(SurgeryError, match="expected a torch.nn.Module, got function"):
+        flow(lambda x: x, 3)
+    with pytest.raises(SurgeryError, match="uninitialized '0.weight'.*pass a batch through"):
+        flow(nn.Sequential(nn.LazyLinear(4)), torch.randn(6, 4))
+
+
+@dataclasses.dataclass
+class Pair:
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+def test_inputs_and_results_in_containers_are_the_tensors_in_them():
+    def call(m, pair, *, more):
+        return {"left": [m.an(m.a(pair.left))], "rest": Pair(pair.right, more["deep"][0])}
+
+    pair, deep = Pair(torch.randn(6, 4), torch.randn(2)), torch.randn(3)
+    found = flow(Net(call).eval(), pair, more={"deep": (deep,)})
+    assert [found.values[v].shape for v in found.inputs] == [(6, 4), (2,), (3,)]
+    assert [found.values[v].origin for v in found.outputs] == ["call", "input", "input"]
+    assert found.calls_of("a")[0].inputs == found.inputs[:1]
+
+
+def test_a_call_that_fails_and_is_caught_has_no_result():
+    def call(m, x):
+        with contextlib.suppress(RuntimeError):
+            m.b(m.an(x)[:, :3])
+        return m.a(m.an(x))
+
+    found = followed(call)
+    assert found.calls_of("b")[0].outputs == ()
+    assert found.calls_of("a")[0].within == found.calls_of("")[0].number
+    assert found.sole_consumer(out(found, "an", 1)).name == "a"
+
+
+def test_models_without_normalization_and_inputs_by_name():
+    model = nn.Bilinear(4, 4, 2)
+    found = flow(model, input1=torch.randn(6, 4), input2=torch.randn(6, 4))
+    assert len(found.inputs) == 2 and not found.normalizations
+    assert found.sole_consumer(found.inputs[0]) == found.calls_of("")[0]

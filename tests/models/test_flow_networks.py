@@ -1,0 +1,130 @@
+"""Answers of a flow about networks of torchvision, against graphs that torch.fx traces of them."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.models.following import flow
+from support.calibrated import assert_unchanged, everything
+from support.third_party import torchvision
+
+NETWORKS = {
+    "resnet18": {"num_classes": 4},
+    "densenet121": {"num_classes": 4},
+    "mobilenet_v3_small": {"num_classes": 4},
+    "googlenet": {"num_classes": 4, "aux_logits": False, "init_weights": False},
+    "shufflenet_v2_x0_5": {"num_classes": 4},
+}
+# In shufflenet, halves of one tensor go two ways; a flow counts what lies in one memory together.
+HALVES = {"shufflenet_v2_x0_5"}
+VIEWS = {"flatten", "view", "chunk", "transpose", "contiguous", "size", "getattr", "getitem"}
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request):
+    torch.manual_seed(1)
+    model = torchvision().models.get_model(request.param, weights=None, **NETWORKS[request.param])
+    return request.param, model.eval()
+
+
+def name_of(node):
+    return node.target if isinstance(node.target, str) else node.target.__name__
+
+
+def is_transparent(model, node):
+    if node.op == "call_module":
+        return isinstance(model.get_submodule(node.target), nn.Identity | nn.Dropout)
+    return name_of(node) in VIEWS
+
+
+def consumers(model, node):
+    """Modules by name, functions as "" and the output as "output", through views."""
+    found = Counter()
+    for user in node.users:
+        if is_transparent(model, user):
+            found += consumers(model, user)
+        else:
+            kinds = {"call_module": user.target, "output": "output"}
+            found[kinds.get(user.op, "")] += 1
+    return found
+
+
+def layers(graph, model):
+    kinds = (_BatchNorm, nn.Conv2d)
+    nodes = [node for node in graph.nodes if node.op == "call_module"]
+    return [node for node in nodes if isinstance(model.get_submodule(node.target), kinds)]
+
+
+def test_consumers_are_those_of_the_traced_graph(network):
+    name, model = network
+    found, graph = flow(model, torch.randn(2, 3, 64, 64)), fx.Tracer().trace(model)
+    nodes = layers(graph, model)
+    assert [n.target for n in nodes] == [
+        c.name for c in found.calls if c.name in {n.target for n in nodes}
+    ]
+    for node in nodes:
+        (result,) = found.calls_of(node.target)[0].outputs
+        seen = Counter(c.name if c.module else "" for c in found.consumers(result))
+        expected = consumers(model, node)
+        returned = expected.pop("output", 0)
+        assert found.leaves(result) == bool(returned)
+        if name in HALVES:
+            assert seen >= expected, node
+            continue
+        assert seen == expected, node
+        sole = found.sole_consumer(result)
+        assert (sole is not None) == (expected.total() == 1 and not returned), node
+
+
+def test_each_normalization_alone_reads_the_convolution_before_it(network):
+    _, model = network
+    found = flow(model, torch.randn(2, 3, 64, 64))
+    graph = fx.Tracer().trace(model)
+    pairs = {
+        node.all_input_nodes[0].target: node.target
+        for node in layers(graph, model)
+        if isinstance(model.get_submodule(node.target), _BatchNorm)
+        and node.all_input_nodes[0] in layers(graph, model)
+    }
+    assert len(pairs) > 15
+    for convolution, norm in pairs.items():
+        (result,) = found.calls_of(convolution)[0].outputs
+        assert found.sole_consumer(result).name == norm
+        assert found.calls_of(norm)[0].inputs == (result,)
+        assert not found.writes(result)
+        assert [c.name for c in found.users(f"{convolution}.weight")] == [convolution]
+
+
+def test_dependencies_are_the_ancestors_in_the_traced_graph(network):
+    _, model = network
+    model.train()
+    found = flow(model, torch.randn(2, 3, 64, 64))
+    ancestors = {}
+    for node in fx.Tracer().trace(model).nodes:
+        above = [ancestors[one] | {one} for one in node.all_input_nodes]
+        ancestors[node] = frozenset().union(*above)
+    every = found.dependencies(found.normalizations)
+    count = 0
+    for node, above in ancestors.items():
+        if node.op == "call_module" and node.target in found.normalizations:
+            expected = {n.target for n in above} & found.normalizations
+            assert every[node.target] == expected, node
+            count += 1
+    assert count == len(found.normalizations)
+
+
+def test_a_network_is_as_it_was_before(network):
+    _, model = network
+    model.train()
+    before = everything(model)
+    numbers = torch.get_rng_state()
+    x = torch.randn(2, 3, 64, 64)
+    torch.set_rng_state(numbers)
+    found = flow(model, x)
+    assert_unchanged(before, everything(model))
+    assert torch.equal(numbers, torch.get_rng_state())
+    assert not found.kept and not found.unseen and not found.reads
+    assert all(p.grad is None for p in model.parameters())

@@ -1,0 +1,124 @@
+"""What enters a layer, seen at every call, and nothing left behind."""
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.errors import LayoutError, SurgeryError
+from batchnorm.models.inputs import entered, entering, replaced_forward
+from batchnorm.models.walk import walk
+from support.third_party import torchvision
+
+
+def seen_in(layers, run):
+    seen = []
+    with entering(layers, lambda name, given: seen.append((name, given))):
+        run()
+    return seen
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(4), bn.BatchNorm1d(4), nn.ReLU()])
+def test_every_call_is_seen_with_the_tensor_itself(layer):
+    model = nn.Sequential(nn.Linear(4, 4), layer)
+    batches = [torch.randn(5, 4), torch.randn(3, 4)]
+    passed = []
+    layer.register_forward_pre_hook(lambda _, args: passed.append(args[0]))
+    seen = seen_in({"1": layer}, lambda: [model(x) for x in batches])
+    assert [name for name, _ in seen] == ["1", "1"]
+    assert all(given.x is x for (_, given), x in zip(seen, passed, strict=True))
+    model(batches[0])
+    assert len(seen) == 2 and "forward" not in vars(layer)
+
+
+def test_a_layer_that_is_called_past_its_hooks_is_seen():
+    layer = nn.BatchNorm1d(4)
+    (seen,) = seen_in({"one": layer}, lambda: layer.forward(torch.randn(5, 4)))
+    assert seen[0] == "one"
+
+
+def test_what_a_hook_gives_the_layer_is_what_enters_it():
+    layer = nn.BatchNorm1d(4)
+    layer.register_forward_pre_hook(lambda _, args: (args[0] * 0 + 7,))
+    ((_, given),) = seen_in({"one": layer}, lambda: layer(torch.randn(5, 4)))
+    assert (given.x == 7).all()
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_masks_and_axes_come_along_and_moments_count_what_the_mask_leaves(by_name):
+    layer = bn.BatchNorm(4, axis=-1)
+    x, mask = torch.randn(5, 6, 4), torch.rand(5, 6) > 0.4
+    run = (lambda: layer(input=x, mask=mask)) if by_name else (lambda: layer(x, None, mask))
+    ((_, given),) = seen_in({"one": layer}, run)
+    assert given.x is x and given.mask is mask and given.axis == layer.axis
+    found = given.moments()
+    rows = x[mask].double()
+    assert float(found.count) == len(rows)
+    torch.testing.assert_close(found.mean, rows.mean(0))
+    torch.testing.assert_close(found.m2, rows.var(0, correction=0) * len(rows))
+
+
+@pytest.mark.parametrize("converted", [True, False])
+def test_moments_of_every_layer_of_a_network_are_those_of_its_input(converted):
+    torch.manual_seed(0)
+    model = torchvision().models.resnet18(num_classes=4)
+    if converted:
+        bn.convert(model)
+    layers = {found.name: found.layer for found in walk(model)}
+    hooked, hooks = {}, []
+    for name, layer in layers.items():
+        hook = lambda _, args, name=name: hooked.__setitem__(
+            name, args[0].double().movedim(1, -1).flatten(0, -2)
+        )
+        hooks.append(layer.register_forward_pre_hook(hook))
+    seen = {}
+    with entering(layers, lambda name, given: seen.__setitem__(name, given.moments())):
+        model(torch.randn(4, 3, 40, 40))
+    assert list(seen) == list(hooked) == list(layers)
+    for name, moments in seen.items():
+        rows = hooked[name]
+        torch.testing.assert_close(moments.mean, rows.mean(0), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            moments.m2 / moments.count, rows.var(0, correction=0), rtol=1e-9, atol=1e-9
+        )
+
+
+def test_blocks_may_be_nested_and_give_back_what_was_there():
+    layer = nn.BatchNorm1d(4)
+    own = layer.forward
+    layer.forward = mine = lambda x: own(x) * 2
+    order = []
+    with (
+        entering({"outer": layer}, lambda name, _: order.append(name)),
+        entering({"inner": layer, "again": layer}, lambda name, _: order.append(name)),
+    ):
+        doubled = layer.eval()(x := torch.randn(5, 4))
+    assert order == ["again", "inner", "outer"]
+    assert vars(layer)["forward"] is mine
+    assert torch.equal(doubled, own(x) * 2)
+
+
+def test_an_exception_passes_and_everything_is_given_back():
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+
+    def refuse(name, given):
+        raise KeyError(name)
+
+    with pytest.raises(KeyError), entering({"0": model[0], "1": model[1]}, refuse):
+        model(torch.randn(5, 4))
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_call_whose_input_cannot_be_told_is_refused():
+    with pytest.raises(LayoutError, match=r"first argument or as input=, got the keywords \['x'\]"):
+        entered(nn.BatchNorm1d(4), (), {"x": torch.randn(5, 4)})
+
+
+def test_scripted_modules_are_refused_and_the_others_are_as_before():
+    plain, scripted = nn.BatchNorm1d(4), torch.jit.script(nn.BatchNorm1d(4))
+    with (
+        pytest.raises(SurgeryError, match="scripted BatchNorm1d.*it was made from"),
+        replaced_forward([(plain, plain.forward), (scripted, scripted.forward)]),
+    ):
+        pass
+    assert "forward" not in vars(plain)

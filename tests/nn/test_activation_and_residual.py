@@ -1,0 +1,221 @@
+"""``activation=`` and ``residual=`` against the composition of ``torch.nn`` modules."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import batchnorm as bn
+from batchnorm.errors import DtypeError
+from support.twins import KIND, PAIRS, SHAPES, assert_same_state, randomize
+
+# What a user may write -> the module that it must equal.
+ACTIVATIONS = {
+    "identity": nn.Identity(),
+    "relu": nn.ReLU(),
+    "relu6": nn.ReLU6(),
+    "leaky_relu": nn.LeakyReLU(),
+    "leaky_relu(0.3)": nn.LeakyReLU(0.3),
+    "leaky_relu(-0.3)": nn.LeakyReLU(-0.3),
+    "leaky_relu(0)": nn.LeakyReLU(0),
+    "elu": nn.ELU(),
+    "elu(0.5)": nn.ELU(0.5),
+    "silu": nn.SiLU(),
+    "gelu": nn.GELU(),
+    "gelu_tanh": nn.GELU(approximate="tanh"),
+    "hardswish": nn.Hardswish(),
+    "hardsigmoid": nn.Hardsigmoid(),
+    "sigmoid": nn.Sigmoid(),
+    "tanh": nn.Tanh(),
+}
+CLOSE = {"rtol": 1e-4, "atol": 3e-5}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Small tensors on a busy machine: threads that wait for each other take ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def both(kind, activation):
+    ours, theirs = (
+        build(5, **more)
+        for build, more in zip(PAIRS[kind], ({"activation": activation}, {}), strict=True)
+    )
+    randomize(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def run(function, parameters, x, residual, cotangent):
+    leaves = [t.clone().requires_grad_() for t in (x, residual) if t is not None]
+    y = function(*leaves)
+    grads = torch.autograd.grad(y, [*leaves, *parameters], cotangent.to(y.dtype))
+    return [y.detach(), *grads]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("rank", [2, 4])
+def test_an_activation_equals_the_module_behind_the_layer(rank, name, with_residual, training):
+    ours, theirs = (m.train(training) for m in both(KIND[rank], name))
+    module = ACTIVATIONS[name]
+    x, cotangent = torch.randn(SHAPES[rank]) * 3, torch.randn(SHAPES[rank])
+    residual = torch.randn(SHAPES[rank]) * 3 if with_residual else None
+
+    def composed(x, residual=None):
+        z = theirs(x)
+        return module(z if residual is None else z + residual)
+
+    got = run(ours, list(ours.parameters()), x, residual, cotangent)
+    expected = run(composed, list(theirs.parameters()), x, residual, cotangent)
+    for mine, his in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, his, **CLOSE)
+    assert_same_state(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_module_or_its_class_says_the_same_as_the_name(name):
+    module = ACTIVATIONS[name]
+    by_name = bn.BatchNorm1d(3, activation=name)
+    by_module = bn.BatchNorm1d(3, activation=copy.deepcopy(module))
+    assert by_module.activation == by_name.activation
+    assert not list(by_module.children())
+    if name in ("relu", "silu", "gelu", "leaky_relu", "elu"):
+        assert bn.BatchNorm1d(3, activation=type(module)).activation == by_name.activation
+    again = bn.BatchNorm1d(3, activation=str(by_name.activation))
+    assert again.activation == by_name.activation
+    assert name == "identity" or str(by_name.activation) in repr(by_name)
+
+
+@pytest.mark.parametrize("name", ["relu", "relu6", "leaky_relu", "hardswish", "hardsigmoid", "elu"])
+def test_the_gradient_at_a_kink_is_torchs(name):
+    ours = bn.BatchNorm1d(1, affine=False, activation=name, eps=1e-12)
+    for kink in (0.0, 6.0, -3.0, 3.0):
+        x = torch.tensor([[-1.0], [1.0], [-1.0], [1.0]])
+        shift = torch.full_like(x, kink) - x
+        r = shift.clone().requires_grad_()
+        ours(x, r).backward(torch.ones_like(x))
+        expected = r.detach().clone().requires_grad_()
+        ACTIVATIONS[name](nn.BatchNorm1d(1, affine=False, eps=1e-12)(x) + expected).backward(
+            torch.ones_like(x)
+        )
+        assert torch.equal(r.grad, expected.grad), kink
+
+
+RESIDUALS = [(3,), (1,), (), (4, 1), (2, 4, 3), (4, 3)]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("shape", RESIDUALS, ids=str)
+def test_a_residual_broadcasts_as_in_torch_add(shape, training):
+    ours, theirs = bn.BatchNorm1d(3, activation="silu"), nn.BatchNorm1d(3)
+    randomize(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    ours.train(training)
+    theirs.train(training)
+    x, r = torch.randn(4, 3), torch.randn(shape)
+    cotangent = torch.randn(torch.broadcast_shapes(shape, (4, 3)))
+    got = run(ours, list(ours.parameters()), x, r, cotangent)
+    expected = run(
+        lambda x, r: nn.functional.silu(theirs(x) + r), list(theirs.parameters()), x, r, cotangent
+    )
+    for mine, his in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, his, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("of_x", "of_r"), [*itertools.product(DTYPES, DTYPES), (torch.half, torch.int64)], ids=str
+)
+def test_a_residual_promotes_as_in_torch_add(of_x, of_r):
+    x, r = torch.randn(6, 3).to(of_x), (torch.randn(6, 3) * 3).to(of_r)
+    for training in (True, False):
+        ours = bn.BatchNorm1d(3, activation="relu").train(training)
+        wide = nn.BatchNorm1d(3).double().train(training)
+        y = ours(x, r)
+        assert y.dtype == (torch.ones(1, dtype=of_x) + torch.ones(1, dtype=of_r)).dtype
+        expected = torch.relu(wide(x.double()) + r.double())
+        torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=6e-2)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_the_input_may_be_its_own_residual(training):
+    ours, theirs = (m.train(training) for m in both("1d", "relu"))
+    x, cotangent = torch.randn(7, 5), torch.randn(7, 5)
+    got = run(lambda x: ours(x, x), list(ours.parameters()), x, None, cotangent)
+    expected = run(
+        lambda x: torch.relu(theirs(x) + x), list(theirs.parameters()), x, None, cotangent
+    )
+    for mine, his in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, his, **CLOSE)
+
+
+@pytest.mark.parametrize("rank", [4, 5])
+def test_a_residual_of_another_memory_format_is_added_element_by_element(rank):
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}[rank]
+    ours, theirs = both(KIND[rank], "relu")
+    x = torch.randn(SHAPES[rank]).contiguous(memory_format=channels_last)
+    r, cotangent = torch.randn(SHAPES[rank]), torch.randn(SHAPES[rank])
+    for a, b, c in itertools.product((x, x.contiguous()), (r, r.contiguous(
+        memory_format=channels_last)), (cotangent, cotangent.transpose(2, 3).contiguous()
+                                        .transpose(2, 3))):  # fmt: skip
+        got = run(ours, list(ours.parameters()), a, b, c)
+        expected = run(lambda x, r: torch.relu(theirs(x) + r), list(theirs.parameters()), a, b, c)
+        for mine, his in zip(got, expected, strict=True):
+            torch.testing.assert_close(mine, his, **CLOSE)
+
+
+def test_an_output_changed_in_place_before_backward_is_an_error_not_a_wrong_value():
+    layer = bn.BatchNorm1d(3, activation="relu")
+    x, r = torch.randn(6, 3, requires_grad=True), torch.randn(6, 3)
+    y = layer(x, r)
+    y.detach().mul_(-1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(torch.randn(6, 3))
+
+
+def test_only_the_residual_needs_a_gradient():
+    for training, activation in itertools.product((True, False), (None, "relu", "gelu")):
+        layer = bn.BatchNorm1d(3, affine=False, activation=activation).train(training)
+        r, cotangent = torch.randn(6, 3, requires_grad=True), torch.randn(6, 3)
+        x = torch.randn(6, 3)
+        layer(x, r).backward(cotangent)
+        expected = r.detach().clone().requires_grad_()
+        theirs = nn.BatchNorm1d(3, affine=False).train(training)
+        ACTIVATIONS[activation or "identity"](theirs(x) + expected).backward(cotangent)
+        torch.testing.assert_close(r.grad, expected.grad, **CLOSE)
+
+
+def test_autocast_leaves_residual_and_activation_as_torch_computes_them():
+    layer, theirs = both("2d", "relu")
+    x, r = torch.randn(SHAPES[4]).bfloat16(), torch.randn(SHAPES[4])
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = layer(x, r), torch.relu(theirs(x) + r)
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_residual_that_is_a_number_promotes_as_in_torch_add(dtype):
+    layer, x = bn.BatchNorm1d(3), torch.randn(6, 3).to(dtype)
+    number = torch.tensor(1.0, dtype=torch.float64)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    mask = torch.ones(6, dtype=torch.bool)
+    for y in (layer(x, number), layer(x, number, mask), compiled(x, number)):
+        assert y.dtype == torch.add(x, number).dtype == dtype
+
+
+@pytest.mark.parametrize("convert", [Tensor.to_sparse, Tensor.to_mkldnn])
+def test_a_residual_that_is_not_strided_is_declined_with_the_conversion_to_call(convert):
+    layer, x = bn.BatchNorm1d(3), torch.randn(6, 3)
+    with pytest.raises(DtypeError, match=r"residual of shape \(6, 3\).*residual.to_dense\(\)"):
+        layer(x, convert(torch.randn(6, 3)))
+    assert layer.num_batches_tracked == 0

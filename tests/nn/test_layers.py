@@ -1,0 +1,463 @@
+"""The layers against ``torch.nn``: forward, backward, buffers and counter."""
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import batchnorm as bn
+from support.twins import (
+    CHANNELS,
+    KIND,
+    PAIRS,
+    SHAPES,
+    assert_same,
+    assert_same_state,
+    randomize,
+    step,
+    twins,
+)
+
+RANKS = sorted(SHAPES)
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# One rounding of the output's dtype, at values up to about 4, and torch's own error.
+CLOSE: dict[torch.dtype, dict[str, float]] = {
+    torch.float64: {"rtol": 1e-9, "atol": 1e-9},
+    torch.float32: {"rtol": 1e-4, "atol": 2e-5},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 4e-2},
+    torch.float16: {"rtol": 2e-3, "atol": 6e-3},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Small tensors on a busy machine: threads that wait for each other take ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _layouts(x: Tensor) -> dict[str, Tensor]:
+    found = {
+        "contiguous": x.contiguous(),
+        "channels first in memory": x.transpose(0, 1).contiguous().transpose(0, 1),
+        "every second": x.repeat_interleave(2, -1)[..., ::2],
+        "channels last": x.movedim(1, -1).contiguous().movedim(-1, 1),
+        "expanded": x[:, :, :1].expand(x.shape) if x.ndim > 2 else x.contiguous(),
+    }
+    for layout in found.values():
+        assert layout.shape == x.shape
+    return found
+
+
+LAYOUTS = list(_layouts(torch.empty(2, 2, 2)))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", RANKS)
+def test_several_steps_equal_those_of_torch(
+    rank: int, dtype: torch.dtype, layout: str, training: bool
+) -> None:
+    ours, theirs = twins(KIND[rank])
+    # Statistics of torch are float32 here: mixed inputs are the case in which both agree exactly.
+    ours, theirs = (m.to(torch.promote_types(dtype, torch.float32)) for m in (ours, theirs))
+    ours.train(training)
+    theirs.train(training)
+    for _ in range(3):
+        x = _layouts(torch.randn(SHAPES[rank]).to(dtype))[layout]
+        dy = torch.randn(SHAPES[rank]).to(dtype)
+        assert_same(step(ours, x, dy), step(theirs, x, dy), **CLOSE[dtype])
+        assert_same_state(ours, theirs, **CLOSE[torch.promote_types(dtype, torch.float32)])
+    assert ours.num_batches_tracked.item() == (3 if training else 0)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rank", RANKS)
+def test_layers_cast_to_half_agree_with_torch(
+    rank: int, dtype: torch.dtype, training: bool
+) -> None:
+    ours, theirs = (m.to(dtype).train(training) for m in twins(KIND[rank]))
+    for _ in range(2):
+        x, dy = (torch.randn(SHAPES[rank], dtype=dtype) for _ in range(2))
+        assert_same(step(ours, x, dy), step(theirs, x, dy), rtol=5e-2, atol=8e-2)
+    assert ours.weight.dtype == dtype
+    assert ours.running_mean.dtype == torch.float32
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"momentum": 1.0},
+    {"momentum": 0.0},
+    {"momentum": None},
+    {"momentum": 0.37},
+    {"eps": 0.1},
+    {"affine": False},
+    {"bias": False},
+    {"affine": False, "bias": False},
+    {"affine": False, "bias": True},
+    {"track_running_stats": False},
+    {"track_running_stats": False, "affine": False},
+    {"track_running_stats": False, "momentum": None},
+    {"affine": False, "momentum": None},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("rank", RANKS)
+def test_every_option_means_what_it_means_in_torch(rank: int, options: dict[str, Any]) -> None:
+    ours, theirs = twins(KIND[rank], **options)
+    for training in (True, True, False, True, False):
+        ours.train(training)
+        theirs.train(training)
+        x, dy = torch.randn(SHAPES[rank]) * 3 + 1, torch.randn(SHAPES[rank])
+        assert_same(step(ours, x, dy), step(theirs, x, dy), **CLOSE[torch.float32])
+        assert_same_state(ours, theirs)
+    assert str(ours) == str(theirs)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_arguments_stand_in_the_same_positions_as_in_torch(kind: str) -> None:
+    ours, theirs = (build(5, 1e-3, 0.2, False, False, "cpu", None) for build in PAIRS[kind])
+    assert str(ours) == str(theirs)
+    ours, theirs = (build(5, 1e-3, 0.2, True, True, "cpu", torch.float64) for build in PAIRS[kind])
+    assert_same_state(ours, theirs, check_dtype=True)
+    with pytest.raises(TypeError):
+        PAIRS[kind][0](5, 1e-3, 0.2, True, True, None, None, True)
+
+
+def test_momentum_is_stored_as_torch_stores_it() -> None:
+    for momentum in (0.1, 0.25, 1, None):
+        assert bn.BatchNorm1d(2, momentum=momentum).momentum == momentum
+    assert type(bn.BatchNorm1d(2).momentum) is float
+    assert bn.BatchNorm1d(2, estimator=bn.Running(0.3)).momentum == 0.3
+    assert bn.BatchNorm1d(2, estimator=bn.Cumulative()).momentum is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("momentum", 0.5), ("momentum", None), ("eps", 0.3), ("track_running_stats", False)],
+)
+def test_an_attribute_changed_later_takes_effect_as_in_torch(name: str, value: object) -> None:
+    ours, theirs = twins("2d")
+    for change in (False, True):
+        if change:
+            setattr(ours, name, value)
+            setattr(theirs, name, value)
+        for training in (True, True, False):
+            ours.train(training)
+            theirs.train(training)
+            x, dy = torch.randn(SHAPES[4]), torch.randn(SHAPES[4])
+            assert_same(step(ours, x, dy), step(theirs, x, dy), **CLOSE[torch.float32])
+            assert_same_state(ours, theirs)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_layer_without_counter_moves_as_in_torch(momentum: float | None) -> None:
+    ours, theirs = twins("1d", momentum=momentum)
+    for layer in (ours, theirs):
+        layer.num_batches_tracked = None
+    x = torch.randn(7, 5)
+    assert_same(step(ours, x), step(theirs, x), **CLOSE[torch.float32])
+    assert_same_state(ours, theirs)
+
+
+def test_running_buffers_set_to_none_later_make_eval_use_the_batch() -> None:
+    ours, theirs = twins("1d")
+    for layer in (ours, theirs):
+        layer.running_mean = layer.running_var = None
+    x, dy = torch.randn(7, 5), torch.randn(7, 5)
+    for training in (False, True):
+        ours.train(training)
+        theirs.train(training)
+        assert_same(step(ours, x, dy), step(theirs, x, dy), **CLOSE[torch.float32])
+
+
+def test_parameters_replaced_by_none_later_are_left_out_as_in_torch() -> None:
+    ours, theirs = twins("1d")
+    for layer in (ours, theirs):
+        layer.weight = None
+    x, dy = torch.randn(7, 5), torch.randn(7, 5)
+    assert_same(step(ours, x, dy), step(theirs, x, dy), **CLOSE[torch.float32])
+
+
+@pytest.mark.parametrize("frozen", [("weight",), ("bias",), ("weight", "bias")], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_frozen_parameters_get_no_gradient(frozen: tuple[str, ...], training: bool) -> None:
+    ours, theirs = twins("2d")
+    for layer in (ours, theirs):
+        layer.train(training)
+        for name in frozen:
+            layer.get_parameter(name).requires_grad_(False)
+    x, dy = torch.randn(SHAPES[4]), torch.randn(SHAPES[4])
+    assert_same(step(ours, x, dy), step(theirs, x, dy), **CLOSE[torch.float32])
+    assert all(ours.get_parameter(name).grad is None for name in frozen)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_parameters_learn_where_the_input_needs_no_gradient(training: bool) -> None:
+    ours, theirs = (m.train(training) for m in twins("2d"))
+    x, dy = torch.randn(SHAPES[4]), torch.randn(SHAPES[4])
+    for layer in (ours, theirs):
+        layer(x).backward(dy)
+    for name in ("weight", "bias"):
+        ours_grad, theirs_grad = ours.get_parameter(name).grad, theirs.get_parameter(name).grad
+        torch.testing.assert_close(ours_grad, theirs_grad, **CLOSE[torch.float32])
+
+
+def test_nothing_asks_for_a_gradient_under_no_grad() -> None:
+    for mode in (torch.no_grad, torch.inference_mode):
+        ours, theirs = twins("2d")
+        x = torch.randn(SHAPES[4], requires_grad=True)
+        for training in (True, False):
+            ours.train(training)
+            theirs.train(training)
+            with mode():
+                y, expected = ours(x), theirs(x)
+            assert not y.requires_grad
+            torch.testing.assert_close(y, expected, **CLOSE[torch.float32])
+        assert_same_state(ours, theirs)
+
+
+def test_gradients_add_up_over_several_backward_passes() -> None:
+    ours, theirs = twins("1d")
+    for layer in (ours, theirs):
+        torch.manual_seed(1)
+        for _ in range(3):
+            layer(torch.randn(7, 5)).backward(torch.randn(7, 5))
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
+
+
+def test_a_retained_graph_gives_the_same_gradient_twice() -> None:
+    layer = bn.BatchNorm1d(5)
+    x, dy = torch.randn(7, 5, requires_grad=True), torch.randn(7, 5)
+    y = layer(x)
+    first = torch.autograd.grad(y, x, dy, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(y, x, dy)[0])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_two_forwards_and_one_backward_give_both_gradients(training: bool) -> None:
+    ours, theirs = (m.train(training) for m in twins("2d"))
+    xs = [torch.randn(SHAPES[4]) for _ in range(2)]
+    dys = [torch.randn(SHAPES[4]) for _ in range(2)]
+    grads = []
+    for layer in (ours, theirs):
+        inputs = [x.clone().requires_grad_() for x in xs]
+        total = sum((layer(x) * dy).sum() for x, dy in zip(inputs, dys, strict=True))
+        total.backward()
+        grads.append([*(x.grad for x in inputs), layer.weight.grad, layer.bias.grad])
+    for mine, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, expected, **CLOSE[torch.float32])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_buffers_may_be_overwritten_between_forward_and_backward(training: bool) -> None:
+    # DistributedDataParallel broadcasts the buffers of rank 0, in place, before every forward.
+    layer = twins("2d")[0].train(training)
+    x, dy = torch.randn(SHAPES[4]), torch.randn(SHAPES[4])
+    expected = step(copy.deepcopy(layer), x, dy)
+    first = x.clone().requires_grad_()
+    y = layer(first)
+    with torch.no_grad():
+        for buffer in layer.buffers():
+            buffer.copy_(torch.full_like(buffer, 7))
+    layer(torch.randn(SHAPES[4]))
+    y.backward(dy)
+    assert torch.equal(first.grad, expected["dx"])
+    assert torch.equal(layer.weight.grad, expected["dweight"])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_an_input_changed_in_place_before_backward_is_an_error_not_a_wrong_value(
+    training: bool,
+) -> None:
+    layer = twins("1d")[0].train(training)
+    x = torch.randn(7, 5, requires_grad=True)
+    z = x * 1
+    y = layer(z)
+    z.detach().mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(torch.randn(7, 5))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    ("rank", "memory_format"), [(4, torch.channels_last), (5, torch.channels_last_3d)], ids=str
+)
+def test_channels_last_stays_channels_last(
+    rank: int, memory_format: torch.memory_format, training: bool
+) -> None:
+    layer = twins(KIND[rank])[0].train(training)
+    x = torch.randn(SHAPES[rank]).contiguous(memory_format=memory_format).requires_grad_()
+    y = layer(x)
+    assert y.is_contiguous(memory_format=memory_format)
+    y.backward(torch.randn(SHAPES[rank]).contiguous(memory_format=memory_format))
+    assert x.grad.is_contiguous(memory_format=memory_format)
+    assert layer(x.detach().contiguous()).is_contiguous()
+
+
+DTYPE_PAIRS = list(itertools.product(DTYPES, DTYPES))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("of_input", "of_parameters"), DTYPE_PAIRS, ids=str)
+def test_any_input_dtype_meets_any_parameter_dtype(
+    of_input: torch.dtype, of_parameters: torch.dtype, training: bool
+) -> None:
+    layer = twins("2d")[0].train(training)
+    exact = copy.deepcopy(layer).to(of_parameters).double()
+    layer.to(of_parameters)
+    x, dy = (torch.randn(SHAPES[4]).to(of_input) for _ in range(2))
+    found = step(layer, x, dy)
+    expected = step(exact, x.double(), dy.double())
+    assert {name: t.dtype for name, t in found.items()} == {
+        "y": of_input,
+        "dx": of_input,
+        "dweight": of_parameters,
+        "dbias": of_parameters,
+    }
+    narrowest = max((of_input, of_parameters), key=lambda dtype: torch.finfo(dtype).eps)
+    assert_same({name: t.double() for name, t in found.items()}, expected, **CLOSE[narrowest])
+    assert_same_state(layer, exact, **CLOSE[narrowest])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_gives_the_dtypes_of_torch(dtype: torch.dtype, training: bool) -> None:
+    nets = []
+    for layer in twins("2d"):
+        torch.manual_seed(2)
+        nets.append(nn.Sequential(nn.Conv2d(3, 5, 3), layer, nn.Conv2d(5, 2, 1)).train(training))
+    x, dy = torch.randn(2, 3, 6, 6), torch.randn(2, 2, 4, 4)
+    seen: list[list[torch.dtype]] = []
+    results = []
+    for net in nets:
+        dtypes: list[torch.dtype] = []
+        net[1].register_forward_hook(
+            lambda _, args, y, dtypes=dtypes: dtypes.extend((args[0].dtype, y.dtype))
+        )
+        with torch.autocast("cpu", dtype):
+            y = net(x)
+        y.backward(dy.to(y.dtype))
+        seen.append([*dtypes, y.dtype, *(p.grad.dtype for p in net.parameters())])
+        results.append([y, *(p.grad for p in net.parameters())])
+    assert seen[0] == seen[1]
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=5e-2, atol=1e-1)
+    assert_same_state(*nets, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["1d", "2d"])
+def test_a_small_network_trains_as_with_torch(kind: str) -> None:
+    nets = []
+    for which in (0, 1):
+        torch.manual_seed(3)
+        norm = PAIRS[kind][which]
+        if kind == "1d":
+            body = [nn.Linear(6, 8), norm(8), nn.ReLU(), nn.Linear(8, 8), norm(8), nn.Sigmoid()]
+        else:
+            body = [nn.Conv2d(1, 4, 3), norm(4), nn.ReLU(), nn.Conv2d(4, 8, 3), norm(8), nn.ReLU()]
+            body.append(nn.Flatten())
+        net = nn.Sequential(*body, nn.LazyLinear(3))
+        net(torch.randn(2, 6) if kind == "1d" else torch.randn(2, 1, 6, 6))
+        nets.append(net)
+    losses: list[list[float]] = [[], []]
+    for net, found in zip(nets, losses, strict=True):
+        optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
+        generator = torch.Generator().manual_seed(4)
+        for _ in range(20):
+            shape = (16, 6) if kind == "1d" else (16, 1, 6, 6)
+            x = torch.randn(shape, generator=generator)
+            target = x.flatten(1)[:, :3].argmax(1)
+            loss = nn.functional.cross_entropy(net(x), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+    assert losses[0][-1] < losses[0][0]
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-3, atol=1e-3)
+    assert_same_state(*nets, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("axis", [1, -1, 2, 0, -2])
+@pytest.mark.parametrize("rank", [2, 3, 4, 5, 6])
+def test_any_axis_equals_moving_the_channels_to_axis_1(rank: int, axis: int) -> None:
+    if not -rank <= axis < rank:
+        axis = -rank
+    shape = [2, 3, 4, 2, 3, 2][:rank]
+    shape[axis] = CHANNELS
+    ours = bn.BatchNorm(CHANNELS, axis=axis)
+    theirs = nn.BatchNorm1d(CHANNELS)
+    randomize(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    for training in (True, False):
+        ours.train(training)
+        theirs.train(training)
+        x, dy = torch.randn(shape), torch.randn(shape)
+        found = step(ours, x, dy)
+        flat = [t.movedim(axis, 0).flatten(1).T for t in (x, dy)]
+        expected = step(theirs, *flat)
+        for name in ("y", "dx"):
+            found[name] = found[name].movedim(axis, 0).flatten(1).T
+        assert_same(found, expected, **CLOSE[torch.float32])
+        assert_same_state(ours, theirs)
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_one_layer_of_any_rank_takes_inputs_of_different_ranks(axis: int) -> None:
+    layer = bn.BatchNorm(5, axis=axis)
+    for shape in ((4, 5), (4, 5, 5), (2, 5, 3, 5)):
+        assert layer(torch.randn(shape)).shape == shape
+    assert layer.num_batches_tracked.item() == 3
+
+
+def test_the_layers_are_torch_nns_for_isinstance() -> None:
+    for ours, theirs in PAIRS.values():
+        layer = ours(3)
+        assert isinstance(layer, theirs)
+        assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        others = [other for _, other in PAIRS.values() if other is not theirs]
+        assert not isinstance(layer, tuple(others))
+    assert isinstance(bn.BatchNorm(3), nn.modules.batchnorm._BatchNorm)
+
+
+def test_hooks_run_in_torchs_order_and_see_the_same() -> None:
+    seen: list[list[tuple[str, Tensor]]] = []
+    for layer in twins("1d"):
+        calls: list[tuple[str, Tensor]] = []
+        layer.register_forward_pre_hook(lambda _, args, calls=calls: calls.append(("pre", args[0])))
+        layer.register_forward_hook(lambda _, __, y, calls=calls: calls.append(("post", y)))
+        layer.register_full_backward_pre_hook(
+            lambda _, dy, calls=calls: calls.append(("back", dy[0]))
+        )
+        layer.register_full_backward_hook(
+            lambda _, dx, __, calls=calls: calls.append(("done", dx[0]))
+        )
+        torch.manual_seed(5)
+        layer(torch.randn(7, 5, requires_grad=True)).backward(torch.randn(7, 5))
+        seen.append(calls)
+    assert [name for name, _ in seen[0]] == ["pre", "post", "back", "done"]
+    for (name, mine), (expected_name, expected) in zip(*seen, strict=True):
+        assert name == expected_name
+        torch.testing.assert_close(mine, expected, **CLOSE[torch.float32])
+
+
+def test_the_output_is_a_tensor_of_its_own() -> None:
+    # A ReLU(inplace=True) behind the layer must not change what backward needs.
+    ours, theirs = twins("2d")
+    x, dy = torch.randn(SHAPES[4]), torch.randn(SHAPES[4])
+    nets = [nn.Sequential(layer, nn.ReLU(inplace=True)) for layer in (ours, theirs)]
+    assert_same(*(step(net, x, dy) for net in nets), **CLOSE[torch.float32])
+    for training in (True, False):
+        layer = bn.BatchNorm1d(5, eps=1e-5, affine=False).train(training)
+        x = torch.randn(7, 5)
+        kept = x.clone()
+        layer(x).add_(100)
+        assert torch.equal(x, kept)
+        assert layer.running_mean.abs().max() < 2

@@ -1,0 +1,466 @@
+"""What a layer carries: casts, state dicts, old checkpoints, copies, pickles, checkpointing."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import batchnorm as bn
+from support.twins import PAIRS, assert_same_state, assert_unchanged, randomize, snapshot, twins
+
+LARGE = torch.tensor([1e6, 70000.123, 1 / 3])
+SEVERAL = [
+    bn.Running(0.1),
+    bn.Cumulative(),
+    bn.Decayed(0.2),
+    bn.LastBatches(2),
+    bn.LastBatches(3, pooled=True),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Small tensors on a busy machine: threads that wait for each other take ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def states(layer):
+    return [tensor for state in layer.bank.states.values() for tensor in state]
+
+
+def trained(layer=None, steps=3):
+    layer = layer or bn.BatchNorm1d(3, estimator=SEVERAL)
+    for i in range(steps):
+        layer(torch.randn(4, 3) * 2 + i)
+    return layer
+
+
+CASTS = {
+    "half()": lambda m: m.half(),
+    "bfloat16()": lambda m: m.bfloat16(),
+    "to(dtype)": lambda m: m.to(torch.half),
+    "to(device, dtype)": lambda m: m.to("cpu", torch.bfloat16),
+    "to(dtype=, non_blocking=)": lambda m: m.to(dtype=torch.half, non_blocking=True),
+    "to(tensor)": lambda m: m.to(torch.zeros(1, dtype=torch.half)),
+    "type()": lambda m: m.type(torch.bfloat16),
+    "half().bfloat16()": lambda m: m.half().bfloat16(),
+    "of a parent": lambda m: nn.Sequential(nn.Sequential(m)).half()[0][0],
+}
+
+
+@pytest.mark.parametrize("name", CASTS)
+@pytest.mark.parametrize("build", [bn.BatchNorm1d, bn.BatchNorm, bn.BatchNorm3d])
+def test_statistics_survive_a_cast_to_half_bit_for_bit(build, name):
+    layer = build(3)
+    layer.running_var.copy_(LARGE)
+    layer.running_mean.copy_(-LARGE)
+    buffers = dict(layer.named_buffers())
+    cast = CASTS[name](layer)
+    assert cast is layer
+    assert cast.weight.dtype.itemsize == cast.bias.dtype.itemsize == 2
+    assert cast.running_mean.dtype == cast.running_var.dtype == torch.float32
+    assert torch.equal(cast.running_var, LARGE)
+    assert torch.equal(cast.running_mean, -LARGE)
+    assert list(dict(cast.named_buffers())) == list(buffers)
+    cast.float()
+    assert cast.weight.dtype == torch.float32
+    assert torch.equal(cast.running_var, LARGE)
+
+
+def test_double_raises_the_statistics_and_float_lowers_them():
+    layer = bn.BatchNorm1d(3, estimator=SEVERAL).double()
+    assert layer.running_var.dtype == torch.float64
+    layer.running_var.fill_(1 / 3)
+    assert layer.half().running_var.dtype == torch.float32
+    assert layer.double()(torch.randn(4, 3).double()).dtype == torch.float64
+    assert layer.float().running_mean.dtype == torch.float32
+    assert layer.num_batches_tracked.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.half, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+@pytest.mark.parametrize("build", [bn.BatchNorm1d, bn.BatchNorm, bn.BatchNorm2d])
+def test_a_layer_constructed_in_a_dtype_keeps_wide_statistics(build, dtype):
+    layer = build(3, dtype=dtype)
+    assert layer.weight.dtype == layer.bias.dtype == dtype
+    assert layer.running_var.dtype == torch.promote_types(dtype, torch.float32)
+    assert layer.running_var.tolist() == [1] * 3
+    assert layer.num_batches_tracked.dtype == torch.int64
+
+
+def test_a_default_dtype_of_half_gives_wide_statistics_too():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layers = [bn.BatchNorm1d(3), bn.BatchNorm1d(3, estimator=SEVERAL), bn.LazyBatchNorm1d()]
+        for layer in layers:
+            layer(torch.randn(4, 3))
+            assert layer.weight.dtype == torch.bfloat16
+            assert layer.running_var.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_cast_that_fails_leaves_the_layer_as_it_was():
+    layer = trained()
+    before = snapshot(layer)
+
+    def fail(_):
+        raise OSError("no")
+
+    with pytest.raises(OSError, match="no"):
+        layer._apply(fail)
+    assert_unchanged(before, layer)
+
+
+def test_half_precision_training_follows_the_float32_statistics():
+    wide, half = trained(bn.BatchNorm1d(3), 0), bn.BatchNorm1d(3).half()
+    for i in range(20):
+        x = (torch.randn(64, 3) + i * 0.01).half()
+        wide(x.float())
+        half(x)
+    torch.testing.assert_close(half.running_mean, wide.running_mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(half.running_var, wide.running_var, rtol=1e-6, atol=0)
+
+
+def test_a_model_made_on_the_meta_device_becomes_real():
+    for options in ({}, {"estimator": SEVERAL}, {"dtype": torch.half}):
+        layer = bn.BatchNorm1d(3, device="meta", **options)
+        assert all(t.is_meta for t in layer.state_dict().values())
+        assert layer(torch.empty(4, 3, device="meta")).is_meta
+        layer.to_empty(device="cpu")
+        layer.load_state_dict(twins("1d", 3)[1].state_dict())
+        assert layer.running_var.dtype == torch.float32
+        assert torch.isfinite(layer(torch.randn(4, 3))).all()
+    with torch.device("meta"):
+        model = nn.Sequential(bn.BatchNorm1d(3, estimator=SEVERAL))
+    model.to_empty(device="cpu")
+    model[0].reset_parameters()
+    assert model[0].running_var.tolist() == [1] * 3
+    trained(model)
+    assert torch.isfinite(model[0].running_var).all()
+
+
+def test_a_checkpoint_fills_a_meta_layer_by_assignment():
+    layer = bn.BatchNorm1d(3, device="meta", estimator=[bn.LastBatches(2), bn.Running(0.1)])
+    theirs = trained(nn.BatchNorm1d(3))
+    layer.load_state_dict(theirs.state_dict(), assign=True)
+    assert_same_state(layer, theirs)
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(layer.eval()(x), theirs.eval()(x))
+    layer.train()(x)
+    torch.testing.assert_close(layer.running_mean, x.mean(0))
+
+
+def test_shared_memory_is_shared():
+    layer = trained().share_memory()
+    assert all(t.is_shared() for t in (*layer.parameters(), *layer.buffers()))
+    trained(layer)
+    assert layer.num_batches_tracked.item() == 6
+
+
+OPTIONS = [
+    {},
+    {"affine": False},
+    {"bias": False},
+    {"track_running_stats": False},
+    {"momentum": None},
+    {"dtype": torch.float64},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("kind", PAIRS)
+def test_state_dicts_have_torchs_keys_order_shapes_and_dtypes(kind, options):
+    ours, theirs = (build(3, **options) for build in PAIRS[kind])
+    for mine, his in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
+        assert mine[0] == his[0]
+        torch.testing.assert_close(mine[1], his[1], rtol=0, atol=0)
+    assert ours.state_dict()._metadata == theirs.state_dict()._metadata
+    names = [[name for name, _ in m.named_parameters()] for m in (ours, theirs)]
+    assert names[0] == names[1]
+    assert [*ours._buffers] == [*theirs._buffers]
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("extra", [{}, {"activation": "relu"}], ids=str)
+def test_both_directions_load_strictly(extra, assign):
+    ours, theirs = trained(bn.BatchNorm1d(3, **extra)), trained(nn.BatchNorm1d(3))
+    randomize(theirs)
+    ours.load_state_dict(theirs.state_dict(), strict=True, assign=assign)
+    assert_same_state(ours, theirs, rtol=0, atol=0)
+    trained(ours)
+    fresh = nn.BatchNorm1d(3)
+    fresh.load_state_dict(ours.state_dict(), strict=True, assign=assign)
+    assert_same_state(fresh, ours, rtol=0, atol=0)
+    assert fresh.num_batches_tracked.item() == 6
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_states_of_estimators_are_named_tensors_that_load_strictly(assign):
+    layer, fresh = (nn.Sequential(bn.BatchNorm1d(3, estimator=SEVERAL)) for _ in range(2))
+    trained(layer)
+    state = layer.state_dict()
+    named = [name for name in state if ".estimators." in name]
+    fields = [f"0.estimators.{e.name}.{f}" for e in SEVERAL for f in e.init(3)._fields]
+    assert sorted(named) == sorted(fields)
+    fresh.load_state_dict(state, strict=True, assign=assign)
+    for ours in (layer, fresh):
+        torch.manual_seed(3)
+        trained(ours, 1)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, fresh.state_dict()[name]), name
+
+
+def test_states_of_estimators_may_be_absent_and_are_unexpected_elsewhere():
+    layer = trained(bn.BatchNorm1d(3, estimator=SEVERAL))
+    theirs = trained(nn.BatchNorm1d(3))
+    layer.load_state_dict(theirs.state_dict(), strict=True)
+    assert_same_state(layer, theirs, rtol=0, atol=0)
+    state = trained(layer).state_dict()
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*estimators\.last_batches\.means"):
+        nn.BatchNorm1d(3).load_state_dict(state)
+    nn.BatchNorm1d(3).load_state_dict(state, strict=False)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*estimators\.last_batches\.means"):
+        bn.BatchNorm1d(3).load_state_dict(state)
+
+
+def test_states_of_another_size_are_an_error_and_change_no_estimate():
+    small, large = (bn.BatchNorm1d(3, estimator=bn.LastBatches(k)) for k in (2, 4))
+    state = trained(large).state_dict()
+    with pytest.raises(RuntimeError, match=r"size mismatch for estimators\.last_batches\.means"):
+        small.load_state_dict(state)
+    partial = {name: value for name, value in state.items() if not name.endswith(".m2s")}
+    fresh = bn.BatchNorm1d(3, estimator=bn.LastBatches(4))
+    with pytest.raises(RuntimeError, match=r"expected all of .*m2s.* are missing"):
+        fresh.load_state_dict(partial)
+    assert not fresh.bank.states["last_batches"].counts.any()
+
+
+def test_missing_and_unexpected_keys_are_named_as_in_torch():
+    messages = []
+    for layer in twins("1d", 3):
+        state = layer.state_dict()
+        state["surplus"] = state.pop("running_var")
+        state["weight"] = torch.ones(4)
+        with pytest.raises(RuntimeError) as caught:
+            layer.load_state_dict(state)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("version", [1, None, "no metadata", 2])
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("options", [{}, {"estimator": SEVERAL}], ids=["", "several"])
+def test_a_checkpoint_without_counter_keeps_the_present_count(version, assign, options):
+    ours, theirs = bn.BatchNorm1d(3, **options), nn.BatchNorm1d(3)
+    errors = []
+    for layer in (ours, theirs):
+        trained(layer, 2)
+        state = nn.BatchNorm1d(3).state_dict()
+        del state["num_batches_tracked"]
+        if version == "no metadata":
+            del state._metadata
+        elif version is None:
+            del state._metadata[""]["version"]
+        else:
+            state._metadata[""]["version"] = version
+        try:
+            layer.load_state_dict(state, assign=assign)
+            errors.append("")
+        except RuntimeError as error:
+            errors.append(str(error))
+    assert errors[0] == errors[1]
+    assert bool(errors[0]) is (version == 2)
+    assert ours.num_batches_tracked.item() == theirs.num_batches_tracked.item() == 2
+
+
+def test_a_half_checkpoint_is_widened_on_load():
+    layer = bn.BatchNorm1d(3)
+    state = {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in twins("1d", 3)[1].state_dict().items()
+    }
+    layer.load_state_dict(state)
+    assert layer.running_var.dtype == torch.float32
+    assert torch.equal(layer.running_var, state["running_var"].float())
+
+
+@pytest.mark.parametrize("options", [{}, {"estimator": bn.LastBatches(2)}], ids=str)
+def test_half_statistics_assigned_past_the_cast_warn_once_and_compute_in_float32(options):
+    layer = bn.BatchNorm1d(3, momentum=1.0) if not options else bn.BatchNorm1d(3, **options)
+    state = {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in layer.state_dict().items()
+    }
+    layer.load_state_dict(state, assign=True)
+    x = torch.randn(64, 3) + 3
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        y = layer(x)
+        layer(x)
+    assert "running_mean of a batch normalization layer is torch.float16" in str(seen[0].message)
+    assert "layer.running_mean = layer.running_mean.float()" in str(seen[0].message)
+    assert len(seen) == 1
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, nn.BatchNorm1d(3)(x))
+    assert torch.equal(layer.running_mean, x.double().mean(0).float().half())
+    assert torch.equal(layer.running_var, x.double().var(0).float().half())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copy.deepcopy(layer)(x)
+        layer.eval()(x)
+
+
+def _saved(layer):
+    stream = io.BytesIO()
+    torch.save(layer, stream)
+    stream.seek(0)
+    return torch.load(stream, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _saved]
+)
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: bn.BatchNorm1d(3),
+        lambda: bn.BatchNorm1d(3, momentum=None, activation="gelu", statistics=bn.Frozen()),
+        lambda: bn.BatchNorm(3, axis=-1, activation="leaky_relu(0.2)"),
+        lambda: bn.BatchNorm1d(3, estimator={str(i): e for i, e in enumerate(SEVERAL)}),
+        lambda: bn.BatchNorm1d(3, track_running_stats=False, bias=False),
+    ],
+)
+def test_a_duplicate_is_equal_and_independent(build, duplicate):
+    layer = trained(build())
+    twin = duplicate(layer)
+    assert str(twin) == str(layer)
+    assert type(twin) is type(layer)
+    before = {name: value for name, value in snapshot(twin).items() if "itself" not in name}
+    trained(layer)
+    after = snapshot(twin)
+    for name, value in before.items():
+        assert (
+            value == after[name] if not torch.is_tensor(value) else torch.equal(value, after[name])
+        )
+    generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+    again = duplicate(layer)
+    results = [
+        m(torch.randn(4, 3, generator=g)) for m, g in zip((layer, again), generators, strict=True)
+    ]
+    assert torch.equal(*results)
+    assert_same_state(again, layer, rtol=0, atol=0)
+
+
+def test_a_state_dict_passes_through_a_file_of_weights_only():
+    layer = trained()
+    stream = io.BytesIO()
+    torch.save(layer.state_dict(), stream)
+    stream.seek(0)
+    other = bn.BatchNorm1d(3, estimator=SEVERAL)
+    other.load_state_dict(torch.load(stream, weights_only=True))
+    assert_same_state(other, layer, rtol=0, atol=0)
+
+
+def test_estimators_go_on_after_a_copy_as_the_original_does():
+    layer = trained()
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    x = torch.randn(5, 3)
+    layer(x)
+    twin(x)
+    for estimator in SEVERAL:
+        bn.use_estimate(layer, estimator.name)
+        bn.use_estimate(twin, estimator.name)
+        assert_same_state(twin, layer, rtol=0, atol=0)
+
+
+def test_estimator_states_move_with_the_layer_and_are_never_narrowed():
+    layer = trained()
+    before = [tensor.clone() for tensor in states(layer)]
+    for cast in (layer.half, layer.bfloat16, layer.double, layer.float, layer.cpu):
+        cast()
+        assert all(map(torch.equal, states(layer), before))
+        assert all(tensor.dtype == torch.float64 for tensor in states(layer))
+    assert all(tensor.is_meta for tensor in states(layer.to("meta")))
+
+
+def test_estimator_states_hold_no_graph():
+    layer = bn.BatchNorm1d(3, estimator=SEVERAL)
+    layer(torch.randn(4, 3, requires_grad=True)).backward(torch.randn(4, 3))
+    assert not any(tensor.requires_grad for tensor in states(layer))
+
+
+def network(**options):
+    return nn.Sequential(nn.Linear(3, 3), bn.BatchNorm1d(3, **options), nn.Tanh())
+
+
+def gradients(run, model, x, cotangent):
+    leaf = x.clone().requires_grad_()
+    run(leaf).backward(cotangent)
+    found = [leaf.grad, *(p.grad.clone() for p in model.parameters())]
+    model.zero_grad()
+    return found
+
+
+CHECKPOINTED = [
+    {},
+    {"momentum": None},
+    {"estimator": SEVERAL},
+    {"activation": "relu"},
+    {"statistics": bn.Frozen()},
+]
+
+
+@pytest.mark.parametrize("options", CHECKPOINTED, ids=str)
+@pytest.mark.parametrize("inner", [None, True, False])
+@pytest.mark.parametrize("outer", [True, False])
+def test_checkpointed_steps_equal_plain_ones_and_count_once(outer, inner, options):
+    plain = nn.Sequential(network(**options), network(**options))
+    saving = copy.deepcopy(plain)
+
+    def run(x):
+        if inner is None:
+            return checkpoint(saving, x, use_reentrant=outer)
+        first = lambda x: checkpoint(saving[0], x, use_reentrant=inner)
+        return checkpoint(lambda x: saving[1](first(x)), x, use_reentrant=outer)
+
+    for _ in range(3):
+        x, cotangent = torch.randn(6, 3), torch.randn(6, 3)
+        expected = gradients(plain, plain, x, cotangent)
+        for mine, his in zip(gradients(run, saving, x, cotangent), expected, strict=True):
+            assert torch.equal(mine, his)
+        assert_same_state(saving, plain, rtol=0, atol=0)
+    frozen = "statistics" in options
+    assert saving[1][1].num_batches_tracked.item() == (0 if frozen else 3)
+    if "estimator" in options:
+        for mine, his in zip(states(saving[0][1]), states(plain[0][1]), strict=True):
+            assert torch.equal(mine, his)
+
+
+def test_checkpointing_without_early_stop_counts_once():
+    model = network()
+    with torch.utils.checkpoint.set_checkpoint_early_stop(False):
+        x = torch.randn(6, 3, requires_grad=True)
+        checkpoint(model, x, use_reentrant=False).backward(torch.randn(6, 3))
+    assert model[1].num_batches_tracked.item() == 1
+
+
+def test_checkpointing_inside_of_compile_counts_once():
+    plain = network()
+    saving = copy.deepcopy(plain)
+    run = torch.compile(lambda x: checkpoint(saving, x, use_reentrant=False), backend="aot_eager")
+    for _ in range(2):
+        x, cotangent = torch.randn(6, 3), torch.randn(6, 3)
+        expected = gradients(plain, plain, x, cotangent)
+        for mine, his in zip(gradients(run, saving, x, cotangent), expected, strict=True):
+            torch.testing.assert_close(mine, his)
+    assert_same_state(saving, plain)

@@ -1,0 +1,68 @@
+"""Data and models for calibrations, and what a calibration must give and must leave alone."""
+
+import numpy as np
+import torch
+from torch import nn
+
+UNEQUAL = [7, 2, 16, 3]
+
+
+def images(sizes=UNEQUAL, channels=3, side=8):
+    generator = torch.Generator().manual_seed(3)
+    return [
+        torch.randn(n, channels, side, side, generator=generator) * 2 + i
+        for i, n in enumerate(sizes)
+    ]
+
+
+def exact(data):
+    rows = torch.cat(data).double().movedim(1, -1).flatten(0, -2).numpy()
+    return rows.mean(0), rows.var(0, ddof=1)
+
+
+def assert_exact(layer, data, rtol=2e-7):
+    mean, var = exact(data)
+    np.testing.assert_allclose(layer.running_mean.double(), mean, rtol=rtol, atol=rtol / 2)
+    np.testing.assert_allclose(layer.running_var.double(), var, rtol=rtol)
+
+
+def everything(model):
+    found = {"modes": [m.training for m in model.modules()]}
+    for name, module in model.named_modules():
+        attributes = {
+            k: v
+            for k, v in module.__dict__.items()
+            if k in ("momentum", "track_running_stats", "forward")
+        }
+        found[name] = (
+            attributes,
+            len(module._forward_pre_hooks),
+            [(k, b) for k, b in module._buffers.items()],
+        )
+        found[name + ".values"] = [
+            None if b is None else b.clone() for b in module._buffers.values()
+        ]
+    return found
+
+
+def assert_unchanged(before, after):
+    for name, value in before.items():
+        if name.endswith(".values"):
+            assert all(a is b is None or torch.equal(a, b) for a, b in zip(value, after[name]))
+        elif name == "modes":
+            assert value == after[name]
+        else:
+            assert value[:2] == after[name][:2]
+            assert all(a[1] is b[1] for a, b in zip(value[2], after[name][2]))
+
+
+def dense(*, layer=nn.BatchNorm1d):
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Linear(6, 16), layer(16), nn.ReLU(), nn.Linear(16, 16), layer(16), nn.Tanh(),
+        nn.Linear(16, 8), layer(8), nn.ReLU(), nn.Linear(8, 4),
+    )  # fmt: skip
+
+
+def statistics(model):
+    return {k: v for k, v in model.state_dict().items() if "running" in k}

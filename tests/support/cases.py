@@ -1,0 +1,144 @@
+"""Random tensors of many layouts and dtypes, and what the oracle says of their normalization."""
+
+import functools
+
+import numpy as np
+import torch
+
+import batchnorm as bn
+from batchnorm import layout as shapes
+from batchnorm.ops.activations import NAMES, Activation
+from support import oracle
+
+CHANNELS, EPS = 3, 1e-3
+SLOPES = {"leaky_relu": 0.2, "elu": 1.3}
+ACTS = [Activation(name, SLOPES.get(name, 0.0)) for name in NAMES]
+DTYPES = ["float64", "float32", "bfloat16", "float16"]
+# torch's hardsigmoid and hardswish multiply by a sixth that was rounded to float32.
+COARSE = {"hardsigmoid": 2.0**-24, "hardswish": 2.0**-22}
+AXES = {"first": 0, "last": 2, "rows_last": 3}
+LAYOUTS = {
+    "rows": (29, 3),
+    "line": (5, 3, 7),
+    "image": (3, 3, 4, 5),
+    "channels_last": (3, 3, 4, 5),
+    "volume": (2, 3, 2, 3, 5),
+    "first": (3, 7, 5),
+    "last": (5, 7, 3),
+    "rows_last": (2, 4, 5, 3),
+    "strided": (3, 3, 4, 5),
+    "swapped": (6, 3, 5),
+    "offset": (4, 3, 9),
+}
+
+
+def arrange(t, layout):
+    """The same values in another memory order."""
+    if layout == "channels_last":
+        return t.contiguous(memory_format=torch.channels_last)
+    if layout == "strided":
+        return torch.stack([t, t + 1], -1)[..., 0]
+    if layout == "swapped":
+        return t.transpose(0, 2).contiguous().transpose(0, 2)
+    if layout == "offset":
+        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+    return t
+
+
+def plain(t):
+    return None if t is None else t.detach().double().numpy()
+
+
+class Case:
+    """Random tensors, and what the oracle says of them."""
+
+    def __init__(self, layout, act, dtype, residual=False, param=None):
+        self.layout, self.act = layout, act
+        self.axis = AXES.get(layout, 1)
+        self.dtype = getattr(torch, dtype)
+        self.shape = LAYOUTS[layout]
+        param = getattr(torch, param or ("float64" if dtype == "float64" else "float32"))
+        # What is saved of y is rounded to its dtype, so values keep their distance from a kink.
+        margin = 0.04 if dtype in ("bfloat16", "float16") and residual else 1e-4
+        for seed in range(200):
+            torch.manual_seed(seed)
+            self.x = self.make() * 2 + 1
+            self.dy = self.make()
+            self.residual = self.make() if residual else None
+            self.weight = (torch.randn(CHANNELS) + 1).to(param)
+            self.bias = torch.randn(CHANNELS).to(param)
+            self.solve()
+            if oracle.far_from_kinks(act, self.done.z, margin):
+                break
+        else:
+            raise AssertionError("every seed put a value on a kink")
+        ratio = float(np.max(np.abs(self.done.mean) / np.sqrt(self.done.var)))
+        size = 2 * max(1, float(self.weight.abs().max()), float(self.bias.abs().max()))
+        # An activation's slope is at most 1.3; gradients add up a few such terms.
+        self.allowed = oracle.tolerance(self.dtype, self.done.count, ratio, 2 * size)
+        fine = "float64" if dtype == "float64" else "float32"
+        self.fine = oracle.tolerance(fine, self.done.count, ratio, 2 * size)
+        coarse = COARSE.get(act.name, 0)
+        self.allowed = self.allowed._replace(atol=self.allowed.atol + coarse * 4)
+        # A backend may hand dz over between its two passes in the gradient of the residual, whose
+        # dtype rounds it; dx carries that rounding at the size of dz, not of dx.
+        handed = np.abs(self.gradients.residual) * np.abs(self.scale()) if residual else np.zeros(1)
+        narrow = oracle.ROUNDING[dtype][0] if dtype in ("bfloat16", "float16") else 0
+        self.inner = self.allowed._replace(atol=self.allowed.atol + narrow * float(handed.max()))
+        # Sums over the batch are at the size of their count.
+        atol = (self.fine.atol + coarse) * self.done.count
+        self.sums = self.fine._replace(atol=atol)
+
+    def make(self):
+        return arrange(torch.randn(self.shape, dtype=torch.float64).to(self.dtype), self.layout)
+
+    def solve(self):
+        given = [plain(t) for t in (self.weight, self.bias, self.residual)]
+        self.done = oracle.forward(plain(self.x), self.axis, *given, act=self.act, eps=EPS)
+        self.gradients = oracle.backward(plain(self.dy), self.done, self.axis, given[0], self.act)
+
+    def scale(self):
+        return oracle.column(self.done.rstd * plain(self.weight), self.x, self.axis)
+
+    @property
+    def given(self):
+        return self.weight, self.bias, self.residual, self.act
+
+    def statistics(self):
+        wide = shapes.compute_dtype(self.x)
+        exact = (self.done.mean, self.done.var, self.done.rstd.astype(float))
+        mean, var, rstd = (torch.tensor(v, dtype=wide) for v in exact)
+        return mean, var, rstd
+
+
+case_of = functools.lru_cache(Case)  # shared by the backends; nobody may change one
+
+
+def check_gradients(case, found):
+    dx, dweight, dbias, dresidual = found
+    oracle.assert_close(plain(dx), case.gradients.x, case.inner, "dx")
+    oracle.assert_close(plain(dweight), case.gradients.weight, case.sums, "sum dz xhat")
+    oracle.assert_close(plain(dbias), case.gradients.bias, case.sums, "sum dz")
+    if dresidual is not None:
+        oracle.assert_close(plain(dresidual), case.gradients.residual, case.allowed, "dresidual")
+
+
+def run(case, source=None, **statistics):
+    """y and gradients by autograd, for a random cotangent."""
+    tensors = [case.x, case.weight, case.bias, case.residual]
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    x, weight, bias, residual = leaves
+    y, moments = bn.functional.normalize(
+        x,
+        weight,
+        bias,
+        residual=residual,
+        activation=case.act,
+        eps=EPS,
+        axis=case.axis,
+        statistics=source or bn.Batch(),
+        **statistics,
+    )
+    wanted = [t for t in leaves if t is not None]
+    found = iter(torch.autograd.grad(y, wanted, case.dy))
+    return y, moments, [None if t is None else next(found) for t in leaves]

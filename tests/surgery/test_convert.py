@@ -1,0 +1,391 @@
+"""bn.convert, bn.undo and bn.edits: what changes, what stays, and what is left alone."""
+
+import copy
+import pickle
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import prune
+
+import batchnorm as bn
+from support import third_party
+from support.twins import assert_identical, assert_unchanged, everything, randomize, snapshot
+
+
+def network() -> nn.Module:
+    shared = nn.BatchNorm2d(6)
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3), shared, nn.ReLU(), nn.Conv2d(6, 6, 3), shared, nn.ReLU(),
+        nn.Flatten(), nn.Linear(6 * 4 * 4, 8), nn.BatchNorm1d(8, eps=1e-3, momentum=0.9997),
+        nn.Linear(8, 4), nn.BatchNorm1d(4, momentum=None, affine=False),
+    )  # fmt: skip
+    randomize(net)
+    return net
+
+
+X = (5, 3, 8, 8)
+
+
+def test_it_changes_the_class_and_keeps_every_object():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    parameters = {name: id(p) for name, p in model.named_parameters()}
+    buffers = {name: id(b) for name, b in model.named_buffers()}
+    modules = {name: id(m) for name, m in model.named_modules(remove_duplicate=False)}
+    model[1].register_forward_hook(hook := lambda *_: None)
+    model[1].eval()
+    assert bn.convert(model) is model
+    assert type(model[1]) is bn.BatchNorm2d
+    assert type(model[8]) is bn.BatchNorm1d
+    assert model[1] is model[4]
+    assert {name: id(p) for name, p in model.named_parameters()} == parameters
+    assert {name: id(b) for name, b in model.named_buffers()} == buffers
+    assert {name: id(m) for name, m in model.named_modules(remove_duplicate=False)} == modules
+    assert not model[1].training
+    assert model.training
+    assert hook in model[1]._forward_hooks.values()
+    assert (model[8].eps, model[8].momentum, model[10].momentum) == (1e-3, 0.9997, None)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == set(parameters.values())
+
+
+def test_undo_restores_exactly():
+    model = network()
+    model[1].register_forward_hook(lambda *_: None)
+    model.register_forward_pre_hook(lambda *_: None)
+    before, values = everything(model), snapshot(model)
+    bn.convert(model)
+    model.eval()(torch.randn(X))
+    model.train()
+    assert bn.undo(model) is model
+    assert_identical(before, everything(model))
+    assert_unchanged(values, model)
+    assert not bn.edits(model)
+
+
+def test_undo_of_a_copy_that_was_pickled():
+    model = bn.convert(network())
+    model(torch.randn(X))
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert str(bn.edits(copied)[0]).startswith("1: BatchNorm2d -> bn.BatchNorm2d")
+    bn.undo(copied)
+    assert type(copied[1]) is nn.BatchNorm2d
+    assert not copied._forward_hooks
+    assert type(model[1]) is bn.BatchNorm2d
+
+
+def test_state_dicts_go_both_ways():
+    original, model = network(), bn.convert(network())
+    assert list(original.state_dict()) == list(model.state_dict())
+    model.load_state_dict(original.state_dict())
+    original.load_state_dict(model.state_dict())
+
+
+def test_edits_print_one_line_for_each_module():
+    edits = bn.edits(bn.convert(network()))
+    assert [edit.names for edit in edits] == [("1",), ("8",), ("10",)]
+    assert len(str(edits).splitlines()) == 3
+    assert edits.changed == edits
+    assert not edits.skipped
+    assert str(edits[0]) == "1: BatchNorm2d -> bn.BatchNorm2d"
+
+
+def column(per_channel):
+    return per_channel.view(-1, 1, 1)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-3])
+@pytest.mark.parametrize("momentum", [0.0, 0.9997, 1e-3, 1.0, None])
+def test_unusual_numbers_and_a_variance_of_zero_survive(eps, momentum):
+    theirs = nn.BatchNorm2d(3, eps=eps, momentum=momentum)
+    randomize(theirs)
+    with torch.no_grad():
+        theirs.running_var[1] = 0
+        theirs.running_mean[1] = 0.25
+    ours = bn.convert(copy.deepcopy(theirs))
+    x = torch.randn(4, 3, 5, 5)
+    x[:, 1] = 0.5
+    # 0.25 / sqrt(0) is infinite; torch has x * inf - mean * inf, which is NaN. Before torch 2.13
+    # it refused an eps of 0.
+    kept = [0, 1, 2] if eps else [0, 2]
+    y = ours.eval()(x)
+    try:
+        expected = theirs.eval()(x)
+    except ValueError:
+        assert eps == 0
+        expected = (x - column(theirs.running_mean)) / column(theirs.running_var.sqrt())
+        expected = expected * column(theirs.weight) + column(theirs.bias)
+    torch.testing.assert_close(y[:, kept], expected[:, kept])
+    if eps > 0:
+        torch.testing.assert_close(ours.train()(x), theirs.train()(x))
+        for name, buffer in ours.named_buffers():
+            torch.testing.assert_close(buffer, theirs.get_buffer(name))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [("BatchNorm1d", (6, 4)), ("BatchNorm2d", (3, 4, 5, 5)), ("BatchNorm3d", (2, 4, 3, 3, 3))],
+)
+def test_one_layer_as_the_whole_model(kind, shape):
+    theirs = getattr(nn, kind)(4)
+    randomize(theirs)
+    ours = bn.convert(copy.deepcopy(theirs))
+    assert type(ours) is getattr(bn, kind)
+    x = torch.randn(shape)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_statistics_estimator_and_filter():
+    model = bn.convert(
+        network(),
+        statistics=bn.Frozen(),
+        estimator=[bn.Running(0.2), bn.LastBatches(3)],
+        filter=lambda name, _: name != "8",
+    )
+    assert model[1].statistics == bn.Frozen()
+    assert list(model[1].bank.estimators) == ["running", "last_batches"]
+    assert model[1].momentum == 0.2
+    assert type(model[8]) is nn.BatchNorm1d
+    assert bn.edits(model).skipped[0].reason == "filter= said no"
+    bn.undo(model)
+    assert model[1].momentum == 0.1
+    assert model[10].momentum is None
+
+
+def test_running_estimates_go_on_from_where_they_were():
+    theirs = nn.BatchNorm1d(4)
+    ours = copy.deepcopy(theirs)
+    for batch in torch.randn(3, 8, 4):
+        theirs(batch)
+        ours(batch)
+    bn.convert(ours, estimator=[bn.Running(0.1), bn.LastBatches(2)])
+    batch = torch.randn(8, 4)
+    theirs(batch)
+    ours(batch)
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+
+
+def test_an_estimator_is_not_shared_and_needs_statistics():
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4, track_running_stats=False))
+    bn.convert(model, estimator=bn.LastBatches(2))
+    assert type(model[1]) is nn.BatchNorm1d
+    assert "keeps no statistics" in bn.edits(model)[1].reason
+
+
+def test_a_wrong_option_changes_nothing():
+    model = network()
+    before = everything(model)
+    with pytest.raises(bn.errors.OptionError, match="estimator"):
+        bn.convert(model, estimator="running")
+    assert_identical(before, everything(model))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"statistics": "frozen"}, "bn.Frozen"),
+        ({"statistics": bn.Frozen}, "bn.Frozen"),
+        ({"filter": "layer1"}, "filter=function"),
+    ],
+)
+def test_options_of_the_wrong_kind_change_nothing(options, words):
+    model = network()
+    before = everything(model)
+    with pytest.raises(bn.errors.OptionError, match=words):
+        bn.convert(model, **options)
+    assert_identical(before, everything(model))
+
+
+def test_a_filter_that_fails_changes_nothing():
+    model = network()
+    before = everything(model)
+    with pytest.raises(ZeroDivisionError):
+        bn.convert(model, filter=lambda name, _: name != "8" or 1 / 0)
+    assert_identical(before, everything(model))
+
+
+@pytest.mark.parametrize("verb", [bn.convert, bn.undo, bn.edits, bn.save_memory])
+def test_what_is_no_model_is_told(verb):
+    with pytest.raises(bn.errors.SurgeryError, match="expected a model"):
+        verb(iter(()))
+
+
+def test_converting_twice_is_converting_once():
+    model = bn.convert(network())
+    bn.convert(model)
+    assert not model._forward_hooks
+    bn.undo(model)
+    assert type(model[1]) is nn.BatchNorm2d
+
+
+def test_layers_that_are_ours_already_stay_as_they_are():
+    model = nn.Sequential(bn.BatchNorm2d(3), nn.ReLU())
+    before = dict(model[0].__dict__)
+    bn.convert(model)
+    assert bn.edits(model)[0].skipped
+    assert "already" in bn.edits(model)[0].reason
+    assert model[0].__dict__ == before
+    bn.undo(model)
+    assert type(model[0]) is bn.BatchNorm2d
+
+
+# What is left alone.
+
+
+class Louder(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Quieter(nn.BatchNorm2d):
+    pass
+
+
+def reason_for(layer: nn.Module, name: str = "0") -> str:
+    model = nn.Sequential(layer)
+    before = everything(model)
+    bn.convert(model)
+    edits = {edit.names: edit for edit in bn.edits(model)}
+    assert edits[name,].skipped
+    model.__dict__.pop("_batchnorm_edits")
+    assert_identical(before, everything(model))
+    return edits[name,].reason
+
+
+@pytest.mark.parametrize("cls", [Louder, Quieter])
+def test_subclasses_are_left_and_listed(cls):
+    assert "class of its own" in reason_for(cls(3))
+
+
+def test_an_object_with_a_forward_of_its_own_is_left():
+    layer = nn.BatchNorm2d(3)
+    layer.forward = F.relu
+    assert "forward of this object" in reason_for(layer)
+
+
+def test_meta_lazy_parametrized():
+    assert "meta" in reason_for(nn.BatchNorm2d(3, device="meta"))
+    assert "run the model once" in reason_for(nn.LazyBatchNorm2d())
+    layer = nn.BatchNorm2d(3)
+    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Softplus())
+    assert "remove_parametrizations" in reason_for(layer)
+
+
+def test_a_normalization_inside_of_a_parametrization_is_left():
+    layer = nn.Linear(4, 4)
+    nn.utils.parametrize.register_parametrization(
+        layer, "weight", nn.Sequential(nn.BatchNorm1d(4, affine=False).eval()), unsafe=True
+    )
+    assert "part of a parametrization" in reason_for(layer, "0.parametrizations.weight.0.0")
+
+
+def test_sharded_parameters_are_left():
+    layer = nn.BatchNorm2d(3)
+
+    class DTensor(torch.Tensor):
+        pass
+
+    layer._parameters["weight"] = layer.weight.detach().as_subclass(DTensor)
+    assert "DTensor" in reason_for(layer)
+
+
+def test_a_scripted_model_is_an_error_and_a_scripted_part_is_left():
+    scripted = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3)).eval())
+    with pytest.raises(bn.errors.SurgeryError, match=r"torch\.jit has already compiled"):
+        bn.convert(scripted)
+    assert "scripted or traced" in reason_for(scripted, "0.0")
+
+
+def test_a_model_without_batch_normalization_says_so(caplog):
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.InstanceNorm2d(3))
+    assert bn.convert(model) is model
+    assert "no batch normalization" in str(bn.edits(model))
+    assert "no batch normalization" in caplog.text
+    bn.undo(model)
+    assert not bn.edits(model)
+
+
+def test_script_names_the_way_out():
+    model = bn.convert(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    with pytest.raises(bn.errors.SurgeryError, match=r"bn\.undo\(model\)"):
+        torch.jit.script(model)
+    torch.jit.script(bn.undo(model))
+
+
+def test_pruning_and_the_description_go_on():
+    layer = nn.BatchNorm1d(4)
+    randomize(layer)
+    prune.l1_unstructured(layer, "weight", amount=2)
+    x = torch.randn(5, 4)
+    expected = layer.eval()(x)
+    torch.testing.assert_close(bn.convert(layer)(x), expected)
+    assert "BatchNorm1d(4, eps=1e-05" in repr(layer)
+
+
+# Third parties.
+
+
+def test_torchvision_frozen_layers_in_both_modes():
+    misc = third_party.torchvision().ops.misc
+    for eps in (1e-5, 0.0):
+        theirs = misc.FrozenBatchNorm2d(4, eps=eps)
+        randomize(theirs)
+        theirs.weight.uniform_(0.5, 2)
+        model = nn.Sequential(copy.deepcopy(theirs))
+        state = model.state_dict()
+        before = everything(model)
+        bn.convert(model)
+        assert list(model.state_dict()) == list(state)
+        assert not list(model.parameters())
+        x = torch.randn(2, 4, 5, 5, requires_grad=True)
+        c = torch.randn_like(x)
+        for mode in (True, False):
+            model.train(mode)
+            theirs.train(mode)
+            for _ in range(2):
+                torch.testing.assert_close(model(x), theirs(x))
+                torch.testing.assert_close(
+                    torch.autograd.grad(model(x), x, c), torch.autograd.grad(theirs(x), x, c)
+                )
+        model.train()
+        model.load_state_dict(state | {"0.num_batches_tracked": torch.tensor(3)})
+        bn.undo(model)
+        assert_identical(before, everything(model))
+
+
+def test_timm_activation_and_drop_are_kept():
+    timm = third_party.timm()
+    layers = timm.layers
+    theirs = layers.BatchNormAct2d(4, act_layer="silu", drop_layer=nn.Identity)
+    randomize(theirs)
+    ours = bn.convert(copy.deepcopy(theirs))
+    assert type(ours).__name__ == "BatchNormAct2d"
+    assert isinstance(ours, bn.BatchNorm2d)
+    assert isinstance(ours.act, nn.SiLU)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(ours(x), theirs(x))
+    frozen = layers.norm_act.freeze_batch_norm_2d(copy.deepcopy(theirs))
+    torch.testing.assert_close(bn.convert(copy.deepcopy(frozen))(x), frozen(x))
+    assert type(bn.undo(ours)) is layers.BatchNormAct2d
+    graph = torch.fx.symbolic_trace(bn.convert(nn.Sequential(ours)))
+    torch.testing.assert_close(graph(x), theirs(x))
+
+
+def test_resnet50_is_converted_within_50_milliseconds_and_without_a_copy():
+    model = third_party.torchvision().models.resnet50()
+    pointers = [tensor.data_ptr() for tensor in model.state_dict().values()]
+    spent = []
+    for _ in range(3):
+        start = time.perf_counter()
+        bn.convert(model)
+        spent.append(time.perf_counter() - start)
+        assert len(bn.edits(model).changed) == 53
+        bn.undo(model)
+    assert min(spent) < 0.05
+    bn.convert(model)
+    assert pointers == [tensor.data_ptr() for tensor in model.state_dict().values()]

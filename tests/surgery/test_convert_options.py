@@ -1,0 +1,228 @@
+"""Options of bn.convert on every kind of layer: applied, or named in a warning, and taken back."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.estimators.bank import named
+from support import third_party
+from support.twins import assert_identical, assert_unchanged, everything, randomize, snapshot
+
+X = (4, 3, 5, 5)
+
+
+class Louder(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class LouderOurs(bn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def trained(layer):
+    for _ in range(2):
+        layer(torch.randn(X))
+    return layer
+
+
+def torchvision_frozen():
+    return third_party.torchvision().ops.misc.FrozenBatchNorm2d(3)
+
+
+def timm_act():
+    return third_party.timm().layers.BatchNormAct2d(3)
+
+
+KINDS = {
+    "torch": lambda: nn.BatchNorm2d(3),
+    "torch, cumulative": lambda: nn.BatchNorm2d(3, momentum=None),
+    "torch, no statistics": lambda: nn.BatchNorm2d(3, track_running_stats=False),
+    "torch, lazy": nn.LazyBatchNorm2d,
+    "torch, subclass": lambda: Louder(3),
+    "torch, sync": lambda: nn.SyncBatchNorm(3),
+    "torchvision, frozen": torchvision_frozen,
+    "timm": timm_act,
+    "ours": lambda: bn.BatchNorm2d(3),
+    "ours, any rank": lambda: bn.BatchNorm(3),
+    "ours, subclass": lambda: LouderOurs(3),
+    "ours, activation": lambda: bn.BatchNorm2d(3, activation="relu"),
+    "ours, no statistics": lambda: bn.BatchNorm2d(3, track_running_stats=False),
+    "ours, lazy": bn.LazyBatchNorm2d,
+    "ours, lazy, estimators": lambda: bn.LazyBatchNorm2d(estimator=bn.LastBatches(2)),
+    "ours, frozen": lambda: bn.BatchNorm2d(3, statistics=bn.Frozen()),
+    "ours, synced": lambda: bn.BatchNorm2d(3, statistics=bn.Synced()),
+    "ours, estimators": lambda: trained(
+        bn.BatchNorm2d(3, estimator=[bn.LastBatches(2), bn.Running(0.3)])
+    ),
+}
+OPTIONS = {
+    "none": {},
+    "batch": {"statistics": bn.Batch()},
+    "frozen": {"statistics": bn.Frozen()},
+    "synced": {"statistics": bn.Synced()},
+    "running": {"estimator": bn.Running(0.25)},
+    "cumulative": {"estimator": bn.Cumulative()},
+    "last batches": {"estimator": bn.LastBatches(2)},
+    "two estimators": {"estimator": [bn.Decayed(0.2), bn.Running(0.3)]},
+    "all": {"statistics": bn.Frozen(), "estimator": bn.LastBatches(3)},
+}
+DONE_BEFORE = {
+    "for the first time": None,
+    "after a conversion": {},
+    "after another option": {"statistics": bn.Frozen(), "estimator": bn.Decayed(0.4)},
+}
+
+
+def network(kind):
+    layer = KINDS[kind]()
+    if "lazy" not in kind:
+        randomize(layer)
+    return nn.Sequential(nn.Conv2d(3, 3, 1), layer, nn.ReLU(), nn.Sequential(layer, nn.ReLU()))
+
+
+def state_of(model, kind):
+    return everything(model), None if "lazy" in kind else snapshot(model)
+
+
+def assert_same_state(before, model):
+    assert_identical(before[0], everything(model))
+    if before[1] is not None:
+        assert_unchanged(before[1], model)
+
+
+def estimators_of(layer):
+    bank = getattr(layer, "bank", None)
+    if bank is not None:
+        return bank.estimators
+    one = bn.Cumulative() if layer.momentum is None else bn.Running(layer.momentum)
+    return {one.name: one}
+
+
+def has(layer, option, value):
+    if not isinstance(layer, bn.BatchNorm2d | bn.BatchNorm):
+        return False
+    if option == "statistics":
+        return layer.statistics == value
+    return layer.running_mean is not None and estimators_of(layer) == named(value)
+
+
+# Kind -> options that it cannot have, by name of the option.
+CANNOT = {
+    "torch, no statistics": lambda o: (
+        {"estimator", "statistics"} & set(o)
+        if "estimator" in o or o.get("statistics") == bn.Frozen()
+        else set()
+    ),
+    "ours, no statistics": lambda o: {
+        name for name in o if name == "estimator" or o[name] == bn.Frozen()
+    },
+    "torchvision, frozen": lambda o: {name for name in o if o[name] != bn.Frozen()},
+    "torch, lazy": set,
+    "torch, subclass": set,
+}
+
+
+@pytest.mark.parametrize("history", DONE_BEFORE)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_option_is_applied_or_refused_by_name_and_taken_back(kind, options, history, caplog):
+    model, asked = network(kind), OPTIONS[options]
+    layer = model[1]
+    before = state_of(model, kind)
+    if DONE_BEFORE[history] is not None:
+        bn.convert(model, **DONE_BEFORE[history])
+    caplog.clear()
+    bn.convert(model, **asked)
+    cannot = CANNOT.get(kind, lambda o: set())(asked)
+    for name, value in asked.items():
+        if name in cannot:
+            assert any(f"{name}=" in r.message and "1 (" in r.message for r in caplog.records)
+        elif kind not in ("torch, lazy", "torch, subclass"):
+            assert has(layer, name, value), name
+    assert len(caplog.records) == len(cannot)
+    once, told = state_of(model, kind), str(bn.edits(model))
+    bn.convert(model, **asked)
+    assert_same_state(once, model)
+    assert str(bn.edits(model)) == told
+    bn.undo(model)
+    assert_same_state(before, model)
+    assert not bn.edits(model)
+    bn.undo(model)
+    assert_same_state(before, model)
+
+
+@pytest.mark.parametrize("kind", ["torch", "ours", "ours, estimators", "ours, lazy", "timm"])
+def test_an_option_works_in_training_and_copies_can_be_undone(kind):
+    model = network(kind)
+    cls = type(model[1])
+    bn.convert(model, statistics=bn.Frozen())
+    model(torch.randn(X))
+    before = [b.clone() for b in model[1].buffers()]
+    model(torch.randn(X))
+    assert all(map(torch.equal, before, model[1].buffers()))
+    bn.convert(model, statistics=bn.Batch(), estimator=bn.LastBatches(1))
+    x = torch.randn(X)
+    model[1](x)
+    torch.testing.assert_close(model[1].running_mean, x.mean((0, 2, 3)))
+    copied = bn.undo(pickle.loads(pickle.dumps(copy.deepcopy(model))))
+    after_lazy = cls if "lazy" not in kind else bn.BatchNorm2d
+    assert type(copied[1]) is after_lazy
+    torch.testing.assert_close(copied[1].running_mean, x.mean((0, 2, 3)))
+
+
+def test_estimators_that_come_back_go_on_from_what_training_has_left():
+    layer = trained(bn.BatchNorm2d(3, estimator=[bn.Running(0.5), bn.LastBatches(2)]))
+    bn.convert(layer, estimator=bn.LastBatches(1))
+    layer(torch.randn(X) + 7)
+    mean = layer.running_mean.clone()
+    bn.undo(layer)
+    x = torch.randn(X)
+    layer(x)
+    torch.testing.assert_close(layer.running_mean, (mean + x.mean((0, 2, 3))) / 2)
+
+
+def test_estimators_that_come_back_have_the_dtype_and_device_of_the_layer():
+    layer = trained(bn.BatchNorm2d(3, estimator=bn.LastBatches(2)))
+    bn.convert(layer, estimator=bn.Running(0.2)).to("meta")
+    bn.undo(layer)
+    assert all(tensor.is_meta for tensor in layer.bank.states["last_batches"])
+
+
+def test_an_estimator_that_a_layer_has_already_keeps_its_states_and_selection():
+    estimators = [bn.Running(0.5), bn.LastBatches(2)]
+    layer = trained(bn.BatchNorm2d(3, estimator=estimators))
+    bn.use_estimate(layer, "last_batches")
+    before = snapshot(layer)
+    bn.convert(layer, estimator=estimators)
+    assert layer.bank.selected == "last_batches"
+    assert_unchanged(before, bn.undo(layer))
+
+
+def test_edits_tell_the_options_of_layers_that_were_ours_already():
+    model = nn.Sequential(bn.BatchNorm2d(3), bn.BatchNorm2d(3, activation="relu"))
+    bn.convert(model, statistics=bn.Frozen(), filter=lambda name, _: name == "1")
+    assert str(bn.edits(model)) == (
+        "0: BatchNorm2d left as it was: filter= said no\n"
+        "1: BatchNorm2d -> bn.BatchNorm2d; statistics=Frozen()"
+    )
+    bn.convert(model, estimator=bn.LastBatches(2))
+    assert "estimator=[LastBatches(k=2, pooled=False)]" in str(bn.edits(model)[1])
+    assert "statistics=Frozen()" in str(bn.edits(model)[1])
+
+
+def test_no_warning_without_options():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bn.convert(nn.Sequential(Louder(3), nn.BatchNorm2d(3, track_running_stats=False)))
+
+
+def test_save_memory_is_not_switched_off_without_a_model():
+    with pytest.raises(bn.errors.OptionError, match="expected a model with enabled=False"):
+        bn.save_memory(enabled=False)

@@ -1,0 +1,450 @@
+"""bn.undo, bn.edits and bn.forget with verbs that this file defines: the stack knows none of them."""
+
+import copy
+import gc
+import io
+import pickle
+import time
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import batchnorm as bn
+from batchnorm.errors import OptionError, SurgeryError
+from batchnorm.models.change import Change, Edit
+from batchnorm.models.stack import Done, record
+from support.twins import assert_identical, assert_unchanged, everything, randomize, snapshot
+
+X = (4, 3, 6, 6)
+TRAINED = "what training made of {name}"
+
+
+@dataclass(frozen=True)
+class Replaced(Change):
+    """A child was exchanged for another module."""
+
+    child: str
+    old: nn.Module
+
+    def undo(self, owner: Any) -> None:
+        setattr(owner, self.child, self.old)
+
+    def parts(self) -> Mapping[str, nn.Module]:
+        return {self.child: self.old}
+
+
+@dataclass(frozen=True)
+class Inserted(Replaced):
+    """The new module has parameters, which go when the old one comes back."""
+
+    def loses(self, owner: Any) -> str | None:
+        moved = any(bool((p != 1).any()) for p in getattr(owner, self.child).parameters())
+        return TRAINED.format(name=self.child) if moved else None
+
+
+@dataclass(frozen=True)
+class Doubled(Change):
+    """A weight was doubled in place; the old one is kept."""
+
+    old: Tensor
+
+    def undo(self, owner: Any) -> None:
+        owner.weight.data.copy_(self.old)
+
+    def loses(self, owner: Any) -> str | None:
+        return None if torch.equal(owner.weight, 2 * self.old) else TRAINED.format(name="weight")
+
+    def tensors(self) -> list[Tensor]:
+        return [self.old]
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+def replace(
+    model: nn.Module, name: str, new: nn.Module, verb: str = "replace", kind: Any = Replaced
+) -> None:
+    """Put another module in the place of one: a verb of ten lines."""
+    parent, _, child = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    old = getattr(owner, child)
+    setattr(owner, child, new)
+    edit = Edit(
+        (name,), verb, type(old).__name__, type(new).__name__, evidence={"largest error": 0.125}
+    )
+    record(model, [Done(edit, kind(child, old), parent)])
+
+
+def double(model: nn.Module, name: str) -> None:
+    layer = model.get_submodule(name)
+    old = layer.weight.detach().clone()
+    layer.weight.data.mul_(2)
+    edit = Edit((name,), "double", type(layer).__name__, type(layer).__name__)
+    record(model, [Done(edit, Doubled(old), name)])
+
+
+def network() -> nn.Sequential:
+    block = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+    net = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), block)
+    randomize(net)
+    return net
+
+
+def state_of(model: nn.Module) -> tuple[Any, Any]:
+    return everything(model), snapshot(model)
+
+
+def assert_as_before(before: tuple[Any, Any], model: nn.Module) -> None:
+    assert_identical(before[0], everything(model))
+    assert_unchanged(before[1], model)
+
+
+def test_a_verb_that_replaces_an_activation_is_told_and_undone():
+    model = network()
+    before = state_of(model)
+    replace(model, "3.2", nn.SiLU())
+    assert str(bn.edits(model)) == "3.2: ReLU -> SiLU; largest error 0.125"
+    assert bn.edits(model)[0].names == ("3.2",)
+    assert type(model[3][2]) is nn.SiLU
+    assert bn.undo(model) is model
+    assert_as_before(before, model)
+    assert not bn.edits(model)
+
+
+def test_everything_is_undone_newest_first():
+    model = network()
+    before = state_of(model)
+    states = []
+    steps = [
+        lambda: double(model, "1"),
+        lambda: bn.convert(model),
+        lambda: replace(model, "2", nn.SiLU()),
+        lambda: bn.save_memory(model),
+        lambda: double(model, "1"),
+        lambda: bn.convert(model, statistics=bn.Frozen()),
+        lambda: replace(model, "1", nn.Identity(), "remove"),
+    ]
+    for step in steps:
+        step()
+        states.append(str(bn.edits(model)))
+    assert len(set(states)) == len(steps)
+    assert [edit.verb for edit in bn.edits(model)] == [
+        "double", "convert", "convert", "replace", "save_memory", "double", "convert", "remove",
+    ]  # fmt: skip
+    bn.undo(model)
+    assert_as_before(before, model)
+    assert not bn.edits(model)
+
+
+def test_a_layer_that_a_later_edit_took_out_is_undone_with_the_rest():
+    model = network()
+    before = state_of(model)
+    bn.convert(model)
+    replace(model, "1", nn.Identity(), "remove")
+    assert [(e.names, e.verb) for e in bn.edits(model)] == [
+        (("1",), "convert"), (("3.1",), "convert"), (("1",), "remove"),
+    ]  # fmt: skip
+    bn.undo(model)
+    assert_as_before(before, model)
+
+
+@pytest.mark.parametrize(
+    ("name", "verb", "stands"),
+    [("1", "the same module", True), ("3", "a module above", True), ("2", "another", False)],
+)
+def test_an_edit_on_which_a_later_one_stands_is_not_undone(name, verb, stands):
+    model = bn.convert(network())
+    replace(model, name, nn.Sequential(model.get_submodule(name)), verb)
+    before = state_of(model)
+    if stands:
+        with pytest.raises(SurgeryError, match=f"later, by {verb}: {name}: .* -> Sequential"):
+            bn.undo(model, "convert")
+        assert_as_before(before, model)
+        bn.undo(model, verb)
+    bn.undo(model, "convert")
+    assert "convert" not in {edit.verb for edit in bn.edits(model)}
+    assert isinstance(bn.undo(model)[1], nn.BatchNorm2d)
+
+
+def test_an_edit_below_a_module_that_was_replaced_stands_on_it():
+    model = network()
+    replace(model, "3", copy.deepcopy(model[3]))
+    bn.convert(model)
+    with pytest.raises(SurgeryError, match="later, by convert: 3.1: BatchNorm2d"):
+        bn.undo(model, "replace")
+    bn.undo(model, "convert")
+    bn.undo(model, "replace")
+    assert not bn.edits(model)
+
+
+def test_a_module_that_was_wrapped_is_undone_once():
+    model = network()
+    before = state_of(model)
+    double(model, "1")
+    wrapped = nn.Sequential(model[1])
+    replace(model, "1", wrapped)
+    assert [edit.names for edit in bn.edits(model)] == [("1.0",), ("1",)]
+    assert bn.edits(model).kept == 3 * 4
+    with pytest.raises(SurgeryError, match="later, by replace: 1: BatchNorm2d -> Sequential"):
+        bn.undo(model, "double")
+    bn.undo(model)
+    assert_as_before(before, model)
+
+
+def test_a_name_that_begins_alike_is_another_module():
+    model = nn.Sequential(*(nn.ReLU() for _ in range(10)), nn.BatchNorm2d(3))
+    bn.convert(model)
+    replace(model, "1", nn.SiLU())
+    bn.undo(model, "convert")
+    assert [edit.verb for edit in bn.edits(model)] == ["replace"]
+
+
+def test_conversions_on_both_sides_of_another_verb_are_two_changes():
+    model = network()
+    before = state_of(model)
+    bn.convert(model)
+    double(model, "1")
+    bn.convert(model, statistics=bn.Frozen())
+    with pytest.raises(SurgeryError, match="later, by convert"):
+        bn.undo(model, "double")
+    with pytest.raises(SurgeryError, match="later, by double"):
+        bn.undo(model, "convert")
+    bn.undo(model)
+    assert_as_before(before, model)
+
+
+def test_save_memory_and_convert_are_undone_in_any_order():
+    for first, other in (("save_memory", "convert"), ("convert", "save_memory")):
+        model = network()
+        before = state_of(model)
+        bn.save_memory(bn.convert(model))
+        bn.convert(model, statistics=bn.Frozen())
+        bn.undo(model, first)
+        assert {edit.verb for edit in bn.edits(model)} == {other}
+        bn.undo(model, other)
+        assert_as_before(before, model)
+
+
+def test_trained_values_without_a_place_are_lost_by_force_alone():
+    model = bn.convert(network())
+    replace(model, "2", Scale(), "insert", Inserted)
+    bn.undo(copy.deepcopy(model))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    y = model(torch.randn(X))
+    y.backward(torch.randn_like(y))
+    optimizer.step()
+    before = state_of(model)
+    with pytest.raises(SurgeryError, match=r"lose what training made of 2, .* force=True"):
+        bn.undo(model)
+    assert_as_before(before, model)
+    values = [p.clone() for p in model[1].parameters()] + [b.clone() for b in model[1].buffers()]
+    bn.undo(model, force=True)
+    assert type(model[2]) is nn.ReLU
+    assert type(model[1]) is nn.BatchNorm2d
+    assert all(map(torch.equal, values, [*model[1].parameters(), *model[1].buffers()]))
+
+
+def test_training_between_two_edits_of_a_layer_stops_undo_between_them():
+    model = network()
+    double(model, "1")
+    with torch.no_grad():
+        model[1].weight += torch.rand(3) + 0.5
+    trained = model[1].weight.clone()
+    double(model, "1")
+    replace(model, "1", nn.Identity())
+    with pytest.raises(SurgeryError, match="The 2 edits after it were taken back, and this one"):
+        bn.undo(model)
+    assert [edit.verb for edit in bn.edits(model)] == ["double"]
+    assert torch.equal(model[1].weight, trained)
+    with pytest.raises(SurgeryError, match="Nothing was changed"):
+        bn.undo(model)
+    bn.undo(model, force=True)
+    assert not bn.edits(model)
+
+
+def test_a_copy_has_its_own_stack():
+    model = network()
+    before, state = state_of(model), copy.deepcopy(model.state_dict())
+    bn.convert(model)
+    double(model, "1")
+    replace(model, "2", Scale(), "insert", Inserted)
+    changed, log = state_of(model), str(bn.edits(model))
+    copied = copy.deepcopy(model)
+    assert str(bn.edits(copied)) == log
+    assert bn.edits(copied).kept == bn.edits(model).kept == 3 * 4
+    bn.undo(copied)
+    assert type(copied[1]) is nn.BatchNorm2d
+    assert type(copied[2]) is nn.ReLU
+    torch.testing.assert_close(copied.state_dict(), state, rtol=0, atol=0)
+    assert_as_before(changed, model)
+    part = copy.deepcopy(model[1])
+    assert [edit.names for edit in bn.edits(part)] == [("",), ("",)]
+    assert type(bn.undo(part)) is nn.BatchNorm2d
+    bn.undo(model)
+    assert_as_before(before, model)
+
+
+def pickled(model: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("through", [pickled, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_pickle_has_the_log_and_not_the_tensors(through):
+    model = bn.convert(network())
+    replace(model, "2", nn.SiLU())
+    double(model, "0")
+    loaded = through(model)
+    assert bn.edits(model).kept == 81 * 4
+    assert bn.edits(loaded).kept == 0
+    assert list(bn.edits(loaded)) == list(bn.edits(model))
+    with pytest.raises(SurgeryError, match="left out when the model was pickled"):
+        bn.undo(loaded)
+    bn.undo(bn.undo(loaded, "convert"), "replace")
+    assert type(loaded[1]) is nn.BatchNorm2d
+    assert type(loaded[2]) is nn.ReLU
+    with bn.keep_undo():
+        whole = through(model)
+    assert bn.edits(whole).kept == bn.edits(model).kept
+    weight = model[0].weight / 2
+    assert torch.equal(bn.undo(whole)[0].weight, weight)
+    assert torch.equal(bn.undo(model)[0].weight, weight)
+
+
+def test_forget_drops_the_tensors_and_keeps_the_log():
+    model = bn.convert(network())
+    replace(model, "3.2", Scale(), "insert", Inserted)
+    double(model, "0")
+    replace(model, "3.2", nn.ReLU(), "remove")
+    log = list(bn.edits(model))
+    kept = weakref.ref(model[0]._batchnorm_edits.entries[-1].change.old)
+    assert bn.edits(model).kept == 4 * (81 + 3)
+    assert str(bn.edits(model)).endswith("undo keeps 336 bytes; bn.forget(model) drops them")
+    assert bn.forget(model) is model
+    assert kept() is None
+    assert bn.edits(model).kept == 0
+    assert list(bn.edits(model)) == log
+    for verb in (None, "double", "remove"):
+        with pytest.raises(SurgeryError, match=r"bn\.forget\(model\) dropped"):
+            bn.undo(model, verb, force=True)
+    bn.undo(model, "convert")
+    assert type(model[1]) is nn.BatchNorm2d
+
+
+def test_bytes_are_those_of_storages_that_the_model_does_not_have():
+    model = network()
+    double(model, "1")
+    (entry,) = model[1]._batchnorm_edits.entries
+    shared = Edit(("1",), "share", "BatchNorm2d", "BatchNorm2d")
+    record(model, [Done(shared, Doubled(entry.change.old[:2]), "1")])
+    record(model, [Done(shared, Doubled(model[0].weight.detach()), "1")])
+    assert bn.edits(model).kept == 3 * 4
+
+
+def test_estimators_that_a_layer_had_start_anew_where_their_states_were_dropped():
+    layer = bn.BatchNorm2d(3, estimator=[bn.Running(0.5), bn.LastBatches(2)])
+    layer(torch.randn(X))
+    mean = layer.running_mean.clone()
+    bn.convert(layer, estimator=bn.LastBatches(1))
+    assert bn.edits(layer).kept > 0
+    assert bn.edits(bn.forget(layer)).kept == 0
+    bn.undo(layer)
+    x = torch.randn(X)
+    layer(x)
+    torch.testing.assert_close(layer.running_mean, (mean + x.mean((0, 2, 3))) / 2)
+
+
+def test_a_verb_without_edits_is_named_with_those_that_have_some():
+    model = bn.save_memory(bn.convert(network()))
+    with pytest.raises(OptionError, match=r"\(convert, save_memory\), got 'revert'"):
+        bn.undo(model, "revert")
+    with pytest.raises(OptionError, match="it has none"):
+        bn.undo(network(), "convert")
+
+
+def test_names_are_those_of_today_in_parts_and_in_other_models():
+    model = bn.convert(network())
+    assert [edit.names for edit in bn.edits(model[3])] == [("1",)]
+    other = nn.Sequential(model[3], nn.Sequential(*model[:2]))
+    assert [edit.names for edit in bn.edits(other)] == [("1.1",), ("0.1",)]
+    bn.undo(model[3])
+    assert [edit.names for edit in bn.edits(model)] == [("1",)]
+    bn.undo(other)
+    assert type(model[1]) is type(model[3][1]) is nn.BatchNorm2d
+
+
+def test_the_order_holds_where_the_clock_was_turned_back(monkeypatch):
+    model = network()
+    before = state_of(model)
+    double(model, "1")
+    monkeypatch.setattr(time, "time_ns", lambda: 0)
+    replace(model, "1", nn.Identity())
+    double(model, "0")
+    assert [edit.verb for edit in bn.edits(model)] == ["double", "replace", "double"]
+    bn.undo(model)
+    assert_as_before(before, model)
+
+
+def test_a_model_is_freed_without_the_garbage_collector():
+    model = bn.save_memory(bn.convert(network()))
+    replace(model, "2", nn.SiLU())
+    double(model, "1")
+    alive = [weakref.ref(module) for module in model.modules()]
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert not any(module() for module in alive)
+    finally:
+        gc.enable()
+
+
+class Named(nn.Module):
+    """A model that calls its own layer what a record might be called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._batchnorm = nn.BatchNorm2d(3)
+        self._edits = nn.LazyBatchNorm2d()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._edits(self._batchnorm(x))
+
+
+def test_records_hide_no_layer_of_the_model():
+    model = Named()
+    before = everything(model)
+    bn.save_memory(bn.convert(model))
+    model(torch.randn(X))
+    assert {type(model._batchnorm), type(model._edits)} == {bn.BatchNorm2d, nn.BatchNorm2d}
+    assert [edit.names for edit in bn.edits(model)] == [("_batchnorm",), ("_edits",), ("",)]
+    bn.undo(model)
+    assert everything(model).keys() == before.keys()
+    assert type(model._batchnorm) is nn.BatchNorm2d
+
+
+def test_surgery_writes_one_attribute_and_undo_removes_it():
+    model = network()
+    plain = {name: set(module.__dict__) for name, module in model.named_modules()}
+    bn.save_memory(bn.convert(model, estimator=bn.LastBatches(2)))
+    replace(model, "2", nn.SiLU())
+    double(model, "0")
+    ours = set(bn.BatchNorm2d(3).__dict__)
+    for name, module in model.named_modules():
+        more = set(module.__dict__) - plain[name] - {"_batchnorm_edits"}
+        assert more <= (ours if isinstance(module, bn.BatchNorm2d) else set()), name
+    bn.undo(model)
+    assert plain == {name: set(module.__dict__) for name, module in model.named_modules()}
