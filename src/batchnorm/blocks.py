@@ -1,9 +1,9 @@
-"""Moments of large tensors in float64, block by block: exact, fast enough, in bounded memory.
+"""Moments of large tensors in float64, in bounded memory: block by block, then merged.
 
-A tensor is seen as (outer, C, inner) and cut into blocks that stay in the cache as float64;
-neighbours are merged with each other. The native kernel adds in an order of its own for any number
-of threads; without it blocks are so small that PyTorch sums each of them on one thread. So the bits
-are the same for any number of threads.
+A tensor is viewed as (outer, C, inner) and divided into blocks that fit into the cache as float64;
+the Moments of blocks are merged pairwise. The result has the same bits for any number of threads:
+the order of the native kernel does not depend on it, and without that kernel blocks are so small
+that PyTorch sums each of them on one thread.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ NATIVE = 1 << 18
 
 MomentsOf = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
-# The native kernel, which writes to vectors that are given.
+# The native kernel, which writes mean and m2 to given vectors; None without the native module.
 _moments_into: Callable[[Tensor, int, Tensor, Tensor], None] | None
 _moments_into = getattr(choice.BACKENDS.get("cpu"), "moments_into", None)
 
@@ -55,7 +55,7 @@ def moments(x: Tensor, axis: int = 1) -> Moments:
     if values.numel() <= size:
         return Moments(count, *of(values.to(torch.float64, copy=True), 1))
     rows = max(1, size // (channels * inner))
-    # Several parts of the channels only where one row is larger than a block.
+    # Channels are divided only if one row is larger than a block.
     some = channels if rows > 1 else max(1, size // inner)
     found = [_rows(part, rows, min(inner, size), of) for part in values.split(some, dim=1)]
     mean, m2 = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -63,17 +63,17 @@ def moments(x: Tensor, axis: int = 1) -> Moments:
 
 
 def write(x: Tensor, axis: int, mean: Tensor, m2: Tensor) -> int:
-    """Write mean and m2 of a tensor to vectors, if that takes no more than one native call.
+    """Write mean and m2 of a tensor to vectors, if one native call can do it.
 
     Args:
-        x: Anything a layer may be given.
+        x: The input of a layer, of any type, size and device.
         axis: The channel axis.
-        mean: A float64 vector on the CPU for the means, of the right size or another.
-        m2: Likewise.
+        mean: A float64 vector on the CPU that receives the means.
+        m2: The same for m2.
 
     Returns:
-        The count; 0 where nothing is written, and the tensor is one for ``moments``, as are those
-        that it refuses.
+        The count; 0 if nothing was written. ``moments`` must then be called, which also raises the
+        errors for unsuitable inputs.
     """
     if type(x) is not Tensor or not x.is_cpu or not 0 < x.numel() <= NATIVE:
         return 0
@@ -94,7 +94,7 @@ def _rows(values: Tensor, rows: int, some: int, of: MomentsOf) -> tuple[Tensor, 
     for part in values.split(rows):
         for block in part.split(some, dim=2):
             counts.append(block.shape[0] * block.shape[2])
-            # copy=True: what comes of a float64 tensor may be written to.
+            # copy=True: _block writes to its argument, also if x is float64.
             found.append(of(block.to(torch.float64, copy=True), 1))
     if len(counts) == 1:
         return found[0]
@@ -106,6 +106,6 @@ def _rows(values: Tensor, rows: int, some: int, of: MomentsOf) -> tuple[Tensor, 
 
 
 def _block(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    """Return mean and m2 of a block (outer, C, inner), which is written to."""
+    """Return mean and m2 of a block (outer, C, inner), and overwrite it."""
     mean = x.sum((0, 2)).div_(x.shape[0] * x.shape[2])
     return mean, x.sub_(mean[:, None]).square_().sum((0, 2))

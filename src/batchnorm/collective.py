@@ -1,7 +1,7 @@
-"""Agreement between the processes of a job: the only user of ``torch.distributed``.
+"""Exchanges between the processes of a job: the only user of ``torch.distributed``.
 
-Every process walks through the same exchanges, however much data it has. One that failed says so in
-the next exchange, so that the others stop with an error instead of waiting for it.
+Every process makes the same exchanges in the same order, however much data it has. A process that
+fails sends the failure in its next exchange, so the others raise instead of waiting for it.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ with the same options, even one that has no data; group=False keeps to the proce
 
 
 class Failure(NamedTuple):
-    """What a process says that failed."""
+    """Sent by a process that failed, in place of its value."""
 
     text: str
 
@@ -55,10 +55,10 @@ class Ranks:
             )
 
     def exchange(self, word: Any) -> list[Any]:
-        """Return what every process says, in the order of ranks.
+        """Return the values of all processes, in the order of ranks.
 
         Raises:
-            CollectiveError: If a process is gone, or says that it failed.
+            CollectiveError: If a process is gone, or sent a ``Failure``.
         """
         if self.size == 1:
             return [word]
@@ -74,9 +74,9 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Let the others know if the work inside fails here: they meet it in their next exchange.
+        """Send the others a ``Failure`` if the block raises: their next exchange raises.
 
-        An interrupt is not told. It reaches all processes of a job, and nobody wants to wait then.
+        Not for KeyboardInterrupt, which reaches all processes of a job.
         """
         try:
             yield
@@ -106,14 +106,14 @@ class Ranks:
         return [one.to(home) for one in received]
 
     def add(self, tensor: Tensor) -> Tensor:
-        """Return the sum over all processes, from rank 0 on, the same in each."""
+        """Return the sum over all processes, added in the order of ranks: the same bits in each."""
         first, *others = self.gather(tensor)
         for other in others:
             first = first + other
         return first
 
     def merge(self, moments: Moments) -> Moments:
-        """Return the Moments of all processes together, merged from rank 0 on, the same in each.
+        """Return the Moments of all processes, merged in the order of ranks: the same bits in each.
 
         ``count`` may be a number, of shape () or of the shape of ``mean``.
         """
@@ -125,7 +125,7 @@ class Ranks:
         return merge(first, *others)
 
     def agree(self, what: str, mine: Any) -> None:
-        """Check that every process says the same.
+        """Raise if a value is not the same in every process.
 
         Raises:
             CollectiveError: Naming the first process that differs from rank 0, and how.
@@ -139,7 +139,7 @@ class Ranks:
                 )
 
     def _device(self) -> torch.device:
-        """Return where the group's backend wants its tensors."""
+        """Return the device of tensors that the group's backend accepts."""
         if distributed.get_backend(self._group) == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
@@ -147,7 +147,7 @@ class Ranks:
 
 @contextlib.contextmanager
 def launched(backend: str = "gloo") -> Iterator[None]:
-    """Join the processes that ``torchrun`` has started, if it has, for as long as the block runs.
+    """Initialize ``torch.distributed`` for the block, if ``torchrun`` started this process.
 
     Args:
         backend: ``"gloo"``, or ``"nccl"`` for tensors on GPUs.

@@ -1,4 +1,4 @@
-"""What this installation can do, and why not more."""
+"""``bn.env``: versions, devices and backends of this installation."""
 
 import importlib.metadata
 import platform
@@ -13,7 +13,7 @@ PACKAGES = ("torch", "triton", "numpy", "matplotlib", "rich", "safetensors", "ja
 
 
 def env() -> dict[str, Any]:
-    """Return versions, devices and backends, and why a backend is not there.
+    """Return versions, devices and backends, and why a backend is not available.
 
     Returns:
         ``python``, ``machine``, ``threads``, ``packages`` (name -> version or None), ``cuda``

@@ -10,7 +10,7 @@ _TERMINAL_CODE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def without_codes(text: str) -> str:
-    """Return the message of another library without codes that colour it on a terminal."""
+    """Return a message of another library without terminal colour codes."""
     return _TERMINAL_CODE.sub("", text)
 
 
@@ -31,7 +31,7 @@ class DtypeError(BatchNormError, NotImplementedError):
 
 
 class DeviceError(BatchNormError, RuntimeError):
-    """Tensors of one call live on different devices."""
+    """Tensors of one call are on different devices."""
 
 
 class OptionError(BatchNormError, ValueError):
@@ -43,7 +43,7 @@ class BackendError(BatchNormError, RuntimeError):
 
 
 class UnservedError(BackendError):
-    """A backend was given tensors that do not belong together; nothing has been changed."""
+    """Shapes, dtypes or devices given to a backend do not fit; nothing has been changed."""
 
 
 class SurgeryError(BatchNormError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Writing a file so that nobody ever sees half of it."""
+"""Writing files atomically, and checks of output paths before work begins."""
 
 import os
 import secrets
@@ -8,21 +8,20 @@ from batchnorm.errors import OptionError
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Put ``content`` at ``path``: afterwards the old file is there or the new one, never a part.
+    """Write a file atomically: ``path`` has the old content or the new one, never a part.
 
-    The content goes to a hidden file in the same folder, is flushed to the disk, and then takes
-    the name ``path`` in one step. On any exception, Ctrl-C included, the hidden file is removed.
+    The content is written to a temporary file in the same folder, flushed to the disk, and renamed
+    to ``path``. On any exception, Ctrl-C included, the temporary file is removed.
 
     Args:
-        path: Where the file shall be. Its folder must exist.
+        path: The file. Its folder must exist.
         content: Bytes as they are; text as UTF-8 with the line ends it has.
 
     Raises:
         OSError: If the folder is missing, not writable, or full.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
-    # The name is settled before `try`, so that no moment exists in which a file is there
-    # and `finally` does not know of it.
+    # Chosen before `try`, so that `finally` knows the name whenever the file exists.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -35,11 +34,11 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 
 def check_output(path: Path, force: bool) -> None:
-    """Refuse a file that could not be written later, before time is spent on its content.
+    """Raise now if a file could not be written later, after its content was computed.
 
     Args:
-        path: Where the file shall be.
-        force: Whether a file that is there may be replaced.
+        path: The file.
+        force: Whether an existing file may be replaced.
 
     Raises:
         OSError: If its folder is missing or not writable, a folder has its name, or a file is
@@ -57,7 +56,7 @@ def check_output(path: Path, force: bool) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder for results, before time is spent on them.
+    """Create the folder for results, or raise before they are computed.
 
     Raises:
         OptionError: If something else is in the way, or the place cannot be written to.

@@ -1,4 +1,4 @@
-"""Batch normalization as functions: pure, and ``torch.nn.functional``'s own signature."""
+"""Batch normalization as functions: pure ``normalize``, and ``batch_norm`` as in ``torch.nn``."""
 
 import math
 
@@ -38,12 +38,12 @@ def normalize(
     eps: float = 1e-5,
     axis: int = 1,
 ) -> tuple[Tensor, Moments]:
-    r"""Normalize, scale, shift, add and activate; return the statistics beside the result.
+    r"""Normalize, scale, shift, add a residual and activate; return y and the statistics.
 
     .. math:: y = \mathrm{act}\Big(\frac{x - \mu}{\sqrt{\sigma^2 + \varepsilon}}\,\gamma
         + \beta + r\Big)
 
-    Pure: nothing is updated. What to do with the Moments is the caller's choice.
+    Pure: no running statistics are updated; the caller gets the Moments instead.
 
     Args:
         x: Input of any rank >= 2, channels on ``axis``; any real floating dtype.
@@ -53,14 +53,15 @@ def normalize(
         mask: True where an element counts; x's shape without its channel axis. Elsewhere y is 0
             and no gradient flows, whatever x holds there.
         activation: One of ``ops.activations.NAMES``, or its ``torch.nn`` module.
-        statistics: Where mean and variance come from.
-        mean: Stored mean, (C,), for sources that use it.
+        statistics: The source of mean and variance: ``bn.Batch()``, ``bn.Synced()`` or
+            ``bn.Frozen()``, which takes ``mean`` and ``var``.
+        mean: Stored mean, (C,), for ``bn.Frozen()``.
         var: Stored variance, (C,).
         eps: Added to the variance.
         axis: The channel axis.
 
     Returns:
-        y in x's dtype, and the Moments of what normalized it, not differentiable.
+        y in x's dtype, and the Moments by which it was normalized, without a gradient.
 
     Raises:
         LayoutError: Wrong rank, mask of another shape, or a single value per channel.
@@ -83,11 +84,11 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Do what ``torch.nn.functional.batch_norm`` does, for any pair of dtypes.
+    """Compute ``torch.nn.functional.batch_norm``, for any pair of input and parameter dtypes.
 
-    In training, normalizes by the batch and moves ``running_mean`` and ``running_var`` in place by
-    ``momentum`` (the weight of the new value) with the unbiased variance; otherwise normalizes by
-    them. Arguments and errors as there.
+    In training, normalizes by the batch and updates ``running_mean`` and ``running_var`` in place
+    with weight ``momentum`` for the new value and the unbiased variance; otherwise normalizes by
+    them. Arguments and errors are torch's.
     """
     tensors = (input, running_mean, running_var, weight, bias)
     if has_torch_function_variadic(*tensors):
@@ -110,15 +111,15 @@ def batch_norm(
 
 
 def by_source(call: Call, source: Source) -> tuple[Tensor, Moments]:
-    """Normalize a training step by what its source says.
+    """Normalize a training step by the statistics that a source chooses.
 
     Returns:
-        y, and the Moments that the estimators should see: of count 0 for stored statistics.
+        y, and the Moments for the estimators: of count 0 if the source takes stored statistics.
 
     Raises:
         OptionError: If the source takes stored statistics and there are none, or eps <= 0.
-        LayoutError: If a batch has one value per channel and is to be normalized by itself.
-        CollectiveError: If a process that shares the step is gone.
+        LayoutError: If a batch with one value per channel is normalized by its own statistics.
+        CollectiveError: If another process of a synchronized step is gone.
     """
     check_source(call, source)
     if source.plan == "stored":
@@ -131,7 +132,7 @@ def by_source(call: Call, source: Source) -> tuple[Tensor, Moments]:
         sharing = source.share(Context(call.mean, call.var, call.mask is not None))
     if sharing is None:
         return routes.normalize_batch(call)
-    # The exchange with others is no part of a compiled graph.
+    # Collectives are not captured: the graph breaks here.
     over = torch.compiler.disable(normalize_shared)
     shared: tuple[Tensor, Moments] = over(call, sharing)
     return shared
@@ -167,9 +168,9 @@ def prepare(
     axis: int = 1,
     portable: bool = False,
 ) -> Call:
-    """Check everything that does not depend on where the statistics come from.
+    """Return the arguments as a ``Call``, after all checks that do not depend on the source.
 
-    Errors as in ``normalize``.
+    Raises the errors of ``normalize``.
     """
     axis = layout.channel_axis(x.ndim, axis)
     layout.check_input(x)
@@ -181,7 +182,7 @@ def prepare(
         per_channel = {"running_mean": mean, "running_var": var, "weight": weight, "bias": bias}
         layout.check_per_channel(x, axis, **per_channel)
         layout.check_device(x, "mask", mask)
-        if residual is not None and residual.ndim:  # a number may come from anywhere
+        if residual is not None and residual.ndim:  # a 0-d tensor may be on any device
             layout.check_device(x, "residual", residual)
         if residual is not None:
             layout.check_strided(residual, "residual")
@@ -192,11 +193,11 @@ def prepare(
 
 
 def check_source(call: Call, source: Source) -> None:
-    """Check what normalizing a training step asks for.
+    """Check eps and the number of values of a training step.
 
     Raises:
-        OptionError: If eps <= 0 or NaN.
-        LayoutError: If a batch has one value per channel and is to be normalized by itself.
+        OptionError: If eps <= 0, infinite or NaN.
+        LayoutError: If a batch with one value per channel is normalized by its own statistics.
     """
     if not 0 < call.eps < math.inf:
         raise OptionError(f"batch_norm eps must be positive during training, but got {call.eps}")

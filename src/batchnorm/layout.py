@@ -1,4 +1,4 @@
-"""Every rule about shapes: from (N, C, *) or ``axis=`` to (outer, C, inner).
+"""Rules about shapes and their checks: from (N, C, *) or ``axis=`` to (outer, C, inner).
 
 Legend: ``N`` batch, ``C`` channels, ``*`` any number of further axes. A channel's values are all
 elements with the same index on the channel axis; there are ``outer * inner`` of them.
@@ -53,13 +53,13 @@ def per_channel_shape(ndim: int, axis: int) -> list[int]:
 
 
 def canonical(x: Tensor, axis: int, companion: Tensor | None = None) -> Tensor:
-    """View ``x`` as (outer, C, inner); a copy only where its strides allow no view.
+    """View ``x`` as (outer, C, inner); copied only if its strides allow no view.
 
     Args:
         x: Input, channels on ``axis``.
         axis: The channel axis, counted from the front.
-        companion: A tensor of the same sizes but for the channels, to be viewed in the place of
-            ``x`` and in its order.
+        companion: A tensor that has x's shape but for the size of the channel axis; if given, it is
+            viewed instead of ``x``, with its elements in the same order.
     """
     innermost = x.movedim(axis, -1).is_contiguous()
     x = x if companion is None else companion
@@ -71,7 +71,7 @@ def canonical(x: Tensor, axis: int, companion: Tensor | None = None) -> Tensor:
 
 
 def restored(z: Tensor, x: Tensor, axis: int) -> Tensor:
-    """View ``z``, dense and of the shape of ``canonical(x, axis)``, with the axes of ``x``."""
+    """Return the inverse of ``canonical``: a dense ``z`` viewed with the shape of ``x``."""
     moved = x.movedim(axis, -1)
     if moved.is_contiguous():
         return z.view(moved.shape).movedim(-1, axis)
@@ -79,7 +79,7 @@ def restored(z: Tensor, x: Tensor, axis: int) -> Tensor:
 
 
 def sample_shape(sample: Tensor, x: Tensor, axis: int, what: str) -> Tensor:
-    """Bring a mask or weights to the rank of ``x``, with size 1 on the channel axis.
+    """Return a mask or weights reshaped to the rank of ``x``, with size 1 on the channel axis.
 
     Args:
         sample: One value per element of a channel: the shape of ``x`` without the channel axis,
@@ -109,7 +109,7 @@ def sample_shape(sample: Tensor, x: Tensor, axis: int, what: str) -> Tensor:
 
 
 def check_input(x: Tensor) -> None:
-    """Refuse a dtype for which batch normalization has no meaning, and sparse tensors.
+    """Raise for dtypes that are not real floating, and for tensors that are not strided.
 
     Raises:
         DtypeError: If ``x`` is not of a real floating dtype, or is not strided.
@@ -123,7 +123,7 @@ def check_input(x: Tensor) -> None:
 
 
 def check_strided(tensor: Tensor, name: str) -> None:
-    """Refuse sparse and mkldnn tensors.
+    """Raise for sparse and mkldnn tensors.
 
     Raises:
         DtypeError: If ``tensor`` is not strided.
@@ -136,11 +136,11 @@ def check_strided(tensor: Tensor, name: str) -> None:
 
 
 def check_per_channel(x: Tensor, axis: int, **tensors: Tensor | None) -> None:
-    """Compare size and device of per-channel tensors with the input's.
+    """Raise if per-channel tensors do not have shape (C,) on the input's device.
 
     Raises:
         ChannelError: If a size differs from the number of channels.
-        DeviceError: If a tensor lives elsewhere.
+        DeviceError: If a tensor is on another device.
     """
     for name, tensor in tensors.items():
         if tensor is None:
@@ -155,10 +155,10 @@ def check_per_channel(x: Tensor, axis: int, **tensors: Tensor | None) -> None:
 
 
 def check_device(x: Tensor, name: str, tensor: Tensor | None) -> None:
-    """Refuse a tensor that lives elsewhere than the input.
+    """Raise if a tensor is on another device than the input.
 
     Raises:
-        DeviceError: If it does.
+        DeviceError: Naming both devices.
     """
     if tensor is not None and tensor.device != x.device:
         raise DeviceError(
@@ -168,7 +168,7 @@ def check_device(x: Tensor, name: str, tensor: Tensor | None) -> None:
 
 
 def check_enough_values(x: Tensor, axis: int) -> None:
-    """Refuse to normalize a single value by its own statistics.
+    """Raise if each channel has exactly one value, whose variance would be 0.
 
     Raises:
         LayoutError: If each channel has exactly one value.
@@ -178,7 +178,7 @@ def check_enough_values(x: Tensor, axis: int) -> None:
 
 
 def check_enough_unmasked(x: Tensor, mask: Tensor, axis: int) -> None:
-    """Refuse a mask that leaves a single value per channel; one that leaves none is welcome.
+    """Raise if a mask leaves exactly one value per channel. A mask may leave none.
 
     Raises:
         LayoutError: If exactly one value per channel is left.

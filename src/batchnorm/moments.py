@@ -1,8 +1,7 @@
-"""Moments: the one concept of this library.
+"""Moments: count, mean and sum of squared deviations of a set of values, which can be merged.
 
-The first two moments of a set of values, kept unfinished so that they can be merged: count, mean
-and the sum of squared deviations from it. Every statistic here, of a tile, a batch, a window of
-batches, the ranks of a job or a whole data set, is this value at another scale.
+Every statistic of this library, of a tile, a batch, a window of batches, the ranks of a job or a
+whole data set, is a value of this type. The variance is computed from it last.
 """
 
 from functools import reduce
@@ -33,7 +32,7 @@ class Moments(NamedTuple):
 
     @classmethod
     def zero(cls, channels: int, device: torch.device | str | None = None) -> "Moments":
-        """Return the moments of no value at all, the identity of ``merge``: float64, (C,)."""
+        """Return the Moments of an empty set, the identity of ``merge``: float64, (C,)."""
         device = torch.device(device or "cpu")
         empty = torch.zeros(channels, dtype=wide(device), device=device)
         return cls(0.0, empty, empty.clone())
@@ -42,21 +41,21 @@ class Moments(NamedTuple):
     def of(
         cls, x: Tensor, axis: int = 1, *, mask: Tensor | None = None, weights: Tensor | None = None
     ) -> "Moments":
-        """Lift a tensor: the moments of its values over all axes but the channel's.
+        """Return the Moments of a tensor over all axes but the channel axis.
 
-        Two passes in float64, pairwise, in an order that depends on the shape alone: the same bits
-        for any number of threads, accurate whatever the mean.
+        Mean first, then deviations from it, both summed pairwise in float64 in an order that
+        depends on the shape only: accurate for any mean, the same bits for any number of threads.
 
         Args:
             x: Input of any rank >= 2 and any floating dtype.
             axis: The channel axis.
             mask: True where an element counts; the shape of ``x`` without its channel axis, or
-                with size 1 there. What is masked out may be anything, NaN included.
-            weights: Importance of each element, >= 0; shaped as a mask.
+                with size 1 there. Elements where it is False may be NaN or infinite.
+            weights: Weight of each element, >= 0; shaped as a mask.
 
         Returns:
             Moments with mean and m2 of shape (C,) in float64 (float32 on devices without it);
-            count is a plain number, or a tensor of shape () where mask or weights are given.
+            count is a plain number, or a tensor of shape () if mask or weights are given.
 
         Raises:
             LayoutError: If the rank is below 2, or mask or weights do not fit.
@@ -79,13 +78,14 @@ class Moments(NamedTuple):
         """Return moments with m2 = var * (count - correction), the inverse of ``variance``.
 
         Args:
-            count: How many values there were.
+            count: The number of values.
             mean: Their mean per channel, (C,).
             var: Their variance, (C,).
-            correction: What was subtracted from the count when it was finished.
+            correction: The correction with which ``var`` was computed.
 
         Returns:
-            Constant Moments in float64 (float32 on devices without it), where m2 has room.
+            Moments without a gradient, in float64 (float32 on devices without it), in which m2
+            does not overflow.
         """
         dtype = wide(mean.device)
         return cls(count, mean.detach().to(dtype), var.detach().to(dtype) * (count - correction))
@@ -95,7 +95,7 @@ class Moments(NamedTuple):
         return merge(self, other)
 
     def scale(self, weight: float | Tensor) -> "Moments":
-        """Weigh every value by ``weight`` >= 0: (w n, mean, w m2); a weight of 0 gives ``zero``.
+        """Multiply all weights by ``weight`` >= 0: (w n, mean, w m2), or ``zero`` if it is 0.
 
         Raises:
             OptionError: If a plain weight is negative or NaN.
@@ -112,12 +112,12 @@ class Moments(NamedTuple):
         return Moments(count * exact(weight), mean, torch.where(kept, self.m2 * weight, 0.0))
 
     def variance(self, correction: float = 0) -> Tensor:
-        """Finish: m2 / (count - correction), NaN where no more than ``correction`` was counted.
+        """Return m2 / (count - correction), or NaN where count <= correction.
 
         Args:
-            correction: 0 for the variance of these values, 1 for the unbiased estimate (Bessel)
-                of the variance of the population they are drawn from. With weights it is
-                subtracted from their sum.
+            correction: 0 for the variance of these values, 1 for the unbiased estimate (Bessel) of
+                the variance of the population they are drawn from. With weights, count is their
+                sum.
 
         Returns:
             Variance per channel, shape (C,).
@@ -129,18 +129,15 @@ class Moments(NamedTuple):
 
 
 def merge(first: Moments, *others: Moments) -> Moments:
-    r"""Merge any number of Moments, from left to right.
+    r"""Return the Moments of the union of several sets, merged from left to right.
 
     .. math::
 
         n = n_a + n_b, \quad w = n_b / n, \quad d = \mu_b - \mu_a, \quad
         \mu = \mu_a + d w, \quad M_2 = M_{2a} + M_{2b} + d^2 n_a w
 
-    An empty part is the identity, whatever its mean holds. Numbers of different dtypes promote, so
-    that merging into ``Moments.zero`` (float64) accumulates in float64.
-
-    Returns:
-        The moments of all values together.
+    Moments with count 0 are the identity, whatever their mean and m2 hold. Dtypes promote, so
+    merging into ``Moments.zero`` (float64) accumulates in float64.
     """
     return reduce(_merge_two, others, first)
 
@@ -180,17 +177,17 @@ def merge_all(parts: Moments) -> Moments:
 
 
 def merge_runs(parts: Moments, number: int) -> Moments:
-    """Merge each run of so many Moments that are stacked along a leading axis.
+    """Merge each run of ``number`` consecutive Moments that are stacked along a leading axis.
 
-    The merge of two, applied to the first and the second half of every run until one is left: the
-    error grows with log(number), and the order depends on the shapes alone.
+    The first half of every run is merged with the second half until one is left: the rounding error
+    grows with log(number), and the order of merges depends on the shapes only.
 
     Args:
-        parts: count (K, 1) or (K, C); mean and m2 (K, C). An empty part may hold anything.
-        number: How many become one; the last run may be shorter.
+        parts: count (K, 1) or (K, C); mean and m2 (K, C), anything where count is 0.
+        number: Length of a run; the last run may be shorter.
 
     Returns:
-        Moments stacked likewise, ceil(K / number) of them.
+        Moments stacked in the same way, ceil(K / number) of them.
     """
     some = torch.as_tensor(parts.count) > 0
     filled = parts._replace(
@@ -211,7 +208,7 @@ def merge_runs(parts: Moments, number: int) -> Moments:
 
 
 def _in_runs(part: Tensor, number: int) -> Tensor:
-    """View (K, C) as (K / number, number, C); filled up with zeros."""
+    """Return (K, C) as (ceil(K / number), number, C), padded with zeros."""
     missing = -len(part) % number
     if missing:
         part = torch.cat([part, part.new_zeros(missing, part.shape[1])])
@@ -249,11 +246,11 @@ def element_weights(
     return sample.expand(shape)
 
 
-def fold(values: Tensor, dim: int) -> Tensor:
-    """Sum over one axis by halves.
+def pairwise_sum(values: Tensor, dim: int) -> Tensor:
+    """Sum over one axis pairwise: add its first half to its second until one value is left.
 
-    Pairwise, so that the error grows with log n; and in an order that depends on the shape alone,
-    where ``torch.sum`` splits by the number of threads.
+    The rounding error grows with log n, and the order of additions depends on the shape only, while
+    ``torch.sum`` divides the axis by the number of threads.
     """
     n = values.shape[dim]
     if n == 0:
@@ -272,7 +269,7 @@ def center(x: Tensor) -> tuple[Tensor, Tensor]:
     count = max(x.shape[0] * x.shape[2], 1)
     mean = total(x) / count
     deviation = x - mean[:, None]
-    # What rounding left in the mean is taken out of m2 again (Chan et al. 1983, eq. 1.7).
+    # Correct m2 for the rounding error of the mean (Chan et al. 1983, eq. 1.7).
     left_over = total(deviation)
     m2 = total(deviation * deviation) - left_over * left_over / count
     return mean, m2.clamp_min(0)
@@ -306,17 +303,17 @@ def center_masked(x: Tensor, axis: int, mask: Tensor) -> tuple[Tensor, Tensor, T
 
 def total(x: Tensor) -> Tensor:
     """Sum (outer, C, inner) over outer and inner, pairwise."""
-    return fold(fold(x, 0), -1)
+    return pairwise_sum(pairwise_sum(x, 0), -1)
 
 
 def exact(count: float | Tensor) -> float | Tensor:
-    """Return a count in the widest dtype.
+    """Return a tensor count in the accumulator dtype, and a plain number unchanged.
 
-    A quotient of integer tensors, and a product of one with a plain number, are float32 in torch.
+    In torch a quotient of integer tensors, and their product with a plain number, are float32.
     """
     return count.to(wide(count.device)) if isinstance(count, Tensor) else count
 
 
 def wide(device: torch.device) -> torch.dtype:
-    """Return the dtype of accumulators: float64 where the device has it."""
+    """Return the accumulator dtype: float64, or float32 on devices without it."""
     return torch.float32 if device.type == "mps" else torch.float64

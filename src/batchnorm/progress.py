@@ -13,14 +13,14 @@ EVERY = 0.5
 
 
 class Watch(Protocol):
-    """Told how far a stage of some work is."""
+    """A function that shows the progress of a stage."""
 
     def __call__(
         self, stage: str, done: int, total: int | None, note: Callable[[], str] = ..., /
     ) -> None:
         """Show that ``done`` of ``total`` steps are done (None: unknown), and what ``note`` says.
 
-        ``note`` is called only where bars are shown; by default nothing is said.
+        ``note`` is called only if bars are shown; its default is an empty text.
         """
 
 

@@ -1,4 +1,4 @@
-"""What this process does with memory that was freed."""
+"""``bn.recycle_memory``: settings of glibc's malloc that keep freed memory in the process."""
 
 import ctypes
 import platform
@@ -11,23 +11,22 @@ _MMAP_MAX, _NONE, _AS_BUILT = -4, 0, 65536
 
 
 def recycle_memory(on: bool = True) -> bool:
-    """Let this process keep the memory that it frees, for the tensors to come.
+    """Make glibc keep freed memory in this process, so that new tensors reuse it.
 
-    On the CPU, tensors of torch and outputs of our layers come from the C library, which maps large
-    blocks anew and gives back what is free at the end of its heap. So every step waits for pages
-    that the system has to clear first, whichever layers the network has. With this setting the
-    process stays as large as it has ever been, and may grow beyond that, by the holes that blocks
-    of other sizes leave in the heap.
+    By default glibc maps large blocks with ``mmap`` and returns free memory at the end of its heap
+    to the kernel. Every step then pays page faults for fresh, zeroed pages, whichever layers the
+    network has. With this setting (``mallopt``: no trimming, no ``mmap``) freed memory is reused.
+    The process stays at its largest size, and can grow beyond it by fragmentation.
 
-    This is a setting of the C library (``mallopt``) and holds for the whole process. The variables
-    ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_MMAP_THRESHOLD_``, set to more than there is memory, do
-    the same from its start.
+    The setting holds for the whole process. The environment variables ``MALLOC_TRIM_THRESHOLD_``
+    and ``MALLOC_MMAP_THRESHOLD_``, set to more bytes than there is memory, have the same effect
+    from its start.
 
     Args:
-        on: False gives back what is free now, and from then on what is freed.
+        on: False restores glibc's behaviour and returns free memory to the kernel.
 
     Returns:
-        Whether the C library can be told so: True with glibc, False and nothing done elsewhere.
+        True with glibc; False, with nothing changed, with other C libraries.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -1,12 +1,12 @@
-"""Shortcuts into autograd, and its default hooks for saved tensors.
+"""Faster ``Function.apply``, the active saved-tensor hooks, and Inductor as a function.
 
 Private names, and what happens without them:
 
-- ``Function.apply`` of the base class in C++ and ``Function._backward_cls``: the Python wrappers
-  around them look for ``torch.func`` and for the style in which a Function is written. A layer has
-  asked the first before, and of the second there is one. A small layer would take a tenth longer.
+- ``Function.apply`` of the C++ base class and ``Function._backward_cls``: their Python wrappers ask
+  for transforms of ``torch.func`` and for the style of the Function. Layers have asked the first,
+  and all Functions here have one style. Without them a small layer would take a tenth longer.
 - ``torch._C._autograd._top_saved_tensors_default_hooks``: no public form tells which hooks are
-  active. Without it ``save_memory`` could not leave checkpointed regions alone.
+  active. Without it ``save_memory`` could not recognize checkpointed regions.
 - ``torch._inductor.compile_fx.compile_fx``: Inductor as a function of a graph, as custom backends
   call it. Without it there would be no ``options={"inner": "inductor"}``.
 """

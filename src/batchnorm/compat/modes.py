@@ -1,8 +1,8 @@
-"""What PyTorch is doing around a call: tracing a graph, a transform, a recomputation.
+"""Queries of PyTorch's state: is a graph captured, a mode or transform active, a recomputation?
 
-Kernels of ours read and write the memory of tensors by address. That is right only for ordinary
-tensors that nothing else interprets: while a graph is traced, under a dispatch mode, in a transform
-of ``torch.func`` or in forward-mode AD, operations of torch have to be called instead.
+The kernels of this library read and write tensors by address. While a graph is captured, under a
+dispatch mode, in a transform of ``torch.func`` or in forward-mode AD, a tensor's memory is not what
+the call computes on, so operations of torch must be called instead.
 
 Private names, and what happens without them:
 
@@ -28,8 +28,8 @@ from torch.compiler import is_compiling
 
 
 def is_calm() -> bool:
-    """Return whether a kernel may touch memory: no graph, dispatch mode, transform, dual number."""
-    # Asked in every call, so without is_traced() between.
+    """Return whether kernels may access memory: no graph, mode, transform or dual level."""
+    # Called by every layer, so is_traced() is inlined.
     return (
         not is_compiling()
         and _get_tracing_state() is None
@@ -40,15 +40,15 @@ def is_calm() -> bool:
 
 
 def is_out_of_reach(dy: Tensor) -> bool:
-    """Return whether a kernel must not touch a cotangent.
+    """Return whether kernels must not access the memory of a cotangent.
 
-    A mode is active, or dy is batched (``is_grads_batched``) or a zero tensor, without storage.
+    A mode is active, or dy is batched (``is_grads_batched``) or a zero tensor without storage.
     """
     return not is_calm() or torch._C._functorch.is_legacy_batchedtensor(dy) or dy._is_zerotensor()
 
 
 def is_traced() -> bool:
-    """Return whether a graph is being made: by compile, export or ``torch.jit.trace``."""
+    """Return whether a graph is captured: by compile, export or ``torch.jit.trace``."""
     return is_compiling() or is_recorded()
 
 

@@ -1,4 +1,4 @@
-"""The tables and hooks of ``torch.nn.Module``.
+"""The tables of parameters, buffers and hooks of ``torch.nn.Module``, and torch's override points.
 
 Private names, and what happens without them:
 

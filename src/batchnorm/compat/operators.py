@@ -1,4 +1,4 @@
-"""What the schema of an ATen operator tells.
+"""Which arguments an ATen operator writes to, and the mode that intercepts operators.
 
 Private names, and what happens without them:
 
@@ -20,8 +20,8 @@ def written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iter
     """Yield the arguments to which a call of an operator writes: tensors, lists of them, or None.
 
     Args:
-        func: An operator as ``TorchDispatchMode`` gets it; of a higher-order operator nothing is
-            told.
+        func: An operator as ``TorchDispatchMode`` gets it; higher-order operators have no schema
+            and yield nothing.
         args: Its arguments.
         kwargs: Those by name.
     """

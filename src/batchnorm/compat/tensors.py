@@ -1,4 +1,4 @@
-"""What identifies the memory and the state of a tensor.
+"""The version, base and storage of a tensor.
 
 Private names, and what happens without them:
 

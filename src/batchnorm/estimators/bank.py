@@ -1,4 +1,4 @@
-"""Several estimates kept side by side in one layer, one of them in use."""
+"""The estimators of a layer with their states; evaluation uses the selected one."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,17 +11,17 @@ from batchnorm.estimators.base import Estimator, Statistics
 from batchnorm.estimators.running import Averages
 from batchnorm.moments import Moments
 
-# Of the states in a state dict, behind the layer's own prefix.
+# Prefix of the states in a state dict, after that of the layer.
 PREFIX = "estimators."
 
 EstimatorLike = Estimator | Sequence[Estimator] | Mapping[str, Estimator]
 
 
 def named(estimators: EstimatorLike) -> dict[str, Estimator]:
-    """Bring one estimator, several, or a mapping to the form name -> estimator.
+    """Return one estimator, a sequence or a mapping of them as a dict name -> estimator.
 
     Raises:
-        OptionError: If something is no estimator, there is none, or two share a name.
+        OptionError: If a value is not an estimator, there is none, or two have the same name.
     """
     if isinstance(estimators, Mapping):
         found = dict(estimators)
@@ -47,7 +47,7 @@ def named(estimators: EstimatorLike) -> dict[str, Estimator]:
 
 
 class Bank:
-    """The estimators of a layer and their states; the first is in use until another is selected.
+    """The estimators of a layer and their states; the first is selected by default.
 
     Attributes:
         estimators: name -> estimator.
@@ -61,7 +61,7 @@ class Bank:
         self.selected = next(iter(estimators))
 
     def restart(self, channels: int, device: torch.device, known: Averages | None = None) -> None:
-        """Start all states anew; running averages go on from ``known`` where given."""
+        """Set all states to their initial values; running averages to ``known`` if given."""
         for name, estimator in self.estimators.items():
             state = estimator.init(channels, device)
             if known is not None and isinstance(state, Averages):
@@ -71,7 +71,7 @@ class Bank:
             self.states[name] = state
 
     def updated(self, batch: Moments) -> dict[str, Any]:
-        """Return the states with one more batch in every estimate."""
+        """Return the states after one more batch."""
         return {
             name: estimator.update(self.states[name], batch)
             for name, estimator in self.estimators.items()
@@ -93,13 +93,13 @@ class Bank:
         }
 
     def load(self, found: Mapping[str, Tensor]) -> list[str]:
-        """Take states from tensors of a state dict; an estimator of which none is there is left.
+        """Load states from tensors of a state dict; estimators without tensors keep their state.
 
         Args:
             found: Tensors by name, as ``tensors`` names them.
 
         Returns:
-            What is wrong, in torch's words; then nothing has been changed.
+            Error messages in torch's form; if there are any, nothing has been changed.
         """
         known, errors = self.tensors(), []
         for name, tensor in found.items():

@@ -1,12 +1,12 @@
-"""What an estimator is: three pure functions on a small state.
+"""The protocol of an estimator, the value of ``estimator=``: three pure functions on a state.
 
     state = estimator.init(channels)
     for batch in batches:                                   # while the network trains
         state = estimator.update(state, Moments.of(batch))
     mean, var = estimator.statistics(state)                 # what eval() normalizes by
 
-An estimator is a frozen record of its options; the state is a NamedTuple of float64 tensors and
-belongs to whoever runs the loop. A batch of no values changes nothing.
+An estimator is a frozen dataclass of its options. The state is a NamedTuple of float64 tensors,
+kept by the caller. An empty batch does not change it.
 """
 
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ Statistics = tuple[Tensor, Tensor]
 
 
 class Estimator(Protocol):
-    """From the Moments of the batches to the mean and variance for use."""
+    """Computes the mean and variance for evaluation from the Moments of training batches."""
 
     @property
     def name(self) -> str:
@@ -34,23 +34,23 @@ class Estimator(Protocol):
         """Return the state after one more batch."""
 
     def statistics(self, state: Any) -> Statistics:
-        """Return mean and variance for use, each (C,)."""
+        """Return mean and variance for evaluation, each (C,)."""
 
 
 def nothing(batch: Moments) -> bool:
-    """Return whether a batch is known to hold no value."""
+    """Return whether a batch is empty, as far as that is known without reading a device tensor."""
     return not isinstance(batch.count, Tensor) and not batch.count
 
 
 def keep_if_empty(batch: Moments, old: Tensor, new: Tensor) -> Tensor:
-    """Return ``new``, or ``old`` where the batch turns out to be empty on the device."""
+    """Return ``new``, or ``old`` if the count, a tensor, is 0; without reading it."""
     if isinstance(batch.count, Tensor):
         return torch.where(batch.count > 0, new, old)
     return new
 
 
 def unbiased(batch: Moments) -> Tensor:
-    """Return m2 / (n - 1); a single value, of which only a mask can leave one, has variance 0."""
+    """Return m2 / (n - 1), and 0 for a single value, which only a mask can leave."""
     if isinstance(batch.count, Tensor):
         return batch.m2 / (batch.count - 1).clamp_min(1)
     return batch.m2 / max(batch.count - 1, 1)

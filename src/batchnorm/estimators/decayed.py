@@ -1,4 +1,4 @@
-"""Exponential memory of the data itself, not of its finished statistics."""
+"""Exponentially weighted Moments of the data, in place of averages of means and variances."""
 
 from dataclasses import dataclass
 
@@ -11,17 +11,17 @@ from batchnorm.moments import Moments, merge, wide
 
 @dataclass(frozen=True)
 class Decayed:
-    r"""Forget, then merge: every value seen t batches ago weighs :math:`(1-a)^t`.
+    r"""Scale the state by 1 - a, then merge: a value seen t batches ago weighs :math:`(1-a)^t`.
 
     .. math:: S \leftarrow \mathrm{merge}\big((1-a)\,S,\; B_i\big), \qquad
         \hat\mu = \mu_S, \qquad \hat\sigma^2 = M_{2,S} / (n_S - 1)
 
-    Unlike :class:`Running` it counts the spread *between* batches (the two differ by
-    :math:`a(1-a)(\mu_i - \hat\mu)^2` a step), weighs batches by their size, and needs no
-    start value, so that it is not pulled to 0 and 1 in the first steps.
+    Unlike :class:`Running`, it includes the variance *between* batch means (the two differ by
+    :math:`a(1-a)(\mu_i - \hat\mu)^2` a step), weighs batches by their size, and has no initial
+    values, which would bias the first steps towards 0 and 1.
 
     Args:
-        alpha: a, the share of the memory that each batch replaces.
+        alpha: a, the weight that earlier values lose with each batch.
     """
 
     alpha: float = 0.1
@@ -35,12 +35,12 @@ class Decayed:
         return "decayed"
 
     def init(self, channels: int, device: torch.device | str | None = None) -> Moments:
-        """Return no memory."""
+        """Return empty Moments."""
         zero = Moments.zero(channels, device)
         return zero._replace(count=zero.mean.new_zeros(()))
 
     def update(self, state: Moments, batch: Moments) -> Moments:
-        """Return the memory faded by one step and merged with the batch."""
+        """Return the state scaled by 1 - a and merged with the batch."""
         if nothing(batch):
             return state
         some: float | Tensor = 1.0
@@ -49,12 +49,12 @@ class Decayed:
         return merge(state.scale(1 - self.alpha * some), batch)
 
     def statistics(self, state: Moments) -> Statistics:
-        """Return mean and unbiased variance; 0 and 1 while they are unknown."""
+        """Return mean and unbiased variance; 0 and 1 before there are values for them."""
         return known(state)
 
 
 def known(state: Moments) -> Statistics:
-    """Finish Moments with a tensor count: mean and unbiased variance, 0 and 1 where unknown."""
+    """Return mean and unbiased variance of Moments; 0 and 1 where count is 0, or at most 1."""
     mean = state.mean
     count = torch.as_tensor(state.count, dtype=wide(mean.device), device=mean.device)
     mean = torch.where(count > 0, mean, 0.0)

@@ -1,4 +1,4 @@
-"""Running averages of finished statistics: what ``torch.nn`` keeps."""
+"""Running averages of means and variances, as in ``torch.nn``."""
 
 import math
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Averages(NamedTuple):
 
 
 def check_momentum(momentum: float | None) -> None:
-    """Refuse a momentum that would make every statistic NaN.
+    """Raise for a momentum that would make every statistic NaN.
 
     Raises:
         OptionError: If it is neither None nor a finite number.
@@ -43,12 +43,12 @@ def average(old: Tensor, new: Tensor, alpha: float | Tensor) -> Tensor:
 
 
 def move(mean: Tensor, var: Tensor, batch: Moments, alpha: float | Tensor) -> None:
-    r"""Move running statistics by one batch, in place: the one place in Python that does so.
+    r"""Update running statistics by one batch, in place; all updates in Python call this.
 
     .. math:: \hat\mu \leftarrow (1-a)\,\hat\mu + a\,\mu_i, \qquad
         \hat\sigma^2 \leftarrow (1-a)\,\hat\sigma^2 + a\,\tfrac{m}{m-1}\sigma_i^2
 
-    In float32 at least; a batch of no values changes nothing.
+    Computed in float32 at least; an empty batch changes nothing.
 
     Args:
         mean: Running mean, (C,).
@@ -66,17 +66,17 @@ def move(mean: Tensor, var: Tensor, batch: Moments, alpha: float | Tensor) -> No
 
 
 def write(statistic: Tensor, new: Tensor) -> None:
-    """Write a running statistic.
+    """Copy new values to a running statistic.
 
-    Torch's own kernels save the buffers for backward and do not read them there: where they serve,
-    the version counter stays, as ``torch.nn`` leaves it.
+    On devices where ``torch.batch_norm`` serves, the version counter is not incremented, as in
+    ``torch.nn``: autograd has saved the buffers, although backward does not read them.
     """
     torchs = not torch.compiler.is_compiling() and is_torchs_device(statistic.device)
     (statistic.data if torchs else statistic).detach().copy_(new)
 
 
 def share_of_next(batches: Tensor) -> Tensor:
-    """Return 1 / (batches + 1) in the widest dtype, whatever the dtype of the counter, ()."""
+    """Return 1 / (batches + 1) in the accumulator dtype; ``batches`` is a counter, ()."""
     return 1 / (batches.to(wide(batches.device)) + 1)
 
 
@@ -88,7 +88,7 @@ class Running:
         \hat\sigma^2 \leftarrow (1-a)\,\hat\sigma^2 + a\,\tfrac{m}{m-1}\sigma_i^2
 
     from 0 and 1, with :math:`a` = ``momentum`` and :math:`m` the values per channel in batch i.
-    The start keeps the weight :math:`(1-a)^t` after t batches.
+    After t batches the initial values have the weight :math:`(1-a)^t`.
 
     Args:
         momentum: Weight of the newest batch.
@@ -115,7 +115,7 @@ class Running:
         return state if nothing(batch) else _step(state, batch, self.momentum)
 
     def statistics(self, state: Averages) -> Statistics:
-        """Return the averages as they are."""
+        """Return the averages."""
         return state.mean, state.var
 
 
@@ -141,7 +141,7 @@ class Cumulative:
         return state if nothing(batch) else _step(state, batch, share_of_next(state.batches))
 
     def statistics(self, state: Averages) -> Statistics:
-        """Return the averages as they are."""
+        """Return the averages."""
         return state.mean, state.var
 
 

@@ -1,4 +1,4 @@
-"""The last K batches of training: the estimate of the source article."""
+"""Averages over the last K batches of training (Ioffe and Szegedy 2015, Algorithm 2)."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -1,3 +1,3 @@
-"""Normalizations in graphs that ``torch.compile`` captures, fused with what follows them."""
+"""The ``torch.compile`` backend "batchnorm": fuses normalizations in captured graphs."""
 
 from batchnorm.graph.backend import backend as backend

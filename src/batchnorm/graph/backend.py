@@ -19,19 +19,23 @@ def backend(
     *,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Fuse each normalization of a captured graph with the addition and activation behind it.
+    """Fuse each normalization of a captured graph with the addition and activation that follow it.
 
-    ``torch.compile`` calls this with every graph that it captures; the graph is then run eagerly,
-    under ordinary autograd. Layers of ``torch.nn`` and of this library are taken alike.
+    ``torch.compile`` calls this with every graph that it captures. The fused graph is run eagerly,
+    operation by operation, under ordinary autograd. Layers of ``torch.nn`` and of this library are
+    the same nodes.
 
     Args:
-        gm: The graph, which is changed.
+        gm: The graph; changed in place.
         example_inputs: Its inputs.
-        options: Those of ``torch.compile(..., options=)``. ``{"inner": "inductor"}`` lets Inductor
-            compile the fused graph.
+        options: Those of ``torch.compile(..., options=)``. ``{"inner": "inductor"}`` compiles the
+            fused graph by Inductor.
+
+    Returns:
+        The function that runs the graph.
 
     Raises:
-        OptionError: If an option or its value does not exist.
+        OptionError: If an option or its value is unknown.
     """
     given = dict(options or {})
     inner = given.pop("inner", None)

@@ -1,8 +1,8 @@
 """Regions of ``torch.utils.checkpoint`` in a captured graph that is run eagerly.
 
-Dynamo captures a region as a graph of its own behind a ``tag_activation_checkpoint`` node, which
-passes buffers as arguments. Run as it is, a step of the running statistics inside it changes what
-the node has saved, and backward raises a version error. Here the node becomes a call of
+Dynamo captures a region as a separate graph, called by a ``tag_activation_checkpoint`` node with
+buffers as arguments. Run as captured, the node saves its arguments, the region updates the running
+statistics among them, and backward raises a version error. Here the node is replaced by a call of
 ``torch.utils.checkpoint.checkpoint``, and tensors that the region writes to are bound by closure.
 """
 
@@ -23,12 +23,12 @@ _OPERATORS = {
     if name in ("setitem", "delitem", "iand", "ior")
     or (name.startswith("i") and name[1:] in vars(operator))
 }
-# What step writes to: running_mean, running_var and the counter, by position.
+# Positions of the arguments that step writes to: running_mean, running_var, counter.
 _MOVED = (1, 2, 8)
 
 
 def regions(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModule]]:
-    """Yield the nodes that call checkpointed regions, and the graphs of these."""
+    """Yield the nodes that call checkpointed regions, and the regions' graphs."""
     tag = torch.ops.higher_order.tag_activation_checkpoint  # the first access imports much
     for node in gm.graph.find_nodes(op="call_function", target=tag):
         body: Any = node.args[0]
@@ -36,7 +36,7 @@ def regions(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModule]]:
 
 
 def run_eagerly(node: fx.Node, body: fx.GraphModule) -> None:
-    """Let a node call torch's checkpoint; the body's own nodes have been rewritten before."""
+    """Make a node call torch's ``checkpoint`` of a body whose nodes have been rewritten."""
     written = tuple(
         index
         for index, given in enumerate(body.graph.find_nodes(op="placeholder"))
@@ -50,7 +50,7 @@ def run_eagerly(node: fx.Node, body: fx.GraphModule) -> None:
 
 
 def _region(written: tuple[int, ...], options: dict[str, Any]) -> Callable[..., Any]:
-    """Return a function that calls a region, some of whose arguments it writes to."""
+    """Return a function that checkpoints a region; arguments at ``written`` are not saved."""
 
     def checkpointed(body: Callable[..., Any], *args: Any) -> Any:
         bound = {index: args[index] for index in written}
@@ -66,7 +66,7 @@ def _region(written: tuple[int, ...], options: dict[str, Any]) -> Callable[..., 
 
 
 def _writes(user: fx.Node, given: fx.Node) -> bool:
-    """Return whether a node writes to one of its arguments."""
+    """Return whether the node ``user`` writes to its argument ``given``."""
     if user.target is step:
         return any(user.args[position] is given for position in _MOVED)
     if not user.args or user.args[0] is not given:

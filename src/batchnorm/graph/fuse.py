@@ -1,9 +1,9 @@
-"""The pass over a captured graph: each normalization becomes one call with what follows it.
+"""The graph pass: fuses each normalization with the addition and activation that follow it.
 
-The graph is Dynamo's: calls of PyTorch's API as they were written, each with a fake tensor as its
-example (``meta["example_value"]``), before anything is differentiated. ``F.batch_norm`` of a
-``torch.nn`` layer, or of one of ours, and the step of its ``num_batches_tracked`` become a call of
-``step``; the addition and the activation that its result alone goes to become arguments of it.
+The graph is Dynamo's, before autograd: its nodes are calls of PyTorch's API, each with a fake
+tensor as its result (``meta["example_value"]``). ``F.batch_norm``, of a layer of ``torch.nn`` or of
+this library, and the increment of its ``num_batches_tracked`` become one call of ``step``. An
+addition or activation becomes an argument of that call if it is the only user of the result.
 """
 
 import inspect
@@ -24,7 +24,7 @@ _SIGNATURE = inspect.signature(F.batch_norm)
 _WRITTEN = {operator.add: torch.add, operator.iadd: Tensor.add_}
 # Arguments of step, by position.
 _RESIDUAL, _ACT = 9, 10
-# Nodes that change the meaning of the nodes after them.
+# Nodes that switch autocast, grad mode or inference mode for the nodes after them.
 _SWITCHES = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode",
              "_exit_inference_mode")  # fmt: skip
 
@@ -34,8 +34,8 @@ class Normalization(NamedTuple):
 
     Attributes:
         tensors: Statistics, weight and bias, as nodes of the outermost graph.
-        partners: What was fused with it: "add", and the activation's name.
-        reason: Why what follows was not.
+        partners: The operations fused with it: "add", and the activation's name.
+        reason: Why no further operation was fused.
     """
 
     tensors: tuple[fx.Node, ...]
@@ -48,7 +48,7 @@ def fuse(gm: fx.GraphModule, eager: bool = True) -> list[Normalization]:
 
     Args:
         gm: The graph.
-        eager: Whether it is then run as it is, and regions call torch's checkpoint.
+        eager: Whether the graph will be run eagerly, so that regions must call torch's checkpoint.
     """
     found: list[Normalization] = []
     for node, body in checkpoint.regions(gm):
@@ -61,7 +61,8 @@ def fuse(gm: fx.GraphModule, eager: bool = True) -> list[Normalization]:
         if eager:
             checkpoint.run_eagerly(node, body)
     nodes = [_taken(node) for node in _normalizations(gm.graph)]
-    # The last comes first: of two that are added, it is the one for which the other is there.
+    # Last to first: where two normalizations are added, only the later one can take the other's
+    # result as its residual.
     for node in reversed(nodes):
         partners: list[str] = []
         while not isinstance(name := _absorb(gm.graph, node), Refusal):
@@ -83,7 +84,7 @@ def _normalizations(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _taken(node: fx.Node) -> fx.Node:
-    """Make a call of F.batch_norm, and the counter of its layer, one call of ``step``."""
+    """Replace a call of F.batch_norm, and the increment of its counter, by a call of ``step``."""
     given = _SIGNATURE.bind(*node.args, **node.kwargs)
     given.apply_defaults()
     counter = _counted(node) if given.arguments["training"] else None
@@ -97,7 +98,7 @@ def _taken(node: fx.Node) -> fx.Node:
 
 
 def _counted(node: fx.Node) -> fx.Node | None:
-    """Return the step of the counter that belongs to a layer's call, if nothing else reads it."""
+    """Return the node that increments the layer's counter, if nothing else reads the counter."""
     layer = _layer(node)
     if layer is None:
         return None
@@ -107,7 +108,7 @@ def _counted(node: fx.Node) -> fx.Node | None:
             continue
         counter: Any = other.args[0]
         example = _example(counter)
-        # Whoever reads it, as a cumulative average does, reads it at that place.
+        # A cumulative average reads the counter between increment and normalization.
         read = any(user.target != "add_" for user in counter.users)
         given = counter.op in ("placeholder", "get_attr") and isinstance(example, Tensor)
         if given and not read and example.ndim == 0 and example.dtype == torch.int64:
@@ -116,13 +117,13 @@ def _counted(node: fx.Node) -> fx.Node | None:
 
 
 def _layer(node: fx.Node) -> Any:
-    """Return what identifies the module that a node was written in."""
+    """Return the innermost entry of a node's ``nn_module_stack``, or None."""
     stack = node.meta.get("nn_module_stack")
     return None if not stack else list(stack.items())[-1]
 
 
 def _absorb(graph: fx.Graph, node: fx.Node) -> str:
-    """Take one operation into a normalization; return its name, or a Refusal."""
+    """Fuse the operation that follows a normalization; return its name, or a Refusal."""
     *_, residual, act = node.args
     if act != IDENTITY:
         return Refusal("")
@@ -152,14 +153,15 @@ def _absorb(graph: fx.Graph, node: fx.Node) -> str:
 
 
 def _read(call: fx.Node, y: fx.Node) -> torch_calls.Absorbable | None:
-    """Read a call of the graph; a residual in what is returned is a node."""
+    """Return what a node computes of y, with a residual given as a node; None if not fusable."""
     target: Any = call.target
     func: Any = getattr(Tensor, target, None) if call.op == "call_method" else target
     func = _WRITTEN.get(func, func)
-    # A sum in place of a value that nothing else reads is a sum.
+    # r += y is r + y if nothing else reads the memory of r.
     if func is Tensor.add_ and call.args[0] is not y and _is_alone(call.args[0], call):
         func = torch.add
-    # The reader compares tensors by identity; a slope that is computed is none of its arguments.
+    # recognize() compares tensors by identity. A node that is no tensor (a computed slope) is not
+    # an argument that it can read.
     nodes = {id(_example(node)): node for node in call.all_input_nodes}
     if not all(isinstance(_example(node), Tensor) for node in nodes.values()):
         return None
@@ -173,7 +175,7 @@ def _read(call: fx.Node, y: fx.Node) -> torch_calls.Absorbable | None:
 
 
 def _alike(one: fx.Node, other: fx.Node) -> bool:
-    """Whether two tensors are interchangeable but for their values; also as to gradients."""
+    """Whether two results have the same shape, dtype, device, layout and requires_grad."""
     a, b = _example(one), _example(other)
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return False
@@ -181,7 +183,7 @@ def _alike(one: fx.Node, other: fx.Node) -> bool:
 
 
 def _switched(node: fx.Node, follower: fx.Node) -> str:
-    """Return the name of a node between two that switches autocast or gradients."""
+    """Return the name of a node between two that switches autocast or grad mode, or ""."""
     between = node.next
     while between is not follower:
         if (name := _name(between)) in _SWITCHES:
@@ -191,7 +193,7 @@ def _switched(node: fx.Node, follower: fx.Node) -> str:
 
 
 def _missing(residual: fx.Node, node: fx.Node, follower: fx.Node) -> str:
-    """Return why a summand cannot be read where the normalization stands; "" if it can."""
+    """Return why a residual cannot be read at the node of the normalization; "" if it can."""
     if _kind(_example(residual)) != _kind(_example(follower)):
         return "what is added is broadcast, or of another dtype or device"
     if not residual < node:
@@ -203,7 +205,7 @@ def _missing(residual: fx.Node, node: fx.Node, follower: fx.Node) -> str:
 
 
 def _is_alone(node: Any, user: fx.Node) -> bool:
-    """Whether a tensor was computed here, and nothing but ``user`` sees its memory."""
+    """Whether the graph computes a tensor, and only ``user`` reads its memory."""
     if not isinstance(node, fx.Node) or not node.op.startswith("call") or len(node.users) != 1:
         return False
     source = node.args[0] if node.target is operator.getitem else node
@@ -211,7 +213,7 @@ def _is_alone(node: Any, user: fx.Node) -> bool:
 
 
 def _aliases(node: fx.Node, end: fx.Node) -> set[fx.Node]:
-    """Return the nodes before ``end`` that have the same memory, or are tuples with some of it."""
+    """Return the nodes before ``end`` whose result shares the storage, or contains a part of it."""
     memory = _memory(_example(node))
     return {
         other

@@ -1,8 +1,8 @@
-"""The pass in front of Inductor: ``options={"inner": "inductor"}``.
+"""Lowering of fused graphs for Inductor: ``options={"inner": "inductor"}``.
 
-A training step becomes our operation, which Inductor calls; of small inputs it is plain operations,
-which Inductor fuses with their neighbours. Evaluation stays ``F.batch_norm``, the addition and the
-activation: Inductor writes one loop for them.
+A training step becomes an opaque operation of this library; for small inputs it becomes elementwise
+operations and sums, which Inductor fuses with their neighbours. Evaluation becomes
+``F.batch_norm``, an addition and an activation, for which Inductor generates one loop.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,18 +18,18 @@ from batchnorm.graph.step import step
 from batchnorm.moments import Moments
 from batchnorm.ops.activations import Activation
 
-# Elements of an image, and of (N, C), see docs/decisions/0012-compile.md.
+# The most elements of a small input: images, and (N, C). See docs/decisions/0012-compile.md.
 MOST_SMALL, MOST_SMALL_ROWS = 3 << 14, 1 << 18
 
 
 def compiled(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Let Inductor compile a graph in which ``fuse`` has found the normalizations."""
+    """Compile a graph by Inductor, after ``fuse``."""
     lower(gm)
     return inductor(gm, example_inputs)
 
 
 def lower(gm: fx.GraphModule) -> None:
-    """Replace the eager route by operations that can be traced."""
+    """Replace calls of ``step`` by calls of ``traceable``, in checkpointed regions too."""
     for _, body in checkpoint.regions(gm):
         lower(body)
     for node in gm.graph.find_nodes(op="call_function", target=step):
@@ -50,7 +50,7 @@ def traceable(
     residual: Tensor | None,
     act: Activation,
 ) -> Tensor:
-    """Do what ``step`` does, by operations that Inductor's tracer follows."""
+    """Compute what ``step`` computes, by operations that AOTAutograd can trace."""
     if not training:
         y: Tensor = F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
         return act(y if residual is None else y + residual)

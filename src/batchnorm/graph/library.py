@@ -1,6 +1,6 @@
-"""What the operations of ``graphs`` share: checks of arguments, strides of results, fake results.
+"""Helpers of the custom operations of ``operations``: checks, strides and fake results.
 
-They are opaque nodes of a graph, with known shapes; results have the strides of ``empty_like(x)``.
+The operations are opaque to the compiler; results have the strides of ``empty_like(x)``.
 """
 
 import torch
@@ -12,15 +12,15 @@ from batchnorm.ops.backends.base import Backend
 from batchnorm.ops.backends.choice import select as _select
 from batchnorm.ops.call import Epilogue
 
-# Inductor likes images channels-last; else it would copy them to the layout of the traced example,
-# and the results back.
+# Inductor prefers channels-last images. Without this tag it would copy inputs to the layout of the
+# example inputs, and results back.
 FLEXIBLE = (torch.Tag.flexible_layout,)
 
 
 def select(
     x: Tensor, epilogue: Epilogue = Epilogue(), axis: int = 1, stats: Tensor | None = None
 ) -> Backend:
-    """Return the backend, checked first: kernels read addresses, and calls come from anywhere."""
+    """Return the backend after checking shapes, which callers of an operation have not done."""
     axis = layout.channel_axis(x.ndim, axis)
     rows = {} if stats is None else {"each row of stats": stats[0]}
     layout.check_per_channel(x, axis, weight=epilogue.weight, bias=epilogue.bias, **rows)
@@ -34,7 +34,7 @@ def select(
 
 
 def like(x: Tensor, result: Tensor) -> Tensor:
-    """Give a result the strides that the fake kernel promised."""
+    """Return a result with the strides that the fake kernel returned."""
     if result.stride() == x.stride():
         return result
     expected = torch.empty_like(x)
@@ -42,19 +42,19 @@ def like(x: Tensor, result: Tensor) -> Tensor:
 
 
 def wanted(x: Tensor, dresidual: Tensor | None, dy: Tensor) -> Tensor:
-    """Return a gradient of the residual as an operation may: of no elements for None."""
+    """Return dresidual for an operation, which must return a tensor: an empty one for None."""
     if dresidual is None:
         return x.new_empty(0)
     dresidual = like(x, dresidual)
-    # An operation must not return its input.
+    # A custom operation must not return one of its inputs.
     return dresidual.clone() if dresidual.data_ptr() == dy.data_ptr() else dresidual
 
 
 def statistic(x: Tensor, axis: int) -> Tensor:
-    """Return what tells the shape of one number per channel."""
+    """Return a fake per-channel vector, (C,), in the compute dtype."""
     return x.new_empty(x.shape[axis], dtype=layout.compute_dtype(x))
 
 
 def fake_gradients(x: Tensor, want_residual: bool) -> tuple[Tensor, Tensor]:
-    """Return what tells the shapes of dx and dresidual."""
+    """Return fake dx and dresidual."""
     return torch.empty_like(x), torch.empty_like(x) if want_residual else x.new_empty(0)

@@ -1,7 +1,7 @@
-"""The operations of a training step in a graph that Inductor compiles (``graph.inner``).
+"""Custom operations for training steps in graphs that Inductor compiles (``graph.inner``).
 
-``forward`` with its gradient, and ``backward``. A graph calls them once a layer, and small layers
-are many: there is little between PyTorch's dispatcher and the kernels.
+``batchnorm::forward`` with its gradient, ``forward_alone`` and ``backward``. They are registered
+with little Python between the dispatcher and the kernels, since small layers call them often.
 """
 
 from collections.abc import Callable
@@ -31,9 +31,9 @@ LIBRARY = torch.library.Library("batchnorm", "FRAGMENT")
 
 
 def in_graphs(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Register a function, and what tells its results' shapes, as an operation for graphs.
+    """Register a function and its fake kernel as an operation ``batchnorm::name``.
 
-    What ``custom_op`` puts around a function costs as much as a small layer.
+    Without ``torch.library.custom_op``, whose wrappers cost as much as a small layer.
     """
 
     def register(function: Callable[..., Any]) -> Any:
@@ -58,12 +58,12 @@ def _fake_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, T
 
 
 def _quick(x: Tensor, name: str, *given: Any) -> Any:
-    """Call a backend that checks for itself; return None where all must be looked at first."""
+    """Call the native backend, which checks its arguments; None if ``select`` must choose."""
     backend = likely(x)
     try:
         return None if backend is None else getattr(backend, name)(*given)
     except UnservedError:
-        return None  # select knows another, or what is wrong
+        return None  # select finds another backend, or raises
 
 
 def _forward(
@@ -84,7 +84,7 @@ def _forward(
     return like(x, y), stats
 
 
-# Differentiable in y; the statistics are not. A graph with its gradient holds the second.
+# ``forward`` is differentiable in y. A graph after AOTAutograd contains ``forward_alone``.
 forward = in_graphs("forward", _fake_forward)(_forward)
 forward_alone = in_graphs("forward_alone", _fake_forward)(_forward)
 
@@ -100,7 +100,7 @@ def backward(
     axis: int,
     want_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Invert ``forward``: return dx, dresidual, sum(dz), sum(dz * xhat)."""
+    """Return the gradients of ``forward``: dx, dresidual, sum(dz), sum(dz * xhat)."""
     saved = ForBackward(x, stats, beside, Activation(activation, slope), axis)
     found = _quick(x, "backward", dy, saved, want_residual)
     if found is None:
@@ -110,7 +110,7 @@ def backward(
 
 
 class Forward(torch.autograd.Function):
-    """The gradient of ``forward``."""
+    """Autograd formula of ``batchnorm::forward``."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Which normalizations of a model a captured graph runs, and what they are fused with."""
+"""``bn.fused``: which normalizations captured graphs have run, and what was fused with them."""
 
 import weakref
 from collections.abc import Callable
@@ -20,9 +20,10 @@ class Fused(NamedTuple):
     """What a captured graph does with a normalization.
 
     Attributes:
-        state: ``fused`` with what follows it, ``alone``, or ``unseen`` by any graph.
-        partners: What it is fused with: "add", then the activation's name.
-        reason: Why it is alone or unseen, or why nothing more was fused.
+        state: ``fused``, ``alone`` (in a graph, but nothing was fused with it), or ``unseen`` (no
+            graph has run it).
+        partners: The operations fused with it: "add", then the activation's name.
+        reason: Why it is alone or unseen, or why no further operation was fused.
     """
 
     state: Literal["fused", "alone", "unseen"]
@@ -30,12 +31,12 @@ class Fused(NamedTuple):
     reason: str = ""
 
 
-# By the identity of a layer's tensors, which the graph gets as arguments.
+# Keyed by the id of a layer's tensors, which the graph gets as arguments.
 _SEEN: dict[int, tuple[weakref.ref[Tensor], Fused]] = {}
 
 
 class Run:
-    """A graph, compiled or not, that tells which layers its normalizations belong to."""
+    """A callable graph that records its normalizations when it runs."""
 
     def __init__(
         self, gm: fx.GraphModule, found: list[Normalization], run: Callable[..., Any]
@@ -75,11 +76,11 @@ def fused(model: nn.Module) -> dict[str, Fused]:
     """Return, for every batch normalization of a model, what captured graphs do with it.
 
     Args:
-        model: A model, or what ``torch.compile`` returned for it. Where graphs of several modes
-            have run (training, evaluation), the one that was first run last counts.
+        model: A model, or what ``torch.compile`` returned for it. If graphs of several modes have
+            run (training, evaluation), the one that was captured last counts.
 
     Returns:
-        Name of the layer in the model -> what was found.
+        Name of the layer in the model -> state, partners and reason.
     """
     found = {}
     for name, _, layer in walk(unwrapped(model)):

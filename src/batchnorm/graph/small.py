@@ -1,8 +1,8 @@
-"""A training step of small inputs under Inductor, in operations that it sees into.
+"""A training step of small inputs under Inductor, as operations that Inductor can fuse.
 
-A call of ours has Python in it, which takes as long as a small layer does; what Inductor writes has
-none, and is joined with what stands beside it. Means and sums are taken in float64, as in
-``reference``, the rest in the arithmetic's dtype.
+A custom operation runs Python, which takes as long as a small layer. Plain operations become part
+of Inductor's generated loops. Means and sums are taken in float64, as in ``reference``, everything
+else in the compute dtype.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from batchnorm.ops.backends import reference
 
 
 class Forward(torch.autograd.Function):
-    """``reference.forward`` and its gradient; what is saved of it, the graph's partitioner says."""
+    """``reference.forward`` and its gradient; the partitioner decides what a graph saves of it."""
 
     @staticmethod
     def forward(
@@ -35,7 +35,7 @@ class Forward(torch.autograd.Function):
         dtype, view = layout.compute_dtype(x), layout.per_channel_shape(x.ndim, axis)
         count = layout.values_per_channel(x.shape, axis)
         wide = x.to(_moments.wide(x.device))
-        # Times a reciprocal: Inductor repeats what is a number per channel for every element.
+        # Multiply by a reciprocal: Inductor inlines per-channel values into the loop over elements.
         mean = _total(wide, axis) * (1 / count)
         m2 = _total((wide - mean.view(view)).square(), axis)
         rstd = reference.reciprocal_std(m2, count, eps).to(dtype)
@@ -49,7 +49,7 @@ class Forward(torch.autograd.Function):
         if residual is not None:
             z = z + residual
         y = act(z).to(x.dtype)
-        # The product, not the weight, which may be written to before backward.
+        # Save the product: the weight itself may be written to before backward.
         scale = rstd if weight is None else rstd * weight.to(dtype)
         ctx.save_for_backward(deviation, rstd, scale, y if act.from_output else z)
         ctx.rest = act, axis, count, dtype_of(weight), dtype_of(bias)

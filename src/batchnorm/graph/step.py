@@ -1,4 +1,4 @@
-"""What a fused node of a captured graph computes: one call of the eager route."""
+"""The function that a fused node of a captured graph calls."""
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,10 @@ def step(
     residual: Tensor | None,
     act: Activation,
 ) -> Tensor:
-    """Return act(F.batch_norm(x, ...) + residual), and add 1 to the counter of a training step.
+    """Return act(F.batch_norm(x, ...) + residual), and in training increment the counter.
 
     The arguments before ``counter`` are those of ``torch.nn.functional.batch_norm``. Statistics and
-    counter do not move when activation checkpointing computes the step again.
+    counter are not updated in the recomputation of activation checkpointing.
     """
     given = (x, running_mean, running_var, weight, bias, training, momentum, eps)
     y = hot.call(*given, counter, residual, act)

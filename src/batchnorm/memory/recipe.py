@@ -1,4 +1,4 @@
-"""How a normalization's result can be computed again, to the last bit, instead of being kept."""
+"""Recomputation of a normalization's output from its input, with the same bits."""
 
 from typing import Any
 
@@ -11,10 +11,11 @@ from batchnorm.ops.backends import reference
 from batchnorm.ops.backends.base import Backend
 from batchnorm.ops.call import Epilogue, Running
 
-# Result -> its recipe, as long as the result lives, also where autograd alone refers to it.
+# Output tensor -> how to recompute it. With weak keys an entry lives as long as the output, also if
+# only autograd refers to it.
 _RECIPES = WeakTensorKeyDictionary()
 
-# Smaller results are kept: the recipe would cost more than they do.
+# Smaller outputs are saved as usual: recomputing would cost more than they do.
 SMALLEST_BYTES = 1 << 16
 
 CHANGED = """\
@@ -24,12 +25,12 @@ which keeps the input of a batch normalization in the place of its output.)"""
 
 
 class Kept:
-    """A tensor that is kept as it is, and must not have been written to when it is needed."""
+    """A saved tensor, with the version that it must still have when it is needed."""
 
     __slots__ = ("tensor", "version")
 
     def __init__(self, tensor: Tensor) -> None:
-        # Detached: the tensor may be the output of the very node that keeps it.
+        # Detached: the tensor may be the output of the node that saves it, which would be a cycle.
         self.tensor = tensor.detach()
         self.version = version(tensor)
 
@@ -37,7 +38,7 @@ class Kept:
         """Return the tensor.
 
         Raises:
-            RuntimeError: Torch's own, if it has been changed in place.
+            RuntimeError: With torch's message, if it was written to in place.
         """
         now = version(self.tensor)
         if now != self.version:
@@ -47,15 +48,15 @@ class Kept:
 
 
 class Source:
-    """A result that is made again when it is needed.
+    """How to recompute an output.
 
-    What is made is remembered until everybody who waits for it has had it.
+    The recomputed tensor is cached until all saved references to it have been unpacked.
 
     Attributes:
-        version: Of the result, when it was what this makes.
-        pointer: To the result's memory at that time.
-        handles: How many wait for the value.
-        served: How many of them have had it.
+        version: The version of the output for which the recipe holds.
+        pointer: The address of the output's memory at that time.
+        handles: The number of saved references.
+        served: The number of references that have been unpacked.
     """
 
     __slots__ = ("handles", "memo", "pointer", "served", "version")
@@ -67,15 +68,15 @@ class Source:
         self.memo: Tensor | None = None
 
     def make(self) -> Tensor:
-        """Compute the result."""
+        """Compute the output."""
         raise NotImplementedError
 
     def kept(self) -> list[Tensor]:
-        """Return what is kept because of this, without what other sources keep."""
+        """Return the tensors that this recipe holds, without those of recipes it depends on."""
         raise NotImplementedError
 
     def value(self) -> Tensor:
-        """Return the result, computed now or before."""
+        """Return the output, cached or computed."""
         if self.memo is not None:
             return self.memo
         with torch.no_grad():
@@ -85,7 +86,7 @@ class Source:
         return y
 
     def serve(self) -> Tensor:
-        """Return the result to one of those who wait for it."""
+        """Return the output for one saved reference; after the last one the cache is dropped."""
         y = self.value()
         self.served += 1
         if self.served >= self.handles:
@@ -94,11 +95,10 @@ class Source:
 
 
 class Recipe(Source):
-    """act(normalize(x) + residual), of inputs that are kept or have recipes themselves.
+    """act(normalize(x) + residual), where x and the residual are kept or have recipes too.
 
-    Weight and bias are those that forward used: its copies in stats, or copies made here.
-
-    In residual networks recipes are chains: of every block, back to where the stage begins.
+    Weight and bias are the copies in ``stats``, so later writes to the parameters do not matter. In
+    residual networks recipes form chains, from each block back to the start of its stage.
     """
 
     __slots__ = ("act", "axis", "backend", "residual", "stats", "x")
@@ -119,14 +119,14 @@ class Recipe(Source):
         return self.backend.normalize(self.x.value(), s[0], s[2:4], epilogue, self.axis)
 
     def kept(self) -> list[Tensor]:
-        """Return x and the residual as far as they are kept, and the small tensors."""
+        """Return stats, and those of x and the residual that have no recipe."""
         parts = [self.x, *([] if self.residual is None else [self.residual])]
         tensors = [part.tensor for part in parts if isinstance(part, Kept)]
         return [*tensors, self.stats]
 
 
 class Rectified(Source):
-    """relu_ of a result, where the addition or the layer was not fused with it."""
+    """``relu_`` of an output with a recipe, as a separate operation."""
 
     __slots__ = ("parent",)
 
@@ -139,12 +139,12 @@ class Rectified(Source):
         return self.parent.value().relu()
 
     def kept(self) -> list[Tensor]:
-        """Return what the result keeps."""
+        """Return what the recipe of the operand holds."""
         return self.parent.kept()
 
 
 class Recording:
-    """A backend that gives every result its recipe."""
+    """Wraps a backend: registers a recipe for the output of ``forward`` and ``normalize``."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -167,28 +167,28 @@ class Recording:
         """Do what the backend does."""
         y = self.backend.normalize(x, mean, rstd, epilogue, axis)
         if self._wants(y, x, epilogue):
-            var = torch.zeros_like(mean)  # which nothing reads
+            var = torch.zeros_like(mean)  # not read by make()
             affine = epilogue.weight, epilogue.bias
             stats = reference.known_stats(x, mean, var, reference.joined(rstd), *affine)
             give(y, Recipe(self.backend, x, stats, epilogue, axis))
         return y
 
     def _wants(self, y: Tensor, x: Tensor, epilogue: Epilogue) -> bool:
-        # Without a gradient nothing keeps x, and a recipe would.
+        # Without a gradient autograd does not save x, which a recipe would keep alive.
         given = (x, epilogue.weight, epilogue.bias)
         wanted = any(t is not None and t.requires_grad for t in given)
         return wanted and y.nbytes >= SMALLEST_BYTES and y is not epilogue.residual
 
 
 def recipe_of(tensor: Tensor) -> Source | None:
-    """Return the recipe of a tensor, or of what it is a view of, if it is as it was made."""
+    """Return the recipe of a tensor or of its base, if the tensor was not changed since."""
     origin = base(tensor)
     made = tensor if origin is None else origin
     recipe: Source | None = _RECIPES.get(made)
-    if recipe is None or made.data_ptr() != recipe.pointer:  # y.data = z leaves no other trace
+    if recipe is None or made.data_ptr() != recipe.pointer:  # y.data = z changes no version
         return None
     if tensor.dtype != made.dtype or tensor.is_conj() or tensor.is_neg():
-        return None  # seen as complex numbers; sizes and strides do not tell that
+        return None  # a view as another dtype, which size and stride do not describe
     if version(made) == recipe.version + 1 and _is_rectified(made):
         recipe = Rectified(recipe, version(made))
         give(made, recipe)
@@ -196,18 +196,18 @@ def recipe_of(tensor: Tensor) -> Source | None:
 
 
 def give(tensor: Tensor, recipe: Source) -> None:
-    """Give a tensor its recipe."""
+    """Register the recipe of a tensor."""
     recipe.version = version(tensor)
     recipe.pointer = tensor.data_ptr()
     _RECIPES[tensor] = recipe
 
 
 def source(tensor: Tensor) -> Kept | Source:
-    """Return how an input of a recipe comes back: by a recipe of its own, or because it is kept."""
+    """Return an input of a recipe: its own recipe if it has one, else the kept tensor."""
     recipe = recipe_of(tensor) if base(tensor) is None else None
     return Kept(tensor) if recipe is None else recipe
 
 
 def _is_rectified(tensor: Tensor) -> bool:
-    """Whether the one change since was a relu_: nothing else leaves this node and one version."""
+    """Whether the one write since was ``relu_``: only that leaves this grad_fn and one version."""
     return tensor.grad_fn is not None and tensor.grad_fn.name() == "ReluBackward0"

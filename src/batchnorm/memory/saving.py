@@ -1,4 +1,4 @@
-"""What autograd saves while a network runs forward: recipes in the place of results."""
+"""The hooks on saved tensors by which ``save_memory`` saves recipes in place of outputs."""
 
 import threading
 from collections.abc import Callable
@@ -29,7 +29,7 @@ statement, which then has a report of its own"""
 
 
 class Handle(NamedTuple):
-    """A saved tensor that a recipe makes: the result, or a view of it."""
+    """A saved reference to a recipe's output, or to a view of it."""
 
     recipe: Source
     size: torch.Size
@@ -39,11 +39,11 @@ class Handle(NamedTuple):
 
 
 class Saved:
-    """The bytes that autograd keeps, counted as unique storages; a fresh one for each block.
+    """The bytes that autograd saves in one block, each storage counted once.
 
     Attributes:
-        without: What it would have kept.
-        kept: What it keeps.
+        without: What it would have saved without ``save_memory``.
+        kept: What it saves.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Saved:
 
     def _count(self, tensor: Tensor, which: int) -> int:
         storage = tensor.untyped_storage()
-        # A weak reference keeps the address from being given to another storage.
+        # While a weak reference exists, no other storage object gets this address.
         weak = StorageWeakRef(storage)
         if weak.cdata in self._seen[which]:
             return 0
@@ -66,7 +66,7 @@ class Saved:
         return storage.nbytes()
 
     def note(self, tensor: Tensor, recipe: Source | None) -> None:
-        """Count a tensor that is about to be saved; parameters are there anyway."""
+        """Count a tensor that is about to be saved, unless it is a parameter."""
         if isinstance(base(tensor), Parameter):
             return
         self.without += self._count(tensor, 0)
@@ -75,10 +75,10 @@ class Saved:
 
 
 class SaveMemory:
-    """Inside the block, what follows a layer keeps the layer's input and not its output.
+    """Context manager: saved outputs of normalizations are replaced by recipes.
 
     Attributes:
-        saved: The bytes, counted.
+        saved: The counted bytes.
     """
 
     def __init__(self) -> None:
@@ -93,9 +93,9 @@ class SaveMemory:
             raise SurgeryError(REUSED)
         self._used = True
         outer = saved_tensor_hooks()
-        # Checkpointing counts what is saved; inside of a region there is nothing to add to it.
+        # Checkpointing counts saved tensors, so its regions must not be changed.
         known = outer is not None and (_is_ours(outer) or _is_checkpointing(outer))
-        # The transforms of torch.func have no hooks, and there are no recipes in them.
+        # Transforms of torch.func do not support hooks on saved tensors.
         if not known and is_calm():
             self._outer = outer
             pack, unpack = _outside_graphs(self._pack), _outside_graphs(self._unpack)
@@ -113,7 +113,7 @@ class SaveMemory:
             _here.depth -= 1
 
     def is_innermost(self) -> bool:
-        """Whether leaving the block now takes its own hooks away, and nobody else's."""
+        """Whether the active hooks are those of this block, so that leaving removes no others."""
         top = saved_tensor_hooks()
         return top is not None and top[0] is self._packs
 
@@ -144,7 +144,7 @@ class SaveMemory:
 
 
 def _outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a hook that Dynamo does not follow, as it would any Python behind a graph break."""
+    """Return a hook that Dynamo does not trace, as it would trace Python after a graph break."""
     if not is_dynamo_loaded():
         return hook
     disabled: Callable[..., Any] = torch.compiler.disable(hook)
@@ -161,7 +161,7 @@ def _is_checkpointing(hooks: tuple[Any, Any]) -> bool:
 
 
 def _record(chosen: Any) -> Any:
-    """Wrap the backend of a call that is differentiated inside of a block."""
+    """Return the backend, wrapped in a block if grad mode is on."""
     if getattr(_here, "depth", 0) and torch.is_grad_enabled():
         return Recording(chosen)
     return chosen

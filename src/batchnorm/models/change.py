@@ -1,8 +1,8 @@
-"""Edits of a model, and the changes that take them back: what a module's record of surgery holds.
+"""The values in a module's undo record: ``Edit`` (log line), ``Change`` (undo), ``Record``.
 
 A record is the one attribute that surgery adds to modules (``_batchnorm_edits`` in ``__dict__``).
-It stands in the module that an edit belongs to, so it goes where that module goes: into copies,
-pickles, other models. It is a value: a new one is written in its place, and none is edited.
+It is stored in the module that the edit is about, so copies, pickles and other models that contain
+the module have it. A record is immutable: an edit replaces it by a new one.
 """
 
 import copy
@@ -27,14 +27,14 @@ whole_pickles: ContextVar[bool] = ContextVar("whole_pickles", default=False)
 
 @dataclass(frozen=True)
 class Edit:
-    """What a verb of surgery did to one module, or to several at once.
+    """What a verb of surgery did to one module, or to several at once: a line of ``bn.edits``.
 
     Attributes:
-        names: The first name of each in the model; ``""`` is the model itself.
-        verb: What was asked for, such as ``"convert"``.
-        before: The class that was there, or several in words.
-        after: The class that is there now, or None where everything was left as it was.
-        reason: Why it was left, or what else is to be said.
+        names: The first name of each module in the model; ``""`` is the model itself.
+        verb: The verb, such as ``"convert"``.
+        before: The class before, or a description of several.
+        after: The class afterwards, or None if nothing was changed.
+        reason: Why nothing was changed, or a note.
         evidence: Numbers that were measured to prove the edit, by name.
     """
 
@@ -47,7 +47,7 @@ class Edit:
 
     @property
     def skipped(self) -> bool:
-        """Whether everything was left as it was."""
+        """Whether nothing was changed."""
         return self.after is None
 
     def __str__(self) -> str:
@@ -61,47 +61,46 @@ class Edit:
 
 
 class Change:
-    """How one edit is taken back: what was there before, and ``undo``. A verb derives its own.
+    """The inverse of one edit. Each verb derives a class with an ``undo``.
 
-    Its attributes are what undo needs. The module in whose record it stands, the owner, is handed
-    to it and never kept: a module that refers to itself keeps its memory until the garbage
-    collector runs. Parts of the owner may be kept (a module that was replaced).
+    Its attributes are what ``undo`` needs. The owner, the module whose record has the change, is an
+    argument and never an attribute: a reference cycle would keep a module's memory until the
+    garbage collector runs. Parts of the owner may be kept (a module that was replaced).
     """
 
-    # Whether it may be taken back whatever other verbs did later, as hooks may.
+    # Whether it may be undone before later edits of other verbs, as hooks may.
     commutes: ClassVar[bool] = False
 
     def undo(self, owner: Any) -> None:
-        """Make the owner what it was before; parameters that still exist keep their values."""
+        """Restore the owner; parameters that still exist keep their present values."""
         raise NotImplementedError
 
     def loses(self, owner: Any) -> str | None:  # noqa: ARG002
-        """Return which trained values ``undo`` would lose, in words; None where it loses none."""
+        """Return a description of the trained values that ``undo`` would lose, or None."""
         return None
 
     def parts(self) -> Mapping[str, nn.Module]:
-        """Return the modules that are kept for ``undo``: name that it had in the owner -> module.
+        """Return the modules that are kept for ``undo``: former name in the owner -> module.
 
-        Their own records belong to the model's: they are undone after this change, counted,
-        forgotten.
+        Their records are part of the model's: undone after this change, counted, forgotten.
         """
         return {}
 
     def tensors(self) -> Iterable[Tensor]:
-        """Return the tensors that are kept for ``undo``; of the parts, unless a verb has others."""
+        """Return the tensors that are kept for ``undo``; by default those of ``parts``."""
         return [t for part in self.parts().values() for t in (*part.parameters(), *part.buffers())]
 
     def without_tensors(self, why: str) -> "Change":
-        """Return what is left where its tensors are dropped: ``Dropped(why)``, if it has any.
+        """Return this change without its tensors: ``Dropped(why)`` if it has any.
 
-        A verb whose ``undo`` can do without them returns the change without them.
+        A verb whose ``undo`` works without them returns such a change instead.
         """
         return Dropped(why) if any(True for _ in self.tensors()) else self
 
 
 @dataclass(frozen=True)
 class Dropped(Change):
-    """A change that can't be taken back any more, and why."""
+    """A change that cannot be undone any more, and why."""
 
     why: str
 
@@ -110,9 +109,9 @@ class Entry(NamedTuple):
     """One edit in a record.
 
     Attributes:
-        when: Its place in the order of all edits: nanoseconds since 1970, or later than that.
-        edit: What was done, with names as seen from the owner of the record.
-        change: How it is taken back; None where everything was left as it was.
+        when: Orders all edits: nanoseconds since 1970, or more if the clock was set back.
+        edit: The log line, with names relative to the owner of the record.
+        change: How to undo it; None if nothing was changed.
     """
 
     when: int
@@ -122,10 +121,10 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """What surgery did to a module, oldest first.
+    """The entries of a module, oldest first.
 
-    Copies keep everything. Pickles leave out the tensors that undo keeps, unless
-    ``bn.keep_undo`` asks for them.
+    Copies have everything. Pickles leave out the tensors that undo keeps, except under
+    ``bn.keep_undo``.
     """
 
     entries: tuple[Entry, ...] = ()
@@ -162,7 +161,7 @@ def record_of(module: nn.Module) -> tuple[Entry, ...]:
 
 
 def write(module: nn.Module, entries: Iterable[Entry]) -> None:
-    """Give a module a record of these entries, in order; none where there are none."""
+    """Replace a module's record by one with these entries; remove it if there are none."""
     record = Record(tuple(sorted(entries, key=lambda entry: entry.when)))
     if record.entries:
         module.__dict__[RECORD] = record

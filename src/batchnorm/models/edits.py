@@ -1,4 +1,4 @@
-"""``bn.edits``, ``bn.undo``, ``bn.forget``: the edits of a model told, taken back, made final."""
+"""``bn.edits``, ``bn.undo``, ``bn.forget`` and ``bn.keep_undo``."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -67,15 +67,15 @@ class Edits(tuple[Edit, ...]):  # noqa: SLOT001 (a tuple with an attribute has a
 
 
 def edits(model: nn.Module) -> Edits:
-    """Return the log of what surgery changed in a model, what it left as it was, and why.
+    """Return the log of what surgery changed in a model, and what it left unchanged and why.
 
     Args:
-        model: A model, or a part of it: what was done to it and inside it, by its present names.
-            What was left as it was is told by the model that the verb was called with.
+        model: A model, or a part of it. Modules that a verb left unchanged are listed by the model
+            that the verb was called with.
 
     Returns:
-        The edits that ``bn.undo`` has not taken back; conversions of one layer are one edit.
-        ``.kept`` are the bytes that undo keeps besides the model's own.
+        The edits that have not been undone, with present names; several conversions of one layer
+        are one edit. ``.kept`` is the number of bytes that undo keeps besides the model's own.
     """
     expect_model(model, "edits")
     placed = stack(model)
@@ -92,17 +92,17 @@ def edits(model: nn.Module) -> Edits:
 
 
 def undo(model: Model, verb: str | None = None, *, force: bool = False) -> Model:
-    """Take back what surgery did to a model, the newest edit first.
+    """Undo what surgery did to a model, newest edit first.
 
-    Everything is checked before anything is changed, with one exception: whether training between
-    two edits of the same module would be lost can show once the second is taken back. Undo then
-    stops there and says so. Parameters and statistics keep the values they have by now.
+    Parameters and statistics keep their present values. All edits are checked before anything is
+    changed, with one exception: if two edits concern the same module and training between them
+    would be lost, that is known only after the later one is undone; undo then stops and says so.
 
     Args:
-        model: A model, or another one around it; changed in place. Or a part of it: what was done
-            to several modules at once is kept, and taken back, by the module around them.
+        model: A model, one that contains it, or a part of it; changed in place. An edit of several
+            modules is stored in, and undone through, the module that contains them.
         verb: Which edits, such as ``"convert"``; all by default.
-        force: Whether trained values may be lost that have no place in the model as it was.
+        force: Whether trained values may be lost that the earlier model has no place for.
 
     Returns:
         The model.
@@ -131,7 +131,7 @@ def undo(model: Model, verb: str | None = None, *, force: bool = False) -> Model
         change = one.entry.change
         if isinstance(change, Dropped):
             raise SurgeryError(GONE.format(verb=one.edit.verb, edit=one.edit, why=change.why))
-        # Under an edit that is taken back first, the values are not those that training left.
+        # If a newer edit of the module is undone first, only then are its values known.
         if not force and _loss(one) and first_on_top(one, wanted) is None:
             raise _lost(one, "Nothing was changed")
     newer = 0
@@ -146,8 +146,8 @@ def undo(model: Model, verb: str | None = None, *, force: bool = False) -> Model
 def forget(model: Model) -> Model:
     """Drop the tensors that ``bn.undo`` keeps: ``bn.edits(model).kept`` bytes.
 
-    The edits stay in the log. What can be taken back without those tensors still can, as
-    ``bn.convert``; for the rest ``bn.undo`` raises from now on.
+    The log stays. Edits that can be undone without those tensors still can, for example those of
+    ``bn.convert``; for the others ``bn.undo`` raises from now on.
 
     Args:
         model: A model, or a part of it.
@@ -166,10 +166,10 @@ def forget(model: Model) -> Model:
 
 @contextlib.contextmanager
 def keep_undo() -> Iterator[None]:
-    """Let the models that are pickled in this block take along the tensors that ``bn.undo`` keeps.
+    """In this block, pickles of models contain the tensors that ``bn.undo`` keeps.
 
-    Without it, a pickle of a whole model has the log and those changes that can be taken back
-    without further tensors, as ``bn.convert``. Copies (``copy.deepcopy``) always have everything.
+    Otherwise a pickle of a model has the log, and can be undone as far as that needs no tensors, as
+    for ``bn.convert``. Copies (``copy.deepcopy``) always have everything.
 
         with bn.keep_undo():
             torch.save(model, path)

@@ -1,11 +1,11 @@
-"""One forward pass of a model as a value: its calls, and which tensors went from where to where.
+"""One forward pass of a model as a value: its calls, and the tensors that they read and made.
 
-``models.following.flow`` makes it by running the model once on example inputs. It shows that pass
-and no other: where Python read the values of tensors (``Flow.reads``) another input may take
-another way through the model, and so nothing may be claimed about what did not run.
+``models.following.flow`` makes it by running the model once on example inputs. It describes that
+pass only: if Python read the values of tensors (``Flow.reads``), another input may run other calls,
+so nothing may be concluded about calls that did not run.
 
-A tensor is told by the memory in which it lies and by how many writes to that memory came before.
-So a view shares its memory with its base, and a tensor that is changed in place is another after.
+A tensor is identified by its storage and the number of writes to the storage before. A view has the
+memory of its base, and a tensor that is written to in place is another value afterwards.
 """
 
 import functools
@@ -17,19 +17,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A tensor with the contents that it had at one time of the pass.
+    """A tensor with the contents that it had at one point of the pass.
 
     Attributes:
         number: Its place in ``Flow.values``.
-        memory: Number of the storage in which it lies.
-        version: How many writes to that storage the pass had done before, to any part of it.
+        memory: Number of its storage.
+        version: Number of writes of the pass to any part of that storage before.
         shape: Sizes.
         stride: In elements; none where the tensor is not strided.
         offset: Of the first element in the storage.
         dtype: As text, such as ``"torch.float32"``.
         origin: Where the storage comes from: ``"input"``, ``"parameter"``, ``"buffer"``, ``"call"``
             (made in this pass) or ``"outside"``: state that the model keeps elsewhere, a constant,
-            or made by code that PyTorch does not see.
+            or the result of code that does not go through PyTorch's dispatcher.
         names: Of the parameter or buffer; several if it is shared.
         producer: Number of the call that made this value; None if none was seen.
     """
@@ -55,15 +55,15 @@ class Call:
         name: The module's first name in the model, "" for the model itself; or the operator, such
             as ``"aten.convolution.default"``.
         module: Whether it is a module's.
-        leaf: Whether it is of a module without children, or of a batch normalization.
+        leaf: Whether the module has no children, or is a batch normalization.
         api: The function of torch's API in which an operator ran, such as ``"conv2d"``; "" where
             Python called none, as in TorchScript and in autograd's backward.
-        nth: How many calls of the same name came before.
-        within: Number of the call of a module around it; None for the outermost.
-        inputs: Numbers of the tensors that it was given, in order, as often as given.
-        outputs: Numbers of those that it returned, and of what it wrote to, as it was afterwards.
-        writes: Numbers of the inputs whose memory it wrote to, as they were before.
-        view: Whether an operator only gave another shape to memory that it was given.
+        nth: Number of earlier calls of the same name.
+        within: Number of the enclosing call of a module; None for the outermost.
+        inputs: Numbers of its tensor arguments, in order, with repetitions.
+        outputs: Numbers of the tensors that it returned, and of those it wrote to, after the write.
+        writes: Numbers of the arguments that it wrote to, before the write.
+        view: Whether an operator only made a view of an argument.
     """
 
     number: int
@@ -81,14 +81,14 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A value that left PyTorch for Python: what follows may depend on it in any way.
+    """A tensor whose values Python read: later Python code may depend on them in any way.
 
     Attributes:
         how: Such as ``"__bool__"``, ``"item"``, ``"tolist"``, ``"numpy"``, ``"data_ptr"``; also an
             operator whose result has a size that depends on values, such as ``"nonzero"``.
         value: Number of the tensor.
-        within: Number of the call of a module in which it happened; None outside of the model.
-        after: How many calls had begun before.
+        within: Number of the enclosing call of a module; None outside of the model.
+        after: Number of calls that had begun before.
     """
 
     how: str
@@ -102,14 +102,14 @@ class Flow:
     """One forward pass.
 
     Attributes:
-        values: All tensors, in the order in which they were met.
-        calls: All calls that did not fail, of modules in the order in which they began.
-        inputs: Numbers of the tensors that the model was given.
+        values: All tensors, in the order in which they occurred.
+        calls: All calls that did not fail, in the order in which they began.
+        inputs: Numbers of the model's tensor arguments.
         outputs: Numbers of the tensors that it returned.
-        kept: Numbers of the memory that was made in the pass and that something still held when
-            what the model returned was gone: the model's own state, as a rule.
-        reads: What Python read of the values of tensors; printing does not count.
-        unseen: What the pass did that cannot be told, in words; nothing may be claimed about it.
+        kept: Numbers of the storages made in the pass that were still alive after the model's
+            result was deleted: usually because the model keeps them.
+        reads: The tensors whose values Python read; printing does not count.
+        unseen: Descriptions of what the pass did but could not be recorded.
         names: Any name of a module -> its first name.
         parameters: Name of a parameter or buffer -> number of its value before the pass.
         normalizations: First names of the batch normalizations of the model.
@@ -138,7 +138,7 @@ class Flow:
         return tuple({call.number: call for call in map(self.step, sorted(found))}.values())
 
     def step(self, number: int) -> Call:
-        """Return the call of a leaf module in which a call happened; outside of such, itself."""
+        """Return the call of the leaf module around a call, or the call itself."""
         found = call = self.calls[number]
         while call.within is not None:
             call = self.calls[call.within]
@@ -146,18 +146,18 @@ class Flow:
         return found
 
     def producer(self, value: int) -> Call | None:
-        """Return the call that made a tensor, of a leaf module or an operator outside of them."""
+        """Return the call that made a tensor: of a leaf module, or an operator outside of one."""
         number = self.values[value].producer
         return None if number is None else self.step(number)
 
     def views(self, value: int) -> tuple[Value, ...]:
-        """Return the other tensors that lay in the same memory with the same contents."""
+        """Return the other tensors with the same storage at the same version."""
         one = self.values[value]
         at = one.memory, one.version
         return tuple(v for v in self.values if v != one and (v.memory, v.version) == at)
 
     def writes(self, value: int) -> tuple[Call, ...]:
-        """Return the operators that wrote to a tensor's memory when it had these contents."""
+        """Return the operators that wrote to a tensor's storage at this version."""
         one = self.values[value]
         at = one.memory, one.version
         values = self.values
@@ -168,36 +168,36 @@ class Flow:
         )
 
     def consumers(self, value: int) -> tuple[Call, ...]:
-        """Return the calls that read a tensor's memory with these contents, through any view.
+        """Return the calls that read a tensor's storage at this version, through any view.
 
-        Each is the call of a leaf module, or an operator outside of them; those that only make
-        views are left out. A module that returns its input (``nn.Identity``) reads nothing.
+        Each is the call of a leaf module, or an operator outside of one. Operators that only make
+        views are left out, and so are modules that return their input (``nn.Identity``).
         """
         one = self.values[value]
         made = None if one.producer is None else self.step(one.producer).number
         found = {}
         for number in self._readers.get((one.memory, one.version), ()):
             call = self.step(number)
-            # What is made and read inside of one module is told by operators.
+            # Of a value made and read inside one module, the consumers are operators.
             call = self.calls[number] if call.number == made else call
             found[call.number] = call
         return tuple(found.values())
 
     def leaves(self, value: int) -> bool:
-        """Return whether a tensor is returned, or still held after the pass, in whole or part."""
+        """Return whether a tensor, or a part of it, is returned or still alive after the pass."""
         one = self.values[value]
         if any(self._at(out) == (one.memory, one.version) for out in self.outputs):
             return True
         return one.memory in self.kept and one.version == self._last[one.memory]
 
     def reads_of(self, value: int) -> tuple[Read, ...]:
-        """Return where Python read a tensor with these contents, or a part of it."""
+        """Return where Python read the values of a tensor or a part of it, at this version."""
         return tuple(read for read in self.reads if self._at(read.value) == self._at(value))
 
     def sole_consumer(self, value: int) -> Call | None:
-        """Return the one call to which a tensor goes; None if it goes elsewhere, too, or nowhere.
+        """Return the one call that uses a tensor; None if there is another use, or none.
 
-        Elsewhere is another call, out of the model, into its state, or to Python.
+        Other uses are a second call, being returned or kept by the model, and a read by Python.
         """
         consumers = self.consumers(value)
         if len(consumers) != 1 or self.leaves(value) or self.reads_of(value):
@@ -206,27 +206,27 @@ class Flow:
 
     @property
     def changed(self) -> tuple[Value, ...]:
-        """What the pass wrote to that it did not make, as it was then: buffers, inputs, state."""
+        """Tensors from before the pass that it wrote to, with the contents before the write."""
         written = {value: None for call in self.calls for value in call.writes}
         return tuple(v for v in map(self.values.__getitem__, written) if v.origin != "call")
 
     def depends(self, name: str) -> frozenset[str]:
-        """Return the batch normalizations of whose results the input of a module was computed."""
+        """Return the batch normalizations on whose results the input of a module depends."""
         return self.dependencies(self.normalizations).get(self.names[name], frozenset())
 
     def dependencies(self, names: Iterable[str]) -> dict[str, frozenset[str]]:
-        """Return on which of some modules the inputs of each of them depended, if it was called.
+        """Return, for each of some modules, on the results of which of them its inputs depended.
 
-        Followed is the memory of tensors, through everything a call was given. A leaf module's
-        results depend on all of its inputs; not on its own buffers, if it is a batch
-        normalization. A tensor from outside may have been made of everything that Python had read
-        before. Not followed are numbers and decisions that Python made of what it read.
+        Dependencies follow the storages of tensors. The results of a call depend on all of its
+        inputs; those of a batch normalization not on its own buffers. A tensor from outside is
+        assumed to depend on everything that Python had read before. Numbers and branches that
+        Python computed from what it read are not followed.
 
         Args:
             names: First names of leaf modules, such as batch normalizations.
 
         Returns:
-            Name -> names; a module may depend on itself. Those that were not called are left out.
+            Name -> names; a module may depend on itself. Modules that were not called are missing.
         """
         order = list(names)
         bits = {name: 1 << i for i, name in enumerate(order)}
@@ -251,11 +251,12 @@ class Flow:
             if call.module and call.name in needs:
                 needs[call.name] |= given
             elif step.name in needs:
-                # Read inside of the layer, such as what is wrapped by a transform of torch.func.
+                # Operators inside the layer read tensors that its call did not, for example those
+                # that a transform of torch.func has unwrapped.
                 before = (v for v in inputs if (self.values[v].producer or 0) < step.number)
                 needs[step.name] |= functools.reduce(operator.or_, map(marks, before), 0)
             around = 0 if call.within is None else made[call.within]
-            # What a module that is no leaf returns is made by the calls inside of it.
+            # The results of a module with children are made by the calls inside of it.
             whole = call.leaf or not call.module
             made[call.number] = around | (given if whole else 0) | bits.get(call.name, 0)
         return {
@@ -287,7 +288,8 @@ class Flow:
         for call in self.calls:
             values = call.inputs if not (call.module or call.view) else ()
             if call.module and any(self.values[v].producer == call.number for v in call.outputs):
-                # A kernel that PyTorch does not see: it may have read all that the module has.
+                # A kernel outside of the dispatcher made the result: it may have read all inputs,
+                # parameters and buffers of the module.
                 own = (v for n, v in self.parameters.items() if n.rpartition(".")[0] == call.name)
                 values = (*call.inputs, *own)
             for at in dict.fromkeys(map(self._at, values)):

@@ -1,9 +1,9 @@
-"""Running a model once, and writing down what happens: makes a ``Flow``.
+"""Records one forward pass of a model as a ``Flow``.
 
-Three public ways to look on, each for what the others cannot see: modules' ``forward`` is replaced
-for the calls of modules; a dispatch mode sees every operator with its real tensors, whatever
-called it; ``TorchFunctionMode`` sees which function of the API Python called, and so the reads that
-need no operator (``tolist``, ``numpy``). Layers of this library run plain operators meanwhile.
+Three interceptions, each for what the others miss: replaced ``forward`` methods for calls of
+modules; a ``TorchDispatchMode`` for every operator with its tensors; a ``TorchFunctionMode`` for
+the names of API functions, and for reads that run no operator (``tolist``, ``numpy``). Layers of
+this library use operators of torch under the dispatch mode, so they are recorded like others.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ from batchnorm.models.preserve import preserved
 from batchnorm.models.trees import tensors_in, tensors_within
 from batchnorm.models.walk import unwrapped, walk
 
-# Functions that give values, or the memory itself, to Python without an operator that tells it.
+# Functions that give values or memory to Python without a data-dependent operator.
 _READING = {"tolist", "numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage"}
 _PRINTING = {"__repr__", "__format__", "__str__"}
-# Operators that return memory without contents.
+# Operators that return uninitialized memory.
 _BLANK = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _MASKS = (torch.bool, torch.uint8)
 
@@ -41,21 +41,21 @@ through the model first"""
 
 
 def flow(model: nn.Module, /, *args: Any, **kwargs: Any) -> Flow:
-    """Run a model once on example inputs, in the mode it is in, and return what happened.
+    """Run a model once on example inputs, in its present mode, and return the recorded pass.
 
-    Afterwards the model is as it was, also if it raises: modes, buffers, attributes assigned in
-    ``forward``, random numbers, hooks. Not given back is what the pass changes inside of lists and
-    objects, in parameters and in its inputs: ``Flow.changed`` names the tensors.
+    Afterwards the model is as before, also if it raises: modes, buffers, attributes assigned in
+    ``forward``, random number generators, hooks. Not restored are changes inside lists and other
+    objects, in parameters and in the inputs; ``Flow.changed`` names the tensors.
 
-    Of a compiled model its Python code runs. Wrappers for several devices are taken off.
+    Compiled models are run in eager mode, and models in DataParallel wrappers without the wrapper.
 
     Args:
         model: The model.
-        args: What it is given.
-        kwargs: The same by name.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
 
     Returns:
-        The pass. It holds no tensors.
+        The pass, without references to tensors.
 
     Raises:
         SurgeryError: If the model is none, or has lazy parameters.
@@ -67,7 +67,7 @@ def flow(model: nn.Module, /, *args: Any, **kwargs: Any) -> Flow:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise SurgeryError(LAZY.format(name=name))
-    # Only what has loaded Dynamo can have compiled anything.
+    # Without Dynamo loaded nothing can be compiled, and set_stance would import it.
     eager = is_dynamo_loaded()
     stance = torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext()
     with preserved(model), _attributes_kept(model), stance:
@@ -75,12 +75,12 @@ def flow(model: nn.Module, /, *args: Any, **kwargs: Any) -> Flow:
 
 
 def follow(model: nn.Module, run: Callable[[], Any], given: Any = ()) -> Flow:
-    """Call a function that runs a model, and return what happened; nothing is given back.
+    """Record a call of ``run``, which runs a model; the model's state is not restored.
 
     Args:
         model: The model.
-        run: Runs it; what it returns counts as what the model returns.
-        given: The tensors that it is given, in a value of any type.
+        run: Runs it; its result counts as the model's.
+        given: A value with the tensors that the model gets as inputs.
     """
     book = _Book()
     book.register("parameter", model.named_parameters(remove_duplicate=False))
@@ -120,7 +120,7 @@ def follow(model: nn.Module, run: Callable[[], Any], given: Any = ()) -> Flow:
 
 @contextlib.contextmanager
 def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Take back what modules assign to their attributes."""
+    """Restore the attributes of all modules after the block."""
     kept = [
         (vars(m), dict(vars(m)))
         for m in model.modules()
@@ -136,7 +136,7 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
 
 
 class _Book:
-    """What has been written down so far."""
+    """The record of a pass while it runs."""
 
     def __init__(self) -> None:
         self.values: list[Value] = []
@@ -145,23 +145,23 @@ class _Book:
         self.unseen: dict[str, None] = {}
         self.parameters: dict[str, int] = {}
         self.api = ""
-        # While the book looks at a tensor, or one is printed: that is no part of the pass.
+        # True while the recorder reads a tensor, or one is printed: calls are then not recorded.
         self.is_aside = False
         self._within: int | None = None
         self._counts: Counter[str] = Counter()
         self._numbers: dict[Any, int] = {}
-        # A weak reference keeps the address from being used again, not the memory.
+        # A weak reference keeps the storage's address from being reused, not its memory.
         self._memory: dict[StorageWeakRef, int] = {}
-        # Sparse ones, and those wrapped by transforms of torch.func: kept, so that ids stay theirs.
+        # Tensors without a storage (sparse, wrapped by torch.func), kept so their ids stay unique.
         self._without_memory: dict[int, tuple[Tensor, int]] = {}
         self._origins: list[tuple[str, tuple[str, ...]]] = []
-        # Of each memory, the call that made it and every one that wrote to it.
+        # For each storage, the calls that made it and wrote to it.
         self._writers: list[list[int | None]] = []
         self._blank: set[int] = set()
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Write nothing down in a block."""
+        """Record nothing in a block."""
         before, self.is_aside = self.is_aside, True
         try:
             yield
@@ -169,7 +169,7 @@ class _Book:
             self.is_aside = before
 
     def register(self, origin: str, named: Iterable[tuple[str, Tensor]]) -> None:
-        """Write down parameters or buffers, each with all of its names."""
+        """Record parameters or buffers, each with all of its names."""
         tensors = dict(named)
         for name, tensor in tensors.items():
             memory = self._memory_of(tensor, origin, None)
@@ -182,8 +182,8 @@ class _Book:
 
         Args:
             tensor: The tensor.
-            origin: Where its memory comes from, if it was not met before.
-            producer: The call that made it; by default the one that wrote to its memory last.
+            origin: ``Value.origin`` of its storage, if that is new.
+            producer: The call that made it; by default the last one that wrote to its storage.
         """
         with self.aside():
             memory = self._memory_of(tensor, origin, producer)
@@ -200,7 +200,7 @@ class _Book:
         return self._numbers[key]
 
     def call(self, name: str, leaf: bool, original: Forward, /, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward of a module."""
+        """Run and record the forward of a module."""
         if self.is_aside or is_recomputing():
             return original(*args, **kwargs)
         number, outer = len(self.calls), self._within
@@ -219,10 +219,10 @@ class _Book:
         return result
 
     def operate(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operator."""
+        """Run and record an operator."""
         tensors = list(tensors_in((args, kwargs)))
         inputs = tuple(map(self.value, tensors))
-        # A change of shape or strides in place (``t_``, ``set_``) writes to no memory.
+        # In-place changes of shape or strides (``t_``, ``set_``) do not write to memory.
         tags = getattr(func, "tags", ())
         written = (
             []
@@ -261,12 +261,12 @@ class _Book:
         return result
 
     def read(self, how: str, values: Iterable[int]) -> None:
-        """Write down that Python reads tensors."""
+        """Record that Python reads tensors."""
         after = len(self.calls)
         self.reads += [Read(how, value, self._within, after) for value in values]
 
     def kept(self) -> frozenset[int]:
-        """Return the memory that calls made and that is still there."""
+        """Return the numbers of storages that calls made and that are still alive."""
         return frozenset(
             number
             for reference, number in self._memory.items()
@@ -294,7 +294,7 @@ class _Book:
     def _read_by(
         self, func: Any, tags: Any, tensors: list[Tensor], inputs: tuple[int, ...]
     ) -> None:
-        """Write down reads by an operator whose result is no tensor, or of a size that varies."""
+        """Record reads by operators whose result is no tensor, or has a data-dependent size."""
         how = self.api or str(func)
         sized = torch.Tag.dynamic_output_shape in tags
         if sized and str(func).startswith("aten.index."):
@@ -306,7 +306,7 @@ class _Book:
     def _notice_blank(
         self, name: str, read: set[int], written: set[int], made: tuple[int, ...], view: bool
     ) -> None:
-        """Notice memory that was made without contents, written to by no operator, and read."""
+        """Add to ``unseen`` uninitialized memory that is read and no operator has written to."""
         if not view:
             if read & self._blank:
                 where = "" if self._within is None else self.calls[self._within].name
@@ -320,9 +320,9 @@ class _Book:
 
 
 class _Operators(operators.DispatchMode):
-    """Sees operators."""
+    """Passes operators to the recorder."""
 
-    # ``torch.cond`` and the like, which are seen as one operator that reads what it is given.
+    # ``torch.cond`` and the like are recorded as one operator that reads its inputs.
     supports_higher_order_operators = True
 
     def __init__(self, book: _Book) -> None:
@@ -337,7 +337,7 @@ class _Operators(operators.DispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """Sees calls of torch's API in Python, the outermost of nested ones."""
+    """Passes the outermost calls of torch's Python API to the recorder."""
 
     def __init__(self, book: _Book) -> None:
         super().__init__()

@@ -1,9 +1,8 @@
-"""What enters a layer: the one place where calls of a layer are seen from outside.
+"""Interception of calls of layers: ``entering`` shows their inputs, ``replaced_forward`` replaces.
 
-For the duration of a block ``module.forward`` is another function, set on the instance. Forward
-pre-hooks would do for calls ``layer(x)``, but not for ``layer.forward(x)``, and they could not
-change what the layer computes: calibration lets a layer normalize by other statistics than its
-own. So there is one way for both.
+In a block, ``module.forward`` is another function, assigned to the instance. Forward pre-hooks
+would miss calls of ``layer.forward(x)``, and could not make a layer normalize by other statistics,
+as calibration does.
 """
 
 import contextlib
@@ -34,9 +33,9 @@ class Entered(NamedTuple):
     """The input of one call of a layer.
 
     Attributes:
-        x: The tensor itself, before it is normalized; not a copy.
+        x: The input tensor, not a copy.
         axis: Its channel axis.
-        mask: Which positions count; None for all. Layers of this library take one.
+        mask: The ``mask=`` of a layer of this library, or None.
     """
 
     x: Tensor
@@ -51,10 +50,10 @@ class Entered(NamedTuple):
 
 
 def entered(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Entered:
-    """Return the input of a layer that is called with these arguments.
+    """Return the input of a layer from the arguments of its call.
 
     Raises:
-        LayoutError: If there is no positional argument and none that is called ``input``.
+        LayoutError: If there is no positional argument and none named ``input``.
     """
     if not args and "input" not in kwargs:
         raise LayoutError(UNNAMED.format(names=list(kwargs)))
@@ -68,13 +67,13 @@ def entered(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 def entering(
     layers: Mapping[str, nn.Module], see: Callable[[str, Entered], None]
 ) -> Iterator[None]:
-    """Call ``see(name, input)`` at every call of some layers, before they run.
+    """In a block, call ``see(name, input)`` before every call of some layers.
 
-    What ``see`` raises ends the forward pass.
+    An exception of ``see`` ends the forward pass.
 
     Args:
         layers: Name -> layer, of any class.
-        see: Given the name and the input. If it writes to the tensor, the layer gets that.
+        see: Gets the name and the input. If it writes to the tensor, the layer gets the new values.
     """
 
     def around(name: str, layer: nn.Module, original: Forward, *args: Any, **kwargs: Any) -> Any:
@@ -91,12 +90,12 @@ def entering(
 
 @contextlib.contextmanager
 def replaced_forward(pairs: Iterable[tuple[nn.Module, Forward]]) -> Iterator[None]:
-    """Let modules run other functions as their ``forward`` in a block; after it, their own again.
+    """Replace the ``forward`` of modules in a block, and restore it afterwards.
 
-    Blocks may be nested: the new function calls the ``module.forward`` that was there before.
+    Blocks may be nested: a new function can call the ``module.forward`` that it replaces.
 
     Args:
-        pairs: Modules, and what takes the place of the ``forward`` of each.
+        pairs: Modules, and the new ``forward`` of each.
 
     Raises:
         SurgeryError: If one is a ``ScriptModule``.

@@ -1,6 +1,6 @@
-"""What a module is as a batch normalization: this library's, torch's, another library's, or none.
+"""Classification of modules: is it a batch normalization, and of which library?
 
-One function decides it, for everything that walks, converts, freezes or checks models. Classes of
+``kind_of`` is used by everything that walks, converts, freezes or checks models. Classes of
 torchvision and timm are recognized by their full names, so that neither needs to be imported.
 """
 
@@ -17,7 +17,7 @@ Family = Literal["ours", "torch", "timm", "torchvision", "scripted", "foreign"]
 
 
 class Kind(NamedTuple):
-    """What the class of a batch normalization says about it; nothing about its present options.
+    """Properties of the class of a batch normalization, not of its options.
 
     Attributes:
         family: ``"ours"`` with every subclass; ``"torch"``, ``"timm"`` or ``"torchvision"`` by
@@ -52,10 +52,10 @@ _EXACT = {
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """Return what a module is as a batch normalization, or None where it is none.
+    """Return the kind of a batch normalization, or None for any other module.
 
-    A class that no table knows and that does not derive from torch's ``_BatchNorm`` is a
-    ``"foreign"`` one where ``BatchNorm`` is part of its name, as of detectron2's frozen layers.
+    An unknown class that does not derive from torch's ``_BatchNorm`` is ``"foreign"`` if its name
+    contains ``BatchNorm``, like detectron2's ``FrozenBatchNorm2d``.
     """
     if isinstance(module, Layer):
         return Kind("ours", frozen=isinstance(module, FrozenBatchNorm2d | FrozenBatchNormAct2d))

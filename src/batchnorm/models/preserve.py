@@ -1,4 +1,4 @@
-"""Giving a borrowed model back: modes, buffers, layers and random numbers as they were."""
+"""Restores a model's state after a block: modes, buffers, layers, random number generators."""
 
 import contextlib
 import random
@@ -15,11 +15,11 @@ from batchnorm.models.walk import walk
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Give a borrowed model back as it was, also after an exception.
+    """Restore a model after the block, also after an exception.
 
-    Kept are the mode of every module and its buffers (the same tensors, with the same values); of
-    every batch normalization its momentum, whether it tracks, and its ``forward``; and the state
-    of the random number generators.
+    Restored are the mode of every module and its buffers (the same tensors with the same values);
+    ``momentum``, ``track_running_stats`` and ``forward`` of every batch normalization; and the
+    state of the random number generators.
     """
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
@@ -37,7 +37,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
             if "forward" in attributes:
                 layer.__dict__["forward"] = attributes["forward"]
         for module, before, copies in buffers:
-            # A scripted module lets none of its buffers be replaced.
+            # Buffers of a scripted module cannot be replaced.
             if not isinstance(module, torch.jit.ScriptModule):
                 buffers_of(module).clear()
                 buffers_of(module).update(before)
@@ -50,7 +50,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def random_state_kept(devices: Sequence[int] = ()) -> Iterator[None]:
-    """Give the generators of torch, Python and numpy back as they were."""
+    """Restore the random number generators of torch, Python and numpy after the block."""
     numpy = sys.modules.get("numpy")
     python, arrays = random.getstate(), numpy and numpy.random.get_state()
     try:
@@ -72,6 +72,6 @@ def _copies(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def _put_back(buffer: torch.Tensor | None, copy: torch.Tensor) -> None:
     assert buffer is not None
-    # Written to only where something changed: untouched buffers keep their version.
+    # Written only if changed, so that other buffers keep their version.
     if not torch.equal(buffer, copy):
         buffer.copy_(copy)

@@ -1,7 +1,7 @@
-"""The stack of edits of a model: what a verb writes, and the order in which it is taken back.
+"""The undo stack of a model: verbs push edits by ``record``, ``take_back`` undoes them.
 
-A verb of surgery calls ``record`` with one ``Done`` for each module that it looked at. Nothing
-here knows a verb: what takes an edit back is the ``Change`` that the verb hands over.
+A verb of surgery calls ``record`` with one ``Done`` for each module that it examined. This module
+knows no verbs: an edit is undone by the ``Change`` in its ``Done``.
 """
 
 import time
@@ -15,15 +15,14 @@ from batchnorm.models.change import Change, Edit, Entry, record_of, write
 
 
 class Done(NamedTuple):
-    """What a verb did to one module or several, as it is handed to ``record``.
+    """What a verb did to one module or several, as an argument of ``record``.
 
     Attributes:
-        edit: What is told, with names as seen from the model.
-        change: How it is taken back; None where everything was left as it was.
-        owner: The name of the module that keeps the record: the smallest one that holds all that
-            the change touches.
-        instead_of: An entry of the owner that this one takes the place of, where the change takes
-            back both.
+        edit: The entry of the log, with names relative to the model.
+        change: How to undo it; None if nothing was changed.
+        owner: The name of the module that stores the record: the smallest one that contains all
+            that the change touches.
+        instead_of: An entry of the owner that this one replaces, if the change undoes both.
     """
 
     edit: Edit
@@ -33,7 +32,7 @@ class Done(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """An entry of a model's records, the module that has it, and the edit seen from the model."""
+    """An entry, the module that stores it, and its edit with names relative to the model."""
 
     owner: nn.Module
     entry: Entry
@@ -41,10 +40,10 @@ class Placed(NamedTuple):
 
 
 def record(model: nn.Module, done: Sequence[Done]) -> None:
-    """Write what a verb has done to the records of the model and its modules.
+    """Add what a verb has done to the records of the model's modules.
 
-    Where everything was left as it was, the model itself keeps the edit, in the place of an older
-    one that left the same modules.
+    An edit that changed nothing is stored in the model's own record, and replaces an older one of
+    the same verb and modules.
     """
     left = {
         (entry.edit.verb, entry.edit.names): entry
@@ -52,7 +51,7 @@ def record(model: nn.Module, done: Sequence[Done]) -> None:
         if entry.change is None
     }
     placed = [*stack(model), *(old for one in done if one.change for old in _inside(one.change))]
-    # The clock orders edits across processes; where it was turned back, the newest edit does.
+    # Time orders edits across processes. If the clock was set back, count on from the newest edit.
     now = max([time.time_ns(), *(one.entry.when + 1 for one in placed)])
     new: dict[nn.Module, list[Entry]] = {}
     gone: set[int] = set()
@@ -69,9 +68,9 @@ def record(model: nn.Module, done: Sequence[Done]) -> None:
 def stack(model: nn.Module) -> list[Placed]:
     """Return the entries of all records of a model and its modules, oldest first.
 
-    Modules that a change has taken out of the model, and keeps, are among these.
+    Included are modules that a change has removed from the model and keeps for undo.
     """
-    # A module that a change keeps may have a place in the model all the same; that name counts.
+    # If such a module is still in the model under another name, that name is used.
     once: dict[int, Placed] = {}
     for one in _placed("", model):
         once.setdefault(id(one.entry), one)
@@ -97,7 +96,7 @@ def _inside(change: Change, owner: str = "") -> Iterator[Placed]:
 
 
 def first_on_top(one: Placed, others: Iterable[Placed]) -> Placed | None:
-    """Return the first later change to the same modules, or to any below or above them."""
+    """Return the first later change of the same module, a descendant or an ancestor of it."""
     if one.entry.change is None or one.entry.change.commutes:
         return None
     for other in others:
@@ -113,7 +112,7 @@ def first_on_top(one: Placed, others: Iterable[Placed]) -> Placed | None:
 
 
 def take_back(placed: Sequence[Placed]) -> None:
-    """Undo changes, the newest first, and remove them and edits without a change from the log."""
+    """Undo changes, newest first, and remove their entries, and those that changed nothing."""
     for owner, entry, _ in reversed(placed):
         if entry.change is not None:
             entry.change.undo(owner)

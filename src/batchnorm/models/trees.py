@@ -1,4 +1,4 @@
-"""Tensors in the values that models take and return."""
+"""The tensors in arguments and results of models, which may be nested."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Looking at whole models: every normalization once, and which estimate is in use."""
+"""``walk``: every batch normalization of a model; ``bn.use_estimate``; removal of wrappers."""
 
 from typing import NamedTuple, TypeVar, cast
 
@@ -23,10 +23,10 @@ class Found(NamedTuple):
 
 
 def walk(model: nn.Module) -> list[Found]:
-    """Return every batch normalization of a model once, in order, however often it is used.
+    """Return every batch normalization of a model, in order; a shared one once.
 
-    These are ours, those of ``torch.nn`` and every subclass (SyncBatchNorm, timm's); a class that
-    does not derive from them is not recognized.
+    These are instances of torch's ``_BatchNorm``: this library's, ``torch.nn``'s, SyncBatchNorm,
+    timm's. Classes that do not derive from it are left out.
     """
     names: dict[_BatchNorm, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -37,16 +37,15 @@ def walk(model: nn.Module) -> list[Found]:
 
 
 def use_estimate(model: Model, name: str) -> Model:
-    """Select which of the kept estimates ``eval()`` uses, in the whole model.
+    """Select the estimate that evaluation uses, in all layers of a model.
 
-    ``running_mean`` and ``running_var`` then hold that estimate, so that a state dict stays one of
-    ``torch.nn``. A layer that keeps one estimate only must have it by that name: ``"running"``, or
-    ``"cumulative"`` where ``momentum`` is None.
+    ``running_mean`` and ``running_var`` then hold that estimate. A layer without ``estimator=``
+    has one estimate, named ``"running"``, or ``"cumulative"`` if ``momentum`` is None.
 
     Args:
         model: The model; changed in place.
         name: An estimator's name: ``"running"``, ``"cumulative"``, ``"decayed"``,
-            ``"last_batches"``, ``"last_batches_pooled"``, or one's own.
+            ``"last_batches"``, ``"last_batches_pooled"``, or a key of ``estimator={name: ...}``.
 
     Returns:
         The model.
@@ -84,7 +83,7 @@ def _kept(layer: _BatchNorm) -> list[str]:
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside of DistributedDataParallel, DataParallel and ``torch.compile``.
 
-    Their forward would talk to other processes, or run code that no longer sees hooks.
+    The forward of these communicates with other processes, or runs code compiled without hooks.
     """
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):

@@ -1,4 +1,4 @@
-"""What a source of statistics is: what normalizes a training step."""
+"""The protocol of a source of statistics, the value of ``statistics=``."""
 
 from typing import Literal, NamedTuple, Protocol
 
@@ -10,12 +10,12 @@ Plan = Literal["batch", "stored", "own"]
 
 
 class Context(NamedTuple):
-    """What a source may ask about a step.
+    """What a source is told about a training step.
 
     Attributes:
-        mean: Stored mean, (C,), where there is one.
-        var: Stored variance.
-        mask: Whether elements are masked out.
+        mean: Stored mean, (C,), or None.
+        var: Stored variance, (C,), or None.
+        mask: Whether a mask was given.
     """
 
     mean: Tensor | None
@@ -24,18 +24,18 @@ class Context(NamedTuple):
 
 
 class Source(Protocol):
-    """Chooses the statistics that normalize a training step.
+    """Chooses the mean and variance that normalize a training step.
 
     Attributes:
-        plan: ``"batch"``: the input's own. ``"stored"``: the stored ones, which then stay as they
-            are. ``"own"``: the input's, merged with those of others as ``share`` says.
+        plan: ``"batch"``: those of the input. ``"stored"``: the running statistics, which are not
+            updated. ``"own"``: those of the input merged with those of other parts, by ``share``.
     """
 
     @property
     def plan(self) -> Plan: ...  # noqa: D102
 
     def share(self, context: Context) -> Sharing | None:
-        """Return how Moments and sums of this input come together with those of others.
+        """Return the functions that merge Moments and sums of this input with those of other parts.
 
-        Called at every step of a source whose plan is ``"own"``. None is the input alone.
+        Called at every training step if plan is ``"own"``. None means that there are no others.
         """

@@ -8,7 +8,7 @@ from batchnorm.sources.base import Context, Plan
 
 @dataclass(frozen=True)
 class Batch:
-    """Normalize by mean and biased variance of the batch at hand, per channel: the default.
+    """Normalize by mean and biased variance of the current batch, per channel: the default.
 
     Reference:
         Ioffe and Szegedy 2015, "Batch Normalization", Algorithm 1.

@@ -8,7 +8,7 @@ from batchnorm.sources.base import Context, Plan
 
 @dataclass(frozen=True)
 class Frozen:
-    """Normalize a training step by the stored statistics, and leave them as they are."""
+    """Normalize training steps by ``running_mean`` and ``running_var``, without updating them."""
 
     plan: ClassVar[Plan] = "stored"
 

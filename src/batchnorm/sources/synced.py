@@ -1,4 +1,4 @@
-"""Statistics of the batch of all processes."""
+"""Statistics of the batches of all processes of a group."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -10,12 +10,12 @@ from batchnorm.sources.base import Context, Plan
 
 @dataclass(frozen=True)
 class Synced:
-    """Normalize by mean and variance of the batches of all processes of a group together.
+    """Normalize by mean and variance over the batches of all processes of a group.
 
-    What ``torch.nn.SyncBatchNorm`` does, on any device: the moments of the ranks are merged, in the
-    order of ranks, and so are the sums of the backward pass. Shares may be unequal or empty.
-    Where ``torch.distributed`` is not initialized, or one process is all, this is ``Batch()``.
-    With a mask the counts of the ranks are merged as well: every element that counts, counts once.
+    Like ``torch.nn.SyncBatchNorm``, on any device: the Moments of the ranks are merged in the order
+    of ranks, and so are the sums of the backward pass. Batches may differ in size or be empty. If
+    ``torch.distributed`` is not initialized, or the group has one process, this is ``Batch()``.
+    With masks, every unmasked element of any rank has the same weight.
 
     Args:
         group: A process group; None for all processes.
@@ -29,10 +29,10 @@ class Synced:
     group: Group = field(default=None, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Synced":
-        # A group of processes is not copied with a model.
+        # A process group cannot be copied; copies of a model share it.
         return self
 
     def share(self, context: Context) -> Sharing | None:  # noqa: ARG002
-        """Return the merge over the processes; None where there is one."""
+        """Return the merge over the processes; None if there is one process."""
         ranks = Ranks(self.group)
         return None if ranks.size == 1 else Sharing(ranks.merge, ranks.add)

@@ -1,7 +1,7 @@
-"""``bn.convert``: a layer changes its class and keeps everything else.
+"""``bn.convert``: assigns ``layer.__class__`` and a few attributes, and copies nothing.
 
-The object stays the one it was, and with it parameters, buffers, hooks, names, every reference to
-it from anywhere, and the optimizer's hold on its parameters. Nothing is copied.
+The layer stays the same object, so parameters, buffers, hooks, names and all references to it stay
+valid, those of optimizers included.
 """
 
 import logging
@@ -29,7 +29,7 @@ NOT_ESTIMATED = rules.Left(f"estimator= has nothing to estimate: {NO_STATISTICS}
 
 
 class Step(NamedTuple):
-    """One layer, what is to become of it, and which options it cannot have: option -> reason."""
+    """One layer, the verdict on it, and the options that it cannot have: option -> reason."""
 
     name: str
     layer: nn.Module
@@ -44,9 +44,9 @@ def convert(
     estimator: EstimatorLike | None = None,
     filter: Filter | None = None,
 ) -> Model:
-    """Make every batch normalization of a model ours, in place.
+    """Convert every batch normalization of a model to this library's classes, in place.
 
-    These are, by exact type, ``torch.nn.BatchNorm1d/2d/3d``, ``SyncBatchNorm`` (which becomes a
+    Converted are, by exact type, ``torch.nn.BatchNorm1d/2d/3d``, ``SyncBatchNorm`` (which becomes a
     ``BatchNorm`` with ``statistics=Synced(its group)``), timm's ``BatchNormAct2d`` with its
     activation and drop layer, and the frozen ones of torchvision and timm. Other classes and what
     cannot be converted are left as they are and listed in ``bn.edits(model)``. Parameters, buffers,

@@ -1,4 +1,4 @@
-"""The change of ``bn.convert``: a layer's class and attributes are exchanged, and put back."""
+"""The ``Change`` of ``bn.convert``: sets a layer's class and attributes, and restores them."""
 
 import copy
 from collections.abc import Iterable
@@ -15,13 +15,13 @@ from batchnorm.nn.base import BATCH, Layer
 
 @dataclass(frozen=True)
 class Exchange(Change):
-    """What a layer was before ``bn.convert``.
+    """The class and attributes of a layer before ``bn.convert``.
 
     Attributes:
-        cls: Its class, None where that stayed.
+        cls: Its class, or None if that was not changed.
         changed: Attributes that had another value, with that value.
         added: Names of attributes that it did not have.
-        batches: What ``num_batches_tracked`` was when its own estimators were replaced.
+        batches: The value of ``num_batches_tracked`` when its estimators were replaced.
     """
 
     cls: type[nn.Module] | None = None
@@ -30,10 +30,10 @@ class Exchange(Change):
     batches: int | None = None
 
     def undo(self, owner: Any) -> None:
-        """Give a layer back the class and the attributes it had; parameters and buffers stay.
+        """Restore the class and the attributes; parameters and buffers are not changed.
 
-        Its own estimators get their states back. Where the layer has been trained in between, or
-        the states were dropped, they start anew from the present statistics, as after
+        Estimators that were replaced get their states back. If the layer was trained since, or the
+        states were dropped, they restart from the present statistics, as after
         ``load_state_dict``.
         """
         for name in self.added:
@@ -56,7 +56,7 @@ class Exchange(Change):
         return () if bank is None else bank.tensors().values()
 
     def without_tensors(self, why: str) -> "Exchange":  # noqa: ARG002
-        """Return it without those states, which then start anew."""
+        """Return the change without those states; estimators then restart."""
         bank = self.changed.get("bank")
         if bank is None:
             return self
@@ -68,13 +68,13 @@ class Exchange(Change):
 def exchange(
     layer: Any, new: dict[str, Any], cls: type[Layer] | None = None, older: Exchange | None = None
 ) -> Exchange:
-    """Give a layer new attributes, and a class, and return how that is taken back.
+    """Set attributes and the class of a layer, and return the inverse.
 
     Args:
-        layer: Any normalization.
+        layer: Any batch normalization.
         new: Attribute -> value.
-        cls: The class that it becomes; None where it stays what it is.
-        older: An earlier change of the layer that is to be taken back together with this one.
+        cls: The new class; None to keep the present one.
+        older: An earlier change of the layer, which the returned one includes.
     """
     has = layer.__dict__
     before = older or Exchange(None if cls is None else type(layer))
@@ -91,7 +91,7 @@ def exchange(
 
 
 def describe(layer: Any, change: Exchange) -> tuple[str, str]:
-    """Return the class that a changed layer had, and the options it has by now, in words."""
+    """Return the name of the class that a layer had, and a description of its present options."""
     old, notes = change.changed, []
     if layer.statistics != old.get("statistics", BATCH):
         notes.append(f"statistics={layer.statistics}")

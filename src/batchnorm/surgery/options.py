@@ -1,4 +1,4 @@
-"""The options of ``bn.convert``: what they ask of a layer, and which layers cannot have them."""
+"""The options of ``bn.convert``: their checks, and the attributes that they set on a layer."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -37,13 +37,13 @@ _MOST = 8
 
 
 class Options(NamedTuple):
-    """What is asked for; None where nothing is."""
+    """The options that were given; None for those that were not."""
 
     statistics: Source | None
     estimator: EstimatorLike | None
 
     def check(self, model: nn.Module, wanted: Filter | None) -> None:
-        """Refuse what has no meaning.
+        """Raise for a scripted model, and for values that are no source, estimator or filter.
 
         Raises:
             SurgeryError: If the model is scripted or traced.
@@ -77,7 +77,7 @@ class Options(NamedTuple):
     def attributes(
         self, layer: Any, verdict: rules.Becomes | rules.Kept, refused: Mapping[str, str]
     ) -> dict[str, Any]:
-        """Return the attributes that a layer is to get; none where it has them already."""
+        """Return the attributes to set on a layer; empty if it has them already."""
         new: dict[str, Any] = {}
         if isinstance(verdict, rules.Becomes):
             new = {"activation": IDENTITY, "statistics": BATCH, "bank": None}
@@ -98,7 +98,7 @@ class Options(NamedTuple):
 
 
 def warn(refused: Iterable[tuple[str, Mapping[str, str]]]) -> None:
-    """Log which layers cannot have an option that was asked for, by name."""
+    """Log a warning that names the layers which cannot have a given option."""
     layers: dict[str, list[str]] = {}
     for name, options in refused:
         for option, reason in options.items():

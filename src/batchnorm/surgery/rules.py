@@ -1,4 +1,4 @@
-"""Which class becomes which of ours, and what is left alone: exact types only."""
+"""The rules of ``bn.convert``: which class a module is converted to, or why it is left."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from batchnorm.nn.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 
 class Becomes(NamedTuple):
-    """The class that a layer changes to, and whether it is frozen or normalizes over ranks."""
+    """The class to convert a layer to, and whether its old class is frozen or synchronized."""
 
     cls: type[Layer]
     frozen: bool = False
@@ -25,13 +25,13 @@ class Becomes(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A layer that is ours already, and whether its class normalizes by stored statistics alone."""
+    """A layer of this library already, and whether its class is frozen."""
 
     frozen: bool
 
 
 class Left(NamedTuple):
-    """Why a module that looks like a normalization is left as it is."""
+    """Why a batch normalization is not converted."""
 
     reason: str
 
@@ -64,7 +64,7 @@ SUBCLASS = Left("it is a class of its own, which may do more than what it is mad
 
 
 def decide(name: str, module: nn.Module) -> Becomes | Kept | Left | None:
-    """Return what a module becomes, why it is left, or None where it is no normalization."""
+    """Return the verdict on a module, or None if it is no batch normalization."""
     kind = kind_of(module)
     if kind is None:
         return None

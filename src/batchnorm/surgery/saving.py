@@ -1,4 +1,4 @@
-"""``bn.save_memory``: a block, or a switch of a model."""
+"""``bn.save_memory``, as a context manager or as a switch of a model."""
 
 import threading
 from typing import Any, TypeVar, overload
@@ -21,7 +21,7 @@ _here = threading.local()
 
 
 class Switch(Change):
-    """The hooks of a model that enter a block before each forward pass and leave it after."""
+    """The two forward hooks of a model that enter and leave a ``SaveMemory`` block."""
 
     commutes = True
 
@@ -35,12 +35,12 @@ def save_memory() -> SaveMemory: ...
 @overload
 def save_memory(model: Model, *, enabled: bool = True) -> Model: ...
 def save_memory(model: Model | None = None, *, enabled: bool = True) -> Model | SaveMemory:
-    """Keep less for backward: a layer's output is computed again from its input, not kept.
+    """Save less for backward: recompute a normalization's output from its input.
 
-    What follows a normalization (the next convolution) saves its output, and the normalization
-    saves its input: together twice the memory. Here the output is replaced by a recipe. Loss and
-    gradients are the same to the last bit. Only what this library's kernels compute has a recipe:
-    the activation must be the layer's own (``activation=``), or fused with it by
+    A normalization saves its input, and the operation after it (the next convolution) saves its
+    output: twice the memory. In this block autograd saves a recipe instead of the output, and
+    backward recomputes it with the same bits, so loss and gradients are unchanged. The activation
+    must be computed with the normalization: by ``activation=``, or fused by
     ``torch.compile(model, backend="batchnorm")``.
 
         with bn.save_memory() as saved:
@@ -49,21 +49,21 @@ def save_memory(model: Model | None = None, *, enabled: bool = True) -> Model | 
         print(saved)                      # kept ... of ... MB, each storage once
 
     Args:
-        model: Save in every forward pass of this model from now on; without one, in the block. Of
-            a compiled model pass what ``torch.compile`` returned.
-        enabled: Whether to switch it on or off.
+        model: Apply to every forward pass of this model from now on; without it, to a block. For a
+            compiled model, pass the result of ``torch.compile``.
+        enabled: Whether to switch it on or off for the model.
 
     Returns:
-        The model, or what ``with`` takes; ``as`` gives the report of bytes.
+        The model, or a context manager whose value is a report of bytes.
 
     Raises:
-        SurgeryError: If the model is none.
-        OptionError: If it is to be switched off without a model.
+        SurgeryError: If ``model`` is not a module.
+        OptionError: If ``enabled=False`` is given without a model.
 
     Notes:
-        A tensor that is edited in place before it is saved is kept as it is; one that is edited
-        between forward and backward raises what torch would raise. Edits behind autograd's back
-        (``.data``, numpy) are not seen. Checkpointed regions are left as they are.
+        An output that is written to in place before it is saved is saved as usual. An input that is
+        written to between forward and backward raises torch's error. Writes that autograd does not
+        record (``.data``, numpy) are not detected. Checkpointed regions are not changed.
     """
     if model is None:
         if not enabled:
@@ -85,7 +85,7 @@ def save_memory(model: Model | None = None, *, enabled: bool = True) -> Model | 
 
 def _enter(model: nn.Module, args: Any) -> None:  # noqa: ARG001
     if torch.compiler.is_compiling():
-        return  # what is captured has no hooks; the switch is for the compiled model
+        return  # captured graphs have no hooks; the switch belongs on the compiled model
     blocks = _here.__dict__.setdefault("blocks", [])
     # An interrupt ends a pass without calling _leave; the next pass of that model closes its block.
     if any(one is model for one, _ in blocks):
