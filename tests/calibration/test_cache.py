@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import batchnorm as bn
-from batchnorm.calibration import recording
-from batchnorm.calibration.feeding import Room
+from batchnorm.calibration.batches import MemoryBudget
+from batchnorm.calibration.recording import ModuleCall
 from support.calibrated import dense, statistics
 from support.third_party import torchvision
 
@@ -67,14 +67,14 @@ def test_a_later_pass_does_not_run_the_earlier_layers_again():
 def test_memory_stays_within_what_is_given(size, monkeypatch):
     model, data = counted_net(5), torch.randn(80, 6).split(4)
     lowest = []
-    take = Room.take
+    take = MemoryBudget.take
 
-    def watched(room, some):
-        taken = take(room, some)
-        lowest.append(room.left)
+    def watched(budget, some):
+        taken = take(budget, some)
+        lowest.append(budget.left)
         return taken
 
-    monkeypatch.setattr(Room, "take", watched)
+    monkeypatch.setattr(MemoryBudget, "take", watched)
     assert_the_same_bits(model, data, size)
     assert min(lowest) >= 0
     full = rows_of(model, data)
@@ -82,12 +82,12 @@ def test_memory_stays_within_what_is_given(size, monkeypatch):
 
 
 def test_all_memory_is_given_back():
-    room = Room(1000)
-    call = recording.Call((None, 0), result=torch.zeros(3), taken=12)
-    assert room.take(12)
-    call.release(room)
-    call.release(room)
-    assert room.left == 1000
+    budget = MemoryBudget(1000)
+    call = ModuleCall((None, 0), result=torch.zeros(3), taken=12)
+    assert budget.take(12)
+    call.release(budget)
+    call.release(budget)
+    assert budget.left == 1000
 
 
 class Residual(nn.Module):

@@ -1,18 +1,134 @@
-"""Batches of any kind, as trees of tensors."""
+"""The data of a calibration: read as often as needed, cut to limits, and passed to a model."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from batchnorm.models.trees import is_record, tensors_in
+from batchnorm.errors import CalibrationError
+from batchnorm.models.trees import bytes_of, is_record, mapped, tensors_in
+
+Forward = Callable[[nn.Module, Any], Any]
+
+UNKNOWN = """\
+expected a batch that is a tensor, a tuple or list (its first item is passed), a mapping or a \
+dataclass (passed as keywords), got {kind}; pass forward=lambda model, batch: model(...)"""
+
+UNEXPECTED = """\
+a batch has the items {items}, which are passed as keywords, but {model}.forward has no {missing}; \
+pass forward=lambda model, batch: model(batch[...])"""
+
+ONCE = """\
+expected data that can be read several times, got {kind}, which can be read once, and \
+cache_bytes={cache_bytes} does not hold its batches; pass a list, a DataLoader, or a larger \
+cache_bytes="""
+
+
+@dataclasses.dataclass
+class MemoryBudget:
+    """Bytes of memory that may still be used."""
+
+    left: int
+
+    def take(self, size: int) -> bool:
+        """Take some; return False, and take nothing, if so much is not left."""
+        if size > self.left:
+            return False
+        self.left -= size
+        return True
+
+
+class Batches:
+    """The data of a calibration, which may be read several times, with its limits.
+
+    Args:
+        data: Any iterable of batches. An iterator, which can be read only once, is kept for
+            further rounds as far as ``cache_bytes`` go.
+        max_batches: Most batches of a round; None for all.
+        max_samples: Most samples of a round.
+        device: Where tensors go; None for where they are.
+        cache_bytes: How much memory batches of an iterator may take.
+        again: Whether it may be read more than once.
+
+    Attributes:
+        budget: How much of that memory is left.
+        filling: Whether an iterator's batches are being kept, and not all of them yet.
+    """
+
+    def __init__(
+        self,
+        data: Iterable[Any],
+        max_batches: int | None,
+        max_samples: int | None,
+        device: torch.device | None,
+        cache_bytes: int,
+        again: bool = False,
+    ) -> None:
+        self._data, self._device, self._again = data, device, again
+        self._max_batches, self._max_samples = max_batches, max_samples
+        self._cache_bytes, self.budget = cache_bytes, MemoryBudget(cache_bytes)
+        self._kept: list[Any] | None = []
+        self.filling = False
+
+    @property
+    def number(self) -> int | None:
+        """How many batches a round has, where that can be known."""
+        try:
+            length = len(self._data)  # type: ignore[arg-type]
+        except TypeError:
+            return self._max_batches
+        return length if self._max_batches is None else min(length, self._max_batches)
+
+    def round(self) -> Iterator[tuple[Any, int]]:
+        """Yield each batch, on its device, and how many samples it has."""
+        most = self._max_samples
+        taken = 0
+        for number, batch in enumerate(self._read(), 1):
+            samples = size_of(batch)
+            if most is not None and taken + samples > most:
+                part = cut(batch, samples, most - taken)
+                # A single sample may be too few to normalize; it is no great loss either.
+                if part is not None and (most - taken > 1 or not taken):
+                    batch, samples = part, most - taken  # noqa: PLW2901
+                elif taken:
+                    return
+            taken += samples
+            yield (batch if self._device is None else moved(batch, self._device)), samples
+            # Before the next batch is fetched: an iterator may go on to serve its owner.
+            if (most is not None and taken >= most) or number == self._max_batches:
+                return
+
+    def _read(self) -> Iterator[Any]:
+        kind = type(self._data).__name__
+        try:
+            iterator = iter(self._data)
+        except TypeError as error:
+            raise CalibrationError(
+                f"expected data to be an iterable of batches, got {kind}"
+            ) from error
+        if not (self._again and iterator is self._data):
+            yield from iterator
+            return
+        if self._kept is None:
+            raise CalibrationError(ONCE.format(kind=kind, cache_bytes=self._cache_bytes))
+        yield from self._kept
+        # What was not read in an earlier round.
+        self.filling = True
+        for batch in iterator:
+            if self._kept is not None and self.budget.take(bytes_of(batch)):
+                self._kept.append(batch)
+            else:
+                self._kept = None
+            yield batch
+        self.filling = False
 
 
 def moved(batch: Any, device: torch.device) -> Any:
     """Return the batch with its tensors on a device, whatever holds them."""
-    return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    return mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def size_of(batch: Any) -> int:
@@ -22,64 +138,40 @@ def size_of(batch: Any) -> int:
     return next((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), 1)
 
 
-def bytes_of(batch: Any) -> int:
-    """Return the memory of a batch's tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(batch))
-
-
-def copied(batch: Any) -> Any:
-    """Return the batch with copies of its tensors."""
-    return _mapped(batch, lambda tensor: tensor.detach().clone())
-
-
-def same(a: Any, b: Any) -> bool:
-    """Return whether two batches are alike in structure, layout and every value; in doubt, no."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, Tensor):
-        looks = [(x.shape, x.dtype, x.device, x.layout) for x in (a, b)]
-        if looks[0] != looks[1] or a.layout != torch.strided:
-            return False
-        return a.stride() == b.stride() and torch.equal(a, b)
-    if isinstance(a, Mapping):
-        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    if is_record(a):
-        return all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
-    return isinstance(a, int | float | str | bytes | None) and bool(a == b)
-
-
-def _mapped(batch: Any, change: Callable[[Tensor], Any]) -> Any:
-    if isinstance(batch, Tensor):
-        return change(batch)
-    if isinstance(batch, Mapping):
-        items = {name: _mapped(item, change) for name, item in batch.items()}
-        return items if type(batch) is dict else _rebuilt(batch, items)
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_mapped(item, change) for item in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(_mapped(item, change) for item in batch)
-    if is_record(batch):
-        fields = {
-            f.name: _mapped(getattr(batch, f.name), change)
-            for f in dataclasses.fields(batch)
-            if f.init
-        }
-        return dataclasses.replace(batch, **fields)
-    return batch
-
-
-def _rebuilt(batch: Any, items: dict[str, Any]) -> Any:
-    try:
-        return type(batch)(items)
-    except TypeError:  # a mapping with a constructor of its own, as defaultdict
-        return items
-
-
 def cut(batch: Any, samples: int, wanted: int) -> Any:
     """Return the first ``wanted`` samples of a batch, or None where it cannot be cut."""
     sizes = {len(tensor) for tensor in tensors_in(batch) if tensor.ndim}
     if sizes != {samples}:
         return None
-    return _mapped(batch, lambda tensor: tensor[:wanted] if tensor.ndim else tensor)
+    return mapped(batch, lambda tensor: tensor[:wanted] if tensor.ndim else tensor)
+
+
+def feed(model: nn.Module, batch: Any) -> Any:
+    """Pass a batch to a model.
+
+    Raises:
+        CalibrationError: If it is of a kind that says nothing about how.
+    """
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        _check_names(model, batch)
+        return model(**batch)
+    if isinstance(batch, list | tuple) and batch:
+        return model(batch[0])
+    if is_record(batch):
+        fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+        _check_names(model, fields)
+        return model(**fields)
+    raise CalibrationError(UNKNOWN.format(kind=type(batch).__name__))
+
+
+def _check_names(model: nn.Module, items: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(model.forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    missing = [name for name in items if name not in parameters]
+    if missing:
+        raise CalibrationError(
+            UNEXPECTED.format(items=list(items), model=type(model).__name__, missing=missing)
+        )

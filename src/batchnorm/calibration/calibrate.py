@@ -11,77 +11,31 @@ it as in training, by the batch at hand: one pass. With ``"population"`` they do
 the very statistics that are looked for; see ``population``.
 """
 
+import functools
 import logging
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import nn
 
-from batchnorm.calibration.choosing import LayersLike, choose
-from batchnorm.calibration.commit import write
-from batchnorm.calibration.feeding import Forward, Source, check_limit, feed, usable_device
+from batchnorm.calibration.batches import Batches, Forward, feed
+from batchnorm.calibration.buffers import Statistics, read, write
+from batchnorm.calibration.layers import LayersLike, choose
+from batchnorm.calibration.measure import measured
+from batchnorm.calibration.options import Options, usable_device
 from batchnorm.calibration.passes import Passes
-from batchnorm.calibration.pool import Pool
 from batchnorm.calibration.population import Population
 from batchnorm.calibration.result import Calibration, LayerStatistics
-from batchnorm.calibration.stage import Stage, Statistics, as_stored, staged
-from batchnorm.calibration.sweep import Sweep
 from batchnorm.collective import Group, Ranks
-from batchnorm.errors import CalibrationError, OptionError
+from batchnorm.errors import CalibrationError
 from batchnorm.models.preserve import preserved
 from batchnorm.models.walk import unwrapped
 from batchnorm.progress import meter
 
-UPSTREAM = ("batch", "population")
-
 FAILED = """\
 the input of layer {layer!r} has NaN or infinite values in {which}, and so would its statistics; \
 the model is unchanged. allow_nan=True takes them as they are"""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to calibrate; ``calibrate`` says what each means."""
-
-    upstream: str = "batch"
-    max_batches: int | None = None
-    max_samples: int | None = None
-    target_error: float | None = None
-    passes: int | None = None
-    cache_bytes: int = 0
-    allow_nan: bool = False
-
-    def check(self) -> None:
-        """Refuse what has no meaning.
-
-        Raises:
-            OptionError: Naming the option.
-        """
-        if self.upstream not in UPSTREAM:
-            raise OptionError(f"expected upstream to be one of {UPSTREAM}, got {self.upstream!r}")
-        for name in ("max_batches", "max_samples", "passes"):
-            check_limit(name, getattr(self, name))
-        target = self.target_error
-        number = isinstance(target, Real) and not isinstance(target, bool)
-        if target is not None and not (number and 0 < target < math.inf):
-            raise OptionError(f"expected target_error to be a positive number, got {target!r}")
-        if self.passes is not None and self.upstream == "batch":
-            raise OptionError(
-                f'passes={self.passes} repeats upstream="population"; with upstream="batch" one '
-                "pass is exact"
-            )
-        whole = isinstance(self.cache_bytes, Integral) and not isinstance(self.cache_bytes, bool)
-        if not (whole and self.cache_bytes >= 0):
-            raise OptionError(f"expected cache_bytes >= 0, an integer, got {self.cache_bytes!r}")
-        if self.cache_bytes and self.upstream == "batch":
-            raise OptionError(
-                f"cache_bytes={self.cache_bytes} keeps what the next pass of upstream="
-                '"population" would compute again; with upstream="batch" there is one pass'
-            )
 
 
 def calibrate(
@@ -148,40 +102,35 @@ def _calibrate(
     chosen, skipped = choose(model, layers)
     ranks.agree("layers to calibrate", [(one.name, one.layer.num_features) for one in chosen])
     ranks.agree("options", options)
-    source = _source(model, data, device, ranks, options)
-    before = {found.name: as_stored(found.layer) for found in chosen}
+    batches = _batches(model, data, device, ranks, options)
+    before = {found.name: read(found.layer) for found in chosen}
     with (
         preserved(model),
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
-        meter("calibrating", source.batches, progress) as tell,
-        staged(model, chosen) as stage,
+        meter("calibrating", batches.number, progress) as tell,
+        measured(model, chosen) as measuring,
     ):
-
-        def sweep(names: list[str]) -> Sweep:
-            pool = Pool({name: stage.layers[name].num_features for name in names})
-            eps = [x for k, n in pool.channels.items() for x in [stage.layers[k].eps] * n]
-            row = torch.tensor(eps, dtype=torch.float64)
-            return Sweep(stage, pool, row, ranks, options.target_error, options.allow_nan, tell)
-
-        work = Passes(stage, source, lambda batch: forward(model, batch), sweep)
+        run = functools.partial(forward, model)
+        passes = Passes(measuring, batches, run, ranks, options, tell)
         if options.upstream == "batch":
-            work.once()
+            passes.once()
+        elif options.passes is None:
+            Population(model, passes).settle()
         else:
-            population = Population(model, work, ranks)
-            population.settle() if options.passes is None else population.repeat(options.passes)
-    result = _result(work, before, skipped, stage, options)
-    write(stage.layers, {n: one.new for n, one in result.layers.items()}, result.accepted)
+            passes.repeat(options.passes)
+    result = _result(passes, before, skipped, options)
+    write(measuring.by_name, {n: one.new for n, one in result.layers.items()}, result.accepted)
     return result
 
 
-def _source(
+def _batches(
     model: nn.Module,
     data: Iterable[Any],
     device: torch.device | str | int | None,
     ranks: Ranks,
     options: Options,
-) -> Source:
+) -> Batches:
     share = options.max_samples
     if share is not None:
         share = share // ranks.size + (ranks.rank < share % ranks.size)
@@ -191,30 +140,29 @@ def _source(
     else:
         place = usable_device(device)
     again = options.upstream == "population" and options.passes != 1
-    return Source(data, options.max_batches, share, place, options.cache_bytes, again)
+    return Batches(data, options.max_batches, share, place, options.cache_bytes, again)
 
 
 def _result(
-    work: Passes,
+    passes: Passes,
     before: Mapping[str, Statistics],
     skipped: Mapping[str, str],
-    stage: Stage,
     options: Options,
 ) -> Calibration:
-    _check(work, options.allow_nan)
+    _check(passes, options.allow_nan)
     layers = {
         name: LayerStatistics(
-            one.moments,
-            one.groups,
+            passes.found[name].moments,
+            passes.found[name].groups,
             before[name],
-            stage.layers[name].eps,
-            work.remaining.get(name, 0.0),
+            layer.eps,
+            passes.remaining.get(name, 0.0),
         )
-        for name, one in ((name, work.found[name]) for name in stage.layers if name in work.found)
+        for name, layer in passes.layers.by_name.items()
+        if name in passes.found
     }
-    unused = {name: "not called" for name in stage.layers if name not in layers}
-    tallies = [result.tally for result in work.results]
-    reached = [result.reached for result in work.results]
+    unused = {name: "not called" for name in passes.names if name not in layers}
+    tallies = [result.tally for result in passes.results]
     rejected = max(tally.rejected for tally in tallies)
     if rejected:
         logging.getLogger("batchnorm").warning(
@@ -231,24 +179,24 @@ def _result(
         rejected,
         options.upstream,
         len(tallies),
-        None if options.target_error is None else all(reached),
+        None if options.target_error is None else all(one.reached for one in passes.results),
     )
 
 
-def _check(work: Passes, allow_nan: bool) -> None:
-    tallies = [result.tally for result in work.results]
+def _check(passes: Passes, allow_nan: bool) -> None:
+    tallies = [result.tally for result in passes.results]
     if not any(tally.batches for tally in tallies):
         raise CalibrationError("expected at least one batch of data, got none")
     for tally in tallies:
         if tally.rejected and tally.rejected == tally.batches:
             which = "each batch" if tally.batches > 1 else "the data"
             raise CalibrationError(FAILED.format(layer=tally.where, which=which))
-    if not work.found:
+    if not passes.found:
         raise CalibrationError(
             "no layer to calibrate was called: the model's forward does not use them, or the data "
             "were all empty; the model is unchanged"
         )
-    for name, one in work.found.items():
+    for name, one in passes.found.items():
         if float(one.moments.count) < 2 and not allow_nan:
             raise CalibrationError(
                 f"layer {name!r} saw {float(one.moments.count):g} values per channel; a variance "

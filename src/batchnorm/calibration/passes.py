@@ -1,25 +1,79 @@
-"""The passes of one calibration, and what they bring."""
+"""The passes over the data, on every process of a job alike, and what they find.
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+Each process reads its own share, of any size. They exchange what they have found when all shares
+are read, and with a target error also in between.
+"""
 
-from batchnorm.calibration.feeding import Source
-from batchnorm.calibration.pool import standard_errors
-from batchnorm.calibration.stage import Part, Stage, Statistics, stored
-from batchnorm.calibration.sweep import Measured, PassResult, Sweep
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from batchnorm.calibration.batches import Batches
+from batchnorm.calibration.buffers import Statistics, read, usable
+from batchnorm.calibration.collect import GROUPS, Collected, relative_error, standard_errors
+from batchnorm.calibration.measure import MeasuredLayers
+from batchnorm.calibration.options import Options
+from batchnorm.collective import Ranks
 from batchnorm.moments import Moments
+from batchnorm.progress import Tell
 
 Run = Callable[[Any], None]
+
+# Batches before a standard error is believed: with fewer it is too uncertain itself.
+FEWEST = 8
+_DONE, _MORE = "done", "more"
+
+
+@dataclass
+class Tally:
+    """What was read.
+
+    Attributes:
+        batches: How many batches.
+        samples: How many samples.
+        rejected: How many batches were left out for values that are not finite.
+        where: The first layer with such values in its input.
+    """
+
+    batches: int = 0
+    samples: int = 0
+    rejected: int = 0
+    where: str | None = None
+
+
+class Measured(NamedTuple):
+    """What was measured for one layer: Moments of everything, and of groups of batches (K, C)."""
+
+    moments: Moments
+    groups: Moments
+
+
+class PassResult(NamedTuple):
+    """What a pass found, of all processes together.
+
+    Attributes:
+        layers: Layer name -> what was measured; without layers that were not called.
+        tally: What was read.
+        reached: Whether the target error was reached; False where there is none.
+    """
+
+    layers: dict[str, Measured]
+    tally: Tally
+    reached: bool
 
 
 class Passes:
     """Reads the data, once or more, and keeps the present estimate of every layer.
 
     Args:
-        stage: The layers.
-        source: The data.
+        layers: The layers.
+        batches: The data.
         run: Passes a batch to the model.
-        sweep: Makes a pass that measures some layers.
+        ranks: The processes.
+        options: The target error, and whether NaN is allowed.
+        tell: Called with the samples of every batch, and what returns the error so far.
 
     Attributes:
         names: Of all layers.
@@ -30,37 +84,48 @@ class Passes:
     """
 
     def __init__(
-        self, stage: Stage, source: Source, run: Run, sweep: Callable[[list[str]], Sweep]
+        self,
+        layers: MeasuredLayers,
+        batches: Batches,
+        run: Run,
+        ranks: Ranks,
+        options: Options,
+        tell: Tell,
     ) -> None:
-        self.stage, self.source, self.run = stage, source, run
-        self._sweep = sweep
-        self.names = list(stage.layers)
-        self.current = {name: stored(layer) for name, layer in stage.layers.items()}
+        self.layers, self.batches, self.run, self.ranks = layers, batches, run, ranks
+        self.options, self.tell = options, tell
+        self.names = list(layers.by_name)
+        self.current = {name: usable(read(layer)) for name, layer in layers.by_name.items()}
         self.found: dict[str, Measured] = {}
         self.remaining: dict[str, float] = {}
         self.results: list[PassResult] = []
 
     def once(self) -> None:
         """Measure all layers, each normalizing by the batch as in training."""
-        part = Part(observed=True, given=None, needs_several=True)
-        self.stage.cast(dict.fromkeys(self.names, part))
-        self.measure(self.names, self.source.round(), self.run)
+        self.layers.configure(self.names)
+        self.measure(self.names, self.batches.round(), self.run)
 
-    def cast(self, observed: frozenset[str]) -> None:
-        """Let all layers normalize by the present estimate, and measure some."""
-        self.stage.cast({n: Part(n in observed, self.current[n]) for n in self.names})
+    def repeat(self, number: int) -> None:
+        """Measure all layers in every pass, each normalizing by the estimate of the pass before."""
+        for _ in range(number):
+            before = dict(self.current)
+            self.layers.configure(self.names, before)
+            self.measure(self.names, self.batches.round(), self.run)
+            self.compare(before)
 
-    def measure(self, names: list[str], batches: Iterator[Any], run: Run) -> None:
+    def measure(self, names: Collection[str], batches: Iterator[Any], run: Run) -> None:
         """Read the data once, and make what is found the present estimate of some layers."""
-        result = self._sweep(names).run(batches, run)
+        result = _Pass(self, names).run(batches, run)
         self.results.append(result)
-        for name in result.layers:
+        for name, one in result.layers.items():
             self.remaining.pop(name, None)
-        self.found |= result.layers
-        self.current |= {name: finished(one.moments) for name, one in result.layers.items()}
+            self.found[name] = one
+            # The variance of a single value is 0.
+            var = one.moments.m2 / max(float(one.moments.count) - 1, 1)
+            self.current[name] = Statistics(one.moments.mean, var)
 
     def compare(self, before: Mapping[str, Statistics]) -> None:
-        """Note by how many standard errors the estimates have moved."""
+        """Note by how many standard errors the last pass has moved the estimates."""
         for name, measured in self.results[-1].layers.items():
             errors = standard_errors(measured.groups)
             steps = [
@@ -71,6 +136,103 @@ class Passes:
             self.remaining[name] = max(moved, default=0.0)
 
 
-def finished(moments: Moments) -> Statistics:
-    """Return mean and unbiased variance; that of a single value is 0."""
-    return Statistics(moments.mean, moments.m2 / max(float(moments.count) - 1, 1))
+class _Pass:
+    """One pass over the data, which measures some layers."""
+
+    def __init__(self, passes: Passes, names: Collection[str]) -> None:
+        layers = {n: layer for n, layer in passes.layers.by_name.items() if n in names}
+        self._collected = Collected({name: one.num_features for name, one in layers.items()})
+        eps = [one.eps for one in layers.values() for _ in range(one.num_features)]
+        self._eps = torch.tensor(eps, dtype=torch.float64)
+        self._ranks, self._tell = passes.ranks, passes.tell
+        self._target, self._allow_nan = passes.options.target_error, passes.options.allow_nan
+        self._tally, self._next = Tally(), FEWEST
+        passes.layers.batch = self._collected.batch
+
+    def run(self, batches: Iterator[tuple[Any, int]], run: Run) -> PassResult:
+        """Run every batch, and return what all processes have found together."""
+        met: bool | None = False
+        for batch, samples in batches:
+            run(batch)
+            self._add(samples)
+            if self._is_due() and self._meet(_MORE):
+                met = True
+                break
+        while met is False:
+            met = self._meet(_DONE)
+        return self._result(bool(met))
+
+    def _add(self, samples: int) -> None:
+        """Add the Moments of the batch that has run, unless a value in them is not finite."""
+        collected, tally = self._collected, self._tally
+        batch = collected.batch
+        batch.fetch()
+        tally.batches += 1
+        if self._allow_nan or batch.is_finite():
+            collected.add()
+            tally.samples += samples
+        else:
+            tally.rejected += 1
+            tally.where = tally.where or batch.first_not_finite()
+            batch.clear()
+        self._tell(samples, lambda: self._error(collected.groups()))
+
+    def _is_due(self) -> bool:
+        if self._target is None or self._tally.batches < self._next:
+            return False
+        self._next += max(1, self._next // 8)
+        return True
+
+    def _meet(self, word: str) -> bool | None:
+        """Exchange a word; return whether the target is reached, None if all processes are done."""
+        words = self._ranks.exchange(word)
+        if self._target is not None:
+            groups = self._groups()
+            error = self._error(groups)
+            used = int((groups.count > 0).any(1).sum())  # type: ignore[union-attr, operator]
+            if error is not None and used >= FEWEST and error <= self._target:
+                return True
+        return None if all(said == _DONE for said in words) else False
+
+    def _error(self, groups: Moments) -> float | None:
+        error = relative_error(groups, self._eps)
+        known = error[~error.isnan()]
+        return float(known.max()) if len(known) else None
+
+    def _groups(self) -> Moments:
+        """Return the groups of all processes, few enough of each to be sent."""
+        ranks = self._ranks
+        most = max(2, GROUPS // ranks.size)
+        groups = self._collected.groups(most)
+        if ranks.size == 1:
+            return groups
+        packed = torch.zeros(3, most, groups.mean.shape[1], dtype=torch.float64)
+        packed[:, : len(groups.mean)] = torch.stack(list(groups))  # type: ignore[arg-type]
+        return Moments(*torch.cat(ranks.gather(packed), dim=1))
+
+    def _result(self, reached: bool) -> PassResult:
+        total = self._ranks.merge(self._collected.total())
+        tallies = self._ranks.exchange(self._tally)
+        tally = Tally(
+            sum(one.batches for one in tallies),
+            sum(one.samples for one in tallies),
+            sum(one.rejected for one in tallies),
+            next((one.where for one in tallies if one.where is not None), None),
+        )
+        return PassResult(self._split(total, self._groups()), tally, reached)
+
+    def _split(self, total: Moments, groups: Moments) -> dict[str, Measured]:
+        """Cut the Moments of all channels into those of the layers that were called."""
+        split = self._collected.split
+        of_all, of_groups = ([split(part) for part in one] for one in (total, groups))  # type: ignore[arg-type]
+        found = {}
+        for name in self._collected.channels:
+            count, mean, m2 = (part[name] for part in of_all)
+            if count.numel() and count[0] > 0:
+                counts, means, m2s = (part[name] for part in of_groups)
+                used = counts[:, 0] > 0
+                found[name] = Measured(
+                    Moments(float(count[0]), mean.clone(), m2.clone()),
+                    Moments(counts[used, :1], means[used], m2s[used]),
+                )
+        return found

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.calibration import report, store
-from batchnorm.calibration.commit import write
-from batchnorm.calibration.pool import GROUPS, Errors, relative_error, standard_errors
-from batchnorm.calibration.stage import Statistics
+from batchnorm.calibration import files, report
+from batchnorm.calibration.buffers import Statistics, write
+from batchnorm.calibration.collect import GROUPS, Errors, relative_error, standard_errors
 from batchnorm.errors import CalibrationError
 from batchnorm.models.walk import unwrapped, walk
 from batchnorm.moments import Moments, merge, merge_runs
@@ -156,7 +155,7 @@ class Calibration:
             MissingExtraError: If it is not installed.
             OSError: If the file cannot be written.
         """
-        store.save(self.to_tensors(), path)
+        files.save(self.to_tensors(), path)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Calibration":
@@ -167,7 +166,7 @@ class Calibration:
             MissingExtraError: If safetensors is not installed.
             OSError: If the file cannot be read.
         """
-        return cls.from_tensors(*store.load(path))
+        return cls.from_tensors(*files.load(path))
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return everything as named tensors, and the rest as plain values."""
@@ -175,8 +174,8 @@ class Calibration:
         for name, found in self.layers.items():
             count = torch.as_tensor(float(found.moments.count), dtype=torch.float64)
             parts: Any = (count, *found.moments[1:], *found.groups, *found.old)
-            tensors |= {f"{name}:{key}": t for key, t in zip(store.KEYS, parts, strict=True)}
-        plain = {key: getattr(self, key) for key in store.PLAIN}
+            tensors |= {f"{name}:{key}": t for key, t in zip(files.KEYS, parts, strict=True)}
+        plain = {key: getattr(self, key) for key in files.PLAIN}
         layers = {name: [found.eps, found.remaining] for name, found in self.layers.items()}
         return tensors, {**plain, "skipped": dict(self.skipped), "layers": layers}
 
@@ -185,10 +184,10 @@ class Calibration:
         """Invert ``to_tensors``."""
         layers = {}
         for name, (eps, remaining) in plain["layers"].items():
-            count, mean, m2, counts, means, m2s, *old = (tensors[f"{name}:{k}"] for k in store.KEYS)
+            count, mean, m2, counts, means, m2s, *old = (tensors[f"{name}:{k}"] for k in files.KEYS)
             moments, groups = Moments(float(count), mean, m2), Moments(counts, means, m2s)
             layers[name] = LayerStatistics(moments, groups, Statistics(*old), eps, remaining)
-        return cls(layers, plain["skipped"], **{key: plain[key] for key in store.PLAIN})
+        return cls(layers, plain["skipped"], **{key: plain[key] for key in files.PLAIN})
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one line of plain numbers per calibrated layer, for tables and plots."""

@@ -44,7 +44,7 @@ def calibrate(
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
 ) -> None:
     """Put exact statistics of use into a checkpoint; torchrun shares the work."""
-    from batchnorm.calibration.job import Job, run
+    from batchnorm.calibration.commands import Job, run
     from batchnorm.calibration.report import tables
 
     options = {
@@ -72,7 +72,7 @@ def merge(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
 ) -> None:
     """Merge calibrations of several machines or days, or average checkpoints."""
-    from batchnorm.calibration.combine import combine
+    from batchnorm.calibration.commands import combine
     from batchnorm.calibration.report import tables
 
     with told_in_one_line():

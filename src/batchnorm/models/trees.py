@@ -1,9 +1,10 @@
 """The tensors in arguments and results of models, which may be nested."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -50,3 +51,54 @@ def tensors_within(value: Any) -> list[Tensor]:
         # Of a mapping or a list too: subclasses have attributes of their own.
         waiting += reversed(list(getattr(one, "__dict__", {}).values()))
     return found
+
+
+def bytes_of(value: Any) -> int:
+    """Return the memory of the tensors in a value."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(value))
+
+
+def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Return the value with each of its tensors replaced by ``change(tensor)``."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        items = {name: mapped(item, change) for name, item in value.items()}
+        return items if type(value) is dict else _rebuilt(value, items)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(mapped(item, change) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(mapped(item, change) for item in value)
+    if is_record(value):
+        fields = {
+            f.name: mapped(getattr(value, f.name), change)
+            for f in dataclasses.fields(value)
+            if f.init
+        }
+        return dataclasses.replace(value, **fields)
+    return value
+
+
+def _rebuilt(value: Any, items: dict[str, Any]) -> Any:
+    try:
+        return type(value)(items)
+    except TypeError:  # a mapping with a constructor of its own, as defaultdict
+        return items
+
+
+def same(a: Any, b: Any) -> bool:
+    """Return whether two values are alike in structure, layout and every value; in doubt, no."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        looks = [(x.shape, x.dtype, x.device, x.layout) for x in (a, b)]
+        if looks[0] != looks[1] or a.layout != torch.strided:
+            return False
+        return a.stride() == b.stride() and torch.equal(a, b)
+    if isinstance(a, Mapping):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if is_record(a):
+        return all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+    return isinstance(a, int | float | str | bytes | None) and bool(a == b)

@@ -1,8 +1,9 @@
-"""``cache_bytes=``: the part of a pass that the pass before has done already.
+"""``cache_bytes=``: results of modules that the next pass would compute again.
 
 A batch is recognized by its contents. Kept is only what drew no random numbers and wrote to no
-buffer; models with hooks, which skipping would silence, are run in full. And each pass runs its
-first batch both ways: if what the layers receive differs in a bit, nothing is kept any more.
+buffer; models with hooks, which would not be called for skipped modules, are run in full. And each
+pass runs its first batch both ways: if what the layers receive differs in a bit, nothing is kept
+any more.
 """
 
 import contextlib
@@ -16,42 +17,42 @@ from typing import Any
 import torch
 from torch import nn
 
-from batchnorm.calibration.batches import bytes_of, copied, same
-from batchnorm.calibration.feeding import Source
-from batchnorm.calibration.recording import Call, Key, Recording
-from batchnorm.calibration.stage import Stage
+from batchnorm.calibration.batches import Batches
+from batchnorm.calibration.measure import MeasuredLayers
+from batchnorm.calibration.recording import Key, ModuleCall, Recording
 from batchnorm.compat.modules import has_forward_hooks, has_global_forward_hooks
 from batchnorm.compat.tensors import version
 from batchnorm.models.inputs import replaced_forward
 from batchnorm.models.preserve import random_state_kept
+from batchnorm.models.trees import bytes_of, mapped, same
 
 
 @dataclass
-class Kept:
+class CachedBatch:
     """A copy of a batch, and the calls to skip when it comes again."""
 
     batch: Any
-    calls: dict[Key, Call]
+    calls: dict[Key, ModuleCall]
     size: int
 
 
-class Segments:
+class ResultCache:
     """Keeps results of modules from one pass to the next, in bounded memory.
 
     Args:
         model: The model.
-        stage: Its layers.
-        source: The data, with the room that they leave.
+        layers: Its layers.
+        batches: The data, with the memory that they leave.
     """
 
-    def __init__(self, model: nn.Module, stage: Stage, source: Source) -> None:
-        self._model, self._stage, self._source = model, stage, source
-        self._room = source.room
+    def __init__(self, model: nn.Module, layers: MeasuredLayers, batches: Batches) -> None:
+        self._model, self._layers, self._batches = model, layers, batches
+        self._budget = batches.budget
         self._constants = [*model.parameters(), *model.buffers()]
         self._devices = sorted({t.device.index or 0 for t in self._constants if t.is_cuda})
         odd = any(tensor.is_inference() for tensor in self._constants)
-        self._on = self._room.left > 0 and not odd and not _has_hooks(model)
-        self._store: dict[int, Kept] = {}
+        self._enabled = self._budget.left > 0 and not odd and not _has_hooks(model)
+        self._store: dict[int, CachedBatch] = {}
         self._settled: frozenset[str] = frozenset()
         self._number, self._checked = 0, False
         self._recording: Recording | None = None
@@ -61,7 +62,7 @@ class Segments:
         """Let every module ask before it runs."""
         pairs = [
             (module, functools.partial(self._forward, module, module.forward))
-            for module in (self._model.modules() if self._on else ())
+            for module in (self._model.modules() if self._enabled else ())
             if not isinstance(module, torch.jit.ScriptModule)
         ]
         try:
@@ -84,13 +85,13 @@ class Segments:
     def run(self, batch: Any, attempt: Callable[[], None]) -> None:
         """Run a batch by ``attempt``, which runs the model, as little of it as need be."""
         number, self._number = self._number, self._number + 1
-        if not self._on or self._source.needs_room:
+        if not self._enabled or self._batches.filling:
             attempt()
             return
         kept = self._store.get(number)
         if kept is None or not same(kept.batch, batch):
             self._forget(number)
-            self._record(number, copied(batch), {}, attempt)
+            self._record(number, mapped(batch, lambda tensor: tensor.detach().clone()), {}, attempt)
         elif self._checked:
             if not self._skips(number, kept, attempt):
                 self._in_full(attempt)
@@ -98,7 +99,7 @@ class Segments:
             with random_state_kept(self._devices):
                 skipped = self._skips(number, kept, attempt)
             found = self._in_full(attempt)
-            self._checked = skipped and same(found, self._stage.row.copies())
+            self._checked = skipped and same(found, self._layers.batch.copies())
             if not self._checked:
                 self._give_up()
 
@@ -106,10 +107,10 @@ class Segments:
         """Return whom to tell of every layer that runs, in place of ``tell``."""
         if self._recording is None:
             return tell
-        self._recording.tell = tell
-        return self._recording.entering
+        self._recording.before_layer = tell
+        return self._recording.enter_layer
 
-    def _skips(self, number: int, kept: Kept, attempt: Callable[[], None]) -> bool:
+    def _skips(self, number: int, kept: CachedBatch, attempt: Callable[[], None]) -> bool:
         """Run a batch without what is kept of it; return whether that went well."""
         try:
             self._record(number, kept.batch, kept.calls, attempt)
@@ -121,21 +122,21 @@ class Segments:
 
     def _in_full(self, attempt: Callable[[], None]) -> dict[str, list[Any]]:
         """Run a batch anew; return what was found before."""
-        found = self._stage.row.copies()
-        self._stage.row.clear()
+        found = self._layers.batch.copies()
+        self._layers.batch.clear()
         attempt()
         return found
 
     def _give_up(self) -> None:
-        self._on = False
+        self._enabled = False
         self.clear()
 
     def _record(
-        self, number: int, batch: Any, known: dict[Key, Call], attempt: Callable[[], None]
+        self, number: int, batch: Any, known: dict[Key, ModuleCall], attempt: Callable[[], None]
     ) -> None:
         """Run a batch, and keep what the next pass may skip."""
         before, keep = self._state(), False
-        recording = self._recording = Recording(known, self._settled, self._room)
+        recording = self._recording = Recording(known, self._settled, self._budget)
         try:
             attempt()
             recording.stop()
@@ -147,8 +148,8 @@ class Segments:
                 self._forget(number)
             elif number in self._store:
                 self._store[number].calls = calls
-            elif self._room.take(size := bytes_of(batch)):
-                self._store[number] = Kept(batch, calls, size)
+            elif self._budget.take(size := bytes_of(batch)):
+                self._store[number] = CachedBatch(batch, calls, size)
             else:
                 self._release(calls)
 
@@ -163,11 +164,11 @@ class Segments:
         kept = self._store.pop(number, None)
         if kept is not None:
             self._release(kept.calls)
-            self._room.left += kept.size
+            self._budget.left += kept.size
 
-    def _release(self, calls: dict[Key, Call]) -> None:
+    def _release(self, calls: dict[Key, ModuleCall]) -> None:
         for call in calls.values():
-            call.release(self._room)
+            call.release(self._budget)
 
     def _state(self) -> list[Any]:
         """Return what a forward pass changes that is not in its result."""

@@ -1,15 +1,20 @@
-"""What a calibration collects: the Moments of all batches, and how far they may be off.
+"""The Moments of one batch and of all batches, of all layers side by side, and their errors.
+
+Kernels write those of one batch straight into one tensor that is used again and again, so that a
+batch costs a few operations however many layers there are. Of all batches the Moments are kept in
+at most 64 groups, from whose scatter the standard errors are estimated.
 
 Legend: ``A`` all channels of all layers, ``K`` groups of batches.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from batchnorm.calibration.row import Row
+from batchnorm.errors import ChannelError
 from batchnorm.moments import Moments, merge, merge_all, merge_runs
 
 # Groups of batches that are told apart for the standard errors; they double in size when full.
@@ -76,35 +81,110 @@ def relative_error(groups: Moments, eps: Tensor) -> Tensor:
     return torch.maximum(errors.mean / spread.sqrt(), errors.var / spread / 2)
 
 
-class Pool:
-    """Collects batches of Moments for a fixed list of layers.
+class BatchMoments:
+    """The Moments of one batch, in every layer.
+
+    Args:
+        channels: Layer name -> number of channels, in order.
+
+    Attributes:
+        counts: Layer name -> values per channel, in the order in which the layers were called.
+        values: mean and m2, float64 on the CPU, (2, A). Those of layers without a count are left
+            over from an earlier batch that was taken.
+        parts: Layer name -> its mean and m2, views of ``values``.
+    """
+
+    def __init__(self, channels: Mapping[str, int]) -> None:
+        self.counts: dict[str, float] = {}
+        self.values = torch.zeros(2, sum(channels.values()), dtype=torch.float64)
+        cut = self.values.split(list(channels.values()), dim=1)
+        self.parts = {name: (part[0], part[1]) for name, part in zip(channels, cut, strict=True)}
+        # Of layers on other devices: copied when all have run, as a copy waits for the device.
+        self._on_device: dict[str, Moments] = {}
+
+    def put(self, name: str, found: Moments) -> None:
+        """Merge the Moments of one call of a layer.
+
+        Raises:
+            ChannelError: If they have another number of channels than the layer.
+        """
+        mean, m2 = self.parts[name]
+        if found.mean.shape != mean.shape:
+            raise ChannelError(
+                f"expected an input with {len(mean)} channels, got one with {len(found.mean)}"
+            )
+        if name in self.counts:
+            before = self._on_device.get(name, Moments(self.counts[name], mean, m2))
+            found = merge(before, found)
+        self.counts[name] = float(found.count)
+        if found.mean.is_cpu:
+            mean.copy_(found.mean)
+            m2.copy_(found.m2)
+        else:
+            self._on_device[name] = found
+
+    def fetch(self) -> None:
+        """Copy what is on other devices."""
+        for name, found in self._on_device.items():
+            for here, there in zip(self.parts[name], found[1:], strict=True):
+                here.copy_(there)
+        self._on_device.clear()
+
+    def is_finite(self) -> bool:
+        """Return whether no layer's input had a NaN or an infinity."""
+        # With a NaN or an infinity anywhere the sum of all is not finite; with huge float64 numbers
+        # neither, hence the second look.
+        return math.isfinite(self.values.sum().item()) or bool(self.values.isfinite().all())
+
+    def first_not_finite(self) -> str | None:
+        """Return the first layer whose input had a NaN or an infinity."""
+        odd = (n for n in self.counts if not all(part.isfinite().all() for part in self.parts[n]))
+        return next(odd, None)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.counts = {}
+        self._on_device.clear()
+        self.values.zero_()
+
+    def copies(self) -> dict[str, list[float | Tensor]]:
+        """Return copies: layer name -> count, mean, m2."""
+        self.fetch()
+        return {n: [count, *map(torch.clone, self.parts[n])] for n, count in self.counts.items()}
+
+
+class Collected:
+    """The Moments of all batches, for a fixed list of layers.
 
     Args:
         channels: Layer name -> number of channels, in order.
 
     Attributes:
         channels: The same.
-        row: Takes the batch at hand.
+        batch: Takes the Moments of the present batch, until ``add``.
     """
 
     def __init__(self, channels: Mapping[str, int]) -> None:
         self.channels = dict(channels)
-        self.row = Row(channels)
+        self.batch = BatchMoments(channels)
         sizes = torch.tensor(list(channels.values()), dtype=torch.int64)
         self._layers = torch.arange(len(sizes)).repeat_interleave(sizes)
+        values = self.batch.values
         # Batches wait, so that many are merged at once.
-        self._waiting = self.row.values.new_empty(_room(self.row), *self.row.values.shape)
+        # A power of two, so that groups are filled by whole lots of waiting batches.
+        fit = min(max(WAITING // max(values.numel(), 1), 1), GROUPS)
+        self._waiting = values.new_empty(1 << fit.bit_length() - 1, *values.shape)
         self._places = self._waiting.unbind()
         self._counts: list[list[float]] = []
-        empty = self.row.values[:0]
+        empty = values[:0]
         self._groups, self._size, self._taken = Moments(empty, empty, empty), 1, 0
 
     def add(self) -> None:
-        """Take what is in the row; layers that it does not mention were not used."""
-        row, number = self.row, len(self._counts)
-        self._places[number].copy_(row.values)
-        self._counts.append([row.counts.get(name, 0.0) for name in row.parts])
-        row.counts = {}
+        """Add ``batch``, and empty it; layers without a count were not called."""
+        batch, number = self.batch, len(self._counts)
+        self._places[number].copy_(batch.values)
+        self._counts.append([batch.counts.get(name, 0.0) for name in batch.parts])
+        batch.counts = {}
         if number + 1 == len(self._places):
             self._groups, self._size = self._grouped()
             self._taken += len(self._counts)
@@ -121,12 +201,12 @@ class Pool:
         """Return the Moments of everything: count, mean, m2, each (A,)."""
         groups = self.groups()
         if not len(groups.mean):
-            return Moments(*(torch.zeros_like(row) for row in (self.row.values[0],) * 3))
+            return Moments(*(torch.zeros_like(self.batch.values[0]) for _ in range(3)))
         return merge_all(groups)
 
-    def split(self, row: Tensor) -> dict[str, Tensor]:
+    def split(self, values: Tensor) -> dict[str, Tensor]:
         """Cut the last axis of a tensor, A, into layers."""
-        parts = row.split(list(self.channels.values()), dim=-1)
+        parts = values.split(list(self.channels.values()), dim=-1)
         return dict(zip(self.channels, parts, strict=True))
 
     def _grouped(self) -> tuple[Moments, int]:
@@ -146,9 +226,3 @@ class Pool:
         while len(groups.mean) > GROUPS:
             groups, size = merge_runs(groups, 2), 2 * size
         return groups, size
-
-
-def _room(row: Row) -> int:
-    """Return how many batches may wait: a power of two, so that groups are filled by them."""
-    fit = WAITING // max(row.values.numel(), 1)
-    return 1 << min(max(fit, 1), GROUPS).bit_length() - 1

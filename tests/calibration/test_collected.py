@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchnorm.calibration import pool
-from batchnorm.calibration.pool import GROUPS, Pool
+from batchnorm.calibration import collect as collecting
+from batchnorm.calibration.collect import GROUPS, Collected
 from batchnorm.moments import Moments, merge_all
 
 CHANNELS = {"a": 3, "b": 1, "c": 2}
@@ -29,13 +29,13 @@ def put(collected, batch):
     for name, values in batch.items():
         if len(values):
             mean = values.mean(0)
-            collected.row.put(name, Moments(len(values), mean, (values - mean).square().sum(0)))
+            collected.batch.put(name, Moments(len(values), mean, (values - mean).square().sum(0)))
     collected.add()
 
 
 def collect(batches, waiting, monkeypatch):
-    monkeypatch.setattr(pool, "WAITING", waiting)
-    collected = Pool(CHANNELS)
+    monkeypatch.setattr(collecting, "WAITING", waiting)
+    collected = Collected(CHANNELS)
     for batch in batches:
         put(collected, batch)
     return collected
@@ -83,7 +83,7 @@ def test_groups_are_runs_of_neighbours_and_all_is_exact(number, seed, waiting, m
 
 
 def test_of_no_batch_there_are_no_groups():
-    empty = Pool(CHANNELS)
+    empty = Collected(CHANNELS)
     assert empty.groups().mean.shape == (0, 6)
     assert not empty.total().count.any()
 
@@ -92,7 +92,7 @@ def test_of_no_batch_there_are_no_groups():
 def test_who_asks_in_between_changes_no_bit(waiting, monkeypatch):
     batches = batches_of(200, seed=1)
     alone = collect(batches, waiting, monkeypatch)
-    asked = Pool(CHANNELS)
+    asked = Collected(CHANNELS)
     for batch in batches:
         put(asked, batch)
         asked.groups()
@@ -112,18 +112,18 @@ def test_equal_parts_leave_no_variance_and_empty_ones_may_hold_anything():
     assert float(found.m2) < 1e-30
 
 
-def test_a_row_that_is_taken_twice_is_one_and_finite_numbers_may_be_huge():
-    collected = Pool(CHANNELS)
+def test_two_calls_in_a_batch_are_merged_and_finite_numbers_may_be_huge():
+    collected = Collected(CHANNELS)
     first, second = torch.randn(5, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     for values in (first, second):
         mean = values.mean(0)
-        collected.row.put("a", Moments(len(values), mean, (values - mean).square().sum(0)))
-    mean, m2 = collected.row.parts["a"]
+        collected.batch.put("a", Moments(len(values), mean, (values - mean).square().sum(0)))
+    mean, m2 = collected.batch.parts["a"]
     both = torch.cat([first, second])
     torch.testing.assert_close(mean, both.mean(0), rtol=1e-14, atol=1e-15)
     torch.testing.assert_close(m2, both.var(0, correction=0) * 9, rtol=1e-13, atol=0)
-    collected.row.values.fill_(1e308)
-    assert collected.row.is_finite()
+    collected.batch.values.fill_(1e308)
+    assert collected.batch.is_finite()
     mean[1] = torch.nan
-    assert not collected.row.is_finite()
-    assert collected.row.where() == "a"
+    assert not collected.batch.is_finite()
+    assert collected.batch.first_not_finite() == "a"
