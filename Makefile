@@ -33,13 +33,13 @@ run: $(READY_RUN)
 test: $(READY)
 	$(PY) -m pytest -m "not slow and not audit and not cuda" -n auto --maxprocesses 4 --dist worksteal $(TESTS)
 
-# By files: the tests of huge tensors are in one, and two of them would not fit into memory.
 test-slow: $(READY)
-	$(PY) -m pytest -m "slow and not cuda" -n auto --maxprocesses 2 --dist loadfile $(TESTS)
+	$(PY) -m pytest -m "slow and not audit and not cuda" -n auto --maxprocesses 2 --dist worksteal $(TESTS)
 
-# Long proofs, which .ci/run leaves out: 36 networks in graphs, step by step.
+# Long proofs, which .ci/run leaves out: networks step by step, millions of values on every route.
+# By files: the tests of huge tensors are in one, and two of them would not fit into memory.
 audit: $(READY)
-	$(PY) -m pytest -m "audit and not cuda" -n auto --maxprocesses 2 --timeout 900 $(TESTS)
+	$(PY) -m pytest -m "audit and not cuda" -n auto --maxprocesses 2 --dist loadfile --timeout 900 $(TESTS)
 
 # The callbacks with the real libraries, which are no requirement of anything else.
 test-integrations: $(READY)
@@ -69,7 +69,7 @@ $(TRITON)/ready: requirements/triton.txt | $(READY)
 	touch $@
 
 coverage: $(READY)
-	$(PY) -m pytest -m "not cuda" --cov --cov-report=term
+	$(PY) -m pytest -m "not audit and not cuda" --cov --cov-report=term
 
 # In two memory regimes: "kept" preloads tcmalloc (Debian: apt install libtcmalloc-minimal4), or else
 # sets glibc's tunables. Networks are measured by benchmarks/networks.py.

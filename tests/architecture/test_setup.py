@@ -37,7 +37,7 @@ def copy(tmp_path):
     return tmp_path
 
 
-@pytest.mark.slow
+@pytest.mark.audit  # .ci/setups does the same with a clone
 def test_make_with_an_interpreter_uses_its_torch_and_builds_the_native_module(copy):
     """The interpreter is that of a virtual environment; pip must not install torch again."""
     folder = copy / "build" / ("venv-" + sys.executable.replace("/", "-"))

@@ -7,19 +7,12 @@ import torch
 
 import batchnorm as bn
 from support.captured import assert_same, compiled, partners
+from support.lanes import lanes
 from support.networks import CAPTURED, NETWORKS, without_dropout
 
 QUICK = {"mlp", "torchvision densenet", "transformers resnet"}
+SLOW = {"torchvision resnet18", "timm mobilenetv3", "segmentation unet"}
 BUILDERS = {name: build for name, (build, *_) in (NETWORKS | CAPTURED).items()}
-
-
-def slow_but(quick, names):
-    """Mark those that are not quick; twenty networks more are for the audit."""
-
-    def mark(name):
-        return pytest.mark.slow if name in NETWORKS else pytest.mark.audit
-
-    return [n if n in quick else pytest.param(n, marks=mark(n)) for n in names]
 
 
 def inputs(name, number, dtype):
@@ -28,7 +21,7 @@ def inputs(name, number, dtype):
 
 
 @pytest.mark.parametrize("convert", [False, True], ids=["as it is", "converted"])
-@pytest.mark.parametrize("name", slow_but(QUICK, BUILDERS))
+@pytest.mark.parametrize("name", lanes(BUILDERS, fast=QUICK, slow=SLOW))
 def test_three_steps_in_float64_equal_eager(name, convert):
     torch.manual_seed(0)
     plain = without_dropout(BUILDERS[name]()).double()
@@ -40,7 +33,9 @@ def test_three_steps_in_float64_equal_eager(name, convert):
         assert sum(one.state == "fused" for one in found.values()) >= NETWORKS[name][1]
 
 
-@pytest.mark.parametrize("name", slow_but({"monai densenet", "timm resnet26d"}, CAPTURED))
+@pytest.mark.parametrize(
+    "name", lanes(CAPTURED, fast=["monai densenet", "timm resnet26d"], slow=SLOW)
+)
 def test_normalizations_activations_and_additions_of_a_network(name):
     build, *expected = CAPTURED[name]
     other = compiled(build(), fullgraph=True)

@@ -11,6 +11,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
+from support.lanes import lanes
 from support.networks import NETWORKS
 from support.saving import chain, check_bits, fused, residual, step
 from support.twins import randomize
@@ -44,9 +45,13 @@ def test_autocast_has_the_same_bits():
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in ("torchvision resnet18", "mlp") else pytest.param(n, marks=pytest.mark.slow)
-             for n in NETWORKS]
-)  # fmt: skip
+    "name",
+    lanes(
+        NETWORKS,
+        fast={"torchvision resnet18", "mlp"},
+        slow={"torchvision mobilenet_v3", "torchvision densenet", "timm dla34"},
+    ),
+)
 def test_networks_of_others_have_the_same_bits(name):
     model = NETWORKS[name][0]()
     size = 32 if name == "mlp" else 64

@@ -16,6 +16,7 @@ _native = pytest.importorskip("batchnorm._native")
 from batchnorm.ops.activations import Activation  # noqa: E402
 from batchnorm.ops.backends import cpu  # noqa: E402
 from batchnorm.ops.call import Epilogue  # noqa: E402
+from support.lanes import lanes  # noqa: E402
 
 U = 2.0**-24
 IDENTITY = Activation("identity", 0.0)
@@ -259,9 +260,11 @@ def test_values_whose_sum_exceeds_float32_have_a_mean():
         assert not m2.isnan().any()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", MILLIONS)
+@pytest.mark.parametrize("simd", lanes(SETS, slow=SETS[:1]), indirect=True)
+@pytest.mark.parametrize("kind", lanes(KINDS, slow=[outlier, drift, narrow]))
+@pytest.mark.parametrize(
+    "layout", lanes(MILLIONS, slow=["rows", "wide rows", "planes", "short planes"])
+)
 def test_millions_of_values(simd, layout, kind):
     rng, shape = np.random.default_rng(6), MILLIONS[layout]
     check(tensor(kind(shape, rng), shape), *affine(shape[1], rng))

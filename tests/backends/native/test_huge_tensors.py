@@ -7,9 +7,9 @@ import torch
 
 from batchnorm.ops.backends.choice import BACKENDS
 from batchnorm.ops.call import Epilogue, ForBackward
+from support.lanes import lanes
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif("cpu" not in BACKENDS, reason="the native module was not built"),
     pytest.mark.skipif(
         os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 7 << 30,
@@ -21,15 +21,19 @@ COUNT = 2**31 + 976
 PLACES = [0, 2**31 - 3, 2**31 + 5, COUNT - 1]  # where the channel of index 0 holds other values
 
 
-@pytest.mark.parametrize(
-    ("shape", "axis"),
-    [((1, 1, COUNT), 1), ((COUNT // 8, 8), 1), ((3, COUNT // 24, 8), 0)],
-    ids=["one plane", "rows", "few planes"],
-)
-def test_beyond_32_bits(shape, axis):
+SHAPES = {
+    "one plane": ((1, 1, COUNT), 1),
+    "rows": ((COUNT // 8, 8), 1),
+    "few planes": ((3, COUNT // 24, 8), 0),
+}
+
+
+@pytest.mark.parametrize("layout", lanes(SHAPES, slow=["rows"]))
+def test_beyond_32_bits(layout):
     from batchnorm.ops.activations import activation
     from batchnorm.ops.backends import cpu
 
+    shape, axis = SHAPES[layout]
     x = torch.empty(COUNT, dtype=torch.bfloat16)
     x.view(-1, 2)[:] = torch.tensor([1.0, -1.0], dtype=torch.bfloat16)
     x[PLACES] = 64.0

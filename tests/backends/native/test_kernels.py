@@ -9,6 +9,7 @@ from batchnorm.ops.activations import Activation  # noqa: E402
 from batchnorm.ops.backends import cpu  # noqa: E402
 from batchnorm.ops.call import Epilogue, ForBackward, Running  # noqa: E402
 from support import oracle  # noqa: E402
+from support.lanes import lanes  # noqa: E402
 
 ACTS = {
     "identity": lambda z, s: z * 1,
@@ -168,7 +169,10 @@ def spoilt():
     _native.spoil(False)
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
+SIMD = ["avx512", "avx2", "baseline"]
+
+
+@pytest.fixture(params=SIMD)
 def simd(request):
     before = _native.simd()
     if not _native.use_simd(request.param):
@@ -295,9 +299,9 @@ LARGE = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("simd", lanes(SIMD, slow=["avx2"]), indirect=True)
 @pytest.mark.parametrize("outlier", [False, True], ids=["plain", "outlier"])
-@pytest.mark.parametrize("ratio", [0.0, 1.0, 1e3, 1e6])
+@pytest.mark.parametrize("ratio", lanes([0.0, 1.0, 1e3, 1e6], slow=[1e6]))
 @pytest.mark.parametrize("layout", LARGE)
 def test_statistics_are_accurate_for_ten_million_values(simd, layout, ratio, outlier):
     x = torch.randn(10_000_000, generator=torch.Generator().manual_seed(3)) + ratio

@@ -1,0 +1,18 @@
+"""Which of many parameters run in which lane: a few always, more in CI, all in the audit."""
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import pytest
+
+
+def lanes(
+    values: Iterable[Any], *, fast: Collection[Any] = (), slow: Collection[Any] = ()
+) -> list[Any]:
+    """Return the values as parameters: those of ``slow`` are marked so, others are for the audit."""
+    return [
+        v
+        if v in fast
+        else pytest.param(v, marks=pytest.mark.slow if v in slow else pytest.mark.audit)
+        for v in values
+    ]
