@@ -30,6 +30,7 @@ UNITS: dict[str, tuple[float, int | None]] = {
     "MB": (1e-6, 0),
     "GB": (1e-9, 2),
     "number": (1, 0),
+    "scientific": (1, -1),  # 2e-08
 }
 OPERATORS: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add,
@@ -121,12 +122,14 @@ def span(values: list[float], unit: str) -> str:
 
 def shown(values: list[float], unit: str) -> str:
     """Return the range of the values with their unit."""
-    after = {"×": "×", "number": ""}.get(unit, f" {unit}")
+    after = {"×": "×", "number": "", "scientific": ""}.get(unit, f" {unit}")
     return span(values, unit) + after
 
 
 def digits(value: float, decimals: int | None) -> str:
-    """Return a number with so many decimals, or with three digits where None is given."""
+    """Return a number with so many decimals, with three digits for None, as 2e-08 for -1."""
+    if decimals == -1:
+        return f"{value:.0e}"
     if decimals is None:
         decimals = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
     return f"{value:,.{decimals}f}".replace(",", " ")

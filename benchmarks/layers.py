@@ -94,7 +94,7 @@ def short_chinese(rows: Rows) -> str:
     ]
     found = ours(rows, SHORT)
     place = "{machine}，{threads} 个线程，torch {torch}，Python {python}，提交 {commit}".format(
-        **where(found)
+        **{name: said.replace(", ", "、") for name, said in where(found).items()}
     )
     names = zip(("默认", "保留"), allocators(found), strict=True)
     place += "".join(f"；{name}：{said.partition(': ')[2]}" for name, said in names)

@@ -22,7 +22,7 @@ LEVELS = [
     {"functional"},
     {"nn"},
     {"models", "environment", "report"},
-    {"graph", "memory", "comparison"},
+    {"graph", "memory"},
     {"calibration", "surgery"},
     {"demo", "benchmark", "integrations"},
     {"cli"},

@@ -12,7 +12,6 @@ Private names, and what happens without them:
 - ``_BatchNorm._check_input_dim``, ``Module._load_from_state_dict``: torch's points to override.
 - ``torch.cuda._sleep``: no public form. Without it timings on a GPU hold the time of launching.
 - ``OptimizedModule._orig_mod``: what ``torch.compile`` was given. No public form.
-- ``Module._compiled_call_impl``: set by ``Module.compile()``. No public form.
 """
 
 from collections.abc import Callable
@@ -58,11 +57,6 @@ def uncompiled(model: nn.Module) -> nn.Module:
     """Return what ``torch.compile`` was given, for what it returned; any other module itself."""
     original = getattr(model, "_orig_mod", None)
     return original if isinstance(original, nn.Module) else model
-
-
-def is_compiled_in_place(model: nn.Module) -> bool:
-    """Return whether ``model.compile()`` was called."""
-    return getattr(model, "_compiled_call_impl", None) is not None
 
 
 def check_input_dim(layer: nn.modules.batchnorm._BatchNorm, x: Tensor) -> None:

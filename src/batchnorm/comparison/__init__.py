@@ -1,1 +1,0 @@
-"""Whether two models compute the same, and two checkpoints hold the same."""
