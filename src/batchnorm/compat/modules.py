@@ -6,11 +6,13 @@ Private names, and what happens without them:
   a small layer less than ``__getattr__``; writing to ``_buffers`` replaces a buffer without the
   checks of the attribute.
 - ``Module._modules``: the table of children, in order.
-- ``Module._forward_hooks``, ``_forward_pre_hooks``, ``_forward_hooks_always_called`` and the global
+- ``Module._forward_hooks``, ``_forward_pre_hooks``, ``_forward_hooks_always_called``,
+  ``_backward_hooks``, ``_backward_pre_hooks`` and the global
   ``_global_forward_hooks``, ``_global_forward_pre_hooks``: no public form tells whether there are
   hooks, and a copied model has hooks without handles.
 - ``_BatchNorm._check_input_dim``, ``Module._load_from_state_dict``: torch's points to override.
 - ``torch.cuda._sleep``: no public form. Without it timings on a GPU hold the time of launching.
+- ``Module._compiled_call_impl``: whether ``module.compile()`` was called. No public form.
 - ``OptimizedModule._orig_mod``: what ``torch.compile`` was given. No public form.
 """
 
@@ -39,6 +41,12 @@ def has_forward_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether hooks run before or after a module's forward or its backward."""
+    backward = module._backward_hooks or module._backward_pre_hooks
+    return bool(backward) or has_forward_hooks(module)
+
+
 def has_global_forward_hooks() -> bool:
     """Return whether hooks run before or after the forward of every module."""
     return bool(_module._global_forward_hooks or _module._global_forward_pre_hooks)
@@ -57,6 +65,11 @@ def uncompiled(model: nn.Module) -> nn.Module:
     """Return what ``torch.compile`` was given, for what it returned; any other module itself."""
     original = getattr(model, "_orig_mod", None)
     return original if isinstance(original, nn.Module) else model
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether a module is what ``torch.compile`` returned, or was compiled in place."""
+    return uncompiled(module) is not module or module._compiled_call_impl is not None
 
 
 def check_input_dim(layer: nn.modules.batchnorm._BatchNorm, x: Tensor) -> None:

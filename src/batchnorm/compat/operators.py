@@ -2,9 +2,9 @@
 
 Private names, and what happens without them:
 
-- ``OpOverload._schema``: which arguments an operator writes to. ``torch.Tag`` has no tag for
-  operators with ``out=``, and none that names the arguments. Without it writes in place could not
-  be told from reads.
+- ``OpOverload._schema``: the names of an operator's arguments, and which it writes to. ``torch.Tag``
+  has no tag for operators with ``out=``, and none that names the arguments. Without it writes in
+  place could not be told from reads.
 - ``torch.utils._python_dispatch.TorchDispatchMode``: sees every operator that runs. No public form.
 """
 
@@ -13,7 +13,20 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 
-__all__ = ["DispatchMode", "written"]
+__all__ = ["DispatchMode", "named", "written"]
+
+
+def named(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of an operator by name, defaults included.
+
+    Of a higher-order operator, which has no schema, the names are numbers.
+    """
+    if not hasattr(func, "_schema"):
+        return {str(i): value for i, value in enumerate(args)} | dict(kwargs)
+    arguments = func._schema.arguments
+    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    given = dict(zip((a.name for a in arguments), args, strict=False))
+    return {**defaults, **given, **kwargs}
 
 
 def written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:

@@ -12,7 +12,8 @@ import functools
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,12 @@ class Value:
     producer: int | None
 
 
+class Ref(NamedTuple):
+    """A tensor among the arguments of an operator, by its number in ``Flow.values``."""
+
+    value: int
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """A call of a module, or of one of ATen's operators.
@@ -64,6 +71,9 @@ class Call:
         outputs: Numbers of the tensors that it returned, and of those it wrote to, after the write.
         writes: Numbers of the arguments that it wrote to, before the write.
         view: Whether an operator only made a view of an argument.
+        arguments: Arguments of an operator by name, defaults included, each tensor as a ``Ref``;
+            empty for a module.
+        tells: Whether a module returned something besides tensors: a number, a string, an object.
     """
 
     number: int
@@ -77,6 +87,12 @@ class Call:
     outputs: tuple[int, ...] = ()
     writes: tuple[int, ...] = ()
     view: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    tells: bool = False
+
+
+# Reads of a tensor's gradient, which come after the pass.
+WATCHED = frozenset({"retain_grad", "register_hook", "register_post_accumulate_grad_hook"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +101,8 @@ class Read:
 
     Attributes:
         how: Such as ``"__bool__"``, ``"item"``, ``"tolist"``, ``"numpy"``, ``"data_ptr"``; also an
-            operator whose result has a size that depends on values, such as ``"nonzero"``.
+            operator whose result has a size that depends on values, such as ``"nonzero"``. Where
+            it is in ``WATCHED``, what is read is the gradient.
         value: Number of the tensor.
         within: Number of the enclosing call of a module; None outside of the model.
         after: Number of calls that had begun before.
@@ -182,6 +199,14 @@ class Flow:
             call = self.calls[number] if call.number == made else call
             found[call.number] = call
         return tuple(found.values())
+
+    def readers(self, value: int) -> tuple[Call, ...]:
+        """Return the operators that read a tensor's memory with these contents, through any view.
+
+        Those that only make views are left out. Among them are calls of modules whose kernels
+        PyTorch does not see.
+        """
+        return tuple(map(self.calls.__getitem__, self._readers.get(self._at(value), ())))
 
     def leaves(self, value: int) -> bool:
         """Return whether a tensor, or a part of it, is returned or still alive after the pass."""

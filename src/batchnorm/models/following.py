@@ -22,14 +22,15 @@ from torch.overrides import TorchFunctionMode
 from batchnorm.compat import operators
 from batchnorm.compat.modes import is_dynamo_loaded, is_recomputing
 from batchnorm.errors import SurgeryError
-from batchnorm.models.flow import Call, Flow, Read, Value
+from batchnorm.models.flow import WATCHED, Call, Flow, Read, Ref, Value
 from batchnorm.models.inputs import Forward, replaced_forward
 from batchnorm.models.preserve import preserved
-from batchnorm.models.trees import tensors_in, tensors_within
+from batchnorm.models.trees import has_others, replaced, tensors_in, tensors_within
 from batchnorm.models.walk import unwrapped, walk
 
 # Functions that give values or memory to Python without a data-dependent operator.
 _READING = {"tolist", "numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage"}
+_READING |= WATCHED
 _PRINTING = {"__repr__", "__format__", "__str__"}
 # Operators that return uninitialized memory.
 _BLANK = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
@@ -215,13 +216,18 @@ class _Book:
             self._within = outer
         made = ("call", number) if leaf else ("outside", None)
         outputs = tuple(self.value(tensor, *made) for tensor in tensors_in(result))
-        self.calls[number] = dataclasses.replace(call, outputs=outputs)
+        tells = has_others(result)
+        self.calls[number] = dataclasses.replace(call, outputs=outputs, tells=tells)
         return result
 
     def operate(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run and record an operator."""
         tensors = list(tensors_in((args, kwargs)))
         inputs = tuple(map(self.value, tensors))
+        numbers = dict(zip(map(id, tensors), inputs, strict=True))
+        arguments = replaced(
+            operators.named(func, args, kwargs), lambda tensor: Ref(numbers[id(tensor)])
+        )
         # In-place changes of shape or strides (``t_``, ``set_``) do not write to memory.
         tags = getattr(func, "tags", ())
         written = (
@@ -255,6 +261,7 @@ class _Book:
                 outputs,
                 writes,
                 view,
+                arguments,
             )
         )
         self._notice_blank(name, given - memories, memories, outputs, view)

@@ -28,6 +28,30 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, field.name))
 
 
+def has_others(value: Any) -> bool:
+    """Return whether a value has anything besides tensors, None, and containers of them."""
+    if value is None or isinstance(value, Tensor):
+        return False
+    if isinstance(value, Mapping):
+        return any(map(has_others, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(has_others, value))
+    if is_record(value):
+        return any(has_others(getattr(value, f.name)) for f in dataclasses.fields(value))
+    return True
+
+
+def replaced(value: Any, new: Callable[[Tensor], Any]) -> Any:
+    """Return nested mappings, lists and tuples with something else for each tensor."""
+    if isinstance(value, Tensor):
+        return new(value)
+    if isinstance(value, Mapping):
+        return {key: replaced(item, new) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [replaced(item, new) for item in value]
+    return value
+
+
 def tensors_within(value: Any) -> list[Tensor]:
     """Return the tensors in a value of any type: also in sets and in attributes of objects.
 

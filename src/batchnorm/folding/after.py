@@ -1,0 +1,66 @@
+"""What stays of a batch normalization that was folded: nothing, or what it did behind the result."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from batchnorm.nn.base import Layer
+from batchnorm.ops.activations import IDENTITY, Activation
+
+
+class Rest(nn.Module):
+    """The residual, drop layer and activation of a batch normalization that was folded.
+
+    Attributes:
+        activation: Applied last; of a layer of this library.
+        contiguous: Whether the result is laid out in order of its axes, as that of the layer was.
+    """
+
+    def __init__(self, activation: Activation, *, contiguous: bool) -> None:
+        super().__init__()
+        self.activation = activation
+        self.contiguous = contiguous
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, mask: None = None) -> Tensor:
+        """Return act(input + residual).
+
+        Args:
+            input: What the folded layers make: the normalized tensor.
+            residual: Added before the activation.
+            mask: None; a layer that is given a mask is not folded.
+        """
+        if mask is not None:
+            raise ValueError("expected no mask: the batch normalization that took one was folded")
+        y = input.contiguous() if self.contiguous else input
+        y = self.activation(y if residual is None else y + residual)
+        for child in self.children():
+            y = child(y)
+        return y
+
+    def extra_repr(self) -> str:
+        """Return what differs from doing nothing."""
+        return "" if self.activation == IDENTITY else f"activation={str(self.activation)!r}"
+
+
+def rest_of(module: nn.Module, *, contiguous: bool) -> nn.Module:
+    """Return a new module that does what a batch normalization does behind its result.
+
+    Children that it has for that stay its children.
+
+    Args:
+        module: The batch normalization.
+        contiguous: Whether its result was laid out in another order than its input.
+    """
+    layer: Any = module
+    children = {name: child for name, child in module.named_children() if name in ("drop", "act")}
+    rest: nn.Module
+    if isinstance(module, Layer) or contiguous:
+        rest = Rest(getattr(layer, "activation", IDENTITY), contiguous=contiguous)
+    elif children:
+        rest = nn.Sequential()
+    else:
+        rest = nn.Identity()
+    for name, child in children.items():
+        rest.add_module(name, child)
+    rest.training = module.training
+    return rest

@@ -1,0 +1,147 @@
+"""Which scale and shift a batch normalization is in use, and why one has none."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.compat.modules import has_hooks
+from batchnorm.models.kinds import kind_of
+from batchnorm.ops.activations import IDENTITY
+
+TRAINING = "it is in training mode, and normalizes by the batch; call model.eval() first"
+BATCH = "it keeps no statistics, and normalizes by the batch in eval mode too"
+HOOKS = "hooks on it would no longer see what it is given or what it makes"
+OWN = "it is a class of its own, and what it computes is not known"
+SCRIPTED = "it is scripted or traced; fold the model before torch.jit sees it"
+META = "its tensors are on the meta device; load or initialize them first"
+LAZY = "it has no parameters yet; run the model once, then fold"
+INFINITE = "its statistics or parameters are not finite"
+SHARDED = "its {name} is a {kind}, not a whole tensor"
+
+# What HuggingFace's models write into the forward of their frozen layers, and say nowhere.
+_USUAL_EPS = 1e-5
+
+
+class Affine(NamedTuple):
+    """y = scale * x + shift for each channel, and what is computed behind it.
+
+    Attributes:
+        scale: weight / sqrt(var + eps), float64.
+        shift: bias - mean * scale, float64.
+        axis: Of the channels.
+        plain: Whether nothing is computed behind it.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    axis: int = 1
+    plain: bool = True
+
+
+def affine(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return scale and shift of a normalization by stored statistics, on the CPU in float64."""
+    scale = (wide(var) + eps).rsqrt()
+    scale = scale if weight is None else scale * wide(weight)
+    shift = -wide(mean) * scale
+    return scale, shift if bias is None else shift + wide(bias)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor's values on the CPU in float64."""
+    return tensor.detach().to("cpu", torch.float64, copy=True)
+
+
+def affine_of(module: nn.Module) -> Affine | str | None:
+    """Return what a module computes as a batch normalization.
+
+    Returns:
+        The map; why it can't be folded; or None where its operators have to be looked at.
+    """
+    kind = kind_of(module)
+    assert kind is not None
+    if kind.family == "scripted":
+        return SCRIPTED
+    if has_hooks(module):
+        return HOOKS
+    if kind.family == "foreign" and not kind.derived:
+        return _frozen_elsewhere(module)
+    layer: Any = module
+    if not kind.frozen and layer.training:
+        return TRAINING
+    if kind.lazy:
+        return LAZY
+    if layer.running_mean is None or layer.running_var is None:
+        return BATCH
+    if "forward" in vars(module) or not (kind.family != "foreign" or _is_torchs(module)):
+        return None
+    return unusable(module) or _read(layer, kind.family)
+
+
+def unusable(module: nn.Module) -> str | None:
+    """Return why the tensors of a module cannot be computed with."""
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, tensor in named.items():
+        if tensor.is_meta:
+            return META
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return SHARDED.format(name=name, kind=type(tensor).__name__)
+    return None
+
+
+def finite(found: Affine) -> Affine | str:
+    """Return a map, or why it cannot be used."""
+    both = torch.cat([found.scale, found.shift])
+    return found if bool(both.isfinite().all()) else INFINITE
+
+
+def _read(layer: Any, family: str) -> Affine | str:
+    # A parametrized weight is computed here.
+    with torch.no_grad():
+        weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+        scale, shift = affine(layer.running_mean, layer.running_var, weight, bias, layer.eps)
+    if family == "ours":
+        plain = layer.activation == IDENTITY and not hasattr(layer, "act")
+        return finite(Affine(scale, shift, layer.axis, plain))
+    return finite(Affine(scale, shift, 1, family != "timm" or _does_nothing(layer)))
+
+
+def _does_nothing(layer: Any) -> bool:
+    return isinstance(layer.act, nn.Identity) and isinstance(layer.drop, nn.Identity)
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    """Return whether a subclass has the forward of torch.nn."""
+    return type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+def _frozen_elsewhere(module: nn.Module) -> Affine | str:
+    """Read a frozen layer of another library, if it proves to be what its name says."""
+    tensors: Mapping[str, Tensor] = dict(module.named_buffers()) | dict(module.named_parameters())
+    if set(tensors) - {"num_batches_tracked"} != {"weight", "bias", "running_mean", "running_var"}:
+        return OWN
+    reason = unusable(module)
+    if reason:
+        return reason
+    eps = float(getattr(module, "eps", _USUAL_EPS))
+    scale, shift = affine(
+        tensors["running_mean"], tensors["running_var"], tensors["weight"], tensors["bias"], eps
+    )
+    # What it computes of some numbers in each channel is compared with that.
+    x = torch.linspace(-2, 3, 7, dtype=torch.float64).view(1, 1, 7, 1)
+    x = x.expand(2, len(scale), 7, 3)
+    expected = x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+    try:
+        with torch.no_grad():
+            given = x.to(tensors["weight"].device, tensors["weight"].dtype)
+            found = wide(module.forward(given))
+    except Exception:  # noqa: BLE001 (whatever another library raises)
+        return OWN
+    error = 8 * torch.finfo(tensors["weight"].dtype).eps
+    bound = error * (x.abs() * scale.abs().view(1, -1, 1, 1) + expected.abs() + 1)
+    same = found.shape == expected.shape and bool(((found - expected).abs() <= bound).all())
+    return finite(Affine(scale, shift)) if same else OWN

@@ -1,0 +1,97 @@
+"""What has become of parameters so far: the maps that were folded into each, in order.
+
+A weight may take several: of the normalization before its layer, and of the one behind. They are
+composed in float64 and applied to the stored values once, at the end.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchnorm.folding.maps import Map
+
+
+class Leaf(NamedTuple):
+    """A tensor that a map can go into.
+
+    Attributes:
+        layer: Name of the module that has it.
+        name: Of the parameter in the module.
+        shape: Sizes.
+        kind: ``"parameter"``; ``"new"`` for a bias that the module is to get; ``"computed"`` for a
+            weight that a parametrization computes, which it takes the place of.
+    """
+
+    layer: str
+    name: str
+    shape: tuple[int, ...]
+    kind: str = "parameter"
+
+    def __str__(self) -> str:
+        return ".".join(filter(None, (self.layer, self.name)))
+
+
+class Affines(NamedTuple):
+    """p -> scale * p + shift, both in a shape that broadcasts to that of p."""
+
+    scale: Tensor
+    shift: Tensor
+
+    @classmethod
+    def of(cls, found: Map) -> "Affines":
+        """Return the numbers of a map, element by element."""
+        return cls(*found.factors())
+
+    def then(self, other: "Affines") -> "Affines":
+        """Return both, this one first."""
+        return Affines(self.scale * other.scale, self.shift * other.scale + other.shift)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor * self.scale + self.shift
+
+    def equals(self, other: "Affines") -> bool:
+        """Return whether both are the same to the last bit."""
+        return all(map(torch.equal, self, other))
+
+
+Changes = Mapping[Leaf, Affines]
+
+
+class Ledger:
+    """The maps that were folded into each leaf.
+
+    Args:
+        stored: Returns the values of a leaf as they are in the model, in float64.
+        dtype: Returns the dtype in which they are stored.
+    """
+
+    def __init__(
+        self, stored: Callable[[Leaf], Tensor], dtype: Callable[[Leaf], torch.dtype]
+    ) -> None:
+        self._stored, self._dtype = stored, dtype
+        self._found: dict[Leaf, Affines] = {}
+
+    def __iter__(self) -> Iterator[Leaf]:
+        return iter(self._found)
+
+    def __contains__(self, leaf: object) -> bool:
+        return leaf in self._found
+
+    def with_changes(self, changes: Changes) -> "Ledger":
+        """Return a ledger that has these, too."""
+        new = Ledger(self._stored, self._dtype)
+        new._found = dict(self._found)  # noqa: SLF001 (its own class)
+        for leaf, one in changes.items():
+            new._found[leaf] = self._found[leaf].then(one) if leaf in self._found else one  # noqa: SLF001
+        return new
+
+    def exact(self, leaf: Leaf) -> Tensor:
+        """Return the values of a leaf by now, in float64."""
+        stored = self._stored(leaf)
+        return self._found[leaf](stored) if leaf in self._found else stored
+
+    def rounded(self, leaf: Leaf) -> Tensor:
+        """Return the values of a leaf in the dtype in which it will be stored."""
+        return self.exact(leaf).to(self._dtype(leaf))

@@ -1,0 +1,168 @@
+"""Operators that multiply by a parameter: where maps come to an end.
+
+    result = x * weight + bias  ->  scale * result + shift = x * (scale * weight) + scale * bias + shift
+    (scale * x + shift) * weight + bias  =  x * (scale * weight) + (bias + shift * weight)
+
+where ``*`` is a convolution or a product of matrices. In a transposed convolution the outputs of a
+group are the second axis of the weight, in any other one the first.
+"""
+
+import torch
+from torch import Tensor
+
+from batchnorm.folding.maps import Map, reduced
+from batchnorm.folding.steps import Current, Demand, Rule, Step
+
+AXIS = "whose {what} are not on the axis that is normalized"
+PADDED = "which pads with zeros, or overlaps at the border, and the shift is none there"
+NOT_ONE = "with alpha or beta other than 1"
+
+
+def _convolution_back(step: Step, out: Map) -> list[list[Demand]]:
+    weight, groups = step.tensor("weight"), step.given["groups"]
+    rank = len(weight.shape)
+    if any(axis != 1 for axis in out.varies_along(rank)):
+        raise step.declined(AXIS.format(what="output channels"))
+    channels = step.output.shape[1]
+    where = out.where.reshape(-1).expand(channels)
+    if step.given["transposed"]:
+        per_group = where.view(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1)
+        on_weight = per_group.reshape(weight.shape[:2])
+    else:
+        on_weight = where.view(-1, 1)
+    scaled = out.without_shift().at(on_weight.reshape(*on_weight.shape, *[1] * (rank - 2)))
+    return [[Demand(weight.number, scaled), *_on_bias(step, "bias", out.at(where))]]
+
+
+def _convolution_forth(step: Step, operand: int, given: Map, current: Current) -> list[Demand]:
+    weight = step.tensor("weight")
+    x, groups, transposed = step.tensor("input"), step.given["groups"], step.given["transposed"]
+    rank = len(weight.shape)
+    if x.number != operand or weight.number == operand:
+        raise step.declined("which takes it as a weight")
+    if any(axis != 1 for axis in given.varies_along(rank)):
+        raise step.declined(AXIS.format(what="input channels"))
+    if given.shifts and (transposed or any(step.given["padding"])):
+        raise step.declined(PADDED)
+    where = given.where.reshape(-1).expand(x.shape[1])
+    if transposed:
+        on_weight = where.view(-1, 1)
+    else:
+        per_group = where.view(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1)
+        on_weight = per_group.reshape(weight.shape[:2])
+    scaled = given.without_shift().at(on_weight.reshape(*on_weight.shape, *[1] * (rank - 2)))
+    demands = [Demand(weight.number, scaled)]
+    if given.shifts:
+        kernel = current(weight.number)
+        added = kernel.flatten(2).sum(2) * given.shift[on_weight]
+        demands += _on_bias(step, "bias", _shift(added.sum(1)))
+    return demands
+
+
+def _matrices_back(step: Step, out: Map) -> list[list[Demand]]:
+    """Rule of ``mm``, ``addmm``, ``bmm`` and ``baddbmm``."""
+    left, right, bias = _operands(step)
+    rank = len(step.output.shape)
+    varies = out.varies_along(rank)
+    where = out.where.reshape((1,) * (rank - out.where.ndim) + tuple(out.where.shape))
+    scaled = out.without_shift()
+    if rank - 2 not in varies:
+        on_right = scaled._replace(where=where)
+        # A bias that a layer is to get has one number for each column.
+        new = out._replace(where=where.reshape(-1)) if varies in ((), (rank - 1,)) else None
+        return [[Demand(right, on_right), *_on_bias(step, bias, out, new)]]
+    if rank - 1 not in varies and step.flow.values[left].origin == "parameter":
+        return [[Demand(left, scaled._replace(where=where)), *_on_bias(step, bias, out)]]
+    raise step.declined(AXIS.format(what="features"))
+
+
+def _matrices_forth(step: Step, operand: int, given: Map, current: Current) -> list[Demand]:
+    left, right, bias = _operands(step)
+    rank = len(step.output.shape)
+    varies = given.varies_along(rank)
+    where = given.where.reshape((1,) * (rank - given.where.ndim) + tuple(given.where.shape))
+    scaled = given.without_shift()
+    if operand == left and right != left and rank - 2 not in varies:
+        demands = [Demand(right, scaled._replace(where=where.transpose(-1, -2)))]
+        if given.shifts:
+            # A shift that is the same for all features is still added for each of them.
+            shift = given.shift[where].expand(*where.shape[:-1], step.flow.values[left].shape[-1])
+            added = shift @ current(right)
+            varied = added.shape[:-1].numel() > 1
+            on_bias = _shift(added.reshape(-1)).at(torch.arange(added.numel()).view(added.shape))
+            demands += _on_bias(step, bias, on_bias, None if varied else _shift(added.reshape(-1)))
+        return demands
+    if operand == right and right != left and rank - 1 not in varies:
+        if given.shifts:
+            shift = given.shift[where].expand(
+                *where.shape[:-2], step.flow.values[right].shape[-2], 1
+            )
+            added = current(left) @ shift
+            on_bias = _shift(added.reshape(-1)).at(torch.arange(added.numel()).view(added.shape))
+            return [
+                Demand(left, scaled._replace(where=where.transpose(-1, -2))),
+                *_on_bias(step, bias, on_bias),
+            ]
+        return [Demand(left, scaled._replace(where=where.transpose(-1, -2)))]
+    raise step.declined(AXIS.format(what="features"))
+
+
+def _operands(step: Step) -> tuple[int, int, str | None]:
+    """Return the numbers of both matrices, and the name of the argument that is added."""
+    given = step.given
+    if "beta" in given:
+        if given["beta"] != 1 or given["alpha"] != 1:
+            raise step.declined(NOT_ONE)
+        first, second = [name for name in given if name in ("mat1", "batch1", "mat2", "batch2")]
+        return step.tensor(first).number, step.tensor(second).number, "self"
+    return step.tensor("self").number, step.tensor("mat2").number, None
+
+
+def _on_bias(step: Step, name: str | None, found: Map, new: Map | None = None) -> list[Demand]:
+    """Return what has to become of the bias.
+
+    Args:
+        step: The call.
+        name: The argument that is the bias; None where the operator has none.
+        found: The map of the result.
+        new: The same for a bias that the layer is to get; ``found`` by default.
+    """
+    bias = step.value(name) if name else None
+    if bias is not None:
+        return [Demand(bias.number, reduced(found, bias.shape, "the bias"))]
+    return [Demand(None, found if new is None else new)]
+
+
+def _shift(shift: Tensor) -> Map:
+    return Map(torch.arange(len(shift)), torch.ones_like(shift), shift)
+
+
+def _normalization_back(step: Step, out: Map) -> list[list[Demand]]:
+    """Rule of a batch normalization that stays: its own weight and bias take the map."""
+    if step.given.get("training", step.given.get("train", False)):
+        raise step.declined("which normalizes by the statistics of the batch")
+    if any(axis != 1 for axis in out.varies_along(len(step.output.shape))):
+        raise step.declined(AXIS.format(what="channels"))
+    weight = step.tensor("weight")
+    where = out.where.reshape(-1).expand(step.output.shape[1])
+    demands = [Demand(weight.number, out.without_shift().at(where))]
+    return [[*demands, *_on_bias(step, "bias", out.at(where))]]
+
+
+_MATRICES = Rule(_matrices_back, _matrices_forth)
+
+NORMALIZATIONS = (
+    "aten.native_batch_norm.default",
+    "aten.cudnn_batch_norm.default",
+    "aten.miopen_batch_norm.default",
+    "aten._native_batch_norm_legit_no_training.default",
+)
+
+LINEAR = {
+    "aten.convolution.default": Rule(_convolution_back, _convolution_forth),
+    "aten.mm.default": _MATRICES,
+    "aten.addmm.default": _MATRICES,
+    "aten.bmm.default": _MATRICES,
+    "aten.baddbmm.default": _MATRICES,
+    **dict.fromkeys(NORMALIZATIONS, Rule(_normalization_back)),
+}

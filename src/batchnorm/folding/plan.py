@@ -1,0 +1,237 @@
+"""Deciding for every batch normalization of a model, before anything is changed."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.compat.modules import tables
+from batchnorm.folding.known import wide
+from batchnorm.folding.ledger import Affines, Changes, Leaf, Ledger
+from batchnorm.folding.maps import Declined
+from batchnorm.folding.proof import ULPS, error_of
+from batchnorm.folding.scene import Instance, Scene
+from batchnorm.folding.walk import Walk
+
+BOTH = "{back}; and not into what follows: {forth}"
+SHARED = "it is called {count} times in one pass"
+DIFFERENT = "what it would be folded into is not the same in all calls"
+ALONE = "{leaf} is also used without it, by {who}"
+WRONG = "folding it was off by {error:.3g} units in the last place, more than {most}"
+RANGE = "{leaf} would not fit into {dtype}"
+NEUTRAL = "the statistics and parameters of its call are used elsewhere, too"
+
+# The classes of torch.nn whose forward is known to add ``bias`` if there is one.
+_TAKES_BIAS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.Linear,
+)  # fmt: skip
+
+
+class Fold(NamedTuple):
+    """One batch normalization that can be folded, and into what.
+
+    Attributes:
+        name: Of the layer.
+        instance: Its first call.
+        changes: Leaf -> how it changes.
+        backward: Whether it goes into what makes its input.
+        error: The largest of its proof, in units in the last place.
+        restrided: Whether its result lay in another order of memory than its input.
+    """
+
+    name: str
+    instance: Instance
+    changes: Changes
+    backward: bool
+    error: float
+    restrided: bool
+
+
+class Plan(NamedTuple):
+    """What can be folded, in order; why the rest can't; and what parameters become."""
+
+    folds: list[Fold]
+    left: dict[str, str]
+    ledger: Ledger
+
+
+class Planner:
+    """Decides layer by layer, in the order in which they are called.
+
+    Args:
+        model: The model.
+        scenes: Passes of it, one for each example.
+        agree: Whether a layer that is called several times may be folded where all calls agree.
+        bias_takers: Names of modules without a bias, which would use one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scenes: Sequence[Scene],
+        *,
+        agree: bool,
+        bias_takers: Mapping[str, Leaf],
+    ) -> None:
+        self._model, self._scenes, self._agree = model, scenes, agree
+        self._bias_takers = bias_takers
+        self._folded: dict[Scene, list[Instance]] = {scene: [] for scene in scenes}
+        self._ledger = Ledger(self._stored, self._dtype)
+
+    def plan(self, names: Sequence[str]) -> Plan:
+        """Decide for some batch normalizations.
+
+        Args:
+            names: In the order in which they are called.
+        """
+        folds, left = [], {}
+        for name in names:
+            calls = [(s, one) for s in self._scenes for one in s.instances if one.name == name]
+            try:
+                folds.append(self._decide(name, calls))
+            except Declined as why:
+                left[name] = str(why)
+        return Plan(folds, left, self._ledger)
+
+    def _decide(self, name: str, calls: Sequence[tuple[Scene, Instance]]) -> Fold:
+        count = max(sum(s is scene for s, _ in calls) for scene in self._scenes)
+        if count > 1 and not self._agree:
+            raise Declined(SHARED.format(count=count))
+        reasons = []
+        for backward in (True, False):
+            try:
+                return self._try(name, calls, backward)
+            except Declined as why:
+                reasons.append(str(why))
+        back, forth = reasons
+        raise Declined(BOTH.format(back=back, forth=forth))
+
+    def _try(
+        self, name: str, calls: Sequence[tuple[Scene, Instance]], backward: bool
+    ) -> Fold:
+        walks = []
+        for scene, one in calls:
+            walk = Walk(scene, self._ledger, self._folded[scene], self._bias_takers)
+            (walk.backward if backward else walk.forward)(one)
+            scene.check_branches(walk.calls)
+            walks.append(walk)
+        changes = walks[0].changes
+        for walk in walks[1:]:
+            same = walk.changes.keys() == changes.keys()
+            if not same or not all(one.equals(walk.changes[leaf]) for leaf, one in changes.items()):
+                raise Declined(DIFFERENT)
+        self._check_uses(calls, walks)
+        if calls[0][1].functional:
+            changes = {**changes, **self._neutral(*calls[0])}
+        then = self._ledger.with_changes(changes)
+        self._check_range(changes, then)
+        error = max(
+            error_of(scene, walk, one, backward, self._ledger, then)
+            for (scene, one), walk in zip(calls, walks, strict=True)
+        )
+        if not error <= ULPS:
+            raise Declined(WRONG.format(error=error, most=ULPS))
+        self._ledger = then
+        for scene, one in calls:
+            self._folded[scene].append(one)
+        return Fold(name, calls[0][1], changes, backward, error, _is_restrided(calls))
+
+    def _check_uses(
+        self, calls: Sequence[tuple[Scene, Instance]], walks: Sequence[Walk]
+    ) -> None:
+        """Raise if what changes is also used where the normalization is not."""
+        reached: defaultdict[Scene, set[int]] = defaultdict(set)
+        for (scene, _), walk in zip(calls, walks, strict=True):
+            reached[scene] |= walk.calls
+        for scene in self._scenes:
+            for leaf in walks[0].changes:
+                if leaf.kind == "parameter":
+                    base = scene.flow.parameters[str(leaf)]
+                    users = [call.number for call in scene.flow.readers(base)]
+                else:
+                    users = [call.number for call in scene.flow.calls_of(leaf.layer)]
+                for user in users:
+                    if not any(scene.is_within(one, user) for one in reached[scene]):
+                        raise Declined(ALONE.format(leaf=leaf, who=scene.who(user)))
+
+    def _check_range(self, changes: Changes, then: Ledger) -> None:
+        for leaf in changes:
+            rounded = then.rounded(leaf)
+            if not bool(rounded.isfinite().all()):
+                raise Declined(RANGE.format(leaf=leaf, dtype=rounded.dtype))
+
+    def _neutral(self, scene: Scene, one: Instance) -> dict[Leaf, Affines]:
+        """Return what makes a call of ``F.batch_norm`` return its input, to the last bit.
+
+        Mean 0 and weight 1, bias 0, and a variance to which eps adds up to 1.
+        """
+        flow = scene.flow
+        given = flow.calls[one.call].arguments
+        eps = float(given.get("eps", given.get("epsilon", 0.0)))
+        become = {"running_mean": 0.0, "running_var": 1.0 - eps, "weight": 1.0, "bias": 0.0}
+        changes = {}
+        for argument, number in become.items():
+            if given.get(argument) is None:
+                continue
+            value = flow.values[given[argument].value]
+            for each in self._scenes:
+                base = each.flow.parameters.get(value.names[0])
+                if base is None or any(
+                    call.number not in {i.call for i in each.instances if i.name == one.name}
+                    for call in each.flow.readers(base)
+                ):
+                    raise Declined(NEUTRAL)
+            layer, _, name = value.names[0].rpartition(".")
+            leaf = Leaf(layer, name, value.shape)
+            zero = torch.zeros(value.shape, dtype=torch.float64)
+            changes[leaf] = Affines(zero, zero + number)
+        return changes
+
+    def _stored(self, leaf: Leaf) -> Tensor:
+        if leaf.kind == "new":
+            return torch.zeros(leaf.shape, dtype=torch.float64)
+        with torch.no_grad():
+            return wide(getattr(self._model.get_submodule(leaf.layer), leaf.name))
+
+    def _dtype(self, leaf: Leaf) -> torch.dtype:
+        module = self._model.get_submodule(leaf.layer)
+        name = "weight" if leaf.kind == "new" else leaf.name
+        found: torch.dtype = getattr(module, name).dtype
+        return found
+
+
+def bias_takers(model: nn.Module) -> dict[str, Leaf]:
+    """Return the layers without a bias whose forward is torch's, which adds one if it is there."""
+    found = {}
+    for name, module in model.named_modules():
+        known = any(type(module).forward is cls.forward for cls in _TAKES_BIAS)
+        if known and "forward" not in vars(module) and lacks_bias(module):
+            found[name] = new_bias(name, module)
+    return found
+
+
+def lacks_bias(module: nn.Module) -> bool:
+    """Return whether a layer is a convolution or a linear one without a bias."""
+    parameters = tables(module)[0]
+    return isinstance(module, _TAKES_BIAS) and parameters.get("bias", 0) is None
+
+
+def new_bias(name: str, module: nn.Module) -> Leaf:
+    """Return the bias that a layer could have."""
+    channels = getattr(module, "out_channels", None) or module.out_features
+    return Leaf(name, "bias", (int(channels),), "new")  # type: ignore[arg-type]
+
+
+def _is_restrided(calls: Sequence[tuple[Scene, Instance]]) -> bool:
+    """Return whether something views the result in a way that its input could not be viewed."""
+    for scene, one in calls:
+        x, y = scene.flow.values[one.x], scene.flow.values[one.y]
+        if x.stride != y.stride and any(
+            call.view and call.api in ("view", "view_as") for call in scene.flow.calls
+            if any(scene.flow.values[v].memory == y.memory for v in call.inputs)
+        ):
+            return True
+    return False
