@@ -24,6 +24,7 @@ LEVELS = [
     {"models", "environment", "report"},
     {"graph", "memory"},
     {"calibration", "surgery"},
+    {"folding"},
     {"demo", "benchmark", "integrations"},
     {"cli"},
 ]

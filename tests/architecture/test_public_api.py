@@ -28,6 +28,8 @@ NAMES = [
     "Synced",
     "calibrate",
     "convert",
+    "fold",
+    "Folded",
     "edits",
     "env",
     "forget",

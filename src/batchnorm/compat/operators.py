@@ -2,7 +2,7 @@
 
 Private names, and what happens without them:
 
-- ``OpOverload._schema``: the names of an operator's arguments, and which it writes to. ``torch.Tag``
+- ``OpOverload._schema``: the names of an operator's arguments, and which it writes to. ``Tag``
   has no tag for operators with ``out=``, and none that names the arguments. Without it writes in
   place could not be told from reads.
 - ``torch.utils._python_dispatch.TorchDispatchMode``: sees every operator that runs. No public form.

@@ -1,4 +1,4 @@
-"""What stays of a batch normalization that was folded: nothing, or what it did behind the result."""
+"""What stays of a folded batch normalization: nothing, or what it did behind its result."""
 
 from typing import Any
 

@@ -104,9 +104,9 @@ def grouped(folds: Sequence[Fold]) -> list[Group]:
         groups.append([one for g in meeting for one in g] + [fold])
     found = []
     for group in groups:
-        leaves = tuple(dict.fromkeys(leaf for fold in group for leaf in fold.changes))
-        names = [*(fold.name for fold in group), *(leaf.layer for leaf in leaves)]
-        found.append(Group(_common(names), tuple(group), leaves))
+        every = tuple(dict.fromkeys(leaf for fold in group for leaf in fold.changes))
+        names = [*(fold.name for fold in group), *(leaf.layer for leaf in every)]
+        found.append(Group(_common(names), tuple(group), every))
     return found
 
 

@@ -48,7 +48,7 @@ class Affines(NamedTuple):
         """Return both, this one first."""
         return Affines(self.scale * other.scale, self.shift * other.scale + other.shift)
 
-    def __call__(self, tensor: Tensor) -> Tensor:
+    def __call__(self, tensor: Tensor) -> Tensor:  # noqa: D102
         return tensor * self.scale + self.shift
 
     def equals(self, other: "Affines") -> bool:
@@ -82,9 +82,9 @@ class Ledger:
     def with_changes(self, changes: Changes) -> "Ledger":
         """Return a ledger that has these, too."""
         new = Ledger(self._stored, self._dtype)
-        new._found = dict(self._found)  # noqa: SLF001 (its own class)
+        new._found = dict(self._found)
         for leaf, one in changes.items():
-            new._found[leaf] = self._found[leaf].then(one) if leaf in self._found else one  # noqa: SLF001
+            new._found[leaf] = self._found[leaf].then(one) if leaf in self._found else one
         return new
 
     def exact(self, leaf: Leaf) -> Tensor:

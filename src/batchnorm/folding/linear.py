@@ -1,6 +1,6 @@
 """Operators that multiply by a parameter: where maps come to an end.
 
-    result = x * weight + bias  ->  scale * result + shift = x * (scale * weight) + scale * bias + shift
+    scale * (x * weight + bias) + shift  =  x * (scale * weight) + (scale * bias + shift)
     (scale * x + shift) * weight + bias  =  x * (scale * weight) + (bias + shift * weight)
 
 where ``*`` is a convolution or a product of matrices. In a transposed convolution the outputs of a

@@ -39,7 +39,9 @@ def rewire(
         A function that gives it its groups and its memory back.
     """
     groups: list[list[nn.Parameter]] = [list(group["params"]) for group in optimizer.param_groups]
-    forgotten = {one: optimizer.state.pop(one) for one in (*gone, *changed) if one in optimizer.state}
+    forgotten = {
+        one: optimizer.state.pop(one) for one in (*gone, *changed) if one in optimizer.state
+    }
     leaving = set(map(id, gone))
     for group, before in zip(optimizer.param_groups, groups, strict=True):
         members = set(map(id, before))

@@ -104,14 +104,12 @@ class Planner:
         for backward in (True, False):
             try:
                 return self._try(name, calls, backward)
-            except Declined as why:
+            except Declined as why:  # noqa: PERF203 (two at most)
                 reasons.append(str(why))
         back, forth = reasons
         raise Declined(BOTH.format(back=back, forth=forth))
 
-    def _try(
-        self, name: str, calls: Sequence[tuple[Scene, Instance]], backward: bool
-    ) -> Fold:
+    def _try(self, name: str, calls: Sequence[tuple[Scene, Instance]], backward: bool) -> Fold:
         walks = []
         for scene, one in calls:
             walk = Walk(scene, self._ledger, self._folded[scene], self._bias_takers)
@@ -139,9 +137,7 @@ class Planner:
             self._folded[scene].append(one)
         return Fold(name, calls[0][1], changes, backward, error, _is_restrided(calls))
 
-    def _check_uses(
-        self, calls: Sequence[tuple[Scene, Instance]], walks: Sequence[Walk]
-    ) -> None:
+    def _check_uses(self, calls: Sequence[tuple[Scene, Instance]], walks: Sequence[Walk]) -> None:
         """Raise if what changes is also used where the normalization is not."""
         reached: defaultdict[Scene, set[int]] = defaultdict(set)
         for (scene, _), walk in zip(calls, walks, strict=True):
@@ -207,6 +203,8 @@ def bias_takers(model: nn.Module) -> dict[str, Leaf]:
     """Return the layers without a bias whose forward is torch's, which adds one if it is there."""
     found = {}
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         known = any(type(module).forward is cls.forward for cls in _TAKES_BIAS)
         if known and "forward" not in vars(module) and lacks_bias(module):
             found[name] = new_bias(name, module)
@@ -230,7 +228,8 @@ def _is_restrided(calls: Sequence[tuple[Scene, Instance]]) -> bool:
     for scene, one in calls:
         x, y = scene.flow.values[one.x], scene.flow.values[one.y]
         if x.stride != y.stride and any(
-            call.view and call.api in ("view", "view_as") for call in scene.flow.calls
+            call.view and call.api in ("view", "view_as")
+            for call in scene.flow.calls
             if any(scene.flow.values[v].memory == y.memory for v in call.inputs)
         ):
             return True

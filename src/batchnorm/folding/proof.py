@@ -44,7 +44,9 @@ def error_of(
     noise = _Noise(scene)
     as_it_was = _Replay(scene, walk, before.exact, noise, set(before))
     as_it_will_be = _Replay(scene, walk, then.rounded, noise, set(then))
-    sizes = _Replay(scene, walk, lambda leaf: then.rounded(leaf).abs(), noise, set(then), sizes=True)
+    sizes = _Replay(
+        scene, walk, lambda leaf: then.rounded(leaf).abs(), noise, set(then), sizes=True
+    )
     if backward:
         expected = scale * as_it_was.value(one.x) + shift
         got, size = as_it_will_be.value(one.x), sizes.value(one.x)

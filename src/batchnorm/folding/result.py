@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from batchnorm.models.edits import Edits, undo
+from batchnorm.models.edits import Edits, edits, undo
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -50,9 +50,10 @@ class Report:
         lines = [f"{len(self.folded)} batch normalizations folded, {len(self.left)} left"]
         lines += [f"  {name or '(the model)'}: left: {why}" for name, why in self.left.items()]
         if self.folded:
+            single = f"single folds within {self.worst:.2g} of 16 units in the last place"
+            whole = f"outputs within {self.gap:.2g} of what is allowed"
             lines += [
-                f"{self.paths}: single folds within {self.worst:.2g} of 16 units in the last place,"
-                f" outputs within {self.gap:.2g} of what is allowed",
+                f"{self.paths}: {single}, {whole}",
                 f"error against float64: {self.error_before:.2e} unfolded, {self.error:.2e} folded",
                 f"unfold keeps {self.kept:,} bytes; bn.forget(model) drops them",
             ]
@@ -101,7 +102,7 @@ class Folded(Generic[Model]):
             SurgeryError: As ``bn.undo`` does: if folded parameters were trained since, if a later
                 edit stands on a fold, or if what undo kept was dropped.
         """
-        if self.edits.changed:
+        if any(edit.verb == "fold" for edit in edits(self.model)):
             undo(self.model, "fold", force=force)
             if self._restore is not None:
                 self._restore()

@@ -1,13 +1,14 @@
-"""One pass of a model as a fold sees it: its normalizations, its hooks, what Python decided in it."""
+"""One pass of a model as a fold sees it: normalizations, hooks, what Python decided in it."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from batchnorm.compat.modules import has_global_forward_hooks, has_hooks
-from batchnorm.folding.known import Affine, affine, affine_of, finite, wide
+from batchnorm.folding.known import SCRIPTED, Affine, affine, affine_of, finite, wide
 from batchnorm.folding.linear import NORMALIZATIONS
 from batchnorm.folding.maps import Declined
 from batchnorm.models.flow import WATCHED, Call, Flow, Ref
@@ -65,7 +66,7 @@ class Scene:
 
     def __init__(self, model: nn.Module, flow: Flow, *, covers: bool) -> None:
         self.flow = flow
-        self._modules = {name: model.get_submodule(name) for name in set(flow.names.values())}
+        self._modules: dict[str, nn.Module] = dict(model.named_modules())
         self._tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         self._tensors |= dict(model.named_buffers(remove_duplicate=False))
         self.left: dict[str, str] = {}
@@ -188,6 +189,8 @@ class Scene:
             eps = float(given.get("eps", given.get("epsilon", 0.0)))
             found = finite(Affine(*affine(mean, var, weight, bias, eps)))
             owner = str(names["running_mean"]).rpartition(".")[0]
+            if isinstance(self._modules[self.flow.names[owner]], torch.jit.ScriptModule):
+                found = SCRIPTED
             if isinstance(found, str):
                 self.left[owner] = found
                 continue
@@ -245,4 +248,3 @@ class Scene:
 
 
 _STATISTICS = ("running_mean", "running_var")
-

@@ -60,7 +60,7 @@ class Step(NamedTuple):
     def what(self) -> str:
         """What it is called, for a reason: the function of the API, or the operator."""
         api = self.call.api
-        named = api and not api.startswith("__") and api not in ("_conv_forward",)
+        named = api and not api.startswith("__") and api != "_conv_forward"
         return api if named else self.call.name.removeprefix("aten.").partition(".")[0]
 
     def declined(self, why: str) -> Declined:

@@ -1,8 +1,8 @@
 """Operators through which a map moves: they keep elements apart, average them or add them.
 
-    scale * (a + b) + shift = (scale * a + shift) + scale * b
-    scale * mean(v) + shift = mean(scale * v + shift)        if the weights of the mean sum to 1
-    scale * max(v) + shift  = max(scale * v + shift)         if scale > 0
+scale * (a + b) + shift = (scale * a + shift) + scale * b
+scale * mean(v) + shift = mean(scale * v + shift)        if the weights of the mean sum to 1
+scale * max(v) + shift  = max(scale * v + shift)         if scale > 0
 """
 
 from collections.abc import Mapping, Sequence
@@ -176,6 +176,25 @@ def _sum_forth(step: Step, operand: int, given: Map, current: Current) -> Map:  
     return given._replace(shift=given.shift + (1 - given.scale) * added)
 
 
+def _number_less_back(step: Step, out: Map) -> list[list[Demand]]:
+    """Rule of ``number - alpha * tensor``."""
+    number, alpha = float(step.given["other"]), float(step.given["alpha"])
+    if not alpha:
+        raise step.declined(NUMBER)
+    shift = ((1 - out.scale) * number - out.shift) / alpha
+    return [[Demand(step.tensor("self").number, out._replace(shift=shift))]]
+
+
+def _number_less_forth(step: Step, operand: int, given: Map, current: Current) -> Map:  # noqa: ARG001
+    number, alpha = float(step.given["other"]), float(step.given["alpha"])
+    return given._replace(shift=(1 - given.scale) * number - alpha * given.shift)
+
+
+def _number_less_bound(step: Step, operands: Mapping[int, Tensor]) -> Tensor:
+    number, alpha = float(step.given["other"]), float(step.given["alpha"])
+    return abs(number) + abs(alpha) * operands[step.tensor("self").number]
+
+
 def _sum_bound(step: Step, operands: Mapping[int, Tensor]) -> Tensor:
     a, b = step.tensor("self"), step.value("other")
     other = abs(float(step.given["other"])) if b is None else operands[b.number]
@@ -252,7 +271,7 @@ THROUGH = {
 }
 THROUGH = {f"aten.{name}.default": rule for name, rule in THROUGH.items()} | {
     "aten.mean.dim": _MEAN,
-    "aten.flip.default": _MOVED,
+    "aten.rsub.Scalar": Rule(_number_less_back, _number_less_forth, bound=_number_less_bound),
     **dict.fromkeys(
         (f"aten.{name}{at}.{kind}" for name in ("add", "sub") for at in ("", "_")
          for kind in ("Tensor", "Scalar")),

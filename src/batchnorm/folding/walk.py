@@ -30,6 +30,7 @@ FROZEN_DTYPE = "{leaf} is {dtype}, and no floating-point tensor"
 AGAIN = "{leaf} would have to be scaled twice"
 NEW_BIAS = "{layer} ({kind}) has no bias that the shift could go into"
 BEHIND = "the activation or the addition of {name} stands between"
+SCRIPTED = "{leaf} belongs to a scripted module"
 ROWS = "the bias of {layer} is not one number for each channel that is normalized"
 ACTIVATED = "it has an activation, a drop layer or an addition of its own behind it"
 NOWHERE = "its result is read by nothing that a scale could go into"
@@ -207,6 +208,8 @@ class Walk:
             raise Declined(PARTLY.format(who=str(leaf)))
         if not getattr(torch, one.dtype.removeprefix("torch.")).is_floating_point:
             raise Declined(FROZEN_DTYPE.format(leaf=leaf, dtype=one.dtype))
+        if isinstance(self._scene.module(self._first(str(leaf))), torch.jit.ScriptModule):
+            raise Declined(SCRIPTED.format(leaf=leaf))
         count = len(self._flow.users(str(leaf)))
         if count > 1 or len(self._flow.readers(base.number)) > 1:
             raise Declined(SHARED.format(leaf=leaf, count=max(count, 2)))

@@ -124,9 +124,7 @@ def _largest(tensor: Tensor) -> float:
 
 def _run(model: nn.Module, example: Example) -> list[Tensor]:
     stance = (
-        torch.compiler.set_stance("force_eager")
-        if is_dynamo_loaded()
-        else contextlib.nullcontext()
+        torch.compiler.set_stance("force_eager") if is_dynamo_loaded() else contextlib.nullcontext()
     )
     with preserved(model), stance, torch.no_grad():
         result = model(*example.args, **example.kwargs)
