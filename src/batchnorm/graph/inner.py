@@ -56,7 +56,7 @@ def traceable(
         return act(y if residual is None else y + residual)
     given = (x, weight, bias, residual)
     if _is_small(x):
-        y, mean, var = small.Forward.apply(*given, act, eps, 1)
+        y, mean, var = small.SmallForward.apply(*given, act, eps, 1)
     else:
         y, stats = operations.forward(*given, *act, eps, 1)
         mean, var = stats[0], stats[1]

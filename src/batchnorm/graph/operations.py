@@ -109,7 +109,7 @@ def backward(
     return like(x, dx), wanted(x, dresidual, dy), sum_dz, sum_dz_xhat
 
 
-class Forward(torch.autograd.Function):
+class ForwardFunction(torch.autograd.Function):
     """Autograd formula of ``batchnorm::forward``."""
 
     @staticmethod
@@ -140,7 +140,7 @@ class Forward(torch.autograd.Function):
 
 def _differentiable(*inputs: Any) -> tuple[Tensor, Tensor]:
     wants = any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
-    take = Forward.apply if wants and torch.is_grad_enabled() else forward_alone
+    take = ForwardFunction.apply if wants and torch.is_grad_enabled() else forward_alone
     return take(*inputs)  # type: ignore[no-any-return]
 
 

@@ -17,7 +17,7 @@ from batchnorm.ops.autograd.eager import dtype_of, to_parameters
 from batchnorm.ops.backends import reference
 
 
-class Forward(torch.autograd.Function):
+class SmallForward(torch.autograd.Function):
     """``reference.forward`` and its gradient; the partitioner decides what a graph saves of it."""
 
     @staticmethod

@@ -47,7 +47,7 @@ class Kept:
         return self.tensor
 
 
-class Source:
+class Recomputable:
     """How to recompute an output.
 
     The recomputed tensor is cached until all saved references to it have been unpacked.
@@ -94,7 +94,7 @@ class Source:
         return y
 
 
-class Recipe(Source):
+class Recipe(Recomputable):
     """act(normalize(x) + residual), where x and the residual are kept or have recipes too.
 
     Weight and bias are the copies in ``stats``, so later writes to the parameters do not matter. In
@@ -108,8 +108,8 @@ class Recipe(Source):
     ) -> None:
         super().__init__(0)
         self.backend, self.stats, self.act, self.axis = backend, stats, epilogue.act, axis
-        self.x = source(x)
-        self.residual = None if epilogue.residual is None else source(epilogue.residual)
+        self.x = origin_of(x)
+        self.residual = None if epilogue.residual is None else origin_of(epilogue.residual)
 
     def make(self) -> Tensor:
         """Normalize as forward did."""
@@ -125,12 +125,12 @@ class Recipe(Source):
         return [*tensors, self.stats]
 
 
-class Rectified(Source):
+class Rectified(Recomputable):
     """``relu_`` of an output with a recipe, as a separate operation."""
 
     __slots__ = ("parent",)
 
-    def __init__(self, parent: Source, version: int) -> None:
+    def __init__(self, parent: Recomputable, version: int) -> None:
         super().__init__(version)
         self.parent = parent
 
@@ -143,7 +143,7 @@ class Rectified(Source):
         return self.parent.kept()
 
 
-class Recording:
+class RecordingBackend:
     """Wraps a backend: registers a recipe for the output of ``forward`` and ``normalize``."""
 
     def __init__(self, backend: Backend) -> None:
@@ -180,11 +180,11 @@ class Recording:
         return wanted and y.nbytes >= SMALLEST_BYTES and y is not epilogue.residual
 
 
-def recipe_of(tensor: Tensor) -> Source | None:
+def recipe_of(tensor: Tensor) -> Recomputable | None:
     """Return the recipe of a tensor or of its base, if the tensor was not changed since."""
     origin = base(tensor)
     made = tensor if origin is None else origin
-    recipe: Source | None = _RECIPES.get(made)
+    recipe: Recomputable | None = _RECIPES.get(made)
     if recipe is None or made.data_ptr() != recipe.pointer:  # y.data = z changes no version
         return None
     if tensor.dtype != made.dtype or tensor.is_conj() or tensor.is_neg():
@@ -195,14 +195,14 @@ def recipe_of(tensor: Tensor) -> Source | None:
     return recipe if version(made) == recipe.version else None
 
 
-def give(tensor: Tensor, recipe: Source) -> None:
+def give(tensor: Tensor, recipe: Recomputable) -> None:
     """Register the recipe of a tensor."""
     recipe.version = version(tensor)
     recipe.pointer = tensor.data_ptr()
     _RECIPES[tensor] = recipe
 
 
-def source(tensor: Tensor) -> Kept | Source:
+def origin_of(tensor: Tensor) -> Kept | Recomputable:
     """Return an input of a recipe: its own recipe if it has one, else the kept tensor."""
     recipe = recipe_of(tensor) if base(tensor) is None else None
     return Kept(tensor) if recipe is None else recipe

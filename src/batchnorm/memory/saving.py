@@ -14,7 +14,7 @@ from batchnorm.compat.autograd import saved_tensor_hooks
 from batchnorm.compat.modes import is_calm, is_dynamo_loaded
 from batchnorm.compat.tensors import base
 from batchnorm.errors import SurgeryError
-from batchnorm.memory.recipe import Kept, Recording, Source, recipe_of
+from batchnorm.memory.recipe import Kept, Recomputable, RecordingBackend, recipe_of
 from batchnorm.ops.backends import choice
 
 _here = threading.local()
@@ -31,7 +31,7 @@ statement, which then has a report of its own"""
 class Handle(NamedTuple):
     """A saved reference to a recipe's output, or to a view of it."""
 
-    recipe: Source
+    recipe: Recomputable
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
@@ -65,7 +65,7 @@ class Saved:
         self._seen[which][weak.cdata] = weak
         return storage.nbytes()
 
-    def note(self, tensor: Tensor, recipe: Source | None) -> None:
+    def note(self, tensor: Tensor, recipe: Recomputable | None) -> None:
         """Count a tensor that is about to be saved, unless it is a parameter."""
         if isinstance(base(tensor), Parameter):
             return
@@ -163,7 +163,7 @@ def _is_checkpointing(hooks: tuple[Any, Any]) -> bool:
 def _record(chosen: Any) -> Any:
     """Return the backend, wrapped in a block if grad mode is on."""
     if getattr(_here, "depth", 0) and torch.is_grad_enabled():
-        return Recording(chosen)
+        return RecordingBackend(chosen)
     return chosen
 
 

@@ -33,7 +33,7 @@ class Step(NamedTuple):
 
     name: str
     layer: nn.Module
-    verdict: rules.Becomes | rules.Kept | rules.Left
+    verdict: rules.Becomes | rules.AlreadyOurs | rules.Left
     refused: dict[str, str]
 
 

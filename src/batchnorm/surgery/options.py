@@ -75,7 +75,7 @@ class Options(NamedTuple):
         return found
 
     def attributes(
-        self, layer: Any, verdict: rules.Becomes | rules.Kept, refused: Mapping[str, str]
+        self, layer: Any, verdict: rules.Becomes | rules.AlreadyOurs, refused: Mapping[str, str]
     ) -> dict[str, Any]:
         """Return the attributes to set on a layer; empty if it has them already."""
         new: dict[str, Any] = {}

@@ -24,7 +24,7 @@ class Becomes(NamedTuple):
     synced: bool = False
 
 
-class Kept(NamedTuple):
+class AlreadyOurs(NamedTuple):
     """A layer of this library already, and whether its class is frozen."""
 
     frozen: bool
@@ -63,13 +63,13 @@ SHARDED = Left(
 SUBCLASS = Left("it is a class of its own, which may do more than what it is made from")
 
 
-def decide(name: str, module: nn.Module) -> Becomes | Kept | Left | None:
+def decide(name: str, module: nn.Module) -> Becomes | AlreadyOurs | Left | None:
     """Return the verdict on a module, or None if it is no batch normalization."""
     kind = kind_of(module)
     if kind is None:
         return None
     if kind.family == "ours":
-        return Kept(kind.frozen)
+        return AlreadyOurs(kind.frozen)
     if kind.family == "scripted":
         return SCRIPTED
     if nn.utils.parametrize.is_parametrized(module):
