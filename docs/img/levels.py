@@ -35,6 +35,7 @@ SAYS = {
     "sources": "statistics of a training step",
     "functional": "normalize, batch_norm",
     "nn": "the layers",
+    "comparison": "bn.same",
     "models": "walk, undo stack, recorded passes",
     "environment": "bn.env",
     "report": "tables and plots as values",

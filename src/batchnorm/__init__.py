@@ -5,6 +5,8 @@ from batchnorm import graph as graph
 from batchnorm.calibration.averaging import merge_states as merge_states
 from batchnorm.calibration.calibrate import calibrate as calibrate
 from batchnorm.calibration.result import Calibration as Calibration
+from batchnorm.comparison.result import Same as Same
+from batchnorm.comparison.same import same as same
 from batchnorm.environment import env as env
 from batchnorm.estimators.decayed import Decayed as Decayed
 from batchnorm.estimators.running import Cumulative as Cumulative

@@ -58,6 +58,10 @@ class CalibrationError(BatchNormError, RuntimeError):
     """Statistics could not be calibrated; the model is as it was before."""
 
 
+class ComparisonError(BatchNormError, RuntimeError):
+    """Two models could not be compared on these data; both are as they were before."""
+
+
 class MissingExtraError(BatchNormError, ImportError):
     """An optional package is needed and not installed."""
 

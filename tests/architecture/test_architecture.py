@@ -22,7 +22,7 @@ LEVELS = [
     {"functional"},
     {"nn"},
     {"models", "environment", "report"},
-    {"graph", "memory"},
+    {"graph", "memory", "comparison"},
     {"calibration", "surgery"},
     {"folding"},
     {"demo", "benchmark", "integrations"},

@@ -1,25 +1,17 @@
 """The data of a calibration: read as often as needed, cut to limits, and passed to a model."""
 
 import dataclasses
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import CalibrationError
-from batchnorm.models.trees import bytes_of, is_record, mapped, tensors_in
+from batchnorm.models.examples import call_of
+from batchnorm.models.trees import bytes_of, mapped, tensors_in
 
 Forward = Callable[[nn.Module, Any], Any]
-
-UNKNOWN = """\
-expected a batch that is a tensor, a tuple or list (its first item is passed), a mapping or a \
-dataclass (passed as keywords), got {kind}; pass forward=lambda model, batch: model(...)"""
-
-UNEXPECTED = """\
-a batch has the items {items}, which are passed as keywords, but {model}.forward has no {missing}; \
-pass forward=lambda model, batch: model(batch[...])"""
 
 ONCE = """\
 expected data that can be read several times, got {kind}, which can be read once, and \
@@ -152,26 +144,5 @@ def feed(model: nn.Module, batch: Any) -> Any:
     Raises:
         CalibrationError: If it is of a kind that says nothing about how.
     """
-    if isinstance(batch, Tensor):
-        return model(batch)
-    if isinstance(batch, Mapping):
-        _check_names(model, batch)
-        return model(**batch)
-    if isinstance(batch, list | tuple) and batch:
-        return model(batch[0])
-    if is_record(batch):
-        fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-        _check_names(model, fields)
-        return model(**fields)
-    raise CalibrationError(UNKNOWN.format(kind=type(batch).__name__))
-
-
-def _check_names(model: nn.Module, items: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(model.forward).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    missing = [name for name in items if name not in parameters]
-    if missing:
-        raise CalibrationError(
-            UNEXPECTED.format(items=list(items), model=type(model).__name__, missing=missing)
-        )
+    args, kwargs = call_of(model, batch, CalibrationError)
+    return model(*args, **kwargs)

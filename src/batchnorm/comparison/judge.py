@@ -1,0 +1,242 @@
+"""From distances to differences: what rounding explains, and what it does not.
+
+The bound of a tensor is 16 · u · S · A. u is the ulp of 1 in the parameters' dtype. S is the
+largest absolute value of the tensor in a. A, the amplification, is how much of a change by one ulp
+in all parameters and statistics arrives, in units of u · S: measured by running a copy of a that
+is changed so. In one batch norm A is |γ|/σ times the size of its input over the size of its
+output.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from batchnorm.comparison.gaps import Gap
+from batchnorm.comparison.recorder import Key
+from batchnorm.comparison.result import Difference, LayerRow
+from batchnorm.comparison.tape import Alternative, Measuring, Spot, Tape
+
+ULPS = 16
+# Float64's own rounding in sums of some thousand terms, of the size of what enters a layer.
+FLOOR = 2.0**-44
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What is allowed.
+
+    Attributes:
+        u: The ulp of 1.
+        tolerance: The user's: largest difference over scale; None for the formula.
+    """
+
+    u: float
+    tolerance: float | None = None
+
+    def of(self, gap: Gap, moved: float, size: float) -> float:
+        """Return how far a tensor may be off.
+
+        Args:
+            gap: With the tensor's scale.
+            moved: How far a change of all parameters by an ulp has moved it.
+            size: The largest value of what entered the layer.
+        """
+        if gap.exact:
+            return 0.0
+        if self.tolerance is not None:
+            return self.tolerance * gap.scale
+        return ULPS * max(self.u * gap.scale, moved) + FLOOR * max(size, gap.scale)
+
+    def amplification(self, gap: Gap, moved: float) -> float:
+        """Return how many ulp of its scale a tensor moves where all parameters move by one."""
+        step = self.u * gap.scale
+        return max(1.0, moved / step) if step and math.isfinite(moved) else 1.0
+
+
+@dataclass
+class Batch:
+    """One batch: what a did, and how far b was from it.
+
+    Attributes:
+        number: Of the batch.
+        tape: The run of a.
+        b: The run of b.
+        moved: The run of a with all parameters changed by an ulp; None if it was not needed.
+        bound: What is allowed.
+        edited: Names of modules in a that surgery has changed in one of the models.
+        fused: Calls in a that were merged with another -> that other call.
+        notes: What is to be told besides.
+    """
+
+    number: int
+    tape: Tape
+    b: Measuring
+    moved: Measuring | None
+    bound: Bound
+    edited: frozenset[str]
+    fused: dict[Key, Alternative] = field(default_factory=dict)
+    notes: dict[str, None] = field(default_factory=dict)
+
+    def is_near(self) -> bool:
+        """Return whether all is within the bound for A = 1."""
+        return not any(
+            gap.error > self.allowed(spot, path, gap)
+            for spot, measured in self.b.found.items()
+            if spot[1] != "in"
+            for path, gap in measured.gaps
+        )
+
+    def allowed(self, spot: Spot, path: str, gap: Gap) -> float:
+        """Return the bound of one tensor."""
+        return self.bound.of(gap, self.moved_by(spot, path), self._size(spot))
+
+    def moved_by(self, spot: Spot, path: str) -> float:
+        """Return how far one tensor was moved by the change of all parameters."""
+        measured = None if self.moved is None else self.moved.found.get(spot)
+        gaps = dict(measured.gaps) if measured else {}
+        error = gaps[path].error if path in gaps else 0.0
+        return error if math.isfinite(error) else 0.0
+
+    def _size(self, spot: Spot) -> float:
+        if spot[1] == "gradient":
+            return self._largest_gradient
+        found = self.b.found.get((spot[0], "in"))
+        return max((gap.scale for _, gap in found.gaps), default=0.0) if found else 0.0
+
+    @cached_property
+    def _largest_gradient(self) -> float:
+        return max(
+            (
+                gap.scale
+                for (_, at), measured in self.b.found.items()
+                if at == "gradient"
+                for _, gap in measured.gaps
+            ),
+            default=0.0,
+        )
+
+    def rows(self) -> list[LayerRow]:
+        """Return one row for each layer whose output was compared."""
+        found = []
+        for spot, taped in self.tape.events.items():
+            measured = self.b.found.get(spot)
+            if spot[1] != "out" or measured is None or not (taped.event.is_leaf or not spot[0][0]):
+                continue
+            for path, gap in measured.gaps:
+                if not gap.exact and spot[0] not in self.fused:
+                    found.append(LayerRow(spot[0][0], gap.error, self.allowed(spot, path, gap), gap.scale))  # fmt: skip  # noqa: E501
+        return found
+
+    def judge(self, options: Mapping[str, str]) -> list[tuple[int, Difference]]:
+        """Return the differences of outputs and of their gradients, with their place in the run.
+
+        Args:
+            options: Name in a -> the options that differ, in words.
+        """
+        found: list[tuple[int, Difference]] = []
+        excused: set[Key] = set()
+        wrong: set[Key] = set()
+        for spot, taped in self.tape.events.items():
+            measured = self.b.found.get(spot)
+            key, at = spot
+            if at == "in" or measured is None:
+                continue
+            bad = [(p, g) for p, g in measured.gaps if g.error > self.allowed(spot, p, g)]
+            nans = sum(gap.nans for _, gap in measured.gaps)
+            if nans and not key[0]:
+                self.notes[f"{nans:,} values of the output are NaN in both"] = None
+            if not bad:
+                continue
+            if at == "out" and self._is_excused(key, excused):
+                excused.add(key)
+                continue
+            if at == "gradient" and (key in excused or key[0] in self.edited):
+                continue
+            layer, kind = key[0], "gradient" if at == "gradient" else "output"
+            inside = taped.event.within
+            is_layer = at == "out" and taped.event.is_leaf
+            if is_layer and inside is not None and self._differs_before(key, wrong):
+                layer, kind = inside, "input"
+            nearest = self._merged_wrongly(key, bad) if kind == "output" else None
+            if nearest is not None:
+                self.fused[key] = nearest
+                bad = list(nearest.gaps)
+            path, gap = max(bad, key=lambda one: one[1].error)
+            wrong.add(key)
+            message = self._message(kind, key, path, gap, options)
+            if nearest is not None:
+                message += f", from what {nearest.key[0]} of {nearest.of} returns"
+            found.append((taped.order, self._difference(layer, kind, spot, path, gap, message)))
+        return found
+
+    def _is_excused(self, key: Key, excused: set[Key]) -> bool:
+        """Return whether a call's output differs because layers were merged by surgery."""
+        if not key[0]:
+            return False  # the model's own output
+        for one in self.b.alternatives.get(key, ()):
+            spot = (one.key if one.of == "a" else key), "out"
+            if all(gap.error <= self.allowed(spot, path, gap) for path, gap in one.gaps):  # type: ignore[arg-type]
+                self.fused[key] = one
+                return True
+        if key[0] in self.edited:
+            return True
+        made = {*self.tape.events[key, "out"].event.sources, *self.b.found[key, "out"].sources}
+        return bool(made & excused)
+
+    def _merged_wrongly(self, key: Key, bad: list[tuple[str, Gap]]) -> Alternative | None:
+        """Return the call with which a layer was merged, where its result is near, but not equal.
+
+        That is one whose result is less than half as far, and that does nothing by now.
+        """
+        limit = max(gap.error for _, gap in bad) / 2
+        for one in self.b.alternatives.get(key, ()):
+            error = max(gap.error for _, gap in one.gaps)
+            if one.of == "a":
+                measured = self.b.found.get((one.key, "out"))
+                idle = measured is None or key in measured.sources
+            else:
+                taped = self.tape.events.get((one.key, "out"))
+                idle = taped is None or key in taped.event.sources
+            if idle and error < limit:
+                return one
+        return None
+
+    def _differs_before(self, key: Key, wrong: set[Key]) -> bool:
+        """Return whether what a layer is given differs, though no layer before did."""
+        measured = self.b.found.get((key, "in"))
+        if measured is None or wrong:
+            return False
+        return any(g.error > self.allowed((key, "in"), p, g) for p, g in measured.gaps)
+
+    def _message(self, kind: str, key: Key, path: str, gap: Gap, options: Mapping[str, str]) -> str:
+        name, nth = key
+        call = f" (call {nth + 1})" if nth else ""
+        what = {
+            "input": f"what {name!r} is given{call}",
+            "output": f"the output{path}{call}" if name else f"the model's output{path}",
+            "gradient": f"the gradient at the output{path}{call}",
+        }[kind]
+        if gap.words:
+            size = gap.words
+        else:
+            size = f"{gap.error:.3g}"
+            if gap.scale:
+                size += f", {gap.error / gap.scale:.3g} of its scale"
+        why = f"; options differ: {options[name]}" if options.get(name) else ""
+        return f"{what} differs by {size}{why}" if not gap.words else f"{what} differs: {size}{why}"
+
+    def _difference(
+        self, layer: str, kind: str, spot: Spot, path: str, gap: Gap, message: str
+    ) -> Difference:
+        return Difference(
+            layer,
+            kind,
+            path,
+            gap.error,
+            self.allowed(spot, path, gap),
+            gap.scale,
+            self.bound.amplification(gap, self.moved_by(spot, path)),
+            self.number,
+            message,
+        )

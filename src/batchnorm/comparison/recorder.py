@@ -1,0 +1,148 @@
+"""Seeing what every module of a model is given and returns, in order, with its values.
+
+It works on copies of models, which it does not give back: ``forward`` of every module is replaced,
+and hooks come last, so that what other hooks change is seen.
+"""
+
+import functools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.comparison.gaps import Leaf, leaves
+from batchnorm.comparison.matching import is_layer, modules
+from batchnorm.compat.tensors import version
+from batchnorm.models.inputs import Forward
+
+Key = tuple[str, int]
+At = Literal["in", "out", "gradient"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a call of a module was given, what it returned, or the gradient of that.
+
+    Attributes:
+        key: Name of the module, and how many calls of it came before.
+        at: Which of the three.
+        within: Name of the module in which it was called; None for the model itself.
+        is_leaf: Whether the module is a layer, without children.
+        leaves: Path and value of each part; tensors as they are at this moment, not copies.
+        sources: The calls that returned these tensors before, where they come as they were.
+    """
+
+    key: Key
+    at: At
+    within: str | None
+    is_leaf: bool
+    leaves: tuple[Leaf, ...]
+    sources: tuple[Key, ...] = ()
+
+
+class Recorder:
+    """Calls ``see(event)`` at each call of a module of a model, before and after it.
+
+    Attributes:
+        see: May be set anew for every run.
+        open: Names of the modules that run now; after an exception, those that it went through.
+        gradients: Whether gradients of outputs are told as well, during backward.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.see: Callable[[Event], None] = lambda event: None  # noqa: ARG005
+        self.open: list[str] = []
+        self.gradients = False
+        self._made = _Makers()
+        self._counts: dict[str, int] = {}
+        self._pending: list[nn.Module] = []
+        for name, module in modules(model).items():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            vars(module)["forward"] = functools.partial(self._run, name, module, module.forward)
+            module.register_forward_pre_hook(self._announce)
+            module.register_forward_hook(functools.partial(self._hooked, name))
+
+    def start(self, see: Callable[[Event], None]) -> None:
+        """Begin a run."""
+        self.see = see
+        self.open, self._pending = [], []
+        self._made = _Makers()
+        self._counts = {}
+        self._results: dict[str, list[_Open]] = {}
+
+    def _announce(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
+        self._pending.append(module)
+
+    def _run(
+        self, name: str, module: nn.Module, original: Forward, /, *args: Any, **kwargs: Any
+    ) -> Any:
+        by_call = bool(self._pending) and self._pending[-1] is module
+        if by_call:
+            self._pending.pop()
+        nth = self._counts.get(name, 0)
+        self._counts[name] = nth + 1
+        is_leaf = is_layer(module)
+        call = _Open((name, nth), self.open[-1] if self.open else None, is_leaf)
+        given = tuple(leaves((args, dict(kwargs))))
+        sources = self._made.of(given)
+        self.see(Event(call.key, "in", call.within, is_leaf, given, sources))
+        self.open.append(name)
+        result = original(*args, **kwargs)
+        self.open.pop()
+        if by_call:
+            self._results.setdefault(name, []).append(call)
+        else:
+            self._returned(call, result)
+        return result
+
+    def _hooked(self, name: str, module: nn.Module, args: Any, result: Any) -> None:  # noqa: ARG002
+        self._returned(self._results[name].pop(), result)
+
+    def _returned(self, call: "_Open", result: Any) -> None:
+        found = tuple(leaves(result))
+        sources = self._made.of(found)
+        self.see(Event(call.key, "out", call.within, call.is_leaf, found, sources))
+        new = self._made.put(found, call.key)
+        if self.gradients:
+            for path, tensor in new:
+                if tensor.requires_grad:
+                    tensor.register_hook(functools.partial(self._slope, call, path))
+
+    def _slope(self, call: "_Open", path: str, gradient: Tensor) -> None:
+        self.see(Event(call.key, "gradient", call.within, call.is_leaf, ((path, gradient),)))
+
+
+@dataclass
+class _Open:
+    """A call that has begun."""
+
+    key: Key
+    within: str | None
+    is_leaf: bool
+
+
+@dataclass
+class _Makers:
+    """Which call returned a tensor, as long as it is not written to."""
+
+    _known: dict[int, tuple[Any, int, Key]] = field(default_factory=dict)
+
+    def put(self, found: tuple[Leaf, ...], key: Key) -> list[tuple[str, Tensor]]:
+        """Remember the maker of tensors; return those that had none."""
+        new = [(path, t) for path, t in found if isinstance(t, Tensor) and not self._maker(t)]
+        for _, tensor in new:
+            self._known[id(tensor)] = weakref.ref(tensor), version(tensor), key
+        return new
+
+    def of(self, found: tuple[Leaf, ...]) -> tuple[Key, ...]:
+        """Return the makers of tensors, where they have one."""
+        makers = (self._maker(t) for _, t in found if isinstance(t, Tensor))
+        return tuple(dict.fromkeys(key for key in makers if key is not None))
+
+    def _maker(self, tensor: Tensor) -> Key | None:
+        reference, written, key = self._known.get(id(tensor), (lambda: None, 0, None))
+        return key if reference() is tensor and written == version(tensor) else None

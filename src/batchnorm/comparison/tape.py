@@ -1,0 +1,166 @@
+"""What one run of the first model did, with copies of its tensors; others are measured by it."""
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from batchnorm.comparison.gaps import Gap, Leaf, gap
+from batchnorm.comparison.recorder import At, Event, Key
+from batchnorm.compat.tensors import version
+
+# How many modules may have been merged into one: convolution, batch norm, activation, dropout.
+_LONGEST = 4
+
+Spot = tuple[Key, At]
+
+
+class Taped(NamedTuple):
+    """An event with copies of its tensors, and its place in the order of the run."""
+
+    order: int
+    event: Event
+
+
+@dataclass
+class Tape:
+    """The events of a run."""
+
+    events: dict[Spot, Taped] = field(default_factory=dict)
+    _copies: dict[int, tuple[Any, int, Tensor]] = field(default_factory=dict)
+
+    def see(self, event: Event) -> None:
+        """Take an event down."""
+        kept = tuple((path, self._kept(value)) for path, value in event.leaves)
+        taped = Event(event.key, event.at, event.within, event.is_leaf, kept, event.sources)
+        spot = event.key, event.at
+        if spot in self.events:  # gradients come tensor by tensor
+            before = self.events[spot].event
+            kept = (*before.leaves, *kept)
+            taped = Event(event.key, event.at, event.within, event.is_leaf, kept, event.sources)
+        self.events[spot] = Taped(len(self.events), taped)
+
+    def _kept(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        # What a module returns is what the next one is given: one copy, unless it was written to.
+        reference, written, copy = self._copies.get(id(value), (lambda: None, 0, value))
+        if reference() is not value or written != version(value):
+            copy = value.detach().clone()
+            self._copies[id(value)] = weakref.ref(value), version(value), copy
+        return copy
+
+    def leaves(self, key: Key, at: At) -> tuple[Leaf, ...] | None:
+        """Return what was seen at a call, or None where there was no such call."""
+        taped = self.events.get((key, at))
+        return None if taped is None else taped.event.leaves
+
+    def followers(self, key: Key) -> Iterator[Key]:
+        """Yield the calls of leaf modules that were given what a call returned, one after another.
+
+        Only as far as there is one such call.
+        """
+        for _ in range(_LONGEST):
+            found = [
+                spot[0]
+                for spot, taped in self.events.items()
+                if spot[1] == "in" and key in taped.event.sources and taped.event.is_leaf
+            ]
+            if len(found) != 1:
+                return
+            (key,) = found
+            yield key
+
+
+class Alternative(NamedTuple):
+    """Where the output of a call that differs lies close to that of another call.
+
+    Attributes:
+        of: ``"a"`` if the other call is a's and its result is compared with the output in b;
+            ``"b"`` the other way round.
+        key: The other call, by its name in that model.
+        gaps: Path and distance.
+    """
+
+    of: str
+    key: Key
+    gaps: tuple[tuple[str, Gap], ...]
+
+
+class Measured(NamedTuple):
+    """The distances of one event of b from that of a.
+
+    Attributes:
+        gaps: Path and distance of each leaf.
+        sources: The calls from which b's tensors came, by the names of a.
+    """
+
+    gaps: tuple[tuple[str, Gap], ...]
+    sources: tuple[Key, ...] = ()
+
+
+def compare(a: tuple[Leaf, ...], b: tuple[Leaf, ...]) -> tuple[tuple[str, Gap], ...]:
+    """Return the distance of each leaf; where the structures differ, that they do."""
+    paths = [tuple(path for path, _ in some) for some in (a, b)]
+    if paths[0] != paths[1]:
+        odd = sorted(set(paths[0]) ^ set(paths[1])) or ["another order"]
+        sizes = f"structure: {len(paths[0])} and {len(paths[1])} parts"
+        words = f"{sizes}, not in both: {odd[0] or 'the whole'}"
+        return ((odd[0], Gap(float("inf"), 0.0, exact=True, words=words)),)
+    return tuple((path, gap(x, y)) for (path, x), (_, y) in zip(a, b, strict=True))
+
+
+class Measuring:
+    """Measures the events of another run by a tape.
+
+    Attributes:
+        found: Call and kind of event -> distances.
+        alternatives: Call whose output differs -> other calls that may do the same by now.
+    """
+
+    def __init__(self, tape: Tape, names: dict[str, str], small: float) -> None:
+        self._tape, self._names, self._small = tape, names, small
+        self.found: dict[Spot, Measured] = {}
+        self.alternatives: dict[Key, list[Alternative]] = {}
+        self._waiting: dict[Key, list[Key]] = {}  # call in b -> calls of a to compare it with
+
+    def see(self, event: Event) -> None:
+        """Measure an event of the other run."""
+        key = self._key(event.key)
+        if event.at == "in" and event.is_leaf:
+            waiting = [one for s in event.sources for one in self._waiting.get(s, ())]
+            if waiting:
+                self._waiting[event.key] = waiting
+        elif event.at == "out" and event.is_leaf:
+            for one in self._waiting.get(event.key, ()):
+                expected = self._tape.leaves(one, "out")
+                assert expected is not None
+                self._add(one, Alternative("b", event.key, compare(expected, event.leaves)))
+        expected = None if key is None else self._tape.leaves(key, event.at)
+        if key is None or expected is None:
+            return
+        before = self.found.get((key, event.at))
+        if event.at == "gradient":
+            paths = {path for path, _ in event.leaves}
+            expected = tuple(leaf for leaf in expected if leaf[0] in paths)
+        gaps = compare(expected, event.leaves)
+        sources = tuple(s for s in map(self._key, event.sources) if s is not None)
+        self.found[key, event.at] = Measured((*(before.gaps if before else ()), *gaps), sources)
+        if event.at == "out" and event.is_leaf and self._is_far(gaps):
+            for other in self._tape.followers(key):
+                result = self._tape.leaves(other, "out")
+                if result is not None:
+                    self._add(key, Alternative("a", other, compare(result, event.leaves)))
+            self._waiting[event.key] = [*self._waiting.get(event.key, ()), key]
+
+    def _key(self, key: Key) -> Key | None:
+        name = self._names.get(key[0])
+        return None if name is None else (name, key[1])
+
+    def _add(self, key: Key, one: Alternative) -> None:
+        self.alternatives.setdefault(key, []).append(one)
+
+    def _is_far(self, gaps: tuple[tuple[str, Gap], ...]) -> bool:
+        return any(one.error > self._small * one.scale for _, one in gaps)

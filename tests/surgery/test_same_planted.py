@@ -1,0 +1,187 @@
+"""``bn.same`` finds differences that were planted, in the layer where they are."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import batchnorm as bn
+from support.twins import assert_unchanged, snapshot
+
+
+class Block(nn.Module):
+    """Two convolutions around a functional activation, and a sum."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, groups=2, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.act1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.is_active = True
+
+    def forward(self, x):
+        y = self.act1(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return F.relu(x + y) if self.is_active else x + y
+
+
+class Net(nn.Module):
+    """A stem, two blocks, and a head that normalizes the last axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.SiLU())
+        self.one, self.two = Block(8), Block(8)
+        self.last = bn.BatchNorm(8, axis=-1)
+        self.head = nn.Linear(64, 5)
+
+    def forward(self, x):
+        x = self.two(self.one(self.stem(x)))
+        x = F.adaptive_avg_pool2d(x, (1, 8))[:, :, 0]  # (N, 8, 8): either axis can be normalized
+        return self.head(self.last(x).flatten(1))
+
+
+def settled(model, *shape, steps=5):
+    """Give a model parameters and statistics as after training."""
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None and module.weight is not None:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    model.train()
+    with torch.no_grad():
+        for _ in range(steps):
+            model(torch.randn(shape) * 2 + 1)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(1)
+    return settled(Net(), 8, 3, 12, 12)
+
+
+def images():
+    return torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(2)) * 2 + 1
+
+
+def lost_module(model):
+    model.one.act1 = nn.Identity()
+
+
+def lost_function(model):
+    model.one.is_active = False
+
+
+def other_eps(model):
+    model.two.bn1.eps = 2e-5
+
+
+def other_momentum(model):
+    model.two.bn1.momentum = 0.11
+
+
+def other_axis(model):
+    model.last.axis = 1
+
+
+def swapped_statistics(model):
+    mean = model.one.bn1.running_mean
+    model.one.bn1.running_mean = model.one.bn2.running_mean
+    model.one.bn2.running_mean = mean
+
+
+def other_groups(model):
+    conv = nn.Conv2d(8, 8, 3, padding=1, groups=1, bias=False)
+    with torch.no_grad():
+        conv.weight.zero_()
+        conv.weight[:4, 4:] = model.two.conv1.weight[:4]
+        conv.weight[4:, :4] = model.two.conv1.weight[4:]
+    model.two.conv1 = conv
+
+
+def other_padding(model):
+    model.one.conv2.padding_mode = "reflect"
+    model.one.conv2._reversed_padding_repeated_twice = [1, 1, 1, 1]
+
+
+def other_dtype(model):
+    model.one.conv2.bfloat16().float()
+
+
+def other_order(model):
+    model.two.bn1, model.two.act1 = model.two.act1, model.two.bn1
+
+
+def a_hook(model):
+    model.two.bn2.register_forward_hook(lambda module, args, y: y + 1e-4)
+
+
+def training(model):
+    model.two.bn2.train()
+
+
+def one_weight(model):
+    with torch.no_grad():
+        model.two.conv2.weight[3, 2, 1, 0] *= 1.00001
+
+
+# what is planted -> (how, the first layer that differs, the kind of difference)
+PLANTED = {
+    "a lost module": (lost_module, "one.act1", "output"),
+    "a lost function": (lost_function, "one", "output"),
+    "epsilon": (other_eps, "two.bn1", "output"),
+    "axis": (other_axis, "last", "output"),
+    "swapped statistics": (swapped_statistics, "one.bn1", "statistic"),
+    "groups": (other_groups, "two.conv1", "output"),
+    "padding": (other_padding, "one.conv2", "output"),
+    "dtype": (other_dtype, "one.conv2", "parameter"),
+    "order": (other_order, "two", "input"),
+    "a hook": (a_hook, "two.bn2", "output"),
+    "training": (training, "two.bn2", "output"),
+    "one weight": (one_weight, "two.conv2", "parameter"),
+}
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_a_planted_difference_is_found_in_its_layer(net, what):
+    plant, layer, kind = PLANTED[what]
+    other = copy.deepcopy(net)
+    plant(other)
+    before = snapshot(net), snapshot(other)
+    found = bn.same(net, other, images())
+    assert not found
+    assert (found.first.layer, found.first.kind) == (layer, kind), str(found)
+    assert f"the first difference is in {layer}" in str(found)
+    assert_unchanged(before[0], net)
+    assert_unchanged(before[1], other)
+
+
+def test_momentum_is_told_in_eval_and_found_in_training(net):
+    other = copy.deepcopy(net)
+    other_momentum(other)
+    found = bn.same(net, other, images())
+    assert found and "momentum 0.1 and 0.11 in two.bn1" in str(found)
+    found = bn.same(net, other, images(), mode="train")
+    assert (found.first.layer, found.first.kind) == ("two.bn1", "statistic")
+
+
+HONEST = {
+    "itself": lambda m: m,
+    "deepcopy": copy.deepcopy,
+    "converted": lambda m: bn.convert(copy.deepcopy(m)),
+    "undone": lambda m: bn.undo(bn.convert(copy.deepcopy(m))),
+    "channels-last": lambda m: copy.deepcopy(m).to(memory_format=torch.channels_last),
+    "save_memory": lambda m: bn.save_memory(copy.deepcopy(m)),
+}
+
+
+@pytest.mark.parametrize("how", HONEST)
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_honest_pairs_are_the_same(net, how, mode):
+    found = bn.same(net, HONEST[how](net), images(), mode=mode, gradients=True)
+    assert found, str(found)
+    assert found.error < 1e-12 and len(found.layers) == 16
