@@ -180,7 +180,8 @@ class Batch:
                 self.fused[key] = one
                 return True
         if key[0] in self.edited:
-            return True
+            bad = [(p, g) for p, g in self.b.found[key, "out"].gaps if g.error]
+            return self._merged_wrongly(key, bad) is None
         made = {*self.tape.events[key, "out"].event.sources, *self.b.found[key, "out"].sources}
         return bool(made & excused)
 

@@ -132,14 +132,15 @@ class Layers:
         if merged:
             shown = [f"{name or WHOLE} ({other})" for name, other in merged.items()]
             yield f"merged, with the layer whose output is compared: {_some(shown)}"
-        if self.edited:
-            yield f"changed by surgery, not compared by themselves: {_some(sorted(self.edited))}"
+        rest = sorted(self.edited - set(merged))
+        if rest:
+            yield f"changed by surgery, not compared where they differ: {_some(rest)}"
 
     def notes(self, called: Collection[str], told_already: Collection[str]) -> Iterator[str]:
         """Yield which layers have no partner, and options that differ without an effect."""
         groups: dict[str, list[str]] = defaultdict(list)
         for name, words in self.differing.items():
-            if name not in told_already:
+            if name not in told_already and name not in self.edited:
                 groups[words].append(name or WHOLE)
         for words, names in groups.items():
             yield f"options differ that had no effect here: {words} in {_some(names)}"
