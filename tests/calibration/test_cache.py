@@ -11,6 +11,7 @@ import batchnorm as bn
 from batchnorm.calibration.batches import MemoryBudget
 from batchnorm.calibration.recording import ModuleCall
 from support.calibrated import dense, statistics
+from support.combinations import each
 from support.third_party import torchvision
 
 
@@ -143,8 +144,7 @@ NETS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [20_000, 1 << 30])
-@pytest.mark.parametrize("name", NETS)
+@each(name=NETS, size=[20_000, 1 << 30])
 def test_the_same_bits_in_networks_of_all_kinds(name, size):
     torch.manual_seed(1)
     model = NETS[name]()

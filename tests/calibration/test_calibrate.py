@@ -105,7 +105,7 @@ def test_a_layer_used_twice_merges_and_forward_feeds_anything():
     assert found.counts["norm"] == 2 * sum(UNEQUAL) * 64
 
 
-def test_what_its_owner_froze_stays_frozen():
+def test_frozen_layers_are_not_calibrated():
     model = nn.Sequential(
         bn.BatchNorm2d(3),
         nn.BatchNorm2d(3),
@@ -166,6 +166,6 @@ def test_after_any_failure_the_model_is_as_it_was(kind, error):
         (nn.BatchNorm1d(2).eval(), [], "at least one batch"),
     ],
 )
-def test_nothing_to_do_is_said(model, data, words):
+def test_a_calibration_without_layers_or_data_says_so(model, data, words):
     with pytest.raises(CalibrationError, match=words):
         bn.calibrate(model, data)

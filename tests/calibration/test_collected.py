@@ -82,7 +82,7 @@ def test_groups_are_runs_of_neighbours_and_all_is_exact(number, seed, waiting, m
     assert len(collected.groups(5).mean) <= 5
 
 
-def test_of_no_batch_there_are_no_groups():
+def test_without_a_batch_there_are_no_groups_of_moments():
     empty = Collected(CHANNELS)
     assert empty.groups().mean.shape == (0, 6)
     assert not empty.total().count.any()

@@ -17,14 +17,6 @@ from support.calibrated import images
 from support.twins import assert_unchanged, snapshot
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def oracle(tensors):
     """Count, mean and m2 in long double, by numpy alone."""
     rows = [
@@ -155,7 +147,7 @@ def test_batches_that_are_not_finite_are_left_out_counted_and_logged(caplog):
     assert "2 batches rejected" in str(found)
 
 
-def test_such_batches_count_if_allowed():
+def test_batches_with_nan_count_with_allow_nan():
     model = nn.BatchNorm2d(3)
     found = bn.calibrate(model, poisoned(1), allow_nan=True)
     assert found.rejected == 0

@@ -42,7 +42,7 @@ def assert_same(a, b):
         assert torch.equal(one.change.mean, other.change.mean)
 
 
-def test_saved_and_loaded_it_is_the_same(tmp_path):
+def test_a_calibration_that_is_saved_and_loaded_is_the_same(tmp_path):
     found = bn.calibrate(network(), data(0))
     found.save(tmp_path / "day.safetensors")
     assert_same(bn.Calibration.load(tmp_path / "day.safetensors"), found)

@@ -15,14 +15,6 @@ from support.calibrated import dense, everything, statistics
 from support.third_party import timm, torchvision
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def assert_self_consistent(model, data, rtol=2e-5):
     """Each layer's buffers are mean and variance of what it receives in eval; by plain torch."""
     model = copy.deepcopy(model).eval()
@@ -311,7 +303,7 @@ def test_frozen_layers_pass_on_what_they_keep():
     assert model[4].running_var.tolist() == [9] * 16
 
 
-def test_no_layer_called_and_no_data():
+def test_a_population_without_layers_or_data_says_so():
     for data, words in (([torch.randn(4, 6)], "called"), ([], "at least one batch")):
         with pytest.raises(CalibrationError, match=words):
             bn.calibrate(dense(), data, upstream="population", forward=lambda m, x: x)

@@ -140,15 +140,6 @@ def everything(rank, size):
     return found
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """As many as the processes have: convolutions of several threads have other bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @functools.cache
 def job(size):
     """Return what every process of a job of that size found."""

@@ -83,7 +83,7 @@ def hooked(model):
 
 
 @pytest.mark.parametrize("change", [scripted_part, compiled_part, spectral, synchronized, hooked])
-def test_parts_of_many_kinds(change):
+def test_models_with_parts_of_many_kinds_are_calibrated_alike_with_a_cache(change):
     model = net()
     change(model)
     other = copy.deepcopy(model) if change is not scripted_part else model

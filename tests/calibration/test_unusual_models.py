@@ -16,15 +16,6 @@ from support.calibrated import UNEQUAL, assert_exact, images
 from support.twins import assert_unchanged, randomize, snapshot
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Small tensors on a busy machine: threads that wait for each other take ten times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Sample(NamedTuple):
     image: torch.Tensor
     label: int
@@ -200,7 +191,7 @@ def test_a_masked_layer_counts_what_its_mask_leaves():
     assert found.counts == {"norm": sum(map(len, kept))}
 
 
-def test_channels_on_another_axis():
+def test_a_layer_with_channels_on_another_axis_is_calibrated():
     layer = bn.BatchNorm(5, axis=-1)
     data = [torch.randn(n, 4, 5) for n in UNEQUAL]
     bn.calibrate(layer, data)
@@ -208,14 +199,14 @@ def test_channels_on_another_axis():
 
 
 @pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.double])
-def test_layers_of_other_dtypes(dtype):
+def test_layers_of_other_dtypes_are_calibrated(dtype):
     layer = bn.BatchNorm2d(3).to(dtype)
     data = [x.to(dtype) for x in images()]
     bn.calibrate(layer, data)
     assert_exact(layer, data)
 
 
-def test_a_large_mean_costs_no_digits():
+def test_a_calibration_with_a_large_mean_loses_no_digits():
     data = [x + 1e4 for x in images()]
     layer = nn.BatchNorm2d(3)
     bn.calibrate(layer, data)

@@ -102,7 +102,7 @@ def test_a_process_outside_of_the_group_is_told(found):
 ALL = [merging, disagreeing, failing, outsider]
 
 
-def test_alone_nothing_is_exchanged():
+def test_one_process_exchanges_nothing():
     for ranks in (Ranks(), Ranks(False)):
         assert (ranks.size, ranks.rank) == (1, 0)
         assert ranks.exchange("x") == ["x"]

@@ -135,7 +135,7 @@ def test_a_converted_sync_batch_norm_trains_under_ddp():
     assert int(one["1.num_batches_tracked"]) == 3
 
 
-def test_alone_it_is_the_batch():
+def test_synced_in_one_process_is_the_batch():
     x = torch.randn(4, 3)
     assert torch.equal(bn.BatchNorm1d(3, statistics=bn.Synced())(x), bn.BatchNorm1d(3)(x))
     assert repr(bn.Synced()) == "Synced()"

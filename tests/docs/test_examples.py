@@ -18,21 +18,21 @@ def example(monkeypatch):
         sys.modules.pop(path.stem, None)
 
 
-def test_at_the_end_of_an_epoch(example):
+def test_the_example_at_the_end_of_an_epoch(example):
     seen = example("epoch_end").main(epochs=1)
     assert seen[0][1] > seen[0][0]
 
 
-def test_averaged_weights(example):
+def test_the_example_with_averaged_weights(example):
     found = example("averaged_weights").main()
     assert min(found["merge_states"], found["calibrate"]) > found["as AveragedModel leaves it"]
 
 
-def test_pruned(example):
+def test_the_example_with_a_pruned_model(example):
     found = example("pruned").main(steps=100)
     assert found["pruned, calibrated"] > found["pruned"] + 0.1
 
 
-def test_quantized(example):
+def test_the_example_with_a_quantized_model(example):
     found = example("quantized").main(steps=100)
     assert found["2 bits, calibrated"] > found["2 bits"] + 0.1

@@ -204,7 +204,7 @@ def test_evaluation_and_training_without_gradients(mode):
     assert partners(other)["bn1"] == ("add", "relu")
 
 
-def test_batch_size_changes():
+def test_a_graph_serves_other_batch_sizes():
     plain = Net(lambda m, x: F.relu(one(m, x) + x))
     torch.compiler.reset()
     graphs = []

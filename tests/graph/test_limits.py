@@ -165,5 +165,5 @@ def sharded(rank):
     return True
 
 
-def test_fsdp2():
+def test_a_compiled_model_under_fsdp2_equals_eager():
     assert across_ranks(sharded, 2) == [True, True]

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from support.captured import assert_same, assert_same_buffers, compiled, step
@@ -35,6 +36,28 @@ def test_checkpointed_region_draws_the_same_random_numbers_again():
     found = step(other, x, 0)
     for got, want in zip(found, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+class Marked(nn.Module):
+    """A region that writes to a buffer by operators."""
+
+    def __init__(self, checkpointed):
+        super().__init__()
+        self.block, self.checkpointed = block(), checkpointed
+        self.register_buffer("bits", torch.ones(4, C, 6, 6, dtype=torch.int64))
+
+    def forward(self, x):
+        def region(x):
+            y, bits = self.block(x), self.bits
+            bits |= (y.detach() * 4).long() & 6
+            bits &= 3
+            return y + bits
+
+        return checkpoint(region, x, use_reentrant=False) if self.checkpointed else region(x)
+
+
+def test_operators_that_write_to_a_buffer_in_a_checkpointed_region():
+    assert_same(Marked(False), compiled(Marked(True)), [images()])
 
 
 def saved_bytes(model, x):

@@ -17,15 +17,6 @@ from support.twins import assert_same_state, assert_unchanged, randomize, snapsh
 SEVERAL = [bn.LastBatches(2), bn.Running(0.1), bn.Decayed(0.1)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Small tensors on a busy machine: threads that wait for each other take ten times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def network(**options):
     return nn.Sequential(nn.Conv2d(2, 4, 3), bn.BatchNorm2d(4, **options), nn.Conv2d(4, 1, 1))
 

@@ -25,7 +25,7 @@ def network(**options):
 
 
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS)
-def test_isinstance_finds_them(ours, theirs):
+def test_our_layers_are_instances_of_torchs_classes(ours, theirs):
     assert isinstance(ours(3), theirs)
     assert isinstance(bn.BatchNorm(3), nn.modules.batchnorm._BatchNorm)
 

@@ -65,7 +65,7 @@ ALL = {estimator.name: formula for estimator, formula in CASES}
 
 @pytest.mark.parametrize("sizes", [EQUAL, UNEQUAL, [5, 6]])
 @pytest.mark.parametrize(("estimator", "formula"), CASES)
-def test_the_formula(estimator, formula, sizes):
+def test_an_estimate_equals_its_formula(estimator, formula, sizes):
     data = batches(sizes)
     state = estimator.init(3)
     for x in data:
@@ -158,7 +158,7 @@ def test_one_running_estimator_is_torchs_momentum():
         torch.testing.assert_close(ours.running_var, theirs.running_var)
 
 
-def test_forgetting():
+def test_estimators_start_again_after_a_reset_and_after_a_checkpoint_without_them():
     layer = bn.BatchNorm1d(3, estimator=[bn.LastBatches(2), bn.Decayed(0.1)])
     layer(torch.randn(6, 3) + 5)
     layer.reset_running_stats()

@@ -274,7 +274,7 @@ def _forms(ask, axis):
 
 
 @pytest.mark.parametrize("key", ["mask", "weights"])
-def test_sizes_of_one_broadcast(key):
+def test_masks_and_weights_of_size_one_broadcast(key):
     x = torch.randn(4, 3, 5, 6)
     whole = torch.rand(4, 5, 6) > 0.4
     for index in itertools.product([slice(None), slice(1)], repeat=3):

@@ -50,7 +50,7 @@ def test_large_tensors_need_no_fresh_pages_and_all_is_given_back():
     assert given_back * 4096 > 36 << 20
 
 
-def test_elsewhere_nothing_is_done(monkeypatch):
+def test_recycle_memory_does_nothing_without_glibc(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr("ctypes.CDLL", lambda name: pytest.fail("the C library was asked"))
     assert bn.recycle_memory() is False

@@ -25,7 +25,7 @@ def test_residual_networks_have_the_same_bits(act, dtype):
     check_bits(residual(act).to(dtype), torch.randn(4, 3, 10, 10, dtype=dtype))
 
 
-def test_other_layouts_and_modes():
+def test_save_memory_has_the_same_bits_in_other_layouts_and_modes():
     x = torch.randn(4, 3, 10, 10)
     check_bits(residual().to(memory_format=torch.channels_last), x)
     check_bits(residual().to(memory_format=torch.channels_last),
@@ -88,7 +88,7 @@ def test_a_chain_keeps_half_and_a_residual_network_little_more():
         y.backward(torch.ones_like(y))
 
 
-def test_what_is_counted_is_what_lives():
+def test_bytes_of_the_report_are_those_of_live_tensors():
     """The report against the tensors that are really alive."""
     model = fused(chain())
     x = torch.randn(4, 3, 24, 24)
@@ -156,7 +156,7 @@ EDITS = {
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_edits_before_the_consumer(name):
+def test_saved_outputs_that_are_edited_before_their_use_have_the_same_bits(name):
     check_bits(Between(EDITS[name]), torch.randn(3, 3, 9, 9))
 
 

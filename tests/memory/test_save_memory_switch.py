@@ -14,7 +14,7 @@ from support.saving import check_bits, fused, layers, residual, step
 pytestmark = pytest.mark.usefixtures("everything_has_a_recipe")
 
 
-def test_the_switch_of_a_model():
+def test_save_memory_of_a_model_is_switched_on_and_off():
     plain = layers()
     model = copy.deepcopy(plain)
     assert bn.save_memory(model) is model
@@ -37,7 +37,7 @@ def test_the_switch_of_a_model():
     assert not model._forward_pre_hooks
 
 
-def test_the_switch_of_a_compiled_model():
+def test_save_memory_of_a_compiled_model_is_switched_on_and_off():
     plain, x = residual(), torch.randn(3, 3, 9, 9)
     model = bn.save_memory(fused(copy.deepcopy(plain)))
     same = torch.compile(copy.deepcopy(plain), backend=bn.graph.backend)

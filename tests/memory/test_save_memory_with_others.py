@@ -18,7 +18,7 @@ def no_hooks() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
-def test_a_block_is_entered_once():
+def test_a_block_of_save_memory_is_entered_once():
     block = bn.save_memory()
     with block:
         with pytest.raises(bn.errors.SurgeryError, match="fresh block"), block:
@@ -73,7 +73,7 @@ def test_saved_tensors_that_have_no_storage():
     check_bits(Graph(), torch.randn(4, 3))
 
 
-def test_threads_save_apart():
+def test_save_memory_holds_for_its_thread():
     x = torch.randn(3, 3, 9, 9)
     model = bn.convert(residual())
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import batchnorm as bn
 from batchnorm.errors import DtypeError
+from support.combinations import pairs
 from support.twins import KIND, PAIRS, SHAPES, assert_same_state, randomize
 
 # What a user may write -> the module that it must equal.
@@ -33,15 +34,6 @@ ACTIVATIONS = {
 CLOSE = {"rtol": 1e-4, "atol": 3e-5}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Small tensors on a busy machine: threads that wait for each other take ten times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def both(kind, activation):
     ours, theirs = (
         build(5, **more)
@@ -59,10 +51,7 @@ def run(function, parameters, x, residual, cotangent):
     return [y.detach(), *grads]
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
-@pytest.mark.parametrize("name", ACTIVATIONS)
-@pytest.mark.parametrize("rank", [2, 4])
+@pairs(rank=[2, 4], name=ACTIVATIONS, with_residual=[False, True], training=[True, False])
 def test_an_activation_equals_the_module_behind_the_layer(rank, name, with_residual, training):
     ours, theirs = (m.train(training) for m in both(KIND[rank], name))
     module = ACTIVATIONS[name]

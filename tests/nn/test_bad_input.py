@@ -168,7 +168,7 @@ def test_frozen_statistics_need_statistics():
     assert layer(torch.randn(1, 3)).shape == (1, 3)
 
 
-def test_what_lives_elsewhere_is_named():
+def test_a_residual_or_mask_on_another_device_is_named():
     layer = bn.BatchNorm1d(3)
     for name, tensor in (
         ("residual", torch.randn(4, 3, device="meta")),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
+from support.combinations import each, pairs
 from support.twins import (
     CHANNELS,
     KIND,
@@ -32,15 +33,6 @@ CLOSE: dict[torch.dtype, dict[str, float]] = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Small tensors on a busy machine: threads that wait for each other take ten times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def _layouts(x: Tensor) -> dict[str, Tensor]:
     found = {
         "contiguous": x.contiguous(),
@@ -57,10 +49,7 @@ def _layouts(x: Tensor) -> dict[str, Tensor]:
 LAYOUTS = list(_layouts(torch.empty(2, 2, 2)))
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rank", RANKS)
+@pairs(rank=RANKS, dtype=DTYPES, layout=LAYOUTS, training=[True, False])
 def test_several_steps_equal_those_of_torch(
     rank: int, dtype: torch.dtype, layout: str, training: bool
 ) -> None:
@@ -77,9 +66,7 @@ def test_several_steps_equal_those_of_torch(
     assert ours.num_batches_tracked.item() == (3 if training else 0)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rank", RANKS)
+@pairs(rank=RANKS, dtype=[torch.bfloat16, torch.float16], training=[True, False])
 def test_layers_cast_to_half_agree_with_torch(
     rank: int, dtype: torch.dtype, training: bool
 ) -> None:
@@ -108,8 +95,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("rank", RANKS)
+@each(rank=RANKS, options=OPTIONS)
 def test_every_option_means_what_it_means_in_torch(rank: int, options: dict[str, Any]) -> None:
     ours, theirs = twins(KIND[rank], **options)
     for training in (True, True, False, True, False):

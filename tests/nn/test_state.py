@@ -23,15 +23,6 @@ SEVERAL = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Small tensors on a busy machine: threads that wait for each other take ten times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def states(layer):
     return [tensor for state in layer.bank.states.values() for tensor in state]
 
@@ -160,7 +151,7 @@ def test_a_checkpoint_fills_a_meta_layer_by_assignment():
     torch.testing.assert_close(layer.running_mean, x.mean(0))
 
 
-def test_shared_memory_is_shared():
+def test_a_layer_in_shared_memory_trains():
     layer = trained().share_memory()
     assert all(t.is_shared() for t in (*layer.parameters(), *layer.buffers()))
     trained(layer)
@@ -192,7 +183,7 @@ def test_state_dicts_have_torchs_keys_order_shapes_and_dtypes(kind, options):
 
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("extra", [{}, {"activation": "relu"}], ids=str)
-def test_both_directions_load_strictly(extra, assign):
+def test_state_dicts_load_strictly_into_torch_and_back(extra, assign):
     ours, theirs = trained(bn.BatchNorm1d(3, **extra)), trained(nn.BatchNorm1d(3))
     randomize(theirs)
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=assign)

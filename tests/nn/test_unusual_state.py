@@ -18,15 +18,6 @@ MODES = list(itertools.product((True, False), (True, False)))
 modes = pytest.mark.parametrize(("training", "grad"), MODES)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Small tensors on a busy machine: threads that wait for each other take ten times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Doubled(nn.Module):
     def forward(self, tensor):
         return 2 * tensor

@@ -60,7 +60,7 @@ def test_every_renderer_shows_titles_words_cells_and_plots(report):
             assert part in text
 
 
-def test_markup_in_words_stays_words(report):
+def test_markup_in_text_is_escaped(report):
     assert NASTY in to_text(report)
     assert "<script" not in to_html(report)
     assert "&lt;script&gt;" in to_html(report)

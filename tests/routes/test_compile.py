@@ -77,7 +77,7 @@ def test_inductor_may_choose_the_layout():
         assert torch.Tag.flexible_layout in getattr(torch.ops.batchnorm, op).default.tags
 
 
-def test_inductor():
+def test_a_step_compiled_by_inductor_equals_eager():
     torch.compiler.reset()
     plain = Block("gelu")
     compiled = torch.compile(copy.deepcopy(plain), fullgraph=True)
@@ -123,7 +123,9 @@ def test_an_exported_evaluation_holds_aten_operations_only(activation):
 @pytest.mark.parametrize(
     "layer", [bn.BatchNorm(5, axis=-1), bn.BatchNorm1d(4, track_running_stats=False)]
 )
-def test_so_does_one_with_channels_last_or_without_statistics(layer):
+def test_an_exported_evaluation_with_channels_last_or_without_statistics_holds_aten_operations_only(
+    layer,
+):
     exported = torch.export.export(layer.eval(), (torch.randn(3, 4, 5),))
     assert all(target.startswith("aten.") for target in targets(exported)), targets(exported)
 

@@ -68,7 +68,7 @@ def test_every_route_gives_the_same_step(activation, shape, axis):
         assert_same(other, found["reference"], rtol=1e-5, atol=1e-5)
 
 
-def test_so_they_do_with_residuals_that_broadcast_or_promote():
+def test_every_route_gives_the_same_step_with_residuals_that_broadcast_or_promote():
     x, weight = torch.randn(4, 3, 2, 5), torch.randn(3)
     for dtype, other in itertools.product([torch.float32, torch.float16], repeat=2):
         for shape in [(3, 1, 1), (5,), (4, 3, 2, 5), (2, 1, 3, 1, 1)]:
@@ -87,7 +87,7 @@ def test_so_they_do_with_residuals_that_broadcast_or_promote():
             assert_same(other, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_so_they_do_with_a_mask():
+def test_every_route_gives_the_same_step_with_a_mask():
     x, mask = torch.randn(6, 3, 4), torch.rand(6, 4) < 0.6
     poisoned = torch.where(mask[:, None], x, torch.nan)
     function = lambda x, w: normalize(x, w, mask=mask, activation="silu")

@@ -29,7 +29,7 @@ def network() -> nn.Module:
 X = (5, 3, 8, 8)
 
 
-def test_it_changes_the_class_and_keeps_every_object():
+def test_convert_changes_the_class_and_keeps_every_object():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     parameters = {name: id(p) for name, p in model.named_parameters()}
@@ -267,7 +267,7 @@ def test_an_object_with_a_forward_of_its_own_is_left():
     assert "forward of this object" in reason_for(layer)
 
 
-def test_meta_lazy_parametrized():
+def test_layers_that_are_lazy_parametrized_or_on_meta_are_left_with_a_reason():
     assert "meta" in reason_for(nn.BatchNorm2d(3, device="meta"))
     assert "run the model once" in reason_for(nn.LazyBatchNorm2d())
     layer = nn.BatchNorm2d(3)

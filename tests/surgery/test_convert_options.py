@@ -11,6 +11,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.estimators.bank import named
 from support import third_party
+from support.combinations import pairs
 from support.twins import assert_identical, assert_unchanged, everything, randomize, snapshot
 
 X = (4, 3, 5, 5)
@@ -129,9 +130,7 @@ CANNOT = {
 }
 
 
-@pytest.mark.parametrize("history", DONE_BEFORE)
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("kind", KINDS)
+@pairs(kind=KINDS, options=OPTIONS, history=DONE_BEFORE)
 def test_an_option_is_applied_or_refused_by_name_and_taken_back(kind, options, history, caplog):
     model, asked = network(kind), OPTIONS[options]
     layer = model[1]

@@ -189,7 +189,7 @@ def test_bounds_hold_for_data_made_to_break_them(layout, kind, name, seed):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", ["rows", "few columns", "planes", "short planes"])
-def test_on_every_instruction_set(simd, layout, kind):
+def test_bounds_hold_with_every_instruction_set(simd, layout, kind):
     rng, shape = np.random.default_rng(1), SHAPES[layout]
     check(tensor(kind(shape, rng), shape), *affine(shape[1], rng))
 
@@ -197,7 +197,7 @@ def test_on_every_instruction_set(simd, layout, kind):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", [noughts, two_values, in_order, drift, outliers])
 @pytest.mark.parametrize("layout", ["rows", "planes"])
-def test_halves_too(simd, layout, kind, dtype):
+def test_bounds_hold_for_16_bit_inputs(simd, layout, kind, dtype):
     rng, shape = np.random.default_rng(2), SHAPES[layout]
     values = kind(shape, rng)
     values = values / max(1.0, np.abs(values).max() / 100)

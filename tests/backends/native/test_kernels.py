@@ -9,6 +9,7 @@ from batchnorm.ops.activations import Activation  # noqa: E402
 from batchnorm.ops.backends import cpu  # noqa: E402
 from batchnorm.ops.call import Epilogue, ForBackward, Running  # noqa: E402
 from support import oracle  # noqa: E402
+from support.combinations import pairs  # noqa: E402
 from support.lanes import lanes  # noqa: E402
 
 ACTS = {
@@ -217,27 +218,26 @@ def check(case):
         assert torch.equal(dresidual2, dresidual)
 
 
-@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize("dtype", list(UNIT), ids=str)
-@pytest.mark.parametrize("layout", SHAPES)
+@pairs(layout=SHAPES, dtype=UNIT, act=ACTS, residual=[False, True])
 def test_every_op_agrees_with_float64(layout, dtype, act, residual):
     check(Case(layout, dtype, act, residual))
 
 
-@pytest.mark.parametrize("dtype", list(UNIT), ids=str)
-@pytest.mark.parametrize("layout", ["dense", "dense_few", "planes", "planes_long", "channels_last"])
-@pytest.mark.parametrize("act", ["identity", "relu", "gelu", "silu", "tanh", "elu"])
-def test_every_instruction_set_agrees_with_float64(simd, layout, dtype, act):
-    for residual in (False, True):
-        check(Case(layout, dtype, act, residual))
+@pairs(
+    simd=SIMD,
+    layout=["dense", "dense_few", "planes", "planes_long", "channels_last"],
+    dtype=UNIT,
+    act=["identity", "relu", "gelu", "silu", "tanh", "elu"],
+    residual=[False, True],
+    indirect=("simd",),
+)
+def test_every_instruction_set_agrees_with_float64(simd, layout, dtype, act, residual):
+    check(Case(layout, dtype, act, residual))
 
 
-@pytest.mark.parametrize("dtype", list(UNIT), ids=str)
-@pytest.mark.parametrize("layout", LARGE_SHAPES)
-def test_large_shapes_agree_with_float64(simd, layout, dtype):
-    for residual in (False, True):
-        check(Case(layout, dtype, "silu", residual))
+@pairs(simd=SIMD, layout=LARGE_SHAPES, dtype=UNIT, residual=[False, True], indirect=("simd",))
+def test_large_shapes_agree_with_float64(simd, layout, dtype, residual):
+    check(Case(layout, dtype, "silu", residual))
 
 
 @pytest.mark.parametrize("param", list(UNIT), ids=str)
@@ -353,7 +353,7 @@ def test_the_same_bits_for_any_number_of_threads(shape, dtype):
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (4, 0), (0, 3, 5, 5), (2, 3, 0, 5), (2, 0, 5)])
-def test_nothing_in_is_nothing_out(shape):
+def test_an_empty_input_gives_an_empty_output(shape):
     x = torch.empty(shape)
     act = act_of("relu")
     counter, running = torch.tensor(7), (torch.ones(shape[1]), torch.ones(shape[1]))

@@ -312,7 +312,7 @@ def test_infinite_and_nan_inputs_stay_in_their_channel():
     assert torch.isfinite(stats[:, 2]).all()
 
 
-def test_who_cannot_be_served_is_told_why():
+def test_tensors_that_triton_does_not_serve_get_a_reason():
     x, w = torch.randn(4, 3), torch.ones(3)
     assert cuda.serves(x, Epilogue(w, w, x), 1, "train") is None
     assert "dtype" in cuda.serves(x.long(), Epilogue(), 1, "train")

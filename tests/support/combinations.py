@@ -1,0 +1,22 @@
+"""Few combinations of parameters in place of all of them."""
+
+from collections.abc import Iterable
+from itertools import cycle, islice
+from typing import Any
+
+import pytest
+from allpairspy import AllPairs
+
+
+def pairs(indirect: tuple[str, ...] = (), **axes: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrize so that each value of each axis meets each value of every other axis once."""
+    found = [tuple(row) for row in AllPairs([list(values) for values in axes.values()])]
+    return pytest.mark.parametrize(tuple(axes), found, ids=str, indirect=indirect)
+
+
+def each(**axes: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrize so that each value of each axis occurs: for axes that do not interact."""
+    columns = [list(values) for values in axes.values()]
+    length = max(map(len, columns))
+    found = list(zip(*(islice(cycle(values), length) for values in columns), strict=True))
+    return pytest.mark.parametrize(tuple(axes), found, ids=str)

@@ -1,0 +1,67 @@
+"""Tests against a changed copy of the sources, in forked processes that have torch loaded already.
+
+An editable install maps ``batchnorm`` onto the sources of the checkout, whatever ``sys.path`` says;
+its finder is removed in each fork, which then imports the copy.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 240
+
+
+@contextmanager
+def copied() -> Iterator[Path]:
+    """Yield a copy of ``src``, with the native module that is installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "src"
+        shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
+        for place in map(Path, sys.path):
+            for native in place.glob("batchnorm/_native*.so"):
+                shutil.copy(native, source / "batchnorm")
+        yield source
+
+
+def fails(source: Path, tests: Sequence[str]) -> str:
+    """Return how tests of the fast suite fail against a copy, or "" if they pass.
+
+    Raises:
+        RuntimeError: If there are no such tests.
+    """
+    torch.set_num_threads(1)
+    sys.stdout.flush()
+    process = os.fork()
+    if not process:
+        try:
+            os._exit(_run(source, tests))
+        finally:  # nothing that the parent has set up may be taken down here
+            os._exit(pytest.ExitCode.INTERNAL_ERROR)
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    if status in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
+        raise RuntimeError(f"no tests: {' '.join(tests)}")
+    if status < 0:
+        return f"ended by {signal.Signals(-status).name}"
+    return {0: "", 1: "failed"}.get(status, "did not run")
+
+
+def _run(source: Path, tests: Sequence[str]) -> int:
+    signal.alarm(SECONDS)
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 1)
+    os.dup2(silent, 2)
+    os.chdir(ROOT)
+    sys.dont_write_bytecode = True
+    sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in type(f).__module__]
+    sys.path.insert(0, str(source))
+    marks = ["-m", "not slow and not audit and not cuda"]
+    return pytest.main(["-x", "-q", "-n", "0", "--timeout", "0", *marks, *tests])
