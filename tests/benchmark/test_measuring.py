@@ -51,6 +51,7 @@ def test_allocator_of_the_kept_regime_keeps_freed_pages():
     assert found["kept"][1] in ("tcmalloc", "glibc that keeps pages")
 
 
+@pytest.mark.slow
 def test_calls_with_several_threads_are_made_in_spawned_processes():
     with processes("default", 2) as call:
         assert call(threads) == 2

@@ -19,6 +19,7 @@ PACKAGES = ("typer", "rich", "matplotlib", "jinja2", "sklearn", "safetensors")
 TINY = ("--steps", "4", "--batch-size", "16", "--k", "2")
 
 
+@pytest.mark.slow
 def test_demo_prints_tables_and_where_the_files_are(tmp_path):
     done = command("demo", *TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -143,6 +143,7 @@ def in_buckets(rank):
     return len(graphs), [one.state for one in bn.fused(other).values()]
 
 
+@pytest.mark.slow
 def test_compiled_ddp():
     for graphs, found in across_ranks(in_buckets, 2):
         assert graphs > 1
@@ -165,5 +166,6 @@ def sharded(rank):
     return True
 
 
+@pytest.mark.slow
 def test_a_compiled_model_under_fsdp2_equals_eager():
     assert across_ranks(sharded, 2) == [True, True]

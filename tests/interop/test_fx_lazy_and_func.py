@@ -11,6 +11,7 @@ from torch.nn.utils import fuse_conv_bn_eval, prune
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import batchnorm as bn
+from support.lanes import lanes
 from support.third_party import torchvision
 from support.twins import assert_same_state, assert_unchanged, randomize, snapshot, twins
 
@@ -265,7 +266,7 @@ def test_clipping_pruning_and_flat_parameters_see_what_they_see_in_torch():
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("activation", lanes([None, "relu"], fast=["relu"], slow=[None]))
 def test_a_compiled_model_keeps_several_estimates_and_its_switch(activation):
     plain = nn.Sequential(
         nn.Linear(3, 3),

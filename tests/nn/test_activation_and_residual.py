@@ -98,20 +98,21 @@ def test_the_gradient_at_a_kink_is_torchs(name):
         assert torch.equal(r.grad, expected.grad), kink
 
 
-RESIDUALS = [(3,), (1,), (), (4, 1), (2, 4, 3), (4, 3)]
+RESIDUALS = [((4, 3), one) for one in [(3,), (1,), (), (4, 1), (2, 4, 3), (4, 3)]]
+RESIDUALS += [((4, 3, 1), (4, 3, 2)), ((4, 3, 1), (1, 5))]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("shape", RESIDUALS, ids=str)
-def test_a_residual_broadcasts_as_in_torch_add(shape, training):
+@pytest.mark.parametrize(("of_x", "of_r"), RESIDUALS, ids=str)
+def test_a_residual_broadcasts_as_in_torch_add(of_x, of_r, training):
     ours, theirs = bn.BatchNorm1d(3, activation="silu"), nn.BatchNorm1d(3)
     randomize(theirs)
     ours.load_state_dict(theirs.state_dict())
     ours.train(training)
     theirs.train(training)
-    x, r = torch.randn(4, 3), torch.randn(shape)
-    cotangent = torch.randn(torch.broadcast_shapes(shape, (4, 3)))
+    x, r = torch.randn(of_x), torch.randn(of_r)
+    cotangent = torch.randn(torch.broadcast_shapes(of_x, of_r))
     got = run(ours, list(ours.parameters()), x, r, cotangent)
     expected = run(
         lambda x, r: nn.functional.silu(theirs(x) + r), list(theirs.parameters()), x, r, cotangent
@@ -198,7 +199,8 @@ def test_a_residual_that_is_a_number_promotes_as_in_torch_add(dtype):
     torch.compiler.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     mask = torch.ones(6, dtype=torch.bool)
-    for y in (layer(x, number), layer(x, number, mask), compiled(x, number)):
+    mapped = torch.func.vmap(lambda x: bn.functional.normalize(x, residual=number)[0])
+    for y in (layer(x, number), layer(x, number, mask), compiled(x, number), mapped(x[None])[0]):
         assert y.dtype == torch.add(x, number).dtype == dtype
 
 

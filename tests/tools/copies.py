@@ -17,7 +17,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 240
+SECONDS = 900
 
 
 @contextmanager
