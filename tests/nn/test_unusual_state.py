@@ -318,3 +318,15 @@ def test_a_sparse_tensor_is_declined_with_the_conversion_to_call(layout, trainin
     assert_unchanged(before, layer)
     with pytest.raises(DtypeError, match="to_dense"):
         bn.functional.normalize(torch.randn(4, 3).to_sparse())
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_converted_layer_evaluates_by_statistics_in_half(dtype, grad):
+    layer = bn.convert(nn.BatchNorm1d(4).to(dtype).eval())
+    layer.running_mean += 0.5
+    assert layer.running_var.dtype is dtype
+    x = torch.randn(6, 4, dtype=dtype)
+    with torch.set_grad_enabled(grad):
+        expected = (x.double() - 0.5) / (1 + 1e-5) ** 0.5
+        torch.testing.assert_close(layer(x).double(), expected, rtol=1e-2, atol=1e-2)

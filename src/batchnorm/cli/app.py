@@ -11,6 +11,7 @@ import typer
 
 from batchnorm.cli.benchmark import bench
 from batchnorm.cli.calibration import calibrate, merge
+from batchnorm.cli.comparison import diff
 from batchnorm.cli.telling import show, told_in_one_line
 from batchnorm.progress import bars
 from batchnorm.report.model import Table
@@ -88,3 +89,4 @@ def env() -> None:
 app.command()(bench)
 app.command()(calibrate)
 app.command()(merge)
+app.command()(diff)

@@ -16,20 +16,20 @@ errors = Console(stderr=True)
 
 
 @contextlib.contextmanager
-def told_in_one_line() -> Iterator[None]:
+def told_in_one_line(failed: int = 1) -> Iterator[None]:
     """Our own errors and Ctrl-C end in one line and an exit code, not in a traceback.
 
-    The code is 2 for an option or device that cannot be used, 1 for work that failed, and 130
-    after Ctrl-C.
+    The code is 2 for an option or device that cannot be used, 130 after Ctrl-C, and for work that
+    failed ``failed``.
     """
     try:
         yield
     except BatchNormError as error:
         _say(str(error))
-        raise typer.Exit(2 if isinstance(error, OptionError | DeviceError) else 1) from error
+        raise typer.Exit(2 if isinstance(error, OptionError | DeviceError) else failed) from error
     except OSError as error:
         _say(f"a file could not be read or written: {error}")
-        raise typer.Exit(1) from error
+        raise typer.Exit(failed) from error
     except KeyboardInterrupt:
         _say("interrupted; every file that is there is whole")
         raise typer.Exit(130) from None

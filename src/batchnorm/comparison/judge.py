@@ -66,6 +66,7 @@ class Batch:
         bound: What is allowed.
         edited: Names of modules in a that surgery has changed in one of the models.
         fused: Calls in a that were merged with another -> that other call.
+        excused: Calls whose output differs for that reason, or because surgery says so.
         notes: What is to be told besides.
     """
 
@@ -76,6 +77,7 @@ class Batch:
     bound: Bound
     edited: frozenset[str]
     fused: dict[Key, Alternative] = field(default_factory=dict)
+    excused: set[Key] = field(default_factory=set)
     notes: dict[str, None] = field(default_factory=dict)
 
     def is_near(self) -> bool:
@@ -117,14 +119,14 @@ class Batch:
         )
 
     def rows(self) -> list[LayerRow]:
-        """Return one row for each layer whose output was compared."""
+        """Return one row for each layer whose output was compared, after ``judge``."""
         found = []
         for spot, taped in self.tape.events.items():
             measured = self.b.found.get(spot)
             if spot[1] != "out" or measured is None or not (taped.event.is_leaf or not spot[0][0]):
                 continue
             for path, gap in measured.gaps:
-                if not gap.exact and spot[0] not in self.fused:
+                if not gap.exact and spot[0] not in {*self.fused, *self.excused}:
                     found.append(LayerRow(spot[0][0], gap.error, self.allowed(spot, path, gap), gap.scale))  # fmt: skip  # noqa: E501
         return found
 
@@ -135,7 +137,7 @@ class Batch:
             options: Name in a -> the options that differ, in words.
         """
         found: list[tuple[int, Difference]] = []
-        excused: set[Key] = set()
+        excused = self.excused
         wrong: set[Key] = set()
         for spot, taped in self.tape.events.items():
             measured = self.b.found.get(spot)

@@ -24,6 +24,8 @@ from batchnorm.ops.backends.choice import is_torchs, select
 from batchnorm.ops.call import Call
 
 _DEVICES = ("cpu", "cuda")
+# Dtypes of statistics that kernels read.
+_WIDE = (torch.float32, torch.float64)
 
 
 def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
@@ -84,6 +86,8 @@ def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
     if plain:
         backend = select(x, epilogue, axis, "eval")
         if not call.needs_grad:
+            if mean.dtype not in _WIDE or var.dtype not in _WIDE:  # of a layer of torch in half
+                mean, var = (given.to(layout.compute_dtype(x)) for given in (mean, var))
             return backend.evaluate(x, mean, var, epilogue, call.eps, axis)
     rstd = reference.stored_rstd(var, call.eps)
     if not plain:

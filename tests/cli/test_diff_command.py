@@ -1,0 +1,141 @@
+"""batchnorm diff: what differs between two checkpoints, and its exit status."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from batchnorm.comparison.states import diff
+from support.command import command
+
+typer_testing = pytest.importorskip("typer.testing")
+
+
+def net():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 3))
+    model[1].running_var.fill_(4.0)
+    return model
+
+
+def run(*arguments):
+    from batchnorm.cli.app import app
+
+    return typer_testing.CliRunner().invoke(app, ["diff", *map(str, arguments)])
+
+
+def saved(path, state):
+    if path.suffix == ".safetensors":
+        pytest.importorskip("safetensors.torch").save_file(state, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+def test_statistics_move_in_standard_deviations():
+    a, b = net().state_dict(), net().state_dict()
+    b["1.running_mean"] = a["1.running_mean"] + torch.tensor([2.0, 0.0, 0.0, 0.0])
+    b["1.running_var"] = a["1.running_var"] * math.e
+    b["1.num_batches_tracked"] = a["1.num_batches_tracked"] + 7
+    (moved,) = diff(a, b).statistics
+    assert moved.layer == "1" and moved.batches == 7
+    # 2 / sqrt(4 + 1e-5), in one channel of four.
+    assert moved.mean == pytest.approx((0.5, 1.0), rel=1e-5)
+    assert moved.var == pytest.approx((1.0, 1.0), rel=1e-5)
+
+
+def test_weights_move_by_a_share_of_their_size():
+    a, b = net().state_dict(), net().state_dict()
+    b["0.weight"] = a["0.weight"] * 1.25
+    b["2.bias"] = a["2.bias"].clone()
+    b["2.bias"][1] += 1
+    weight, bias = diff(a, b).tensors
+    assert (weight.name, weight.values, weight.total) == ("0.weight", 72, 72)
+    assert weight.moved == pytest.approx(0.25)
+    assert (bias.name, bias.values, bias.total) == ("2.bias", 1, 3)
+    assert bias.largest == pytest.approx(1.0)
+
+
+def test_keys_shapes_and_dtypes():
+    a, b = net().state_dict(), net().state_dict()
+    del b["2.bias"]
+    b["extra"] = torch.zeros(2)
+    b["0.bias"] = torch.zeros(5)
+    b["2.weight"] = b["2.weight"].double()
+    found = diff(a, b)
+    assert found.only == (("2.bias",), ("extra",))
+    assert found.shapes == {
+        "0.bias": ("(4,) float32", "(5,) float32"),
+        "2.weight": ("(3, 4) float32", "(3, 4) float64"),
+    }
+    assert not found.statistics and not found.tensors
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
+def test_equal_states_are_the_same_whatever_they_hold(value):
+    a, b = net().state_dict(), net().state_dict()
+    for state in (a, b):
+        state["1.running_mean"] = torch.full((4,), value)
+        state["words"] = "plain"
+        state["mask"] = torch.tensor([True, False])
+    assert not diff(a, b)
+    b["mask"] = torch.tensor([True, True])
+    b["words"] = "other"
+    assert [one.name for one in diff(a, b).tensors] == ["words", "mask"]
+
+
+@pytest.mark.parametrize("ending", [".pt", ".safetensors"])
+def test_status_and_text(tmp_path, ending):
+    a, b = net().state_dict(), net().state_dict()
+    b["1.running_mean"] = a["1.running_mean"] + 1
+    one, other = saved(tmp_path / f"a{ending}", a), saved(tmp_path / f"b{ending}", b)
+    same = run(one, one)
+    assert same.exit_code == 0 and "the same" in same.output
+    found = run(one, other)
+    assert found.exit_code == 1
+    assert (
+        "1 layers with other statistics" in found.output and "standard deviations" in found.output
+    )
+    told = run(one, other, "--json")
+    (section,) = json.loads(told.output)["sections"]
+    assert told.exit_code == 1 and section["blocks"][0]["title"] == "Statistics"
+
+
+def test_across_formats_the_same_values_are_the_same(tmp_path):
+    state = net().state_dict()
+    pair = saved(tmp_path / "a.pt", {"state_dict": state}), saved(tmp_path / "a.safetensors", state)
+    assert run(*pair).exit_code == 0
+
+
+class Code:
+    """What a file may not hold."""
+
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def test_unusable_files_end_in_status_2_and_one_line(tmp_path):
+    good = saved(tmp_path / "good.pt", net().state_dict())
+    damaged = tmp_path / "damaged.pt"
+    damaged.write_bytes(good.read_bytes()[:100])
+    unsafe = tmp_path / "unsafe.pt"
+    torch.save({"state": Code()}, unsafe)
+    empty = tmp_path / "empty.safetensors"
+    empty.write_bytes(b"")
+    wrong = tmp_path / "wrong.txt"
+    wrong.write_text("no")
+    for bad in (damaged, unsafe, empty, wrong, tmp_path / "none.pt", tmp_path):
+        for pair in ((good, bad), (bad, good)):
+            found = run(*pair)
+            assert found.exit_code == 2, (bad, found.output)
+            assert isinstance(found.exception, SystemExit)
+
+
+def test_the_command_ends_with_its_status(tmp_path):
+    a = net().state_dict()
+    one, other = saved(tmp_path / "a.pt", a), saved(tmp_path / "b.pt", {**a, "0.bias": a["0.bias"] + 1})  # fmt: skip
+    assert command("diff", one, one).returncode == 0
+    done = command("diff", one, other)
+    assert done.returncode == 1 and "0.bias" in done.stdout and not done.stderr

@@ -1,0 +1,197 @@
+"""``bn.same`` with data and models that cannot be compared: errors that name what and where."""
+
+import copy
+import dataclasses
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.errors import ComparisonError, OptionError
+from support.twins import assert_unchanged, snapshot
+
+X = torch.linspace(-1, 1, 24).view(6, 4)
+
+
+class Net(nn.Module):
+    """Two layers and what a test says of their results."""
+
+    def __init__(self, result=lambda x, y: y):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.result = result
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.result(y, self.norm(y))
+
+
+def refused(error, match, a, b, data, **options):
+    models = [m for m in (a, b) if isinstance(m, nn.Module)]
+    before = [(m, snapshot(m)) for m in models if not any(map(without_values, m.parameters()))]
+    state = torch.get_rng_state()
+    with pytest.raises(error, match=match):
+        bn.same(a, b, data, **options)
+    for model, one in before:
+        assert_unchanged(one, model)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def without_values(tensor):
+    return tensor.is_meta or torch.nn.parameter.is_lazy(tensor)
+
+
+def meta():
+    model = Net()
+    model.norm = nn.BatchNorm1d(4, device="meta")
+    return model
+
+
+def raising():
+    return Net(lambda x, y: y.view(5, 5))
+
+
+LAZY = nn.Sequential(nn.LazyLinear(4), nn.BatchNorm1d(4))
+
+# error, what it says, a, b, data
+REFUSED = {
+    "no data": (ComparisonError, "at least one batch", Net, Net, []),
+    "wrong shape": (ComparisonError, "a raised in module 'first'.*float64.*RuntimeError", Net, Net, torch.randn(2, 3)),
+    "wrong keyword": (OptionError, r"'z'.*Net.forward has no \['z'\]", Net, Net, {"z": X}),
+    "a raises": (ComparisonError, "a raised in float64", raising, Net, X),
+    "meta": (ComparisonError, "b.*parameter 'norm.weight'.*meta", Net, meta, X),
+    "lazy": (ComparisonError, "uninitialized '0.weight'", lambda: LAZY, Net, X),
+    "no model": (ComparisonError, "a to be a model.*got int", lambda: 3, Net, X),
+    "no other model": (ComparisonError, "b to be a model.*got dict", Net, dict, X),
+    "data of no kind": (OptionError, "got int", Net, Net, 3),
+    "batch of no kind": (OptionError, "expected a batch.*got str", Net, Net, ["words"]),
+    "no such file": (Exception, "none.onnx", Net, lambda: "none.onnx", X),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_compared_is_an_error_and_nothing_is_changed(what):
+    error, match, a, b, data = REFUSED[what]
+    if what == "no such file":
+        pytest.importorskip("onnxruntime")
+    refused(error, match, a(), b(), data)
+
+
+OPTIONS = {
+    "mode": ({"mode": "both"}, "mode to be one of"),
+    "tolerance": ({"tolerance": -1}, "tolerance to be a number"),
+    "no tolerance": ({"tolerance": float("nan")}, "tolerance to be a number"),
+    "names of a": ({"names": {"second": "norm"}}, "a has no module 'second'"),
+    "names of b": ({"names": {"first": "second"}}, "b has no module 'second'"),
+}
+
+
+@pytest.mark.parametrize("what", OPTIONS)
+def test_wrong_options_are_named(what):
+    options, match = OPTIONS[what]
+    refused(OptionError, match, Net(), Net(), X, **options)
+
+
+def test_a_model_in_one_dtype_only_cannot_be_compared():
+    refused(
+        ComparisonError,
+        "In its own dtype it runs",
+        Net(lambda x, y: y @ torch.ones(4, 4)), Net(), X,
+    )  # fmt: skip
+
+
+def test_a_b_that_raises_is_a_difference():
+    found = bn.same(Net(), raising(), X)
+    assert not found and found.first.kind == "raised" and "shape '[5, 5]'" in str(found)
+
+
+def test_outputs_of_another_structure_are_a_difference():
+    pair = Net(lambda x, y: {"x": x, "y": y}), Net(lambda x, y: (x, y))
+    found = bn.same(*pair, X)
+    assert found.first.layer == "" and "structure" in found.first.message
+    found = bn.same(Net(), Net(lambda x, y: y[:, None]), X)
+    assert "shape (6, 4) and (6, 1, 4)" in found.first.message
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+@dataclasses.dataclass
+class Held:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+class Odd:
+    def __init__(self, x, y):
+        self.x, self.y = x, [y]
+
+
+RESULTS = {
+    "tuple": lambda x, y: (x, y),
+    "nested": lambda x, y: {"a": [x, {"b": y}], "n": 3, "s": "words", "none": None},
+    "namedtuple": Pair,
+    "dataclass": Held,
+    "object": Odd,
+    "integers": lambda x, y: (y > 0, y.argmax(1), y),
+    "numbers": lambda x, y: (float(y.detach().sum()), y),
+    "complex": lambda x, y: torch.complex(x, y),
+    "empty": lambda x, y: y[:0],
+    "sparse": lambda x, y: y.to_sparse(),
+    "half": lambda x, y: y.half(),
+}
+
+
+@pytest.mark.parametrize("what", RESULTS)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_results_of_any_kind_are_compared(what, gradients):
+    a, b = Net(RESULTS[what]), Net(RESULTS[what])
+    assert bn.same(a, bn.convert(b), X, gradients=gradients), what
+    with torch.no_grad():
+        b.norm.bias += 3.0
+    if what != "empty":
+        found = bn.same(a, b, X)
+        assert any(one.layer == "" for one in found.differences), str(found)
+
+
+def test_nan_at_the_same_places_is_the_same_and_told():
+    nans = lambda x, y: torch.where(x > 0, torch.nan, y)
+    found = bn.same(Net(nans), Net(nans), X)
+    assert found and "are NaN in both" in str(found)
+    found = bn.same(Net(nans), Net(), X)
+    assert found.first.error == float("inf") and "NaN or infinite in one" in found.first.message
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_models_of_other_dtypes(dtype):
+    model = Net().to(dtype)
+    found = bn.same(model, bn.convert(copy.deepcopy(model)), X)
+    assert found and found.rounding[0] <= 16 * torch.finfo(dtype).eps
+    if dtype is torch.float64:
+        return
+    found = bn.same(Net(), model, X)
+    assert found.first.layer == "first" and "dtype of weight" in found.first.message
+    assert bn.same(Net(), model, X, tolerance=0.05)
+
+
+def test_a_tensor_of_examples_and_batches_of_loaders():
+    a, b = Net(), bn.convert(Net())
+    loader = torch.utils.data.DataLoader(list(zip(X, range(6))), batch_size=2)
+    for data in (X, (X,), {"x": X}, [X[:3], X[3:]], [(X, None)], loader, iter([X, X])):
+        assert bn.same(a, b, data), data
+    assert bn.same(a, b, loader).batches == 3
+
+
+def test_caller_keeps_everything_also_with_hooks_that_reach_the_model():
+    model = Net()
+    model.register_forward_hook(lambda m, args, y: (model.norm(torch.randn(8, 4)), y)[1])
+    model.first.weight.grad = torch.ones(4, 4)
+    before = snapshot(model)
+    bn.same(model, Net(), X, mode="train", gradients=True)  # the hook trains model.norm itself
+    assert_unchanged(before, model)
+    assert torch.equal(model.first.weight.grad, torch.ones(4, 4))

@@ -1,0 +1,241 @@
+"""``bn.same`` says "same" of twenty kinds of pairs that compute the same, on several architectures."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx.experimental import optimization
+
+import batchnorm as bn
+from support import third_party
+from surgery.test_same_planted import Net, settled
+
+
+class Attention(nn.Module):
+    """A transformer-like block with batch norms, which returns a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(20, 16)
+        self.qkv, self.up, self.down = nn.Linear(16, 48), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.norm1, self.norm2 = nn.BatchNorm1d(16), nn.BatchNorm1d(16)
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, ids):
+        x = self.table(ids)
+        x = x + F.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1))
+        x = self.norm1(x.transpose(1, 2)).transpose(1, 2)
+        x = x + self.drop(self.down(F.gelu(self.up(x))))
+        return {"hidden": x, "pooled": self.norm2(x.mean(1))}
+
+
+def sound():
+    return nn.Sequential(
+        nn.Conv1d(3, 8, 5, padding=2), nn.BatchNorm1d(8), nn.GELU(), nn.Conv1d(8, 8, 3, groups=8, bias=False),
+        nn.BatchNorm1d(8), nn.ReLU(inplace=True), nn.AdaptiveAvgPool1d(2), nn.Flatten(), nn.Linear(16, 4),
+    )  # fmt: skip
+
+
+def volume():
+    return nn.Sequential(
+        nn.Conv3d(2, 6, 3), nn.BatchNorm3d(6), nn.ReLU(inplace=True), nn.MaxPool3d(2),
+        nn.Conv3d(6, 4, 2), nn.BatchNorm3d(4), nn.Flatten(), nn.Dropout(0.5), nn.Linear(4, 3),
+    )  # fmt: skip
+
+
+SMALL = {
+    "images": (Net, (4, 3, 12, 12)),
+    "sound": (sound, (4, 3, 16)),
+    "volume": (volume, (4, 2, 6, 6, 6)),
+    "tokens": (Attention, (6, 5)),
+}
+
+
+def built(name):
+    build, shape = SMALL[name]
+    torch.manual_seed(3)
+    model = build()
+    if name == "tokens":
+        return model.eval(), torch.randint(0, 20, shape)
+    return settled(model, 8, *shape[1:]), torch.randn(shape) * 2 + 1
+
+
+def by_state_dict(model, data):
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    other = copy.deepcopy(model)
+    for tensor in (*other.parameters(), *other.buffers()):
+        tensor.data.fill_(1)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    return other
+
+
+def parametrized(model, data):
+    other = copy.deepcopy(model)
+    for module in other.modules():
+        if isinstance(module, nn.Linear):
+            nn.utils.parametrizations.weight_norm(module)
+    return other
+
+
+def partly_compiled(model, data):
+    other = copy.deepcopy(model)
+    for name, module in list(other.named_modules()):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            parent = other.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], torch.compile(module, backend="eager"))
+    return other
+
+
+def compiled_in_place(model, data):
+    other = copy.deepcopy(model)
+    other.compile(backend="eager")
+    return other
+
+
+def changed(change):
+    return lambda model, data: change(copy.deepcopy(model))
+
+
+# Pairs for eval and training: (model, data) -> the other one.
+BOTH = {
+    "itself": lambda model, data: model,
+    "deepcopy": lambda model, data: copy.deepcopy(model),
+    "pickle": lambda model, data: pickle.loads(pickle.dumps(model)),
+    "state dict": by_state_dict,
+    "converted": changed(bn.convert),
+    "undone": changed(lambda model: bn.undo(bn.convert(model))),
+    "save_memory": changed(lambda model: bn.save_memory(bn.convert(model))),
+    "wrapped": changed(nn.DataParallel),
+    "frozen parameters": changed(lambda model: model.requires_grad_(False)),
+    "parametrized": parametrized,
+    "parts compiled": partly_compiled,
+}
+
+# Pairs for eval alone.
+IN_USE = {
+    "in training mode": changed(nn.Module.train),
+    "another momentum": changed(lambda m: [setattr(x, "momentum", 0.5) for x in m.modules()] and m),
+    "folded": lambda model, data: bn.fold(copy.deepcopy(model), data).model,
+    "unfolded": lambda model, data: bn.undo(bn.fold(copy.deepcopy(model), data).model),
+    "fused by torch.fx": lambda model, data: optimization.fuse(copy.deepcopy(model)),
+    "compiled": changed(lambda model: torch.compile(model, backend="eager")),
+    "compiled in place": compiled_in_place,
+    "batchnorm backend": changed(lambda model: torch.compile(model, backend="batchnorm")),
+    "traced": lambda model, data: torch.jit.trace(model, data, check_trace=False, strict=False),
+    "exported": lambda model, data: torch.export.export(model, (data,)),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("how", BOTH)
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_pairs_that_compute_and_train_the_same(name, how, mode):
+    model, data = built(name)
+    gradients = how != "frozen parameters"
+    found = bn.same(model, BOTH[how](model, data), data, mode=mode, gradients=gradients)
+    assert found, str(found)
+    # Weight norm rounds its parts.
+    assert found.layers and found.error < (2e-7 if how == "parametrized" else 1e-12)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("how", IN_USE)
+def test_pairs_that_are_used_alike(name, how):
+    model, data = built(name)
+    if how == "fused by torch.fx" and name == "tokens":
+        pytest.skip("it has no convolutions")
+    found = bn.same(model, IN_USE[how](model, data), data)
+    assert found, str(found)
+    # Rounding of parameters takes a small part of what is allowed.
+    assert all(row.error <= 0.2 * row.allowed for row in found.layers)
+
+
+@pytest.mark.parametrize("name", ["images", "sound", "volume"])
+def test_channels_last_is_the_same(name):
+    model, data = built(name)
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if data.ndim in formats:
+        other = copy.deepcopy(model).to(memory_format=formats[data.ndim])
+        assert bn.same(model, other, data, mode="train", gradients=True)
+        assert bn.same(model, other, data.to(memory_format=formats[data.ndim]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["images", "sound", "volume"])
+def test_an_onnx_file_is_the_same_and_another_is_not(name, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, data = built(name)
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(model, (data,), path, dynamo=True, verbose=False)
+    assert bn.same(model, path, data)
+    with torch.no_grad():
+        next(iter(model.modules())).get_submodule(
+            {"images": "one.conv1", "sound": "3", "volume": "4"}[name]
+        ).weight.view(-1)[0] *= 1.01
+    assert not bn.same(model, str(path), data)
+
+
+def test_a_compiled_model_that_differs_is_found():
+    model, data = built("images")
+    other = copy.deepcopy(model)
+    other.one.bn1.eps = 2e-4
+    found = bn.same(model, torch.compile(other, backend="eager"), data)
+    assert not found and "where" in found.first.message and "is allowed" in found.first.message
+
+
+def test_distributed_wrappers_are_taken_off():
+    model, data = built("images")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)  # fmt: skip
+    try:
+        other = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
+        assert bn.same(model, other, data, mode="train")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _timm(name):
+    return lambda: third_party.timm().create_model(name, num_classes=10)
+
+
+def _torchvision(name):
+    return lambda: getattr(third_party.torchvision().models, name)(num_classes=10)
+
+
+NETWORKS = {
+    "resnet18": _torchvision("resnet18"),
+    "mobilenet_v3": _torchvision("mobilenet_v3_small"),
+    "regnety": _timm("regnety_002"),
+    "efficientnet": _timm("efficientnet_b0"),
+    "densenet": lambda: third_party.torchvision().models.DenseNet(8, (2, 2), 16, num_classes=10),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_others_in_every_form(name):
+    torch.manual_seed(4)
+    model = settled(NETWORKS[name](), 8, 3, 64, 64, steps=3)
+    data = torch.randn(2, 3, 64, 64) * 2 + 1
+    pairs = {
+        "converted": bn.convert(copy.deepcopy(model)),
+        "folded": bn.fold(copy.deepcopy(model), data).model,
+        "backend": torch.compile(copy.deepcopy(model), backend="batchnorm"),
+        "exported": torch.export.export(model, (data,)),
+    }
+    for how, other in pairs.items():
+        found = bn.same(model, other, data)
+        assert found, f"{how}: {found}"
+        assert all(row.error <= 0.2 * row.allowed for row in found.layers)
+    assert bn.same(model, pairs["converted"], data, mode="train", gradients=True)
+    *_, conv = (m for m in pairs["folded"].modules() if isinstance(m, nn.Conv2d))
+    with torch.no_grad():
+        conv.weight.view(-1)[0] += 0.01 * conv.weight.abs().max()
+    found = bn.same(model, pairs["folded"], data)
+    assert not found and pairs["folded"].get_submodule(found.first.layer) is conv, str(found)
