@@ -9,7 +9,7 @@ import copy
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -71,11 +71,11 @@ class Change:
     # Whether it may be undone before later edits of other verbs, as hooks may.
     commutes: ClassVar[bool] = False
 
-    def undo(self, owner: Any) -> None:
+    def undo(self, owner: nn.Module) -> None:
         """Restore the owner; parameters that still exist keep their present values."""
         raise NotImplementedError
 
-    def loses(self, owner: Any) -> str | None:  # noqa: ARG002
+    def loses(self, owner: nn.Module) -> str | None:  # noqa: ARG002
         """Return a description of the trained values that ``undo`` would lose, or None."""
         return None
 
@@ -143,14 +143,14 @@ class Record:
             )
         )
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         written = self if whole_pickles.get() else self.without_tensors(PICKLED)
         return {"entries": written.entries}
 
     def __copy__(self) -> "Record":
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Record":
+    def __deepcopy__(self, memo: dict[int, object]) -> "Record":
         return Record(copy.deepcopy(self.entries, memo))
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -79,10 +79,10 @@ def edits(model: nn.Module) -> Edits:
     """
     expect_model(model, "edits")
     placed = stack(model)
-    log: dict[tuple[Any, ...], Edit] = {}
+    log: dict[tuple[object, ...], Edit] = {}
     for one in placed:
         # What was left at first and changed later has one line, in its first place.
-        line: tuple[Any, ...] = (one.edit.verb, one.edit.names)
+        line: tuple[object, ...] = (one.edit.verb, one.edit.names)
         if line in log and not log[line].skipped:
             line = (*line, one.entry.when)
         log[line] = one.edit
@@ -181,7 +181,7 @@ def keep_undo() -> Iterator[None]:
         whole_pickles.reset(token)
 
 
-def expect_model(model: Any, verb: str) -> None:
+def expect_model(model: object, verb: str) -> None:
     """Raise if a verb of surgery was given something that is no model."""
     if not isinstance(model, nn.Module):
         raise SurgeryError(

@@ -10,8 +10,7 @@ import contextlib
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +40,12 @@ expected a model whose parameters have shapes, got the uninitialized {name!r}; p
 through the model first"""
 
 
-def flow(model: nn.Module, /, *args: Any, **kwargs: Any) -> Flow:
+Operator = Callable[..., object]  # type: ignore[explicit-any]
+Args = tuple[object, ...]
+Kwargs = Mapping[str, object]
+
+
+def flow(model: nn.Module, /, *args: object, **kwargs: object) -> Flow:
     """Run a model once on example inputs, in its present mode, and return the recorded pass.
 
     Afterwards the model is as before, also if it raises: modes, buffers, attributes assigned in
@@ -75,7 +79,7 @@ def flow(model: nn.Module, /, *args: Any, **kwargs: Any) -> Flow:
         return follow(model, lambda: model(*args, **kwargs), (args, kwargs))
 
 
-def follow(model: nn.Module, run: Callable[[], Any], given: Any = ()) -> Flow:
+def follow(model: nn.Module, run: Callable[[], object], given: object = ()) -> Flow:
     """Record a call of ``run``, which runs a model; the model's state is not restored.
 
     Args:
@@ -150,7 +154,7 @@ class _Book:
         self.is_aside = False
         self._within: int | None = None
         self._counts: Counter[str] = Counter()
-        self._numbers: dict[Any, int] = {}
+        self._numbers: dict[object, int] = {}
         # A weak reference keeps the storage's address from being reused, not its memory.
         self._memory: dict[StorageWeakRef, int] = {}
         # Tensors without a storage (sparse, wrapped by torch.func), kept so their ids stay unique.
@@ -200,7 +204,9 @@ class _Book:
             self.values.append(Value(number, *key, *self._origins[memory], made))
         return self._numbers[key]
 
-    def call(self, name: str, leaf: bool, original: Forward, /, *args: Any, **kwargs: Any) -> Any:
+    def call(
+        self, name: str, leaf: bool, original: Forward, /, *args: object, **kwargs: object
+    ) -> object:
         """Run and record the forward of a module."""
         if self.is_aside or is_recomputing():
             return original(*args, **kwargs)
@@ -220,7 +226,7 @@ class _Book:
         self.calls[number] = dataclasses.replace(call, outputs=outputs, tells=tells)
         return result
 
-    def operate(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def operate(self, func: Operator, args: Args, kwargs: Kwargs) -> object:
         """Run and record an operator."""
         tensors = list(tensors_in((args, kwargs)))
         inputs = tuple(map(self.value, tensors))
@@ -299,7 +305,11 @@ class _Book:
         return self._counts[name] - 1
 
     def _read_by(
-        self, func: Any, tags: Any, tensors: list[Tensor], inputs: tuple[int, ...]
+        self,
+        func: Operator,
+        tags: Sequence[torch.Tag],
+        tensors: list[Tensor],
+        inputs: tuple[int, ...],
     ) -> None:
         """Record reads by operators whose result is no tensor, or has a data-dependent size."""
         how = self.api or str(func)
@@ -336,7 +346,9 @@ class _Operators(operators.DispatchMode):
         super().__init__()
         self._book = book
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Operator, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if self._book.is_aside:
             return func(*args, **kwargs)
@@ -350,7 +362,9 @@ class _Functions(TorchFunctionMode):
         super().__init__()
         self._book = book
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Operator, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
         kwargs, book = kwargs or {}, self._book
         if book.is_aside:
             return func(*args, **kwargs)

@@ -8,7 +8,7 @@ as calibration does.
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from batchnorm.errors import LayoutError, SurgeryError
 from batchnorm.moments import Moments
 from batchnorm.nn.base import Layer
 
-Forward = Callable[..., Any]
+# Layers of any class take any arguments.
+Forward = Callable[..., object]  # type: ignore[explicit-any]
 
 UNNAMED = """\
 expected the layer's input as the first argument or as input=, got the keywords {names}: which of \
@@ -49,7 +50,7 @@ class Entered(NamedTuple):
         return Moments.of(self.x, self.axis, mask=self.mask)
 
 
-def entered(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Entered:
+def entered(layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Entered:
     """Return the input of a layer from the arguments of its call.
 
     Raises:
@@ -59,8 +60,9 @@ def entered(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         raise LayoutError(UNNAMED.format(names=list(kwargs)))
     mask = None
     if isinstance(layer, Layer):
-        mask = args[2] if len(args) > 2 else kwargs.get("mask")
-    return Entered(args[0] if args else kwargs["input"], getattr(layer, "axis", 1), mask)
+        mask = cast("Tensor | None", args[2] if len(args) > 2 else kwargs.get("mask"))
+    x = cast("Tensor", args[0] if args else kwargs["input"])
+    return Entered(x, getattr(layer, "axis", 1), mask)
 
 
 @contextlib.contextmanager
@@ -76,7 +78,9 @@ def entering(
         see: Gets the name and the input. If it writes to the tensor, the layer gets the new values.
     """
 
-    def around(name: str, layer: nn.Module, original: Forward, *args: Any, **kwargs: Any) -> Any:
+    def around(
+        name: str, layer: nn.Module, original: Forward, *args: object, **kwargs: object
+    ) -> object:
         see(name, entered(layer, args, kwargs))
         return original(*args, **kwargs)
 
@@ -109,7 +113,7 @@ def replaced_forward(pairs: Iterable[tuple[nn.Module, Forward]]) -> Iterator[Non
         yield
 
 
-def _put_back(attributes: dict[str, Any], before: Forward | None) -> None:
+def _put_back(attributes: dict[str, object], before: Forward | None) -> None:
     if before is None:
         attributes.pop("forward", None)
     else:

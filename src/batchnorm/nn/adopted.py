@@ -4,16 +4,15 @@ They add what those layers compute beyond ``torch.nn``: an activation and a drop
 statistics. They are never constructed: conversion assigns ``layer.__class__``.
 """
 
-from typing import Any
-
 from torch import Tensor, fx, nn
 
 from batchnorm import functional
 from batchnorm.compat.modules import check_input_dim, load_from_state_dict
+from batchnorm.nn.base import Layer
 from batchnorm.nn.layers import BatchNorm, BatchNorm2d
 
 
-class _Activated:
+class _Activated(Layer):
     """Mixin of timm's ``BatchNormAct2d``: applies its ``drop`` and ``act`` to the result."""
 
     drop: nn.Module
@@ -23,7 +22,7 @@ class _Activated:
         self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """Return act(drop(normalized input))."""
-        y: Tensor = super().forward(input, residual, mask)  # type: ignore[misc]
+        y = super().forward(input, residual, mask)
         # Under torch.fx the layer is one call_module node, which applies both when it runs.
         if isinstance(input, fx.Proxy):
             return y
@@ -31,19 +30,17 @@ class _Activated:
         return activated
 
 
-class _Stored:
+class _Stored(Layer):
     """Mixin of frozen layers: weight and bias are buffers, there is no ``num_batches_tracked``."""
 
     def _normalize(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
-        layer: Any = self
-        check_input_dim(layer, x)
-        return functional.evaluate(layer.call_of(x, residual, mask))
+        check_input_dim(self, x)
+        return functional.evaluate(self.call_of(x, residual, mask))
 
-    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: object) -> None:  # type: ignore[override]
         # As the original does: a checkpoint of the unfrozen layer has a counter.
         state.pop(prefix + "num_batches_tracked", None)
-        layer: Any = self
-        load_from_state_dict(layer, state, prefix, *rest)
+        load_from_state_dict(self, state, prefix, *rest)
 
 
 class BatchNormAct2d(_Activated, BatchNorm2d):

@@ -6,7 +6,6 @@ returns None for any call but the common one, and then takes the general path: c
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +17,7 @@ from batchnorm.errors import BatchNormError, LayoutError, OptionError
 from batchnorm.estimators.bank import Bank, EstimatorLike, named
 from batchnorm.estimators.running import Cumulative, Running, check_momentum
 from batchnorm.nn import casting, foreign, hot, traced, tracking
+from batchnorm.nn.attributes import Attributes
 from batchnorm.ops.activations import IDENTITY, ActivationLike, activation
 from batchnorm.ops.call import Call
 from batchnorm.sources.base import Source
@@ -32,23 +32,10 @@ MOMENTUM = _Default(0.1)
 BATCH = Batch()
 
 
-class Layer(_BatchNorm):
-    """Base of every layer: parameters, buffers and names are those of ``torch.nn``.
-
-    Attributes:
-        activation: Applied to the result.
-        statistics: The source of mean and variance in training.
-        axis: The channel axis of the input.
-        ranks: The ranks of input that are accepted; an empty tuple accepts any rank >= 2.
-        bank: The states of ``estimator=``; None if ``running_mean`` and ``running_var`` are the
-            only state.
-        warned: Whether the warning about 16-bit running statistics was given.
-    """
+class Layer(Attributes):
+    """Base of every layer: parameters, buffers and names are those of ``torch.nn``."""
 
     __constants__ = [*_BatchNorm.__constants__, "ranks"]  # noqa: RUF012 (torch declares a list)
-    axis: int = 1
-    ranks: tuple[int, ...] = ()
-    warned: bool = False
 
     def __init__(
         self,
@@ -116,7 +103,8 @@ class Layer(_BatchNorm):
         if not is_compiling() and isinstance(input, fx.Proxy):
             return foreign.call_module(self, input, residual, mask)
         if input.is_mkldnn:
-            return foreign.through_dense(self, input, residual, mask)
+            dense = residual.to_dense() if residual is not None and residual.is_mkldnn else residual
+            return self.forward(input.to_dense(), dense, mask).to_mkldnn()
         try:
             return self._normalize(input, residual, mask)
         except BatchNormError as error:
@@ -192,7 +180,9 @@ class Layer(_BatchNorm):
             super()._apply(fn, recurse)
         return self
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, object], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.bank is not None:
             for name, tensor in self.bank.tensors().items():
@@ -200,9 +190,9 @@ class Layer(_BatchNorm):
 
     def _load_from_state_dict(  # type: ignore[override]
         self,
-        state: Any,
+        state: dict[str, Tensor],
         prefix: str,
-        metadata: Any,
+        metadata: dict[str, object],
         strict: bool,
         missing: list[str],
         unexpected: list[str],

@@ -2,13 +2,13 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm.compat.modules import buffers
+from batchnorm.nn.attributes import Attributes
 
 STATISTICS = ("running_mean", "running_var")
 
@@ -18,7 +18,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def widen_statistics(layer: Any) -> None:
+def widen_statistics(layer: Attributes) -> None:
     """Cast the buffers of a newly constructed layer to float32 if they are narrower."""
     for name in STATISTICS:
         buffer = buffers(layer)[name]
@@ -27,7 +27,7 @@ def widen_statistics(layer: Any) -> None:
 
 
 @contextlib.contextmanager
-def statistics_kept_wide(layer: Any, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def statistics_kept_wide(layer: Attributes, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Remove the statistics while ``Module._apply(fn)`` runs, then move them without narrowing.
 
     To cast them and cast them back would lose values: a running_var of 1e6 is infinite in float16.

@@ -1,15 +1,16 @@
-"""Support for ``torch.fx.symbolic_trace``, ``torch.jit.script`` and mkldnn tensors."""
+"""Support for ``torch.fx.symbolic_trace`` and ``torch.jit.script``."""
 
 from types import FunctionType
-from typing import Any
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx.proxy import TraceError
 from torch.nn.parameter import is_lazy
 
 from batchnorm.compat.modules import has_forward_hooks
 from batchnorm.errors import SurgeryError
+from batchnorm.nn.attributes import Attributes
 from batchnorm.ops.activations import IDENTITY
 
 SCRIPTED = """\
@@ -28,7 +29,7 @@ no model around it to look it up in. Trace torch.nn.Sequential(layer) instead.""
 
 
 def call_module(
-    layer: torch.nn.Module, input: Any, residual: Tensor | None, mask: Tensor | None
+    layer: torch.nn.Module, input: fx.Proxy, residual: Tensor | None, mask: Tensor | None
 ) -> Tensor:
     """Record one ``call_module`` node, as ``torch.fx`` does for the modules of ``torch.nn``.
 
@@ -39,14 +40,14 @@ def call_module(
     """
     given = {"residual": residual, "mask": mask}
     kwargs = {name: value for name, value in given.items() if value is not None}
-    if input.tracer.root is layer:
+    tracer = cast("fx.Tracer", input.tracer)
+    if tracer.root is layer:
         raise TraceError(ROOT.format(layer=type(layer).__name__))
-    target = input.tracer.path_of_module(layer)
-    proxy: Tensor = input.tracer.create_proxy("call_module", target, (input,), kwargs)
-    return proxy
+    target = tracer.path_of_module(layer)
+    return cast("Tensor", tracer.create_proxy("call_module", target, (input,), kwargs))
 
 
-def check_scriptable(layer: Any) -> None:
+def check_scriptable(layer: Attributes) -> None:
     """Refuse ``torch.jit.script`` of a layer that computes more than ``torch.nn``'s.
 
     Raises:
@@ -57,7 +58,7 @@ def check_scriptable(layer: Any) -> None:
         raise SurgeryError(SCRIPTED.format(layer=layer, reason=reason))
 
 
-def _beyond_torch(layer: Any) -> str | None:
+def _beyond_torch(layer: Attributes) -> str | None:
     """Return the first property of a layer that ``torch.nn``'s layer lacks, or None."""
     if "convert" in getattr(layer.__dict__.get(RECORD), "verbs", ()):
         return CONVERTED
@@ -91,24 +92,15 @@ def _beyond_torch(layer: Any) -> str | None:
     return None
 
 
-def through_dense(
-    layer: Any, input: Tensor, residual: Tensor | None, mask: Tensor | None
-) -> Tensor:
-    """Compute a layer on mkldnn tensors: convert to dense, compute, convert back."""
-    if residual is not None and residual.is_mkldnn:
-        residual = residual.to_dense()
-    y: Tensor = layer.forward(input.to_dense(), residual, mask)
-    return y.to_mkldnn()
-
-
 def check_rank(input: Tensor, ranks: list[int]) -> None:
     """Raise if the rank of an input is not in ``ranks``; compiled by ``torch.jit.script``."""
     if len(ranks) > 0 and input.dim() not in ranks:
         raise ValueError(f"expected input of rank {ranks} (got {input.dim()}D input)")
 
 
-def renamed(function: Any, name: str) -> Any:
+def renamed(function: object, name: str) -> FunctionType:
     """Return the same code as a function named ``name``: ``torch.jit`` resolves methods by name."""
+    assert isinstance(function, FunctionType)
     return FunctionType(
         function.__code__, function.__globals__, name, function.__defaults__, function.__closure__
     )

@@ -8,8 +8,6 @@ with nothing changed. Every other call, and every error message, is left to the 
 ``base``: functions here return None for it.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -17,6 +15,7 @@ from torch.nn import Parameter
 from batchnorm.compat.modes import is_calm, is_recomputing
 from batchnorm.compat.modules import tables
 from batchnorm.errors import UnservedError
+from batchnorm.nn.attributes import Attributes
 from batchnorm.nn.tracking import WIDE
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.autograd import eager
@@ -28,7 +27,7 @@ from batchnorm.ops.call import Epilogue, Running
 _PLAIN = (Parameter, Tensor, type(None))
 
 
-def forward(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
+def forward(layer: Attributes, x: Tensor, residual: Tensor | None) -> Tensor | None:
     """Return the result of the layer, or None if the general path must compute it."""
     # is_calm() also asks whether Dynamo is compiling: after a graph break this function is traced
     # without its caller. Kernels read strided memory; mkldnn and sparse tensors have none.

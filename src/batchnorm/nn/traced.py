@@ -6,17 +6,15 @@ is read here becomes a guard of the compiled graph, evaluated at each call, so t
 ``hot``, functions return None for a call that the general path in ``base`` must handle.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm.compat.modes import is_transformed
-from batchnorm.ops.activations import Activation
+from batchnorm.nn.attributes import Attributes
 
 
-def forward(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
+def forward(layer: Attributes, x: Tensor, residual: Tensor | None) -> Tensor | None:
     """Return the result of the layer, or None if the general path must compute it."""
     rank = x.dim()
     if layer.axis != 1 or not (rank in layer.ranks if layer.ranks else rank > 1):
@@ -38,7 +36,7 @@ def forward(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
     return (_train if layer.training else _evaluate)(layer, x, residual)
 
 
-def _evaluate(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
+def _evaluate(layer: Attributes, x: Tensor, residual: Tensor | None) -> Tensor | None:
     mean, var = layer.running_mean, layer.running_var
     if mean is None or not layer.eps >= 0:
         return None
@@ -46,16 +44,18 @@ def _evaluate(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
     return _rest(layer, y, residual)
 
 
-def _rest(layer: Any, y: Tensor, residual: Tensor | None) -> Tensor:
+def _rest(layer: Attributes, y: Tensor, residual: Tensor | None) -> Tensor:
     z: Tensor = y if residual is None else y + residual
-    act: Activation = layer.activation
+    act = layer.activation
     return z if act.name == "identity" else act(z)
 
 
-def _train(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
+def _train(layer: Attributes, x: Tensor, residual: Tensor | None) -> Tensor | None:
     alpha, eps = layer.momentum, layer.eps
-    plain = layer.statistics.plan == "batch" and layer.bank is None and alpha is not None
-    if not plain or not 0 < eps < torch.inf or x.numel() <= x.size(1) or is_transformed():
+    plain = layer.statistics.plan == "batch" and layer.bank is None
+    if not plain or alpha is None or not 0 < eps < torch.inf:
+        return None
+    if x.numel() <= x.size(1) or is_transformed():
         return None
     mean, var = layer.running_mean, layer.running_var
     tracks = layer.track_running_stats and mean is not None

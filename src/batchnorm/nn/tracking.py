@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from batchnorm.estimators import bank
 from batchnorm.estimators.base import nothing
 from batchnorm.estimators.running import Averages, move, share_of_next, write
 from batchnorm.moments import Moments
+from batchnorm.nn.attributes import Attributes
 
 WIDE = (torch.float32, torch.float64)
 
@@ -22,7 +22,7 @@ NARROW = """\
 small steps are lost. Restore it with layer.{name} = layer.{name}.float()."""
 
 
-def step(layer: Any, batch: Moments) -> None:
+def step(layer: Attributes, batch: Moments) -> None:
     """Update ``running_mean``, ``running_var`` and ``num_batches_tracked`` in place.
 
     Skipped for an empty batch, and in the recomputation of activation checkpointing, which calls
@@ -43,19 +43,23 @@ def step(layer: Any, batch: Moments) -> None:
         layer.num_batches_tracked.add_(one)
 
 
-def _move(layer: Any, batch: Moments) -> None:
-    alpha = layer.momentum
+def _move(layer: Attributes, batch: Moments) -> None:
+    mean, var = layer.running_mean, layer.running_var
+    assert mean is not None
+    assert var is not None
+    alpha: float | Tensor | None = layer.momentum
     if alpha is None:
         # As in torch, a layer without a counter does not update its cumulative average.
         seen = layer.num_batches_tracked
         alpha = 0.0 if seen is None else share_of_next(seen)
     for name in ("running_mean", "running_var"):
         _warn_if_narrow(layer, name)
-    move(layer.running_mean, layer.running_var, batch, alpha)
+    move(mean, var, batch, alpha)
 
 
-def publish(layer: Any, states: Mapping[str, Any]) -> None:
+def publish(layer: Attributes, states: Mapping[str, object]) -> None:
     """Write the selected estimate to ``running_mean`` and ``running_var``."""
+    assert layer.bank is not None
     names = ("running_mean", "running_var")
     for name, statistic in zip(names, layer.bank.statistics(states), strict=True):
         old = getattr(layer, name)
@@ -65,7 +69,11 @@ def publish(layer: Any, states: Mapping[str, Any]) -> None:
 
 
 def load(
-    layer: Any, state: Mapping[str, Any], prefix: str, unexpected: list[str], errors: list[str]
+    layer: Attributes,
+    state: Mapping[str, Tensor],
+    prefix: str,
+    unexpected: list[str],
+    errors: list[str],
 ) -> None:
     """Load the states of a layer's estimators from a state dict, if it has them.
 
@@ -76,6 +84,7 @@ def load(
         unexpected: torch's list of unexpected keys; keys that are loaded here are removed from it.
         errors: torch's list of messages; states of another shape are appended.
     """
+    assert layer.bank is not None
     start = prefix + bank.PREFIX
     given = {
         key.removeprefix(prefix): value for key, value in state.items() if key.startswith(start)
@@ -87,17 +96,19 @@ def load(
     errors += layer.bank.load(found)
 
 
-def restart(layer: Any, known: bool = False) -> None:
+def restart(layer: Attributes, known: bool = False) -> None:
     """Restart all estimators; running averages start from the buffers if ``known``."""
+    mean, var = layer.running_mean, layer.running_var
+    assert layer.bank is not None
+    assert mean is not None
     start = None
-    if known and layer.num_batches_tracked is not None:
-        start = Averages(layer.running_mean, layer.running_var, layer.num_batches_tracked)
-    lazy = is_lazy(layer.running_mean)
-    channels = layer.num_features if lazy else layer.running_mean.numel()
-    layer.bank.restart(channels, layer.running_mean.device, start)
+    if known and var is not None and layer.num_batches_tracked is not None:
+        start = Averages(mean, var, layer.num_batches_tracked)
+    channels = layer.num_features if is_lazy(mean) else mean.numel()
+    layer.bank.restart(channels, mean.device, start)
 
 
-def _warn_if_narrow(layer: Any, name: str) -> None:
+def _warn_if_narrow(layer: Attributes, name: str) -> None:
     """Warn once per layer if a running statistic has a 16-bit dtype."""
     dtype = getattr(layer, name).dtype
     if dtype not in WIDE and not torch.compiler.is_compiling() and not layer.warned:

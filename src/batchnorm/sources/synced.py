@@ -1,7 +1,7 @@
 """Statistics of the batches of all processes of a group."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from batchnorm.collective import Group, Ranks
 from batchnorm.ops.autograd.shared import Sharing
@@ -28,7 +28,7 @@ class Synced:
 
     group: Group = field(default=None, repr=False)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Synced":
+    def __deepcopy__(self, memo: dict[int, object]) -> "Synced":
         # A process group cannot be copied; copies of a model share it.
         return self
 

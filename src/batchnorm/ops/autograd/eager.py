@@ -5,7 +5,8 @@ with ``create_graph=True`` the gradient is computed by ``reference``, which can 
 again.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from batchnorm.ops.backends.base import Backend
 from batchnorm.ops.call import Epilogue, ForBackward, Running
 
 Gradients = tuple[Tensor | None, ...]
+Rest = TypeVar("Rest")
 
 # Arguments of ``BatchNormalize`` without a gradient: the epilogue (with the tensors that are given
 # to apply), eps, the channel axis, the backend, a list that receives stats if the caller wants
@@ -27,12 +29,27 @@ Gradients = tuple[Tensor | None, ...]
 Step = tuple[Epilogue, float, int, Backend, list[Tensor] | None, Running | None]
 
 
+class Context(Protocol[Rest]):
+    """The context that autograd passes to a Function, with the attributes that are set here."""
+
+    saved_tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+    needs_input_grad: tuple[bool, ...]
+    rest: Rest
+    bias: Tensor | None
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...  # noqa: D102
+
+
+BatchContext = Context[tuple[Activation, float, int, Backend, bool, torch.dtype | None]]
+GivenContext = Context[tuple[Activation, int, Backend, bool, torch.dtype | None]]
+
+
 class BatchNormalize(torch.autograd.Function):
     """Normalize by the input's own statistics."""
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: BatchContext,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -51,7 +68,7 @@ class BatchNormalize(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Gradients:
+    def backward(ctx: BatchContext, *grads: Tensor) -> Gradients:
         """Return the gradients of x, weight, bias and residual."""
         x, stats, weight, beside = ctx.saved_tensors
         act, eps, axis, backend, adds, bias_dtype = ctx.rest
@@ -82,7 +99,7 @@ class Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: GivenContext,
         x: Tensor,
         stats: Tensor,
         weight: Tensor | None,
@@ -101,7 +118,7 @@ class Normalize(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Gradients:
+    def backward(ctx: GivenContext, *grads: Tensor) -> Gradients:
         """Return the gradients of x, (statistics: none), weight, bias and residual."""
         x, stats, weight, beside = ctx.saved_tensors
         act, axis, backend, adds, bias_dtype = ctx.rest
@@ -182,8 +199,8 @@ def _as(gradient: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
 
 
 def _graph(
-    ctx: Any,
-    again: Any,
+    ctx: Context[Rest],
+    again: Callable[[Tensor, Tensor, Tensor], Tensor],
     dy: Tensor,
     act: Activation,
     axis: int,
@@ -228,12 +245,12 @@ class _Constant(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, dx: Tensor, x: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(ctx: object, dx: Tensor, x: Tensor) -> Tensor:  # noqa: ARG004
         """Return dx."""
         return dx.view_as(dx)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Gradients:  # noqa: ARG004
+    def backward(ctx: object, *grads: Tensor) -> Gradients:  # noqa: ARG004
         """Return the gradient of dx, and none of x."""
         return grads[0], None
 

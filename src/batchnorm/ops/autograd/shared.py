@@ -6,7 +6,7 @@ backward_sums, backward_input.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from batchnorm import layout
 from batchnorm import moments as _moments
 from batchnorm.moments import Moments
 from batchnorm.ops.activations import IDENTITY, Activation
-from batchnorm.ops.autograd.eager import dtype_of, kept_beside, to_parameters
+from batchnorm.ops.autograd.eager import Context, dtype_of, kept_beside, to_parameters
 from batchnorm.ops.backends import reference
+from batchnorm.ops.backends.base import Backend
 from batchnorm.ops.backends.choice import select
 from batchnorm.ops.call import Call, Epilogue, ForBackward
 
@@ -36,6 +37,11 @@ class Sharing(NamedTuple):
     add: Callable[[Tensor], Tensor]
 
 
+Dtypes = tuple[torch.dtype | None, torch.dtype | None]
+Add = Callable[[Tensor], Tensor]
+SharedContext = Context[tuple[Activation, int, Backend, bool, float, Add, Dtypes]]
+
+
 class SharedNormalize(torch.autograd.Function):
     """Normalize by the statistics of all parts.
 
@@ -46,7 +52,7 @@ class SharedNormalize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: SharedContext,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -54,7 +60,7 @@ class SharedNormalize(torch.autograd.Function):
         statistics: tuple[float, Tensor],
         act: Activation,
         axis: int,
-        add: Callable[[Tensor], Tensor],
+        add: Add,
     ) -> Tensor:
         """Return y; ``statistics`` are the count of all parts and stats (6, C)."""
         epilogue = Epilogue(weight, bias, residual, act)
@@ -63,21 +69,21 @@ class SharedNormalize(torch.autograd.Function):
         y = backend.normalize(x, stats[0], stats[2:4], epilogue, axis)
         # The weight is saved so that autograd raises if it was written to in place before backward.
         ctx.save_for_backward(x, stats, weight, kept_beside(act, residual, y, backend))
-        ctx.rest = act, axis, backend, residual is not None, count, add
-        ctx.dtypes = dtype_of(weight), dtype_of(bias)
+        dtypes = dtype_of(weight), dtype_of(bias)
+        ctx.rest = act, axis, backend, residual is not None, count, add, dtypes
         return y
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *grads: Tensor) -> Gradients:
+    def backward(ctx: SharedContext, *grads: Tensor) -> Gradients:
         """Return the gradients of x, weight, bias and residual."""
         x, stats, _, beside = ctx.saved_tensors
-        act, axis, backend, adds, count, add = ctx.rest
+        act, axis, backend, adds, count, add, dtypes = ctx.rest
         given = (grads[0], ForBackward(x, stats, beside, act, axis))
         sum_dz, sum_dz_xhat = backend.backward_sums(*given)
         merged = add(torch.stack([sum_dz, sum_dz_xhat]))
-        dx, dresidual = backend.backward_input(*given, *merged, count, adds)
-        affine = to_parameters(ctx.dtypes[0], sum_dz_xhat, ctx.dtypes[1], sum_dz)
+        dx, dresidual = backend.backward_input(*given, merged[0], merged[1], count, adds)
+        affine = to_parameters(dtypes[0], sum_dz_xhat, dtypes[1], sum_dz)
         return dx, *affine, dresidual, None, None, None, None
 
 

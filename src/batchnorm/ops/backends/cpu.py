@@ -9,7 +9,7 @@ are brought to the input's layout.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -165,13 +165,13 @@ def backward(
     return found
 
 
-def _again(
+def _again(  # type: ignore[explicit-any]  # kernels differ in their arguments
     kernel: Callable[..., Found | None],
     x: Tensor,
     alike: tuple[Maybe, ...],
     vectors: tuple[Maybe, ...],
     axis: int,
-    *rest: Any,
+    *rest: object,
 ) -> Found:
     """Call a kernel again that returned None, with copies in the memory order that it supports.
 

@@ -17,7 +17,7 @@ import shutil
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -183,7 +183,7 @@ def backward(
 
 
 @functools.cache
-def _kernels() -> Any:
+def _kernels() -> ModuleType:
     """Import Triton, and the kernels with it, at the first call."""
     return importlib.import_module("batchnorm.ops.backends.triton.launch")
 

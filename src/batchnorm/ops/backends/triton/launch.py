@@ -7,7 +7,6 @@ captured in a CUDA graph.
 
 import contextlib
 import ctypes
-from typing import Any
 
 import torch
 import triton.language as tl
@@ -201,7 +200,7 @@ def input_of(
         )  # fmt: skip
 
 
-def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+def _on(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """Make the tensor's device the current one, on whose current stream Triton launches."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
@@ -216,7 +215,7 @@ def _sizes(plan: Plan) -> tuple[int, int, int, int]:
     return plan.rows, plan.channels, plan.width, plan.parts
 
 
-def _constants(plan: Plan, x: Tensor) -> dict[str, Any]:
+def _constants(plan: Plan, x: Tensor) -> dict[str, object]:
     real = tl.float64 if x.dtype is torch.float64 else tl.float32
     return {
         "A": plan.a, "B": plan.b, "ALIGN": plan.align,
@@ -228,7 +227,7 @@ def _stages(kind: str, x: Tensor) -> int:
     return triton_plan.STAGES[kind][x.element_size() > 2]
 
 
-def _activation(act: Activation) -> dict[str, Any]:
+def _activation(act: Activation) -> dict[str, object]:
     return {"ACT": act.name, "SLOPE": act.slope}
 
 
@@ -237,7 +236,7 @@ def _period(plan: Plan) -> int | None:
     return None if plan.wraps == 1 else plan.channels // plan.wraps
 
 
-def _fold(plan: Plan) -> tuple[tuple[int], tuple[int, int], dict[str, Any]]:
+def _fold(plan: Plan) -> tuple[tuple[int], tuple[int, int], dict[str, int]]:
     """Return grid, parts and channels, and constants of a kernel that reduces partial results.
 
     Partial results of the samples of one row are consecutive, like those of several programs.
