@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from batchnorm.benchmark.cases import Case
-from batchnorm.compat.modules import sleep_on_gpu
+from batchnorm.compat.cuda import sleep_on_gpu
 from batchnorm.errors import DeviceError
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import OptionError
-from batchnorm.estimators.bank import PREFIX
+from batchnorm.estimators.bank import is_state
 from batchnorm.moments import Moments, merge, wide
 
 MEAN, VAR, COUNTER = "running_mean", "running_var", "num_batches_tracked"
@@ -51,11 +51,9 @@ def merge_states(
     merged: OrderedDict[str, Any] = OrderedDict()
     for name in states[0]:
         values = [state[name] for state in states]
-        stem, _, leaf = name.rpartition(".")
-        sibling = (
-            f"{stem}.{VAR if leaf == MEAN else MEAN}" if stem else (VAR if leaf == MEAN else MEAN)
-        )
-        if _is_estimate(name, states[0]):
+        leaf = name.rpartition(".")[2]
+        sibling = name.removesuffix(leaf) + (VAR if leaf == MEAN else MEAN)
+        if is_state(name, states[0]):
             continue
         if leaf in (MEAN, VAR) and sibling in states[0]:
             pairs = [(values[i], s[sibling]) for i, s in enumerate(states)]
@@ -71,12 +69,6 @@ def merge_states(
         else:
             merged[name] = heaviest[name].clone()
     return merged
-
-
-def _is_estimate(name: str, state: Mapping[str, Any]) -> bool:
-    """Return whether an entry is a state of ``estimator=``, which starts anew when absent."""
-    layer, found, _ = name.rpartition(PREFIX) if not name.startswith(PREFIX) else ("", PREFIX, "")
-    return bool(found) and layer + MEAN in state
 
 
 def _pooled(

@@ -11,7 +11,6 @@ Private names, and what happens without them:
   ``_global_forward_hooks``, ``_global_forward_pre_hooks``: no public form tells whether there are
   hooks, and a copied model has hooks without handles.
 - ``_BatchNorm._check_input_dim``, ``Module._load_from_state_dict``: torch's points to override.
-- ``torch.cuda._sleep``: no public form. Without it timings on a GPU hold the time of launching.
 - ``Module._compiled_call_impl``: whether ``module.compile()`` was called. No public form.
 - ``OptimizedModule._orig_mod``: what ``torch.compile`` was given. No public form.
 """
@@ -19,7 +18,6 @@ Private names, and what happens without them:
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
@@ -83,11 +81,3 @@ def load_from_state_dict(module: nn.Module, *args: Any) -> None:
     ``_BatchNorm``'s own would ask for ``num_batches_tracked``.
     """
     nn.Module._load_from_state_dict(module, *args)
-
-
-def sleep_on_gpu(cycles: int) -> None:
-    """Keep the current CUDA stream busy for so many cycles (``torch.cuda._sleep``).
-
-    Timings are then not of the time that launching takes.
-    """
-    torch.cuda._sleep(cycles)

@@ -17,7 +17,7 @@ from batchnorm.demo.modes import Modes, compare_modes
 from batchnorm.demo.networks import WATCHED, Activation, build
 from batchnorm.demo.shift import Shift, ShiftProbe
 from batchnorm.demo.training import Curve, Options, one_thread, train
-from batchnorm.estimators.bank import PREFIX
+from batchnorm.estimators.bank import is_state
 from batchnorm.estimators.base import Estimator
 from batchnorm.estimators.running import Running
 from batchnorm.progress import Watch
@@ -157,11 +157,8 @@ def _run(
 
     curve = train(network, images, options, rate, options.steps, measure)
     # Without the states of further estimates, so that torch.nn's layers load the file strictly.
-    weights = {
-        name: value.detach().clone()
-        for name, value in network.state_dict().items()
-        if f".{PREFIX}" not in name
-    }
+    state = network.state_dict()
+    weights = {n: value.detach().clone() for n, value in state.items() if not is_state(n, state)}
     return Run(curve, shift.result(), weights)
 
 

@@ -46,6 +46,16 @@ def named(estimators: EstimatorLike) -> dict[str, Estimator]:
     return found
 
 
+def is_state(name: str, state_dict: Mapping[str, Any]) -> bool:
+    """Return whether an entry of a state dict is a state of an estimator.
+
+    Layers of ``torch.nn`` have none of these entries; a layer that finds none restarts its
+    estimators.
+    """
+    layer, found, _ = f".{name}".rpartition(f".{PREFIX}")
+    return bool(found) and f"{layer}.running_mean".removeprefix(".") in state_dict
+
+
 class Bank:
     """The estimators of a layer and their states; the first is selected by default.
 
