@@ -9,7 +9,7 @@ import torch
 from batchnorm.ops.backends.choice import BACKENDS, PROMISES, UNAVAILABLE
 from batchnorm.version import __version__
 
-PACKAGES = ("torch", "triton", "numpy", "matplotlib", "rich", "safetensors", "jax")
+PACKAGES = ("torch", "triton", "numpy", "matplotlib", "rich", "safetensors")
 
 
 def env() -> dict[str, Any]:

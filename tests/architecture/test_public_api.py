@@ -64,7 +64,7 @@ before = (list(logging.root.handlers), list(warnings.filters), torch.get_default
 import batchnorm
 after = (list(logging.root.handlers), list(warnings.filters), torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled())
 assert before == after, (before, after)
-loaded = [name for name in ("rich", "matplotlib", "sklearn", "typer", "jinja2", "safetensors", "triton", "jax") if name in sys.modules]
+loaded = [name for name in ("rich", "matplotlib", "sklearn", "typer", "jinja2", "safetensors", "triton") if name in sys.modules]
 assert not loaded, loaded
 """
 

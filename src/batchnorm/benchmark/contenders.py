@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Iterable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -56,22 +55,19 @@ class Ours(nn.Module):
         return y
 
 
-def names(case: Case, compiled: bool = False, jax: bool = False) -> list[str]:
+def names(case: Case, compiled: bool = False) -> list[str]:
     """Return who takes part in a case.
 
     Args:
         case: The cell.
         compiled: Whether ``torch.compile`` of the eager module does; on a GPU also with
             ``mode="max-autotune"``.
-        jax: Whether JAX does, where it is installed; on the CPU only.
     """
     found = ["eager", "ours"]
     if case.op != "bn":
         found.append("eager in place")
     if compiled:
         found += COMPILED[case.device]
-    if jax and case.device == "cpu" and find_spec("jax") is not None:
-        found.append("jax")
     return found
 
 
@@ -81,10 +77,6 @@ def contenders(case: Case, chosen: Iterable[str]) -> dict[str, Run]:
 
 
 def _contender(case: Case, name: str) -> Run:
-    if name == "jax":
-        from batchnorm.benchmark.with_jax import jax_step
-
-        return jax_step(case)
     # On a GPU torch's own kernels serve by default, which is what eager is.
     backend = None if case.device == "cpu" else "triton"
     ours = name == "ours"

@@ -8,7 +8,7 @@ from batchnorm.files import make_folder, write_atomically
 from batchnorm.report.html import to_html
 from batchnorm.report.model import Cell, Plot, Report, Section, Series, Table, Text
 
-RIVALS = ("eager", "eager in place", "compile", "compile max-autotune", "jax")
+RIVALS = ("eager", "eager in place", "compile", "compile max-autotune")
 
 
 def report(rows: Iterable[Row]) -> Report:

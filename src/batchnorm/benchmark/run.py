@@ -32,7 +32,6 @@ class Options(NamedTuple):
     Attributes:
         seconds: About how long each contender is timed in each cell and regime, over all processes.
         compiled: Whether ``torch.compile`` takes part (it compiles each cell anew).
-        jax: Whether JAX takes part, where it is installed; on the CPU only.
         regimes: Memory regimes, on the CPU.
         pairs: Processes of each contender in each cell and regime, on the CPU.
         threads: Of torch, on the CPU; with more than one, every process takes seconds to start.
@@ -40,7 +39,6 @@ class Options(NamedTuple):
 
     seconds: float = 1.0
     compiled: bool = False
-    jax: bool = False
     regimes: tuple[str, ...] = REGIMES
     pairs: int = 7
     threads: int = 1
@@ -119,7 +117,7 @@ def sample(case: Case, name: str, seconds: float) -> Sample:
 def _cell(case: Case, options: Options, call: Call, around: dict[str, Any]) -> Iterator[Row]:
     seconds = options.seconds / options.pairs
     found = in_turn(
-        names(case, options.compiled, options.jax),
+        names(case, options.compiled),
         options.pairs,
         lambda name: call(sample, case, name, seconds),
     )
@@ -142,7 +140,7 @@ def _on_gpu(cells: list[Case], options: Options, watch: Watch, clock: Clock) -> 
     around = circumstances(device)
     for done, case in enumerate(cells):
         watch("measuring", done, len(cells))
-        runs = contenders(case, names(case, options.compiled, options.jax))
+        runs = contenders(case, names(case, options.compiled))
         timings = interleaved({"copy": copy_run(case), **runs}, options.seconds, clock=clock)
         saved = {}
         if case.mode == "train":

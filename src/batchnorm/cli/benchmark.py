@@ -54,7 +54,6 @@ Everything = Annotated[
 Compiled = Annotated[
     bool, typer.Option("--compiled", help="With torch.compile, which compiles each cell.")
 ]
-Jax = Annotated[bool, typer.Option("--jax", help="With JAX, if it is installed.")]
 OnDevice = Annotated[
     Device, typer.Option(help="What to measure on; a GPU with its own clock and shapes.")
 ]
@@ -69,7 +68,6 @@ def bench(
     part: Part = "",
     everything: Everything = False,
     compiled: Compiled = False,
-    jax: Jax = False,
     device: OnDevice = Device.CPU,
 ) -> None:
     """Time torch and ours side by side on this machine; write the rows and a page with plots."""
@@ -87,7 +85,7 @@ def bench(
     ]
     with told_in_one_line(), bars() as watch:
         regimes = REGIMES if regime is Regime.BOTH else (regime.value,)
-        options = Options(seconds, compiled, jax, regimes, pairs, threads)
+        options = Options(seconds, compiled, regimes, pairs, threads)
         measured = measure(chosen, options, watch)
         make_folder(out)
         rows, files = _written(measured, out)
