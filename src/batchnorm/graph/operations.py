@@ -1,7 +1,8 @@
 """Custom operations for training steps in graphs that Inductor compiles (``graph.inner``).
 
 ``batchnorm::forward`` with its gradient, ``forward_alone`` and ``backward``. They are registered
-with little Python between the dispatcher and the kernels, since small layers call them often.
+with little Python between the dispatcher and the kernels, since small layers call them often. They
+are opaque to the compiler; results have the strides of ``empty_like(x)``.
 """
 
 from collections.abc import Callable
@@ -12,20 +13,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from batchnorm import layout
-from batchnorm.errors import UnservedError
-from batchnorm.graph.library import (
-    FLEXIBLE,
-    fake_gradients,
-    like,
-    select,
-    statistic,
-    wanted,
-)
+from batchnorm.errors import ChannelError, UnservedError
 from batchnorm.ops.activations import IDENTITY, Activation
 from batchnorm.ops.autograd.eager import dtype_of, kept_beside, to_parameters
 from batchnorm.ops.backends import reference
-from batchnorm.ops.backends.choice import likely
+from batchnorm.ops.backends.base import Backend
+from batchnorm.ops.backends.choice import likely, select
 from batchnorm.ops.call import Epilogue, ForBackward
+
+# Inductor prefers channels-last images. Without flexible_layout it would copy inputs to the layout
+# of the example inputs, and results back.
+TAGS = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
 
 LIBRARY = torch.library.Library("batchnorm", "FRAGMENT")
 
@@ -38,7 +36,7 @@ def in_graphs(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
 
     def register(function: Callable[..., Any]) -> Any:
         schema = torch.library.infer_schema(function, mutates_args=())
-        LIBRARY.define(name + schema, tags=(*FLEXIBLE, torch.Tag.pt2_compliant_tag))
+        LIBRARY.define(name + schema, tags=TAGS)
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"batchnorm::{name}", fake, lib=LIBRARY)
         return getattr(torch.ops.batchnorm, name).default
@@ -53,8 +51,9 @@ def _fake_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 def _fake_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     axis, want_residual = rest[-2:]
-    dx, dresidual = fake_gradients(x, want_residual)
-    return dx, dresidual, statistic(x, axis), statistic(x, axis)
+    dresidual = torch.empty_like(x) if want_residual else x.new_empty(0)
+    sums = [x.new_empty(x.shape[axis], dtype=layout.compute_dtype(x)) for _ in range(2)]
+    return torch.empty_like(x), dresidual, sums[0], sums[1]
 
 
 def _quick(x: Tensor, name: str, *given: Any) -> Any:
@@ -64,6 +63,39 @@ def _quick(x: Tensor, name: str, *given: Any) -> Any:
         return None if backend is None else getattr(backend, name)(*given)
     except UnservedError:
         return None  # select finds another backend, or raises
+
+
+def _checked(
+    x: Tensor, axis: int, epilogue: Epilogue = Epilogue(), stats: Tensor | None = None
+) -> Backend:
+    """Return the backend after checking shapes, which callers of an operation have not done."""
+    axis = layout.channel_axis(x.ndim, axis)
+    rows = {} if stats is None else {"each row of stats": stats[0]}
+    layout.check_per_channel(x, axis, weight=epilogue.weight, bias=epilogue.bias, **rows)
+    residual = epilogue.residual
+    if residual is not None and residual.shape != x.shape:
+        raise ChannelError(
+            f"expected a residual of the input's shape {tuple(x.shape)}, "
+            f"got {tuple(residual.shape)}"
+        )
+    return select(x, epilogue, axis)
+
+
+def _like(x: Tensor, result: Tensor) -> Tensor:
+    """Return a result with the strides that the fake kernel returned."""
+    if result.stride() == x.stride():
+        return result
+    expected = torch.empty_like(x)
+    return result if result.stride() == expected.stride() else expected.copy_(result)
+
+
+def _wanted(x: Tensor, dresidual: Tensor | None, dy: Tensor) -> Tensor:
+    """Return dresidual for an operation, which must return a tensor: an empty one for None."""
+    if dresidual is None:
+        return x.new_empty(0)
+    dresidual = _like(x, dresidual)
+    # A custom operation must not return one of its inputs.
+    return dresidual.clone() if dresidual.data_ptr() == dy.data_ptr() else dresidual
 
 
 def _forward(
@@ -80,8 +112,8 @@ def _forward(
     epilogue = Epilogue(weight, bias, residual, Activation(activation, slope))
     given = (x, epilogue, eps, axis)
     found = _quick(x, "forward", *given)
-    y, stats = found or select(x, epilogue, axis).forward(*given)
-    return like(x, y), stats
+    y, stats = found or _checked(x, axis, epilogue).forward(*given)
+    return _like(x, y), stats
 
 
 # ``forward`` is differentiable in y. A graph after AOTAutograd contains ``forward_alone``.
@@ -104,9 +136,9 @@ def backward(
     saved = ForBackward(x, stats, beside, Activation(activation, slope), axis)
     found = _quick(x, "backward", dy, saved, want_residual)
     if found is None:
-        found = select(x, axis=axis, stats=stats).backward(dy, saved, want_residual)
+        found = _checked(x, axis, stats=stats).backward(dy, saved, want_residual)
     dx, dresidual, sum_dz, sum_dz_xhat = found
-    return like(x, dx), wanted(x, dresidual, dy), sum_dz, sum_dz_xhat
+    return _like(x, dx), _wanted(x, dresidual, dy), sum_dz, sum_dz_xhat
 
 
 class ForwardFunction(torch.autograd.Function):
