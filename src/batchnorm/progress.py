@@ -1,12 +1,13 @@
 """Progress bars on standard error, shown if it is a terminal and rich is installed."""
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-Tell = Callable[[int, Callable[[], float | None]], None]
+Tell = Callable[[int, Callable[[], float]], None]
 
 # Seconds between two looks at the standard error, which costs a little.
 EVERY = 0.5
@@ -63,7 +64,7 @@ def meter(what: str, total: int | None, shown: bool = True) -> Iterator[Tell]:
     start, looked, known = time.monotonic(), 0.0, ""
     batches, seen = 0, 0
 
-    def tell(samples: int, error: Callable[[], float | None]) -> None:
+    def tell(samples: int, error: Callable[[], float]) -> None:
         nonlocal batches, seen
         batches, seen = batches + 1, seen + samples
 
@@ -72,7 +73,7 @@ def meter(what: str, total: int | None, shown: bool = True) -> Iterator[Tell]:
             now = time.monotonic()
             if now - looked > EVERY:
                 looked, found = now, error()
-                known = "" if found is None else f"  standard error {found:.2g}"
+                known = "" if math.isnan(found) else f"  standard error {found:.2g}"
             return f"{seen / max(now - start, 1e-9):,.0f} samples/s{known}"
 
         watch(what, batches, total, note)

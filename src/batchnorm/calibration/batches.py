@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm.calibration.options import Options
+from batchnorm.collective import Ranks
 from batchnorm.errors import CalibrationError
 from batchnorm.models.examples import call_of
 from batchnorm.models.trees import bytes_of, mapped, tensors_in
@@ -39,29 +41,23 @@ class Batches:
     Args:
         data: Any iterable of batches. An iterator, which can be read only once, is kept for
             further rounds as far as ``cache_bytes`` go.
-        max_batches: Most batches of a round; None for all.
-        max_samples: Most samples of a round.
+        options: The limits of a round, and whether there are several.
+        ranks: The processes, which share ``max_samples``.
         device: Where tensors go; None for where they are.
-        cache_bytes: How much memory batches of an iterator may take.
-        again: Whether it may be read more than once.
 
     Attributes:
-        budget: How much of that memory is left.
+        budget: How much of ``cache_bytes`` is left.
         filling: Whether an iterator's batches are being kept, and not all of them yet.
     """
 
     def __init__(
-        self,
-        data: Iterable[Any],
-        max_batches: int | None,
-        max_samples: int | None,
-        device: torch.device | None,
-        cache_bytes: int,
-        again: bool = False,
+        self, data: Iterable[Any], options: Options, ranks: Ranks, device: torch.device | None
     ) -> None:
-        self._data, self._device, self._again = data, device, again
-        self._max_batches, self._max_samples = max_batches, max_samples
-        self._cache_bytes, self.budget = cache_bytes, MemoryBudget(cache_bytes)
+        self._data, self._options, self._device = data, options, device
+        most = options.max_samples
+        some = None if most is None else most // ranks.size + (ranks.rank < most % ranks.size)
+        self._max_samples = some
+        self.budget = MemoryBudget(options.cache_bytes)
         self._kept: list[Any] | None = []
         self.filling = False
 
@@ -71,8 +67,8 @@ class Batches:
         try:
             length = len(self._data)  # type: ignore[arg-type]
         except TypeError:
-            return self._max_batches
-        return length if self._max_batches is None else min(length, self._max_batches)
+            return self._options.max_batches
+        return min(length, self._options.max_batches or length)
 
     def round(self) -> Iterator[tuple[Any, int]]:
         """Yield each batch, on its device, and how many samples it has."""
@@ -90,7 +86,7 @@ class Batches:
             taken += samples
             yield (batch if self._device is None else moved(batch, self._device)), samples
             # Before the next batch is fetched: an iterator may go on to serve its owner.
-            if (most is not None and taken >= most) or number == self._max_batches:
+            if (most is not None and taken >= most) or number == self._options.max_batches:
                 return
 
     def _read(self) -> Iterator[Any]:
@@ -101,11 +97,11 @@ class Batches:
             raise CalibrationError(
                 f"expected data to be an iterable of batches, got {kind}"
             ) from error
-        if not (self._again and iterator is self._data):
+        if not (self._options.again and iterator is self._data):
             yield from iterator
             return
         if self._kept is None:
-            raise CalibrationError(ONCE.format(kind=kind, cache_bytes=self._cache_bytes))
+            raise CalibrationError(ONCE.format(kind=kind, cache_bytes=self._options.cache_bytes))
         yield from self._kept
         # What was not read in an earlier round.
         self.filling = True

@@ -23,7 +23,7 @@ from batchnorm.calibration.batches import Batches, Forward, feed
 from batchnorm.calibration.buffers import Statistics, read, write
 from batchnorm.calibration.layers import LayersLike, choose
 from batchnorm.calibration.measure import measured
-from batchnorm.calibration.options import Options, usable_device
+from batchnorm.calibration.options import Options, device_of, usable_device
 from batchnorm.calibration.passes import Passes
 from batchnorm.calibration.population import Population
 from batchnorm.calibration.result import Calibration, LayerStatistics
@@ -102,7 +102,8 @@ def _calibrate(
     chosen, skipped = choose(model, layers)
     ranks.agree("layers to calibrate", [(one.name, one.layer.num_features) for one in chosen])
     ranks.agree("options", options)
-    batches = _batches(model, data, device, ranks, options)
+    place = device_of(model) if device is None else usable_device(device)
+    batches = Batches(data, options, ranks, place)
     before = {found.name: read(found.layer) for found in chosen}
     with (
         preserved(model),
@@ -122,25 +123,6 @@ def _calibrate(
     result = _result(passes, before, skipped, options)
     write(measuring.by_name, {n: one.new for n, one in result.layers.items()}, result.accepted)
     return result
-
-
-def _batches(
-    model: nn.Module,
-    data: Iterable[Any],
-    device: torch.device | str | int | None,
-    ranks: Ranks,
-    options: Options,
-) -> Batches:
-    share = options.max_samples
-    if share is not None:
-        share = share // ranks.size + (ranks.rank < share % ranks.size)
-    if device is None:
-        devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-        place = devices.pop() if len(devices) == 1 else None
-    else:
-        place = usable_device(device)
-    again = options.upstream == "population" and options.passes != 1
-    return Batches(data, options.max_batches, share, place, options.cache_bytes, again)
 
 
 def _result(

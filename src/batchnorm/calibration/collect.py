@@ -67,18 +67,20 @@ def standard_errors(groups: Moments) -> Errors:
     return Errors(*((factor * (part * part).sum(0)).sqrt() for part in (share * away, off)))
 
 
-def relative_error(groups: Moments, eps: Tensor) -> Tensor:
-    r"""Return the larger of :math:`s_\mu/\sqrt{\sigma^2+\varepsilon}` and half of
-    :math:`s_{\sigma^2}/(\sigma^2+\varepsilon)`, per channel.
+def largest_error(groups: Moments, eps: Tensor | float) -> float:
+    r"""Return the largest :math:`s_\mu/\sqrt{\sigma^2+\varepsilon}` or
+    :math:`s_{\sigma^2}/2(\sigma^2+\varepsilon)` of all channels; NaN where none is known.
 
     These are the shift and the relative stretch that the errors cause in the normalized values.
     """  # noqa: D205
-    errors = standard_errors(groups)
     if not len(groups.mean):
-        return errors.mean
+        return math.nan
+    errors = standard_errors(groups)
     count, _, m2 = merge_all(groups)
     spread = m2 / count + eps
-    return torch.maximum(errors.mean / spread.sqrt(), errors.var / spread / 2)
+    found = torch.maximum(errors.mean / spread.sqrt(), errors.var / spread / 2)
+    known = found[~found.isnan()]
+    return float(known.max()) if len(known) else math.nan
 
 
 class BatchMoments:

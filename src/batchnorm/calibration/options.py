@@ -6,6 +6,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
+from torch import nn
 
 from batchnorm.errors import OptionError
 
@@ -23,6 +24,11 @@ class Options:
     passes: int | None = None
     cache_bytes: int = 0
     allow_nan: bool = False
+
+    @property
+    def again(self) -> bool:
+        """Whether the data may be read more than once."""
+        return self.upstream == "population" and self.passes != 1
 
     def check(self) -> None:
         """Refuse what has no meaning.
@@ -56,6 +62,12 @@ class Options:
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Return the device of a model's parameters and buffers, if it is only one."""
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    return devices.pop() if len(devices) == 1 else None
 
 
 def usable_device(device: torch.device | str | int) -> torch.device:

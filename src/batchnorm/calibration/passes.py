@@ -12,7 +12,7 @@ import torch
 
 from batchnorm.calibration.batches import Batches
 from batchnorm.calibration.buffers import Statistics, read, usable
-from batchnorm.calibration.collect import GROUPS, Collected, relative_error, standard_errors
+from batchnorm.calibration.collect import GROUPS, Collected, largest_error, standard_errors
 from batchnorm.calibration.measure import MeasuredLayers
 from batchnorm.calibration.options import Options
 from batchnorm.collective import Ranks
@@ -175,7 +175,7 @@ class _Pass:
             tally.rejected += 1
             tally.where = tally.where or batch.first_not_finite()
             batch.clear()
-        self._tell(samples, lambda: self._error(collected.groups()))
+        self._tell(samples, lambda: largest_error(collected.groups(), self._eps))
 
     def _is_due(self) -> bool:
         if self._target is None or self._tally.batches < self._next:
@@ -188,16 +188,10 @@ class _Pass:
         words = self._ranks.exchange(word)
         if self._target is not None:
             groups = self._groups()
-            error = self._error(groups)
             used = int((groups.count > 0).any(1).sum())  # type: ignore[union-attr, operator]
-            if error is not None and used >= FEWEST and error <= self._target:
+            if used >= FEWEST and largest_error(groups, self._eps) <= self._target:
                 return True
         return None if all(said == _DONE for said in words) else False
-
-    def _error(self, groups: Moments) -> float | None:
-        error = relative_error(groups, self._eps)
-        known = error[~error.isnan()]
-        return float(known.max()) if len(known) else None
 
     def _groups(self) -> Moments:
         """Return the groups of all processes, few enough of each to be sent."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from batchnorm.calibration import files, report
 from batchnorm.calibration.buffers import Statistics, write
-from batchnorm.calibration.collect import GROUPS, Errors, relative_error, standard_errors
+from batchnorm.calibration.collect import GROUPS, Errors, largest_error, standard_errors
 from batchnorm.errors import CalibrationError
 from batchnorm.models.walk import unwrapped, walk
 from batchnorm.moments import Moments, merge, merge_runs
@@ -52,7 +52,7 @@ class LayerStatistics:
     @cached_property
     def error(self) -> float:
         """The largest relative error: what it may shift or stretch normalized values by."""
-        return _largest(relative_error(self.groups, torch.tensor(self.eps, dtype=torch.float64)))
+        return largest_error(self.groups, self.eps)
 
     @cached_property
     def change(self) -> Errors:
@@ -259,8 +259,3 @@ def _merge_layer(name: str, a: LayerStatistics, b: LayerStatistics) -> LayerStat
 
 def _in_units(change: Tensor, unit: Tensor) -> Tensor:
     return torch.where(change == 0, 0.0, change / unit)
-
-
-def _largest(values: Tensor) -> float:
-    known = values[~values.isnan()]
-    return float(known.max()) if len(known) else float("nan")
