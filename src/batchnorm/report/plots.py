@@ -141,17 +141,15 @@ def _strokes(index: int) -> dict[str, Any]:
 
 def _lines(axes: "Axes", plot: Plot) -> None:
     for index, series in enumerate(plot.series):
+        if plot.kind == "bands":
+            colour = COLOURS[index % len(COLOURS)]
+            axes.fill_between(
+                series.x, series.low, series.high, color=colour, alpha=0.28, linewidth=0
+            )
         marker = "o" if len(series.x) <= 12 else ""
         axes.plot(
             series.x, series.y, label=series.name, marker=marker, markersize=4, **_strokes(index)
         )
-
-
-def _bands(axes: "Axes", plot: Plot) -> None:
-    for index, series in enumerate(plot.series):
-        colour = COLOURS[index % len(COLOURS)]
-        axes.fill_between(series.x, series.low, series.high, color=colour, alpha=0.28, linewidth=0)
-        axes.plot(series.x, series.y, label=series.name, **_strokes(index))
 
 
 def _bars(axes: "Axes", plot: Plot) -> None:
@@ -176,7 +174,7 @@ def _histogram(axes: "Axes", plot: Plot) -> None:
 
 DRAW: dict[PlotKind, Callable[["Axes", Plot], None]] = {
     "lines": _lines,
-    "bands": _bands,
+    "bands": _lines,
     "bars": _bars,
     "histogram": _histogram,
 }
