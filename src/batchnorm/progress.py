@@ -49,7 +49,7 @@ def bars(shown: bool = True, transient: bool = False) -> Iterator[Watch]:
 
 
 @contextlib.contextmanager
-def meter(what: str, total: int | None, shown: bool = True) -> Iterator[Tell]:
+def meter(total: int | None, shown: bool = True) -> Iterator[Tell]:
     """Yield ``tell(samples, error)``, to be called after every batch.
 
     Shows one bar: batches, samples per second, and the standard error where one is known.
@@ -57,7 +57,6 @@ def meter(what: str, total: int | None, shown: bool = True) -> Iterator[Tell]:
     ``error`` is a function, called now and then.
 
     Args:
-        what: The work, in a word.
         total: How many batches there are; None if unknown.
         shown: Whether to show anything.
     """
@@ -76,10 +75,10 @@ def meter(what: str, total: int | None, shown: bool = True) -> Iterator[Tell]:
                 known = "" if math.isnan(found) else f"  standard error {found:.2g}"
             return f"{seen / max(now - start, 1e-9):,.0f} samples/s{known}"
 
-        watch(what, batches, total, note)
+        watch("calibrating", batches, total, note)
 
     with bars(shown, transient=True) as watch:
-        watch(what, 0, total)
+        watch("calibrating", 0, total)
         yield tell
 
 

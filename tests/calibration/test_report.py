@@ -159,6 +159,6 @@ def test_where_nothing_is_shown_the_error_is_not_computed(capsys):
     def error():
         raise AssertionError
 
-    with progress.meter("calibrating", 3) as tell:
+    with progress.meter(3) as tell:
         tell(10, error)
     assert capsys.readouterr().err == ""

@@ -8,6 +8,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.errors import EstimateError
+from batchnorm.estimators.bank import is_state
 from support.twins import assert_unchanged, snapshot
 
 
@@ -293,3 +294,20 @@ def test_statistics_of_several_layers_follow_the_selection_in_eval():
         torch.testing.assert_close(fresh.eval()(x), outputs[name], rtol=1e-4, atol=1e-5)
     names = list(outputs)
     assert not torch.equal(outputs[names[0]], outputs[names[2]])
+
+
+def test_without_the_states_of_estimators_a_state_dict_has_the_keys_of_torch():
+    kept = [bn.LastBatches(3), bn.Running(0.1)]
+    ours, theirs = (
+        nn.ModuleDict(
+            {"estimators": nn.Sequential(layer, nn.Linear(3, 3)), "last": nn.Linear(3, 3)}
+        )
+        for layer in (bn.BatchNorm1d(3, estimator=kept), nn.BatchNorm1d(3))
+    )
+    # Of a module that is named like the states, of a layer inside of a model, and of one alone.
+    for a, b in ((ours, theirs), (ours["estimators"], theirs["estimators"]),
+                 (ours["estimators"][0], theirs["estimators"][0])):  # fmt: skip
+        state = a.state_dict()
+        rest = [name for name in state if not is_state(name, state)]
+        assert rest == list(b.state_dict())
+        assert len(rest) < len(state)

@@ -109,7 +109,7 @@ def _calibrate(
         preserved(model),
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
-        meter("calibrating", batches.number, progress) as tell,
+        meter(batches.number, progress) as tell,
         measured(model, chosen) as measuring,
     ):
         run = functools.partial(forward, model)

@@ -22,17 +22,17 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
     return "".join(_block(value, low, spread) for value in chosen)
 
 
-def plot_lines(plot: Plot, width: int = 40) -> list[str]:
+def plot_lines(plot: Plot) -> list[str]:
     """One line per series: its name, its sparkline, and the first and last value."""
-    return [_series_line(plot, series, width) for series in plot.series]
+    return [_series_line(plot, series) for series in plot.series]
 
 
-def _series_line(plot: Plot, series: Series, width: int) -> str:
+def _series_line(plot: Plot, series: Series) -> str:
     values = _counts(series) if plot.kind == "histogram" else series.y
     if not values:
         return f"{series.name}: no values"
     ends = "" if plot.kind == "histogram" else f"  {values[0]:.3g} → {values[-1]:.3g}"
-    return f"{series.name}: {sparkline(values, width)}{ends}"
+    return f"{series.name}: {sparkline(values)}{ends}"
 
 
 def _counts(series: Series, bins: int = 20) -> tuple[float, ...]:
