@@ -13,32 +13,32 @@ def is_record(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
+def parts(value: Any) -> list[Any] | None:
+    """Return the items of a mapping, list, tuple or dataclass; None for any other value."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, list | tuple):
+        return list(value)
+    if is_record(value):
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return None
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested mappings, lists, tuples and dataclasses, in order."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
-    elif is_record(value):
-        for field in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, field.name))
+    else:
+        for part in parts(value) or ():
+            yield from tensors_in(part)
 
 
 def has_others(value: Any) -> bool:
     """Return whether a value has anything besides tensors, None, and containers of them."""
     if value is None or isinstance(value, Tensor):
         return False
-    if isinstance(value, Mapping):
-        return any(map(has_others, value.values()))
-    if isinstance(value, list | tuple):
-        return any(map(has_others, value))
-    if is_record(value):
-        return any(has_others(getattr(value, f.name)) for f in dataclasses.fields(value))
-    return True
+    inner = parts(value)
+    return inner is None or any(map(has_others, inner))
 
 
 def replaced(value: Any, new: Callable[[Tensor], Any]) -> Any:
@@ -119,10 +119,9 @@ def same(a: Any, b: Any) -> bool:
         if looks[0] != looks[1] or a.layout != torch.strided:
             return False
         return a.stride() == b.stride() and torch.equal(a, b)
-    if isinstance(a, Mapping):
-        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    if is_record(a):
-        return all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+    if isinstance(a, Mapping) and list(a) != list(b):
+        return False
+    inner, others = parts(a), parts(b)
+    if inner is not None and others is not None:
+        return len(inner) == len(others) and all(map(same, inner, others))
     return isinstance(a, int | float | str | bytes | None) and bool(a == b)
