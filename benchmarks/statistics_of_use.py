@@ -1,4 +1,4 @@
-"""Which statistics of use serve a small CNN best: rows of data as CSV.
+"""A small CNN evaluated with each estimate of its statistics: rows of data as CSV.
 
     python benchmarks/statistics_of_use.py --fashion /usr/share/datasets/fashion-mnist
 

@@ -1,4 +1,4 @@
-"""The tables of docs/calibrate.md: what estimates of the statistics of use are worth, and cost."""
+"""The tables of docs/calibrate.md: accuracy and cost of estimates of running statistics."""
 
 import statistics
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def calibration(rows: Rows) -> str:
 
 
 def accuracy(rows: Rows) -> str:
-    """Return what networks make of each estimate of the statistics of use."""
+    """Return accuracy, loss and distance of each estimate of running statistics."""
     everything = rows.every("use/statistics", {})
     seeds = {row["seed"] for row in everything}
     methods = list(dict.fromkeys(row["method"] for row in everything))

@@ -1,4 +1,4 @@
-"""Exact statistics of use at the end of every epoch, in plain PyTorch."""
+"""Exact running statistics at the end of every epoch, in plain PyTorch."""
 
 import digits
 import torch

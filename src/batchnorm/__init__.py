@@ -1,4 +1,4 @@
-"""Batch normalization for PyTorch that simply works."""
+"""Batch normalization for PyTorch: drop-in layers, exact statistics, changes with undo."""
 
 from batchnorm import functional as functional
 from batchnorm import graph as graph

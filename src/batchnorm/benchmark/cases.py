@@ -1,4 +1,4 @@
-"""What is measured: a registry of cells."""
+"""The cells of the benchmark: operation, mode, dtype, shape, layout."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -101,7 +101,7 @@ class Case:
 
     @property
     def floor_copies(self) -> float:
-        """How many copies of the input's size the bytes floor is worth."""
+        """Return the copies of the input's size in the bytes floor."""
         return FLOOR_COPIES[self.op, "train" if self.mode == "train" else "forward"]
 
     def tensor(self, seed: int) -> Tensor:

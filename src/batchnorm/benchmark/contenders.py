@@ -1,4 +1,4 @@
-"""Who is measured: the same operation by different means, each a function without arguments."""
+"""The contenders: the same operation by torch and by this library, as functions."""
 
 import contextlib
 from collections.abc import Callable, Iterable
@@ -56,7 +56,7 @@ class Ours(nn.Module):
 
 
 def names(case: Case, compiled: bool = False) -> list[str]:
-    """Return who takes part in a case.
+    """Return the names of the contenders of a case.
 
     Args:
         case: The cell.

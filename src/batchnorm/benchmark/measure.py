@@ -1,4 +1,4 @@
-"""How it is measured: side by side, interleaved, medians."""
+"""Measurement: contenders interleaved, medians and intervals."""
 
 import random
 import statistics

@@ -20,10 +20,10 @@ def report(rows: Iterable[Row]) -> Report:
     about = f"{first.machine}{threads}, torch {first.torch}, {first.date}"
     sections = [Section(_title(mode), (table(rows, mode), plot(rows, mode))) for mode in modes]
     floor = Text(
-        "× floor: time over the time of the copies that nobody can do without, at the speed of a "
-        "warm copy in the same run. Each tensor that must be read or written counts once, half a "
-        "copy each: forward and backward 2.5 copies for BN and BN+ReLU, 4 for BN+add+ReLU; a "
-        "forward 1, and 1.5 with the addition."
+        "× floor: time over the time of the copies that every implementation makes, at the speed "
+        "of a warm copy in the same run. Each tensor that must be read or written counts once, "
+        "half a copy each: forward and backward 2.5 copies for BN and BN+ReLU, 4 for BN+add+ReLU; "
+        "a forward 1, and 1.5 with the addition."
     )
     return Report("Benchmark", (about,), (Section("How to read it", (floor,)), *sections))
 

@@ -1,4 +1,4 @@
-"""Measurements as rows of data, with what one needs to know to read them later."""
+"""Measurements as rows of data, with commit, machine and versions."""
 
 import csv
 import datetime as dt
@@ -75,7 +75,7 @@ class Row:
 
 
 def circumstances(device: str = "cpu") -> dict[str, str | int]:
-    """Return what one needs to know of where and of what a row was measured.
+    """Return commit, machine, versions and allocator of a measurement.
 
     ``clean`` says whether sources, kernels and measuring scripts were those of ``commit``; ``code``
     is ``code_hash()``.

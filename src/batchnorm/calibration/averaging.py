@@ -1,4 +1,4 @@
-"""Averages of checkpoints in which batch normalization stays what it is."""
+"""``bn.merge_states``: averages of state dicts, with running statistics pooled."""
 
 import math
 from collections import OrderedDict
@@ -22,15 +22,15 @@ only"""
 def merge_states(
     states: Sequence[Mapping[str, Any]], counts: Sequence[float] | None = None
 ) -> "OrderedDict[str, Any]":
-    r"""Average state dicts, with statistics pooled as those of one set of data.
+    r"""Average state dicts, with running statistics pooled as those of one data set.
 
-    For weights :math:`w_i` (``counts``), with the spread *between* the states in the variance:
+    For weights :math:`w_i` (``counts``), including the variance *between* the states:
 
     .. math:: \hat\mu = \frac{\sum w_i \mu_i}{\sum w_i}, \qquad
         \hat\sigma^2 = \frac{\sum w_i \big(\sigma_i^2 + (\mu_i - \hat\mu)^2\big)}{\sum w_i}
 
-    For moving averages (counts ``[1 - a, a]``), SWA, model soups and federated rounds. What the
-    averaged *weights* need is ``calibrate`` on some data; without data this is the best there is.
+    For moving averages (counts ``[1 - a, a]``), SWA, model soups and federated rounds. With data,
+    ``calibrate`` gives the statistics that belong to the averaged weights.
 
     Args:
         states: State dicts with the same keys and shapes, of any model.

@@ -11,7 +11,7 @@ BUFFERS = ("running_mean", "running_var")
 
 
 class Statistics(NamedTuple):
-    """Mean and variance for use, (C,)."""
+    """Mean and variance for evaluation, (C,)."""
 
     mean: Tensor
     var: Tensor

@@ -1,14 +1,14 @@
-r"""Statistics of use from the whole training set, at fixed weights.
+r"""``bn.calibrate``: running statistics from a whole data set, at fixed weights.
 
-The inputs of each layer are merged exactly over all batches, within and between, weighed by their
-size, in float64, over all processes. For batches of :math:`m_i` values per channel:
+The Moments of each layer's inputs are merged over all batches and processes, in float64. For
+batches of :math:`m_i` values per channel:
 
 .. math:: \hat\mu = \tfrac1n \sum_i m_i \mu_i, \qquad
     \hat\sigma^2 = \tfrac{1}{n-1} \sum_i m_i \big(\sigma_i^2 + (\mu_i - \hat\mu)^2\big)
 
-What enters a layer depends on how the layers before it normalize. With ``upstream="batch"`` they do
-it as in training, by the batch at hand: one pass. With ``"population"`` they do it as in use, by
-the very statistics that are looked for; see ``population``.
+A layer's input depends on how the layers before it normalize. With ``upstream="batch"`` they do so
+by the current batch, as in training: one pass. With ``"population"`` they do so by their calibrated
+statistics, as in evaluation; see ``population``.
 """
 
 import functools
@@ -60,7 +60,7 @@ def calibrate(
     Exact in float64 for any batches, shares and processes; the module says what is computed.
 
     Args:
-        model: Changed in place, when all is done; else, and on any exception, it stays as it was.
+        model: Changed in place, at the end; on any exception it is unchanged.
         data: Batches of any sizes, each process its own share. A tensor goes to the model as it
             is, of a tuple or list the first item, a mapping or dataclass as keywords.
         forward: ``forward(model, batch)``, for batches of any other kind.

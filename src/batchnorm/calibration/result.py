@@ -1,4 +1,4 @@
-"""What a calibration found."""
+"""The result of a calibration: ``Calibration``, with one ``LayerStatistics`` per layer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -22,15 +22,15 @@ from batchnorm.report.terminal import to_text
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What was found for one layer; everything per channel, (C,), float64.
+    """The statistics of one layer; everything per channel, (C,), float64.
 
     Attributes:
-        moments: Of everything that entered the layer; ``count`` is the number of values.
-        groups: Of groups of batches in order: count (K, 1), mean and m2 (K, C).
-        old: Mean and variance that the layer had before.
-        eps: What the layer adds to the variance.
-        remaining: With ``upstream="population"``, how far the last pass moved the statistics, in
-            standard errors (the largest of all channels): 0 where they are settled.
+        moments: Moments of all inputs of the layer; ``count`` is the number of values per channel.
+        groups: Moments of consecutive groups of batches: count (K, 1), mean and m2 (K, C).
+        old: Mean and variance of the layer before.
+        eps: The layer's ``eps``.
+        remaining: With ``upstream="population"``, the change of the statistics in the last pass, in
+            standard errors (the largest of all channels); 0 if they are settled.
     """
 
     moments: Moments
@@ -41,17 +41,17 @@ class LayerStatistics:
 
     @cached_property
     def new(self) -> Statistics:
-        """Mean and unbiased variance, as they are put in the buffers."""
+        """Mean and unbiased variance, which are written to the buffers."""
         return Statistics(self.moments.mean, self.moments.variance(correction=1))
 
     @cached_property
     def errors(self) -> Errors:
-        """Standard errors of mean and variance, from the scatter between batches; may be NaN."""
+        """Standard errors of mean and variance, from the variance between batches; may be NaN."""
         return standard_errors(self.groups)
 
     @cached_property
     def error(self) -> float:
-        """The largest relative error: what it may shift or stretch normalized values by."""
+        """The largest relative error: of the shift or scale of normalized values."""
         return largest_error(self.groups, self.eps)
 
     @cached_property
@@ -63,17 +63,17 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The statistics of everything that entered each layer, with their uncertainty.
+    """The statistics of the inputs of each layer, with standard errors.
 
     Attributes:
-        layers: Layer name -> what was found.
-        skipped: Layer name -> why its statistics are as they were.
-        batches: How many batches were read, of all processes together.
-        samples: How many samples their accepted batches had.
-        rejected: How many batches were left out because a layer's input had NaN or infinities.
-        upstream: What the layers before were normalized by: ``"batch"`` or ``"population"``.
-        passes: How often the data were read.
-        reached: Whether the target error was reached; None where there was none.
+        layers: Layer name -> its statistics.
+        skipped: Layer name -> why its statistics were not changed.
+        batches: Number of batches that all processes read.
+        samples: Number of samples in accepted batches.
+        rejected: Number of batches left out because a layer's input had NaN or infinities.
+        upstream: ``"batch"`` or ``"population"``.
+        passes: Number of passes over the data.
+        reached: Whether the target error was reached; None without one.
     """
 
     layers: Mapping[str, LayerStatistics]

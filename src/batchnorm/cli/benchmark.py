@@ -96,7 +96,7 @@ def bench(
 
 
 def _written(measured: "Iterator[Row]", out: Path) -> "tuple[list[Row], tuple[Path, ...]]":
-    """Write the rows as they come to an end; what an interrupted run has measured is not lost."""
+    """Write rows as they are measured, so that an interrupted run keeps them."""
     from batchnorm.benchmark.page import write_benchmark
 
     rows: list[Row] = []

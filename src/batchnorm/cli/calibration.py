@@ -28,7 +28,7 @@ def calibrate(
         str | None, typer.Option(help="forward(model, batch).", metavar=THING)
     ] = None,
     upstream: Annotated[
-        str, typer.Option(help="Layers before go by the 'batch' or the 'population'.")
+        str, typer.Option(help="Normalize layers before by the 'batch' or the 'population'.")
     ] = "batch",
     max_batches: Annotated[int | None, typer.Option(help="Most batches of a process.")] = None,
     max_samples: Annotated[int | None, typer.Option(help="Most samples, of all.")] = None,
@@ -43,7 +43,7 @@ def calibrate(
     save: Annotated[Path | None, typer.Option(help="Also write the calibration itself.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
 ) -> None:
-    """Put exact statistics of use into a checkpoint; torchrun shares the work."""
+    """Write exact running statistics into a checkpoint; under torchrun processes share the work."""
     from batchnorm.calibration.commands import Job, run
     from batchnorm.calibration.report import tables
 

@@ -1,4 +1,4 @@
-"""The entry point: it needs none of the packages that the commands need."""
+"""The entry point, which imports the commands' packages and reports a missing one in a line."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""How commands speak: results on standard output, trouble in one line on standard error."""
+"""Output of commands: results on standard output, errors in one line on standard error."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ errors = Console(stderr=True)
 
 @contextlib.contextmanager
 def told_in_one_line(failed: int = 1) -> Iterator[None]:
-    """Our own errors and Ctrl-C end in one line and an exit code, not in a traceback.
+    """Turn this library's errors and Ctrl-C into one line and an exit code.
 
     The code is 2 for an option or device that cannot be used, 130 after Ctrl-C, and for work that
     failed ``failed``.
@@ -36,7 +36,7 @@ def told_in_one_line(failed: int = 1) -> Iterator[None]:
 
 
 def show(*things: Section | Block | object) -> None:
-    """Print sections and blocks of a report, and lines of whatever else (files, for example).
+    """Print sections and blocks of a report, and anything else as a line.
 
     Blocks fit the terminal; where output goes to a file or a pipe, lines are as long as they are.
     """

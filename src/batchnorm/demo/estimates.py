@@ -1,4 +1,4 @@
-"""One trained network, judged with each way of estimating the mean and variance for use."""
+"""Evaluation of one trained network with each estimate of its statistics."""
 
 import copy
 from collections.abc import Iterator

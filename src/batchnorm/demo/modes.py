@@ -96,7 +96,7 @@ def compare_modes(network: nn.Module, images: Images, batch_size: int, seed: int
 
 
 def _fresh(network: nn.Module) -> nn.Module:
-    """A copy in training mode, so that the statistics that move are nobody's."""
+    """A copy in training mode, so that the original's statistics are not updated."""
     return copy.deepcopy(network).train()
 
 

@@ -1,4 +1,4 @@
-"""The third and fourth sections of the page: estimates for use, and the two modes."""
+"""The third and fourth sections of the page: estimates for evaluation, and the two modes."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from batchnorm.report.model import Cell, Formula, Plot, Section, Series, Table, 
 
 
 def estimates_section(tour: Tour) -> Section:
-    """Each way of estimating mean and variance for use, measured on held-out images."""
+    """Each estimate of mean and variance for evaluation, measured on held-out images."""
     return Section(
         "Which mean and variance to use afterwards",
         (

@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: exact statistics of use at the end of every epoch."""
+"""Hugging Face Trainer: calibrates at the end of every epoch."""
 
 from collections.abc import Iterable
 from typing import Any

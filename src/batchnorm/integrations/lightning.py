@@ -1,4 +1,4 @@
-"""Lightning: exact statistics of use before every validation and at the end of training."""
+"""Lightning: calibrates before every validation and at the end of training."""
 
 import sys
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Opacus: its validator and its fixer, which look layers up by exact type, for the layers here."""
+"""Opacus: registers this library's layers with its validator and fixer, which use exact types."""
 
 from typing import Any
 

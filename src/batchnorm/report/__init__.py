@@ -1,4 +1,4 @@
-"""Reports: evidence as plain values; the renderers beside it turn them into text, JSON and HTML."""
+"""Reports as plain values, and renderers to text, Markdown, JSON and HTML."""
 
 from batchnorm.report.model import Block as Block
 from batchnorm.report.model import Finding as Finding

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else: plots are inline SVG, styles are inside."""
+"""A report as one self-contained HTML file, with inline SVG and styles."""
 
 from functools import singledispatch
 from importlib.resources import files
@@ -23,7 +23,7 @@ from batchnorm.report.plots import to_svg
 
 
 def to_html(report: Report) -> str:
-    """The whole report as a self-contained page: no script, no font, no picture from elsewhere.
+    """Return the report as a self-contained page, without scripts or external resources.
 
     Every word of the report is escaped; only the SVG drawn here enters as it is.
     """

@@ -1,4 +1,4 @@
-"""A report as JSON: the same values, every number whole."""
+"""A report as JSON, with unrounded numbers."""
 
 import dataclasses
 import json

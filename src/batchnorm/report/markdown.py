@@ -19,7 +19,7 @@ from batchnorm.report.sparkline import plot_lines
 
 
 def to_markdown(report: Report) -> str:
-    """The whole report as Markdown; plots become one sparkline per series."""
+    """Return the report as Markdown; plots become one sparkline per series."""
     head = [f"# {escape(report.title)}", *map(escape, report.summary)]
     return "\n\n".join(head + [_section(section) for section in report.sections]) + "\n"
 
@@ -67,7 +67,7 @@ def _(block: Finding) -> str:
 
 
 def escape(words: str) -> str:
-    """Words in which no character means anything but itself, also inside a table."""
+    """Return text with Markdown's special characters escaped, also for table cells."""
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", words).replace("\n", " ")
 
 

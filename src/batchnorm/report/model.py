@@ -1,4 +1,4 @@
-"""What a report says, apart from how it looks: plain frozen values, compared by content.
+"""The content of reports as frozen dataclasses, without layout.
 
 A ``Report`` is a list of sections, a section a list of blocks in reading order. A block is a
 ``Text``, a ``Formula``, a ``Table``, a ``Plot`` or a ``Finding``; a plot carries its data, not a
@@ -25,26 +25,26 @@ WHOLE = "(the model)"
 
 @dataclass(frozen=True)
 class Block:
-    """One piece of a section; each kind is a class derived from this one."""
+    """Base class of the parts of a section."""
 
 
 @dataclass(frozen=True)
 class Text(Block):
-    """One paragraph of plain words."""
+    """A paragraph."""
 
     words: str
 
 
 @dataclass(frozen=True)
 class Formula(Block):
-    """One formula on a line of its own, in Unicode, so that every renderer can show it."""
+    """A formula on its own line, in Unicode, which every renderer can show."""
 
     symbols: str
 
 
 @dataclass(frozen=True)
 class Table(Block):
-    """Rows of cells under named columns. ``None`` means: there is no such number.
+    """Rows of cells under named columns; ``None`` is an empty cell.
 
     Floats are shown with ``digits`` significant digits, and kept whole in JSON.
 
@@ -69,7 +69,7 @@ class Table(Block):
 
 @dataclass(frozen=True)
 class Series:
-    """Numbers to draw under one name.
+    """A named sequence of numbers to draw.
 
     ``x`` are positions, shape (P,); words for bars; the values to be counted for a histogram.
     ``y`` has one number for each ``x`` (none for a histogram). ``low`` and ``high`` bound a band.
@@ -92,7 +92,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Plot(Block):
-    """A drawing of some series; ``caption`` says in words what is to be seen.
+    """A plot of some series; ``caption`` describes it in words.
 
     Args:
         title: A short heading.
@@ -186,7 +186,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """A title, what comes of it all in a few words, and the sections that show it."""
+    """A title, a summary, and sections."""
 
     title: str
     summary: tuple[str, ...]
@@ -195,7 +195,7 @@ class Report:
 
 
 def cell_text(cell: Cell, digits: int) -> str:
-    """A cell as every renderer shows it.
+    """Return the text of a cell, the same for all renderers.
 
     Floats with ``digits`` significant digits, integers whole with commas (1,792), ``None`` as a
     dash.

@@ -181,7 +181,7 @@ DRAW: dict[PlotKind, Callable[["Axes", Plot], None]] = {
 
 
 def _inline(svg: str, prefix: str) -> str:
-    """Strip what belongs to a file of its own; make ids unique; let the ink follow the page."""
+    """Return an SVG file as an inline element: no XML header, unique ids, ``currentColor``."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1">', svg, count=1)
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)

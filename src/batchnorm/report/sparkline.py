@@ -1,4 +1,4 @@
-"""A plot in one line of text, for places that have no pictures."""
+"""A plot in one line of text."""
 
 import math
 from collections.abc import Sequence

@@ -128,7 +128,7 @@ def _longest_word(cell: str) -> int:
 
 
 def _row(cells: Sequence[str], widths: Sequence[int], numbers: Sequence[bool]) -> str:
-    """Set one row of a table; a cell wider than its column goes on in the next line."""
+    """Return the lines of one row of a table; cells wider than their column are wrapped."""
     columns = [
         textwrap.wrap(cell, max(w, 1)) or [""] for cell, w in zip(cells, widths, strict=True)
     ]

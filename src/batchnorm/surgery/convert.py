@@ -59,7 +59,8 @@ def convert(
         model: The model; changed in place.
         statistics: What normalizes a training step. By default the batch, and over ranks where the
             layer did so before.
-        estimator: What is kept for use; running averages go on from the present statistics.
+        estimator: How statistics for evaluation are estimated; running averages continue from the
+            present statistics.
         filter: ``filter(name, module)`` says whether a module is changed; all by default.
 
     Returns:
