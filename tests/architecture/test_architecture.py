@@ -1,6 +1,7 @@
 """The house, as data: who may import whom, and how large things may grow."""
 
 import ast
+import re
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
@@ -155,10 +156,11 @@ def test_private_names_of_torch_are_imported_in_compat_alone():
             assert not private, f"{private} in {path}"
 
 
-def test_tests_keep_their_size_and_use_no_sum_as_a_loss():
+def test_tests_keep_their_size_use_no_sum_as_a_loss_and_import_no_other_test():
     loss = ".sum()" + ".backward("
     for path in TESTS.rglob("*.py"):
         text = path.read_text()
         assert len(text.splitlines()) <= 500, path.name
         plain = [line for line in text.splitlines() if loss in line and "square" not in line]
         assert not plain, path.name
+        assert not re.search(r"^from (\w+\.)*test_\w+ import", text, re.MULTILINE), path

@@ -13,31 +13,14 @@ from batchnorm.ops.backends.choice import BACKENDS
 from support import oracle
 from support.combinations import pairs
 from support.lanes import lanes
+from support.layouts import LAYOUTS, of_rows
 
 U = 2.0**-24
-LAYOUTS = ["(N,C)", "NCHW", "channels-last", "axis=-1", "axis=0", "strided"]
 ROUTES = [*BACKENDS, "compiled", "mask", "func"]
 # Behind the other routes are the same kernels of backends: two layouts show how they are reached.
 WAYS = [(r, one) for r in ROUTES for one in LAYOUTS if r in BACKENDS or one in ("(N,C)", "NCHW")]
 WEIGHT, BIAS = torch.tensor([1.0, -3.0, 0.5]), torch.tensor([0.5, 0.0, -1.0])
 EPS = 1e-12
-
-
-def arrange(rows, layout):
-    """Rows (n, 3) as a tensor of a layout, and its channel axis."""
-    n = len(rows)
-    if layout == "(N,C)":
-        return rows.contiguous(), 1
-    if layout == "axis=0":
-        return rows.reshape(4, n // 4, 3).permute(2, 0, 1).contiguous(), 0
-    if layout == "axis=-1":
-        return rows.reshape(4, n // 4, 3).contiguous(), 2
-    image = rows.reshape(n // 8, 2, 4, 3).permute(0, 3, 1, 2)
-    if layout == "NCHW":
-        return image.contiguous(), 1
-    if layout == "strided":
-        return torch.stack([image, -image], -1)[..., 0], 1
-    return image.contiguous(memory_format=torch.channels_last), 1
 
 
 def pure(x, weight, bias, act, axis, **more):
@@ -77,7 +60,7 @@ def step(route, x, dy, axis, act="identity", weight=WEIGHT, bias=BIAS):
 
 
 def check_step(route, rows, layout, act="identity"):
-    x, axis = arrange(rows, layout)
+    x, axis = of_rows(rows, layout)
     dy = torch.randn(x.shape)
     y, mean, m2, dx, dweight, dbias = step(route, x, dy, axis, act)
     wide, name = x.double().numpy(), activation(act)
@@ -148,7 +131,7 @@ def test_an_outlier_anywhere_spoils_no_other_value(backend, layout, place):
     for far in (1e4, -1e6, 1e8):
         rows = torch.randn(4096, 3) + 1
         rows[place] = far
-        x, axis = arrange(rows, layout)
+        x, axis = of_rows(rows, layout)
         with bn.use_backend(backend):
             y, found = bn.functional.normalize(x, WEIGHT, eps=EPS, axis=axis)
         done = oracle.forward(x.double().numpy(), axis, WEIGHT.double().numpy(), eps=EPS)
@@ -164,7 +147,7 @@ def test_an_outlier_anywhere_spoils_no_other_value(backend, layout, place):
 def test_statistics_of_narrow_inputs_are_not_narrow(backend, dtype):
     for layout in LAYOUTS:
         # Most values share few codes here: float16 near 1000 moves by 0.5, bfloat16 by 4.
-        x, axis = arrange((torch.randn(4096, 3) + 1000).to(getattr(torch, dtype)), layout)
+        x, axis = of_rows((torch.randn(4096, 3) + 1000).to(getattr(torch, dtype)), layout)
         with bn.use_backend(backend):
             y, found = bn.functional.normalize(x, WEIGHT, eps=EPS, axis=axis)
         done = oracle.forward(x.double().numpy(), axis, WEIGHT.double().numpy(), eps=EPS)
@@ -178,7 +161,7 @@ def test_statistics_of_narrow_inputs_are_not_narrow(backend, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float64_inputs_get_float64_statistics(backend, layout):
     for ratio in (0.0, 1e6, 1e10):
-        x, axis = arrange(torch.randn(2048, 3, dtype=torch.float64) + ratio, layout)
+        x, axis = of_rows(torch.randn(2048, 3, dtype=torch.float64) + ratio, layout)
         with bn.use_backend(backend):
             y, found = bn.functional.normalize(x, WEIGHT.double(), eps=EPS, axis=axis)
         done = oracle.forward(x.numpy(), axis, WEIGHT.double().numpy(), eps=EPS)
@@ -199,7 +182,7 @@ UNSEEN += [(route, act, "NCHW") for route, act in CURVED]
 
 @pytest.mark.parametrize(("route", "act", "layout"), UNSEEN)
 def test_a_whole_step_has_the_same_bits_for_any_number_of_threads(route, act, layout):
-    x, axis = arrange(torch.randn(40_000, 3) + 100, layout)
+    x, axis = of_rows(torch.randn(40_000, 3) + 100, layout)
     dy = torch.randn(x.shape)
     before, seen = torch.get_num_threads(), []
     try:
@@ -218,7 +201,7 @@ def test_a_whole_step_has_the_same_bits_for_any_number_of_threads(route, act, la
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_stored_estimate_has_the_same_bits_for_any_number_of_threads(layout, options):
-    batches = [arrange(torch.randn(40_000, 3) + 100, layout) for _ in range(3)]
+    batches = [of_rows(torch.randn(40_000, 3) + 100, layout) for _ in range(3)]
     before, seen = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -237,7 +220,7 @@ def test_a_stored_estimate_has_the_same_bits_for_any_number_of_threads(layout, o
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_stored_variance_of_a_million_values_with_a_large_mean_is_right(layout):
     """A million values per channel, mean 1e3: torch 2.13 stores 14.7 for 0.998 from rows."""
-    x, axis = arrange(torch.randn(1_000_000, 3) + 1e3, layout)
+    x, axis = of_rows(torch.randn(1_000_000, 3) + 1e3, layout)
     layer = bn.BatchNorm(3, axis=axis, momentum=1.0)
     with torch.no_grad():
         layer(x)
@@ -265,7 +248,7 @@ def test_torch_s_own_rows_miss_the_bound_by_far():
 @pytest.mark.parametrize("route", ROUTES)
 def test_the_size_of_the_values_does_not_matter(route, layout, size):
     """Squares of 1e18 add up to more than float32 holds; 1 / std is taken before they are rounded."""
-    x, axis = arrange(torch.randn(4096, 3), layout)
+    x, axis = of_rows(torch.randn(4096, 3), layout)
     dy = torch.randn(x.shape)
     y, *_ = step(route, x * size, dy, axis)
     eps = EPS / size**2

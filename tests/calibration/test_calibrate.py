@@ -8,8 +8,9 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.errors import CalibrationError
-from support.calibrated import UNEQUAL, assert_exact, assert_unchanged, everything, images
+from support.calibrated import UNEQUAL, assert_exact, images
 from support.third_party import timm, torchvision
+from support.twins import assert_unchanged, snapshot
 
 LAYERS = {
     "ours": lambda: bn.BatchNorm2d(3, activation="relu"),
@@ -152,10 +153,10 @@ def test_after_any_failure_the_model_is_as_it_was(kind, error):
     for module in (model[0], model[2][0]):
         module(images()[0])
     model[2].eval()
-    before = everything(model)
+    before = snapshot(model)
     with pytest.raises(error):
         bn.calibrate(model, failing(kind))
-    assert_unchanged(before, everything(model))
+    assert_unchanged(before, model)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.calibration.dependencies import levels
 from batchnorm.errors import CalibrationError
-from support.calibrated import assert_unchanged as assert_model_unchanged
-from support.calibrated import dense, everything, statistics
+from support.calibrated import dense, statistics
 from support.third_party import timm, torchvision
+from support.twins import assert_unchanged, snapshot
 
 
 def assert_self_consistent(model, data, rtol=2e-5):
@@ -246,10 +246,10 @@ def test_levels_of_chains_branches_and_circles():
 def test_an_iterator_is_refused_when_it_would_be_read_again_and_kept_if_there_is_room():
     x = torch.randn(40, 6)
     model = dense()
-    before = everything(model)
+    before = snapshot(model)
     with pytest.raises(CalibrationError, match=r"read once.*cache_bytes=0"):
         bn.calibrate(model, iter(x.split(4)), upstream="population")
-    assert_model_unchanged(before, everything(model))
+    assert_unchanged(before, model)
     bn.calibrate(model, iter(x.split(4)), upstream="population", cache_bytes=x.nbytes)
     twin = dense()
     bn.calibrate(twin, x.split(4), upstream="population")
@@ -264,7 +264,7 @@ def test_an_iterator_is_refused_when_it_would_be_read_again_and_kept_if_there_is
 def test_a_failure_in_any_pass_leaves_everything_as_it_was(at, error):
     model = nn.Sequential(dense(), nn.Dropout())
     model[1].eval()
-    before = everything(model)
+    before = snapshot(model)
     calls = []
 
     def forward(model, x):
@@ -275,7 +275,7 @@ def test_a_failure_in_any_pass_leaves_everything_as_it_was(at, error):
 
     with pytest.raises(type(error)):
         bn.calibrate(model, torch.randn(40, 6).split(4), upstream="population", forward=forward)
-    assert_model_unchanged(before, everything(model))
+    assert_unchanged(before, model)
 
 
 def test_poisoned_statistics_and_nan_batches_do_not_spoil_it():

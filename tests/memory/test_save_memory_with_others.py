@@ -58,6 +58,19 @@ def test_transforms_and_graphs_of_a_model_that_is_switched_on():
     assert no_hooks()
 
 
+def test_a_block_inside_a_transform_changes_nothing():
+    """Transforms of torch.func support no hooks on saved tensors."""
+    layer, x = bn.BatchNorm2d(3, activation="silu").eval(), torch.randn(2, 3, 9, 9)
+
+    def loss(x):
+        with bn.save_memory():
+            return layer(x).square().mean()
+
+    expected = torch.func.grad(lambda x: layer(x).square().mean())(x)
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected)
+    assert no_hooks()
+
+
 @pytest.mark.filterwarnings("ignore:Sparse", "ignore:The .grad attribute of a Tensor that is not")
 def test_saved_tensors_that_have_no_storage():
     class Graph(nn.Module):

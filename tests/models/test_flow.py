@@ -14,7 +14,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.errors import SurgeryError
 from batchnorm.models.following import flow
-from support.calibrated import assert_unchanged, everything
+from support.twins import assert_unchanged, snapshot
 
 
 class Net(nn.Module):
@@ -417,7 +417,7 @@ def test_nothing_is_left_on_the_model(fails):
     model.register_buffer("memory", torch.zeros(4))
     model.b.eval()
     model.an.register_forward_hook(hook := lambda *_: None)
-    before, attributes = everything(model), {n: dict(vars(m)) for n, m in model.named_modules()}
+    before, attributes = snapshot(model), {n: dict(vars(m)) for n, m in model.named_modules()}
     numbers = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     x = torch.randn(6, 4)
     torch.set_rng_state(numbers[0])
@@ -426,7 +426,7 @@ def test_nothing_is_left_on_the_model(fails):
             flow(model, x)
     else:
         assert flow(model, x).calls_of("an")
-    assert_unchanged(before, everything(model))
+    assert_unchanged(before, model)
     for name, module in model.named_modules():
         assert vars(module).keys() == attributes[name].keys(), name
         assert all(vars(module)[k] is v for k, v in attributes[name].items())

@@ -8,8 +8,8 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.models.following import flow
-from support.calibrated import assert_unchanged, everything
 from support.third_party import torchvision
+from support.twins import assert_unchanged, snapshot
 
 NETWORKS = {
     "resnet18": {"num_classes": 4},
@@ -119,12 +119,12 @@ def test_dependencies_are_the_ancestors_in_the_traced_graph(network):
 def test_a_network_is_as_it_was_before(network):
     _, model = network
     model.train()
-    before = everything(model)
+    before = snapshot(model)
     numbers = torch.get_rng_state()
     x = torch.randn(2, 3, 64, 64)
     torch.set_rng_state(numbers)
     found = flow(model, x)
-    assert_unchanged(before, everything(model))
+    assert_unchanged(before, model)
     assert torch.equal(numbers, torch.get_rng_state())
     assert not found.kept and not found.unseen and not found.reads
     assert all(p.grad is None for p in model.parameters())

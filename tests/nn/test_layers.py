@@ -17,6 +17,7 @@ from support.twins import (
     SHAPES,
     assert_same,
     assert_same_state,
+    assert_same_steps,
     randomize,
     step,
     twins,
@@ -98,12 +99,8 @@ OPTIONS: list[dict[str, Any]] = [
 @each(rank=RANKS, options=OPTIONS)
 def test_every_option_means_what_it_means_in_torch(rank: int, options: dict[str, Any]) -> None:
     ours, theirs = twins(KIND[rank], **options)
-    for training in (True, True, False, True, False):
-        ours.train(training)
-        theirs.train(training)
-        x, dy = torch.randn(SHAPES[rank]) * 3 + 1, torch.randn(SHAPES[rank])
-        assert_same(step(ours, x, dy), step(theirs, x, dy), **CLOSE[torch.float32])
-        assert_same_state(ours, theirs)
+    modes = (True, True, False, True, False)
+    assert_same_steps(ours, theirs, SHAPES[rank], modes, **CLOSE[torch.float32])
     assert str(ours) == str(theirs)
 
 
@@ -135,12 +132,7 @@ def test_an_attribute_changed_later_takes_effect_as_in_torch(name: str, value: o
         if change:
             setattr(ours, name, value)
             setattr(theirs, name, value)
-        for training in (True, True, False):
-            ours.train(training)
-            theirs.train(training)
-            x, dy = torch.randn(SHAPES[4]), torch.randn(SHAPES[4])
-            assert_same(step(ours, x, dy), step(theirs, x, dy), **CLOSE[torch.float32])
-            assert_same_state(ours, theirs)
+        assert_same_steps(ours, theirs, SHAPES[4], (True, True, False), **CLOSE[torch.float32])
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -159,17 +151,15 @@ def test_running_buffers_set_to_none_later_make_eval_use_the_batch() -> None:
         layer.running_mean = layer.running_var = None
     x, dy = torch.randn(7, 5), torch.randn(7, 5)
     for training in (False, True):
-        ours.train(training)
-        theirs.train(training)
-        assert_same(step(ours, x, dy), step(theirs, x, dy), **CLOSE[torch.float32])
+        found, expected = (step(m.train(training), x, dy) for m in (ours, theirs))
+        assert_same(found, expected, **CLOSE[torch.float32])
 
 
 def test_parameters_replaced_by_none_later_are_left_out_as_in_torch() -> None:
     ours, theirs = twins("1d")
     for layer in (ours, theirs):
         layer.weight = None
-    x, dy = torch.randn(7, 5), torch.randn(7, 5)
-    assert_same(step(ours, x, dy), step(theirs, x, dy), **CLOSE[torch.float32])
+    assert_same_steps(ours, theirs, (7, 5), **CLOSE[torch.float32])
 
 
 @pytest.mark.parametrize("frozen", [("weight",), ("bias",), ("weight", "bias")], ids=str)
@@ -177,11 +167,9 @@ def test_parameters_replaced_by_none_later_are_left_out_as_in_torch() -> None:
 def test_frozen_parameters_get_no_gradient(frozen: tuple[str, ...], training: bool) -> None:
     ours, theirs = twins("2d")
     for layer in (ours, theirs):
-        layer.train(training)
         for name in frozen:
             layer.get_parameter(name).requires_grad_(False)
-    x, dy = torch.randn(SHAPES[4]), torch.randn(SHAPES[4])
-    assert_same(step(ours, x, dy), step(theirs, x, dy), **CLOSE[torch.float32])
+    assert_same_steps(ours, theirs, SHAPES[4], (training,), **CLOSE[torch.float32])
     assert all(ours.get_parameter(name).grad is None for name in frozen)
 
 

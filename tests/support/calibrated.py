@@ -26,36 +26,6 @@ def assert_exact(layer, data, rtol=2e-7):
     np.testing.assert_allclose(layer.running_var.double(), var, rtol=rtol)
 
 
-def everything(model):
-    found = {"modes": [m.training for m in model.modules()]}
-    for name, module in model.named_modules():
-        attributes = {
-            k: v
-            for k, v in module.__dict__.items()
-            if k in ("momentum", "track_running_stats", "forward")
-        }
-        found[name] = (
-            attributes,
-            len(module._forward_pre_hooks),
-            [(k, b) for k, b in module._buffers.items()],
-        )
-        found[name + ".values"] = [
-            None if b is None else b.clone() for b in module._buffers.values()
-        ]
-    return found
-
-
-def assert_unchanged(before, after):
-    for name, value in before.items():
-        if name.endswith(".values"):
-            assert all(a is b is None or torch.equal(a, b) for a, b in zip(value, after[name]))
-        elif name == "modes":
-            assert value == after[name]
-        else:
-            assert value[:2] == after[name][:2]
-            assert all(a[1] is b[1] for a, b in zip(value[2], after[name][2]))
-
-
 def dense(*, layer=nn.BatchNorm1d):
     torch.manual_seed(3)
     return nn.Sequential(

@@ -9,6 +9,7 @@ import batchnorm as bn
 from batchnorm import layout as shapes
 from batchnorm.ops.activations import NAMES, Activation
 from support import oracle
+from support.layouts import arrange
 
 CHANNELS, EPS = 3, 1e-3
 SLOPES = {"leaky_relu": 0.2, "elu": 1.3}
@@ -30,19 +31,6 @@ LAYOUTS = {
     "swapped": (6, 3, 5),
     "offset": (4, 3, 9),
 }
-
-
-def arrange(t, layout):
-    """The same values in another memory order."""
-    if layout == "channels_last":
-        return t.contiguous(memory_format=torch.channels_last)
-    if layout == "strided":
-        return torch.stack([t, t + 1], -1)[..., 0]
-    if layout == "swapped":
-        return t.transpose(0, 2).contiguous().transpose(0, 2)
-    if layout == "offset":
-        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
-    return t
 
 
 def plain(t):

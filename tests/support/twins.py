@@ -125,6 +125,22 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], **tolerance:
         )
 
 
+def assert_same_steps(
+    ours: nn.Module,
+    theirs: nn.Module,
+    shape: tuple[int, ...],
+    modes: tuple[bool, ...] = (True, False),
+    **tolerance: float,
+) -> None:
+    """Compare a step of two layers in each mode, with random inputs and cotangents, and states."""
+    for training in modes:
+        ours.train(training)
+        theirs.train(training)
+        x, dy = torch.randn(shape) * 3 + 1, torch.randn(shape)
+        assert_same(step(ours, x, dy), step(theirs, x, dy), **tolerance)
+        assert_same_state(ours, theirs)
+
+
 def assert_same_state(ours: nn.Module, theirs: nn.Module, **tolerance: float) -> None:
     """Compare state dicts: the same keys in the same order, and close values.
 

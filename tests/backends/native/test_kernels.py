@@ -11,6 +11,7 @@ from batchnorm.ops.call import Epilogue, ForBackward, Running  # noqa: E402
 from support import oracle  # noqa: E402
 from support.combinations import pairs  # noqa: E402
 from support.lanes import lanes  # noqa: E402
+from support.layouts import arrange  # noqa: E402
 
 ACTS = {
     "identity": lambda z, s: z * 1,
@@ -44,7 +45,7 @@ SHAPES = {
     "last_axis": ((4, 6, 11), 2),
     "channels_last": ((3, 21, 5, 4), 1),
     "channels_last_3d": ((2, 18, 3, 2, 5), 1),
-    "swapped": ((3, 4, 5), 1),
+    "swapped_channels": ((3, 4, 5), 1),
     "first_axis": ((4, 3, 5), 0),
 }
 # Panels of channels with a rest, chunks and parts of planes; chunks of rows, few columns with a rest.
@@ -73,17 +74,6 @@ def stats_of(mean, rstd):
     """Stats (6, C) of statistics that are given, without parameters."""
     zero = torch.zeros_like(mean)
     return torch.stack([mean, zero, rstd, zero, torch.ones_like(mean), zero])
-
-
-def arrange(t, layout):
-    """The same values in the memory order that the name of the layout says."""
-    if layout == "channels_last":
-        return t.contiguous(memory_format=torch.channels_last)
-    if layout == "channels_last_3d":
-        return t.contiguous(memory_format=torch.channels_last_3d)
-    if layout == "swapped":
-        return t.transpose(1, 2).contiguous().transpose(1, 2)
-    return t
 
 
 def column(v, x, axis):
