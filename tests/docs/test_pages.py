@@ -1,7 +1,8 @@
 """The code blocks of the pages run, in order and with the names of the blocks before them.
 
 A Python block whose first line is a comment with a file name, ``# net.py``, is also written to that
-file in the page's folder. Lines of a ``bash`` block are commands of ``batchnorm``. A block that cannot
+file in the page's folder. Lines of a ``bash`` block are commands of ``batchnorm``, which end with status
+0, or with the one in a comment, ``# exit status 1``. A block that cannot
 run here stands behind ``<!-- skip: next "reason" -->``; what a page takes for granted stands in an
 ``<!-- invisible-code-block: python ... -->``.
 """
@@ -27,6 +28,7 @@ markdown = pytest.importorskip("sybil.parsers.markdown")
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "README.zh.md", *sorted(ROOT.glob("docs/*.md"))]
 NAME = re.compile(r"# (\w+\.py)\n")
+STATUS = re.compile(r"# exit status (\d)")
 MOST_SKIPPED = 4
 
 
@@ -39,7 +41,8 @@ def command(example):
         if words:
             assert words[0] == "batchnorm", f"{example.path}:{example.line}: {line}"
             sys.argv[:] = words
-            assert main() == 0, f"{example.path}:{example.line}: {line}"
+            said = STATUS.search(line)
+            assert main() == (int(said[1]) if said else 0), f"{example.path}:{example.line}: {line}"
 
 
 def python(example):
