@@ -256,6 +256,73 @@ def test_a_parametrized_weight_becomes_its_result():
         fold(model, torch.randn(X2))
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_the_older_weight_norm_becomes_its_result():
+    layer = nn.utils.weight_norm(nn.Conv2d(3, 4, 3, bias=False))
+    layer.weight = layer.weight.detach()
+    fold(S(layer, nn.BatchNorm2d(4)), torch.randn(X2))
+
+
+class Heads(nn.Module):
+    """Two heads that share a convolution under two names, each with a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = S(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+        self.two = S(self.one[0], nn.BatchNorm2d(3), nn.ReLU())
+        self.same = S(self.one, nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+
+    def forward(self, x):
+        return self.two(x) + self.same(self.one(x))
+
+
+def test_layers_of_several_names_are_copied_if_asked():
+    torch.manual_seed(0)
+    model, x = Heads(), torch.randn(X2)
+    randomize(model)
+    before, tensors = everything(model.eval()), snapshot(model)
+    expected = copy.deepcopy(model).double()(x.double())
+    left = bn.fold(model, x)
+    assert left.report.folded == ("same.2",) and set(left.report.left) == {"one.1", "two.1"}
+    left.unfold()
+    assert_identical(before, everything(model))
+    done = bn.fold(model, x, shared="copy")
+    assert set(done.report.folded) == {"one.1", "two.1", "same.0.1", "same.2"}, done
+    assert model.two[0] is not model.one[0]
+    assert "a copy of one.0" in str(done.edits)
+    assert (copy.deepcopy(model).double()(x.double()) - expected).abs().max() < 1e-5
+    done.unfold()
+    assert_identical(before, everything(model))
+    assert_unchanged(tensors, model)
+
+
+def test_calls_of_one_name_are_folded_if_all_agree():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.norm(self.conv(self.norm(self.conv(x)).relu()))
+
+    done = fold(Twice(), torch.randn(X2), left=["norm"], shared="copy")
+    assert "used" in why(done)
+
+
+def test_a_class_of_its_own_gets_a_bias_if_it_uses_one():
+    class Same(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
+
+    class Never(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, self.weight)
+
+    fold(S(Same(3, 4, 3, bias=False), nn.BatchNorm2d(4)), torch.randn(X2))
+    done = fold(S(Never(3, 4, 3, bias=False), nn.BatchNorm2d(4)), torch.randn(X2), left=["1"])
+    assert "has no bias" in why(done)
+
+
 def test_dtypes_may_differ():
     model = S(nn.Conv2d(3, 4, 3).bfloat16(), nn.BatchNorm2d(4))
     randomize(model)

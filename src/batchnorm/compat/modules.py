@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
+from torch.nn.utils.weight_norm import WeightNorm
 
 Tables = tuple[dict[str, nn.Parameter | None], dict[str, Tensor | None]]
 
@@ -43,6 +44,26 @@ def has_hooks(module: nn.Module) -> bool:
     """Return whether hooks run before or after a module's forward or its backward."""
     backward = module._backward_hooks or module._backward_pre_hooks
     return bool(backward) or has_forward_hooks(module)
+
+
+def normalizes_weight(module: nn.Module, name: str = "weight") -> bool:
+    """Return whether the one hook of a module is that of ``torch.nn.utils.weight_norm``."""
+    hooks = list(module._forward_pre_hooks.values())
+    rest = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    if rest or len(hooks) != 1:
+        return False
+    hook: object = hooks[0]
+    return isinstance(hook, WeightNorm) and hook.name == name
+
+
+def weight_now(module: nn.Module, name: str) -> Tensor:
+    """Return a tensor of a module; one that ``weight_norm`` computes before each call, computed."""
+    if normalizes_weight(module, name):
+        hook: Any = next(iter(module._forward_pre_hooks.values()))
+        found: Tensor = hook.compute_weight(module)
+        return found
+    found = getattr(module, name)
+    return found
 
 
 def has_global_forward_hooks() -> bool:

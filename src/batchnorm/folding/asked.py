@@ -10,6 +10,7 @@ from batchnorm.compat.modules import is_compiled
 from batchnorm.errors import OptionError, SurgeryError
 from batchnorm.folding.scene import Scene
 from batchnorm.folding.whole import Example
+from batchnorm.models.flow import Flow
 from batchnorm.models.following import flow
 from batchnorm.models.walk import unwrapped
 
@@ -81,13 +82,18 @@ def _example(given: Any) -> Example:
 
 
 def scene(model: nn.Module, example: Example, *, covers: bool) -> Scene:
-    """Run the model on an example.
+    """Run the model on an example; raises as ``passed`` does."""
+    return Scene(model, passed(model, example), covers=covers)
+
+
+def passed(model: nn.Module, example: Example) -> Flow:
+    """Run the model on an example, and return the pass.
 
     Raises:
         SurgeryError: If it raises, with the layer in which it did.
     """
     try:
-        found = flow(model, *example.args, **example.kwargs)
+        return flow(model, *example.args, **example.kwargs)
     except SurgeryError:
         raise
     except Exception as error:
@@ -95,7 +101,6 @@ def scene(model: nn.Module, example: Example, *, covers: bool) -> Scene:
         raise SurgeryError(
             RAISED.format(layer=layer, kind=type(error).__name__, error=error)
         ) from error
-    return Scene(model, found, covers=covers)
 
 
 def _layer_of(model: nn.Module, error: BaseException) -> str:

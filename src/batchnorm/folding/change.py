@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from batchnorm.compat.modules import normalizes_weight, weight_now
 from batchnorm.folding.after import rest_of
 from batchnorm.folding.ledger import Leaf, Ledger
 from batchnorm.folding.plan import Fold
@@ -176,13 +177,21 @@ def checksum_of(tensor: Tensor) -> int:
 def _remove_parametrization(layer: nn.Module, name: str) -> None:
     """Give a layer a parameter in the place of the one that is computed; tables are new ones."""
     with torch.no_grad():
-        weight = nn.Parameter(getattr(layer, name).detach().clone())
+        weight = nn.Parameter(weight_now(layer, name).detach().clone())
     attributes = vars(layer)
-    attributes["_modules"] = dict(attributes["_modules"])
-    attributes["_modules"].pop("parametrizations")
-    attributes["_parameters"] = {name: weight, **attributes["_parameters"]}
-    # torch made a subclass for this one object when it was parametrized.
-    layer.__class__ = type(layer).__bases__[0]
+    if normalizes_weight(layer, name):
+        # The hook of torch.nn.utils.weight_norm sets a plain attribute.
+        del attributes[name]
+        attributes["_forward_pre_hooks"] = type(attributes["_forward_pre_hooks"])()
+        gone = {f"{name}_g", f"{name}_v"}
+    else:
+        attributes["_modules"] = dict(attributes["_modules"])
+        attributes["_modules"].pop("parametrizations")
+        # torch made a subclass for this one object when it was parametrized.
+        layer.__class__ = type(layer).__bases__[0]
+        gone = set()
+    kept = {key: value for key, value in attributes["_parameters"].items() if key not in gone}
+    attributes["_parameters"] = {name: weight, **kept}
 
 
 def _layout(tensor: Tensor) -> torch.memory_format:

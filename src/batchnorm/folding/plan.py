@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from batchnorm.compat.modules import tables
+from batchnorm.compat.modules import weight_now
 from batchnorm.folding.known import wide
 from batchnorm.folding.ledger import Affines, Changes, Leaf, Ledger
 from batchnorm.folding.maps import Declined
@@ -22,12 +22,6 @@ ALONE = "{leaf} is also used without it, by {who}"
 WRONG = "folding it was off by {error:.3g} units in the last place, more than {most}"
 RANGE = "{leaf} would not fit into {dtype}"
 NEUTRAL = "the statistics and parameters of its call are used elsewhere, too"
-
-# The classes of torch.nn whose forward is known to add ``bias`` if there is one.
-_TAKES_BIAS = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-    nn.Linear,
-)  # fmt: skip
 
 
 class Fold(NamedTuple):
@@ -190,37 +184,13 @@ class Planner:
         if leaf.kind == "new":
             return torch.zeros(leaf.shape, dtype=torch.float64)
         with torch.no_grad():
-            return wide(getattr(self._model.get_submodule(leaf.layer), leaf.name))
+            return wide(weight_now(self._model.get_submodule(leaf.layer), leaf.name))
 
     def _dtype(self, leaf: Leaf) -> torch.dtype:
         module = self._model.get_submodule(leaf.layer)
         name = "weight" if leaf.kind == "new" else leaf.name
         found: torch.dtype = getattr(module, name).dtype
         return found
-
-
-def bias_takers(model: nn.Module) -> dict[str, Leaf]:
-    """Return the layers without a bias whose forward is torch's, which adds one if it is there."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
-        known = any(type(module).forward is cls.forward for cls in _TAKES_BIAS)
-        if known and "forward" not in vars(module) and lacks_bias(module):
-            found[name] = new_bias(name, module)
-    return found
-
-
-def lacks_bias(module: nn.Module) -> bool:
-    """Return whether a layer is a convolution or a linear one without a bias."""
-    parameters = tables(module)[0]
-    return isinstance(module, _TAKES_BIAS) and parameters.get("bias", 0) is None
-
-
-def new_bias(name: str, module: nn.Module) -> Leaf:
-    """Return the bias that a layer could have."""
-    channels = getattr(module, "out_channels", None) or module.out_features
-    return Leaf(name, "bias", (int(channels),), "new")  # type: ignore[arg-type]
 
 
 def _is_restrided(calls: Sequence[tuple[Scene, Instance]]) -> bool:

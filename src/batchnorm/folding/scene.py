@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from batchnorm.compat.modules import has_global_forward_hooks, has_hooks
+from batchnorm.compat.modules import has_global_forward_hooks, has_hooks, normalizes_weight
 from batchnorm.folding.known import SCRIPTED, Affine, affine, affine_of, finite, wide
 from batchnorm.folding.linear import NORMALIZATIONS
 from batchnorm.folding.maps import Declined
@@ -125,7 +125,8 @@ class Scene:
         if has_global_forward_hooks():
             raise Declined(GLOBAL)
         for name in self._touching[at]:
-            if has_hooks(self._modules[name]):
+            module = self._modules[name]
+            if has_hooks(module) and not normalizes_weight(module):
                 raise Declined(HOOKED.format(name=name or "the model"))
 
     def check_branches(self, calls: set[int]) -> None:

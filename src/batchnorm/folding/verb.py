@@ -1,6 +1,6 @@
 """``bn.fold``: batch normalizations become part of the layers around them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from torch import nn
@@ -8,7 +8,10 @@ from torch.optim import Optimizer
 
 from batchnorm.folding import asked
 from batchnorm.folding import optimizer as optimizers
-from batchnorm.folding.plan import Plan, Planner, bias_takers
+from batchnorm.folding.biases import bias_takers
+from batchnorm.folding.copies import Copies
+from batchnorm.folding.ledger import Leaf
+from batchnorm.folding.plan import Plan, Planner
 from batchnorm.folding.result import Folded
 from batchnorm.folding.scene import Scene
 from batchnorm.folding.work import Work
@@ -64,16 +67,21 @@ def fold(
     asked.check(model, shared, filter)
     optimizers.check(optimizer)
     examples = asked.examples(example_inputs)
-    names = [name for name, module in model.named_modules() if kind_of(module) is not None]
-    scenes = [asked.scene(model, example, covers=len(examples) > 1) for example in examples]
-    plan = _plan(model, scenes, names, filter, shared)
-    work = Work(model, examples, plan)
+    copies, work = Copies(model), None
     try:
+        if shared == "copy":
+            copies.make()
+        names = [name for name, module in model.named_modules() if kind_of(module) is not None]
+        scenes = [asked.scene(model, example, covers=len(examples) > 1) for example in examples]
+        takers = bias_takers(model, lambda: asked.passed(model, examples[0]))
+        work = Work(model, examples, _plan(model, scenes, names, filter, shared, takers))
         work.apply()
         restore = work.rewire(optimizer)
-        work.tell()
+        work.tell(copies.keep(work.changed))
     except BaseException:
-        work.take_back()
+        if work is not None:
+            work.take_back()
+        copies.put_back()
         raise
     return Folded(model, work.edits, work.report(), restore)
 
@@ -84,6 +92,7 @@ def _plan(
     names: Sequence[str],
     wanted: asked.Filter | None,
     shared: str,
+    takers: Mapping[str, Leaf],
 ) -> Plan:
     """Decide for every batch normalization."""
     left: dict[str, str] = {}
@@ -96,6 +105,6 @@ def _plan(
             left[name] = NOT_WANTED
         elif name not in called and name not in left:
             left[name] = UNREACHED
-    planner = Planner(model, scenes, agree=shared == "copy", bias_takers=bias_takers(model))
+    planner = Planner(model, scenes, agree=shared == "copy", bias_takers=takers)
     plan = planner.plan([name for name in called if name not in left])
     return plan._replace(left=left | plan.left)

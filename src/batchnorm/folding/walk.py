@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm.compat.modules import normalizes_weight
 from batchnorm.folding.ledger import Affines, Leaf, Ledger
 from batchnorm.folding.linear import LINEAR
 from batchnorm.folding.maps import Declined, Map, per_channel, through_view, viewed
@@ -237,6 +238,14 @@ class Walk:
         """Return the weight that a parametrization of the layer around a call has computed."""
         call = next(self._scene.around(reader))
         module = self._scene.module(call.name)
+        if normalizes_weight(module) and one.shape == module.weight.shape:  # type: ignore[union-attr]
+            own = {f"{call.name}.weight_{part}".lstrip(".") for part in "gv"}
+            made = None if one.producer is None else self._flow.calls[one.producer]
+            read = map(self._flow.values.__getitem__, () if made is None else made.inputs)
+            if own == {name for value in read for name in value.names}:
+                self._check_computed(one, reader, len(self._flow.calls_of(call.name)))
+                self.computed[one.number] = Leaf(call.name, "weight", one.shape, "computed")
+                return self.computed[one.number]
         if not nn.utils.parametrize.is_parametrized(module):
             return None
         for name in module.parametrizations:  # type: ignore[union-attr]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.compat.modes import is_dynamo_loaded
+from batchnorm.models.following import attributes_kept
 from batchnorm.models.inputs import replaced_forward
 from batchnorm.models.preserve import preserved
 from batchnorm.models.trees import replaced, tensors_in, tensors_within
@@ -126,7 +127,7 @@ def _run(model: nn.Module, example: Example) -> list[Tensor]:
     stance = (
         torch.compiler.set_stance("force_eager") if is_dynamo_loaded() else contextlib.nullcontext()
     )
-    with preserved(model), stance, torch.no_grad():
+    with preserved(model), attributes_kept(model), stance, torch.no_grad():
         result = model(*example.args, **example.kwargs)
     return [t.detach().clone() for t in tensors_within(result) if t.is_floating_point()]
 

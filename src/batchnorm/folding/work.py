@@ -104,16 +104,23 @@ class Work:
         """Return a parameter that a layer had before it was folded into."""
         whole = change.modules.get(layer[len(group.owner) :].lstrip("."))
         if whole is not None:
-            found: nn.Parameter = next(
-                whole.attributes["_modules"]["parametrizations"].parameters()
-            )
-            return found
-        found = self._model.get_submodule(layer).weight  # type: ignore[assignment]
+            return _parameters_of(whole.attributes)[-1]
+        found: nn.Parameter = self._model.get_submodule(layer).weight  # type: ignore[assignment]
         return found
 
-    def tell(self) -> None:
-        """Write the log."""
-        done = [self._done(group, change) for group, change in self._groups]
+    @property
+    def changed(self) -> list[str]:
+        """Names of the modules that were changed."""
+        return [name for group, _ in self._groups for name in group.names]
+
+    def tell(self, before: Sequence[Done]) -> None:
+        """Write the log.
+
+        Args:
+            before: What was done before the folds.
+        """
+        done = list(before)
+        done += [self._done(group, change) for group, change in self._groups]
         done += [
             Done(Edit((name,), _VERB, self._kinds[name], None, why))
             for name, why in self._left.items()

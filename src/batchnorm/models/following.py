@@ -75,7 +75,7 @@ def flow(model: nn.Module, /, *args: object, **kwargs: object) -> Flow:
     # Without Dynamo loaded nothing can be compiled, and set_stance would import it.
     eager = is_dynamo_loaded()
     stance = torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext()
-    with preserved(model), _attributes_kept(model), stance:
+    with preserved(model), attributes_kept(model), stance:
         return follow(model, lambda: model(*args, **kwargs), (args, kwargs))
 
 
@@ -124,7 +124,7 @@ def follow(model: nn.Module, run: Callable[[], object], given: object = ()) -> F
 
 
 @contextlib.contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
+def attributes_kept(model: nn.Module) -> Iterator[None]:
     """Restore the attributes of all modules after the block."""
     kept = [
         (vars(m), dict(vars(m)))
