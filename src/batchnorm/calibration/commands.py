@@ -1,9 +1,7 @@
 """What the commands ``batchnorm calibrate`` and ``batchnorm merge`` do: from files to a file."""
 
-import importlib
 import inspect
 import itertools
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,11 +20,10 @@ from batchnorm.calibration.options import Options, usable_device
 from batchnorm.calibration.result import Calibration
 from batchnorm.checkpoints import check_target, read_state, safetensors, write_state
 from batchnorm.collective import Ranks, launched
-from batchnorm.errors import CheckpointError, OptionError
+from batchnorm.errors import OptionError
 from batchnorm.files import check_output
+from batchnorm.models.loading import built, load, named
 from batchnorm.models.walk import unwrapped
-
-PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 @dataclass(frozen=True)
@@ -90,12 +87,12 @@ def run(job: Job) -> Done:
         ranks = Ranks()
         with ranks.together():
             found_model, found_data = named(job.model), named(job.data)
-            forward = None if job.forward is None else named(job.forward)
+            forward: Any = None if job.forward is None else named(job.forward)
             if ranks.rank == 0:
                 _check_targets(job)
-            model = _built(found_model, nn.Module, job.model)
+            model = built(found_model, nn.Module, job.model)
             state = model.state_dict() if job.checkpoint is None else read_state(job.checkpoint)
-            prefix = _load(model, state, job.checkpoint)
+            prefix = load(model, state, job.checkpoint)
             choose(unwrapped(model), layers)
             if ranks.rank == 0:
                 check_target(job.out, job.force, state)
@@ -125,33 +122,6 @@ def _check_targets(job: Job) -> None:
         safetensors()
 
 
-def named(path: str) -> Any:
-    """Return what ``"package.module:name"`` names; modules are also looked for where one stands.
-
-    Raises:
-        OptionError: If there is no such thing.
-    """
-    module, colon, name = path.partition(":")
-    if not (module and colon and name):
-        raise OptionError(f"expected package.module:name, got {path!r}")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise OptionError(f"{path!r} cannot be imported: {error}") from error
-    return found
-
-
-def _built(found: Any, kind: type, path: str) -> Any:
-    made = found() if callable(found) and not isinstance(found, kind) else found
-    if not isinstance(made, kind):
-        raise OptionError(f"expected {path!r} to give a {kind.__name__}, got {type(made).__name__}")
-    return made
-
-
 def _share(found: Any, ranks: Ranks, path: str) -> Iterable[Any]:
     """Return this process's share of the data."""
     if callable(found):
@@ -177,19 +147,6 @@ class _Every:
 
     def __iter__(self) -> Any:
         return itertools.islice(self._data, self._first, None, self._step)
-
-
-def _load(model: nn.Module, state: Mapping[str, Any], path: Path | None) -> str:
-    """Load a state dict; return the prefix that its names had before those of the model."""
-    own = set(model.state_dict())
-    prefixes = ("", *(p for p in PREFIXES if all(name.startswith(p) for name in state)))
-    best = max(prefixes, key=lambda p: sum(name.removeprefix(p) in own for name in state))
-    plain = {name.removeprefix(best): value for name, value in state.items()}
-    try:
-        model.load_state_dict(plain)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} is no checkpoint of this model: {error}") from error
-    return best
 
 
 def _updated(

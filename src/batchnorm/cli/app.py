@@ -12,6 +12,7 @@ import typer
 from batchnorm.cli.benchmark import bench
 from batchnorm.cli.calibration import calibrate, merge
 from batchnorm.cli.comparison import diff
+from batchnorm.cli.folding import fold
 from batchnorm.cli.telling import show, told_in_one_line
 from batchnorm.progress import bars
 from batchnorm.report.model import Table
@@ -90,3 +91,4 @@ app.command()(bench)
 app.command()(calibrate)
 app.command()(merge)
 app.command()(diff)
+app.command()(fold)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from batchnorm.compat.modules import is_compiled
 from batchnorm.errors import OptionError, SurgeryError
 from batchnorm.folding.scene import Scene
-from batchnorm.folding.whole import Example
+from batchnorm.models.examples import Example
 from batchnorm.models.flow import Flow
 from batchnorm.models.following import flow
 from batchnorm.models.walk import unwrapped

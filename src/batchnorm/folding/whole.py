@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.compat.modes import is_dynamo_loaded
+from batchnorm.models.examples import Example
 from batchnorm.models.following import attributes_kept
 from batchnorm.models.inputs import replaced_forward
 from batchnorm.models.preserve import preserved
@@ -19,13 +20,6 @@ from batchnorm.models.trees import replaced, tensors_in, tensors_within
 
 ULPS = 16
 OWN = 4
-
-
-class Example(NamedTuple):
-    """The arguments of one call of a model."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
 
 
 class Outputs(NamedTuple):

@@ -1,5 +1,6 @@
 """Applying what was planned, proving it, and writing it to the log."""
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,18 +9,23 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from batchnorm.comparison.same import same
+from batchnorm.errors import ComparisonError
 from batchnorm.folding import optimizer as optimizers
 from batchnorm.folding.change import Group, Unfold, apply, grouped
 from batchnorm.folding.ledger import Ledger
 from batchnorm.folding.plan import Fold, Plan
 from batchnorm.folding.result import Report
-from batchnorm.folding.whole import Example, errors, first_gap, gap, outputs
+from batchnorm.folding.whole import errors, first_gap, gap, outputs
 from batchnorm.models.change import Edit
 from batchnorm.models.edits import Edits, edits
+from batchnorm.models.examples import Example
 from batchnorm.models.stack import Done, record
 
 _VERB = "fold"
+_OUTPUTS = ("output", "raised")
 
+UNLIKE = "undone: {why}"
 NOTHING = "there is no batch normalization in it"
 UNPROVED = "undone: the outputs of the model differed by {gap:.3g} times what is allowed"
 
@@ -44,6 +50,7 @@ class Work:
         groups = grouped(self._plan.folds)
         if not groups:
             return
+        original = _copied(self._model)
         before = outputs(self._model, self._examples)
         for group in groups:
             self._apply(group)
@@ -53,6 +60,7 @@ class Work:
             self._gap = gap(before, after, eps)
             self._errors = errors(before, after)
             if self._gap <= 1 or not self._groups:
+                self._compare(original)
                 return
             self._undo_worst(self._gap, eps)
 
@@ -73,6 +81,25 @@ class Work:
                 self._apply(group)
             else:
                 self._left |= {f.name: UNPROVED.format(gap=found) for f in group.folds}
+
+    def _compare(self, original: nn.Module | None) -> None:
+        """Undo all, if ``bn.same`` finds the outputs of the model different.
+
+        What layers between take and return may differ: a scale may wait for the next one.
+        """
+        if original is None or not self._groups:
+            return
+        try:
+            found = same(original, self._model, self._examples)
+        except ComparisonError:
+            return  # it cannot run in float64; its own dtype was compared
+        whole = [one for one in found.differences if not one.layer and one.kind in _OUTPUTS]
+        for one in whole[:1]:
+            left = {
+                f.name: UNLIKE.format(why=one.message) for g, _ in self._groups for f in g.folds
+            }
+            self.take_back()
+            self._left |= left
 
     def take_back(self) -> None:
         """Undo everything that was done so far."""
@@ -153,6 +180,13 @@ class Work:
             *self._errors,
             self.edits.kept,
         )
+
+
+def _copied(model: nn.Module) -> nn.Module | None:
+    try:
+        return copy.deepcopy(model)
+    except Exception:  # noqa: BLE001 (whatever a model's tensors or attributes raise)
+        return None
 
 
 def _after(model: nn.Module, group: Group) -> str:
