@@ -45,7 +45,7 @@ def read_state(path: Path) -> dict[str, Any]:
             raise
         except Exception as error:
             raise CheckpointError(
-                f"{path} is no safetensors file, or a damaged one ({error}); write it anew, or "
+                f"{path} is not a safetensors file, or is damaged ({error}); write it again, or "
                 "give a .pt file its own ending"
             ) from error
         return found

@@ -69,7 +69,7 @@ class Ranks:
             raise CollectiveError(GONE.format(reason=str(error).splitlines()[0])) from error
         for rank, said in enumerate(words):
             if isinstance(said, Failure):
-                raise CollectiveError(f"rank {rank} failed, and so all do: {said.text}")
+                raise CollectiveError(f"rank {rank} failed, so all ranks raise: {said.text}")
         return words
 
     @contextlib.contextmanager

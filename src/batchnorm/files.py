@@ -50,7 +50,7 @@ def check_output(path: Path, force: bool) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"expected the name of a file, got the folder {path}")
     if not os.access(folder, os.W_OK):
-        raise PermissionError(f"the folder {folder} cannot be written to, and so {path.name} not")
+        raise PermissionError(f"the folder {folder} of {path.name} cannot be written to")
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists; choose another name, or replace it with --force")
 

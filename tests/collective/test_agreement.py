@@ -79,7 +79,8 @@ def test_one_that_fails_keeps_its_error_and_the_others_hear_of_it(found):
     assert said[1] == "ValueError: the disk is full"
     for other in (said[0], said[2]):
         assert (
-            other == "CollectiveError: rank 1 failed, and so all do: ValueError: the disk is full"
+            other
+            == "CollectiveError: rank 1 failed, so all ranks raise: ValueError: the disk is full"
         )
 
 

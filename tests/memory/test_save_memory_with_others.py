@@ -21,7 +21,7 @@ def no_hooks() -> bool:
 def test_a_block_of_save_memory_is_entered_once():
     block = bn.save_memory()
     with block:
-        with pytest.raises(bn.errors.SurgeryError, match="fresh block"), block:
+        with pytest.raises(bn.errors.SurgeryError, match="new context manager"), block:
             pass
         assert not no_hooks()
     assert no_hooks()

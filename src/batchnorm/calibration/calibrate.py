@@ -35,7 +35,7 @@ from batchnorm.progress import meter
 
 FAILED = """\
 the input of layer {layer!r} has NaN or infinite values in {which}, and so would its statistics; \
-the model is unchanged. allow_nan=True takes them as they are"""
+the model is unchanged. allow_nan=True includes them"""
 
 
 def calibrate(

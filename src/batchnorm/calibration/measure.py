@@ -27,8 +27,8 @@ from batchnorm.ops.backends import choice
 from batchnorm.ops.call import Epilogue
 
 TRANSFORMED = """\
-layer {name!r} is called inside of a transform of torch.func (vmap, grad, ...), where what enters \
-it cannot be measured; pass forward= that calls the model without it"""
+layer {name!r} is called inside of a transform of torch.func (vmap, grad, ...), where its \
+input cannot be measured; pass forward= that calls the model without it"""
 
 _WIDE = (torch.float32, torch.float64)
 
@@ -157,7 +157,7 @@ class MeasuredLayer:
             shape = tuple(given.x.shape)
             raise LayoutError(
                 TOO_FEW_VALUES.format(shape=shape, axis=self._axis)
-                + '\nupstream="population" has no use for the statistics of a batch, and takes '
+                + '\nupstream="population" needs no statistics of a batch, and takes '
                 "batches of any size."
             )
         if not count:

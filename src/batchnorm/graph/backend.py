@@ -41,7 +41,7 @@ def backend(
     inner = given.pop("inner", None)
     if given or inner not in INNER:
         raise OptionError(
-            "expected of the torch.compile backend 'batchnorm' no options, or {'inner': "
+            "expected no options for the torch.compile backend 'batchnorm', or {'inner': "
             f"'inductor'}}; got {dict(options or {})!r}"
         )
     found = fuse(gm, eager=inner is None)

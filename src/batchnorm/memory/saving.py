@@ -20,12 +20,12 @@ from batchnorm.ops.backends import choice
 _here = threading.local()
 
 NOTHING = """\
-; hardly an activation was computed by a normalization, which could make it again: compile the \
-model with torch.compile(model, backend="batchnorm"), or build layers with activation="""
+; few activations were computed together with a normalization, so few could be replaced: compile \
+the model with torch.compile(model, backend="batchnorm"), or build layers with activation="""
 
 REUSED = """\
-expected a fresh block, this one has been entered before; write bn.save_memory() in each with \
-statement, which then has a report of its own"""
+expected a new context manager, got one that was entered before; call bn.save_memory() in each \
+with statement, which then has its own report"""
 
 
 class Handle(NamedTuple):

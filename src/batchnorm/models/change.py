@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from batchnorm.nn.foreign import RECORD
 
-FORGOTTEN = "bn.forget(model) dropped what undo kept of it"
+FORGOTTEN = "bn.forget(model) dropped the tensors that undo needs"
 PICKLED = (
-    "what undo kept of it was left out when the model was pickled; "
-    "`with bn.keep_undo(): torch.save(model, path)` writes it too"
+    "the tensors that undo needs were left out when the model was pickled; "
+    "`with bn.keep_undo(): torch.save(model, path)` writes them too"
 )
 
 # Whether pickles made now hold the tensors that undo keeps; bn.keep_undo sets it.

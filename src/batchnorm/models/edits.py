@@ -25,18 +25,18 @@ Model = TypeVar("Model", bound=nn.Module)
 UNKNOWN = "expected a verb with edits in the model ({known}), got {verb!r}; bn.edits(model) has all"
 
 STANDS = """\
-bn.undo(model, {verb!r}) cannot take back an edit on which a later one stands:
+bn.undo(model, {verb!r}) cannot undo an edit of a module that a later edit has changed too:
     {edit}
     later, by {later_verb}: {later}
-Take the later one back first, bn.undo(model, {later_verb!r}), or everything, bn.undo(model)."""
+Undo the later one first, bn.undo(model, {later_verb!r}), or everything, bn.undo(model)."""
 
-GONE = "bn.undo cannot take back {verb} of {edit}: {why}. Nothing was changed."
+GONE = "bn.undo cannot undo {verb} of {edit}: {why}. Nothing was changed."
 
 LOSES = """\
-bn.undo would lose {what}, by taking back {verb} of {edit}. {so_far}; \
-bn.undo(model, ..., force=True) takes it back all the same."""
+bn.undo would lose {what}, by undoing {verb} of {edit}. {so_far}; \
+bn.undo(model, ..., force=True) undoes it and loses them."""
 
-LATER_ONES = "The {count} edits after it were taken back, and this one and those before it were not"
+LATER_ONES = "The {count} edits after it were undone, this one and those before it were not"
 
 
 class Edits(tuple[Edit, ...]):  # noqa: SLOT001 (a tuple with an attribute has a dictionary)

@@ -18,8 +18,8 @@ WIDE = (torch.float32, torch.float64)
 
 NARROW = """\
 {name} of a batch normalization layer is {dtype}: something cast it past torch.nn.Module's own \
-.to()/.half(). Its steps are computed in float32, but every one of them is rounded to {dtype}, and \
-small steps are lost. Restore it with layer.{name} = layer.{name}.float()."""
+.to()/.half(). Its updates are computed in float32 and rounded to {dtype}, in which small updates \
+are lost. Restore it with layer.{name} = layer.{name}.float()."""
 
 
 def step(layer: Attributes, batch: Moments) -> None:

@@ -68,8 +68,8 @@ def save_memory(model: Model | None = None, *, enabled: bool = True) -> Model | 
     if model is None:
         if not enabled:
             raise OptionError(
-                "expected a model with enabled=False, got none; bn.save_memory() without one is a "
-                "block, and saves nothing where it is not entered"
+                "expected a model with enabled=False, got none; without one bn.save_memory() is a "
+                "context manager, which has no effect outside of its block"
             )
         return SaveMemory()
     expect_model(model, _VERB)

@@ -103,9 +103,9 @@ def chosen(
         reason = backend.serves(x, epilogue, axis, mode)
         if reason is not None:
             raise BackendError(
-                f"backend {forced!r} was asked for and cannot serve an input of shape "
+                f"backend {forced!r} is forced by use_backend and cannot serve an input of shape "
                 f"{tuple(x.shape)}, {x.dtype} on {x.device}: {reason}; "
-                "leave the choice open, or use_backend('reference')"
+                "leave the with block, or use_backend('reference')"
             )
         return backend
     for backend in _order:
