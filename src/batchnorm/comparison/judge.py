@@ -168,7 +168,8 @@ class Batch:
             wrong.add(key)
             message = self._message(kind, key, path, gap, options)
             if nearest is not None:
-                message += f", from what {nearest.key[0]} of {nearest.of} returns"
+                does = "returns" if nearest.at == "out" else "is given"
+                message += f", from what {nearest.key[0]} of {nearest.of} {does}"
             found.append((taped.order, self._difference(layer, kind, spot, path, gap, message)))
         return found
 
@@ -177,8 +178,8 @@ class Batch:
         if not key[0]:
             return False  # the model's own output
         for one in self.b.alternatives.get(key, ()):
-            spot = (one.key if one.of == "a" else key), "out"
-            if all(gap.error <= self.allowed(spot, path, gap) for path, gap in one.gaps):  # type: ignore[arg-type]
+            spot: Spot = (one.key, one.at) if one.of == "a" else (key, "out")
+            if all(gap.error <= self.allowed(spot, path, gap) for path, gap in one.gaps):
                 self.fused[key] = one
                 return True
         if key[0] in self.edited:
@@ -196,10 +197,10 @@ class Batch:
         for one in self.b.alternatives.get(key, ()):
             error = max(gap.error for _, gap in one.gaps)
             if one.of == "a":
-                measured = self.b.found.get((one.key, "out"))
+                measured = self.b.found.get((one.key, one.at))
                 idle = measured is None or key in measured.sources
             else:
-                taped = self.tape.events.get((one.key, "out"))
+                taped = self.tape.events.get((one.key, one.at))
                 idle = taped is None or key in taped.event.sources
             if idle and error < limit:
                 return one

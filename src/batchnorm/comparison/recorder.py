@@ -17,6 +17,7 @@ from batchnorm.comparison.gaps import Leaf, leaves
 from batchnorm.comparison.matching import is_layer, modules
 from batchnorm.compat.tensors import version
 from batchnorm.models.inputs import Forward
+from batchnorm.models.kinds import kind_of
 
 Key = tuple[str, int]
 At = Literal["in", "out", "gradient"]
@@ -30,7 +31,7 @@ class Event:
         key: Name of the module, and how many calls of it came before.
         at: Which of the three.
         within: Name of the module in which it was called; None for the model itself.
-        is_leaf: Whether the module is a layer, without children.
+        is_leaf: Whether the module is a layer, without children, or a batch norm.
         leaves: Path and value of each part; tensors as they are at this moment, not copies.
         sources: The calls that returned these tensors before, where they come as they were.
     """
@@ -85,7 +86,7 @@ class Recorder:
             self._pending.pop()
         nth = self._counts.get(name, 0)
         self._counts[name] = nth + 1
-        is_leaf = is_layer(module)
+        is_leaf = is_layer(module) or kind_of(module) is not None
         call = _Open((name, nth), self.open[-1] if self.open else None, is_leaf)
         given = tuple(leaves((args, dict(kwargs))))
         sources = self._made.of(given)

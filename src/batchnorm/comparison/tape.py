@@ -57,10 +57,11 @@ class Tape:
         taped = self.events.get((key, at))
         return None if taped is None else taped.event.leaves
 
-    def followers(self, key: Key) -> Iterator[Key]:
-        """Yield the calls of leaf modules that were given what a call returned, one after another.
+    def followers(self, key: Key) -> Iterator[Spot]:
+        """Yield what the calls of layers that follow a call return, one after another.
 
-        Only as far as there is one such call.
+        Only as far as there is one such call. Of a batch norm with an activation of its own also
+        what that is given.
         """
         for _ in range(_LONGEST):
             found = [
@@ -71,7 +72,20 @@ class Tape:
             if len(found) != 1:
                 return
             (key,) = found
-            yield key
+            inner = self._inside(key)
+            if inner is not None:
+                yield inner, "in"
+            yield key, "out"
+
+    def _inside(self, key: Key) -> Key | None:
+        """Return the first call inside of a call."""
+        begun = self.events[key, "in"].order
+        calls = (
+            spot[0]
+            for spot, taped in self.events.items()
+            if spot[1] == "in" and taped.event.within == key[0] and taped.order > begun
+        )
+        return next(calls, None)
 
 
 class Alternative(NamedTuple):
@@ -81,11 +95,13 @@ class Alternative(NamedTuple):
         of: ``"a"`` if the other call is a's and its result is compared with the output in b;
             ``"b"`` the other way round.
         key: The other call, by its name in that model.
+        at: Whether its result counts, or what it is given.
         gaps: Path and distance.
     """
 
     of: str
     key: Key
+    at: At
     gaps: tuple[tuple[str, Gap], ...]
 
 
@@ -112,6 +128,15 @@ def compare(a: tuple[Leaf, ...], b: tuple[Leaf, ...]) -> tuple[tuple[str, Gap], 
     return tuple((path, gap(x, y)) for (path, x), (_, y) in zip(a, b, strict=True))
 
 
+def _values(a: tuple[Leaf, ...], b: tuple[Leaf, ...]) -> tuple[tuple[str, Gap], ...]:
+    """Return the distance of tensors in order, whatever the names of their places."""
+    several = [[value for _, value in some if isinstance(value, Tensor)] for some in (a, b)]
+    if len(several[0]) != len(several[1]):
+        return compare(a, b)
+    pairs = zip((path for path, value in b if isinstance(value, Tensor)), *several, strict=True)
+    return tuple((path, gap(x, y)) for path, x, y in pairs)
+
+
 class Measuring:
     """Measures the events of another run by a tape.
 
@@ -124,20 +149,24 @@ class Measuring:
         self._tape, self._names, self._small = tape, names, small
         self.found: dict[Spot, Measured] = {}
         self.alternatives: dict[Key, list[Alternative]] = {}
-        self._waiting: dict[Key, list[Key]] = {}  # call in b -> calls of a to compare it with
+        # Call in b, or name of a module in which it is made -> calls of a to compare it with.
+        self._waiting: dict[Key, list[Key]] = {}
+        self._inner: dict[str, list[Key]] = {}
 
     def see(self, event: Event) -> None:
         """Measure an event of the other run."""
         key = self._key(event.key)
+        if event.at == "in" and event.within in self._inner:
+            for one in self._inner.pop(event.within):
+                self._compare_with(one, event)
         if event.at == "in" and event.is_leaf:
             waiting = [one for s in event.sources for one in self._waiting.get(s, ())]
             if waiting:
                 self._waiting[event.key] = waiting
+                self._inner[event.key[0]] = waiting
         elif event.at == "out" and event.is_leaf:
             for one in self._waiting.get(event.key, ()):
-                expected = self._tape.leaves(one, "out")
-                assert expected is not None
-                self._add(one, Alternative("b", event.key, compare(expected, event.leaves)))
+                self._compare_with(one, event)
         expected = None if key is None else self._tape.leaves(key, event.at)
         if key is None or expected is None:
             return
@@ -149,11 +178,17 @@ class Measuring:
         sources = tuple(s for s in map(self._key, event.sources) if s is not None)
         self.found[key, event.at] = Measured((*(before.gaps if before else ()), *gaps), sources)
         if event.at == "out" and event.is_leaf and self._is_far(gaps):
-            for other in self._tape.followers(key):
-                result = self._tape.leaves(other, "out")
+            for other, at in self._tape.followers(key):
+                result = self._tape.leaves(other, at)
                 if result is not None:
-                    self._add(key, Alternative("a", other, compare(result, event.leaves)))
+                    gaps = _values(result, event.leaves)
+                    self._add(key, Alternative("a", other, at, gaps))
             self._waiting[event.key] = [*self._waiting.get(event.key, ()), key]
+
+    def _compare_with(self, one: Key, event: Event) -> None:
+        expected = self._tape.leaves(one, "out")
+        assert expected is not None
+        self._add(one, Alternative("b", event.key, event.at, _values(expected, event.leaves)))
 
     def _key(self, key: Key) -> Key | None:
         name = self._names.get(key[0])

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from batchnorm.compat.modes import is_dynamo_loaded
 from batchnorm.models.examples import Example
-from batchnorm.models.following import attributes_kept
 from batchnorm.models.inputs import replaced_forward
-from batchnorm.models.preserve import preserved
+from batchnorm.models.preserve import attributes_kept, preserved
 from batchnorm.models.trees import replaced, tensors_in, tensors_within
 
 ULPS = 16

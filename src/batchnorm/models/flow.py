@@ -120,7 +120,7 @@ class Flow:
 
     Attributes:
         values: All tensors, in the order in which they occurred.
-        calls: All calls that did not fail, in the order in which they began.
+        calls: All calls, in the order in which they began; one that raised has no outputs.
         inputs: Numbers of the model's tensor arguments.
         outputs: Numbers of the tensors that it returned.
         kept: Numbers of the storages made in the pass that were still alive after the model's

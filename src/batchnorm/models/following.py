@@ -23,7 +23,7 @@ from batchnorm.compat.modes import is_dynamo_loaded, is_recomputing
 from batchnorm.errors import SurgeryError
 from batchnorm.models.flow import WATCHED, Call, Flow, Read, Ref, Value
 from batchnorm.models.inputs import Forward, replaced_forward
-from batchnorm.models.preserve import preserved
+from batchnorm.models.preserve import attributes_kept, preserved
 from batchnorm.models.trees import has_others, replaced, tensors_in, tensors_within
 from batchnorm.models.walk import unwrapped, walk
 
@@ -123,23 +123,6 @@ def follow(model: nn.Module, run: Callable[[], object], given: object = ()) -> F
     )
 
 
-@contextlib.contextmanager
-def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Restore the attributes of all modules after the block."""
-    kept = [
-        (vars(m), dict(vars(m)))
-        for m in model.modules()
-        if not isinstance(m, torch.jit.ScriptModule)
-    ]
-    try:
-        yield
-    finally:
-        for attributes, before in kept:
-            for name in attributes.keys() - before.keys():
-                del attributes[name]
-            attributes.update(before)
-
-
 class _Book:
     """The record of a pass while it runs."""
 
@@ -157,6 +140,8 @@ class _Book:
         self._numbers: dict[object, int] = {}
         # A weak reference keeps the storage's address from being reused, not its memory.
         self._memory: dict[StorageWeakRef, int] = {}
+        # The same with first and last address.
+        self._addresses: list[tuple[StorageWeakRef, int, int, int]] = []
         # Tensors without a storage (sparse, wrapped by torch.func), kept so their ids stay unique.
         self._without_memory: dict[int, tuple[Tensor, int]] = {}
         self._origins: list[tuple[str, tuple[str, ...]]] = []
@@ -291,7 +276,11 @@ class _Book:
             return self._without_memory[id(tensor)][1]
         number = len(self._origins)
         try:
-            found = self._memory.setdefault(StorageWeakRef(tensor.untyped_storage()), number)
+            storage = tensor.untyped_storage()
+            reference = StorageWeakRef(storage)
+            if reference not in self._memory:
+                self._memory[reference] = self._at_address(storage, reference, producer, number)
+            found = self._memory[reference]
         except (NotImplementedError, RuntimeError):
             self._without_memory[id(tensor)] = tensor, number
             found = number
@@ -299,6 +288,28 @@ class _Book:
             self._origins.append((origin, ()))
             self._writers.append([producer])
         return found
+
+    def _at_address(
+        self,
+        storage: torch.UntypedStorage,
+        reference: StorageWeakRef,
+        producer: int | None,
+        number: int,
+    ) -> int:
+        """Return the number of a living storage in whose memory a new one lies, or the new number.
+
+        Such a storage is made without an operator, of memory that was given to other code
+        (DLPack, numpy).
+        """
+        start, size = storage.data_ptr(), storage.nbytes()
+        if not start or not size:
+            return number
+        if producer is None:
+            for known, begin, end, found in self._addresses:
+                if begin <= start < end and not known.expired():
+                    return found
+        self._addresses.append((reference, start, start + size, number))
+        return number
 
     def _count(self, name: str) -> int:
         self._counts[name] += 1

@@ -12,6 +12,9 @@ from torch.nn.parameter import is_lazy
 from batchnorm.compat.modules import buffers as buffers_of
 from batchnorm.models.walk import walk
 
+# What nn.Module itself keeps of a module: parameters, children, hooks, by name.
+_TABLES = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set)]
+
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
@@ -46,6 +49,33 @@ def preserved(model: nn.Module) -> Iterator[None]:
                     _put_back(buffers_of(module)[name], copy)
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Undo what modules assign to their attributes, and what they register."""
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    kept = [(vars(m), dict(vars(m))) for m in modules]
+    tables = [vars(m)[name] for m in modules for name in _TABLES if name in vars(m)]
+    contents = [(table, table.copy()) for table in tables]
+    try:
+        yield
+    finally:
+        for attributes, before in kept:
+            for name in attributes.keys() - before.keys():
+                del attributes[name]
+            attributes.update(before)
+        for table, content in contents:
+            if _ids(table) != _ids(content):
+                table.clear()
+                table.update(content)
+
+
+def _ids(table: dict[str, object] | set[str]) -> list[object]:
+    """Return what tells tables with other objects apart; tensors have no equality."""
+    if isinstance(table, dict):
+        return [(key, id(value)) for key, value in table.items()]
+    return [*sorted(table)]
 
 
 @contextlib.contextmanager
