@@ -43,7 +43,7 @@ def standard_errors(groups: Moments) -> Errors:
     that values within one, neighbouring pixels for example, may depend on each other.
 
     Args:
-        groups: count, mean, m2 of shape (K, A), float64.
+        groups: count, mean, m2 of shape (K, A), float64, K >= 1.
 
     Returns:
         Standard errors (A,); NaN where fewer than two groups have values.
@@ -53,9 +53,6 @@ def standard_errors(groups: Moments) -> Errors:
     """
     count, mean, m2 = groups
     assert isinstance(count, Tensor)
-    if not len(mean):
-        unknown = mean.new_full(mean.shape[1:], torch.nan)
-        return Errors(unknown, unknown.clone())
     all_n, all_mean, all_m2 = merge_all(groups)
     some = count > 0
     share = count / all_n
