@@ -72,7 +72,8 @@ class Copy:
             example: The arguments; floating tensors are given in the dtype of the model, on its
                 device, where it has one.
             see: Called with each ``Event``.
-            gradients: Whether to run backward, too, from random cotangents.
+            gradients: Whether to run backward, too, from random cotangents; gradients of inputs are
+                those of the model's own event.
             seed: Of all generators.
 
         Raises:
@@ -91,7 +92,8 @@ class Copy:
         try:
             with torch.set_grad_enabled(gradients), _InOrder():
                 result = self.model(*given.args, **given.kwargs)
-            slopes = _backward(result, given) if gradients else {}
+            if gradients:
+                _backward(result)
         except Exception as error:
             open_ = recorder.open if recorder is not None else []
             self.failed_in = open_[-1] if open_ else ""
@@ -106,7 +108,11 @@ class Copy:
                     error=text[0] if text else "",
                 )
             ) from error
-        return Done(result, slopes, not torch.equal(before, torch.get_rng_state()))
+        if gradients and see is not None:
+            inputs = leaves((given.args, given.kwargs))
+            slopes = [(f" of the input{path}", t.grad) for path, t in inputs if _has_slope(t)]
+            see(Event(("", 0), "gradient", None, False, tuple(slopes)))
+        return Done(result, not torch.equal(before, torch.get_rng_state()))
 
     def given(self, example: Example, gradients: bool = False) -> Example:
         """Return copies of the arguments, in the dtype and on the device of the model."""
@@ -131,12 +137,10 @@ class Done(NamedTuple):
 
     Attributes:
         result: What the model returned.
-        slopes: Gradients of its inputs, by path.
         is_random: Whether random numbers were drawn.
     """
 
     result: Any
-    slopes: dict[str, Tensor]
     is_random: bool
 
 
@@ -144,7 +148,7 @@ def _ignore(event: Event) -> None:
     pass
 
 
-def _backward(result: Any, given: Example) -> dict[str, Tensor]:
+def _backward(result: Any) -> None:
     found = [t for _, t in leaves(result) if isinstance(t, Tensor) and t.requires_grad]
     generator = torch.Generator().manual_seed(SEED)
     cotangents = [
@@ -153,8 +157,10 @@ def _backward(result: Any, given: Example) -> dict[str, Tensor]:
     ]
     if found:
         torch.autograd.backward(found, cotangents)
-    inputs = leaves((given.args, given.kwargs))
-    return {p: t.grad for p, t in inputs if isinstance(t, Tensor) and t.grad is not None}
+
+
+def _has_slope(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.retains_grad and value.grad is not None
 
 
 class _InOrder(TorchFunctionMode):

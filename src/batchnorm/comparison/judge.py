@@ -8,7 +8,7 @@ output.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -171,7 +171,32 @@ class Batch:
                 does = "returns" if nearest.at == "out" else "is given"
                 message += f", from what {nearest.key[0]} of {nearest.of} {does}"
             found.append((taped.order, self._difference(layer, kind, spot, path, gap, message)))
-        return found
+        return [*found, *self._lost_gradients()]
+
+    def _lost_gradients(self) -> Iterator[tuple[int, Difference]]:
+        """Yield where one model has a gradient and the other has none."""
+        lost = [
+            (spot[0], path)
+            for spot, taped in self.tape.events.items()
+            if spot[1] == "gradient" and (spot[0], "out") in self.b.found
+            for path, _ in taped.event.leaves
+            if path not in dict(self.b.found[spot].gaps if spot in self.b.found else ())
+        ]
+        for which, some in (("b", lost), ("a", self.b.extra)):
+            for key, path in some:
+                if key in self.excused or key in self.fused or key[0] in self.edited:
+                    continue
+                taped = self.tape.events.get((key, "gradient"))
+                order = len(self.tape.events) if taped is None else taped.order
+                if not key[0] and path.startswith(" of the input"):
+                    order = len(self.tape.events) + 1
+                place = path if not key[0] else f" at the output{path}"
+                words = f"{which} has no gradient{place}, and the other has one"
+                gap = Gap(math.inf, 0.0, words=words)
+                yield (
+                    order,
+                    self._difference(key[0], "gradient", (key, "gradient"), path, gap, words),
+                )
 
     def _is_excused(self, key: Key, excused: set[Key]) -> bool:
         """Return whether a call's output differs because layers were merged by surgery."""
@@ -216,10 +241,11 @@ class Batch:
     def _message(self, kind: str, key: Key, path: str, gap: Gap, options: Mapping[str, str]) -> str:
         name, nth = key
         call = f" (call {nth + 1})" if nth else ""
+        place = path if not name else f" at the output{path}{call}"
         what = {
             "input": f"what {name!r} is given{call}",
             "output": f"the output{path}{call}" if name else f"the model's output{path}",
-            "gradient": f"the gradient at the output{path}{call}",
+            "gradient": f"the gradient{place}",
         }[kind]
         if gap.words:
             size = gap.words

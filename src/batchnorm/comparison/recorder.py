@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from batchnorm.comparison.gaps import Leaf, leaves
 from batchnorm.comparison.matching import is_layer, modules
+from batchnorm.compat.modes import is_transformed
 from batchnorm.compat.tensors import version
 from batchnorm.models.inputs import Forward
 from batchnorm.models.kinds import kind_of
@@ -73,7 +74,7 @@ class Recorder:
         self.open, self._pending = [], []
         self._made = _Makers()
         self._counts = {}
-        self._results: dict[str, list[_Open]] = {}
+        self._results: dict[str, list[_Open | None]] = {}
 
     def _announce(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
         self._pending.append(module)
@@ -81,6 +82,11 @@ class Recorder:
     def _run(
         self, name: str, module: nn.Module, original: Forward, /, *args: Any, **kwargs: Any
     ) -> Any:
+        if is_transformed():  # of vmap and the like there are no values yet
+            if self._pending and self._pending[-1] is module:
+                self._pending.pop()
+            self._results.setdefault(name, []).append(None)
+            return original(*args, **kwargs)
         by_call = bool(self._pending) and self._pending[-1] is module
         if by_call:
             self._pending.pop()
@@ -101,7 +107,9 @@ class Recorder:
         return result
 
     def _hooked(self, name: str, module: nn.Module, args: Any, result: Any) -> None:  # noqa: ARG002
-        self._returned(self._results[name].pop(), result)
+        call = self._results[name].pop()
+        if call is not None:
+            self._returned(call, result)
 
     def _returned(self, call: "_Open", result: Any) -> None:
         found = tuple(leaves(result))

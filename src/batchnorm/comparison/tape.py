@@ -151,6 +151,8 @@ class Measuring:
         self.alternatives: dict[Key, list[Alternative]] = {}
         # Call in b, or name of a module in which it is made -> calls of a to compare it with.
         self._waiting: dict[Key, list[Key]] = {}
+        # Where there is a gradient that the tape has not: call and path.
+        self.extra: list[tuple[Key, str]] = []
         self._inner: dict[str, list[Key]] = {}
 
     def see(self, event: Event) -> None:
@@ -168,13 +170,20 @@ class Measuring:
             for one in self._waiting.get(event.key, ()):
                 self._compare_with(one, event)
         expected = None if key is None else self._tape.leaves(key, event.at)
+        if event.at == "gradient" and key is not None and self._tape.leaves(key, "out"):
+            known = {path for path, _ in expected or ()}
+            self.extra += [(key, path) for path, _ in event.leaves if path not in known]
         if key is None or expected is None:
             return
         before = self.found.get((key, event.at))
         if event.at == "gradient":
             paths = {path for path, _ in event.leaves}
             expected = tuple(leaf for leaf in expected if leaf[0] in paths)
-        gaps = compare(expected, event.leaves)
+            known = {path for path, _ in expected}
+            shared = tuple(leaf for leaf in event.leaves if leaf[0] in known)
+            gaps = compare(expected, shared)
+        else:
+            gaps = compare(expected, event.leaves)
         sources = tuple(s for s in map(self._key, event.sources) if s is not None)
         self.found[key, event.at] = Measured((*(before.gaps if before else ()), *gaps), sources)
         if event.at == "out" and event.is_leaf and self._is_far(gaps):
