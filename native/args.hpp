@@ -21,6 +21,22 @@ struct Param {
     DType dtype = DType::float32;
 };
 
+// Rows of the tensor that lie one after the other: `count` of them, from row `at` in memory; `first` of the rows of a part.
+struct Run {
+    int64_t first, at, count;
+};
+
+// Which elements a call is about, where that is not all of them, once each: a group of samples, those under a mask, weights.
+// The weights are in the compute dtype, (outer, inner) as the whole tensor lies in memory.
+struct Part {
+    const int64_t* order = nullptr;  // inner > 1: which outer ones belong to it; null for all, in order
+    const void* weights = nullptr;   // inner > 1: where 0, an element counts for nothing and the output is 0
+    const Run* runs = nullptr;       // inner = 1: the rows that belong to it and count; null for all, in order
+    int64_t run_count = 0;
+    const void* row_weights = nullptr;  // inner = 1: null where every row of the runs counts once
+    double count = 0;                // the sum of the weights
+};
+
 // The tensor is seen as (outer, channels, inner), inner running fastest.
 struct Args {
     int64_t outer = 0, channels = 0, inner = 0;
@@ -50,6 +66,10 @@ struct Args {
     double slope = 0;  // of leaky_relu, alpha of elu
     Activation activation = Activation::identity;
     int threads = 1;
+    const Part* part = nullptr;  // null: everything, once. Where there is one, `outer` counts what belongs to it.
+
+    // Values of a channel, or the sum of their weights.
+    double values() const { return part ? part->count : double(outer) * double(inner); }
 };
 
 inline int64_t size_of(DType t) {

@@ -1,11 +1,13 @@
 // The Python module: torch tensors in, torch tensors out; None where an input does not lie as the kernels want it.
 //
-// Every function takes the input, then what lies as it does, then vectors over the channels; src/batchnorm/ops/backends/cpu.py
+// Every function takes the input, then what lies as it does, then vectors over the channels, and at the end weights and groups
+// of samples, (ids, how many groups, weights, counts), or None; src/batchnorm/ops/backends/cpu.py
 // is the way in and relies on this order.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
 #include <string>
+#include <utility>
 
 #define BATCHNORM_ISA common
 #include "call.hpp"
@@ -20,8 +22,9 @@ namespace {
 using Handle = nb::handle;
 
 // mean and m2 in float64, into the vectors that are given.
-bool moments(Handle x, int axis, Handle mean, Handle m2, int threads) {
+bool moments(Handle x, int axis, Handle mean, Handle m2, int threads, Handle selection) {
     Call call(x, axis, threads);
+    call.select(selection);
     call.args.mean = call.doubles(mean, "mean");
     call.args.m2 = call.doubles(m2, "m2");
     if (call.in_order) call.run(kernels(call.x.dtype).moments);
@@ -29,8 +32,9 @@ bool moments(Handle x, int axis, Handle mean, Handle m2, int threads) {
 }
 
 nb::object normalize(Handle x, Handle residual, Handle weight, Handle bias, Handle mean, Handle rstd, int axis, Handle out, int activation,
-                     double slope, int threads) {
+                     double slope, int threads, Handle selection) {
     Call call(x, axis, threads);
+    call.select(selection);
     call.args.residual = call.like(residual, "residual");
     call.affine(weight, bias);
     call.args.mean = call.rows(mean, "mean", 1);
@@ -45,8 +49,9 @@ nb::object normalize(Handle x, Handle residual, Handle weight, Handle bias, Hand
 
 // Normalize by stored statistics, finished by the kernel: for small inputs tensor operations would cost more than it does.
 nb::object evaluate(Handle x, Handle residual, Handle weight, Handle bias, Handle mean, Handle var, int axis, int activation,
-                    double slope, double eps, int threads) {
+                    double slope, double eps, int threads, Handle selection) {
     Call call(x, axis, threads);
+    call.select(selection);
     call.args.residual = call.like(residual, "residual");
     call.affine(weight, bias);
     call.running(mean, var);
@@ -60,8 +65,9 @@ nb::object evaluate(Handle x, Handle residual, Handle weight, Handle bias, Handl
 }
 
 nb::object forward(Handle x, Handle residual, Handle weight, Handle bias, int axis, Handle running_mean, Handle running_var, Handle batches,
-                   int activation, double slope, double eps, double momentum, int threads) {
+                   int activation, double slope, double eps, double momentum, int threads, Handle selection) {
     Call call(x, axis, threads);
+    call.select(selection);
     call.args.residual = call.like(residual, "residual");
     call.affine(weight, bias);
     call.running(running_mean, running_var);
@@ -72,7 +78,7 @@ nb::object forward(Handle x, Handle residual, Handle weight, Handle bias, int ax
     call.args.momentum = momentum;
     if (!call.in_order) return nb::none();
     nb::object y = call.output(nb::none());
-    const Made stats = empty(stats_rows, call.args.channels, call.wide());
+    const Made stats = call.stats();
     call.stats(stats.data);
     call.run(kernels(call.x.dtype).forward);
     // After the kernel, so that a failed call leaves no trace; an empty batch is no step.
@@ -84,7 +90,7 @@ struct Sums {
     nb::object dz, dz_xhat;
 
     explicit Sums(Call& call) {
-        const Made first = empty(call.args.channels, call.wide()), second = empty(call.args.channels, call.wide());
+        const Made first = call.vector(), second = call.vector();
         call.args.sum_dz = first.data;
         call.args.sum_dz_xhat = second.data;
         dz = first.object;
@@ -100,13 +106,13 @@ void cotangent(Call& call, Handle dy, Handle residual, Handle y, Handle stats, i
     call.activation(activation, slope);
 }
 
-// dz, which the residual's gradient is: without an activation it is dy itself.
+// dz, which the residual's gradient is: without an activation and weights it is dy itself.
 nb::object gradients(Call& call, Handle dy, bool want_residual, nb::object& dresidual) {
     const Made dx = empty_like(call.x);
     call.args.dx = dx.data;
     if (!want_residual) {
         dresidual = nb::none();
-    } else if (call.args.activation == Activation::identity) {
+    } else if (call.args.activation == Activation::identity && !call.selection.weights) {
         dresidual = nb::borrow(dy);
     } else {
         const Made made = empty_like(call.x);
@@ -116,8 +122,9 @@ nb::object gradients(Call& call, Handle dy, bool want_residual, nb::object& dres
     return dx.object;
 }
 
-nb::object backward_sums(Handle x, Handle dy, Handle residual, Handle y, Handle stats, int axis, int activation, double slope, int threads) {
+nb::object backward_sums(Handle x, Handle dy, Handle residual, Handle y, Handle stats, int axis, int activation, double slope, int threads, Handle selection) {
     Call call(x, axis, threads);
+    call.select(selection);
     cotangent(call, dy, residual, y, stats, activation, slope);
     if (!call.in_order) return nb::none();
     const Sums sums(call);
@@ -126,8 +133,9 @@ nb::object backward_sums(Handle x, Handle dy, Handle residual, Handle y, Handle 
 }
 
 nb::object backward_input(Handle x, Handle dy, Handle residual, Handle y, Handle stats, Handle sum_dz, Handle sum_dz_xhat, int axis, int activation,
-                          double slope, double count, bool want_residual, int threads) {
+                          double slope, double count, bool want_residual, int threads, Handle selection) {
     Call call(x, axis, threads);
+    call.select(selection);
     cotangent(call, dy, residual, y, stats, activation, slope);
     call.args.sum_dz = call.rows(sum_dz, "sum_dz", 1);
     call.args.sum_dz_xhat = call.rows(sum_dz_xhat, "sum_dz_xhat", 1);
@@ -138,8 +146,9 @@ nb::object backward_input(Handle x, Handle dy, Handle residual, Handle y, Handle
     return nb::make_tuple(dx, dresidual);
 }
 
-nb::object backward(Handle x, Handle dy, Handle residual, Handle y, Handle stats, int axis, int activation, double slope, bool want_residual, int threads) {
+nb::object backward(Handle x, Handle dy, Handle residual, Handle y, Handle stats, int axis, int activation, double slope, bool want_residual, int threads, Handle selection) {
     Call call(x, axis, threads);
+    call.select(selection);
     cotangent(call, dy, residual, y, stats, activation, slope);
     if (!call.in_order) return nb::none();
     nb::object dresidual, dx = gradients(call, dy, want_residual, dresidual);
@@ -148,10 +157,14 @@ nb::object backward(Handle x, Handle dy, Handle residual, Handle y, Handle stats
     return nb::make_tuple(dx, dresidual, sums.dz, sums.dz_xhat);
 }
 
-// Any argument may be None; the functions look themselves.
+// Any argument may be None; the functions look themselves. The last is the selection, and may be left out.
+template <class R, class... A, size_t... I>
+void define(nb::module_& m, const char* name, R (*function)(A...), std::index_sequence<I...>) {
+    m.def(name, function, (static_cast<void>(I), nb::arg().none())..., nb::arg().none() = nb::none());
+}
 template <class R, class... A>
 void define(nb::module_& m, const char* name, R (*function)(A...)) {
-    m.def(name, function, (static_cast<void>(sizeof(A)), nb::arg().none())...);
+    define(m, name, function, std::make_index_sequence<sizeof...(A) - 1>{});
 }
 
 }  // namespace
@@ -167,6 +180,7 @@ NB_MODULE(_native, m) {
     define(m, "backward_sums", &backward_sums);
     define(m, "backward_input", &backward_input);
     define(m, "backward", &backward);
+    m.attr("takes_selection") = true;
     m.def("spoil", &spoil, "For tests: fill new tensors with NaN, so that what is not written shows.");
     m.def("simd", [] { return std::string(simd_name()); }, "The instruction set in use.");
     m.def("use_simd", [](const std::string& name) { return use_simd(name.c_str()); }, "For tests: choose an instruction set; False where it is not available.");

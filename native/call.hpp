@@ -7,6 +7,7 @@
 
 #include "args.hpp"
 #include "exchange.hpp"
+#include "groups.hpp"
 #include "memory.hpp"
 
 namespace batchnorm {
@@ -19,6 +20,9 @@ struct Call {
     Args args;
     Tensor x;
     bool in_order;
+    bool selects = false;   // whether there are weights or groups
+    bool grouped = false;   // whether vectors over the channels have a row for each group
+    Selection selection;
 
     Call(nanobind::handle input, int axis, int threads) {
         in_order = read(input, x) && extents(axis);
@@ -42,7 +46,7 @@ struct Call {
     Param param(nanobind::handle object, const char* name) {
         Tensor t;
         if (object.is_none() || !in_order) return {};
-        in_order = read(object, t) && t.rank == 1 && t.shape[0] == args.channels && t.contiguous();
+        in_order = read(object, t) && is_rows(t, 1) && t.contiguous();
         return in_order ? Param{checked(t, name), t.dtype} : Param{};
     }
 
@@ -53,12 +57,37 @@ struct Call {
 
     double* doubles(nanobind::handle object, const char* name) { return static_cast<double*>(rows_of(DType::float64, object, name, 1)); }
 
-    void* row(void* start, int index) const { return static_cast<char*>(start) + index * args.channels * size_of(wide()); }
+    void* row(void* start, int index) const { return static_cast<char*>(start) + index * args.channels * selection.groups * size_of(wide()); }
+
+    // (ids of the samples or None, how many groups, weights or None, counts of the groups or None), or None.
+    void select(nanobind::handle object) {
+        if (object.is_none()) return;
+        const nanobind::tuple parts = nanobind::cast<nanobind::tuple>(object);
+        const nanobind::handle ids = parts[0], weights = parts[2], counts = parts[3];
+        selects = true;
+        selection.groups = nanobind::cast<int64_t>(parts[1]);
+        grouped = !ids.is_none();
+        if (grouped) ids_of(ids);
+        if (!weights.is_none() && in_order && args.channels > 0) {
+            Tensor t;
+            in_order = read(weights, t) && t.dtype == wide() && t.contiguous() && t.elements() == args.outer * args.inner;
+            selection.weights = in_order ? checked(t, "weights") : nullptr;
+        }
+        if (!counts.is_none() && in_order) {
+            Tensor t;
+            in_order = read(counts, t) && t.dtype == DType::float64 && t.contiguous() && t.elements() == selection.groups;
+            selection.counts = in_order ? static_cast<const double*>(checked(t, "counts")) : nullptr;
+        }
+    }
+
+    // A new vector over the channels, or one for each group.
+    Made vector() const { return grouped ? empty(selection.groups, args.channels, wide()) : empty(args.channels, wide()); }
+    Made stats() const { return grouped ? empty(stats_rows, selection.groups, args.channels, wide()) : empty(stats_rows, args.channels, wide()); }
 
     // 1 / std, (C,), or with what rounding took from it, (2, C).
     void reciprocal_std(nanobind::handle object) {
         Tensor t;
-        const bool both = in_order && read(object, t) && t.rank == 2;
+        const bool both = in_order && read(object, t) && t.rank == 2 + grouped;
         args.rstd = rows(object, "rstd", both ? 2 : 1);
         if (both && in_order) args.rest = row(args.rstd, 1);
     }
@@ -111,17 +140,39 @@ struct Call {
 
     void run(Kernel kernel) const {
         constexpr int64_t gil_kept_below = 16384;  // elements
-        if (x.elements() < gil_kept_below) return kernel(args);
+        if (x.elements() < gil_kept_below) return compute(kernel);
         nanobind::gil_scoped_release released;
-        kernel(args);
+        compute(kernel);
     }
 
   private:
+    void compute(Kernel kernel) const {
+        if (selects) run_selected(args, selection, x.dtype, kernel);
+        else kernel(args);
+    }
+
+    void ids_of(nanobind::handle ids) {
+        int64_t size = 0;
+        selection.ids = integers(ids, size);
+        selection.samples = size;
+        // Samples are the outermost axis; where channels are, this is not served.
+        in_order = in_order && selection.ids && (size == 0 || args.outer % size == 0);
+        for (int64_t i = 0; i < size && selection.ids; ++i)
+            if (selection.ids[i] < 0 || selection.ids[i] >= selection.groups)
+                reject("group ids must be in 0.." + std::to_string(selection.groups - 1) + ", got " + std::to_string(selection.ids[i]));
+    }
+
+    // Whether a tensor has `count` rows of a number per channel (and group); a single row has no axis for it.
+    bool is_rows(const Tensor& t, int64_t count) const {
+        const int axes = (count > 1) + grouped + 1;
+        if (t.rank != axes || t.shape[axes - 1] != args.channels) return false;
+        return (!grouped || t.shape[axes - 2] == selection.groups) && (count == 1 || t.shape[0] == count);
+    }
+
     void* rows_of(DType dtype, nanobind::handle object, const char* name, int64_t count) {
         Tensor t;
         if (!in_order) return nullptr;
-        in_order = read(object, t) && t.dtype == dtype && t.rank == (count > 1 ? 2 : 1) && t.contiguous() && t.shape[t.rank - 1] == args.channels &&
-                   (count == 1 || t.shape[0] == count);
+        in_order = read(object, t) && t.dtype == dtype && is_rows(t, count) && t.contiguous();
         return in_order ? checked(t, name) : nullptr;
     }
 

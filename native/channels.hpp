@@ -7,11 +7,6 @@
 
 namespace batchnorm::BATCHNORM_ISA {
 
-inline double scalar(double v) { return v; }
-inline double scalar(float v) { return v; }
-inline double scalar(float16 v) { return widen(v); }
-inline double scalar(bfloat16 v) { return bit_cast<float>(uint32_t(v.bits) << 16); }
-
 constexpr int together = lanes<double>;  // channels that are finished at once, all in double
 
 // The channels first..last in groups: f(c, how many).
@@ -77,13 +72,25 @@ inline void step_running(const Param& p, int64_t c, int n, double momentum, D va
 // because the square of a deviation overflowed in float. Of an input that is not finite the mean is what its sum says.
 template <class T>
 inline void plain_moments(const Args& a, int64_t c, double& mean, double& m2) {
+    using A = Real<T>;
+    const Part part = a.part ? *a.part : Part{};
+    const auto weights = static_cast<const A*>(part.weights), row_weights = static_cast<const A*>(part.row_weights);
     const auto total = [&](auto&& term) {
         double sum = 0;
-        for (int64_t o = 0; o < a.outer && sum == sum; ++o)
-            for (int64_t i = 0; i < a.inner; ++i) sum += term(scalar(static_cast<const T*>(a.x)[(o * a.channels + c) * a.inner + i]));
+        const auto add = [&](int64_t outer) {
+            for (int64_t i = 0; i < a.inner && sum == sum; ++i) {
+                const double w = weights ? weights[outer * a.inner + i] : row_weights ? row_weights[outer] : 1;
+                if (w > 0) sum += w * term(scalar(static_cast<const T*>(a.x)[(outer * a.channels + c) * a.inner + i]));
+            }
+        };
+        if (part.runs)
+            for (const Run* r = part.runs; r < part.runs + part.run_count; ++r)
+                for (int64_t i = 0; i < r->count; ++i) add(r->at + i);
+        else
+            for (int64_t o = 0; o < a.outer; ++o) add(part.order ? part.order[o] : o);
         return sum;
     };
-    mean = total([](double v) { return v; }) / (double(a.outer) * double(a.inner));
+    mean = total([](double v) { return v; }) / a.values();
     m2 = total([&](double v) { return (v - mean) * (v - mean); });
 }
 
@@ -95,7 +102,7 @@ inline D reciprocal_std(D variance, double eps) { return 1.0 / sqrt(variance + e
 template <class T>
 void finish_moments(const Args& a, int64_t first, int64_t last, double* mean, double* m2) {
     using A = Real<T>;
-    const double count = double(a.outer) * double(a.inner);
+    const double count = a.values();
     for_channels(first, last, [&](int64_t c, int n) {
         for (int i = 0; i < n; ++i)
             if (!is_finite(mean[c + i]) || !is_finite(m2[c + i])) plain_moments<T>(a, c + i, mean[c + i], m2[c + i]);
@@ -204,6 +211,9 @@ struct Loops {
             if constexpr (Act::from_y) {
                 if (a.y_saved) choose_backward<Act, Source::Y>();
             }
+            if constexpr (!Columns) {
+                if (a.part && a.part->weights) choose_weighted<Act>(a.y_saved);
+            }
         });
     }
 
@@ -212,6 +222,19 @@ struct Loops {
     void choose() {
         normalize = normalize_block<T, Act, S, Columns>;
         choose_backward<Act, Act::uses_z ? S : Source::X>();
+    }
+    // Weights are not usual: one loop takes any source of z.
+    template <class Act>
+    void choose_weighted(const void* y) {
+        normalize = normalize_block<T, Act, Source::Either, false, true>;
+        input_from_dz = input_block<T, Identity, Source::X, false, true>;
+        input = input_block<T, Act, Source::Either, false, true>;
+        sums = sums_block<T, Act, Source::Either, true>;
+        if constexpr (Act::from_y) {
+            if (!y) return;
+            input = input_block<T, Act, Source::Y, false, true>;
+            sums = sums_block<T, Act, Source::Y, true>;
+        }
     }
     template <class Act, Source S>
     void choose_backward() {

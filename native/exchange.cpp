@@ -161,6 +161,14 @@ bool read(nb::handle object, Tensor& tensor) {
     return !means_negative(object);
 }
 
+int64_t* integers(nb::handle object, int64_t& size) {
+    DLTensor t;
+    if (!look(object, t) || t.rank != 1 || t.device_type != device_cpu || t.kind != kind_int || t.bits != 64) return nullptr;
+    if (t.shape[0] > 1 && t.strides[0] != 1) return nullptr;
+    size = t.shape[0];
+    return reinterpret_cast<int64_t*>(static_cast<char*>(t.data) + t.byte_offset);
+}
+
 int64_t* counter(nb::handle object) {
     DLTensor t;
     if (!look(object, t)) return nullptr;
@@ -177,6 +185,11 @@ Made empty_like(const Tensor& t) { return make(t.rank, t.shape, t.strides, t.dty
 Made empty(int64_t rows, int64_t columns, DType dtype) {
     const int64_t shape[] = {rows, columns}, strides[] = {columns, 1};
     return make(2, shape, strides, dtype);
+}
+
+Made empty(int64_t blocks, int64_t rows, int64_t columns, DType dtype) {
+    const int64_t shape[] = {blocks, rows, columns}, strides[] = {rows * columns, columns, 1};
+    return make(3, shape, strides, dtype);
 }
 
 Made empty(int64_t size, DType dtype) {

@@ -37,12 +37,16 @@ void connect(nanobind::handle tensor_type);
 // False where it is not in the memory of the CPU as one of the four dtypes, or means the negative of what it holds.
 bool read(nanobind::handle object, Tensor& tensor);
 
+// The int64 of a dense vector, and how many there are; null where it is something else.
+int64_t* integers(nanobind::handle object, int64_t& size);
+
 // The int64 that a tensor of one element holds, or null.
 int64_t* counter(nanobind::handle object);
 
 // New tensors, not initialised, in memory of the C library as torch's own.
 Made empty_like(const Tensor& tensor);
 Made empty(int64_t rows, int64_t columns, DType dtype);
+Made empty(int64_t blocks, int64_t rows, int64_t columns, DType dtype);
 Made empty(int64_t size, DType dtype);
 
 // For tests: fill new tensors with NaN, so that what is not written shows.

@@ -21,6 +21,12 @@ inline uint16_t narrow_half(float f) {
     return uint16_t(sign | ((rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13));
 }
 
+// One number of any type.
+inline double scalar(double v) { return v; }
+inline double scalar(float v) { return v; }
+inline double scalar(float16 v) { return widen(v); }
+inline double scalar(bfloat16 v) { return bit_cast<float>(uint32_t(v.bits) << 16); }
+
 #if defined(__AVX512F__)
 // Sixteen halves as floats; the pointer tells which kind.
 inline F widened(const bfloat16*, __m256i h) { return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16); }

@@ -13,16 +13,28 @@ struct PlaneMoments {
     const Planes<T>& p;
     double *mean, *m2, *work;
     A* reference;
+    double* counts = nullptr;       // of chunks, where there are weights
+    int64_t* heaviest = nullptr;    // offset of the element of most weight in a chunk, -1 where all are 0
 
     static size_t need(const Planes<T>& p) {
         return 2 * Scratch::need<double>(p.a.channels * p.chunks) + Scratch::need<double>(2 * H * p.panel * p.threads()) +
-               Scratch::need<A>(p.panel * p.threads());
+               Scratch::need<A>(p.panel * p.threads()) + (p.weights ? 2 * Scratch::need<double>(p.chunks) : 0);
     }
     PlaneMoments(const Planes<T>& p, Scratch& s)
         : p(p), mean(s.take<double>(p.a.channels * p.chunks)), m2(s.take<double>(p.a.channels * p.chunks)),
-          work(s.take<double>(2 * H * p.panel * p.threads())), reference(s.take<A>(p.panel * p.threads())) {}
+          work(s.take<double>(2 * H * p.panel * p.threads())), reference(s.take<A>(p.panel * p.threads())) {
+        if (!p.weights) return;
+        counts = s.take<double>(p.chunks);
+        heaviest = s.take<int64_t>(p.chunks);
+        for (int64_t i = 0; i < p.chunks; ++i) weigh(i);
+    }
 
     void lift(const Team& team, int64_t chunk, int64_t c0, int64_t c1) const {
+        if (p.weights) return lift_weighted(team, chunk, c0, c1);
+        lift_plain(team, chunk, c0, c1);
+    }
+
+    void lift_plain(const Team& team, int64_t chunk, int64_t c0, int64_t c1) const {
         A* ref = reference + team.id * p.panel;
         double* sums = work + team.id * 2 * H * p.panel;
         for (int64_t c = c0; c < c1; ++c) ref[c - c0] = guess(chunk, c);
@@ -36,10 +48,10 @@ struct PlaneMoments {
     }
 
     void fold(int64_t c0, int64_t c1) const {
-        double before = p.count(0);
-        for (int64_t i = 1; i < p.chunks; before += p.count(i++))
+        double before = count(0);
+        for (int64_t i = 1; i < p.chunks; before += count(i++))
             for (int64_t c = c0, at = i * p.a.channels + c0; c < c1; ++c, ++at) {
-                const auto all = merge(Moments<double>{before, mean[c], m2[c]}, Moments<double>{p.count(i), mean[at], m2[at]});
+                const auto all = merge(Moments<double>{before, mean[c], m2[c]}, Moments<double>{count(i), mean[at], m2[at]});
                 mean[c] = all.mean;
                 m2[c] = all.m2;
             }
@@ -47,6 +59,43 @@ struct PlaneMoments {
     }
 
   private:
+    double count(int64_t chunk) const { return counts ? counts[chunk] : p.count(chunk); }
+
+    // Once per chunk, for all channels.
+    void weigh(int64_t chunk) const {
+        double sum = 0;
+        A most = 0;
+        heaviest[chunk] = -1;
+        p.each_position(chunk, [&](int64_t offset, int64_t n) {
+            const A* w = p.weights_at(offset);
+            sum += sum_of_weights(w, n);
+            for (int64_t i = 0; i < n; ++i)
+                if (w[i] > most) most = w[i], heaviest[chunk] = offset + i;
+        });
+        counts[chunk] = sum;
+    }
+
+    // About a value of most weight: the squares about it are then at most as many times those about the mean as there are
+    // values.
+    void lift_weighted(const Team& team, int64_t chunk, int64_t c0, int64_t c1) const {
+        double* sums = work + team.id * 2 * H * p.panel;
+        const T* x = static_cast<const T*>(p.a.x);
+        const double n = counts[chunk];
+        for (int64_t i = 0; i < 2 * H * (c1 - c0); ++i) sums[i] = 0;
+        const auto reference_of = [&](int64_t c) { return n > 0 ? scalar(x[heaviest[chunk] + c * p.a.inner]) : 0.0; };
+        p.each_position(chunk, [&](int64_t offset, int64_t some) {
+            const A* w = p.weights_at(offset);
+            for (int64_t c = c0; n > 0 && c < c1; ++c)
+                add_weighted(x + offset + c * p.a.inner, w, some, reference_of(c), sums + 2 * H * (c - c0));
+        });
+        for (int64_t c = c0; c < c1; ++c, sums += 2 * H) {
+            const double about = reference_of(c), off = n > 0 ? horizontal(load(sums)) / n : 0;
+            const auto all = from_deviations<double>(n, about + off, about, horizontal(load(sums + H)));
+            mean[chunk * p.a.channels + c] = all.mean;
+            m2[chunk * p.a.channels + c] = all.m2;
+        }
+    }
+
     // A mean of a few values from all over the chunk; of many planes, from their middles: rims are often unlike the rest.
     A guess(int64_t chunk, int64_t c) const {
         constexpr int64_t W = lanes<A>, samples = 4, steps = 2 * samples;
@@ -159,7 +208,7 @@ void backward_planes(const Args& a, bool sums, bool input) {
     Scratch scratch(PlaneSums<T>::need(p) + need_coefs<T>(a.channels));
     const PlaneSums<T> partial(p, scratch);
     const Coefs<A> k = take_coefs<T>(scratch, a.channels);
-    const double count = input && !sums ? a.count : double(a.outer) * double(a.inner);
+    const double count = input && !sums ? a.count : a.values();
     const Backward<T, false> step(a, loops, sums, [&](const void* out) { return p.streams(out); });
     forward_coefs(a, 0, a.channels, k);
     over_planes(

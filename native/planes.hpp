@@ -23,12 +23,15 @@ class Planes {
     using A = Real<T>;
     const Args& a;
     const int64_t stride, parts, part, positions, chunks, panel, panels;
+    const int64_t* const order;  // of the samples; null as they lie
+    const A* const weights;      // of the elements, null for 1
 
     Planes(const Args& a, int tensors)
         : a(a), stride(a.channels * a.inner), parts((a.inner + chunk_elements - 1) / chunk_elements),
           part(parts ? padded((a.inner + parts - 1) / parts) : 0), positions(a.outer * parts),
           chunks(chunks_of(a.outer * a.inner, positions)), panel(channels_together(tensors)),
-          panels((a.channels + panel - 1) / panel) {}
+          panels((a.channels + panel - 1) / panel), order(a.part ? a.part->order : nullptr),
+          weights(a.part && stride > 0 ? static_cast<const A*>(a.part->weights) : nullptr) {}
 
     int64_t first(int64_t chunk) const { return positions * chunk / chunks; }
 
@@ -44,8 +47,11 @@ class Planes {
     template <class Use>
     void position(int64_t p, Use&& use) const {
         const int64_t sample = p / parts, at = (p - sample * parts) * part;
-        use(sample * stride + at, a.inner - at < part ? a.inner - at : part);
+        use((order ? order[sample] : sample) * stride + at, a.inner - at < part ? a.inner - at : part);
     }
+
+    // The weights of elements at an offset of a channel; of all channels they are the same.
+    const A* weights_at(int64_t offset) const { return weights ? weights + offset / stride * a.inner + offset % stride : nullptr; }
 
     int64_t last_of(int64_t panel_first) const { return panel_first + panel < a.channels ? panel_first + panel : a.channels; }
 
@@ -57,6 +63,7 @@ class Planes {
         if (b.extra) b.extra += at;
         if (b.out) b.out += at;
         if (b.dz) b.dz += at;
+        b.weights = weights_at(offset);
         b.rows = last - channel;
         b.stride = a.inner;
         b.n = n;

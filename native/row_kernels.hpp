@@ -33,15 +33,50 @@ struct RowMoments {
     void part(Team& team, int64_t index, int64_t first, int64_t rows, int64_t column, int64_t n) const {
         const ColumnSums<A> w = work(team);
         double *all_mean = mean + index * r.columns + column, *all_m2 = m2 + index * r.columns + column;
-        const T* x = static_cast<const T*>(r.a.x) + first * r.width + column;
-        mean_of_rows(x, rows, r.width, n, w);
-        lift_rows(x, rows, r.width, n, w, all_mean, all_m2);
+        if (r.weights) return weighted(index, first, rows, column, n, w);
+        const T* x = static_cast<const T*>(r.a.x) + column;
+        const auto lift = [&](int64_t j, int64_t some) {
+            lift_rows<T>(rows, r.width, some, w.from(j), all_mean + j, all_m2 + j, [&](int64_t at, int64_t count, auto&& add) {
+                r.each_run(first + at, count, [&](int64_t row, int64_t together) { add(x + row * r.width + j, together); });
+            });
+        };
+        mean_of_rows<T>(rows, n, w, [&](int64_t at, int64_t step, int64_t some) {
+            if (!r.runs) return add_rows(x + (first + at) * r.width, some, step * r.width, n, w, false);
+            for (int64_t i = 0; i < some; ++i)
+                r.each_run(first + at + i * step, 1, [&](int64_t row, int64_t) { add_rows(x + row * r.width, 1, r.width, n, w, false); });
+        });
+        lift(0, n);
         // By blocks of columns and not by panels, which depend on the number of threads.
         for (int64_t j = 0; j < n; j += column_block) {
             const int64_t some = n - j < column_block ? n - j : column_block;
             if (!any_far(double(rows), some, w.from(j), all_mean + j)) continue;
             for (int64_t i = j; i < j + some; ++i) w.ref[i] = A(all_mean[i]);
-            lift_rows(x + j, rows, r.width, some, w.from(j), all_mean + j, all_m2 + j);
+            lift(j, some);
+        }
+    }
+
+    // In double, about a row of most weight: the squares about it are then at most as many times those about the mean as
+    // there are rows.
+    void weighted(int64_t index, int64_t first, int64_t rows, int64_t column, int64_t n, const ColumnSums<A>& w) const {
+        const T* x = static_cast<const T*>(r.a.x) + column;
+        double sum = 0;
+        int64_t heaviest = -1;
+        r.each_run(first, rows, [&](int64_t row, int64_t some) {
+            sum += sum_of_weights(r.weights + row, some);
+            for (int64_t i = row; i < row + some; ++i)
+                if (heaviest < 0 || r.weights[i] > r.weights[heaviest]) heaviest = i;
+        });
+        for (int64_t i = 0; i < padded(n); ++i) w.ref[i] = sum > 0 && i < n ? A(scalar(x[heaviest * r.width + i])) : A(0);
+        w.clear(n);
+        r.each_run(first, rows, [&](int64_t row, int64_t some) {
+            for (int64_t i = row; i < row + some; ++i)
+                if (r.weights[i] > 0) add_weighted_row(x + i * r.width, double(r.weights[i]), n, w);
+        });
+        for (int64_t i = 0; i < n; ++i) {
+            const double about = double(w.ref[i]), off = sum > 0 ? w.sum[i] / sum : 0;
+            const auto all = from_deviations<double>(sum, about + off, about, w.square[i]);
+            mean[index * r.columns + column + i] = all.mean;
+            m2[index * r.columns + column + i] = all.m2;
         }
     }
 
@@ -52,11 +87,12 @@ struct RowMoments {
     // Of a strip of channels: chunks in index order, then the repeats of a channel, then the rest.
     void fold(int64_t first, int64_t last) const {
         const Args& a = r.a;
-        double count = double(r.rows_in(0));
+        double count = r.count(0);
         for (int64_t i = 1; i < r.chunks; ++i) {
             const int64_t at = i * r.columns + first;
-            merge_columns(r.last_column(last) - first, count, mean + first, m2 + first, double(r.rows_in(i)), mean + at, m2 + at);
-            count += double(r.rows_in(i));
+            const double more = r.count(i);
+            merge_columns(r.last_column(last) - first, count, mean + first, m2 + first, more, mean + at, m2 + at);
+            count += more;
         }
         for (int64_t c = first; r.repeat > 1 && c < last; ++c) {
             Moments<double> all{0, 0, 0};
@@ -88,7 +124,7 @@ void moments_rows(const Args& a, const Loops<T, true>* loops) {
             r.repeat_columns(k.pivot, k.scale, k.rest, k.shift);
         });
         team.barrier();
-        if (loops) r.apply(team, 2, whole, [&](const Block<T>& b) { loops->normalize(b, k, A(a.slope)); });
+        if (loops) r.apply(team, 2, whole, [&](const Block<T>& b, int64_t) { loops->normalize(b, k, A(a.slope)); });
     });
 }
 
@@ -103,7 +139,7 @@ void normalize_rows(const Args& a) {
     r.repeat_columns(k.pivot, k.scale, k.rest, k.shift);
     const Block<T> whole{static_cast<const T*>(a.x), nullptr, static_cast<const T*>(a.residual), static_cast<T*>(a.y), nullptr,
                          0, 0, 0, r.streams(a.y)};
-    parallel(r.threads(), [&](Team& team) { r.apply(team, 0, whole, [&](const Block<T>& b) { loops.normalize(b, k, A(a.slope)); }); });
+    parallel(r.threads(), [&](Team& team) { r.apply(team, 0, whole, [&](const Block<T>& b, int64_t) { loops.normalize(b, k, A(a.slope)); }); });
 }
 
 // Sums of every chunk in double, folded in index order.
@@ -129,9 +165,11 @@ struct RowSums {
             const Coefs<A> here = k.from(column);
             for (int64_t j = 0; j < padded(n); ++j) all[j] = all_dot[j] = 0;
             for (int64_t at = 0; at < rows; at += row_block) {
-                loop(r.block(whole, first + at, rows - at < row_block ? rows - at : row_block, n, column), here, s, d);
-                add_wide(all, s, n);
-                add_wide(all_dot, d, n);
+                r.each_run(first + at, rows - at < row_block ? rows - at : row_block, [&](int64_t row, int64_t count) {
+                    loop(r.block(whole, row, count, n, column), here, s, d);
+                    add_wide(all, s, n);
+                    add_wide(all_dot, d, n);
+                });
             }
         });
     }
@@ -157,10 +195,11 @@ void backward_rows(const Args& a, bool sums, bool input) {
     using A = Real<T>;
     const Rows<T> r(a, 4);
     const Loops<T, true> loops(a);
-    Scratch scratch(RowSums<T>::need(r) + r.need_coefs());
+    Scratch scratch(RowSums<T>::need(r) + r.need_coefs() + (r.weights ? Scratch::need<A>(2 * r.columns * r.threads()) : 0));
     const RowSums<T> partial(r, scratch);
     const Coefs<A> k = r.coefs(scratch);
-    const double count = input && !sums ? a.count : double(a.outer);
+    A* const of_row = r.weights ? scratch.take<A>(2 * r.columns * r.threads()) : nullptr;  // c1 and c0, times a row's weight
+    const double count = input && !sums ? a.count : a.values();
     const Backward<T, true> step(a, loops, sums, [&](const void* out) { return r.streams(out); });
     forward_coefs(a, 0, a.channels, k);
     r.repeat_columns(k.pivot, k.scale, k.rest, k.shift);
@@ -176,7 +215,17 @@ void backward_rows(const Args& a, bool sums, bool input) {
         });
         if (!input) return;
         team.barrier();
-        r.apply(team, 2, step.second, [&](const Block<T>& b) { step.input(b, k, A(a.slope)); });
+        r.apply(team, 2, step.second, [&](const Block<T>& b, int64_t row) {
+            if (!r.weights) return step.input(b, k, A(a.slope));
+            Coefs<A> here = k;
+            here.c1 = of_row + team.id * 2 * r.columns;
+            here.c0 = here.c1 + r.columns;
+            for (int64_t i = 0; i < b.rows; ++i) {
+                const A weight = r.weights[row + i];
+                for (int64_t j = 0; j < r.width; ++j) here.c1[j] = weight * k.c1[j], here.c0[j] = weight * k.c0[j];
+                step.input(r.block(step.second, row + i, 1, r.width), here, A(a.slope));
+            }
+        });
     });
 }
 

@@ -20,10 +20,13 @@ class Rows {
     using A = Real<T>;
     static constexpr int64_t strip = 64;  // channels finished by one task
     const Args& a;
+    const Run* const runs;           // where the rows lie; null as they are
+    const A* const weights;          // of the rows of the tensor, null for 1
     const int64_t repeat, width, rows, rest, columns, chunk_rows, chunks, panel, panels;
 
     explicit Rows(const Args& a, int64_t wanted = 1)
-        : a(a), repeat(a.channels > 0 && a.channels < 4 * lanes<A> ? wide(a) : 1), width(a.channels * repeat),
+        : a(a), runs(a.part ? a.part->runs : nullptr), weights(a.part ? static_cast<const A*>(a.part->row_weights) : nullptr),
+          repeat(a.channels > 0 && a.channels < 4 * lanes<A> && !runs ? wide(a) : 1), width(a.channels * repeat),
           rows(a.outer / repeat), rest(a.outer % repeat), columns(padded(width > 0 ? width : 1)),
           chunk_rows(rows_of_chunk(rows, width, shared(a) ? wanted : 1)), chunks(rows > 0 ? (rows + chunk_rows - 1) / chunk_rows : 1),
           panel(columns_of_part()), panels(width ? (width + panel - 1) / panel : 0) {}
@@ -53,6 +56,32 @@ class Rows {
     int64_t rows_in(int64_t chunk) const {
         const int64_t left = rows - chunk * chunk_rows;
         return left < chunk_rows ? left : chunk_rows;
+    }
+
+    // use(row in memory, how many) for rows that lie one after the other, in place of `count` rows from `first` on.
+    template <class Use>
+    void each_run(int64_t first, int64_t count, Use&& use) const {
+        if (!runs) return use(first, count);
+        int64_t low = 0, high = a.part->run_count;  // the last run that begins no later
+        while (high - low > 1) {
+            const int64_t middle = (low + high) / 2;
+            if (runs[middle].first <= first) low = middle;
+            else high = middle;
+        }
+        for (const Run* run = runs + low; count > 0; ++run) {
+            const int64_t skipped = first - run->first, some = run->count - skipped < count ? run->count - skipped : count;
+            use(run->at + skipped, some);
+            first += some;
+            count -= some;
+        }
+    }
+
+    // Rows in a chunk, or the sum of their weights.
+    double count(int64_t chunk) const {
+        if (!weights) return double(rows_in(chunk));
+        double sum = 0;
+        each_run(chunk * chunk_rows, rows_in(chunk), [&](int64_t row, int64_t n) { sum += sum_of_weights(weights + row, n); });
+        return sum;
     }
 
     Coefs<A> coefs(Scratch& scratch) const {
@@ -92,12 +121,14 @@ class Rows {
         return b;
     }
 
-    // All rows of the tensor through f(block), from the end: what the statistics read last is what the cache still holds.
+    // All rows through f(block, first row), from the end: what the statistics read last is what the cache still holds.
     template <class Use>
     void apply(Team& team, int phase, const Block<T>& whole, Use&& use) const {
-        if (rest && team.id == 0) use(block(whole, rows, 1, rest * a.channels));
+        if (rest && team.id == 0) use(block(whole, rows, 1, rest * a.channels), rows);
         const int64_t even = 1 + rows / (2 * threads()), most = 1 + 65536 / (width + 1), some = even < most ? even : most;
-        const auto task = [&](int64_t i) { use(block(whole, i * some, rows - i * some < some ? rows - i * some : some, width)); };
+        const auto task = [&](int64_t i) {
+            each_run(i * some, rows - i * some < some ? rows - i * some : some, [&](int64_t row, int64_t n) { use(block(whole, row, n, width), row); });
+        };
         for_each(team, phase, (rows + some - 1) / some, 1, task, true);
         streaming_done();
     }

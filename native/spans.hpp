@@ -24,6 +24,7 @@ struct Block {
     T* dz;  // where dz is wanted as a tensor (the residual's gradient)
     int64_t rows, stride, n;
     bool stream;
+    const void* weights = nullptr;  // of the n elements, the same for every row; read by the loops that are Weighted
 };
 
 template <class A>
@@ -122,7 +123,7 @@ BATCHNORM_INLINE inline void for_rows(const Block<T>& b, Function&& f) {
     for (; r < b.rows; ++r) f(r, Whole<1>{}, int64_t(0));
 }
 
-// Calls f(coefficients, offset, left) for every vector of a block.
+// Calls f(coefficients, offset, left, element of the row) for every vector of a block.
 template <class Act, bool Columns, class T, class Function>
 BATCHNORM_INLINE inline void for_block(const Block<T>& b, const Coefs<Real<T>>& k, Function&& f) {
     constexpr int W = lanes<Real<T>>;
@@ -130,13 +131,13 @@ BATCHNORM_INLINE inline void for_block(const Block<T>& b, const Coefs<Real<T>>& 
         for_rows<Act>(b, [&](int64_t r, auto together, int64_t apart) BATCHNORM_INLINE {
             for_vectors<W>(b.n, [&](int64_t i, auto left) BATCHNORM_INLINE {
                 const auto c = CoefVectors<T>::of_columns(k, i);
-                each<int(decltype(together){})>([&](int g) BATCHNORM_INLINE { f(c, (r + g * apart) * b.stride + i, left); });
+                each<int(decltype(together){})>([&](int g) BATCHNORM_INLINE { f(c, (r + g * apart) * b.stride + i, left, i); });
             });
         });
     } else {
         for (int64_t r = 0; r < b.rows; ++r) {
             const auto c = CoefVectors<T>::of_channel(k.from(r));
-            for_vectors<W>(b.n, [&](int64_t i, auto left) BATCHNORM_INLINE { f(c, r * b.stride + i, left); });
+            for_vectors<W>(b.n, [&](int64_t i, auto left) BATCHNORM_INLINE { f(c, r * b.stride + i, left, i); });
         }
     }
 }
@@ -144,14 +145,28 @@ BATCHNORM_INLINE inline void for_block(const Block<T>& b, const Coefs<Real<T>>& 
 template <Source S>
 inline bool adds(const void* residual) { return S == Source::Residual || (S == Source::Either && residual); }
 
+// The weights of a vector of elements; of a loop that is not Weighted, none.
+template <bool Weighted, class T, class Left>
+BATCHNORM_INLINE inline auto weights_of(const Block<T>& b, int64_t i, Left left) {
+    if constexpr (Weighted) return get(static_cast<const Real<T>*>(b.weights) + i, left);
+    else return 0;
+}
+
+// v where the weight is not 0, else 0: selected and not multiplied, for v may be NaN.
+template <bool Weighted, class V, class W>
+BATCHNORM_INLINE inline V counted(V v, W weights) {
+    if constexpr (Weighted) return weights > 0 ? v : V{};
+    else return v;
+}
+
 // Blocks are copied below: behind a reference their pointers would be read again after every store.
-template <class T, class Act, Source S, bool Columns>
+template <class T, class Act, Source S, bool Columns, bool Weighted = false>
 void normalize_block(const Block<T>& block, const Coefs<Real<T>>& k, Real<T> slope) {
     const Block<T> b = block;
-    for_block<Act, Columns>(b, k, [&](const CoefVectors<T>& c, int64_t at, auto left) BATCHNORM_INLINE {
+    for_block<Act, Columns>(b, k, [&](const CoefVectors<T>& c, int64_t at, auto left, int64_t i) BATCHNORM_INLINE {
         auto z = c.z(get(b.x + at, left) - c.pivot);
         if (adds<S>(b.extra)) z += get(b.extra + at, left);
-        put(b.out + at, Act::forward(z, slope), left, b.stream);
+        put(b.out + at, counted<Weighted>(Act::forward(z, slope), weights_of<Weighted>(b, i, left)), left, b.stream);
     });
 }
 
@@ -168,22 +183,24 @@ BATCHNORM_INLINE inline Vec<Real<T>> dz_at(const Block<T>& b, const CoefVectors<
     }
 }
 
-// dx (and dz where wanted) of a block.
-template <class T, class Act, Source S, bool Columns>
+// dx (and dz where wanted) of a block. An element takes part in the statistics as its weight says.
+template <class T, class Act, Source S, bool Columns, bool Weighted = false>
 void input_block(const Block<T>& block, const Coefs<Real<T>>& k, Real<T> slope) {
     const Block<T> b = block;
-    for_block<Act, Columns>(b, k, [&](const CoefVectors<T>& c, int64_t at, auto left) BATCHNORM_INLINE {
+    for_block<Act, Columns>(b, k, [&](const CoefVectors<T>& c, int64_t at, auto left, int64_t i) BATCHNORM_INLINE {
+        const auto weights = weights_of<Weighted>(b, i, left);
         const auto deviation = get(b.x + at, left) - c.pivot;
-        const auto dz = dz_at<Act, S>(b, c, deviation, at, left, slope);
+        const auto dz = counted<Weighted>(dz_at<Act, S>(b, c, deviation, at, left, slope), weights);
         if (b.dz) put(b.dz + at, dz, left, b.stream);
         // Without the product where it is 0, as with constant statistics: x may be infinite.
-        const auto rest = c.c1 == 0 ? c.c0 : fma(c.c1, deviation, c.c0);
-        put(b.out + at, (dz + rest) * c.scale, left, b.stream);
+        auto rest = c.c1 == 0 ? c.c0 : fma(c.c1, deviation, c.c0);
+        if constexpr (Weighted) rest *= weights;
+        put(b.out + at, counted<Weighted>((dz + rest) * c.scale, weights), left, b.stream);
     });
 }
 
 // Adds dz and dz * (x - pivot) of every row to two vectors of doubles per row; dz is written where wanted.
-template <class T, class Act, Source S>
+template <class T, class Act, Source S, bool Weighted = false>
 void sums_block(const Block<T>& block, const Coefs<Real<T>>& k, Real<T> slope, double* sums) {
     using A = Real<T>;
     constexpr int W = lanes<A>, H = lanes<double>;
@@ -194,8 +211,9 @@ void sums_block(const Block<T>& block, const Coefs<Real<T>>& k, Real<T> slope, d
             Vec<A> sum[2] = {}, dot[2] = {};
             const auto step = [&](int64_t i, auto left, int lane) BATCHNORM_INLINE {
                 const int64_t at = r * b.stride + i;
-                const Vec<A> deviation = get(b.x + at, left) - c.pivot;
-                const Vec<A> dz = used<A>(dz_at<Act, S>(b, c, deviation, at, left, slope), left);
+                const auto weights = weights_of<Weighted>(b, i, left);
+                const Vec<A> deviation = counted<Weighted>(get(b.x + at, left) - c.pivot, weights);
+                const Vec<A> dz = counted<Weighted>(used<A>(dz_at<Act, S>(b, c, deviation, at, left, slope), left), weights);
                 if (b.dz) put(b.dz + at, dz, left, false);
                 sum[lane] += dz;
                 dot[lane] = fma(dz, used<A>(deviation, left), dot[lane]);

@@ -73,6 +73,39 @@ void add_planes(const T* x, int64_t rows, int64_t stride, int64_t n, const Real<
             add_span(x + r * stride + i, n - i < block_elements<A> ? n - i : block_elements<A>, splat<Vec<A>>(reference[r]), to);
 }
 
+// The same for elements with weights, all in double: sums of w * (x - reference), and of w * (x - reference)^2. The reference
+// is one of the values, which may lie many deviations from the mean; in double that costs no digits that are promised.
+template <class T>
+inline void add_weighted(const T* x, const Real<T>* weights, int64_t n, double reference, double* to) {
+    using A = Real<T>;
+    constexpr int W = lanes<A>, H = lanes<double>, parts = WideSum<A>::parts;
+    D sum[parts] = {}, square[parts] = {};
+    const auto add = [&](int part, D v, D w) {
+        const D d = w > 0 ? v - reference : D{}, wd = w * d;
+        sum[part] += wd;
+        square[part] = fma(wd, d, square[part]);
+    };
+    for_vectors<W>(n, [&](int64_t i, auto left) {
+        const Vec<A> v = get(x + i, left), w = get(weights + i, left);
+        if constexpr (parts == 1) {
+            add(0, v, w);
+        } else {
+            add(0, half_of<0>(v), half_of<0>(w));
+            add(1, half_of<1>(v), half_of<1>(w));
+        }
+    });
+    store(to, load(to) + (sum[0] + (parts == 1 ? D{} : sum[parts - 1])));
+    store(to + H, load(to + H) + (square[0] + (parts == 1 ? D{} : square[parts - 1])));
+}
+
+// The sum of n weights.
+template <class A>
+inline double sum_of_weights(const A* weights, int64_t n) {
+    WideSum<A> sum;
+    for_vectors<lanes<A>>(n, [&](int64_t i, auto left) { sum.add(get(weights + i, left)); });
+    return horizontal(sum.folded());
+}
+
 // Whether a reference lies too far from the mean for the squares about it to be accurate, and could lie nearer: what is
 // taken off the squares is at most half of them, so that their error at most doubles.
 template <class A, class V>
@@ -135,23 +168,38 @@ void add_rows(const T* x, int64_t rows, int64_t stride, int64_t n, const ColumnS
 }
 
 // A first reference: the mean of a few rows from all over, for neighbours are often alike. Of 16 it is hardly ever far.
-template <class T>
-void mean_of_rows(const T* x, int64_t rows, int64_t stride, int64_t n, const ColumnSums<Real<T>>& w) {
+template <class T, class Add>
+void mean_of_rows(int64_t rows, int64_t n, const ColumnSums<Real<T>>& w, Add&& add) {
     const int64_t some = rows < 8 ? rows : rows < 128 ? 8 : 16, step = some > 0 ? rows / some : 0;
     for (int64_t i = 0; i < padded(n); ++i) w.ref[i] = 0;
     w.clear(n);
-    if (some > 0) add_rows(x + step / 2 * stride, some, step * stride, n, w, false);
+    if (some > 0) add(step / 2, step, some);  // some rows, `step` apart
     for (int64_t i = 0; i < n; ++i) w.ref[i] = Real<T>(w.sum[i] / double(some > 0 ? some : 1));
 }
 
-// Moments of rows of n columns in one pass about a reference.
+// Adds w * (x - reference) and w * (x - reference)^2 of a row of weight w, in double; the reference is one of the rows.
 template <class T>
-void lift_rows(const T* x, int64_t rows, int64_t stride, int64_t n, const ColumnSums<Real<T>>& w, double* mean, double* m2) {
+void add_weighted_row(const T* x, double weight, int64_t n, const ColumnSums<Real<T>>& to) {
+    using A = Real<T>;
+    constexpr int H = lanes<double>;
+    for (int64_t i = 0; i < n; i += H) {
+        A values[H];
+        for (int64_t l = 0; l < H; ++l) values[l] = i + l < n ? A(scalar(x[i + l])) : A(0);
+        const D d = load_wide(values) - load_wide(to.ref + i), wd = weight * d;
+        store(to.sum + i, load(to.sum + i) + wd);
+        store(to.square + i, fma(wd, d, load(to.square + i)));
+    }
+}
+
+// Moments of rows of n columns in one pass about a reference. `each(first, how many, f)` calls f(x, how many) for rows that
+// lie one after the other.
+template <class T, class Each>
+void lift_rows(int64_t rows, int64_t stride, int64_t n, const ColumnSums<Real<T>>& w, double* mean, double* m2, Each&& each) {
     constexpr int H = lanes<double>;
     w.clear(n);
     for (int64_t at = 0; at < rows; at += square_block) {
         const int64_t some = rows - at < square_block ? rows - at : square_block;
-        add_rows(x + at * stride, some, stride, n, w, at + square_block < rows);
+        each(at, some, [&](const T* x, int64_t count) { add_rows(x, count, stride, n, w, at + square_block < rows); });
     }
     const double count = double(rows);
     for (int64_t i = 0; i < n; i += H) {

@@ -9,6 +9,7 @@
 
 #define BATCHNORM_ISA common
 #include "dispatch.hpp"
+#include "groups.hpp"
 #include "parallel.hpp"
 
 using namespace batchnorm;
@@ -93,11 +94,37 @@ Bytes random_tensor(const Shape& s, Data data, DType dtype, Source& source) {
     return bytes;
 }
 
+// The whole; rows or planes of five groups, mixed and of different sizes, one of them empty; a mask; weights; groups with weights.
+enum class Chosen { whole, groups, mask, weights, both };
+
 struct Inputs {
     const Shape& shape;
     DType dtype;
     Source source;
-    Bytes x, dy, residual, weight, bias;
+    Bytes x, dy, residual, weight, bias, weights;
+    std::vector<int64_t> ids;
+    Selection selection;
+
+    void choose(Chosen chosen) {
+        selection = Selection{};
+        selection.samples = shape.outer;
+        if (chosen == Chosen::groups || chosen == Chosen::both) {
+            for (int64_t n = int64_t(ids.size()); n < shape.outer; ++n) ids.push_back(n % 7 < 3 ? 0 : n % 7 < 6 ? 1 + n % 3 % 2 : 4);
+            selection.groups = 5;
+            selection.ids = ids.data();
+        }
+        if (chosen == Chosen::whole || chosen == Chosen::groups) return;
+        const int64_t n = shape.outer * shape.inner;
+        const bool is_wide = dtype == DType::float64;
+        weights = Bytes(static_cast<size_t>(n * (is_wide ? 8 : 4)));
+        for (int64_t i = 0; i < n; ++i) {
+            const float any = source.next(), value = any < 0 ? 0 : chosen == Chosen::mask ? 1 : any;
+            const double wide = value;
+            if (is_wide) std::memcpy(weights.data() + i * 8, &wide, 8);
+            else std::memcpy(weights.data() + i * 4, &value, 4);
+        }
+        selection.weights = weights.data();
+    }
 
     Inputs(const Shape& s, Data data, DType dtype)
         : shape(s), dtype(dtype), x(random_tensor(s, data, dtype, source)), dy(random_tensor(s, Data::plain, dtype, source)),
@@ -127,16 +154,19 @@ void unify_nan(Bytes& bytes, DType dtype) {
 std::vector<Bytes> run(Inputs& in, Activation activation, bool residual, int threads) {
     const Shape& s = in.shape;
     const DType wide = in.dtype == DType::float64 ? DType::float64 : DType::float32;
+    const int64_t rows = in.selection.groups;
     std::vector<Bytes> out;
     for (int i = 0; i < 3; ++i) out.emplace_back(in.x.size());
-    for (int i = 0; i < 10; ++i) out.emplace_back(static_cast<size_t>(s.channels * size_of(wide)));
-    for (int i = 0; i < 2; ++i) out.emplace_back(static_cast<size_t>(s.channels) * sizeof(double));
+    for (int i = 0; i < 10; ++i) out.emplace_back(static_cast<size_t>(rows * s.channels * size_of(wide)));
+    for (int i = 0; i < 2; ++i) out.emplace_back(static_cast<size_t>(rows * s.channels) * sizeof(double));
     int64_t counter = 0;
     Args a;
     a.outer = s.outer, a.channels = s.channels, a.inner = s.inner;
     a.x = in.x.data(), a.dy = in.dy.data(), a.residual = residual ? in.residual.data() : nullptr;
     a.y = out[0].data(), a.dx = out[1].data(), a.dresidual = residual ? out[2].data() : nullptr;
-    a.weight = {in.weight.data(), DType::float32}, a.bias = {in.bias.data(), DType::bfloat16};
+    Bytes weight, bias;  // a row for each group
+    for (int64_t i = 0; i < rows; ++i) weight.insert(weight.end(), in.weight.begin(), in.weight.end()), bias.insert(bias.end(), in.bias.begin(), in.bias.end());
+    a.weight = {weight.data(), DType::float32}, a.bias = {bias.data(), DType::bfloat16};
     a.mean = out[3].data(), a.var = out[4].data(), a.rstd = out[5].data(), a.rest = out[6].data();
     a.kept_weight = out[7].data(), a.kept_bias = out[8].data();
     a.sum_dz = out[9].data(), a.sum_dz_xhat = out[10].data();
@@ -145,14 +175,17 @@ std::vector<Bytes> run(Inputs& in, Activation activation, bool residual, int thr
     a.momentum = 0.1, a.eps = 1e-5, a.slope = 0.1, a.count = double(s.outer * s.inner);
     a.activation = activation, a.threads = threads;
     const Kernels& k = kernels(in.dtype);
-    k.forward(a);
-    k.normalize(a);
+    const bool whole = !in.selection.ids && !in.selection.weights;
+    const auto compute = [&](Kernel kernel) { whole ? kernel(a) : run_selected(a, in.selection, in.dtype, kernel); };
+    if (!whole) a.running_mean = a.running_var = {};
+    compute(k.forward);
+    compute(k.normalize);
     a.weight = {a.kept_weight, wide}, a.bias = {a.kept_bias, wide};
-    k.backward_sums(a);
-    k.backward_input(a);
-    k.backward(a);
+    compute(k.backward_sums);
+    compute(k.backward_input);
+    compute(k.backward);
     a.mean = out[13].data(), a.m2 = reinterpret_cast<double*>(out[14].data());
-    k.moments(a);
+    compute(k.moments);
     for (size_t i = 0; i < out.size(); ++i) unify_nan(out[i], i < 3 ? in.dtype : i < 13 ? wide : DType::float64);
     return out;
 }
@@ -162,7 +195,10 @@ int compare(const Shape& s, DType dtype, int& runs) {
     int wrong = 0;
     for (Data data : {Data::plain, Data::far, Data::special}) {
         Inputs in(s, data, dtype);
+        int turn = 0;
         for (int code = int(data); code < activation_count; code += s.large ? 5 : 3) {
+            in.choose(turn % 2 ? Chosen(1 + (turn / 2 + int(data)) % 4) : Chosen::whole);
+            ++turn;
             const auto one = run(in, Activation(code), code % 2, 1);
             for (int threads : {2, 4}) {
                 runs += 1;

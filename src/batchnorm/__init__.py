@@ -33,6 +33,8 @@ from batchnorm.ops.backends.choice import use_backend as use_backend
 from batchnorm.recycling import recycle_memory as recycle_memory
 from batchnorm.sources.batch import Batch as Batch
 from batchnorm.sources.frozen import Frozen as Frozen
+from batchnorm.sources.grouped import Ghost as Ghost
+from batchnorm.sources.grouped import Grouped as Grouped
 from batchnorm.sources.synced import Synced as Synced
 from batchnorm.surgery.convert import convert as convert
 from batchnorm.surgery.saving import save_memory as save_memory

@@ -5,9 +5,15 @@ from typing import TypeAlias
 from torch import Tensor
 
 _Maybe: TypeAlias = Tensor | None
+# Group ids, how many groups, weights, and the counts of merged groups; None: no selection.
+_Chosen: TypeAlias = tuple[_Maybe, int, _Maybe, _Maybe] | None
+
+takes_selection: bool
 
 def connect(tensor_type: type[Tensor]) -> None: ...
-def moments(x: Tensor, axis: int, mean: Tensor, m2: Tensor, threads: int) -> bool: ...
+def moments(
+    x: Tensor, axis: int, mean: Tensor, m2: Tensor, threads: int, chosen: _Chosen
+) -> bool: ...
 def normalize(
     x: Tensor,
     residual: _Maybe,
@@ -20,6 +26,7 @@ def normalize(
     activation: int,
     slope: float,
     threads: int,
+    chosen: _Chosen = None,
 ) -> _Maybe: ...
 def evaluate(
     x: Tensor,
@@ -33,6 +40,7 @@ def evaluate(
     slope: float,
     eps: float,
     threads: int,
+    chosen: _Chosen = None,
 ) -> _Maybe: ...
 def forward(
     x: Tensor,
@@ -48,6 +56,7 @@ def forward(
     eps: float,
     momentum: float,
     threads: int,
+    chosen: _Chosen = None,
 ) -> tuple[Tensor, Tensor] | None: ...
 def backward_sums(
     x: Tensor,
@@ -59,6 +68,7 @@ def backward_sums(
     activation: int,
     slope: float,
     threads: int,
+    chosen: _Chosen = None,
 ) -> tuple[Tensor, Tensor] | None: ...
 def backward_input(
     x: Tensor,
@@ -74,6 +84,7 @@ def backward_input(
     count: float,
     want_residual: bool,
     threads: int,
+    chosen: _Chosen = None,
 ) -> tuple[Tensor, _Maybe] | None: ...
 def backward(
     x: Tensor,
@@ -86,6 +97,7 @@ def backward(
     slope: float,
     want_residual: bool,
     threads: int,
+    chosen: _Chosen = None,
 ) -> tuple[Tensor, _Maybe, Tensor, Tensor] | None: ...
 def spoil(on: bool) -> None: ...
 def simd() -> str: ...

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from batchnorm import layout
-from batchnorm.moments import Moments, merge_all, wide
+from batchnorm.moments import Moments, merge_all
 from batchnorm.ops.backends import choice, reference
+from batchnorm.sums import wide
 
 # Elements of a block. PyTorch's reductions stay on one thread below 32768.
 BLOCK = {"cpu": (1 << 15) - 1}

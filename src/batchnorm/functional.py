@@ -8,14 +8,16 @@ from torch.nn.functional import batch_norm as _torch_batch_norm
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from batchnorm import layout
+from batchnorm import selection as selecting
 from batchnorm.compat.modes import is_calm, is_recorded
 from batchnorm.errors import OptionError
 from batchnorm.estimators.running import check_momentum, move
-from batchnorm.moments import Moments, element_weights
+from batchnorm.moments import Moments
 from batchnorm.ops import routes
 from batchnorm.ops.activations import ActivationLike, activation
 from batchnorm.ops.autograd.shared import normalize_shared
 from batchnorm.ops.call import Call
+from batchnorm.selection import WHOLE, Selection
 from batchnorm.sources.base import Context, Source
 from batchnorm.sources.batch import Batch
 
@@ -31,6 +33,10 @@ def normalize(
     *,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    weights: Tensor | None = None,
+    groups: Tensor | None = None,
+    count: int | None = None,
     activation: ActivationLike = None,
     statistics: Source = Batch(),
     mean: Tensor | None = None,
@@ -52,6 +58,11 @@ def normalize(
         residual: r, added before the activation; broadcasts and promotes as in ``torch.add``.
         mask: True where an element counts; x's shape without its channel axis. Elsewhere y is 0
             and no gradient flows, whatever x holds there.
+        lengths: How many steps of each sample count, (N,), along the last axis but the channel's.
+        weights: Weight of each element, >= 0, shaped as a mask; under 0 as under a mask.
+        groups: The group of each sample, integers from 0, (N,): each is normalized by its own
+            statistics; weight, bias, mean and var may have a row for each, (groups, C).
+        count: How many groups there are; None for one more than the largest id.
         activation: One of ``ops.activations.NAMES``, or its ``torch.nn`` module.
         statistics: The source of mean and variance: ``bn.Batch()``, ``bn.Synced()`` or
             ``bn.Frozen()``, which takes ``mean`` and ``var``.
@@ -64,14 +75,43 @@ def normalize(
         y in x's dtype, and the Moments by which it was normalized, without a gradient.
 
     Raises:
-        LayoutError: Wrong rank, mask of another shape, or a single value per channel.
+        LayoutError: Wrong rank, mask of another shape, or a single value per channel (and group).
         ChannelError: A per-channel tensor of another size.
         DtypeError: An integer or complex input.
         DeviceError: Tensors on several devices.
         OptionError: eps <= 0, or an activation that cannot be fused.
     """
-    call = prepare(x, weight, bias, residual, mask, activation, mean, var, eps, axis)
-    return by_source(call, statistics)
+    axis = layout.channel_axis(x.ndim, axis)
+    selection = selected(x, axis, mask, lengths, weights, groups, count)
+    rest = (activation, mean, var, eps, axis)
+    return by_source(prepare(x, weight, bias, residual, selection, *rest), statistics)
+
+
+def selected(
+    x: Tensor,
+    axis: int,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    weights: Tensor | None = None,
+    groups: Tensor | None = None,
+    count: int | None = None,
+) -> Selection:
+    """Return which elements count, how much and for which group; arguments as in ``normalize``.
+
+    Raises:
+        LayoutError: If a shape or dtype does not fit.
+        DeviceError: If a tensor lives elsewhere than the input.
+        OptionError: If a value is out of range, or more than one of mask, lengths and weights is
+            given.
+    """
+    if lengths is not None:
+        if mask is not None or weights is not None:
+            raise OptionError(
+                "expected lengths, or a mask or weights, got both; give the elements that count "
+                "as one mask"
+            )
+        mask = selecting.of_lengths(x, axis, lengths)
+    return selecting.of(x, axis, mask, weights, groups, count)
 
 
 def batch_norm(
@@ -129,8 +169,16 @@ def by_source(call: Call, source: Source) -> tuple[Tensor, Moments]:
         return y, Moments.zero(call.mean.numel(), call.mean.device)
     sharing = None
     if source.plan == "own":
-        sharing = source.share(Context(call.mean, call.var, call.mask is not None))
-    if sharing is None:
+        samples = call.x.shape[0 if call.axis else 1]
+        about = (call.mean, call.var, call.counter, call.selection, samples, call.x.device)
+        sharing = source.share(Context(*about))
+    if sharing is not None and sharing.selection is not None:
+        call = call._replace(selection=sharing.selection)
+    # Of parts of a batch, or of a tensor on another device, this is not known here.
+    alone = sharing is None or sharing.merge is None
+    if alone and not call.selection.is_whole and call.x.device.type == "cpu" and is_calm():
+        selecting.check_enough(call.x, call.axis, call.selection)
+    if sharing is None or sharing.is_own:
         return routes.normalize_batch(call)
     # Collectives are not captured: the graph breaks here.
     over = torch.compiler.disable(normalize_shared)
@@ -160,12 +208,13 @@ def prepare(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
-    mask: Tensor | None = None,
+    selection: Selection = WHOLE,
     act: ActivationLike = None,
     mean: Tensor | None = None,
     var: Tensor | None = None,
     eps: float = 1e-5,
     axis: int = 1,
+    counter: Tensor | None = None,
     portable: bool = False,
 ) -> Call:
     """Return the arguments as a ``Call``, after all checks that do not depend on the source.
@@ -180,16 +229,14 @@ def prepare(
         )
     if not is_recorded():
         per_channel = {"running_mean": mean, "running_var": var, "weight": weight, "bias": bias}
-        layout.check_per_channel(x, axis, **per_channel)
-        layout.check_device(x, "mask", mask)
+        rows = None if selection.ids is None else selection.groups
+        layout.check_per_channel(x, axis, rows, **per_channel)
         if residual is not None and residual.ndim:  # a 0-d tensor may be on any device
             layout.check_device(x, "residual", residual)
         if residual is not None:
             layout.check_strided(residual, "residual")
-    if mask is not None:
-        mask = element_weights(x, axis, mask)
     act = activation(act)
-    return Call(x, weight, bias, residual, mask, act, eps, axis, mean, var, portable)
+    return Call(x, weight, bias, residual, selection, act, eps, axis, mean, var, counter, portable)
 
 
 def check_source(call: Call, source: Source) -> None:
@@ -201,12 +248,6 @@ def check_source(call: Call, source: Source) -> None:
     """
     if not 0 < call.eps < math.inf:
         raise OptionError(f"batch_norm eps must be positive during training, but got {call.eps}")
-    if source.plan != "stored":
-        layout.check_enough_values(call.x, call.axis)
-        if (
-            source.plan == "batch"
-            and call.mask is not None
-            and call.x.device.type == "cpu"
-            and is_calm()
-        ):
-            layout.check_enough_unmasked(call.x, call.mask, call.axis)
+    if source.plan == "stored":
+        return
+    layout.check_enough_values(call.x, call.axis)

@@ -135,8 +135,16 @@ def check_strided(tensor: Tensor, name: str) -> None:
         )
 
 
-def check_per_channel(x: Tensor, axis: int, **tensors: Tensor | None) -> None:
+def check_per_channel(
+    x: Tensor, axis: int, rows: int | None = None, **tensors: Tensor | None
+) -> None:
     """Raise if per-channel tensors do not have shape (C,) on the input's device.
+
+    Args:
+        x: The input.
+        axis: Its channel axis.
+        rows: How many rows a tensor may have, one for each group of samples; None for none.
+        **tensors: By name.
 
     Raises:
         ChannelError: If a size differs from the number of channels.
@@ -145,11 +153,12 @@ def check_per_channel(x: Tensor, axis: int, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if tensor.numel() != x.shape[axis] or tensor.ndim != 1:
+        shape = tuple(tensor.shape)
+        if shape != (x.shape[axis],) and (rows is None or shape != (rows, x.shape[axis])):
             raise ChannelError(
                 f"{name} should contain {x.shape[axis]} elements not {tensor.numel()}: the input "
                 f"of shape {tuple(x.shape)} ({x.dtype}) has {x.shape[axis]} channels on axis "
-                f"{axis}, and {name} has shape {tuple(tensor.shape)}"
+                f"{axis}, and {name} has shape {shape}"
             )
         check_device(x, name, tensor)
 
@@ -174,17 +183,6 @@ def check_enough_values(x: Tensor, axis: int) -> None:
         LayoutError: If each channel has exactly one value.
     """
     if values_per_channel(x.shape, axis) == 1:
-        raise LayoutError(TOO_FEW_VALUES.format(shape=tuple(x.shape), axis=axis))
-
-
-def check_enough_unmasked(x: Tensor, mask: Tensor, axis: int) -> None:
-    """Raise if a mask leaves exactly one value per channel. A mask may leave none.
-
-    Raises:
-        LayoutError: If exactly one value per channel is left.
-    """
-    repeats = values_per_channel(x.shape, axis) // max(mask.numel(), 1)
-    if int(mask.sum()) * repeats == 1:
         raise LayoutError(TOO_FEW_VALUES.format(shape=tuple(x.shape), axis=axis))
 
 

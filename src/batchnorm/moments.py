@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from batchnorm import layout
-from batchnorm.errors import LayoutError, OptionError
+from batchnorm import selection as selecting
+from batchnorm.errors import OptionError
+from batchnorm.selection import WHOLE, Selection
+from batchnorm.sums import total, wide
 
 
 class Moments(NamedTuple):
@@ -39,7 +42,14 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(
-        cls, x: Tensor, axis: int = 1, *, mask: Tensor | None = None, weights: Tensor | None = None
+        cls,
+        x: Tensor,
+        axis: int = 1,
+        *,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+        groups: Tensor | None = None,
+        count: int | None = None,
     ) -> "Moments":
         """Return the Moments of a tensor over all axes but the channel axis.
 
@@ -52,28 +62,30 @@ class Moments(NamedTuple):
             mask: True where an element counts; the shape of ``x`` without its channel axis, or
                 with size 1 there. Elements where it is False may be NaN or infinite.
             weights: Weight of each element, >= 0; shaped as a mask.
+            groups: The group of each sample, integers from 0, (N,); N is the first axis that is not
+                the channel's. Groups may be empty.
+            count: How many groups; None for one more than the largest id.
 
         Returns:
             Moments with mean and m2 of shape (C,) in float64 (float32 on devices without it);
-            count is a plain number, or a tensor of shape () if mask or weights are given.
+            count is a plain number, or a tensor of shape () where mask or weights are given.
+            With groups, mean and m2 are (groups, C) and count is a tensor (groups, 1).
 
         Raises:
-            LayoutError: If the rank is below 2, or mask or weights do not fit.
+            LayoutError: If the rank is below 2, or mask, weights or groups do not fit.
             DtypeError: If ``x`` is not floating.
-            OptionError: If a weight is negative, or both mask and weights are given.
+            OptionError: If a weight is negative, an id is out of range, or both mask and weights
+                are given.
         """
         axis = layout.channel_axis(x.ndim, axis)
         layout.check_input(x)
-        values = layout.canonical(x.detach(), axis).to(wide(x.device))
-        if mask is None and weights is None:
-            return cls(layout.values_per_channel(x.shape, axis), *center(values))
-        sample = layout.canonical(x, axis, element_weights(x, axis, mask, weights))
-        count, mean, m2 = center_weighted(values, sample.to(values.dtype))
-        return cls(count, mean, m2)
+        x = x.detach()
+        selection = selecting.of(x, axis, mask, weights, groups, count)
+        return cls(*centered(x, axis, selection))
 
     @classmethod
     def of_variance(
-        cls, count: float, mean: Tensor, var: Tensor, correction: float = 0
+        cls, count: float | Tensor, mean: Tensor, var: Tensor, correction: float = 0
     ) -> "Moments":
         """Return moments with m2 = var * (count - correction), the inverse of ``variance``.
 
@@ -164,6 +176,19 @@ def _merge_two(a: Moments, b: Moments) -> Moments:
     return Moments(count, mean, m2)
 
 
+def pooled(groups: Moments) -> Moments:
+    """Merge the Moments of groups of samples.
+
+    Args:
+        groups: count (groups, 1); mean and m2 (groups, C).
+
+    Returns:
+        Moments with a count of shape (), mean and m2 (C,).
+    """
+    count, mean, m2 = merge_all(groups)
+    return Moments(torch.as_tensor(count).squeeze(), mean, m2)
+
+
 def merge_all(parts: Moments) -> Moments:
     """Merge Moments that are stacked along a leading axis.
 
@@ -220,50 +245,6 @@ def _promoted(kept: Moments, other: Moments) -> Moments:
     return Moments(kept.count, kept.mean.to(dtype), kept.m2.to(dtype))
 
 
-def element_weights(
-    x: Tensor, axis: int, mask: Tensor | None, weights: Tensor | None = None
-) -> Tensor:
-    """Return mask or weights checked and expanded to the shape of ``x``, 1 on the channel axis."""
-    if mask is not None and weights is not None:
-        raise OptionError(
-            "expected a mask or weights, got both; multiply them: weights=weights * mask"
-        )
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            raise LayoutError(
-                f"expected a boolean mask, got {mask.dtype} of shape {tuple(mask.shape)}; "
-                "use mask=mask.bool(), or weights= for importance"
-            )
-        sample = layout.sample_shape(mask, x, axis, "a mask")
-    else:
-        assert weights is not None
-        sample = layout.sample_shape(weights, x, axis, "weights")
-        # NaN is not >= 0 either.
-        if not torch.compiler.is_compiling() and not bool((sample >= 0).all()):
-            raise OptionError("expected weights >= 0, got a negative one or NaN")
-    shape = list(x.shape)
-    shape[axis] = 1
-    return sample.expand(shape)
-
-
-def pairwise_sum(values: Tensor, dim: int) -> Tensor:
-    """Sum over one axis pairwise: add its first half to its second until one value is left.
-
-    The rounding error grows with log n, and the order of additions depends on the shape only, while
-    ``torch.sum`` divides the axis by the number of threads.
-    """
-    n = values.shape[dim]
-    if n == 0:
-        return values.sum(dim)
-    while n > 1:
-        half = n // 2
-        pairs = values.narrow(dim, 0, half) + values.narrow(dim, half, half)
-        if n % 2:
-            pairs = torch.cat([pairs, values.narrow(dim, n - 1, 1)], dim)
-        values, n = pairs, half + n % 2
-    return values.squeeze(dim)
-
-
 def center(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and m2 of (outer, C, inner) over outer and inner; differentiable."""
     count = max(x.shape[0] * x.shape[2], 1)
@@ -275,35 +256,30 @@ def center(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, m2.clamp_min(0)
 
 
-def center_weighted(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return count (), mean and m2 (C,) of (outer, C, inner) with weights (outer, 1, inner)."""
-    counted = weights > 0
-    count = total(weights).squeeze(0)
-    divisor = torch.where(count > 0, count, 1.0)
-    mean = total(torch.where(counted, x, 0.0) * weights) / divisor
-    deviation = torch.where(counted, x - mean[:, None], 0.0)
-    left_over = total(deviation * weights)
-    m2 = total(deviation * deviation * weights) - left_over * left_over / divisor
-    return count, mean, m2.clamp_min(0)
+def centered(
+    x: Tensor, axis: int, selection: Selection = WHOLE
+) -> tuple[float | Tensor, Tensor, Tensor]:
+    """Return count, mean and m2 of what a selection says; differentiable.
 
-
-def center_masked(x: Tensor, axis: int, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return count (), mean and m2 (C,) of the elements where a mask is True; differentiable.
-
-    Args:
-        x: Input, finite where the mask is False.
-        axis: The channel axis.
-        mask: Of x's rank, with size 1 on the channel axis.
+    Returns:
+        count () and mean and m2 (C,); with groups, (groups, 1) and (groups, C). The count is a
+        plain number where every element counts once, in one group.
     """
-    sample = mask.expand([1 if i == axis else size for i, size in enumerate(x.shape)])
-    dtype = wide(x.device)
-    values = layout.canonical(x, axis).to(dtype)
-    return center_weighted(values, layout.canonical(x, axis, sample).to(dtype))
+    if selection.is_whole:
+        values = layout.canonical(x, axis).to(wide(x.device))
+        return layout.values_per_channel(x.shape, axis), *center(values)
 
+    def summed(values: Tensor) -> Tensor:
+        return selection.total(selection.weighted(values), axis)
 
-def total(x: Tensor) -> Tensor:
-    """Sum (outer, C, inner) over outer and inner, pairwise."""
-    return pairwise_sum(pairwise_sum(x, 0), -1)
+    x = selection.clean(x).to(wide(x.device))
+    count = torch.as_tensor(selection.counts(x, axis))
+    divisor = torch.where(count > 0, count, 1.0)
+    mean = summed(x) / divisor
+    deviation = selection.clean(x - selection.spread(mean, x.ndim, axis))
+    left_over = summed(deviation)
+    m2 = summed(deviation * deviation) - left_over * left_over / divisor
+    return count, mean, m2.clamp_min(0)
 
 
 def exact(count: float | Tensor) -> float | Tensor:
@@ -312,8 +288,3 @@ def exact(count: float | Tensor) -> float | Tensor:
     In torch a quotient of integer tensors, and their product with a plain number, are float32.
     """
     return count.to(wide(count.device)) if isinstance(count, Tensor) else count
-
-
-def wide(device: torch.device) -> torch.dtype:
-    """Return the accumulator dtype: float64, or float32 on devices without it."""
-    return torch.float32 if device.type == "mps" else torch.float64

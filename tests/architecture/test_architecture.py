@@ -11,8 +11,8 @@ SOURCE = TESTS.parent / "src" / "batchnorm"
 # its own room; never a package's __init__.
 LEVELS = [
     {"errors", "compat", "progress", "recycling", "version", "_native"},
-    {"files", "layout"},
-    {"checkpoints"},
+    {"files", "layout", "sums"},
+    {"checkpoints", "selection"},
     {"moments"},
     {"ops", "collective"},
     {"blocks"},

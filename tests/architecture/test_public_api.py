@@ -19,6 +19,8 @@ NAMES = [
     "Cumulative",
     "Decayed",
     "Frozen",
+    "Ghost",
+    "Grouped",
     "LastBatches",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",

@@ -57,7 +57,7 @@ class WithKnown:
         self.known = known
 
     def share(self, context):
-        assert not context.mask and context.mean is not None
+        assert context.selection.is_whole and context.mean is not None
         return Sharing(lambda moments: merge(self.known, moments), lambda sums: sums)
 
 

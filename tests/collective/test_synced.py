@@ -82,7 +82,7 @@ def _masked(rank, masks):
     mask = torch.tensor(masks[rank])[:, None, None].expand(-1, 2, 2)
     x[~mask[:, None].expand_as(x)] = torch.nan
     x.requires_grad_()
-    y = layer(x, residual.requires_grad_(), mask)
+    y = layer(x, residual.requires_grad_(), mask=mask)
     y.backward(dy)
     grads = {n: p.grad for n, p in layer.named_parameters()}
     rest = {"x": x.grad, "residual": residual.grad, **grads, **dict(layer.named_buffers())}
@@ -100,7 +100,7 @@ def test_masked_shares_of_all_are_one_masked_batch(name):
     layer.statistics = bn.Batch()
     mask = torch.tensor(sum(masks, ()))[:, None, None].expand(-1, 2, 2)
     x.requires_grad_(), residual.requires_grad_()
-    y = layer(x, residual, mask)
+    y = layer(x, residual, mask=mask)
     y.backward(dy)
     for key, want in (("y", y.detach()), ("x", x.grad), ("residual", residual.grad)):
         whole = torch.cat([one[key] for one in found])

@@ -31,7 +31,7 @@ class Block(nn.Module):
 
     def forward(self, x, mask):
         y = torch.tanh(self.first(x, mask=mask))
-        return self.second(y, x, mask) + self.second(x)
+        return self.second(y, x, mask=mask) + self.second(x)
 
 
 def test_a_trace_keeps_residual_and_mask_and_the_layers_themselves():

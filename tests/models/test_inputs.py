@@ -48,9 +48,13 @@ def test_what_a_hook_gives_the_layer_is_what_enters_it():
 def test_masks_and_axes_come_along_and_moments_count_what_the_mask_leaves(by_name):
     layer = bn.BatchNorm(4, axis=-1)
     x, mask = torch.randn(5, 6, 4), torch.rand(5, 6) > 0.4
-    run = (lambda: layer(input=x, mask=mask)) if by_name else (lambda: layer(x, None, mask))
+    run = (lambda: layer(input=x, mask=mask)) if by_name else (lambda: layer(x, None, mask=mask))
     ((_, given),) = seen_in({"one": layer}, run)
-    assert given.x is x and given.mask is mask and given.axis == layer.axis
+    assert (
+        given.x is x
+        and torch.equal(given.selection.weights[..., 0], mask)
+        and given.axis == layer.axis
+    )
     found = given.moments()
     rows = x[mask].double()
     assert float(found.count) == len(rows)

@@ -200,7 +200,12 @@ def test_a_residual_that_is_a_number_promotes_as_in_torch_add(dtype):
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     mask = torch.ones(6, dtype=torch.bool)
     mapped = torch.func.vmap(lambda x: bn.functional.normalize(x, residual=number)[0])
-    for y in (layer(x, number), layer(x, number, mask), compiled(x, number), mapped(x[None])[0]):
+    for y in (
+        layer(x, number),
+        layer(x, number, mask=mask),
+        compiled(x, number),
+        mapped(x[None])[0],
+    ):
         assert y.dtype == torch.add(x, number).dtype == dtype
 
 

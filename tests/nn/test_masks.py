@@ -68,7 +68,7 @@ def test_all_masked_changes_nothing_and_all_true_is_no_mask():
 def test_a_residual_is_masked_with_the_rest():
     x, r = torch.randn(6, 3), torch.randn(6, 3)
     mask = torch.arange(6) < 4
-    y = bn.BatchNorm1d(3, activation="relu")(x, r, mask)
+    y = bn.BatchNorm1d(3, activation="relu")(x, r, mask=mask)
     torch.testing.assert_close(y[:4], torch.relu(nn.BatchNorm1d(3)(x[:4]) + r[:4]))
     assert torch.equal(y[4:], torch.zeros(2, 3))
 
@@ -117,7 +117,7 @@ def test_what_is_masked_leaks_from_nowhere(activation, training):
     for tensor in (x, r, cotangent):
         tensor[4:] = torch.nan
     x.requires_grad_(), r.requires_grad_()
-    y = layer(x, r, mask)
+    y = layer(x, r, mask=mask)
     y.backward(cotangent)
     for tensor in (y.detach(), x.grad, r.grad):
         assert torch.equal(tensor[4:], torch.zeros(2, 3))

@@ -274,9 +274,9 @@ def test_an_mkldnn_tensor_takes_residual_mask_and_activation():
     layer = bn.BatchNorm2d(3, activation="relu")
     x, residual = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5)
     mask = torch.rand(4, 5, 5) > 0.3
-    expected = layer(x, residual, mask)
+    expected = layer(x, residual, mask=mask)
     for more in (residual, residual.to_mkldnn()):
-        y = layer(x.to_mkldnn(), more, mask)
+        y = layer(x.to_mkldnn(), more, mask=mask)
         assert y.is_mkldnn
         torch.testing.assert_close(y.to_dense(), expected)
 

@@ -21,6 +21,7 @@ from batchnorm.ops.activations import activation
 from batchnorm.ops.autograd import shared
 from batchnorm.ops.backends.choice import BACKENDS
 from batchnorm.ops.call import Call
+from batchnorm.selection import WHOLE
 from support import captured
 
 SHAPE, CHANNELS = (6, 3, 4, 5), 3
@@ -76,7 +77,7 @@ def compiled(step):
 def parts(step):
     """The composition that synchronized statistics are made of, with one part."""
     layer = step.layer
-    given = (step.x, layer.weight, layer.bias, step.residual, None, layer.activation, layer.eps)
+    given = (step.x, layer.weight, layer.bias, step.residual, WHOLE, layer.activation, layer.eps)
     alone = shared.Sharing(lambda moments: moments, lambda sums: sums)
     return shared.normalize_shared(Call(*given), alone)[0]
 
@@ -380,15 +381,25 @@ def test_what_save_memory_computes_again_is_what_forward_computed(route, write):
         assert torch.equal(a, b)
 
 
-def test_a_mask_written_to_before_backward_is_refused_as_torch_s_where_does():
+@pytest.mark.parametrize("name", ["mask", "weights", "groups"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_uses_the_mask_weights_and_groups_of_forward(backend, name):
     layer = bn.BatchNorm1d(CHANNELS)
-    x = torch.randn(8, CHANNELS, requires_grad=True)
-    mask = torch.ones(8, dtype=torch.bool)
-    mask[3] = False
-    y = layer(x, mask=mask)
-    mask.logical_not_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.backward(torch.randn(8, CHANNELS))
+    x, dy = torch.randn(8, CHANNELS, requires_grad=True), torch.randn(8, CHANNELS)
+    values = {
+        "mask": torch.arange(8) != 3,
+        "weights": torch.rand(8),
+        "groups": torch.arange(8) % 2,
+    }[name]
+
+    def gradient(write):
+        given = values.clone()
+        with bn.use_backend(backend):
+            y = layer(x, **{name: given})
+            write(given)
+            return torch.autograd.grad(y, x, dy)[0]
+
+    assert torch.equal(gradient(lambda given: given.zero_()), gradient(lambda given: None))
 
 
 def test_moments_are_constants_that_a_later_write_to_stats_cannot_reach():

@@ -109,7 +109,7 @@ def test_a_masked_layer_trains_compiled_as_it_does_eagerly(masked):
     compiled = whole(twin)
     x = torch.randn(6, 3, 4)
     mask = torch.arange(24).reshape(6, 4) >= masked
-    torch.testing.assert_close(compiled(x, None, mask), plain(x, None, mask))
+    torch.testing.assert_close(compiled(x, None, mask=mask), plain(x, None, mask=mask))
     for name, buffer in plain.named_buffers():
         torch.testing.assert_close(twin.get_buffer(name), buffer, msg=name)
     assert int(twin.num_batches_tracked) == (masked < 24)

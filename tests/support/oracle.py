@@ -242,3 +242,52 @@ def derivative(act, z):
         "sigmoid": lambda: s * (1 - s),
         "tanh": lambda: 1 - np.tanh(z) ** 2,
     }[name]()
+
+
+class Selected(NamedTuple):
+    """A step with weights and groups; statistics are (groups, C), ``scale`` rstd * weight."""
+
+    y: np.ndarray
+    z: np.ndarray
+    dx: np.ndarray
+    dz: np.ndarray
+    dweight: np.ndarray
+    dbias: np.ndarray
+    mean: np.ndarray
+    var: np.ndarray
+    scale: np.ndarray
+
+
+def selected(x, dy, axis, ids, groups, weights, weight, bias, residual, act, eps=1e-5):
+    """Each group is a batch of its own, of the elements whose weight is not 0; elsewhere all is 0.
+
+    With weights w and n = sum(w), the statistics are weighted means, and
+    dx_i = weight * rstd * (dz_i - w_i / n * sum(dz) - w_i / n * xhat_i * sum(dz * xhat)).
+    """
+    x, dy = (np.moveaxis(np.asarray(t, WIDE), axis, -1) for t in (x, dy))
+    residual = None if residual is None else np.moveaxis(np.asarray(residual, WIDE), axis, -1)
+    w = np.ones(x.shape[:-1]) if weights is None else np.broadcast_to(weights, x.shape[:-1])
+    ids = np.zeros(len(x), int) if ids is None else ids
+    y, z, dx, dz = (np.zeros_like(x) for _ in range(4))
+    mean, var, dweight, dbias = (np.zeros((groups, x.shape[-1]), WIDE) for _ in range(4))
+    scale = np.ones((groups, x.shape[-1]), WIDE)
+    for group in range(groups):
+        chosen = (ids == group).reshape(-1, *[1] * (x.ndim - 2)) & (w > 0)
+        values, counts = x[chosen], w[chosen]
+        count, mean[group], m2 = moments(values, 1, counts)
+        var[group] = m2 / count if count else m2
+        rstd = 1 / np.sqrt(var[group] + WIDE(eps))
+        scale[group] = rstd * weight
+        xhat = (values - mean[group]) * rstd
+        sums = xhat * weight + bias
+        if residual is not None:
+            sums = sums + residual[chosen]
+        gradient = dy[chosen] * derivative(act, sums)
+        dbias[group] = [math.fsum(channel) for channel in gradient.T]
+        dweight[group] = [math.fsum(channel) for channel in (gradient * xhat).T]
+        share = counts[:, None] / (count or 1)
+        through = share * dbias[group] + share * xhat * dweight[group]
+        y[chosen], z[chosen], dz[chosen] = activate(act, sums), sums, gradient
+        dx[chosen] = scale[group] * (gradient - through)
+    y, z, dx, dz = (np.moveaxis(t, -1, axis) for t in (y, z, dx, dz))
+    return Selected(y, z, dx, dz, dweight.sum(0), dbias.sum(0), mean, var, scale)

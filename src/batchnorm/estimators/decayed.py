@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from batchnorm.estimators.base import Statistics, check_weight, nothing
-from batchnorm.moments import Moments, merge, wide
+from batchnorm.moments import Moments, merge
+from batchnorm.sums import wide
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from torch import Tensor
 from batchnorm.errors import OptionError
 from batchnorm.estimators.base import Statistics, keep_if_empty, nothing
 from batchnorm.estimators.decayed import known
-from batchnorm.moments import Moments, merge, wide
+from batchnorm.moments import Moments, merge
+from batchnorm.sums import wide
 
 
 class Window(NamedTuple):

@@ -71,7 +71,7 @@ def _checked(
     """Return the backend after checking shapes, which callers of an operation have not done."""
     axis = layout.channel_axis(x.ndim, axis)
     rows = {} if stats is None else {"each row of stats": stats[0]}
-    layout.check_per_channel(x, axis, weight=epilogue.weight, bias=epilogue.bias, **rows)
+    layout.check_per_channel(x, axis, None, weight=epilogue.weight, bias=epilogue.bias, **rows)
     residual = epilogue.residual
     if residual is not None and residual.shape != x.shape:
         raise ChannelError(

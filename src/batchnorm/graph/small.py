@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm import layout
-from batchnorm import moments as _moments
+from batchnorm import layout, sums
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.autograd.eager import dtype_of, to_parameters
 from batchnorm.ops.backends import reference
@@ -34,7 +33,7 @@ class SmallForward(torch.autograd.Function):
         """Return y, mean and the biased variance."""
         dtype, view = layout.compute_dtype(x), layout.per_channel_shape(x.ndim, axis)
         count = layout.values_per_channel(x.shape, axis)
-        wide = x.to(_moments.wide(x.device))
+        wide = x.to(sums.wide(x.device))
         # Multiply by a reciprocal: Inductor inlines per-channel values into the loop over elements.
         mean = _total(wide, axis) * (1 / count)
         m2 = _total((wide - mean.view(view)).square(), axis)
@@ -78,4 +77,4 @@ def _total(x: Tensor, axis: int) -> Tensor:
 
 
 def _summed(x: Tensor, axis: int) -> Tensor:
-    return _total(x.to(_moments.wide(x.device)), axis).to(x.dtype)
+    return _total(x.to(sums.wide(x.device)), axis).to(x.dtype)

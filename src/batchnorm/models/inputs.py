@@ -13,10 +13,11 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from batchnorm import blocks
+from batchnorm import blocks, functional, layout
 from batchnorm.errors import LayoutError, SurgeryError
-from batchnorm.moments import Moments
+from batchnorm.moments import Moments, centered
 from batchnorm.nn.base import Layer
+from batchnorm.selection import WHOLE, Selection
 
 # Layers of any class take any arguments.
 Forward = Callable[..., object]  # type: ignore[explicit-any]
@@ -36,18 +37,20 @@ class Entered(NamedTuple):
     Attributes:
         x: The input tensor, not a copy.
         axis: Its channel axis.
-        mask: The ``mask=`` of a layer of this library, or None.
+        selection: Which elements count, and how much: layers of this library take a mask, lengths
+            or weights. The statistics for use are of all groups of samples together.
     """
 
     x: Tensor
     axis: int
-    mask: Tensor | None
+    selection: Selection = WHOLE
 
     def moments(self) -> Moments:
         """Return count, mean and m2 per channel, float64."""
-        if self.mask is None:
+        if self.selection.is_whole:
             return blocks.moments(self.x, self.axis)
-        return Moments.of(self.x, self.axis, mask=self.mask)
+        axis = layout.channel_axis(self.x.ndim, self.axis)
+        return Moments(*centered(self.x.detach(), axis, self.selection))
 
 
 def entered(layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Entered:
@@ -58,11 +61,16 @@ def entered(layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, obj
     """
     if not args and "input" not in kwargs:
         raise LayoutError(UNNAMED.format(names=list(kwargs)))
-    mask = None
-    if isinstance(layer, Layer):
-        mask = cast("Tensor | None", args[2] if len(args) > 2 else kwargs.get("mask"))
     x = cast("Tensor", args[0] if args else kwargs["input"])
-    return Entered(x, getattr(layer, "axis", 1), mask)
+    axis = getattr(layer, "axis", 1)
+    names = ("mask", "lengths", "weights")
+    chosen = dict(zip(names, (*args[2:5], None, None, None), strict=False))
+    chosen |= {name: kwargs[name] for name in names if name in kwargs}
+    if not isinstance(layer, Layer) or all(one is None for one in chosen.values()):
+        return Entered(x, axis)
+    mask, lengths, weights = (cast("Tensor | None", chosen[name]) for name in names)
+    axis_of_x = layout.channel_axis(x.ndim, axis)
+    return Entered(x, axis, functional.selected(x, axis_of_x, mask, lengths, weights))
 
 
 @contextlib.contextmanager

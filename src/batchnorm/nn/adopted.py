@@ -7,9 +7,10 @@ statistics. They are never constructed: conversion assigns ``layer.__class__``.
 from torch import Tensor, fx, nn
 
 from batchnorm import functional
-from batchnorm.compat.modules import check_input_dim, load_from_state_dict
+from batchnorm.compat.modules import load_from_state_dict
 from batchnorm.nn.base import Layer
 from batchnorm.nn.layers import BatchNorm, BatchNorm2d
+from batchnorm.ops.call import Call
 
 
 class _Activated(Layer):
@@ -19,10 +20,14 @@ class _Activated(Layer):
     act: nn.Module
 
     def forward(
-        self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        *rest: Tensor | None,
+        **chosen: Tensor | None,
     ) -> Tensor:
         """Return act(drop(normalized input))."""
-        y = super().forward(input, residual, mask)
+        y = super().forward(input, residual, *rest, **chosen)
         # Under torch.fx the layer is one call_module node, which applies both when it runs.
         if isinstance(input, fx.Proxy):
             return y
@@ -33,9 +38,8 @@ class _Activated(Layer):
 class _Stored(Layer):
     """Mixin of frozen layers: weight and bias are buffers, there is no ``num_batches_tracked``."""
 
-    def _normalize(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
-        check_input_dim(self, x)
-        return functional.evaluate(self.call_of(x, residual, mask))
+    def _normalize(self, call: Call) -> Tensor:
+        return functional.evaluate(call)
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: object) -> None:  # type: ignore[override]
         # As the original does: a checkpoint of the unfrozen layer has a counter.

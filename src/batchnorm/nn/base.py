@@ -12,16 +12,18 @@ from torch import Tensor, fx, nn
 from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm import functional
+from batchnorm import functional, layout
 from batchnorm.errors import BatchNormError, LayoutError, OptionError
 from batchnorm.estimators.bank import Bank, EstimatorLike, named
 from batchnorm.estimators.running import Cumulative, Running, check_momentum
-from batchnorm.nn import casting, foreign, hot, traced, tracking
+from batchnorm.nn import casting, foreign, groups, hot, traced, tracking
 from batchnorm.nn.attributes import Attributes
 from batchnorm.ops.activations import IDENTITY, ActivationLike, activation
 from batchnorm.ops.call import Call
+from batchnorm.selection import WHOLE, Selection
 from batchnorm.sources.base import Source
 from batchnorm.sources.batch import Batch
+from batchnorm.sources.grouped import NO_IDS, Grouped
 
 
 class _Default(float):
@@ -63,11 +65,19 @@ class Layer(Attributes):
         self.activation = activation(act)
         self.statistics = statistics
         self.bank = bank
+        if isinstance(statistics, Grouped):
+            groups.arrange(self, statistics)
         if bank is not None and self.running_mean is not None:
             tracking.restart(self)
 
     def forward(
-        self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        weights: Tensor | None = None,
+        groups: Tensor | None = None,
     ) -> Tensor:
         """Return act((input - mean) / sqrt(var + eps) * weight + bias + residual).
 
@@ -79,6 +89,10 @@ class Layer(Attributes):
             residual: Added before the activation, as ``torch.add`` would.
             mask: True where an element counts; the input's shape without its channel axis.
                 Elsewhere the output is 0.
+            lengths: How many steps of each sample count, (N,), along the last axis but C.
+            weights: Importance of each element, >= 0, shaped as a mask; under 0 as under a mask.
+            groups: The group of each sample, integers from 0, (N,). Each group is normalized by its
+                own statistics; the stored estimate is of all samples together.
 
         Returns:
             The input's shape and dtype (promoted with the residual's).
@@ -86,34 +100,43 @@ class Layer(Attributes):
         # torch.jit.script compiles this branch alone, and parses the other.
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             assert mask is None, "a layer that torch.jit.script compiled takes no mask="
+            assert lengths is None, "a layer that torch.jit.script compiled takes no lengths="
+            assert weights is None, "a layer that torch.jit.script compiled takes no weights="
+            assert groups is None, "a layer that torch.jit.script compiled takes no groups="
             y: Tensor = self._torch_forward(input)
             return y if residual is None else y + residual
         else:  # noqa: RET505 (after a return, torch.jit.script would compile what follows)
-            if mask is None:
+            if mask is None and lengths is None and weights is None and groups is None:
                 fast = traced if is_compiling() else hot
                 z: Tensor | None = fast.forward(self, input, residual)
                 if z is not None:
                     return z
-            return self._forward(input, residual, mask)
+            return self._forward(
+                input, residual, mask=mask, lengths=lengths, weights=weights, groups=groups
+            )
 
     # torch's own code under a name that does not collide with forward in the compiled class.
     _torch_forward = foreign.renamed(_BatchNorm.forward, "_torch_forward")
 
-    def _forward(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _forward(self, input: Tensor, residual: Tensor | None, **chosen: Tensor | None) -> Tensor:
         if not is_compiling() and isinstance(input, fx.Proxy):
-            return foreign.call_module(self, input, residual, mask)
+            return foreign.call_module(self, input, residual=residual, **chosen)
         if input.is_mkldnn:
             dense = residual.to_dense() if residual is not None and residual.is_mkldnn else residual
-            return self.forward(input.to_dense(), dense, mask).to_mkldnn()
+            return self.forward(input.to_dense(), dense, **chosen).to_mkldnn()
         try:
-            return self._normalize(input, residual, mask)
+            self._check_input_dim(input)
+            axis = layout.channel_axis(input.ndim, self.axis)
+            source, count = self.statistics, None
+            if isinstance(source, Grouped) and chosen["groups"] is not None:
+                count = source.count
+            selection = functional.selected(input, axis, **chosen, count=count)
+            return self._normalize(self.call_of(input, residual, selection))
         except BatchNormError as error:
             error.args = (f"{error} [in {self}]",)
             raise
 
-    def _normalize(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
-        self._check_input_dim(x)
-        call = self.call_of(x, residual, mask)
+    def _normalize(self, call: Call) -> Tensor:
         if not self.training and call.mean is not None:
             return functional.evaluate(call)
         source = self.statistics if self.training else BATCH
@@ -122,23 +145,32 @@ class Layer(Attributes):
             tracking.step(self, moments)
         return y
 
-    def call_of(self, x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Call:
+    def call_of(
+        self, x: Tensor, residual: Tensor | None = None, selection: Selection = WHOLE
+    ) -> Call:
         """Return the checked arguments of one normalization by this layer.
 
         Raises:
             BatchNormError: If shapes, dtypes, devices or options do not fit.
         """
+        mean, var, source = self.running_mean, self.running_var, self.statistics
+        if isinstance(source, Grouped):
+            if selection.ids is not None:
+                mean, var = groups.stored(self)
+            elif source.affine == "separate":
+                raise OptionError(NO_IDS.format(source=source, last=source.count - 1))
         return functional.prepare(
             x,
             self.weight,
             self.bias,
             residual,
-            mask,
+            selection,
             self.activation,
-            self.running_mean,
-            self.running_var,
+            mean,
+            var,
             self.eps,
             self.axis,
+            self.num_batches_tracked,
             portable=not self.training,
         )
 
@@ -155,6 +187,7 @@ class Layer(Attributes):
     def reset_running_stats(self) -> None:
         """Set mean to 0, variance to 1, the counter to 0, and restart all estimators."""
         super().reset_running_stats()
+        groups.restart(self)
         if getattr(self, "bank", None) is not None and self.running_mean is not None:
             tracking.restart(self)
 
@@ -199,6 +232,7 @@ class Layer(Attributes):
         errors: list[str],
     ) -> None:
         rest = (metadata, strict, missing, unexpected, errors)
+        groups.complete(self, state, prefix)
         super()._load_from_state_dict(state, prefix, *rest)
         if self.bank is not None and self.running_mean is not None:
             tracking.restart(self, known=True)

@@ -11,6 +11,7 @@ from batchnorm.compat.modules import buffers
 from batchnorm.nn.attributes import Attributes
 
 STATISTICS = ("running_mean", "running_var")
+PER_GROUP = ("group_mean", "group_var")
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -32,7 +33,8 @@ def statistics_kept_wide(layer: Attributes, fn: Callable[[Tensor], Tensor]) -> I
 
     To cast them and cast them back would lose values: a running_var of 1e6 is infinite in float16.
     """
-    kept = {name: buffers(layer)[name] for name in STATISTICS}
+    table = buffers(layer)
+    kept = {name: table[name] for name in (*STATISTICS, *PER_GROUP) if name in table}
     for name in kept:
         buffers(layer)[name] = None
     try:

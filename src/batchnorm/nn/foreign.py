@@ -28,9 +28,7 @@ torch.fx cannot trace a {layer} that is the whole model: the layer becomes one n
 no model around it to look it up in. Trace torch.nn.Sequential(layer) instead."""
 
 
-def call_module(
-    layer: torch.nn.Module, input: fx.Proxy, residual: Tensor | None, mask: Tensor | None
-) -> Tensor:
+def call_module(layer: torch.nn.Module, input: fx.Proxy, **given: Tensor | None) -> Tensor:
     """Record one ``call_module`` node, as ``torch.fx`` does for the modules of ``torch.nn``.
 
     The graph module then still has the layer, so ``train()`` and ``eval()`` work on it.
@@ -38,7 +36,6 @@ def call_module(
     Raises:
         TraceError: If the layer is the traced root module, as for layers of ``torch.nn``.
     """
-    given = {"residual": residual, "mask": mask}
     kwargs = {name: value for name, value in given.items() if value is not None}
     tracer = cast("fx.Tracer", input.tracer)
     if tracer.root is layer:
@@ -81,7 +78,7 @@ def _beyond_torch(layer: Attributes) -> str | None:
     if has_forward_hooks(layer):
         return (
             "it has forward hooks, which torch.jit compiles for a forward of input, residual and "
-            "mask, and not for one of input alone; remove the hooks, or hook the module around it"
+            "more, and not for one of input alone; remove the hooks, or hook the module around it"
         )
     weight, mean = getattr(layer, "weight", None), layer.running_mean
     if weight is not None and mean is not None and weight.dtype != mean.dtype:

@@ -52,7 +52,8 @@ class Lazy(LazyModuleMixin, Layer):  # type: ignore[misc]
         self,
         input: Tensor,
         residual: Tensor | None = None,  # noqa: ARG002
-        mask: Tensor | None = None,  # noqa: ARG002
+        *rest: Tensor | None,  # noqa: ARG002
+        **chosen: Tensor | None,  # noqa: ARG002
     ) -> None:
         """Take ``num_features`` from the channel axis of the first input."""
         if not self.has_uninitialized_params():

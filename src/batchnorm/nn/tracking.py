@@ -11,8 +11,10 @@ from batchnorm.compat.modes import is_recomputing
 from batchnorm.estimators import bank
 from batchnorm.estimators.base import nothing
 from batchnorm.estimators.running import Averages, move, share_of_next, write
-from batchnorm.moments import Moments
+from batchnorm.moments import Moments, pooled
+from batchnorm.nn import groups
 from batchnorm.nn.attributes import Attributes
+from batchnorm.sources.grouped import Grouped
 
 WIDE = (torch.float32, torch.float64)
 
@@ -25,11 +27,17 @@ are lost. Restore it with layer.{name} = layer.{name}.float()."""
 def step(layer: Attributes, batch: Moments) -> None:
     """Update ``running_mean``, ``running_var`` and ``num_batches_tracked`` in place.
 
+    Of groups of samples, (groups, C), they take the Moments of all together.
+
     Skipped for an empty batch, and in the recomputation of activation checkpointing, which calls
     forward a second time inside of backward.
     """
     if nothing(batch) or is_recomputing():
         return
+    if batch.mean.ndim == 2:
+        if isinstance(layer.statistics, Grouped):
+            groups.step(layer, batch)
+        batch = pooled(batch)
     if layer.bank is not None:
         # Assigned after the buffers were written: torch refuses that write in torch.func.grad, and
         # the states must then be unchanged as well.

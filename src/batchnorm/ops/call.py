@@ -5,7 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from batchnorm import layout
 from batchnorm.ops.activations import IDENTITY, Activation
+from batchnorm.selection import WHOLE, Selection
 
 
 class Epilogue(NamedTuple):
@@ -67,13 +69,14 @@ class Call(NamedTuple):
         weight: Scale per channel, (C,).
         bias: Shift per channel, (C,).
         residual: Added before the activation; broadcasts and promotes as in ``torch.add``.
-        mask: True where an element counts, of x's rank with size 1 on the channel axis. The
-            output is 0 where it is False, and no gradient comes from there.
+        selection: Which elements count, how much, and for which group of samples. With groups,
+            weight, bias, mean and var may be (groups, C), a row for each.
         act: The activation.
         eps: Added to the variance.
         axis: The channel axis.
         mean: Stored mean, (C,), where there is one.
         var: Stored variance.
+        counter: How many batches the stored statistics have seen, where it is known.
         portable: While a graph is captured, use aten operations only.
     """
 
@@ -81,12 +84,13 @@ class Call(NamedTuple):
     weight: Tensor | None = None
     bias: Tensor | None = None
     residual: Tensor | None = None
-    mask: Tensor | None = None
+    selection: Selection = WHOLE
     act: Activation = IDENTITY
     eps: float = 1e-5
     axis: int = 1
     mean: Tensor | None = None
     var: Tensor | None = None
+    counter: Tensor | None = None
     portable: bool = False
 
     @property
@@ -100,14 +104,23 @@ class Call(NamedTuple):
         r = self.residual
         return r is None or (r.shape == self.x.shape and r.dtype == self.x.dtype)
 
-    def residual_where(self, mask: Tensor) -> Tensor | None:
-        """Return the residual with 0 at masked positions, where a NaN would reach gradients."""
+    def clean_residual(self) -> Tensor:
+        """Return the residual with 0 where an element does not count: NaN would reach gradients."""
         residual = self.residual
-        if residual is None:
-            return None
-        if not residual.ndim:  # a 0-d tensor does not promote; expanded to a tensor it would
-            residual = residual.to(torch.result_type(self.x, residual))
-        return torch.where(mask, residual, 0.0)
+        assert residual is not None
+        if self.selection.weights is None:
+            return residual
+        # A 0-d tensor does not promote; expanded to a tensor it would.
+        return self.selection.clean(residual.to(torch.result_type(self.x, residual)))
+
+    def per_group(self) -> "Call":
+        """Return the call with a row of weight, bias, mean and var for each group of samples."""
+        if self.selection.ids is None:
+            return self
+        dtype = layout.compute_dtype(self.x)
+        vectors = (self.weight, self.bias, self.mean, self.var)
+        weight, bias, mean, var = (self.selection.per_group(v, dtype) for v in vectors)
+        return self._replace(weight=weight, bias=bias, mean=mean, var=var)
 
     @property
     def needs_grad(self) -> bool:

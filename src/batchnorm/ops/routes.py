@@ -4,8 +4,8 @@
   (``torch_norm``) on devices for which this library has no kernels.
 - *Graph*: while a graph is captured, ``aten.batch_norm`` and elementwise operations, so that an
   exported graph needs nothing of this library.
-- *Reference*: under ``torch.func`` and forward AD, for masks and tensor subclasses, the
-  differentiable operations of ``backends.reference``.
+- *Reference*: under ``torch.func`` and forward AD, for tensor subclasses, and for masks and groups
+  of samples while a graph is captured, the differentiable operations of ``backends.reference``.
 """
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from batchnorm import layout
-from batchnorm import moments as _moments
 from batchnorm.compat.modes import is_calm, is_traced, is_transformed
 from batchnorm.moments import Moments
 from batchnorm.ops.activations import IDENTITY
@@ -34,8 +33,8 @@ def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
     Returns:
         y, and the Moments that normalized it, without a gradient.
     """
-    if call.mask is not None:
-        return _masked_batch(call, call.mask)
+    if not call.selection.is_whole:
+        return _selected_batch(call.per_group())
     if _is_added_behind(call):
         y, moments = normalize_batch(call._replace(residual=None, act=IDENTITY))
         return _added_behind(y, call), moments
@@ -72,8 +71,8 @@ def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
 
     What is saved for backward does not alias ``mean`` or ``var``, which may be updated before.
     """
-    if call.mask is not None:
-        return _masked_by(call, call.mask, mean, var)
+    if not call.selection.is_whole:
+        return _selected_by(call._replace(mean=mean, var=var).per_group())
     if _is_added_behind(call):
         z = normalize_by(call._replace(residual=None, act=IDENTITY), mean, var)
         return _added_behind(z, call)
@@ -130,24 +129,40 @@ def is_plain(call: Call) -> bool:
     return is_calm()
 
 
-def _masked_batch(call: Call, mask: Tensor) -> tuple[Tensor, Moments]:
-    axis, dtype = call.axis, layout.compute_dtype(call.x)
-    # Masked elements are replaced before anything else: a NaN there would reach the gradient as
-    # 0 * NaN.
-    x = torch.where(mask, call.x, 0.0)
-    count, mean, m2 = _moments.center_masked(x, axis, mask)
-    rstd = reference.reciprocal_std(m2, count, call.eps)
-    epilogue = call.epilogue._replace(residual=call.residual_where(mask))
-    y = reference.normalize(x, mean.to(dtype), rstd, epilogue, axis)
-    return torch.where(mask, y, 0.0), Moments(count, mean.detach(), m2.detach())
+def _selected_batch(call: Call) -> tuple[Tensor, Moments]:
+    """Normalize by the statistics of what counts; with groups, of each group."""
+    x, selection, rest = call.x, call.selection, (call.eps, call.axis)
+    count = selection.counts(x, call.axis)
+    if not is_plain(call):
+        y, stats = reference.forward(x, call.epilogue, *rest, None, selection)
+    else:
+        backend = select(x, call.epilogue, call.axis, selection=selection)
+        if call.needs_grad:
+            found: list[Tensor] = []
+            given = (x, call.weight, call.bias, call.residual)
+            y = eager.apply_batch(*given, (call.epilogue, *rest, backend, found, None))
+            stats = found[0]
+        else:
+            y, stats = backend.forward(x, call.epilogue, *rest)
+    return y, Moments.of_variance(count, stats[0], stats[1])
 
 
-def _masked_by(call: Call, mask: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-    x = torch.where(mask, call.x, 0.0)
+def _selected_by(call: Call) -> Tensor:
+    """Normalize what counts by given statistics; with groups, by the row of each sample's group."""
+    x, epilogue, axis, selection = call.x, call.epilogue, call.axis, call.selection
+    mean, var = call.mean, call.var
+    assert mean is not None
+    assert var is not None
     rstd = reference.stored_rstd(var, call.eps)
-    epilogue = call.epilogue._replace(residual=call.residual_where(mask))
-    y = reference.normalize(x, mean.detach().clone(), rstd, epilogue, call.axis)
-    return torch.where(mask, y, 0.0)
+    if not is_plain(call):
+        mean = mean.detach().to(layout.compute_dtype(x))
+        return reference.normalize(x, mean, rstd, epilogue, axis, selection)
+    backend = select(x, epilogue, axis, "eval", selection)
+    if not call.needs_grad:
+        return backend.evaluate(x, mean, var, epilogue, call.eps, axis)
+    stats = reference.known_stats(x, mean, var, rstd, call.weight, call.bias)
+    y: Tensor = eager.apply_given(x, stats, *epilogue, axis, backend)
+    return y
 
 
 def _aten(

@@ -2,9 +2,11 @@
 
 from typing import Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from batchnorm.ops.autograd.shared import Sharing
+from batchnorm.selection import Selection
 
 Plan = Literal["batch", "stored", "own"]
 
@@ -15,12 +17,18 @@ class Context(NamedTuple):
     Attributes:
         mean: Stored mean, (C,), or None.
         var: Stored variance, (C,), or None.
-        mask: Whether a mask was given.
+        counter: ``num_batches_tracked``, or None.
+        selection: The weights and groups of samples that the call gave.
+        samples: The number of samples of the input.
+        device: The device of the input.
     """
 
     mean: Tensor | None
     var: Tensor | None
-    mask: bool
+    counter: Tensor | None
+    selection: Selection
+    samples: int
+    device: torch.device
 
 
 class Source(Protocol):
@@ -28,14 +36,14 @@ class Source(Protocol):
 
     Attributes:
         plan: ``"batch"``: those of the input. ``"stored"``: the running statistics, which are not
-            updated. ``"own"``: those of the input merged with those of other parts, by ``share``.
+            updated. ``"own"``: those of the input, grouped, merged or adjusted as ``share`` says.
     """
 
     @property
     def plan(self) -> Plan: ...  # noqa: D102
 
     def share(self, context: Context) -> Sharing | None:
-        """Return the functions that merge Moments and sums of this input with those of other parts.
+        """Return how the Moments of this input become the statistics that normalize it.
 
-        Called at every training step if plan is ``"own"``. None means that there are no others.
+        Called at every training step if plan is ``"own"``. None means the statistics of the input.
         """

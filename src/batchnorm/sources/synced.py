@@ -15,7 +15,8 @@ class Synced:
     Like ``torch.nn.SyncBatchNorm``, on any device: the Moments of the ranks are merged in the order
     of ranks, and so are the sums of the backward pass. Batches may differ in size or be empty. If
     ``torch.distributed`` is not initialized, or the group has one process, this is ``Batch()``.
-    With masks, every unmasked element of any rank has the same weight.
+    With masks or weights, an element has the same weight whatever its rank. With groups of samples,
+    each group is merged over the ranks, which must have the same number of groups.
 
     Args:
         group: A process group; None for all processes.

@@ -11,14 +11,15 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from batchnorm import layout
-from batchnorm import moments as _moments
 from batchnorm.compat.autograd import quick_apply
 from batchnorm.compat.modes import is_out_of_reach
+from batchnorm.moments import centered
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.backends import reference
 from batchnorm.ops.backends.base import Backend
+from batchnorm.ops.backends.selected import Selected
 from batchnorm.ops.call import Epilogue, ForBackward, Running
+from batchnorm.selection import WHOLE, Selection
 
 Gradients = tuple[Tensor | None, ...]
 Rest = TypeVar("Rest")
@@ -74,16 +75,16 @@ class BatchNormalize(torch.autograd.Function):
         act, eps, axis, backend, adds, bias_dtype = ctx.rest
         dy = grads[0]
         if is_out_of_reach(dy):
-            backend = reference
+            backend = meaning_of(backend)
         if torch.is_grad_enabled():
+            selection = backend.selection or WHOLE
 
             def again(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-                mean, m2 = reference.moments(x, axis)
-                count = layout.values_per_channel(x.shape, axis)
+                count, mean, m2 = centered(x, axis, selection)
                 rstd = reference.reciprocal_std(m2, count, eps)
-                return reference.affine(x, mean, rstd, weight, bias, axis)
+                return reference.affine(x, mean, rstd, weight, bias, axis, selection)
 
-            return *_graph(ctx, again, dy, act, axis, adds, bias_dtype), None
+            return *_graph(ctx, again, dy, act, axis, adds, bias_dtype, selection), None
         saved = ForBackward(x, stats, beside, act, axis)
         if not (adds or ctx.needs_input_grad[0]):
             dx = dresidual = None
@@ -124,13 +125,14 @@ class Normalize(torch.autograd.Function):
         act, axis, backend, adds, bias_dtype = ctx.rest
         dy = grads[0]
         if is_out_of_reach(dy):
-            backend = reference
+            backend = meaning_of(backend)
         if torch.is_grad_enabled():
+            selection = backend.selection or WHOLE
 
             def again(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-                return reference.affine(x, stats[0], stats[2:4], weight, bias, axis)
+                return reference.affine(x, stats[0], stats[2:4], weight, bias, axis, selection)
 
-            dx, *others = _graph(ctx, again, dy, act, axis, adds, bias_dtype)
+            dx, *others = _graph(ctx, again, dy, act, axis, adds, bias_dtype, selection)
             if dx is not None and x.requires_grad and not dx.requires_grad:
                 dx = _Constant.apply(dx, x)  # type: ignore[no-untyped-call]
             return dx, None, *others, None, None, None
@@ -147,6 +149,12 @@ class Normalize(torch.autograd.Function):
 # Callers have checked that no transform of torch.func is active, which Function.apply would ask.
 apply_batch = quick_apply(BatchNormalize)
 apply_given = quick_apply(Normalize)
+
+
+def meaning_of(backend: Backend) -> Backend:
+    """Return the reference, with the selection of a backend."""
+    selection = backend.selection
+    return reference if selection is None else Selected(reference, selection)
 
 
 def kept_beside(
@@ -206,6 +214,7 @@ def _graph(
     axis: int,
     adds: bool,
     bias_dtype: torch.dtype | None,
+    selection: Selection,
 ) -> Gradients:
     """Return the gradients by differentiable operations, for ``create_graph=True``.
 
@@ -214,7 +223,9 @@ def _graph(
     all inputs is 0 where torch's is.
     """
     x, stats, weight, beside = ctx.saved_tensors
-    x = x.view_as(x)
+    x = selection.clean(x.view_as(x))
+    dy = selection.clean(dy)
+    beside = None if beside is None else selection.clean(beside)
     scale = _as_used(stats[4], weight)
     z = again(x, scale, _as_used(stats[5], ctx.bias))
     if act.from_output and beside is not None:
@@ -226,7 +237,7 @@ def _graph(
     wanted = [t for t in (x, scale) if t.requires_grad]
     found = iter(torch.autograd.grad(z, wanted, dz, create_graph=True)) if wanted else iter(())
     dx, dweight = (next(found) if t.requires_grad else None for t in (x, scale))
-    dbias = None if bias_dtype is None else _moments.total(layout.canonical(dz, axis))
+    dbias = None if bias_dtype is None else selection.total(dz, axis)
     affine = to_parameters(dtype_of(weight), dweight, bias_dtype, dbias)
     return dx, *affine, dz.to(dy.dtype) if adds else None
 

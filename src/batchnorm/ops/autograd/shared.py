@@ -1,8 +1,8 @@
-"""Normalization by statistics merged over several parts of a batch, for example over ranks.
+"""Normalization by statistics that are merged over parts of a batch, or adjusted.
 
 Each part computes its own Moments (forward) and sums (backward) by a backend; ``Sharing`` merges
-them over all parts. This composes the four basic operations of a backend: moments, normalize,
-backward_sums, backward_input.
+them over all parts, for example over ranks, and says by which statistics to normalize. This
+composes the four basic operations of a backend: moments, normalize, backward_sums, backward_input.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from batchnorm import layout
-from batchnorm import moments as _moments
 from batchnorm.moments import Moments
 from batchnorm.ops.activations import IDENTITY, Activation
 from batchnorm.ops.autograd.eager import Context, dtype_of, kept_beside, to_parameters
@@ -21,29 +19,100 @@ from batchnorm.ops.backends import reference
 from batchnorm.ops.backends.base import Backend
 from batchnorm.ops.backends.choice import select
 from batchnorm.ops.call import Call, Epilogue, ForBackward
+from batchnorm.selection import Selection
 
 Gradients = tuple[Tensor | None, ...]
 
 
 class Sharing(NamedTuple):
-    """Two functions that combine the parts of a batch.
+    """How an input comes to the statistics that normalize it.
 
     Attributes:
-        merge: Moments of this part -> Moments of all parts; counts per channel, (C,).
-        add: Sums of this part -> sums over all parts.
+        merge: Moments of this part -> Moments of all; counts per channel, (C,). None: of this part.
+        add: Sums of this part -> sums of all, for the gradient. None: of this part.
+        adjust: Moments of all -> Moments that normalize, each channel (and group) from its own
+            count, mean and m2 alone. Gradients flow through what torch records of it; detached
+            factors are constants. What the estimators see is what came in. None: as they are.
+        selection: In place of the call's: the source's own weights or groups.
     """
 
-    merge: Callable[[Moments], Moments]
-    add: Callable[[Tensor], Tensor]
+    merge: Callable[[Moments], Moments] | None = None
+    add: Callable[[Tensor], Tensor] | None = None
+    adjust: Callable[[Moments], Moments] | None = None
+    selection: Selection | None = None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the statistics that normalize are those of the input."""
+        return self.merge is None and self.adjust is None
+
+
+class Adjusted:
+    """What ``adjust`` made of the moments of a batch, and the gradient through it.
+
+    Attributes:
+        moments: What normalizes: its count, mean and m2, detached.
+    """
+
+    def __init__(self, batch: Moments, adjust: Callable[[Moments], Moments]) -> None:
+        with torch.enable_grad():
+            self._given = tuple(t.detach().requires_grad_() for t in (batch.mean, batch.m2))
+            made = adjust(Moments(batch.count, *self._given))
+            self._made = made.mean, variance_of(made)
+        mean, var = (t.detach() for t in self._made)
+        self._mean, self._count = mean, batch.count
+        self.moments = Moments(1.0, mean, var)
+
+    def pulled_back(self, sums: Tensor, rstd: Tensor) -> Tensor:
+        """Return the sums that ``backward_input`` takes, of sum(dz) and sum(dz * xhat), (2, ...).
+
+        Per unit of weight, the loss falls by ``rstd * sum(dz)`` with the mean that normalizes and
+        by ``rstd**2 * sum(dz * xhat) / 2`` with its variance. What of that reaches the mean and the
+        variance of the batch is written as sums again, about the mean that normalizes.
+        """
+        rstd = rstd.to(self._mean.dtype)
+        down = (-rstd * sums[0], -0.5 * rstd * rstd * sums[1])
+        through = [(made, one) for made, one in zip(self._made, down, strict=True) if made.grad_fn]
+        if not through:
+            return torch.zeros_like(sums)
+        made, cotangents = zip(*through, strict=True)
+        found = torch.autograd.grad(
+            made, self._given, cotangents, allow_unused=True, retain_graph=True
+        )
+        mean, m2 = (torch.zeros_like(rstd) if t is None else t for t in found)
+        var = m2 * torch.as_tensor(self._count, dtype=m2.dtype)
+        off = self._mean - self._given[0].detach()
+        return torch.stack([-(mean + 2 * off * var) / rstd, -2 * var / (rstd * rstd)])
+
+
+class Reach(NamedTuple):
+    """How far a gradient reaches through the statistics.
+
+    Attributes:
+        values: In all parts: a number, or (groups, 1).
+        add: Sums of this part -> sums of all.
+        adjusted: What the batch's moments became, where they were adjusted.
+    """
+
+    values: float | Tensor
+    add: Callable[[Tensor], Tensor] | None
+    adjusted: Adjusted | None
+
+    def of(self, sums: Tensor, stats: Tensor) -> Tensor:
+        """Return what ``backward_input`` takes for the sums of this part."""
+        if self.add is not None:
+            sums = self.add(sums)
+        if self.adjusted is None:
+            return sums
+        return self.adjusted.pulled_back(sums, reference.joined(stats[2:4], 0)).to(sums.dtype)
 
 
 Dtypes = tuple[torch.dtype | None, torch.dtype | None]
-Add = Callable[[Tensor], Tensor]
-SharedContext = Context[tuple[Activation, int, Backend, bool, float, Add, Dtypes]]
+SharedContext = Context[tuple[Activation, int, Backend, bool, Reach, Dtypes]]
 
 
 class SharedNormalize(torch.autograd.Function):
-    """Normalize by the statistics of all parts.
+    """Normalize by the statistics of all parts, or by what ``adjust`` makes of them.
 
     With n values in all parts, dx = weight * rstd * (dz - sum(dz) / n - xhat * sum(dz * xhat) / n),
     the sums over all parts. The gradients of weight and bias are those of this part alone, as in
@@ -57,20 +126,19 @@ class SharedNormalize(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        statistics: tuple[float, Tensor],
+        stats: Tensor,
         act: Activation,
         axis: int,
-        add: Add,
+        backend: Backend,
+        reach: Reach,
     ) -> Tensor:
-        """Return y; ``statistics`` are the count of all parts and stats (6, C)."""
+        """Return y, by stats (6, C)."""
         epilogue = Epilogue(weight, bias, residual, act)
-        backend = select(x, epilogue, axis)
-        count, stats = statistics
         y = backend.normalize(x, stats[0], stats[2:4], epilogue, axis)
         # The weight is saved so that autograd raises if it was written to in place before backward.
         ctx.save_for_backward(x, stats, weight, kept_beside(act, residual, y, backend))
         dtypes = dtype_of(weight), dtype_of(bias)
-        ctx.rest = act, axis, backend, residual is not None, count, add, dtypes
+        ctx.rest = act, axis, backend, residual is not None, reach, dtypes
         return y
 
     @staticmethod
@@ -78,52 +146,58 @@ class SharedNormalize(torch.autograd.Function):
     def backward(ctx: SharedContext, *grads: Tensor) -> Gradients:
         """Return the gradients of x, weight, bias and residual."""
         x, stats, _, beside = ctx.saved_tensors
-        act, axis, backend, adds, count, add, dtypes = ctx.rest
+        act, axis, backend, adds, reach, dtypes = ctx.rest
         given = (grads[0], ForBackward(x, stats, beside, act, axis))
         sum_dz, sum_dz_xhat = backend.backward_sums(*given)
-        merged = add(torch.stack([sum_dz, sum_dz_xhat]))
-        dx, dresidual = backend.backward_input(*given, merged[0], merged[1], count, adds)
+        merged = reach.of(torch.stack([sum_dz, sum_dz_xhat]), stats)
+        dx, dresidual = backend.backward_input(*given, merged[0], merged[1], reach.values, adds)
         affine = to_parameters(dtypes[0], sum_dz_xhat, dtypes[1], sum_dz)
-        return dx, *affine, dresidual, None, None, None, None
+        return dx, *affine, dresidual, None, None, None, None, None
 
 
-def normalize_shared(
-    call: Call, sharing: Sharing, moments: Moments | None = None
-) -> tuple[Tensor, Moments]:
+def variance_of(moments: Moments) -> Tensor:
+    """Return the biased variance; 0 where nothing was counted."""
+    count = torch.as_tensor(moments.count, dtype=moments.m2.dtype)
+    return moments.m2 / torch.where(count > 0, count, 1.0)
+
+
+def normalize_shared(call: Call, sharing: Sharing) -> tuple[Tensor, Moments]:
     """Normalize this part by the statistics of all parts.
 
     Returns:
-        y, and the Moments of all parts.
+        y, and the Moments of all parts, before they were adjusted.
     """
-    if call.mask is not None:
-        return _masked(call, call.mask, sharing)
     if call.residual is not None and not call.same_residual:  # broadcast or promoted
         alone = call._replace(residual=None, act=IDENTITY)
-        y, merged = normalize_shared(alone, sharing, moments)
-        return call.act(y + call.residual), merged
+        y, merged = normalize_shared(alone, sharing)
+        return call.selection.clean(call.act(y + call.clean_residual())), merged
+    call = call.per_group()
     x, axis = call.x, call.axis
-    if moments is None:
-        count = layout.values_per_channel(x.shape, axis)
-        backend = select(x, call.epilogue, axis)
-        moments = Moments(count, *backend.moments(x.detach(), axis))
-    merged = sharing.merge(moments)
-    n = float(torch.as_tensor(merged.count, dtype=merged.mean.dtype).flatten()[0])
-    rstd = reference.reciprocal_std(merged.m2, n, call.eps)
+    backend = select(x, call.epilogue, axis, selection=call.selection)
+    own = Moments(call.selection.counts(x, axis), *backend.moments(x.detach(), axis))
+    merged = own if sharing.merge is None else sharing.merge(own)
+    count = _one_count(merged.count, call.selection)
+    batch = Moments(count, merged.mean, merged.m2)
+    adjusted = None if sharing.adjust is None else Adjusted(batch, sharing.adjust)
+    by = batch if adjusted is None else adjusted.moments
+    var = variance_of(by)
+    rstd = reference.stored_rstd(var, call.eps)
     affine = (call.weight, call.bias)
-    stats = reference.known_stats(x, merged.mean, merged.m2 / (n or 1), rstd, *affine)
+    stats = reference.known_stats(x, by.mean, var, rstd, *affine)
+    reach = Reach(count, sharing.add, adjusted)
     y = SharedNormalize.apply(  # type: ignore[no-untyped-call]
-        x, *affine, call.residual, (n, stats), call.act, axis, sharing.add
+        x, *affine, call.residual, stats, call.act, axis, backend, reach
     )
-    return y, Moments(n, merged.mean, merged.m2)
+    return y, batch
 
 
-def _masked(call: Call, mask: Tensor, sharing: Sharing) -> tuple[Tensor, Moments]:
-    """Normalize by the unmasked elements of all parts; the output is 0 where the mask is False.
+def _one_count(count: float | Tensor, selection: Selection) -> float | Tensor:
+    """Return the count of each group, (groups, 1), or of all; every channel has the same.
 
-    ``torch.where`` on x and on y keeps the gradients of masked elements out of the sums.
+    A number where nothing but the parts was counted.
     """
-    x = torch.where(mask, call.x, 0.0)
-    moments = Moments(*_moments.center_masked(x.detach(), call.axis, mask))
-    plain = call._replace(x=x, residual=call.residual_where(mask), mask=None)
-    y, merged = normalize_shared(plain, sharing, moments)
-    return torch.where(mask, y, 0.0), merged
+    counts = torch.as_tensor(count)
+    if selection.ids is not None:
+        return counts[:, :1]
+    one = counts.flatten()[0]
+    return one if selection.weights is not None else float(one)

@@ -25,6 +25,7 @@ from batchnorm.ops.call import Epilogue, ForBackward, Running
 
 commits = True
 reads_output = True
+selection = None
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

@@ -12,12 +12,16 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from batchnorm.ops.call import Epilogue, ForBackward, Running
+from batchnorm.selection import WHOLE, Selection
 
 Mode = Literal["train", "eval"]
 
 
 class Backend(Protocol):
     """Functions of plain tensors, without autograd; ``reference`` defines their results.
+
+    A backend may have a selection (``Selected``): it then computes with the weights and groups of
+    that selection, for inputs of its shape, and where it has groups every (C,) is (groups, C).
 
     Per channel, ``stats`` (6, C; see ``ForBackward``), ``sum_dz`` and ``sum_dz_xhat`` (C,) are in
     the compute dtype (float32, or float64 if x is float64), and results of ``moments`` in float64
@@ -27,12 +31,15 @@ class Backend(Protocol):
     Attributes:
         commits: Whether ``forward`` updates ``running``, and increments the tensors' versions.
         reads_output: Whether backward of the ReLU family reads y instead of recomputing z.
+        selection: Which elements count, how much, and for which group; None: all, once, together.
     """
 
     @property
     def commits(self) -> bool: ...  # noqa: D102
     @property
     def reads_output(self) -> bool: ...  # noqa: D102
+    @property
+    def selection(self) -> Selection | None: ...  # noqa: D102
 
     def serves(self, x: Tensor, epilogue: Epilogue, axis: int, mode: Mode) -> str | None:
         """Return the reason why a call cannot be served, or None if it can."""
@@ -70,7 +77,7 @@ class Backend(Protocol):
         saved: ForBackward,
         sum_dz: Tensor,
         sum_dz_xhat: Tensor,
-        count: float,
+        count: float | Tensor,
         want_residual: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Return dx = weight * rstd * (dz - sum_dz / n - xhat * sum_dz_xhat / n), and dz if wanted.
@@ -81,5 +88,81 @@ class Backend(Protocol):
 
     def backward(
         self, dy: Tensor, saved: ForBackward, want_residual: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Return the gradients of ``forward``: dx, dz if wanted, sum(dz), sum(dz * xhat)."""
+
+
+class Selecting(Protocol):
+    """The same functions with a selection as their last argument: what ``Selected`` binds.
+
+    A backend that has them takes weights per element and groups of samples; ``serves`` says which.
+    """
+
+    def serves(
+        self,
+        x: Tensor,
+        epilogue: Epilogue,
+        axis: int,
+        mode: Mode,
+        selection: Selection = WHOLE,
+    ) -> str | None:
+        """Return why a call cannot be served, or None where it can."""
+
+    def moments(self, x: Tensor, axis: int, selection: Selection = WHOLE) -> tuple[Tensor, Tensor]:
+        """Return mean and m2 of what counts."""
+
+    def normalize(
+        self,
+        x: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        epilogue: Epilogue,
+        axis: int,
+        selection: Selection = WHOLE,
+    ) -> Tensor:
+        """Return y; 0 where an element does not count."""
+
+    def evaluate(
+        self,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        epilogue: Epilogue,
+        eps: float,
+        axis: int,
+        selection: Selection = WHOLE,
+    ) -> Tensor:
+        """Return y with rstd = 1 / sqrt(var + eps)."""
+
+    def forward(
+        self,
+        x: Tensor,
+        epilogue: Epilogue,
+        eps: float,
+        axis: int,
+        running: Running | None = None,
+        selection: Selection = WHOLE,
+    ) -> tuple[Tensor, Tensor]:
+        """Normalize by the statistics of what counts; return y and stats."""
+
+    def backward_sums(
+        self, dy: Tensor, saved: ForBackward, selection: Selection = WHOLE
+    ) -> tuple[Tensor, Tensor]:
+        """Return sum(dz) and sum(dz * xhat) of what counts."""
+
+    def backward_input(
+        self,
+        dy: Tensor,
+        saved: ForBackward,
+        sum_dz: Tensor,
+        sum_dz_xhat: Tensor,
+        count: float | Tensor,
+        want_residual: bool,
+        selection: Selection = WHOLE,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return dx, with both sums times the weight of the element, and dz if wanted."""
+
+    def backward(
+        self, dy: Tensor, saved: ForBackward, want_residual: bool, selection: Selection = WHOLE
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Return the gradients of ``forward``: dx, dz if wanted, sum(dz), sum(dz * xhat)."""

@@ -15,11 +15,14 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from batchnorm import layout
 from batchnorm.errors import BackendError
 from batchnorm.ops.backends import aten, reference
-from batchnorm.ops.backends.base import Backend, Mode
+from batchnorm.ops.backends.base import Backend, Mode, Selecting
+from batchnorm.ops.backends.selected import Selected
 from batchnorm.ops.backends.triton import cuda
 from batchnorm.ops.call import Epilogue
+from batchnorm.selection import WHOLE, Selection
 
 NO_NATIVE = """\
 batchnorm has no native module: it {reason}. Layers on the CPU are then computed by torch's own \
@@ -31,6 +34,9 @@ warnings.filterwarnings("ignore", "batchnorm has no native module")."""
 
 # Fastest first; "reference" serves every call and is last.
 BACKENDS: dict[str, Backend] = {}
+
+# Those of them that take weights and groups of samples.
+SELECTING: dict[str, Selecting] = {}
 
 # Backends that cannot be used in this installation: name -> reason.
 UNAVAILABLE: dict[str, str] = {}
@@ -44,6 +50,8 @@ except ImportError as error:
     warnings.warn(NO_NATIVE.format(reason=_reason), RuntimeWarning, stacklevel=2)
 else:
     BACKENDS["cpu"] = cpu
+    if cpu.takes_selection:
+        SELECTING["cpu"] = cpu
 
 _missing = cuda.missing()
 if _missing is None:
@@ -52,7 +60,7 @@ else:
     UNAVAILABLE["triton"] = _missing
 
 BACKENDS["aten"] = aten
-BACKENDS["reference"] = reference
+BACKENDS["reference"] = SELECTING["reference"] = reference
 
 # The automatic choice. The Triton kernels have not been measured on a GPU, so they serve only by
 # ``use_backend("triton")``.
@@ -63,11 +71,11 @@ _cpu = BACKENDS.get("cpu")
 # What each backend guarantees, for bn.env() and the documents.
 PROMISES = {
     "cpu": "variance to a relative 1e-6 whatever the mean, the same bits for any number of "
-    "threads, any pair of dtypes; no masks",
-    "triton": "sums in float64, the same bits in every run, any pair of dtypes; no masks; not "
-    "measured on a GPU, so by name only",
+    "threads, any pair of dtypes, masks, weights, groups of samples",
+    "triton": "sums in float64, the same bits in every run, any pair of dtypes; no masks, no "
+    "groups; not measured on a GPU, so by name only",
     "aten": "the accuracy and the bits of torch.nn; parameters are cast to the compute dtype; "
-    "no masks",
+    "no masks or groups",
     "reference": "any input, masks, the transforms of torch.func, any derivative; sums in float64",
 }
 
@@ -79,13 +87,22 @@ _wrap: Callable[[Backend], Backend] | None = None
 
 
 def select(
-    x: Tensor, epilogue: Epilogue = Epilogue(), axis: int = 1, mode: Mode = "train"
+    x: Tensor,
+    epilogue: Epilogue = Epilogue(),
+    axis: int = 1,
+    mode: Mode = "train",
+    selection: Selection = WHOLE,
 ) -> Backend:
     """Return the first backend that serves the call, wrapped by ``wrap_with``'s function.
+
+    With weights or groups of samples it is one of ``SELECTING``, with the selection bound; the
+    reference in place of one that ``use_backend`` named and that is not among them.
 
     Raises:
         BackendError: If ``use_backend`` named one that does not serve it.
     """
+    if not selection.is_whole:
+        return _selected(x, epilogue, axis, mode, selection)
     backend = chosen(x, epilogue, axis, mode)
     return backend if _wrap is None else _wrap(backend)
 
@@ -100,18 +117,41 @@ def chosen(
     """
     if (forced := _forced.get()) is not None:
         backend = BACKENDS[forced]
-        reason = backend.serves(x, epilogue, axis, mode)
-        if reason is not None:
-            raise BackendError(
-                f"backend {forced!r} is forced by use_backend and cannot serve an input of shape "
-                f"{tuple(x.shape)}, {x.dtype} on {x.device}: {reason}; "
-                "leave the with block, or use_backend('reference')"
-            )
+        _check(forced, x, backend.serves(x, epilogue, axis, mode))
         return backend
     for backend in _order:
         if backend.serves(x, epilogue, axis, mode) is None:
             return backend
     raise AssertionError("the reference backend serves everything")
+
+
+def _selected(
+    x: Tensor, epilogue: Epilogue, axis: int, mode: Mode, selection: Selection
+) -> Backend:
+    forced = _forced.get()
+    if forced is not None and forced in SELECTING:
+        _check(forced, x, SELECTING[forced].serves(x, epilogue, axis, mode, selection))
+        return _bound(SELECTING[forced], x, selection)
+    if forced is not None:
+        return _bound(reference, x, selection)
+    for kernels in SELECTING.values():
+        if kernels.serves(x, epilogue, axis, mode, selection) is None:
+            return _bound(kernels, x, selection)
+    raise AssertionError("the reference backend serves everything")
+
+
+def _bound(kernels: Selecting, x: Tensor, selection: Selection) -> Selected:
+    dtype = None if kernels is reference else layout.compute_dtype(x)
+    return Selected(kernels, selection.owned(dtype))
+
+
+def _check(forced: str, x: Tensor, reason: str | None) -> None:
+    if reason is not None:
+        raise BackendError(
+            f"backend {forced!r} is forced by use_backend and cannot serve an input of shape "
+            f"{tuple(x.shape)}, {x.dtype} on {x.device}: {reason}; "
+            "leave the with block, or use_backend('reference')"
+        )
 
 
 def likely(x: Tensor) -> Backend | None:

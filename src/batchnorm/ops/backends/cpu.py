@@ -5,7 +5,8 @@ Statistics are new tensors in the compute dtype; ``reference`` defines the resul
 
 Read without a copy are contiguous inputs, and dense ones with the channels innermost
 (channels-last, or (N, C)). Any other is copied to a contiguous tensor first; residual and gradients
-are brought to the input's layout.
+are brought to the input's layout. The weights of a selection are dense and in the compute dtype, as
+``Selection.owned`` makes them.
 """
 
 from collections.abc import Callable
@@ -20,12 +21,19 @@ from batchnorm.errors import UnservedError
 from batchnorm.ops.activations import NAMES, Activation
 from batchnorm.ops.backends.strides import like_or_none, plan, vector
 from batchnorm.ops.call import Epilogue, ForBackward, Running
+from batchnorm.selection import WHOLE, Selection
 
 Maybe = Tensor | None
 Found = TypeVar("Found")
 
+# Group ids, how many groups, weights, and the counts of merged groups.
+Chosen = tuple[Maybe, int, Maybe, Maybe]
+
 commits = True
 reads_output = False
+selection = None
+# False of a native module that was built from an older checkout.
+takes_selection: bool = getattr(_native, "takes_selection", False)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -38,7 +46,9 @@ _threads = torch.get_num_threads
 _native.connect(Tensor)
 
 
-def serves(x: Tensor, epilogue: Epilogue, axis: int, mode: str) -> str | None:
+def serves(
+    x: Tensor, epilogue: Epilogue, axis: int, mode: str, selection: Selection = WHOLE
+) -> str | None:
     """Return why these tensors cannot be served, or None where they can."""
     if not x.is_cpu or x.layout is not torch.strided:
         return f"it is {x.layout} on {x.device}; the native kernels take strided CPU tensors"
@@ -48,29 +58,43 @@ def serves(x: Tensor, epilogue: Epilogue, axis: int, mode: str) -> str | None:
     for name, tensor in (("weight", epilogue.weight), ("bias", epilogue.bias)):
         if tensor is not None and (not tensor.is_cpu or tensor.dtype not in DTYPES):
             return f"{name} is {tensor.dtype} on {tensor.device}; expected a floating CPU tensor"
+    if selection.ids is not None and axis == 0:
+        return (
+            "its outermost axis is the channels'; the native kernels group samples that are there"
+        )
     residual = epilogue.residual
     if residual is not None and (residual.dtype != dtype or not residual.is_cpu):
         return f"the residual is {residual.dtype} on {residual.device}; expected the input's dtype"
     return None
 
 
-def moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor, axis: int, selection: Selection = WHOLE) -> tuple[Tensor, Tensor]:
     """Return mean and m2 per channel, in float64."""
-    mean, m2 = (torch.empty(x.shape[axis], dtype=torch.float64) for _ in range(2))
-    moments_into(x, axis, mean, m2)
+    shape = [x.shape[axis]] if selection.ids is None else [selection.groups, x.shape[axis]]
+    mean, m2 = (torch.empty(shape, dtype=torch.float64) for _ in range(2))
+    moments_into(x, axis, mean, m2, selection)
     return mean, m2
 
 
-def moments_into(x: Tensor, axis: int, mean: Tensor, m2: Tensor) -> None:
+def moments_into(
+    x: Tensor, axis: int, mean: Tensor, m2: Tensor, selection: Selection = WHOLE
+) -> None:
     """Write mean and m2 per channel to two float64 vectors."""
-    if not _native.moments(x, axis, mean, m2, _threads()):
+    chosen = _chosen(selection)
+    if not _native.moments(x, axis, mean, m2, _threads(), *chosen):
         x, *_ = plan(x, axis)
-        if not _native.moments(x, axis, mean, m2, _threads()):
+        if not _native.moments(x, axis, mean, m2, _threads(), *chosen):
             raise _unserved(x, (), (mean, m2), axis)
 
 
 def normalize(
-    x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, axis: int, out: Maybe = None
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    epilogue: Epilogue,
+    axis: int,
+    selection: Selection = WHOLE,
+    out: Maybe = None,
 ) -> Tensor:
     """Return act((x - mean) * rstd * weight + bias + residual), in one pass.
 
@@ -79,30 +103,45 @@ def normalize(
     weight, bias, residual, act = epilogue
     vectors = (weight, bias, mean, rstd)
     fused = (CODES[act.name], act.slope, _threads())
+    chosen = _chosen(selection)
     if out is not None:
-        y: Maybe = _native.normalize(x, residual, *vectors, axis, out, *fused)
+        y: Maybe = _native.normalize(x, residual, *vectors, axis, out, *fused, *chosen)
         if y is not None:
             return y
-    y = _native.normalize(x, residual, *vectors, axis, None, *fused)
+    y = _native.normalize(x, residual, *vectors, axis, None, *fused, *chosen)
     if y is None:
-        y = _again(_native.normalize, x, (residual,), vectors, axis, None, *fused)
+        y = _again(_native.normalize, x, (residual,), vectors, axis, None, *fused, *chosen)
     return y if out is None else out.copy_(y)
 
 
 def evaluate(
-    x: Tensor, mean: Tensor, var: Tensor, epilogue: Epilogue, eps: float, axis: int
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    epilogue: Epilogue,
+    eps: float,
+    axis: int,
+    selection: Selection = WHOLE,
 ) -> Tensor:
     """Normalize by stored statistics, finished in the same call."""
     weight, bias, residual, act = epilogue
     rest = (CODES[act.name], act.slope, eps, _threads())
-    y = _native.evaluate(x, residual, weight, bias, mean, var, axis, *rest)
+    chosen = _chosen(selection)
+    y = _native.evaluate(x, residual, weight, bias, mean, var, axis, *rest, *chosen)
     if y is None:
-        y = _again(_native.evaluate, x, (residual,), (weight, bias, mean, var), axis, *rest)
+        y = _again(
+            _native.evaluate, x, (residual,), (weight, bias, mean, var), axis, *rest, *chosen
+        )
     return y
 
 
 def forward(
-    x: Tensor, epilogue: Epilogue, eps: float, axis: int, running: Running | None = None
+    x: Tensor,
+    epilogue: Epilogue,
+    eps: float,
+    axis: int,
+    running: Running | None = None,
+    selection: Selection = WHOLE,
 ) -> tuple[Tensor, Tensor]:
     """Normalize by the input's own statistics; return y and stats (6, C).
 
@@ -110,23 +149,29 @@ def forward(
     """
     weight, bias, residual, act = epilogue
     mean, var, counter, momentum = _NO_STEP if running is None else running
+    chosen = () if selection is WHOLE else _chosen(selection)
     rest = (mean, var, counter, CODES[act.name], act.slope, eps, momentum, _threads())
-    found = _native.forward(x, residual, weight, bias, axis, *rest)
+    found = _native.forward(x, residual, weight, bias, axis, *rest, *chosen)
     if found is None:
-        found = _again(_native.forward, x, (residual,), (weight, bias), axis, *rest)
+        found = _again(_native.forward, x, (residual,), (weight, bias), axis, *rest, *chosen)
     if running is not None:
         moved = (running.mean, running.var)
         increment_version(moved if running.counter is None else (*moved, running.counter))
     return found
 
 
-def backward_sums(dy: Tensor, saved: ForBackward) -> tuple[Tensor, Tensor]:
+def backward_sums(
+    dy: Tensor, saved: ForBackward, selection: Selection = WHOLE
+) -> tuple[Tensor, Tensor]:
     """Return sum(dz) and sum(dz * xhat) per channel."""
     x, stats, beside, act, axis = saved
-    alike = (dy, *_beside(act, beside))
+    residual, y = _beside(act, beside)
     rest = (CODES[act.name], act.slope, _threads())
-    sums = _native.backward_sums(x, *alike, stats, axis, *rest)
-    return sums or _again(_native.backward_sums, x, alike, (stats,), axis, *rest)
+    chosen = _chosen(selection)
+    sums = _native.backward_sums(x, dy, residual, y, stats, axis, *rest, *chosen)
+    return sums or _again(
+        _native.backward_sums, x, (dy, residual, y), (stats,), axis, *rest, *chosen
+    )
 
 
 def backward_input(
@@ -134,35 +179,47 @@ def backward_input(
     saved: ForBackward,
     sum_dz: Tensor,
     sum_dz_xhat: Tensor,
-    count: float,
+    count: float | Tensor,
     want_residual: bool,
+    selection: Selection = WHOLE,
 ) -> tuple[Tensor, Maybe]:
     """Return dx from the merged sums and count, and dresidual = dz if wanted."""
     x, stats, beside, act, axis = saved
     residual, y = _beside(act, beside)
-    code, slope, n, threads = CODES[act.name], act.slope, float(count), _threads()
-    sums = (sum_dz, sum_dz_xhat)
+    counts = count if isinstance(count, Tensor) and selection.ids is not None else None
+    n = float(count) if counts is None else 1.0
+    chosen = _chosen(selection, counts)
+    rest = (CODES[act.name], act.slope, n, want_residual, _threads())
     found = _native.backward_input(
-        x, dy, residual, y, stats, *sums, axis, code, slope, n, want_residual, threads
+        x, dy, residual, y, stats, sum_dz, sum_dz_xhat, axis, *rest, *chosen
     )
     if found is None:
-        rest = (code, slope, n, want_residual, threads)
-        found = _again(_native.backward_input, x, (dy, residual, y), (stats, *sums), axis, *rest)
+        vectors = (stats, sum_dz, sum_dz_xhat)
+        found = _again(_native.backward_input, x, (dy, residual, y), vectors, axis, *rest, *chosen)
     return found
 
 
 def backward(
-    dy: Tensor, saved: ForBackward, want_residual: bool
+    dy: Tensor, saved: ForBackward, want_residual: bool, selection: Selection = WHOLE
 ) -> tuple[Tensor, Maybe, Tensor, Tensor]:
     """Return the gradients of ``forward``: dx, dresidual, sum(dz), sum(dz * xhat)."""
     x, stats, beside, act, axis = saved
     residual, y = _beside(act, beside)
-    code, slope, threads = CODES[act.name], act.slope, _threads()
-    found = _native.backward(x, dy, residual, y, stats, axis, code, slope, want_residual, threads)
+    chosen = () if selection is WHOLE else _chosen(selection)
+    rest = (CODES[act.name], act.slope, want_residual, _threads())
+    found = _native.backward(x, dy, residual, y, stats, axis, *rest, *chosen)
     if found is None:
-        rest = (code, slope, want_residual, threads)
-        found = _again(_native.backward, x, (dy, residual, y), (stats,), axis, *rest)
+        found = _again(_native.backward, x, (dy, residual, y), (stats,), axis, *rest, *chosen)
     return found
+
+
+def _chosen(selection: Selection, counts: Maybe = None) -> tuple[Chosen, ...]:
+    """Return the last argument of a native function, with the counts of merged groups, or none."""
+    if selection.is_whole:
+        return ()
+    if counts is not None:
+        counts = counts.to(torch.float64).contiguous()
+    return ((selection.ids, selection.groups, selection.weights, counts),)
 
 
 def _again(  # type: ignore[explicit-any]  # kernels differ in their arguments

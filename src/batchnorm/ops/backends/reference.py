@@ -7,6 +7,11 @@ be read, not to be fast. It serves any call, every other backend is tested again
 forward functions can be differentiated any number of times, in forward and reverse mode and under
 ``torch.func``, since they are compositions of differentiable operations.
 
+A ``selection`` says which elements count, how much, and for which group of samples; with groups,
+every (C,) below is (groups, C), parameters included, and stats are (6, groups, C). Elements that do
+not count are replaced by 0 before anything is computed, and so are their results: a NaN times 0
+would be NaN.
+
 The compute dtype is float32, or float64 if x is float64. The sums of the backward pass have it, and
 ``stats`` (``call.ForBackward``), whose rows for weight and bias are copies: backward computes with
 the values that forward used, even if the parameters were written to since. ``moments`` returns mean
@@ -18,33 +23,37 @@ import torch
 from torch import Tensor
 
 from batchnorm import layout
-from batchnorm import moments as _moments
+from batchnorm.moments import centered
 from batchnorm.ops.call import Epilogue, ForBackward, Running
+from batchnorm.selection import WHOLE, Selection
+from batchnorm.sums import wide
 
 commits = False
 reads_output = False
+selection = None
 
 
-def serves(x: Tensor, epilogue: Epilogue, axis: int, mode: str) -> str | None:
+def serves(
+    x: Tensor, epilogue: Epilogue, axis: int, mode: str, selection: Selection = WHOLE
+) -> str | None:
     """Return None: any call is served."""
     return None
 
 
-def moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor, axis: int, selection: Selection = WHOLE) -> tuple[Tensor, Tensor]:
     """Return mean and m2 per channel, in float64 where the device has it."""
-    return _moments.center(layout.canonical(x, axis).to(_moments.wide(x.device)))
+    _, mean, m2 = centered(x, axis, selection)
+    return mean, m2
 
 
 def reciprocal_std(m2: Tensor, count: float | Tensor, eps: float) -> Tensor:
     """Return 1 / sqrt(m2 / count + eps); a count of 0 gives 1 / sqrt(eps)."""
-    if isinstance(count, Tensor):
-        return torch.rsqrt(m2 / torch.where(count > 0, count, 1.0).to(m2.dtype) + eps)
-    return torch.rsqrt(m2 / (count or 1) + eps)
+    return torch.rsqrt(m2 / _divisor(count, m2.dtype) + eps)
 
 
 def stored_rstd(var: Tensor, eps: float) -> Tensor:
     """Return 1 / sqrt(var + eps) without a gradient, in the accumulator dtype."""
-    return torch.rsqrt(var.detach().to(_moments.wide(var.device)) + eps)
+    return torch.rsqrt(var.detach().to(wide(var.device)) + eps)
 
 
 def with_rest(rstd: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,44 +82,66 @@ def known_stats(
     return torch.cat([given, with_rest(rstd.detach(), dtype), torch.stack(affine)])
 
 
-def normalize(x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, axis: int) -> Tensor:
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    epilogue: Epilogue,
+    axis: int,
+    selection: Selection = WHOLE,
+) -> Tensor:
     """Return y = act((x - mean) * rstd * weight + bias + residual), in x's dtype.
 
     A residual broadcasts and promotes as in ``torch.add``.
     """
     weight, bias, residual, act = epilogue
     dtype = x.dtype if residual is None else torch.result_type(x, residual)
-    z = affine(x, mean, rstd, weight, bias, axis)
-    return act(added(z, x, residual)).to(dtype)
+    if residual is not None and selection.weights is not None:
+        # A 0-d tensor does not promote; expanded to a tensor it would.
+        residual = selection.clean(residual.to(dtype))
+    z = affine(selection.clean(x), mean, rstd, weight, bias, axis, selection)
+    return selection.clean(act(added(z, x, residual)).to(dtype))
 
 
 def forward(
-    x: Tensor, epilogue: Epilogue, eps: float, axis: int, running: Running | None = None
+    x: Tensor,
+    epilogue: Epilogue,
+    eps: float,
+    axis: int,
+    running: Running | None = None,
+    selection: Selection = WHOLE,
 ) -> tuple[Tensor, Tensor]:
     """Normalize by the input's own statistics; return y and stats. ``running`` is not updated."""
-    mean, m2 = _moments.center(layout.canonical(x, axis).to(_moments.wide(x.device)))
-    wide = reciprocal_std(m2, layout.values_per_channel(x.shape, axis), eps)
+    count, mean, m2 = centered(x, axis, selection)
+    exact = reciprocal_std(m2, count, eps)
     dtype = layout.compute_dtype(x)
-    rounded, rstd = mean.to(dtype), with_rest(wide, dtype)
-    y = normalize(x, rounded, rstd, epilogue, axis)
-    var = m2 / (layout.values_per_channel(x.shape, axis) or 1)
-    return y, known_stats(x, mean, var, wide, epilogue.weight, epilogue.bias)
+    y = normalize(x, mean.to(dtype), with_rest(exact, dtype), epilogue, axis, selection)
+    var = m2 / _divisor(count, m2.dtype)
+    return y, known_stats(x, mean, var, exact, epilogue.weight, epilogue.bias)
 
 
 def evaluate(
-    x: Tensor, mean: Tensor, var: Tensor, epilogue: Epilogue, eps: float, axis: int
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    epilogue: Epilogue,
+    eps: float,
+    axis: int,
+    selection: Selection = WHOLE,
 ) -> Tensor:
     """Normalize by stored statistics."""
-    rstd = torch.rsqrt(var.to(_moments.wide(x.device)) + eps)
-    return normalize(x, mean, rstd, epilogue, axis)
+    rstd = torch.rsqrt(var.to(wide(x.device)) + eps)
+    return normalize(x, mean, rstd, epilogue, axis, selection)
 
 
-def backward_sums(dy: Tensor, saved: ForBackward) -> tuple[Tensor, Tensor]:
+def backward_sums(
+    dy: Tensor, saved: ForBackward, selection: Selection = WHOLE
+) -> tuple[Tensor, Tensor]:
     """Return sum(dz) and sum(dz * xhat) per channel: also the gradients of bias and weight."""
     x, stats, _, _, axis = saved
-    dz = gradient_of_z(dy, saved)
-    xhat = affine(x, stats[0], stats[2:4], None, None, axis)
-    sums = [_moments.total(layout.canonical(part, axis)) for part in (dz, dz * xhat)]
+    dz = gradient_of_z(dy, saved, selection)
+    xhat = affine(selection.clean(x), stats[0], stats[2:4], None, None, axis, selection)
+    sums = [selection.total(part, axis) for part in (dz, dz * xhat)]
     return sums[0].to(stats.dtype), sums[1].to(stats.dtype)
 
 
@@ -119,51 +150,65 @@ def backward_input(
     saved: ForBackward,
     sum_dz: Tensor,
     sum_dz_xhat: Tensor,
-    count: float,
+    count: float | Tensor,
     want_residual: bool,
+    selection: Selection = WHOLE,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return dx = weight * rstd * (dz - sum_dz / n - xhat * sum_dz_xhat / n), and dresidual = dz.
+    """Return dx = weight * rstd * (dz - w * sum_dz / n - w * xhat * sum_dz_xhat / n), and dz.
 
-    The sums are those of ``backward_sums`` merged over all parts and ``count`` is their n; zeros
-    and 1 where the statistics are constants. dresidual is None where it is not wanted.
+    w is the weight of the element, 1 without weights. The sums are those of ``backward_sums``
+    merged over all parts and ``count`` is their n; zeros and 1 where the statistics are constants.
+    dresidual = dz is None where it is not wanted.
     """
     x, stats, _, _, axis = saved
-    view = layout.per_channel_shape(x.ndim, axis)
-    dz = gradient_of_z(dy, saved)
-    xhat = affine(x, stats[0], stats[2:4], None, None, axis)
-    scale = joined(stats[2:4]).to(dz.dtype) * stats[4].to(dz.dtype)
-    n = count or 1
+    dz = gradient_of_z(dy, saved, selection)
+    xhat = affine(selection.clean(x), stats[0], stats[2:4], None, None, axis, selection)
+    scale = joined(stats[2:4], stats.ndim - 1).to(dz.dtype) * stats[4].to(dz.dtype)
+    n = _divisor(count, sum_dz.dtype)
     # With constant statistics the share is 0; the product would be NaN where x is infinite.
-    share = (sum_dz_xhat / n).view(view)
-    centered = dz - (sum_dz / n).view(view) - torch.where(share == 0, 0.0, xhat * share)
-    dx = (centered * scale.view(view)).to(x.dtype)
+    share = selection.spread(sum_dz_xhat / n, x.ndim, axis)
+    through_statistics = selection.spread(sum_dz / n, x.ndim, axis) + torch.where(
+        share == 0, 0.0, xhat * share
+    )
+    centered_dz = dz - selection.weighted(through_statistics)
+    dx = selection.clean(centered_dz * selection.spread(scale, x.ndim, axis)).to(x.dtype)
     return dx, dz.to(x.dtype) if want_residual else None
 
 
 def backward(
-    dy: Tensor, saved: ForBackward, want_residual: bool
+    dy: Tensor, saved: ForBackward, want_residual: bool, selection: Selection = WHOLE
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Return the gradients of ``forward``: dx, dresidual, sum(dz), sum(dz * xhat)."""
-    sum_dz, sum_dz_xhat = backward_sums(dy, saved)
-    count = layout.values_per_channel(saved.x.shape, saved.axis)
-    dx, dresidual = backward_input(dy, saved, sum_dz, sum_dz_xhat, count, want_residual)
+    sum_dz, sum_dz_xhat = backward_sums(dy, saved, selection)
+    count = selection.counts(saved.x, saved.axis)
+    rest = (count, want_residual, selection)
+    dx, dresidual = backward_input(dy, saved, sum_dz, sum_dz_xhat, *rest)
     return dx, dresidual, sum_dz, sum_dz_xhat
 
 
 def affine(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    axis: int,
+    selection: Selection = WHOLE,
 ) -> Tensor:
     """Return (x - mean) * rstd * weight + bias in the accumulator dtype.
 
     The mean is subtracted first: x * scale + shift loses digits if the mean is large.
     """
-    view, dtype = layout.per_channel_shape(x.ndim, axis), layout.compute_dtype(x)
-    wide = _moments.wide(x.device)
-    z = (x.to(wide) - mean.to(wide).view(view)) * joined(rstd).to(wide).view(view)
+    dtype, widest = layout.compute_dtype(x), wide(x.device)
+
+    def spread(vector: Tensor) -> Tensor:
+        return selection.spread(vector.to(widest), x.ndim, axis)
+
+    z = (x.to(widest) - spread(mean)) * spread(joined(rstd, mean.ndim))
     if weight is not None:
-        z = z * weight.to(dtype).to(wide).view(view)
+        z = z * spread(weight.to(dtype))
     if bias is not None:
-        z = z + bias.to(dtype).to(wide).view(view)
+        z = z + spread(bias.to(dtype))
     return z
 
 
@@ -175,25 +220,40 @@ def added(z: Tensor, x: Tensor, residual: Tensor | None) -> Tensor:
     z = z.to(layout.compute_dtype(x))
     if residual is not None:
         z = z + residual
-    return z.to(_moments.wide(x.device))
+    return z.to(wide(x.device))
 
 
-def joined(rstd: Tensor) -> Tensor:
-    """Return the sum of the two parts of rstd, (C,), in the accumulator dtype."""
-    if rstd.ndim == 1:
+def joined(rstd: Tensor, ndim: int = 1) -> Tensor:
+    """Return rstd, (C,), of (2, C) the sum of its two parts in the accumulator dtype.
+
+    Args:
+        rstd: With ``ndim`` axes, or one more for the two parts.
+        ndim: Axes of a statistic: 2 with groups of samples.
+    """
+    if rstd.ndim == ndim:
         return rstd
-    wide = rstd.to(_moments.wide(rstd.device))
-    return wide[0] + wide[1]
+    both = rstd.to(wide(rstd.device))
+    return both[0] + both[1]
 
 
-def gradient_of_z(dy: Tensor, saved: ForBackward) -> Tensor:
+def gradient_of_z(dy: Tensor, saved: ForBackward, selection: Selection = WHOLE) -> Tensor:
     """Return dz = dy * act'(z), in the accumulator dtype, from y or from a recomputed z."""
     x, stats, beside, act, axis = saved
-    wide = _moments.wide(x.device)
-    dy = dy.to(wide)
+    widest = wide(x.device)
+    dy = selection.clean(dy).to(widest)
     if act.name == "identity":
         return dy
-    if act.from_output and beside is not None:
-        return act.backward(dy, beside.to(wide))
-    z = affine(x, stats[0], stats[2:4], stats[4], stats[5], axis)
+    if beside is not None:
+        beside = selection.clean(beside)
+        if act.from_output:
+            return act.backward(dy, beside.to(widest))
+    x = selection.clean(x)
+    z = affine(x, stats[0], stats[2:4], stats[4], stats[5], axis, selection)
     return act.backward(dy, added(z, x, beside))
+
+
+def _divisor(count: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """Return a count to divide by: 1 where it is 0."""
+    if isinstance(count, Tensor):
+        return torch.where(count > 0, count, 1.0).to(dtype)
+    return count or 1

@@ -30,6 +30,7 @@ from batchnorm.ops.call import Epilogue, ForBackward, Running
 
 commits = True
 reads_output = False
+selection = None
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -147,7 +148,7 @@ def backward_input(
     saved: ForBackward,
     sum_dz: Tensor,
     sum_dz_xhat: Tensor,
-    count: float,
+    count: float | Tensor,
     want_residual: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return dx from the merged sums and count, and dresidual = dz if wanted."""

@@ -1,0 +1,161 @@
+#define BATCHNORM_ISA common
+#include "groups.hpp"
+
+#include <atomic>
+#include <cstring>
+#include <new>
+#include <type_traits>
+#include <vector>
+
+#include "parallel.hpp"
+
+namespace batchnorm {
+namespace {
+
+// The part of the tensor that belongs to one group.
+struct Group {
+    std::vector<int64_t> order;
+    std::vector<Run> runs;
+    Part part;
+    int64_t outer = 0;  // what belongs to it
+    int64_t first = 0;  // where it begins, if it lies in one piece
+    bool scaled = false;
+};
+
+class Groups {
+  public:
+    Groups(const Args& a, const Selection& s, DType dtype)
+        : a_(a), s_(s), dtype_(dtype), wide_(dtype == DType::float64 ? 8 : 4), groups_(static_cast<size_t>(s.groups)) {
+        const int64_t each = s.samples > 0 ? a.outer / s.samples : 0;
+        for (int64_t n = 0; n < s.samples; ++n) {
+            Group& group = groups_[size_t(s.ids ? s.ids[n] : 0)];
+            if (a.inner == 1 && !s.weights) {
+                if (each > 0) add_rows(group, n * each, each, double(each));
+                continue;
+            }
+            for (int64_t outer = n * each; outer < (n + 1) * each; ++outer) a.inner == 1 ? add_row(group, outer) : add_plane(group, outer);
+        }
+        for (Group& group : groups_) a.inner == 1 ? end_rows(group) : end_planes(group);
+    }
+
+    int64_t elements(int64_t g) const { return groups_[size_t(g)].outer * a_.channels * a_.inner; }
+
+    // Rows of which the weight is 0 belong to no run.
+    double weight(int64_t i) const {
+        if (!s_.weights) return 1;
+        return wide_ == 8 ? static_cast<const double*>(s_.weights)[i] : double(static_cast<const float*>(s_.weights)[i]);
+    }
+
+    Args args_of(int64_t g, int threads) const {
+        const Group& group = groups_[size_t(g)];
+        Args a = a_;
+        a.outer = group.outer;
+        a.threads = threads;
+        a.part = group.part.order || group.part.weights || group.part.runs ? &group.part : nullptr;
+        const int64_t start = group.first * a.channels * a.inner * size_of(dtype_);
+        for (const void** p : {&a.x, &a.dy, &a.residual, &a.y_saved}) shift(*p, start);
+        for (void** p : {&a.y, &a.dx, &a.dresidual}) shift(*p, start);
+        const int64_t row = g * a.channels;
+        for (Param* p : {&a.weight, &a.bias, &a.running_mean, &a.running_var}) shift(p->data, row * size_of(p->dtype));
+        const bool as_doubles = a.m2 != nullptr;
+        shift(a.mean, row * (as_doubles ? 8 : wide_));
+        if (a.m2) a.m2 += row;
+        for (void** p : {&a.var, &a.rstd, &a.rest, &a.kept_weight, &a.kept_bias, &a.sum_dz, &a.sum_dz_xhat}) shift(*p, row * wide_);
+        if (s_.counts) a.count = s_.counts[g] > 0 ? s_.counts[g] : 1;
+        return a;
+    }
+
+  private:
+    const Args& a_;
+    const Selection& s_;
+    const DType dtype_;
+    const int64_t wide_;
+    std::vector<Group> groups_;
+
+    template <class P>
+    static void shift(P*& pointer, int64_t bytes) {
+        using Byte = std::conditional_t<std::is_const_v<P>, const char, char>;
+        if (pointer) pointer = static_cast<Byte*>(pointer) + bytes;
+    }
+
+    void add_row(Group& group, int64_t row) const {
+        const double w = weight(row);
+        if (!(w > 0)) return;
+        group.scaled = group.scaled || w != 1;
+        add_rows(group, row, 1, w);
+    }
+
+    static void add_rows(Group& group, int64_t row, int64_t count, double weight) {
+        group.part.count += weight;
+        if (!group.runs.empty() && group.runs.back().at + group.runs.back().count == row) group.runs.back().count += count;
+        else group.runs.push_back({group.outer, row, count});
+        group.outer += count;
+    }
+
+    void add_plane(Group& group, int64_t outer) const {
+        for (int64_t i = outer * a_.inner; s_.weights && i < (outer + 1) * a_.inner; ++i) group.part.count += weight(i);
+        if (!s_.weights) group.part.count += double(a_.inner);
+        group.order.push_back(outer);
+        ++group.outer;
+    }
+
+    void end_rows(Group& group) const {
+        if (!group.scaled && group.runs.size() < 2) {
+            group.first = group.runs.empty() ? 0 : group.runs[0].at;
+            return;
+        }
+        group.part.runs = group.runs.data();
+        group.part.run_count = int64_t(group.runs.size());
+        group.part.row_weights = group.scaled ? s_.weights : nullptr;
+    }
+
+    void end_planes(Group& group) const {
+        const bool in_one = group.outer == 0 || group.order.back() - group.order[0] + 1 == group.outer;
+        group.part.weights = s_.weights;
+        if (!in_one) group.part.order = group.order.data();
+        else if (group.outer > 0) group.first = group.order[0];
+        if (in_one) shift(group.part.weights, group.first * a_.inner * wide_);
+    }
+};
+
+// What no group writes: rows of weight 0.
+void clear_rows(const Args& a, const Groups& groups, DType dtype, int64_t first, int64_t last) {
+    const size_t bytes = size_t(a.channels * size_of(dtype));
+    for (int64_t row = first; row < last; ++row) {
+        if (groups.weight(row) > 0) continue;
+        for (void* out : {a.y, a.dx, a.dresidual})
+            if (out) std::memset(static_cast<char*>(out) + size_t(row) * bytes, 0, bytes);
+    }
+}
+
+}  // namespace
+
+// A group that is more than a thread's share is computed by all threads, the others by one each: which, shows in no bit.
+void run_selected(const Args& a, const Selection& s, DType dtype, Kernel kernel) {
+    const Groups groups(a, s, dtype);
+    const int64_t all = a.outer * a.channels * a.inner;
+    const int threads = all < alone_below ? 1 : a.threads;
+    std::vector<int64_t> shared;
+    for (int64_t g = 0; g < s.groups; ++g) {
+        if (threads == 1 || groups.elements(g) * threads > all) kernel(groups.args_of(g, threads));
+        else shared.push_back(g);
+    }
+    std::atomic<bool> failed{false};
+    const bool clears = s.weights && a.inner == 1;
+    constexpr int64_t rows = 1024;
+    const int64_t tasks = clears ? (a.outer + rows - 1) / rows : 0;
+    const auto clear = [&](int64_t i) { clear_rows(a, groups, dtype, i * rows, (i + 1) * rows < a.outer ? (i + 1) * rows : a.outer); };
+    common::parallel(threads, [&](Team& team) {
+        common::for_each(team, 0, int64_t(shared.size()), 1, [&](int64_t i) {
+            try {
+                kernel(groups.args_of(shared[size_t(i)], 1));
+            } catch (...) {  // out of memory; nothing may leave a parallel region
+                failed.store(true, std::memory_order_relaxed);
+            }
+        });
+        common::for_each(team, 1, tasks, 1, clear);
+    });
+    if (failed.load()) throw std::bad_alloc();
+}
+
+}  // namespace batchnorm

@@ -1,0 +1,98 @@
+"""The running statistics and parameters that a layer with ``statistics=bn.Grouped`` has per group.
+
+They are buffers ``group_mean`` and ``group_var``, (count, C), float32 at least, and
+``group_batches``, (count,), how many batches had samples of each group. A state dict without them
+loads too: every group then begins with the statistics of all samples.
+"""
+
+from collections.abc import MutableMapping
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from batchnorm.compat.modules import buffers
+from batchnorm.errors import OptionError
+from batchnorm.estimators.running import move, share_of_next
+from batchnorm.moments import Moments
+from batchnorm.nn.attributes import Attributes
+from batchnorm.sources.grouped import Grouped
+
+NAMES = ("group_mean", "group_var", "group_batches")
+
+LATE = """\
+statistics={source} needs buffers that this layer was not made with; give it to the constructor: \
+bn.{kind}(..., statistics={source})"""
+
+
+def arrange(layer: Attributes, source: Grouped) -> None:
+    """Give a new layer what it has per group.
+
+    Raises:
+        OptionError: If the layer learns its number of channels later.
+    """
+    if layer.num_features == 0:
+        raise OptionError(f"statistics={source} needs num_features; use a layer that is not lazy")
+    batches = layer.num_batches_tracked
+    if layer.running_mean is not None and batches is not None:
+        for name in ("mean", "var"):
+            whole = getattr(layer, f"running_{name}")
+            layer.register_buffer(f"group_{name}", whole.repeat(source.count, 1))
+        layer.register_buffer("group_batches", batches.repeat(source.count))
+    if source.affine == "separate":
+        for name in ("weight", "bias"):
+            parameter = getattr(layer, name)
+            if parameter is not None:
+                setattr(layer, name, Parameter(parameter.detach().repeat(source.count, 1)))
+
+
+def restart(layer: Attributes) -> None:
+    """Forget: mean 0, variance 1 and no batches, in every group."""
+    table = buffers(layer)
+    for name, value in zip(NAMES, (0, 1, 0), strict=True):
+        if (buffer := table.get(name)) is not None:
+            buffer.fill_(value)
+
+
+def stored(layer: Attributes) -> tuple[Tensor | None, Tensor | None]:
+    """Return the running mean and variance of each group, (count, C), or None.
+
+    Raises:
+        OptionError: If the source was given to the layer after it was made.
+    """
+    if layer.running_mean is None:
+        return None, None
+    table = buffers(layer)
+    if "group_mean" not in table:
+        raise OptionError(LATE.format(source=layer.statistics, kind=type(layer).__name__))
+    return table["group_mean"], table["group_var"]
+
+
+def step(layer: Attributes, batch: Moments) -> None:
+    """Move the running statistics of each group that has values in the batch, in place."""
+    mean, var = stored(layer)
+    batches = buffers(layer).get("group_batches")
+    if mean is None or var is None or batches is None:
+        return
+    counted = torch.as_tensor(batch.count).reshape(-1) > 0
+    alpha = layer.momentum
+    move(mean, var, batch, share_of_next(batches)[:, None] if alpha is None else alpha)
+    batches.add_(counted.long())
+
+
+def complete(layer: Attributes, state: MutableMapping[str, Tensor], prefix: str) -> None:
+    """Fill in what a state dict lacks: each group gets the row of all samples."""
+    source = getattr(layer, "statistics", None)  # not there yet while torch's __init__ runs
+    if not isinstance(source, Grouped):
+        return
+    whole = ("running_mean", "running_var", "num_batches_tracked")
+    for name, of_all in zip(NAMES, whole, strict=True):
+        own = buffers(layer).get(name)
+        given = state.get(prefix + of_all)
+        if own is not None and given is not None and prefix + name not in state:
+            state[prefix + name] = given.expand_as(own)
+    if source.affine == "separate":
+        for name in ("weight", "bias"):
+            own, given = getattr(layer, name), state.get(prefix + name)
+            if own is not None and given is not None and given.ndim == 1:
+                state[prefix + name] = given.expand(source.count, -1)

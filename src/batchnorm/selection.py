@@ -1,0 +1,238 @@
+"""Which elements of a batch count, how much, and for which group of samples.
+
+A channel's elements are normalized together. With a mask or weights some of them count less or not
+at all, and with group ids each sample belongs to one of several groups, whose statistics are apart.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchnorm import layout
+from batchnorm.errors import LayoutError, OptionError
+from batchnorm.sums import pairwise_sum, total, wide
+
+ONE_VALUE = """\
+expected no value or more than one per channel in each group of samples when training, got one in \
+group {group} of an input of shape {shape} (channel axis {axis}): its variance is 0 and the output \
+would be the bias alone. Give the sample to another group, or use groups of more samples."""
+
+
+class Selection(NamedTuple):
+    """What of an input makes its statistics.
+
+    Attributes:
+        weights: Importance of each element, >= 0, or True where it counts; of the input's rank,
+            with size 1 on the channel axis. Where it is 0 or False, the output is 0 and no gradient
+            flows, whatever the input holds. None: every element counts once.
+        ids: The group of each sample, (N,), int64, from 0; N is the first axis that is not the
+            channel's. None: one group, and statistics (C,) in place of (groups, C).
+        groups: How many groups there are.
+    """
+
+    weights: Tensor | None = None
+    ids: Tensor | None = None
+    groups: int = 1
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every element counts once, in one group."""
+        return self.weights is None and self.ids is None
+
+    @property
+    def counted(self) -> Tensor | None:
+        """True where an element counts; None where all do."""
+        weights = self.weights
+        return weights if weights is None or weights.dtype is torch.bool else weights > 0
+
+    def clean(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the input's shape with 0 where an element does not count."""
+        counted = self.counted
+        return tensor if counted is None else torch.where(counted, tensor, 0.0)
+
+    def weighted(self, values: Tensor) -> Tensor:
+        """Return values times their weights; they are finite where an element does not count."""
+        return values if self.weights is None else values * self.weights.to(values.dtype)
+
+    def total(self, values: Tensor, axis: int) -> Tensor:
+        """Sum over the elements of each channel, (C,), or of each channel and group, (groups, C).
+
+        Pairwise over the elements of a sample, then from sample to sample.
+        """
+        if self.ids is None:
+            return total(layout.canonical(values, axis))
+        moved = values.movedim(axis, 1)
+        inner = layout.values_per_channel(moved.shape[2:], -1)
+        sums = pairwise_sum(moved.reshape(*moved.shape[:2], inner), -1)
+        return sums.new_zeros(self.groups, sums.shape[1]).index_add(0, self.ids, sums)
+
+    def spread(self, statistic: Tensor, ndim: int, axis: int) -> Tensor:
+        """Give each element its statistic: view (C,) or (groups, C) so that it broadcasts."""
+        if self.ids is None:
+            return statistic.view(layout.per_channel_shape(ndim, axis))
+        rows = statistic.index_select(0, self.ids)
+        return rows.reshape(*rows.shape, *[1] * (ndim - 2)).movedim(1, axis)
+
+    def counts(self, x: Tensor, axis: int) -> float | Tensor:
+        """Return the sum of the weights: a number, () with weights, or (groups, 1) with ids."""
+        values = layout.values_per_channel(x.shape, axis)
+        if self.is_whole:
+            return values
+        dtype = wide(x.device)
+        if self.weights is not None:
+            summed = self.total(self.weights.to(dtype), axis)
+            return summed if self.ids is not None else summed.squeeze(0)
+        assert self.ids is not None
+        samples = len(self.ids)
+        each = torch.full((samples, 1), values / max(samples, 1), dtype=dtype, device=x.device)
+        return each.new_zeros(self.groups, 1).index_add(0, self.ids, each)
+
+    def owned(self, dtype: torch.dtype | None) -> "Selection":
+        """Return a copy that writes to weights or ids do not reach, with dense weights.
+
+        Args:
+            dtype: Of the weights; None for the same.
+        """
+        weights, ids = self.weights, self.ids
+        if weights is not None:
+            weights = torch.empty_like(
+                weights, dtype=dtype, memory_format=torch.contiguous_format
+            ).copy_(weights)
+        return Selection(weights, None if ids is None else ids.clone(), self.groups)
+
+    def per_group(self, vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Give each group its row of a vector over the channels, where there is one.
+
+        Its gradient is summed over the groups in ``dtype``.
+        """
+        if vector is None or self.ids is None or vector.ndim == 2:
+            return vector
+        wider = torch.promote_types(vector.dtype, dtype)
+        return vector.to(wider).expand(self.groups, len(vector))
+
+
+WHOLE = Selection()
+
+
+def of(
+    x: Tensor,
+    axis: int,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    groups: Tensor | None = None,
+    count: int | None = None,
+) -> Selection:
+    """Return the selection that these say, checked.
+
+    Args:
+        x: The input.
+        axis: The channel axis, counted from the front.
+        mask: True where an element counts; x's shape without its channel axis, or with size 1
+            there; sizes of 1 broadcast.
+        weights: Importance of each element, >= 0; shaped as a mask.
+        groups: Ids from 0, one per sample, (N,), of an integer dtype.
+        count: How many groups there are; None for one more than the largest id.
+
+    Raises:
+        LayoutError: If a shape or dtype does not fit.
+        DeviceError: If a tensor lives elsewhere than the input.
+        OptionError: If a weight is negative, an id is out of range, or both mask and weights are
+            given.
+    """
+    for name, tensor in (("mask", mask), ("weights", weights), ("groups", groups)):
+        layout.check_device(x, name, tensor)
+    if mask is not None or weights is not None:
+        weights = _element_weights(x, axis, mask, weights)
+    if groups is None:
+        if count is not None:
+            raise OptionError(f"expected groups= with count={count}, got no ids")
+        return WHOLE if weights is None else Selection(weights)
+    return Selection(weights, *_ids(x, axis, groups, count))
+
+
+def of_lengths(x: Tensor, axis: int, lengths: Tensor) -> Tensor:
+    """Return the mask of the first ``lengths[n]`` steps of sample n, along the last axis but C.
+
+    Raises:
+        LayoutError: If there is one length per sample too few or too many, a length is no integer,
+            or the input has no axis besides samples and channels.
+        OptionError: If a length is negative or larger than the axis.
+    """
+    layout.check_device(x, "lengths", lengths)
+    axes = [i for i in range(x.ndim) if i != axis]
+    samples, steps = x.shape[axes[0]], x.shape[axes[-1]]
+    integral = not lengths.dtype.is_floating_point and lengths.dtype is not torch.bool
+    if x.ndim < 3 or lengths.shape != (samples,) or not integral:
+        raise LayoutError(
+            f"expected integer lengths of shape ({samples},) and an input of samples, channels and "
+            f"steps; got {tuple(lengths.shape)} {lengths.dtype} for an input of shape "
+            f"{tuple(x.shape)} with channels on axis {axis}"
+        )
+    if not torch.compiler.is_compiling() and bool(((lengths < 0) | (lengths > steps)).any()):
+        raise OptionError(f"expected lengths of 0 to {steps} steps, got {lengths.tolist()}")
+    inside = torch.arange(steps, device=x.device) < lengths[:, None]
+    shape = [1] * x.ndim
+    shape[axes[0]], shape[axes[-1]] = samples, steps
+    return inside.view(shape)
+
+
+def check_enough(x: Tensor, axis: int, selection: Selection) -> None:
+    """Refuse to normalize a single value by its own statistics; a group of none is welcome.
+
+    Raises:
+        LayoutError: If exactly one value per channel counts, in a group or in the whole.
+    """
+    values = torch.as_tensor(selection._replace(weights=selection.counted).counts(x, axis))
+    alone = (values.flatten() == 1).nonzero()
+    if alone.numel() and selection.ids is None:
+        raise LayoutError(layout.TOO_FEW_VALUES.format(shape=tuple(x.shape), axis=axis))
+    if alone.numel():
+        group = int(alone[0])
+        raise LayoutError(ONE_VALUE.format(group=group, shape=tuple(x.shape), axis=axis))
+
+
+def _element_weights(x: Tensor, axis: int, mask: Tensor | None, weights: Tensor | None) -> Tensor:
+    """Return mask or weights checked and expanded to the shape of ``x``, 1 on the channel axis."""
+    if mask is not None and weights is not None:
+        raise OptionError(
+            "expected a mask or weights, got both; multiply them: weights=weights * mask"
+        )
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise LayoutError(
+                f"expected a boolean mask, got {mask.dtype} of shape {tuple(mask.shape)}; "
+                "use mask=mask.bool(), or weights= for importance"
+            )
+        sample = layout.sample_shape(mask, x, axis, "a mask")
+    else:
+        assert weights is not None
+        sample = layout.sample_shape(weights, x, axis, "weights").detach()
+        # NaN is not >= 0 either, and an infinite weight leaves nothing of the others.
+        fits = torch.compiler.is_compiling() or bool(((sample >= 0) & sample.isfinite()).all())
+        if not fits:
+            raise OptionError("expected finite weights >= 0, got a negative one, inf or NaN")
+    shape = list(x.shape)
+    shape[axis] = 1
+    return sample.expand(shape)
+
+
+def _ids(x: Tensor, axis: int, groups: Tensor, count: int | None) -> tuple[Tensor, int]:
+    samples = x.shape[0 if axis else 1]
+    integral = not groups.dtype.is_floating_point and groups.dtype is not torch.bool
+    if groups.shape != (samples,) or not integral or groups.is_complex():
+        raise LayoutError(
+            f"expected the groups of an input of shape {tuple(x.shape)} as integers of shape "
+            f"({samples},), one id per sample, got {groups.dtype} of shape {tuple(groups.shape)}"
+        )
+    ids = groups.detach().long()
+    if torch.compiler.is_compiling():
+        if count is None:
+            raise OptionError("expected count=, the number of groups, in a compiled graph")
+        return ids, count
+    least, most = (int(end) for end in ids.aminmax()) if samples else (0, -1)
+    if count is None:
+        count = max(most + 1, 1)
+    if least < 0 or most >= count:
+        raise OptionError(f"expected group ids from 0 to {count - 1}, got {least} to {most}")
+    return ids, count

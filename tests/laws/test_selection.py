@@ -1,0 +1,372 @@
+"""Weights per element and groups of samples, against an oracle that shares no code with us."""
+
+import contextlib
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import batchnorm as bn
+from batchnorm.errors import BatchNormError
+from batchnorm.functional import normalize
+from batchnorm.ops.activations import activation
+from batchnorm.ops.backends.choice import SELECTING
+from support import oracle
+
+# Shape, channel axis, and whether the channels lie innermost in memory.
+SHAPES = {
+    "dense": ((23, 5), 1, False),
+    "sequence": ((7, 3, 19), 1, False),
+    "image": ((6, 4, 5, 7), 1, False),
+    "channels last": ((6, 4, 5, 7), 1, True),
+    "features last": ((5, 9, 6), 2, False),
+    "channels first": ((3, 8, 11), 0, False),
+    "few channels": ((9, 2, 33), 1, True),
+    "one channel": ((12, 1, 40), 1, False),
+}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+KINDS = ("mask", "weights", "groups", "mask and groups", "weights and groups")
+BACKENDS = list(SELECTING)
+
+
+class Case:
+    """An input with weights and group ids; what does not count is NaN."""
+
+    def __init__(self, name, kind, dtype=torch.float64, offset=0.0, seed=0):
+        torch.manual_seed(seed)
+        self.shape, self.axis, last = SHAPES[name]
+        self.samples = self.shape[0 if self.axis else 1]
+        channels = self.shape[self.axis]
+        others = [size for i, size in enumerate(self.shape) if i != self.axis]
+        self.weights = self.ids = self.mask = None
+        self.groups = None
+        if "mask" in kind:
+            self.mask = torch.rand(others) < 0.6
+        if "weights" in kind:
+            self.weights = torch.rand(others, dtype=torch.float64).float() * 3
+            self.weights[torch.rand(others) < 0.3] = 0
+        if "groups" in kind:
+            # Group 1 is empty; of the last there is one sample.
+            self.ids = torch.tensor([0, 2, 3])[torch.arange(self.samples) * 7 % 3]
+            self.ids[self.samples // 2] = 4
+            if len(others) == 1:
+                self.ids[0] = 4
+            self.groups = 5
+        self.give_no_group_a_single_value()
+        self.x, self.dy, self.residual = (self.tensor(dtype, offset * i, last) for i in (1, 0, 0))
+        self.weight, self.bias = torch.randn(2, channels).double().unbind()
+
+    def give_no_group_a_single_value(self):
+        for group in range(self.groups or 1):
+            samples = torch.ones(self.samples) > 0 if self.ids is None else self.ids == group
+            for weights in (self.mask, self.weights):
+                if weights is not None and int((weights[samples] > 0).sum()) == 1:
+                    weights[samples] = 1
+
+    def tensor(self, dtype, offset, last):
+        values = (torch.randn(self.shape, dtype=torch.float64) * 2 + offset).to(dtype)
+        counted = self.counted()
+        if counted is not None:
+            values = torch.where(counted, values, torch.nan)
+        if last:
+            values = values.movedim(self.axis, -1).contiguous().movedim(-1, self.axis)
+        return values
+
+    def counted(self):
+        if self.mask is None and self.weights is None:
+            return None
+        return (self.mask if self.mask is not None else self.weights > 0).unsqueeze(self.axis)
+
+    def chosen(self):
+        return {
+            "mask": self.mask,
+            "weights": self.weights,
+            "groups": self.ids,
+            "count": self.groups,
+        }
+
+    def expected(self, act=("identity", 0.0), adds=False):
+        """The oracle's y and gradients, in the input's own numbers."""
+        numbers = [t.double().numpy() for t in (self.x, self.dy, self.residual)]
+        return oracle.selected(
+            *numbers[:2],
+            self.axis,
+            self.ids if self.ids is None else self.ids.numpy(),
+            self.groups or 1,
+            next((w.double().numpy() for w in (self.mask, self.weights) if w is not None), None),
+            self.weight.numpy(),
+            self.bias.numpy(),
+            numbers[2] if adds else None,
+            act,
+        )
+
+
+def run(case, act=None, adds=False):
+    x, residual = (t.clone().requires_grad_() for t in (case.x, case.residual))
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight, bias = (t.to(wide).requires_grad_() for t in (case.weight, case.bias))
+    y, moments = normalize(
+        x,
+        weight,
+        bias,
+        residual=residual if adds else None,
+        activation=act,
+        axis=case.axis,
+        **case.chosen(),
+    )
+    # A cotangent under a mask may be anything.
+    y.backward(case.dy)
+    return y.detach(), moments, x.grad, weight.grad, bias.grad, residual.grad
+
+
+def assert_like_the_oracle(case, found, expected, act, adds):
+    y, moments, dx, dweight, dbias, dresidual = found
+    dtype = case.x.dtype
+    n = case.x.numel() // case.x.shape[case.axis]
+    ratio = float(np.max(np.abs(expected.mean) / np.sqrt(expected.var + 1e-5)))
+    # Bounds are of one normalization; rstd reaches 300 where a group's variance is small.
+    size = float(1 + np.abs(expected.scale).max()) * 4
+    allowed = oracle.tolerance(dtype, n, ratio, size)
+    oracle.assert_close(y.double(), expected.y, allowed, "y")
+    oracle.assert_close(dx.double(), expected.dx, allowed, "dx")
+    if adds:
+        oracle.assert_close(dresidual.double(), expected.dz, allowed, "dresidual")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    many = oracle.tolerance(wide, n, ratio, size * n**0.5 * 4)
+    oracle.assert_close(dweight.double(), expected.dweight, many, "dweight")
+    oracle.assert_close(dbias.double(), expected.dbias, many, "dbias")
+    shape = moments.mean.shape
+    assert shape == ((case.groups, len(case.weight)) if case.groups else (len(case.weight),))
+    statistics = oracle.tolerance(wide, n, ratio, 1 + ratio)
+    mean = expected.mean if case.groups else expected.mean[0]
+    var = expected.var if case.groups else expected.var[0]
+    oracle.assert_close(moments.mean.double(), mean, statistics, "mean")
+    count = torch.as_tensor(moments.count).double()
+    oracle.assert_close(
+        (moments.m2 / count.clamp_min(1e-300)).double() * (count > 0), var, statistics, "variance"
+    )
+
+
+# Each shape with each kind, and each of the two with each dtype.
+PAIRS = [
+    pytest.param(name, kind, DTYPES[(i + j) % 4], id=f"{name}-{kind}-{DTYPES[(i + j) % 4]}")
+    for i, name in enumerate(SHAPES)
+    for j, kind in enumerate(KINDS)
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("name", "kind", "dtype"), PAIRS)
+def test_outputs_and_gradients_are_those_of_the_textbook(name, kind, dtype, backend):
+    case = Case(name, kind, dtype)
+    acts = itertools.cycle(["identity", "relu", "silu", "gelu", "leaky_relu", "relu6"])
+    number = list(SHAPES).index(name) + KINDS.index(kind)
+    chosen = activation(next(itertools.islice(acts, number, None)))
+    act, adds = (chosen.name, chosen.slope), bool(number % 2)
+    expected = case.expected(act, adds)
+    margin = 1e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-5
+    counted = np.ones(case.shape, bool) if case.counted() is None else case.counted().numpy()
+    counted = np.broadcast_to(counted, case.shape)
+    if not oracle.far_from_kinks(act[0], expected.z[counted], margin):
+        act, chosen = ("identity", 0.0), None
+        expected = case.expected(act, adds)
+    # The native kernels decline groups where the channels are the outermost axis.
+    by_name = contextlib.nullcontext() if name == "channels first" else bn.use_backend(backend)
+    with by_name:
+        found = run(case, chosen, adds)
+    assert_like_the_oracle(case, found, expected, act, adds)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["sequence", "dense", "channels last"])
+def test_a_large_mean_costs_no_digits(name, kind, backend):
+    case = Case(name, kind, torch.float32, offset=1e4)
+    with bn.use_backend(backend):
+        moments = bn.Moments(*run(case)[1])
+    expected = case.expected()
+    var = expected.var if case.groups else expected.var[0]
+    count = torch.as_tensor(moments.count).clamp_min(1e-300)
+    several = np.asarray(torch.as_tensor(moments.count).expand_as(moments.m2)) > 1
+    error = np.abs((moments.m2 / count).numpy() - var)[several] / np.asarray(var)[several]
+    assert error.size and error.max() < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_two_threads_give_the_bits_of_one(dtype, kind, backend):
+    torch.manual_seed(0)
+    for shape, last in (((16, 24, 20, 20), False), ((16, 24, 20, 20), True), ((2048, 40), False)):
+        case = Case("dense", "none", dtype)
+        case.shape, case.axis, case.samples = shape, 1, shape[0]
+        others = (shape[0], *shape[2:])
+        if "mask" in kind:
+            case.mask = torch.rand(others) < 0.7
+        if "weights" in kind:
+            case.weights = torch.rand(others)
+        if "groups" in kind:
+            case.ids, case.groups = torch.randint(0, 5, (shape[0],)), 6
+            case.ids[torch.rand(shape[0]) < 0.5] = 3
+        case.x, case.dy, case.residual = (case.tensor(dtype, 0.5, last) for _ in range(3))
+        case.weight, case.bias = torch.randn(2, shape[1]).double().unbind()
+        found = []
+        before = torch.get_num_threads()
+        try:
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                with bn.use_backend(backend):
+                    found.append(run(case, "relu", adds=True))
+        finally:
+            torch.set_num_threads(before)
+        for one, two in zip(*found, strict=True):
+            for a, b in zip(one, two) if isinstance(one, tuple) else [(one, two)]:
+                assert torch.equal(torch.as_tensor(a), torch.as_tensor(b)), shape
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("act", [None, "silu"])
+def test_gradients_of_gradients(kind, act):
+    case = Case("sequence", kind)
+    case.x, case.residual = (t[:, :2, :4].nan_to_num(0.7) for t in (case.x, case.residual))
+    case.shape = (7, 2, 4)
+    for name in ("mask", "weights"):
+        if getattr(case, name) is not None:
+            setattr(case, name, getattr(case, name)[:, :4])
+    given = [t.clone().requires_grad_() for t in (case.x, case.weight[:2], case.bias[:2])]
+    given.append(case.residual.clone().requires_grad_())
+
+    def function(x, weight, bias, residual):
+        rest = {"residual": residual, "activation": act, **case.chosen()}
+        return normalize(x, weight, bias, **rest)[0]
+
+    assert torch.autograd.gradcheck(function, given)
+    assert torch.autograd.gradgradcheck(function, given)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transforms_of_torch_func_give_the_gradient_of_autograd(kind):
+    case = Case("sequence", kind)
+    x = case.x.nan_to_num(3.0)
+    weight, bias = case.weight, case.bias
+
+    def loss(x, weight, bias):
+        y, _ = normalize(x, weight, bias, activation="silu", **case.chosen())
+        return (y * y).sum()
+
+    given = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    expected = torch.autograd.grad(loss(*given), given)
+    found = torch.func.grad(loss, argnums=(0, 1, 2))(x, weight, bias)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    tangent = torch.randn_like(x)
+    _, forward = torch.func.jvp(lambda x: loss(x, weight, bias), (x,), (tangent,))
+    torch.testing.assert_close(forward, (expected[0] * tangent).sum(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_layer_computes_what_the_eager_one_does(kind):
+    torch.compiler.reset()
+    case = Case("sequence", kind, torch.float32)
+    chosen = {**case.chosen(), "activation": "relu"}
+
+    def step(x):
+        return normalize(x, case.weight.float(), case.bias.float(), **chosen)[0]
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for function in (step, compiled):
+        x = case.x.clone().requires_grad_()
+        y = function(x)
+        y.backward(case.dy)
+        if function is step:
+            expected, gradient = y.detach(), x.grad
+    torch.testing.assert_close(y.detach(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x.grad, gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_groups_of_a_batch_are_batches_of_their_own():
+    layer = bn.BatchNorm2d(4, activation="relu")
+    x, ids = torch.randn(9, 4, 3, 5), torch.tensor([2, 0, 0, 2, 1, 1, 2, 0, 1])
+    y = layer(x, groups=ids)
+    for group in range(3):
+        alone = bn.BatchNorm2d(4, activation="relu")(x[ids == group])
+        torch.testing.assert_close(y[ids == group], alone)
+    together = bn.BatchNorm2d(4)
+    together(x)
+    for name, buffer in together.named_buffers():
+        torch.testing.assert_close(dict(layer.named_buffers())[name], buffer)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_each_group_may_have_statistics_and_parameters_of_its_own(training):
+    x, ids = torch.randn(8, 3, 5), torch.tensor([0, 1, 2, 1, 0, 2, 2, 0])
+    weight, bias, mean = (torch.randn(3, 3, requires_grad=i < 2) for i in range(3))
+    var = torch.rand(3, 3) + 0.5
+    source = bn.Batch() if training else bn.Frozen()
+    given = {"mean": mean, "var": var, "statistics": source}
+    y, _ = normalize(x, weight, bias, groups=ids, count=3, **given)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    for group in range(3):
+        row = {"mean": mean[group], "var": var[group], "statistics": source}
+        alone, _ = normalize(x[ids == group], weight[group], bias[group], **row)
+        torch.testing.assert_close(y[ids == group], alone)
+        torch.testing.assert_close(bias.grad[group], dy[ids == group].sum((0, 2)))
+
+
+def test_lengths_are_the_mask_of_the_first_steps():
+    x, lengths = torch.randn(4, 3, 6), torch.tensor([6, 0, 3, 1])
+    layers = [bn.BatchNorm1d(3) for _ in range(2)]
+    mask = torch.arange(6) < lengths[:, None]
+    x[~mask[:, None].expand_as(x)] = torch.nan
+    assert torch.equal(layers[0](x, lengths=lengths), layers[1](x, mask=mask))
+    assert torch.equal(layers[0].running_var, layers[1].running_var)
+    images = torch.randn(2, 3, 4, 5)
+    y = bn.BatchNorm2d(3)(images, lengths=torch.tensor([5, 2]))
+    assert not y[1, :, :, 2:].any() and y[1, :, :, :2].all()
+
+
+def test_an_empty_group_and_a_group_without_weight_change_nothing():
+    x, ids = torch.randn(6, 3, 4), torch.tensor([0, 0, 2, 2, 3, 3])
+    weights = torch.ones(6, 4)
+    weights[2:4] = 0
+    y, moments = normalize(x, groups=ids, count=5, weights=weights)
+    assert moments.count.flatten().tolist() == [8, 0, 0, 8, 0]
+    assert not y[2:4].any() and y.isfinite().all()
+    merged = bn.merge(*(bn.Moments(*(part[i] for part in moments)) for i in range(5)))
+    torch.testing.assert_close(merged.mean.float(), x[[0, 1, 4, 5]].mean((0, 2)))
+
+
+BAD = {
+    "a group of one value": ({"groups": torch.tensor([0, 0, 1])}, "one in group 1"),
+    "too few ids": ({"groups": torch.tensor([0, 0])}, "one id per sample"),
+    "ids that are no integers": ({"groups": torch.zeros(3)}, "one id per sample"),
+    "a negative id": ({"groups": torch.tensor([0, -1, 0])}, "group ids from 0"),
+    "an id past the count": ({"groups": torch.tensor([0, 2, 0]), "count": 2}, "from 0 to 1"),
+    "a count without ids": ({"count": 2}, "expected groups="),
+    "a negative weight": ({"weights": torch.tensor([1.0, -1, 1])}, "weights >= 0"),
+    "an infinite weight": ({"weights": torch.tensor([1.0, torch.inf, 1])}, "finite"),
+    "mask and weights": (
+        {"weights": torch.ones(3), "mask": torch.ones(3) > 0},
+        "a mask or weights, got both",
+    ),
+    "lengths of dense inputs": ({"lengths": torch.tensor([1, 1, 1])}, "integer lengths"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_raises_and_says_what_was_expected(name):
+    chosen, message = BAD[name]
+    with pytest.raises(BatchNormError, match=message):
+        normalize(torch.randn(3, 2), **chosen)
+
+
+def test_a_refused_call_changes_no_statistic():
+    layer = bn.BatchNorm1d(2)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(BatchNormError):
+        layer(torch.randn(3, 2), groups=torch.tensor([0, 0, 1]))
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[name])
