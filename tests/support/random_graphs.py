@@ -56,7 +56,7 @@ class Builder:
     hooked: list[str] = field(default_factory=list)
     has_branch: bool = False
     returned: list[str] = field(default_factory=list)
-    dtype: str = "float32"
+    torch_only: bool = False
 
     def add(self, kind: str, part: nn.Module) -> str:
         name = f"{kind}{sum(one.startswith(kind) for one in self.parts)}"
@@ -72,6 +72,8 @@ class Builder:
         draw = self.random.random()
         eps = self.random.choice((1e-5, 1e-3))
         affine = self.random.random() < 0.85
+        if self.torch_only:
+            draw = 1.0
         if draw < 0.25:
             kinds = {1: bn.BatchNorm1d, 2: bn.BatchNorm2d}
             return self.add("norm", kinds[rank](count, eps=eps, affine=affine))
@@ -265,7 +267,6 @@ def mixed(b: Builder) -> None:
     name = b.norm()
     b.say(f"x = self.{name}(self.{conv}(x.to(self.half)).to(self.whole))")
     b.legal.append(name)
-    b.dtype = "bfloat16"
 
 
 def with_residual(b: Builder) -> None:
@@ -444,11 +445,16 @@ class Around(nn.Module):
         return (x, *results)
 
 
-def block(draw: random.Random, channels: int, size: int, *, is_branched: bool) -> Builder:
+def block(
+    draw: random.Random, channels: int, size: int, *, is_branched: bool, torch_only: bool = False
+) -> Builder:
     """Draw the elements of one frame. In one that branches nothing is legal."""
-    b = Builder(draw, channels, size)
+    b = Builder(draw, channels, size, torch_only=torch_only)
     for _ in range(draw.randrange(1, 5)):
-        draw.choice(LEGAL if draw.random() < 0.65 else ILLEGAL)(b)
+        element = draw.choice(LEGAL if draw.random() < 0.65 else ILLEGAL)
+        if torch_only and element in (with_residual, mixed):
+            element = behind_convolution
+        element(b)
         if draw.random() < 0.7:
             b.activate()
     if is_branched:
@@ -459,15 +465,20 @@ def block(draw: random.Random, channels: int, size: int, *, is_branched: bool) -
     return b
 
 
-def graph(seed: int) -> Graph:
-    """Return the network of a seed."""
+def graph(seed: int, *, torch_only: bool = False) -> Graph:
+    """Return the network of a seed.
+
+    Args:
+        seed: Of everything that is drawn.
+        torch_only: Whether all layers are those of torch.nn, and in float32.
+    """
     draw = random.Random(seed)
     torch.manual_seed(seed)
     channels, size = draw.choice(CHANNELS), draw.choice((4, 5))
     x = torch.randn(draw.choice((1, 2, 3)), channels, size, size)
     parts, legal, illegal, sources = [], [], {}, []
     for number in range(draw.choice((1, 1, 2))):
-        b = block(draw, channels, size, is_branched=draw.random() < 0.12)
+        b = block(draw, channels, size, is_branched=draw.random() < 0.12, torch_only=torch_only)
         channels = b.channels
         part = Random(b)
         for name in b.hooked:
