@@ -31,6 +31,10 @@ IDENTITY: dict[str, tuple[str, ...]] = {
                     "machine"),
     "use/throughput": ("network", "shape", "batches", "regime", "machine"),
     "use/statistics": ("data", "batch", "seed", "method"),
+    "fold/graphs": ("first",),
+    "fold/peers": ("tool", "first"),
+    "fold/networks": ("network",),
+    "fold/time": ("network", "batch", "contender", "regime", "machine"),
 }  # fmt: skip
 HISTORY = "history"
 # What every row says, those of the history apart.

@@ -8,8 +8,8 @@ Pages are README.md, README.zh.md, docs/*.md and docs/decisions/*.md. A table is
     <!-- rows: NAME -->
     <!-- /rows -->
 
-by the function of that name in ``tables.py``, ``layers.py`` or ``tables_of_use.py``. A figure in
-running text is written between the comments of
+by the function of that name in ``tables.py``, ``layers.py``, ``tables_of_use.py`` or
+``tables_of_folding.py``. A figure in running text is written between the comments of
 
     <!--row networks network=resnet50 regime=kept contender=converted : ratio-->1.35×<!--/row-->
 
@@ -30,6 +30,7 @@ from pathlib import Path
 import inline
 import layers
 import tables
+import tables_of_folding
 import tables_of_use
 import typed
 from batchnorm.benchmark.rows import code_hash
@@ -44,6 +45,7 @@ BLOCKS: dict[str, Callable[[Rows], str]] = {
     **tables.BLOCKS,
     **layers.BLOCKS,
     **tables_of_use.BLOCKS,
+    **tables_of_folding.BLOCKS,
 }
 REPAIR = "run `python benchmarks/figures.py`"
 

@@ -5,9 +5,9 @@
 
 The graphs are those of ``fold_graphs.py`` with layers of torch.nn only, in float32; a row is a
 chunk of 20. A tool is given the model in eval mode and an example. A graph that it cannot trace or
-export, or that raises afterwards, has crashed, and its normalizations are left. A result is wrong if
-an output differs from the model's by more than a thousandth of its largest value. ``torchao`` and
-``onnxruntime`` are needed.
+export, or that raises afterwards, has crashed, and its normalizations are left. A result is wrong
+if an output differs from the model's by more than a thousandth of its largest value. ``torchao``
+and ``onnxruntime`` with ``onnxscript`` are needed.
 """
 
 import argparse
@@ -76,6 +76,7 @@ def torchao(model: nn.Module, x: Tensor) -> Result:
 def onnxruntime(model: nn.Module, x: Tensor) -> Result:
     import onnx
     import onnxruntime as ort
+    from onnxscript import optimizer
 
     def count(path: Path) -> int:
         return sum(node.op_type == "BatchNormalization" for node in onnx.load(path).graph.node)
@@ -83,7 +84,10 @@ def onnxruntime(model: nn.Module, x: Tensor) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         plain, optimized = Path(folder) / "plain.onnx", Path(folder) / "optimized.onnx"
         with contextlib.redirect_stdout(io.StringIO()):
-            torch.onnx.export(model, (x,), plain, dynamo=True, optimize=False, verbose=False)
+            exported = torch.onnx.export(model, (x,), dynamo=True, optimize=False, verbose=False)
+        # The exporter's own optimizer would fold before onnxruntime sees the graph.
+        optimizer.fold_constants(exported.model)
+        exported.save(plain)
         options = ort.SessionOptions()
         options.optimized_model_filepath = str(optimized)
         options.log_severity_level = 4

@@ -1,0 +1,73 @@
+"""The tables of docs/fold.md: networks, random graphs, and other tools."""
+
+import statistics
+from collections.abc import Callable
+
+from cited import Row, Rows
+from tables import around, markdown
+
+TOOLS = {
+    "batchnorm": "`bn.fold`",
+    "fx.fuse": "`torch.fx` `fuse`",
+    "torchao": "torchao `_fuse_conv_bn_`",
+    "onnxruntime": "onnxruntime",
+}
+
+
+def fold_networks(rows: Rows) -> str:
+    """Return what is left of the batch norms of each network, and the error of the fold."""
+    everything = rows.every("fold/networks", {})
+    lines = []
+    for row in everything:
+        rows.one("fold/networks", {"network": row["network"]})
+        peers = [_left(row[f"left_{tool}"]) for tool in ("fx", "onnxruntime")]
+        lines.append(
+            [row["network"], row["norms"], row["left"], *peers, f"{row.number('ratio'):.2f}"]
+        )
+    ratios = [row.number("ratio") for row in everything]
+    head = ["network", "batch norms", "left", "left by fx", "left by onnxruntime", "error"]
+    middle, worst = f"{statistics.median(ratios):.2f}", f"{max(ratios):.2f}"
+    summary = f"Ratio of errors: median {middle}, largest {worst}."
+    return f"{around(everything)}\n\n{markdown(head, 1, lines)}\n\n{summary}"
+
+
+def _left(text: str) -> str:
+    return "–" if text == "fails" else text
+
+
+def fold_graphs(rows: Rows) -> str:
+    """Return the counts of all random graphs."""
+    everything = rows.every("fold/graphs", {})
+    names = ("graphs", "legal", "folded", "missed", "illegal", "trespassed", "wrong", "crashed",
+             "changed")  # fmt: skip
+    head = ["graphs", "can be folded", "folded", "missed", "cannot be", "folded nevertheless",
+            "outputs wrong", "crashed", "not undone"]  # fmt: skip
+    counts = [f"{_sum(everything, name):,}" for name in names]
+    return f"{around(everything)}\n\n{markdown(head, 0, [counts])}"
+
+
+def fold_peers(rows: Rows) -> str:
+    """Return what each tool made of the same random graphs."""
+    everything = rows.every("fold/peers", {})
+    lines = []
+    for tool, title in TOOLS.items():
+        some = [row for row in everything if row["tool"] == tool]
+        if some:
+            names = ("graphs", "wrong", "crashed", "folded", "left")
+            counts = [f"{_sum(some, name):,}" for name in names]
+            lines.append([title, some[0]["version"], *counts])
+    legal = _sum([row for row in everything if row["tool"] == "batchnorm"], "legal")
+    head = ["tool", "version", "graphs", "wrong", "crashed", "batch norms folded", "left"]
+    table = markdown(head, 2, lines)
+    return f"{around(everything)}\n\n{table}\n\n{legal:,} of the batch norms can be folded."
+
+
+def _sum(rows: list[Row], column: str) -> int:
+    return sum(int(row[column]) for row in rows)
+
+
+BLOCKS: dict[str, Callable[[Rows], str]] = {
+    "fold_networks": fold_networks,
+    "fold_graphs": fold_graphs,
+    "fold_peers": fold_peers,
+}
