@@ -1,0 +1,32 @@
+"""Twenty networks: what bn.fold leaves of their batch normalizations, and the error of the rest."""
+
+import copy
+
+import pytest
+import torch
+
+import batchnorm as bn
+from batchnorm.models.trees import tensors_in
+from support.fold_networks import NETWORKS, build
+
+pytestmark = pytest.mark.slow
+
+# Behind a concatenation that others read, and beside a convolution of the same tensor.
+LEFT = {"DenseNet-121": 62, "RepVGG": 17, "MobileOne": 35}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network(name):
+    model, x = build(name)
+    exact = list(tensors_in(copy.deepcopy(model).double()(x.double())))
+    before = list(tensors_in(model(x)))
+    done = bn.fold(model, x)
+    assert len(done.report.left) == LEFT.get(name, 0), done.report
+    with torch.no_grad():
+        after = list(tensors_in(model(x)))
+    errors = [
+        sum((a - b.double()).square().sum() for a, b in zip(exact, found, strict=True)).sqrt()
+        for found in (before, after)
+    ]
+    assert errors[1] <= 4 * errors[0]
