@@ -54,7 +54,6 @@ class Builder:
     legal: list[str] = field(default_factory=list)
     illegal: dict[str, str] = field(default_factory=dict)
     hooked: list[str] = field(default_factory=list)
-    has_branch: bool = False
     returned: list[str] = field(default_factory=list)
     torch_only: bool = False
 
@@ -281,10 +280,6 @@ def with_residual(b: Builder) -> None:
 # Illegal elements: each breaks one condition.
 
 
-def _break(b: Builder, name: str, why: str) -> None:
-    b.illegal[name] = why
-
-
 def consumed_twice(b: Builder) -> None:
     conv = b.conv()
     name = b.norm()
@@ -292,7 +287,7 @@ def consumed_twice(b: Builder) -> None:
         f"y = self.{conv}(x)",
         f"x = self.{name}(y) + {b.random.choice(('y', 'y.tanh()', 'y.mean()'))}",
     )
-    _break(b, name, "its input is read elsewhere")
+    b.illegal[name] = "its input is read elsewhere"
 
 
 def shared_layer(b: Builder) -> None:
@@ -300,12 +295,12 @@ def shared_layer(b: Builder) -> None:
     one, two = b.norm(), b.norm()
     if b.random.random() < 0.5:
         b.say(f"x = self.{one}(self.{conv}(x)).relu()", f"x = self.{two}(self.{conv}(x))")
-        _break(b, two, "its layer is used twice")
+        b.illegal[two] = "its layer is used twice"
     else:
         b.say(f"x = self.{one}(self.{conv}(x)).relu()", f"x = self.{conv}(x)")
         del b.parts[two]
     b.activate()
-    _break(b, one, "its layer is used twice")
+    b.illegal[one] = "its layer is used twice"
 
 
 def shared_norm(b: Builder) -> None:
@@ -313,7 +308,7 @@ def shared_norm(b: Builder) -> None:
     name = b.norm()
     b.say(f"x = self.{name}(self.{one}(x)).relu()", f"x = self.{name}(self.{two}(x))")
     b.activate()
-    _break(b, name, "it is used twice")
+    b.illegal[name] = "it is used twice"
 
 
 def behind_activation(b: Builder) -> None:
@@ -322,7 +317,7 @@ def behind_activation(b: Builder) -> None:
     b.say(f"x = self.{name}(self.{conv}(x).{b.random.choice(('tanh()', 'relu_()', 'abs()'))})")
     # What follows must not be a layer that could take it.
     b.activate()
-    _break(b, name, "an activation is between")
+    b.illegal[name] = "an activation is between"
 
 
 def another_axis(b: Builder) -> None:
@@ -333,7 +328,7 @@ def another_axis(b: Builder) -> None:
     name = b.add("norm", nn.BatchNorm1d(length))
     b.say("t = x.flatten(2).transpose(1, 2)", f"t = self.{name}(self.{linear}(t)).relu()")
     b.say(f"t = self.{back}(t)", "x = t.transpose(1, 2).reshape(x.shape)")
-    _break(b, name, "the channels are on another axis")
+    b.illegal[name] = "the channels are on another axis"
 
 
 def zero_padded(b: Builder) -> None:
@@ -342,7 +337,7 @@ def zero_padded(b: Builder) -> None:
     name = b.norm()
     conv = _plain_conv(b)
     b.say(f"x = self.{conv}(self.{name}(x))")
-    _break(b, name, "the shift is none where zeros are padded")
+    b.illegal[name] = "the shift is none where zeros are padded"
 
 
 def hooks(b: Builder) -> None:
@@ -350,7 +345,7 @@ def hooks(b: Builder) -> None:
     name = b.norm()
     b.say(f"x = self.{name}(self.{conv}(x))", "x = F.relu(x)")
     b.hooked.append(b.random.choice((conv, name)))
-    _break(b, name, "a hook sees a tensor between")
+    b.illegal[name] = "a hook sees a tensor between"
 
 
 def returned(b: Builder) -> None:
@@ -360,7 +355,7 @@ def returned(b: Builder) -> None:
     b.say(f"{variable} = self.{conv}(x)", f"x = self.{name}({variable})")
     b.activate()
     b.returned.append(variable)
-    _break(b, name, "its input is returned")
+    b.illegal[name] = "its input is returned"
 
 
 def branch(b: Builder) -> None:
@@ -371,22 +366,21 @@ def branch(b: Builder) -> None:
         (f"self.{conv}(x)", f"self.{name}(x)", f"x + self.{conv}.weight.sum()", "x")
     )
     b.say(f"x = self.{name}(self.{conv}(x)) if x.abs().mean() < 1e6 else {other}")
-    _break(b, name, "Python branches in its frame")
-    b.has_branch = True
+    b.illegal[name] = "Python branches in its frame"
 
 
 def part_written(b: Builder) -> None:
     conv = b.conv()
     name = b.norm()
     b.say(f"y = self.{conv}(x)", "y[:, 0] = y[:, 0].tanh()", f"x = self.{name}(y)", "x = F.relu(x)")
-    _break(b, name, "a part of its input is written to")
+    b.illegal[name] = "a part of its input is written to"
 
 
 def trained(b: Builder) -> None:
     conv = b.conv()
     name = b.add("norm", nn.BatchNorm2d(b.channels, track_running_stats=False))
     b.say(f"x = self.{name}(self.{conv}(x))", "x = F.relu(x)")
-    _break(b, name, "it normalizes by the batch")
+    b.illegal[name] = "it normalizes by the batch"
 
 
 def computed_weight(b: Builder) -> None:
@@ -397,7 +391,7 @@ def computed_weight(b: Builder) -> None:
         f"y = F.conv2d(x, self.{conv}.weight.tanh(), self.{conv}.bias, padding=1, groups={groups})"
     )
     b.say(f"x = self.{name}(y)", "x = F.relu(x)")
-    _break(b, name, "its layer's weight is computed")
+    b.illegal[name] = "its layer's weight is computed"
 
 
 LEGAL = (behind_convolution,) * 3 + (

@@ -116,6 +116,26 @@ def throughput():
         yield timed(cell) | {"plain_seconds": 0.07, "calibrate_seconds": 0.11}
 
 
+def fold_networks():
+    for name, left in (("ResNet-50", "0"), ("LeViT", "fails")):
+        peers = {"left_fx": left, "left_onnxruntime": "wrong"}
+        errors = {"error_unfolded": "1e-6", "error_folded": "1e-6", "ratio": "1.000"}
+        yield {"network": name, "norms": "53", "left": "0", **peers, **errors, **AROUND}
+
+
+COUNTS = ("graphs", "legal", "illegal", "folded", "wrong", "crashed", "missed", "trespassed",
+          "changed", "left")  # fmt: skip
+
+
+def fold_graphs():
+    yield {"first": "0", **dict.fromkeys(COUNTS, "500"), **AROUND}
+
+
+def fold_peers():
+    for tool in ("batchnorm", "torchao"):
+        yield {"tool": tool, "version": "1", "first": "0", **dict.fromkeys(COUNTS, "20"), **AROUND}
+
+
 FILES = {
     "networks/rows.csv": networks,
     "networks/inside.csv": inside,
@@ -125,6 +145,9 @@ FILES = {
     "calibration/rows.csv": calibration,
     "use/statistics.csv": statistics_of_use,
     "use/throughput.csv": throughput,
+    "fold/networks.csv": fold_networks,
+    "fold/graphs.csv": fold_graphs,
+    "fold/peers.csv": fold_peers,
 }
 
 
