@@ -43,7 +43,7 @@ def fold_graphs(rows: Rows) -> str:
     head = ["graphs", "can be folded", "folded", "missed", "cannot be", "folded nevertheless",
             "outputs wrong", "crashed", "not undone"]  # fmt: skip
     counts = [f"{_sum(everything, name):,}" for name in names]
-    return f"{around(everything)}\n\n{markdown(head, 0, [counts])}"
+    return f"{around(everything)}\n\n{markdown(head, 1, [counts])}"
 
 
 def fold_peers(rows: Rows) -> str:
