@@ -8,10 +8,10 @@ Pages are README.md, README.zh.md, docs/*.md and docs/decisions/*.md. A table is
     <!-- rows: NAME -->
     <!-- /rows -->
 
-by the function of that name in ``tables.py``, ``layers.py``, ``tables_of_use.py`` or
-``tables_of_folding.py``. A figure in running text is written between the comments of
+by the function of that name in ``tables.py``, ``layers.py`` or one of
+``tables_of_*.py``. A figure in running text is written between the comments of
 
-    <!--row networks network=resnet50 regime=kept contender=converted : ratio-->1.35×<!--/row-->
+    <!--row networks network=resnet50 size=160 regime=kept contender=converted : ratio-->1.35×<!--/row-->
 
 (``inline.py`` says what a marker may ask for). Neither comment may begin a line: Markdown would
 take the line for HTML.
@@ -31,6 +31,7 @@ import inline
 import layers
 import tables
 import tables_of_folding
+import tables_of_networks
 import tables_of_use
 import typed
 from batchnorm.benchmark.rows import code_hash
@@ -43,6 +44,7 @@ INLINE = re.compile(rf"<!--row (?P<spec>(?:(?!-->).)*)-->{INSIDE}<!--/row-->", r
 LOOSE = re.compile(r"<!--\s*/?rows?\b")
 BLOCKS: dict[str, Callable[[Rows], str]] = {
     **tables.BLOCKS,
+    **tables_of_networks.BLOCKS,
     **layers.BLOCKS,
     **tables_of_use.BLOCKS,
     **tables_of_folding.BLOCKS,

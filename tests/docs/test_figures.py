@@ -10,7 +10,7 @@ import typed
 from cited import CitationError, Rows
 from support import synthetic_rows
 
-CONVERTED = "networks network=resnet50 regime=kept contender=graph"
+CONVERTED = "networks network=resnet50 size=160 regime=kept contender=graph"
 README = f"""# Library
 
 A step takes <!--row {CONVERTED} : ratio-->…<!--/row--> less, with 95 % confidence.
@@ -273,7 +273,7 @@ def test_a_range_needs_every_row_of_it(root):
         inline.text(f"{SEVERAL} : range ratio", Rows(root / "benchmarks" / "data"))
 
 
-SEVERAL = "networks network=resnet50 network=mobilenet_v2 regime=kept layout=nchw layout=channels_last contender=graph"
+SEVERAL = "networks network=resnet50 size=160 network=mobilenet_v2 regime=kept layout=nchw layout=channels_last contender=graph"
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ SEVERAL = "networks network=resnet50 network=mobilenet_v2 regime=kept layout=nch
             "100 µs",
         ),
         (
-            'networks network="resnet50" regime=kept contender="graph" : ratio',
+            'networks network="resnet50" size=160 regime=kept contender="graph" : ratio',
             r"\d\.\d\d×",
         ),
     ],

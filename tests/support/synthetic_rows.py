@@ -8,6 +8,7 @@ from pathlib import Path
 
 import layers
 import tables
+import tables_of_networks as nets
 
 AROUND = {
     "allocator": "glibc",
@@ -41,21 +42,21 @@ def network(cell, contender, regime):
     return timed(row) | numbers
 
 
-CONTENDERS = ("eager", "layers", "graph", "save_memory")
+CONTENDERS = ("eager", "layers", "dynamo", "graph", "save_memory")
 
 
 def networks():
-    for cell in tables.NETWORKS:
+    for cell in nets.NETWORKS:
         for contender, regime in itertools.product(CONTENDERS, tables.REGIMES):
             yield network(cell, contender, regime)
 
 
 def ablation():
-    for cell in tables.ABLATED:
-        for contender, regime in itertools.product(tables.PARTS, tables.REGIMES):
+    for cell in nets.ABLATED:
+        for contender, regime in itertools.product(nets.PARTS, tables.REGIMES):
             yield network(cell, contender, regime)
     for (net, mode, layout, _), contender in itertools.product(
-        tables.ABLATED, ("eager", "layers", "converted")
+        nets.ABLATED, ("eager", "layers", "converted")
     ):
         if layout == "nchw":
             for threads, dtype in (("1", "bf16"), ("2", "fp32")):

@@ -1,0 +1,173 @@
+"""The tables of whole networks: what conversion and captured graphs are worth in each setting."""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+
+from cited import Row, Rows
+from inline import digits
+from tables import REGIMES, TITLES, WORDS, around, both, markdown, megabytes, ratio, seconds
+
+# A network is a name, a batch and a size; a cell is that, a mode, a layout and a number format.
+RESNET50, MOBILENET = ("resnet50", "8", "160"), ("mobilenet_v2", "8", "160")
+MLP, RESNET18 = ("mlp", "128", "32"), ("resnet18", "2", "32")
+EFFICIENTNET, DENSENET = ("efficientnet_b0", "8", "160"), ("densenet121", "8", "160")
+Cell = tuple[tuple[str, str, str], str, str, str]
+
+
+def training(*networks: tuple[str, str, str]) -> list[Cell]:
+    """Return the cells of training steps in float32, in both layouts but for the MLP."""
+    return [
+        (net, "train", layout, "fp32")
+        for net in networks
+        for layout in (("nchw",) if net == MLP else ("nchw", "channels_last"))
+    ]
+
+
+NETWORKS = training(RESNET50, MOBILENET, EFFICIENTNET, DENSENET, RESNET18, MLP)
+# Those that the ablation of conversion was measured with.
+ABLATED = training(RESNET50, MOBILENET, RESNET18, MLP)
+SAVING = [cell for cell in training(RESNET50, MOBILENET) if cell[2] == "nchw"]
+# What conversion consisted of before graphs were captured, in history/ablation.
+PARTS = [
+    "eager", "layers", "deferred", "sequences", "converted", "converted, pool off", "save_memory"
+]  # fmt: skip
+
+
+# No row in the regime "default".
+KEPT_ALONE = [(DENSENET, "train", "channels_last", "fp32")]
+SMALL = training(RESNET18, MLP)
+
+
+class Network:
+    """A cell of networks/rows.csv, or of a file of the same columns, which remembers its rows."""
+
+    def __init__(self, rows: Rows, cell: Cell, threads: str = "1", name: str = "networks") -> None:
+        (self.network, batch, size), self.mode, self.layout, self.dtype = cell
+        self.threads = threads
+        self.rows, self.name, self.cited = rows, name, list[Row]()
+        self.filters = {"network": self.network, "batch": batch, "size": size, "mode": self.mode,
+                        "layout": self.layout, "dtype": self.dtype, "threads": threads}  # fmt: skip
+        self.title = f"{TITLES[self.network]}, {batch} of {size}²"
+
+    def row(self, contender: str, regime: str) -> Row:
+        """Return the row of a contender."""
+        filters = {**self.filters, "contender": contender, "regime": regime}
+        self.cited.append(self.rows.one(self.name, filters))
+        return self.cited[-1]
+
+    def words(self) -> list[str]:
+        """Return the cell in words."""
+        return [self.title, WORDS[self.layout]]
+
+
+def networks(rows: Rows) -> str:
+    """Return what conversion and captured graphs gain in a training step, in both regimes."""
+    cells, lines = [Network(rows, cell) for cell in NETWORKS], []
+    for cell, key in zip(cells, NETWORKS, strict=True):
+        kept, default = (
+            [ratio(cell.row(name, regime)) for name in ("layers", "graph")]
+            if regime == "kept" or key not in KEPT_ALONE
+            else ["not measured"] * 2
+            for regime in ("kept", "default")
+        )
+        lines.append([*cell.words(), seconds(cell.row("eager", "kept"), "median"), *kept, *default])
+    head = ["training step", "layout", "eager, kept", *(
+        f"{name}, {regime}" for regime in ("kept", "default") for name in ("converted", "graph")
+    )]  # fmt: skip
+    return _with_place(head, cells, lines, 2)
+
+
+def small(rows: Rows) -> str:
+    """Return the graph of small networks beside torch's backend "eager", in both regimes."""
+    cells = [Network(rows, cell) for cell in SMALL]
+    lines = [
+        [*cell.words(), regime, *(ratio(cell.row(name, regime)) for name in ("dynamo", "graph"))]
+        for cell in cells
+        for regime in ("kept", "default")
+    ]
+    head = ["training step", "layout", "memory", 'torch\'s backend "eager"', "graph"]
+    return _with_place(head, cells, lines, 3)
+
+
+def inside(rows: Rows) -> str:
+    """Return what normalization, addition and activation take of a step of ResNet-50."""
+    cited, lines = [], []
+    for layout in ("nchw", "channels_last"):
+        for what in ("normalization, addition, activation", "training step"):
+            filters = {"what": what, "layout": layout}
+            pair = [
+                rows.one("networks/inside", {**filters, "contender": name})
+                for name in ("eager", "graph")
+            ]
+            cited += pair
+            times = [seconds(row, "median") for row in pair]
+            lines.append([WORDS[layout], what, *times, ratio(pair[1])])
+    head = ["layout", "time of", "eager", "graph", "graph / eager"]
+    return f"{around(cited)}\n\n{markdown(head, 2, lines)}"
+
+
+def ablation_more(rows: Rows) -> str:
+    """Return the contenders of the ablation in bfloat16 and on two threads, memory kept."""
+    cited, lines = [], []
+    for (network, batch, size), threads, dtype in itertools.product(
+        (RESNET50, MOBILENET, RESNET18, MLP), ("1", "2"), ("bf16", "fp32")
+    ):
+        if (threads == "2") is not (dtype == "fp32"):
+            continue
+        for name in ("eager", "layers", "converted"):
+            filters = {"network": network, "batch": batch, "size": size, "mode": "train",
+                       "layout": "nchw", "dtype": dtype, "threads": threads, "regime": "kept",
+                       "contender": name}  # fmt: skip
+            row = rows.one("history/ablation", filters)
+            cited.append(row)
+            title = f"{TITLES[network]}, {batch} of {size}²"
+            what = "bfloat16 autocast" if dtype == "bf16" else "two threads"
+            lines.append([title, what, name, seconds(row, "median"), ratio(row)])
+    head = ["network", "cell", "contender", "step", "× eager"]
+    return f"{around(cited)}\n\n{markdown(head, 3, lines)}"
+
+
+def saved(rows: Rows) -> str:
+    """Return what save_memory saves."""
+    cells, lines = [Network(rows, cell) for cell in SAVING], []
+    for cell in cells:
+        eager, saving = (cell.row(name, "kept") for name in ("eager", "save_memory"))
+        share = saving.number("saved_bytes") / eager.number("saved_bytes")
+        kept = [megabytes(row, "saved_bytes") for row in (eager, saving)]
+        names = ("eager", "graph", "save_memory")
+        peaks = [megabytes(cell.row(name, "kept"), "peak_bytes") for name in names]
+        lines.append([cell.title, *kept, f"{100 * share:.0f} %", *peaks, ratio(saving)])
+    head = ["training step", "saved for backward: torch", "graph, saving", "share",
+            "peak: torch", "graph", "graph, saving", "× eager, saving"]  # fmt: skip
+    return _with_place(head, cells, lines, 1)
+
+
+def ablation(rows: Rows) -> str:
+    """Return every contender that conversion consisted of, with page faults."""
+    cells, lines = [Network(rows, cell, name="history/ablation") for cell in ABLATED], []
+    for cell in cells:
+        for name in PARTS:
+            pair = [cell.row(name, regime) for regime in REGIMES]
+            faults = [digits(row.number("faults"), 0) for row in pair]
+            times = [seconds(row, "median") for row in pair]
+            lines.append([*cell.words(), name, *times, *map(ratio, pair), *faults])
+    head = ["network", "layout", "contender", *both("step"), *both("× eager"),
+            *both("page faults")]  # fmt: skip
+    return _with_place(head, cells, lines, 3)
+
+
+def _with_place(
+    head: Sequence[str], cells: list[Network], lines: list[list[str]], left: int
+) -> str:
+    place = around(row for cell in cells for row in cell.cited)
+    return f"{place}\n\n{markdown(head, left, lines)}"
+
+
+BLOCKS: dict[str, Callable[[Rows], str]] = {
+    "networks": networks,
+    "networks-small": small,
+    "saved": saved,
+    "ablation": ablation,
+    "ablation-more": ablation_more,
+    "inside": inside,
+}
