@@ -22,7 +22,8 @@ def assert_compiled_equals_eager(layer, x, residual=None):
         torch.testing.assert_close(got, wanted)
     assert twin.state_dict().keys() == layer.state_dict().keys()
     for name, value in layer.state_dict().items():
-        torch.testing.assert_close(twin.state_dict()[name], value, msg=name)
+        # In float64 estimators keep what float32 arithmetic has found.
+        torch.testing.assert_close(twin.state_dict()[name], value, rtol=2e-6, atol=1e-5, msg=name)
 
 
 X = torch.randn(6, 4, 3, 3) * 2 + 1

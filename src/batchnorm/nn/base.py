@@ -170,7 +170,7 @@ class Layer(Attributes):
             var,
             self.eps,
             self.axis,
-            self.num_batches_tracked,
+            self._buffers.get("num_batches_tracked"),  # frozen layers have none
             portable=not self.training,
         )
 
