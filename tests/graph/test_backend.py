@@ -233,7 +233,9 @@ def test_batch_norms_that_no_graph_has_run_are_unseen():
 def test_unknown_option_is_an_error_before_anything_is_captured():
     plain = Net(lambda m, x: one(m, x))
     other = torch.compile(plain, backend=bn.graph.backend, options={"inner": "nothing"})
-    with pytest.raises(Exception, match="expected no options for the torch.compile backend") as raised:
+    with pytest.raises(
+        Exception, match="expected no options for the torch.compile backend"
+    ) as raised:
         other(images())
     assert isinstance(raised.value, OptionError) or "OptionError" in str(raised.value)
 
