@@ -10,6 +10,11 @@ PAGES = sorted(ROOT.glob("docs/decisions/*.md"))
 PARTS = ("Status", "Context", "Decision", "Consequence")
 
 
+def test_numbers_are_in_a_row():
+    numbers = [int(page.name[:4]) for page in PAGES]
+    assert numbers == list(range(1, len(PAGES) + 1))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_decision_has_all_parts(page):
     text = page.read_text(encoding="utf-8")
