@@ -149,11 +149,14 @@ def forward(
     """
     weight, bias, residual, act = epilogue
     mean, var, counter, momentum = _NO_STEP if running is None else running
-    chosen = () if selection is WHOLE else _chosen(selection)
     rest = (mean, var, counter, CODES[act.name], act.slope, eps, momentum, _threads())
-    found = _native.forward(x, residual, weight, bias, axis, *rest, *chosen)
+    if selection is WHOLE:  # the call of small layers, which an empty second tuple would slow down
+        found = _native.forward(x, residual, weight, bias, axis, *rest)
+    else:
+        found = _native.forward(x, residual, weight, bias, axis, *rest, *_chosen(selection))
     if found is None:
-        found = _again(_native.forward, x, (residual,), (weight, bias), axis, *rest, *chosen)
+        rest_of = (*rest, *_chosen(selection))
+        found = _again(_native.forward, x, (residual,), (weight, bias), axis, *rest_of)
     if running is not None:
         moved = (running.mean, running.var)
         increment_version(moved if running.counter is None else (*moved, running.counter))
@@ -205,11 +208,14 @@ def backward(
     """Return the gradients of ``forward``: dx, dresidual, sum(dz), sum(dz * xhat)."""
     x, stats, beside, act, axis = saved
     residual, y = _beside(act, beside)
-    chosen = () if selection is WHOLE else _chosen(selection)
     rest = (CODES[act.name], act.slope, want_residual, _threads())
-    found = _native.backward(x, dy, residual, y, stats, axis, *rest, *chosen)
+    if selection is WHOLE:
+        found = _native.backward(x, dy, residual, y, stats, axis, *rest)
+    else:
+        found = _native.backward(x, dy, residual, y, stats, axis, *rest, *_chosen(selection))
     if found is None:
-        found = _again(_native.backward, x, (dy, residual, y), (stats,), axis, *rest, *chosen)
+        rest_of = (*rest, *_chosen(selection))
+        found = _again(_native.backward, x, (dy, residual, y), (stats,), axis, *rest_of)
     return found
 
 
