@@ -90,6 +90,8 @@ def onnxruntime(model: nn.Module, x: Tensor) -> Result:
         exported.save(plain)
         options = ort.SessionOptions()
         options.optimized_model_filepath = str(optimized)
+        # The level above makes depthwise convolutions of those that it does not fold.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.log_severity_level = 4
         session = ort.InferenceSession(plain, options)
         name = session.get_inputs()[0].name
