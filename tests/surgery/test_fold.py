@@ -286,12 +286,16 @@ def test_layers_of_several_names_are_copied_if_asked():
     assert left.report.folded == ("same.2",) and set(left.report.left) == {"one.1", "two.1"}
     left.unfold()
     assert_identical(before, everything(model))
-    done = bn.fold(model, x, shared="copy")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    parameters = [*map(id, optimizer.param_groups[0]["params"])]
+    done = bn.fold(model, x, shared="copy", optimizer=optimizer)
+    assert {*map(id, optimizer.param_groups[0]["params"])} == {*map(id, model.parameters())}
     assert set(done.report.folded) == {"one.1", "two.1", "same.0.1", "same.2"}, done
     assert model.two[0] is not model.one[0]
     assert "a copy of one.0" in str(done.edits)
     assert (copy.deepcopy(model).double()(x.double()) - expected).abs().max() < 1e-5
     done.unfold()
+    assert [*map(id, optimizer.param_groups[0]["params"])] == parameters
     assert_identical(before, everything(model))
     assert_unchanged(tensors, model)
 

@@ -65,6 +65,16 @@ class Copies:
                 parent, _, child = name.rpartition(".")
                 setattr(self._model.get_submodule(parent), child, copy.deepcopy(module))
 
+    def parameters(self) -> dict[nn.Parameter, nn.Parameter]:
+        """Return the parameters of the copies that are there, with those that they copy."""
+        found: dict[nn.Parameter, nn.Parameter] = {}
+        for name, _, module in self._made:
+            copied = self._model.get_submodule(name)
+            # Folded layers may have lost some; those that are left have the same names.
+            originals = dict(module.named_parameters())
+            found |= {p: originals[n] for n, p in copied.named_parameters() if n in originals}
+        return found
+
     def put_back(self) -> None:
         """Undo all that are left."""
         while self._made:
@@ -86,6 +96,7 @@ class Copies:
         ]  # fmt: skip
         self._made = [one for one in self._made if one not in needed]
         self.put_back()
+        self._made = needed
         done = []
         for name, first, module in needed:
             parent, _, child = name.rpartition(".")

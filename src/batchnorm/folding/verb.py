@@ -67,7 +67,7 @@ def fold(
     asked.check(model, shared, filter)
     optimizers.check(optimizer)
     examples = asked.examples(example_inputs)
-    copies, work = Copies(model), None
+    copies, work, restore = Copies(model), None, None
     try:
         if shared == "copy":
             copies.make()
@@ -76,9 +76,12 @@ def fold(
         takers = bias_takers(model, lambda: asked.passed(model, examples[0]))
         work = Work(model, examples, _plan(model, scenes, names, filter, shared, takers))
         work.apply()
-        restore = work.rewire(optimizer)
-        work.tell(copies.keep(work.changed))
+        copied = copies.keep(work.changed)
+        restore = work.rewire(optimizer, copies.parameters())
+        work.tell(copied)
     except BaseException:
+        if restore is not None:
+            restore()
         if work is not None:
             work.take_back()
         copies.put_back()

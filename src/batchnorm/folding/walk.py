@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.compat.modules import normalizes_weight
+from batchnorm.folding.known import SHARDED
 from batchnorm.folding.ledger import Affines, Leaf, Ledger
 from batchnorm.folding.linear import LINEAR
 from batchnorm.folding.maps import Declined, Map, per_channel, through_view, viewed
@@ -211,6 +212,9 @@ class Walk:
             raise Declined(FROZEN_DTYPE.format(leaf=leaf, dtype=one.dtype))
         if isinstance(self._scene.module(self._first(str(leaf))), torch.jit.ScriptModule):
             raise Declined(SCRIPTED.format(leaf=leaf))
+        kind = type(self._scene.tensor(str(leaf)))
+        if kind not in (Tensor, nn.Parameter):
+            raise Declined(SHARDED.format(name=leaf, kind=kind.__name__))
         count = len(self._flow.users(str(leaf)))
         if count > 1 or len(self._flow.readers(base.number)) > 1:
             raise Declined(SHARED.format(leaf=leaf, count=max(count, 2)))

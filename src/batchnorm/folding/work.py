@@ -108,12 +108,19 @@ class Work:
             change.undo(self._model.get_submodule(group.owner))
             self._groups.pop()
 
-    def rewire(self, optimizer: Optimizer | None) -> Callable[[], None] | None:
-        """Let an optimizer go on with the parameters that the model has now."""
+    def rewire(
+        self, optimizer: Optimizer | None, copies: Mapping[nn.Parameter, nn.Parameter]
+    ) -> Callable[[], None] | None:
+        """Let an optimizer go on with the parameters that the model has now.
+
+        Args:
+            optimizer: The optimizer.
+            copies: Parameter of a copy of a layer -> that of the layer.
+        """
         if optimizer is None:
             return None
         gone: list[nn.Parameter] = []
-        beside: dict[nn.Parameter, nn.Parameter] = {}
+        beside = dict(copies)
         changed: list[nn.Parameter] = []
         has = {id(p) for p in self._model.parameters()}
         for group, change in self._groups:
@@ -122,7 +129,8 @@ class Work:
                 if leaf.kind == "parameter":
                     changed.append(parameter)
                 else:
-                    beside[parameter] = self._older(group, change, leaf.layer)
+                    older = self._older(group, change, leaf.layer)
+                    beside[parameter] = copies.get(older, older)
             for _, attributes in change.modules.values():
                 gone += [p for p in _parameters_of(attributes) if id(p) not in has]
         return optimizers.rewire(optimizer, gone, beside, changed)
