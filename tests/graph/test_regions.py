@@ -34,8 +34,7 @@ def test_checkpointed_region_draws_the_same_random_numbers_again():
     expected = step(model, x, 0)
     torch.manual_seed(5)
     found = step(other, x, 0)
-    for got, want in zip(found, expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 class Marked(nn.Module):
@@ -133,8 +132,7 @@ def test_hooks_of_a_module_see_its_result():
         model.bn.register_forward_hook(lambda m, args, y: seen.append(y.detach().clone()))
     torch.compiler.reset()
     assert_same(plain, other, [images()])
-    for one, two in zip(seen[::2], seen[1::2], strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(seen[::2], seen[1::2], rtol=1e-12, atol=1e-12)
 
 
 def test_converted_layers_with_options_equal_their_eager_step():
@@ -144,10 +142,9 @@ def test_converted_layers_with_options_equal_their_eager_step():
     plain = plain.double()
     other = compiled(plain)
     for seed in range(3):
-        for got, want in zip(
-            step(other, images(seed), 0), step(plain, images(seed), 0), strict=True
-        ):
-            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            step(other, images(seed), 0), step(plain, images(seed), 0), rtol=1e-9, atol=1e-9
+        )
     assert_same_buffers(plain, other)
 
 
@@ -158,8 +155,9 @@ def distributed(rank):
     plain = nn.parallel.DistributedDataParallel(Checkpointed(reentrant=None))
     for seed in range(2):
         x = images(seed + 10 * rank)
-        for got, want in zip(step(wrapped, x, seed), step(plain, x, seed), strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            step(wrapped, x, seed), step(plain, x, seed), rtol=1e-9, atol=1e-9
+        )
     return [one.partners for one in bn.fused(model).values()]
 
 

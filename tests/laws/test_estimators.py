@@ -149,6 +149,7 @@ def test_an_estimate_that_one_layer_lacks_is_refused_and_nothing_changes():
 def test_one_running_estimator_is_torchs_momentum():
     assert bn.BatchNorm1d(3, estimator=bn.Running(0.3)).momentum == 0.3
     assert bn.BatchNorm1d(3, estimator=bn.Cumulative()).momentum is None
+    assert bn.Running().momentum == nn.BatchNorm1d(3).momentum == bn.Decayed().alpha
     for momentum in (0.3, None):
         ours = bn.BatchNorm1d(
             3, estimator=bn.Cumulative() if momentum is None else bn.Running(momentum)

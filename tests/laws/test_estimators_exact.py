@@ -8,6 +8,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.estimators.decayed import known
+from support.lanes import lanes
 
 SIZES = [3, 7, 5, 3, 6, 11, 9]
 CHANNELS = 2
@@ -129,7 +130,8 @@ def test_estimates_side_by_side_are_exact_in_float64(masked):
     assert_all_exact(layer, columns(data, kept if masked else None))
 
 
-@pytest.mark.parametrize("masked", [False, True])
+# Inductor takes ten seconds for each.
+@pytest.mark.parametrize("masked", lanes([False, True], fast=[True], slow=[False]))
 def test_compiled_layers_are_exact_in_float64(masked):
     layers = nn.ModuleDict({
         "cumulative": bn.BatchNorm1d(CHANNELS, momentum=None),

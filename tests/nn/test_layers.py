@@ -226,8 +226,7 @@ def test_two_forwards_and_one_backward_give_both_gradients(training: bool) -> No
         total = sum((layer(x) * dy).sum() for x, dy in zip(inputs, dys, strict=True))
         total.backward()
         grads.append([*(x.grad for x in inputs), layer.weight.grad, layer.bias.grad])
-    for mine, expected in zip(*grads, strict=True):
-        torch.testing.assert_close(mine, expected, **CLOSE[torch.float32])
+    torch.testing.assert_close(*grads, **CLOSE[torch.float32])
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -322,8 +321,7 @@ def test_autocast_gives_the_dtypes_of_torch(dtype: torch.dtype, training: bool) 
         seen.append([*dtypes, y.dtype, *(p.grad.dtype for p in net.parameters())])
         results.append([y, *(p.grad for p in net.parameters())])
     assert seen[0] == seen[1]
-    for mine, expected in zip(*results, strict=True):
-        torch.testing.assert_close(mine, expected, rtol=5e-2, atol=1e-1)
+    torch.testing.assert_close(*results, rtol=5e-2, atol=1e-1)
     assert_same_state(*nets, rtol=1e-3, atol=1e-3)
 
 

@@ -270,8 +270,7 @@ def test_the_other_sources_work_on_the_four_operations(statistics):
             y = layer(x, torch.ones(8, 3))
             y.backward(torch.randn(8, 3))
         found.append((y, x.grad, layer.weight.grad, layer.running_var))
-    for one, other in zip(*found):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(*found)
 
 
 def test_gradients_of_gradients():
