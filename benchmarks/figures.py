@@ -11,7 +11,7 @@ Pages are README.md, README.zh.md, docs/*.md and docs/decisions/*.md. A table is
 by the function of that name in ``tables.py``, ``layers.py`` or one of
 ``tables_of_*.py``. A figure in running text is written between the comments of
 
-    <!--row networks network=resnet50 size=160 regime=kept contender=converted : ratio-->1.35×<!--/row-->
+    <!--row networks network=mlp regime=kept contender=converted : ratio-->1.35×<!--/row-->
 
 (``inline.py`` says what a marker may ask for). Neither comment may begin a line: Markdown would
 take the line for HTML.

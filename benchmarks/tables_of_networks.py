@@ -1,7 +1,7 @@
 """The tables of whole networks: what conversion and captured graphs are worth in each setting."""
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from cited import Row, Rows
 from inline import digits

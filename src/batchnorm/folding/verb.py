@@ -80,11 +80,9 @@ def fold(
         restore = work.rewire(optimizer, copies.parameters())
         work.tell(copied)
     except BaseException:
-        if restore is not None:
-            restore()
-        if work is not None:
-            work.take_back()
-        copies.put_back()
+        for put_back in (restore, work and work.take_back, copies.put_back):
+            if put_back is not None:
+                put_back()
         raise
     return Folded(model, work.edits, work.report(), restore)
 
