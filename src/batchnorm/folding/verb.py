@@ -16,6 +16,7 @@ from batchnorm.folding.result import Folded
 from batchnorm.folding.scene import Scene
 from batchnorm.folding.work import Work
 from batchnorm.models.edits import expect_model
+from batchnorm.models.examples import Example
 from batchnorm.models.kinds import kind_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -59,14 +60,10 @@ def fold(
         ``.model``, ``.edits``, ``.report``; ``.unfold()`` takes it back to the last bit.
 
     Raises:
-        SurgeryError: If the model is none, scripted, compiled, wrapped for several devices or on
-            the meta device, or if it raises for an example; it is then as it was.
-        OptionError: If an option is wrong; likewise.
+        OptionError: If an option is wrong; the model is then as it was.
+        SurgeryError: If it is scripted, compiled, wrapped, on the meta device, or raises; likewise.
     """
-    expect_model(model, "fold")
-    asked.check(model, shared, filter)
-    optimizers.check(optimizer)
-    examples = asked.examples(example_inputs)
+    examples = _checked(model, example_inputs, shared, filter, optimizer)
     copies, work, restore = Copies(model), None, None
     try:
         if shared == "copy":
@@ -80,11 +77,26 @@ def fold(
         restore = work.rewire(optimizer, copies.parameters())
         work.tell(copied)
     except BaseException:
-        for put_back in (restore, work and work.take_back, copies.put_back):
-            if put_back is not None:
-                put_back()
+        if restore is not None:
+            restore()
+        if work is not None:
+            work.take_back()
+        copies.put_back()
         raise
     return Folded(model, work.edits, work.report(), restore)
+
+
+def _checked(
+    model: nn.Module,
+    example_inputs: Any,
+    shared: str,
+    filter: asked.Filter | None,
+    optimizer: Optimizer | None,
+) -> list[Example]:
+    expect_model(model, "fold")
+    asked.check(model, shared, filter)
+    optimizers.check(optimizer)
+    return asked.examples(example_inputs)
 
 
 def _plan(
