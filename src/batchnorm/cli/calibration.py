@@ -5,13 +5,12 @@ from typing import Annotated
 
 import typer
 
+from batchnorm.cli.options import THING, Checkpoint, Model, Out
 from batchnorm.cli.telling import show, told_in_one_line
-
-THING = "package.module:name"
 
 
 def calibrate(
-    model: Annotated[str, typer.Option(help="Model, or a function that builds it.", metavar=THING)],
+    model: Model,
     data: Annotated[
         str,
         typer.Option(
@@ -20,10 +19,8 @@ def calibrate(
             metavar=THING,
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Checkpoint to write: .safetensors, .pt or .pth.")],
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights: .safetensors, or .pt/.pth without code in it.")
-    ] = None,
+    out: Out,
+    checkpoint: Checkpoint = None,
     forward: Annotated[
         str | None, typer.Option(help="forward(model, batch).", metavar=THING)
     ] = None,

@@ -1,17 +1,16 @@
 """The command that folds the batch normalizations of a checkpoint."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from batchnorm.cli.calibration import THING
+from batchnorm.cli.options import THING, Checkpoint, Model, Out
 from batchnorm.cli.telling import show, told_in_one_line
 
 
 def fold(
-    model: Annotated[str, typer.Option(help="Model, or a function that builds it.", metavar=THING)],
+    model: Model,
     example: Annotated[
         str,
         typer.Option(
@@ -20,10 +19,8 @@ def fold(
             metavar=THING,
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Checkpoint to write: .safetensors, .pt or .pth.")],
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights: .safetensors, or .pt/.pth without code in it.")
-    ] = None,
+    out: Out,
+    checkpoint: Checkpoint = None,
     shared: Annotated[
         str, typer.Option(help="Layers of several names: 'decline' or 'copy'.")
     ] = "decline",
