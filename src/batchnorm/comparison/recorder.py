@@ -7,8 +7,8 @@ and hooks come last, so that what other hooks change is seen.
 import functools
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from batchnorm.models.kinds import kind_of
 
 Key = tuple[str, int]
 At = Literal["in", "out", "gradient"]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Recorder:
         found = tuple(leaves(result))
         sources = self._made.of(found)
         self.see(Event(call.key, "out", call.within, call.is_leaf, found, sources))
-        new = self._made.put(found, call.key)
+        new = self._made.add(found, call.key)
         if self.gradients:
             for path, tensor in new:
                 if tensor.requires_grad:
@@ -134,24 +135,35 @@ class _Open:
     is_leaf: bool
 
 
-@dataclass
-class _Makers:
-    """Which call returned a tensor, as long as it is not written to."""
+class Unwritten(Generic[Found]):
+    """Values of tensors, which count as long as the tensor lives and is not written to."""
 
-    _known: dict[int, tuple[Any, int, Key]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], int, Found]] = {}
 
-    def put(self, found: tuple[Leaf, ...], key: Key) -> list[tuple[str, Tensor]]:
+    def put(self, tensor: Tensor, value: Found) -> None:
+        """Set the value of a tensor as it is now."""
+        self._known[id(tensor)] = weakref.ref(tensor), version(tensor), value
+
+    def get(self, tensor: Tensor) -> Found | None:
+        """Return the value of a tensor, or None where it has none any more."""
+        known = self._known.get(id(tensor))
+        if known is None or known[0]() is not tensor or known[1] != version(tensor):
+            return None
+        return known[2]
+
+
+class _Makers(Unwritten[Key]):
+    """Which call returned a tensor."""
+
+    def add(self, found: tuple[Leaf, ...], key: Key) -> list[tuple[str, Tensor]]:
         """Remember the maker of tensors; return those that had none."""
-        new = [(path, t) for path, t in found if isinstance(t, Tensor) and not self._maker(t)]
+        new = [(p, t) for p, t in found if isinstance(t, Tensor) and self.get(t) is None]
         for _, tensor in new:
-            self._known[id(tensor)] = weakref.ref(tensor), version(tensor), key
+            self.put(tensor, key)
         return new
 
     def of(self, found: tuple[Leaf, ...]) -> tuple[Key, ...]:
         """Return the makers of tensors, where they have one."""
-        makers = (self._maker(t) for _, t in found if isinstance(t, Tensor))
+        makers = (self.get(t) for _, t in found if isinstance(t, Tensor))
         return tuple(dict.fromkeys(key for key in makers if key is not None))
-
-    def _maker(self, tensor: Tensor) -> Key | None:
-        reference, written, key = self._known.get(id(tensor), (lambda: None, 0, None))
-        return key if reference() is tensor and written == version(tensor) else None

@@ -1,6 +1,5 @@
 """What one run of the first model did, with copies of its tensors; others are measured by it."""
 
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -8,8 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from batchnorm.comparison.gaps import Gap, Leaf, gap
-from batchnorm.comparison.recorder import At, Event, Key
-from batchnorm.compat.tensors import version
+from batchnorm.comparison.recorder import At, Event, Key, Unwritten
 
 # How many modules may have been merged into one: convolution, batch norm, activation, dropout.
 _LONGEST = 4
@@ -29,7 +27,7 @@ class Tape:
     """The events of a run."""
 
     events: dict[Spot, Taped] = field(default_factory=dict)
-    _copies: dict[int, tuple[Any, int, Tensor]] = field(default_factory=dict)
+    _copies: Unwritten[Tensor] = field(default_factory=Unwritten)
 
     def see(self, event: Event) -> None:
         """Take an event down."""
@@ -46,10 +44,10 @@ class Tape:
         if not isinstance(value, Tensor):
             return value
         # What a module returns is what the next one is given: one copy, unless it was written to.
-        reference, written, copy = self._copies.get(id(value), (lambda: None, 0, value))
-        if reference() is not value or written != version(value):
+        copy = self._copies.get(value)
+        if copy is None:
             copy = value.detach().clone()
-            self._copies[id(value)] = weakref.ref(value), version(value), copy
+            self._copies.put(value, copy)
         return copy
 
     def leaves(self, key: Key, at: At) -> tuple[Leaf, ...] | None:
