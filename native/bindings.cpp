@@ -180,7 +180,6 @@ NB_MODULE(_native, m) {
     define(m, "backward_sums", &backward_sums);
     define(m, "backward_input", &backward_input);
     define(m, "backward", &backward);
-    m.attr("takes_selection") = true;
     m.def("spoil", &spoil, "For tests: fill new tensors with NaN, so that what is not written shows.");
     m.def("simd", [] { return std::string(simd_name()); }, "The instruction set in use.");
     m.def("use_simd", [](const std::string& name) { return use_simd(name.c_str()); }, "For tests: choose an instruction set; False where it is not available.");

@@ -8,8 +8,6 @@ _Maybe: TypeAlias = Tensor | None
 # Group ids, how many groups, weights, and the counts of merged groups; None: no selection.
 _Chosen: TypeAlias = tuple[_Maybe, int, _Maybe, _Maybe] | None
 
-takes_selection: bool
-
 def connect(tensor_type: type[Tensor]) -> None: ...
 def moments(
     x: Tensor, axis: int, mean: Tensor, m2: Tensor, threads: int, chosen: _Chosen

@@ -13,6 +13,7 @@ from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import functional, layout
+from batchnorm.compat.modules import buffers
 from batchnorm.errors import BatchNormError, LayoutError, OptionError
 from batchnorm.estimators.bank import Bank, EstimatorLike, named
 from batchnorm.estimators.running import Cumulative, Running, check_momentum
@@ -170,7 +171,7 @@ class Layer(Attributes):
             var,
             self.eps,
             self.axis,
-            self._buffers.get("num_batches_tracked"),  # frozen layers have none
+            buffers(self).get("num_batches_tracked"),  # frozen layers have none
             portable=not self.training,
         )
 

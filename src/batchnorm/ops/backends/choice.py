@@ -49,9 +49,7 @@ except ImportError as error:
     UNAVAILABLE["cpu"] = f"the native module {_reason}; a C++17 compiler builds it"
     warnings.warn(NO_NATIVE.format(reason=_reason), RuntimeWarning, stacklevel=2)
 else:
-    BACKENDS["cpu"] = cpu
-    if cpu.takes_selection:
-        SELECTING["cpu"] = cpu
+    BACKENDS["cpu"] = SELECTING["cpu"] = cpu
 
 _missing = cuda.missing()
 if _missing is None:

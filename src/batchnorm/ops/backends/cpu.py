@@ -32,8 +32,6 @@ Chosen = tuple[Maybe, int, Maybe, Maybe]
 commits = True
 reads_output = False
 selection = None
-# False of a native module that was built from an older checkout.
-takes_selection: bool = getattr(_native, "takes_selection", False)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
