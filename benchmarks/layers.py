@@ -46,7 +46,7 @@ def against(rows: Rows, cell: Cell, rival: str) -> list[str]:
 
 
 def floor(rows: Rows, cell: Cell) -> list[str]:
-    """Return our time over that of the copies that nobody can do without, in both regimes."""
+    """Return our time over that of the copies that no implementation can avoid, in both regimes."""
     found = [contender(rows, cell, "ours", regime) for regime in REGIMES]
     return [
         f"{row.number('median') / (row.number('copy') * row.number('floor_copies')):.2f}"

@@ -1,4 +1,4 @@
-"""Figures that somebody typed: ratios, percentages and times outside of markers and code blocks.
+"""Figures typed by hand: ratios, percentages and times outside of markers and code blocks.
 
 In README.md, README.zh.md and docs/*.md each must lie inside a text of ``constants.toml``, which
 gives the reason; a text that is not found any more is reported too. In docs/decisions a line

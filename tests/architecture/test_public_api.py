@@ -1,4 +1,4 @@
-"""What is public, and that importing it disturbs nobody."""
+"""What is public, and that importing it changes no state of other libraries."""
 
 import re
 import subprocess

@@ -137,7 +137,7 @@ def test_a_row_of_a_dirty_tree_fails_where_it_is_cited(root, check):
     assert f"rows.csv:{number}: cited, and measured with uncommitted changes" in said
 
 
-def test_a_dirty_row_that_nobody_cites_does_no_harm(root, check):
+def test_a_dirty_row_that_no_page_cites_is_accepted(root, check):
     line = next(line for line in networks(root).read_text().splitlines() if ",save_memory," in line)
     edit(networks(root), line, line.replace("True", "False"))
     assert check()[0] == 0

@@ -170,7 +170,7 @@ def test_a_shared_module_has_several_names_and_counts_its_calls():
     assert found.calls_of("b") == ()
 
 
-def test_parameters_are_used_by_whoever_reads_them():
+def test_the_use_of_a_parameter_is_every_call_that_reads_it():
     def call(m, x):
         y = m.a(x)
         with torch.autocast("cpu", torch.bfloat16):

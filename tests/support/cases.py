@@ -99,7 +99,7 @@ class Case:
         return mean, var, rstd
 
 
-case_of = functools.lru_cache(Case)  # shared by the backends; nobody may change one
+case_of = functools.lru_cache(Case)  # shared by the backends: read only
 
 
 def check_gradients(case, found):

@@ -1,4 +1,4 @@
-"""Shapes, strides and sizes that nobody chooses on purpose, under TRITON_INTERPRET=1."""
+"""Unusual shapes, strides and sizes, under TRITON_INTERPRET=1."""
 
 import itertools
 import os

@@ -322,7 +322,7 @@ def test_tensors_that_triton_does_not_serve_get_a_reason():
         bn.ops.routes.select(x.long())
 
 
-def test_the_interpreter_serves_nobody_who_did_not_ask(monkeypatch):
+def test_the_interpreter_serves_only_where_it_is_asked_for(monkeypatch):
     monkeypatch.setattr(cuda, "forward", None)
     assert bn.functional.normalize(torch.randn(4, 3))[0].shape == (4, 3)
 
