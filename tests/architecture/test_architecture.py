@@ -1,6 +1,7 @@
 """The house, as data: who may import whom, and how large things may grow."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -48,32 +49,34 @@ def room_of(path):
     return first.removesuffix(".py")
 
 
-def imports(path, deep=True):
+@functools.cache
+def parsed(path):
+    """The nodes of a file, outermost first."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@functools.cache
+def imports(path):
     """Modules of ours that a file imports, as dotted names, and whether inside a function."""
-    tree = ast.parse(path.read_text())
-    top = set(ast.walk(tree)) if deep else set(tree.body)
-    inside = {
-        node
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef)
-        for node in ast.walk(function)
-    }
-    for node in top:
-        if (
-            isinstance(node, ast.ImportFrom)
-            and node.module
-            and node.module.split(".")[0] == "batchnorm"
-        ):
-            for alias in node.names:
-                joined = SOURCE.joinpath(*node.module.split(".")[1:], alias.name)
-                is_module = (
-                    joined.with_suffix(".py").exists() or joined.is_dir() or alias.name == "_native"
-                )
-                yield (f"{node.module}.{alias.name}" if is_module else node.module), node in inside
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.split(".")[0] == "batchnorm":
-                    yield alias.name, node in inside
+    functions = [node for node in parsed(path) if isinstance(node, ast.FunctionDef)]
+    inside = {node for function in functions for node in ast.walk(function)}
+    found = []
+    for node in parsed(path):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [_module(node.module, alias.name) for alias in node.names]
+        else:
+            continue
+        found += [(name, node in inside) for name in names if name.split(".")[0] == "batchnorm"]
+    return found
+
+
+def _module(package, name):
+    """``package.name`` where that is a module, else ``package``."""
+    joined = SOURCE.joinpath(*package.split(".")[1:], name)
+    is_module = joined.with_suffix(".py").exists() or joined.is_dir() or name == "_native"
+    return f"{package}.{name}" if is_module else package
 
 
 def test_a_file_imports_lower_levels_or_siblings():
@@ -116,7 +119,7 @@ def test_the_root_holds_names_and_nothing_else():
 
 def test_no_import_is_relative_and_hides_from_the_table():
     for path in SOURCE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in parsed(path):
             assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}:{node.lineno}"
 
 
@@ -129,9 +132,8 @@ def test_packages_hold_imports_and_nothing_else():
 
 def test_files_and_functions_keep_their_size():
     for path in FILES:
-        text = path.read_text()
-        assert len(text.splitlines()) <= 400, path
-        for node in ast.walk(ast.parse(text)):
+        assert len(path.read_text().splitlines()) <= 400, path
+        for node in parsed(path):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{node.name} of {path}"
 
@@ -145,7 +147,7 @@ def test_private_names_of_torch_are_imported_in_compat_alone():
         text = path.read_text()
         for word in ("_getframe", "getrefcount", "f_code", "currentframe"):
             assert word not in text, f"{word} in {path}"
-        for node in ast.walk(ast.parse(text)) if room_of(path) != "compat" else ():
+        for node in parsed(path) if room_of(path) != "compat" else ():
             names = []
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
                 names = [*node.module.split("."), *(alias.name for alias in node.names)]

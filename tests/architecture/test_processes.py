@@ -57,7 +57,7 @@ def test_a_started_process_and_its_children_end_when_the_test_fails():
 def test_a_command_that_takes_too_long_ends_with_its_children():
     name = os.getpid()
     with pytest.raises(subprocess.TimeoutExpired):
-        processes.run([sys.executable, "-c", PARENT, name], timeout=3)
+        processes.run([sys.executable, "-c", PARENT, name], timeout=1)
     assert wait_for(lambda: not sleeping(name))
 
 

@@ -1,54 +1,22 @@
 """What is public, and that importing it changes no state of other libraries."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import batchnorm as bn
+from support import processes
 
 NAMES = [
-    "Batch",
-    "BatchNorm",
-    "BatchNorm1d",
-    "BatchNorm2d",
-    "BatchNorm3d",
-    "Calibration",
-    "Cumulative",
-    "Decayed",
-    "Frozen",
-    "Ghost",
-    "Grouped",
-    "LastBatches",
-    "LazyBatchNorm1d",
-    "LazyBatchNorm2d",
-    "LazyBatchNorm3d",
-    "Moments",
-    "Running",
-    "Same",
-    "Synced",
-    "calibrate",
-    "convert",
-    "fold",
-    "Folded",
-    "edits",
-    "env",
-    "forget",
-    "functional",
-    "fused",
-    "graph",
-    "keep_undo",
-    "merge",
-    "merge_states",
-    "recycle_memory",
-    "same",
-    "save_memory",
-    "undo",
-    "use_backend",
-    "use_estimate",
-]
+    "Batch", "BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Calibration",
+    "Cumulative", "Decayed", "Frozen", "Ghost", "Grouped", "LastBatches", "LazyBatchNorm1d",
+    "LazyBatchNorm2d", "LazyBatchNorm3d", "Moments", "Running", "Same", "Synced", "calibrate",
+    "convert", "fold", "Folded", "edits", "env", "forget", "functional", "fused", "graph",
+    "keep_undo", "merge", "merge_states", "recycle_memory", "same", "save_memory", "undo",
+    "use_backend", "use_estimate",
+]  # fmt: skip
 
 # Modules and packages are attributes once something imported them; they are no names of the API.
 ROOMS = {path.stem for path in Path(bn.__file__).parent.iterdir()} - {"functional", "graph"}
@@ -59,44 +27,34 @@ def test_the_public_names_are_these():
     assert sorted(public - ROOMS, key=str) == sorted(NAMES, key=str)
 
 
-QUIET = """
-import logging, sys, warnings
+IMPORTED = """
+import importlib.metadata as metadata, logging, sys, warnings
 import torch
-before = (list(logging.root.handlers), list(warnings.filters), torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled())
-import batchnorm
-after = (list(logging.root.handlers), list(warnings.filters), torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled())
-assert before == after, (before, after)
-loaded = [name for name in ("rich", "matplotlib", "sklearn", "typer", "jinja2", "safetensors", "triton") if name in sys.modules]
-assert not loaded, loaded
-"""
 
-
-def test_importing_changes_nothing_and_loads_no_optional_package():
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", QUIET], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert not done.stdout + done.stderr
-
-
-UNINSTALLED = """
-import importlib.metadata as metadata
-installed = metadata.distribution
-def distribution(name):
+def distribution(name, installed=metadata.distribution):
     if name == "batchnorm":
         raise metadata.PackageNotFoundError(name)
     return installed(name)
+
+def state():
+    return (list(logging.root.handlers), list(warnings.filters), torch.get_default_dtype(),
+            torch.get_num_threads(), torch.is_grad_enabled())
+
 metadata.distribution = distribution
+before = state()
 import batchnorm as bn
+assert before == state(), (before, state())
+optional = ("rich", "matplotlib", "sklearn", "typer", "jinja2", "safetensors", "triton")
+loaded = [name for name in optional if name in sys.modules]
+assert not loaded, loaded
 print(bn.__version__, bn.env()["packages"]["batchnorm"])
 """
 
 
-def test_the_version_is_known_where_the_package_is_not_installed():
-    done = subprocess.run(
-        [sys.executable, "-c", UNINSTALLED], capture_output=True, text=True, check=False
-    )
-    assert done.stdout.split() == [bn.__version__] * 2, done.stderr
+def test_importing_changes_nothing_loads_no_optional_package_and_knows_an_uninstalled_version():
+    done = processes.run([sys.executable, "-W", "error", "-c", IMPORTED])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == [bn.__version__] * 2
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", bn.__version__)
 
 
@@ -110,28 +68,3 @@ def test_the_build_reads_the_version_that_the_package_has():
     assert settings["project"]["dynamic"] == ["version"]
     found = regex.dynamic_metadata("version", {"input": str(root / provider["input"])})
     assert found == bn.__version__
-
-
-WITHOUT = """
-import sys
-sys.modules["batchnorm._native"] = None
-import torch, batchnorm as bn
-assert "cpu" not in [name for name, state in bn.env()["backends"].items() if state == "available"]
-assert "compiler" in bn.env()["backends"]["cpu"]
-layer = bn.BatchNorm2d(3, activation="relu")
-x = torch.randn(4, 3, 5, 5, requires_grad=True)
-layer(x).backward(torch.randn(4, 3, 5, 5))
-assert int(layer.num_batches_tracked) == 1
-try:
-    with bn.use_backend("cpu"):
-        raise SystemExit("not refused")
-except RuntimeError as error:
-    assert "not available" in str(error), error
-"""
-
-
-def test_without_the_native_module_everything_works_on_the_reference():
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr

@@ -31,7 +31,7 @@ def silent(stage, done, total):
     pass
 
 
-def small(images, count=200):
+def small(images, count=100):
     """The same images, fewer of them: the tests need no accuracy."""
     return type(images)(
         images.name,
@@ -274,6 +274,7 @@ def test_demo_on_idx_files_writes_weights_that_torch_loads(tmp_path):
     assert torch.equal(layer.running_var, expected)
 
 
+@pytest.mark.slow
 def test_the_same_seed_writes_the_same_bytes(tour, tmp_path):
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:

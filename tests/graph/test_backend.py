@@ -44,33 +44,49 @@ def one(m, x):
     return m.bn1(m.conv1(x))
 
 
+# What reads y, the result of a normalization of x, and what is fused with the normalization.
 FUSED = {
-    "relu": (lambda m, x: F.relu(one(m, x)), ("relu",)),
-    "relu in place": (lambda m, x: F.relu(one(m, x), inplace=True), ("relu",)),
-    "relu_": (lambda m, x: one(m, x).relu_(), ("relu",)),
-    "relu6": (lambda m, x: F.relu6(one(m, x)), ("relu6",)),
-    "hardtanh 0 to 6": (lambda m, x: F.hardtanh(one(m, x), 0.0, 6.0), ("relu6",)),
-    "leaky_relu": (lambda m, x: F.leaky_relu(one(m, x), 0.2), ("leaky_relu",)),
-    "elu": (lambda m, x: F.elu(one(m, x)), ("elu",)),
-    "silu": (lambda m, x: F.silu(one(m, x)), ("silu",)),
-    "gelu": (lambda m, x: F.gelu(one(m, x)), ("gelu",)),
-    "gelu by tanh": (lambda m, x: F.gelu(one(m, x), approximate="tanh"), ("gelu_tanh",)),
-    "hardswish": (lambda m, x: F.hardswish(one(m, x)), ("hardswish",)),
-    "hardsigmoid": (lambda m, x: F.hardsigmoid(one(m, x)), ("hardsigmoid",)),
-    "sigmoid": (lambda m, x: torch.sigmoid(one(m, x)), ("sigmoid",)),
-    "tanh": (lambda m, x: one(m, x).tanh(), ("tanh",)),
-    "addition": (lambda m, x: one(m, x) + x, ("add",)),
-    "addition, the other order": (lambda m, x: x + one(m, x), ("add",)),
-    "torch.add": (lambda m, x: torch.add(x, one(m, x)), ("add",)),
-    "addition in place and relu": (lambda m, x: F.relu(one(m, x).add_(x)), ("add", "relu")),
-    "residual block": (
-        lambda m, x: m.bn2(m.conv2(F.relu(one(m, x)))).add_(x).relu_(), ("relu",)
-    ),
-    "nothing behind": (lambda m, x: m.conv2(one(m, x)), ()),
-}  # fmt: skip
+    "relu": (lambda y, x: F.relu(y), ("relu",)),
+    "relu in place": (lambda y, x: F.relu(y, inplace=True), ("relu",)),
+    "relu_": (lambda y, x: y.relu_(), ("relu",)),
+    "relu6": (lambda y, x: F.relu6(y), ("relu6",)),
+    "hardtanh 0 to 6": (lambda y, x: F.hardtanh(y, 0.0, 6.0), ("relu6",)),
+    "leaky_relu": (lambda y, x: F.leaky_relu(y, 0.2), ("leaky_relu",)),
+    "elu": (lambda y, x: F.elu(y), ("elu",)),
+    "silu": (lambda y, x: F.silu(y), ("silu",)),
+    "gelu": (lambda y, x: F.gelu(y), ("gelu",)),
+    "gelu by tanh": (lambda y, x: F.gelu(y, approximate="tanh"), ("gelu_tanh",)),
+    "hardswish": (lambda y, x: F.hardswish(y), ("hardswish",)),
+    "sigmoid": (lambda y, x: torch.sigmoid(y), ("sigmoid",)),
+    "tanh": (lambda y, x: y.tanh(), ("tanh",)),
+    "addition": (lambda y, x: y + x, ("add",)),
+    "addition, the other order": (lambda y, x: x + y, ("add",)),
+    "torch add": (lambda y, x: torch.add(x, y), ("add",)),
+    "addition in place and relu": (lambda y, x: F.relu(y.add_(x)), ("add", "relu")),
+    "nothing": (lambda y, x: y @ torch.ones(5, 5, dtype=y.dtype), ()),
+}
+# torch's hardsigmoid has a sixth in float32, whatever its input.
+HARDSIGMOID = {"hardsigmoid": (lambda y, x: F.hardsigmoid(y), ("hardsigmoid",))}
 
 
-def _written_between(m, x):
+class SideBySide(nn.Module):
+    """Normalizations of one tensor, and what a test does with the result of each."""
+
+    def __init__(self, uses):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(C, C, 1).double()
+        self.norms = nn.ModuleDict({name: nn.BatchNorm2d(C).double() for name in uses})
+        self.uses = uses
+
+    def forward(self, x):
+        x = self.conv(x)
+        return torch.cat(
+            [use(self.norms[name](x), x).flatten(1) for name, use in self.uses.items()], 1
+        )
+
+
+def _residual_written_between(m, x):
     residual = m.conv2(x)
     y = one(m, x)
     residual.mul_(2.0)
@@ -85,18 +101,13 @@ def _alias_written_between(m, x):
     return y + residual
 
 
-def _saved_by_another(m, x):
-    y = one(m, x)
-    return y.sigmoid() * F.relu(y, inplace=False)
-
-
-def _kept(m, x):
+def _kept_by_the_model(m, x):
     y = one(m, x)
     m.__dict__["seen"] = y
     return F.relu(y)
 
 
-def _no_grad_between(m, x):
+def _gradients_off_between(m, x):
     y = one(m, x)
     with torch.no_grad():
         z = F.relu(y)
@@ -117,43 +128,55 @@ def _hooked(m, x):
     return F.relu(y)
 
 
+# What reads y, and why it is not fused with the normalization.
 ALONE = {
-    "residual is broadcast": lambda m, x: one(m, x) + x[:, :, :1, :1],
-    "residual is promoted": lambda m, x: one(m, x) + x.float(),
-    "residual is a number": lambda m, x: one(m, x) + 1.0,
-    "scaled addition": lambda m, x: torch.add(one(m, x), x, alpha=2),
-    "residual is written between": _written_between,
-    "an alias of the residual is written between": _alias_written_between,
-    "the result is returned too": lambda m, x: torch.cat([y := one(m, x), F.relu(y)], 1),
-    "the result is viewed": lambda m, x: F.relu(one(m, x).view(x.shape[0], -1)),
-    "another operation has saved it": _saved_by_another,
-    "it is kept by the model": _kept,
-    "it has a hook": _hooked,
-    "gradients are switched off between": _no_grad_between,
-    "the residual is the one that is written to": _residual_in_place,
-    "another activation": lambda m, x: F.softplus(one(m, x)),
-    "hardtanh of other bounds": lambda m, x: F.hardtanh(one(m, x)),
+    "residual is broadcast": (lambda y, x: y + x[:, :, :1, :1], "broadcast"),
+    "residual is promoted": (lambda y, x: y + x.float(), "another dtype"),
+    "residual is a number": (lambda y, x: y + 1.0, "followed by add"),
+    "scaled addition": (lambda y, x: torch.add(y, x, alpha=2), "followed by add"),
+    "result is returned too": (lambda y, x: torch.cat([y, F.relu(y)], 1), "2 operations"),
+    "result is viewed": (lambda y, x: F.relu(y.view(x.shape[0], -1)), "followed by view"),
+    "another operation has saved it": (lambda y, x: y.sigmoid() * F.relu(y), "2 operations"),
+    "another activation": (lambda y, x: F.softplus(y), "followed by softplus"),
+    "hardtanh of other bounds": (lambda y, x: F.hardtanh(y), "followed by hardtanh"),
 }
+ALONE_IN_A_MODEL = (
+    _residual_written_between, _alias_written_between, _kept_by_the_model, _gradients_off_between,
+    _residual_in_place, _hooked,
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FUSED)
-def test_operation_behind_a_normalization_is_fused_and_equals_eager(name):
-    forward, expected = FUSED[name]
-    plain = Net(forward)
+@pytest.mark.parametrize(("kinds", "relative"), [(FUSED, 1e-9), (HARDSIGMOID, 1e-6)])
+def test_operations_behind_normalizations_are_fused_and_equal_eager(kinds, relative):
+    plain = SideBySide({name: use for name, (use, _) in kinds.items()})
     other = compiled(plain, fullgraph=True)
-    # torch's hardsigmoid has a sixth in float32, whatever its input.
-    relative = 1e-6 if name == "hardsigmoid" else 1e-9
-    found = assert_same(plain, other, [images(seed=s) for s in range(3)], relative)
-    assert found["bn1"].partners == expected
+    found = assert_same(plain, other, [images(seed=s) for s in range(2)], relative)
+    expected = {f"norms.{name}": wanted for name, (_, wanted) in kinds.items()}
+    assert {name: one.partners for name, one in found.items()} == expected
 
 
-@pytest.mark.parametrize("name", ALONE)
-def test_operation_that_would_change_the_meaning_is_not_fused(name):
-    plain = Net(ALONE[name])
-    other = compiled(plain)
-    found = assert_same(plain, other, [images(seed=s) for s in range(3)])["bn1"]
+def test_operations_that_would_change_the_meaning_are_not_fused():
+    plain = SideBySide({name: use for name, (use, _) in ALONE.items()})
+    found = assert_same(plain, compiled(plain, fullgraph=True), [images(seed=s) for s in range(2)])
+    for name, (_, reason) in ALONE.items():
+        layer = found[f"norms.{name}"]
+        assert (layer.state, layer.partners) == ("alone", ()), (name, layer)
+        assert reason in layer.reason, (name, layer)
+
+
+@pytest.mark.parametrize("forward", ALONE_IN_A_MODEL)
+def test_normalization_stays_alone_where_its_model_would_compute_something_else(forward):
+    plain = Net(forward)
+    found = assert_same(plain, compiled(plain), [images(seed=s) for s in range(2)])["bn1"]
     assert (found.state, found.partners) == ("alone", ()), found
     assert found.reason
+
+
+def test_a_residual_block_is_fused_with_its_addition_and_activation():
+    plain = Net(lambda m, x: m.bn2(m.conv2(F.relu(one(m, x)))).add_(x).relu_())
+    other = compiled(plain, fullgraph=True)
+    assert_same(plain, other, [images(seed=s) for s in range(2)])
+    assert partners(other) == {"bn1": ("relu",), "bn2": ("add", "relu")}
 
 
 def test_of_two_normalizations_that_are_added_one_takes_the_sum():
@@ -184,13 +207,13 @@ def test_autocast_that_ends_between_is_kept():
     assert bn.fused(other)["bn1"].state == "alone"
 
 
-@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}], ids=str)
-def test_layer_without_parameters_or_statistics(options):
-    plain = Net(lambda m, x: F.relu(one(m, x)))
-    plain.bn1 = nn.BatchNorm2d(C, **options).double()
+def test_layers_without_parameters_or_statistics():
+    plain = Net(lambda m, x: F.relu(m.bn2(F.silu(one(m, x)))))
+    plain.bn1 = nn.BatchNorm2d(C, affine=False).double()
+    plain.bn2 = nn.BatchNorm2d(C, track_running_stats=False).double()
     other = compiled(plain, fullgraph=True)
     assert_same(plain, other, [images(seed=s) for s in range(2)])
-    assert partners(other)["bn1"] == ("relu",)
+    assert partners(other) == {"bn1": ("silu",), "bn2": ("relu",)}
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -20,10 +20,10 @@ def test_checkpointed_region_steps_once_and_equals_the_plain_block(reentrant):
     model = copy.deepcopy(plain)
     model.reentrant = reentrant
     other = compiled(model, fullgraph=True)
-    found = assert_same(plain, other, [images(s) for s in range(3)])
+    found = assert_same(plain, other, [images(s) for s in range(2)])
     assert found["block.1"].partners == ("relu",)
     assert found["bn"].partners == ("add", "relu")
-    assert int(other.block[1].num_batches_tracked) == 3
+    assert int(other.block[1].num_batches_tracked) == 2
 
 
 def test_checkpointed_region_draws_the_same_random_numbers_again():
@@ -161,6 +161,7 @@ def distributed(rank):
     return [one.partners for one in bn.fused(model).values()]
 
 
+@pytest.mark.slow
 def test_compiled_model_inside_of_ddp():
     for found in across_ranks(distributed, 2):
         assert found == [("relu",), ("add", "relu")]

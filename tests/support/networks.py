@@ -100,6 +100,7 @@ _UNET = {"channels": (8, 16, 32), "strides": (2, 2), "num_res_units": 2, "norm":
 
 # name -> (builder, normalizations, activations and additions that are fused in a captured graph)
 CAPTURED: dict[str, tuple[Callable[[], nn.Module], int, int, int]] = {
+    "mlp": (mlp, 2, 2, 0),
     "torchvision resnet50": (_torchvision("resnet50"), 53, 49, 16),
     "torchvision densenet121": (_torchvision("densenet121"), 121, 121, 0),
     "torchvision vgg11_bn": (_torchvision("vgg11_bn"), 8, 8, 0),
