@@ -23,8 +23,6 @@ _OPERATORS = {
     if name in ("setitem", "delitem", "iand", "ior")
     or (name.startswith("i") and name[1:] in vars(operator))
 }
-# Positions of the arguments that step writes to: running_mean, running_var, counter.
-_MOVED = (1, 2, 8)
 
 
 def regions(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModule]]:
@@ -68,7 +66,8 @@ def _region(written: tuple[int, ...], options: dict[str, Any]) -> Callable[..., 
 def _writes(user: fx.Node, given: fx.Node) -> bool:
     """Return whether the node ``user`` writes to its argument ``given``."""
     if user.target is step:
-        return any(user.args[position] is given for position in _MOVED)
+        running: Any = user.args[1]
+        return running is not None and any(one is given for one in running)
     if not user.args or user.args[0] is not given:
         return False
     name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")

@@ -19,11 +19,12 @@ from batchnorm.graph import checkpoint
 from batchnorm.graph.step import step
 from batchnorm.ops import torch_calls
 from batchnorm.ops.activations import IDENTITY
+from batchnorm.ops.call import Running
 
 _SIGNATURE = inspect.signature(F.batch_norm)
 _WRITTEN = {operator.add: torch.add, operator.iadd: Tensor.add_}
 # Arguments of step, by position.
-_RESIDUAL, _ACT = 9, 10
+_RESIDUAL, _ACT = 6, 7
 # Nodes that switch autocast, grad mode or inference mode for the nodes after them.
 _SWITCHES = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode",
              "_exit_inference_mode")  # fmt: skip
@@ -67,10 +68,16 @@ def fuse(gm: fx.GraphModule, eager: bool = True) -> list[Normalization]:
         partners: list[str] = []
         while not isinstance(name := _absorb(gm.graph, node), Refusal):
             partners.append(name)
-        tensors = tuple(one for one in node.args[1:5] if isinstance(one, fx.Node))
-        found.append(Normalization(tensors, tuple(partners), str(name)))
+        found.append(Normalization(_tensors(node), tuple(partners), str(name)))
     gm.recompile()
     return found
+
+
+def _tensors(node: fx.Node) -> tuple[fx.Node, ...]:
+    """Return the statistics, weight and bias of a call of ``step``, as far as it has them."""
+    _, running, _, _, weight, bias, *_ = node.args
+    stored = running[:2] if isinstance(running, Running) else ()
+    return tuple(one for one in (*stored, weight, bias) if isinstance(one, fx.Node))
 
 
 class Refusal(str):
@@ -87,10 +94,12 @@ def _taken(node: fx.Node) -> fx.Node:
     """Replace a call of F.batch_norm, and the increment of its counter, by a call of ``step``."""
     given = _SIGNATURE.bind(*node.args, **node.kwargs)
     given.apply_defaults()
-    counter = _counted(node) if given.arguments["training"] else None
+    x, mean, var, weight, bias, training, momentum, eps = given.arguments.values()
+    counter = _counted(node) if training else None
     node.target = step
-    counted = None if counter is None else counter.args[0]
-    node.args = (*given.arguments.values(), counted, None, IDENTITY)
+    counted: Any = None if counter is None else counter.args[0]
+    running = None if mean is None else Running(mean, var, counted, momentum)
+    node.args = (x, running, training, eps, weight, bias, None, IDENTITY)
     node.kwargs = {}
     if counter is not None:
         node.graph.erase_node(counter)

@@ -17,6 +17,7 @@ from batchnorm.graph import checkpoint, operations, small
 from batchnorm.graph.step import step
 from batchnorm.moments import Moments
 from batchnorm.ops.activations import Activation
+from batchnorm.ops.call import Running
 
 # The most elements of a small input: images, and (N, C). See docs/decisions/0012-compile.md.
 MOST_SMALL, MOST_SMALL_ROWS = 3 << 14, 1 << 18
@@ -39,20 +40,18 @@ def lower(gm: fx.GraphModule) -> None:
 
 def traceable(
     x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    running: Running | None,
+    training: bool,
+    eps: float,
     weight: Tensor | None,
     bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    counter: Tensor | None,
     residual: Tensor | None,
     act: Activation,
 ) -> Tensor:
     """Compute what ``step`` computes, by operations that AOTAutograd can trace."""
     if not training:
-        y: Tensor = F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+        mean, var = (None, None) if running is None else (running.mean, running.var)
+        y: Tensor = F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
         return act(y if residual is None else y + residual)
     given = (x, weight, bias, residual)
     if _is_small(x):
@@ -60,11 +59,11 @@ def traceable(
     else:
         y, stats = operations.forward(*given, *act, eps, 1)
         mean, var = stats[0], stats[1]
-    if running_mean is not None and running_var is not None:
+    if running is not None:
         batch = Moments.of_variance(x.numel() // x.size(1), mean, var)
-        move(running_mean, running_var, batch, momentum)
-        if counter is not None:
-            counter.add_(1)
+        move(running.mean, running.var, batch, running.momentum)
+        if running.counter is not None:
+            running.counter.add_(1)
     return y
 
 

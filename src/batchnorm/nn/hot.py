@@ -16,8 +16,8 @@ from batchnorm.compat.modes import is_calm, is_recomputing
 from batchnorm.compat.modules import tables
 from batchnorm.errors import UnservedError
 from batchnorm.nn.attributes import Attributes
+from batchnorm.nn.common import plan_of
 from batchnorm.nn.tracking import WIDE
-from batchnorm.ops.activations import Activation
 from batchnorm.ops.autograd import eager
 from batchnorm.ops.backends import reference, torch_norm
 from batchnorm.ops.backends.choice import is_torchs, likely, select
@@ -33,7 +33,9 @@ def forward(layer: Attributes, x: Tensor, residual: Tensor | None) -> Tensor | N
     # without its caller. Kernels read strided memory; mkldnn and sparse tensors have none.
     if type(x) is not Tensor or x.layout is not torch.strided or not is_calm():
         return None
-    axis, rank = layer.axis, x.dim()
+    axis, rank, plan = layer.axis, x.dim(), plan_of(layer)
+    if plan is None:
+        return None
     if not (rank in layer.ranks if layer.ranks else rank > 1 and -rank <= axis < rank):
         return None
     if axis < 0:
@@ -43,41 +45,21 @@ def forward(layer: Attributes, x: Tensor, residual: Tensor | None) -> Tensor | N
         weight, bias = parameters["weight"], parameters["bias"]
     except KeyError:  # a parametrized weight is a property and not in the table
         return None
-    if type(weight) not in _PLAIN or type(bias) not in _PLAIN:
-        return None
-    if residual is not None and (
-        type(residual) is not Tensor or residual.layout is not torch.strided
-    ):
-        return None
-    epilogue = Epilogue(weight, bias, residual, layer.activation)
-    eps, training = layer.eps, layer.training
     mean, var = buffers.get("running_mean"), buffers.get("running_var")
-    try:
-        plan = layer.statistics.plan
-        if not training or plan == "stored":
-            return _evaluate(x, epilogue, axis, mean, var, eps, training)
-        if plan != "batch" or layer.bank is not None:
-            return None
-        counter, tracks = buffers.get("num_batches_tracked"), layer.track_running_stats
-        if tracks and mean is not None and counter is None:
-            return None
-        return _train(x, epilogue, axis, mean, var, counter, layer.momentum, eps, tracks)
-    except UnservedError:
+    if (mean is None) is not (var is None):
         return None
+    running = None
+    if mean is not None and var is not None and (plan == "stored" or layer.track_running_stats):
+        counter = buffers.get("num_batches_tracked")
+        if counter is None and plan == "batch":
+            return None
+        running = Running(mean, var, counter, layer.momentum or 0.0)
+    epilogue = Epilogue(weight, bias, residual, layer.activation)
+    return _normalize(x, epilogue, running, plan == "batch", layer.eps, axis)
 
 
 def call(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    counter: Tensor | None,
-    residual: Tensor | None,
-    act: Activation,
+    x: Tensor, epilogue: Epilogue, running: Running | None, training: bool, eps: float
 ) -> Tensor | None:
     """Return act(F.batch_norm(x, ...) + residual), or None as ``forward``; for captured graphs.
 
@@ -86,35 +68,43 @@ def call(
     """
     if type(x) is not Tensor or x.layout is not torch.strided or x.dim() < 2 or not is_calm():
         return None
-    if type(weight) not in _PLAIN or type(bias) not in _PLAIN or type(residual) not in _PLAIN:
+    return _normalize(x, epilogue, running, training, eps, 1)
+
+
+def _normalize(
+    x: Tensor,
+    epilogue: Epilogue,
+    running: Running | None,
+    training: bool,
+    eps: float,
+    axis: int,
+) -> Tensor | None:
+    weight, bias, residual, _ = epilogue
+    if type(weight) not in _PLAIN or type(bias) not in _PLAIN:
         return None
-    if residual is not None and residual.layout is not torch.strided:
+    if residual is not None and (
+        type(residual) is not Tensor or residual.layout is not torch.strided
+    ):
         return None
-    given = (x, Epilogue(weight, bias, residual, act), 1, running_mean, running_var)
     try:
         if training:
-            return _train(*given, counter, momentum, eps, True)
-        return _evaluate(*given, eps, False)
+            return _train(x, epilogue, running, eps, axis)
+        return None if running is None else _evaluate(x, epilogue, running, eps, axis)
     except UnservedError:
         return None
 
 
 def _evaluate(
-    x: Tensor,
-    epilogue: Epilogue,
-    axis: int,
-    mean: Tensor | None,
-    var: Tensor | None,
-    eps: float,
-    training: bool,
+    x: Tensor, epilogue: Epilogue, running: Running, eps: float, axis: int
 ) -> Tensor | None:
     """Normalize by the stored statistics: in evaluation, and in training with ``Frozen``."""
-    if mean is None or var is None or not (0 < eps < torch.inf if training else eps >= 0):
+    if not eps >= 0:
         return None
+    mean, var = running.mean, running.var
     graph = torch.is_grad_enabled() and _needs_grad(x, epilogue)
     backend = likely(x)
     if backend is None and is_torchs(x):
-        if not _is_for_torch(x, epilogue.residual, mean, var):
+        if not _is_for_torch(x, epilogue.residual, running):
             return None
         if graph:  # autograd saves them, and a training step may update them before backward
             mean, var = mean.clone(), var.clone()
@@ -123,7 +113,7 @@ def _evaluate(
         except RuntimeError:
             return None  # the general path raises the error that explains it
     if backend is None or graph:
-        if not _fits(x, epilogue, axis, mean, var):
+        if not _fits(x, epilogue, running, axis):
             return None
         backend = select(x, epilogue, axis, "eval")
         if not backend.commits:
@@ -137,94 +127,60 @@ def _evaluate(
 
 
 def _train(
-    x: Tensor,
-    epilogue: Epilogue,
-    axis: int,
-    mean: Tensor | None,
-    var: Tensor | None,
-    counter: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    tracks: bool,
+    x: Tensor, epilogue: Epilogue, running: Running | None, eps: float, axis: int
 ) -> Tensor | None:
-    """Normalize by the batch; if ``tracks``, update the running statistics and the counter."""
+    """Normalize by the batch; update the running statistics and the counter, if there are any."""
     if not 0 < eps < torch.inf or x.numel() <= x.size(axis):
         return None
     backend = likely(x)
-    if backend is None and is_torchs(x):
-        stored = (mean, var, counter, momentum, eps, tracks)
-        return _train_by_torch(x, epilogue, axis, *stored)
-    if momentum is None:
-        return None
     if backend is None:
+        if is_torchs(x):
+            return _train_by_torch(x, epilogue, running, eps, axis)
         backend = select(x, epilogue, axis)
-        counts = counter is None or (counter.dtype is torch.int64 and counter.device == x.device)
-        if not (counts and _fits(x, epilogue, axis, mean, var)):
+        if not _fits(x, epilogue, running, axis):
             return None
-    running = None
-    if (mean is None) is not (var is None):
-        return None
-    if tracks and mean is not None and var is not None and not is_recomputing():
-        if not backend.commits or mean.is_inference():
+    if running is not None:
+        if is_recomputing():
+            running = None
+        elif not backend.commits or running.mean.is_inference():
             return None
-        running = Running(mean, var, counter, momentum)
-    y: Tensor
     if torch.is_grad_enabled() and _needs_grad(x, epilogue):
         weight, bias, residual, _ = epilogue
         step = (epilogue, eps, axis, backend, None, running)
-        y = eager.apply_batch(x, weight, bias, residual, step)
-    else:
-        y, _ = backend.forward(x, epilogue, eps, axis, running)
-    return y
+        y: Tensor = eager.apply_batch(x, weight, bias, residual, step)
+        return y
+    return backend.forward(x, epilogue, eps, axis, running)[0]
 
 
 def _train_by_torch(
-    x: Tensor,
-    epilogue: Epilogue,
-    axis: int,
-    mean: Tensor | None,
-    var: Tensor | None,
-    counter: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    tracks: bool,
+    x: Tensor, epilogue: Epilogue, running: Running | None, eps: float, axis: int
 ) -> Tensor | None:
     """Do a training step by ``torch.batch_norm``, which updates the running statistics too."""
-    if not _is_for_torch(x, epilogue.residual, mean, var):
+    if not _is_for_torch(x, epilogue.residual, running):
         return None
-    step = None
-    if mean is not None and var is not None and tracks:
-        if mean.is_inference():
+    counter = None
+    if running is not None:
+        if running.mean.is_inference():
             return None
-        if momentum is None:
-            if counter is None or not counter.is_cpu:  # reading it would synchronize the device
-                return None
-            momentum = 1 / (int(counter) + 1)
         if is_recomputing():  # checkpointing expects as many saved tensors: update copies
-            step, counter = Running(mean.clone(), var.clone(), None, 0.0), None
-        else:
-            step = Running(mean, var, None, momentum)
+            running = Running(running.mean.clone(), running.var.clone(), None, 0.0)
+        counter = running.counter
     # torch.batch_norm checks sizes and devices before it writes. Checking them here too would cost
     # a small layer a tenth of its time.
     try:
-        y = torch_norm.forward(x, epilogue, eps, axis, step)
+        y = torch_norm.forward(x, epilogue, eps, axis, running)
     except RuntimeError:
         return None  # the general path raises the error that explains it
-    if step is not None and counter is not None:
+    if counter is not None:
         counter.add_(1)
     return y
 
 
-def _is_for_torch(
-    x: Tensor, residual: Tensor | None, mean: Tensor | None, var: Tensor | None
-) -> bool:
+def _is_for_torch(x: Tensor, residual: Tensor | None, running: Running | None) -> bool:
     """Return whether ``torch.batch_norm`` takes input, residual and statistics without casts."""
     if not torch_norm.takes(x):
         return False
-    if mean is None or var is None:
-        if mean is not var:
-            return False
-    elif not (mean.dtype is var.dtype is wide(x)):
+    if running is not None and not (running.mean.dtype is running.var.dtype is wide(x)):
         return False
     if residual is None:
         return True
@@ -242,17 +198,18 @@ def _needs_grad(x: Tensor, epilogue: Epilogue) -> bool:
     )
 
 
-def _fits(
-    x: Tensor, epilogue: Epilogue, axis: int, mean: Tensor | None, var: Tensor | None
-) -> bool:
+def _fits(x: Tensor, epilogue: Epilogue, running: Running | None, axis: int) -> bool:
     """Return whether shapes and dtypes agree, and statistics can be read and written in place."""
     weight, bias, residual, _ = epilogue
+    mean, var, counter, _ = running or (None, None, None, 0.0)
     channels = x.shape[axis]
-    if not x.dtype.is_floating_point or (mean is None) is not (var is None):
+    if not x.dtype.is_floating_point:
         return False
     if any(t is not None and t.shape != (channels,) for t in (weight, bias, mean, var)):
         return False
     if residual is not None and (residual.dtype != x.dtype or residual.shape != x.shape):
+        return False
+    if counter is not None and not (counter.dtype is torch.int64 and counter.device == x.device):
         return False
     return mean is None or var is None or _stands(mean, var, x)
 
