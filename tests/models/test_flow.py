@@ -422,7 +422,7 @@ def test_nothing_is_left_on_the_model(fails):
     x = torch.randn(6, 4)
     torch.set_rng_state(numbers[0])
     if fails:
-        with pytest.raises(ValueError, match="in the midst"):
+        with pytest.raises(SurgeryError, match="in the midst"):
             flow(model, x)
     else:
         assert flow(model, x).calls_of("an")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils import dlpack
 
+from batchnorm.errors import SurgeryError
 from batchnorm.models.following import flow
 from support.twins import assert_identical, everything
 
@@ -68,7 +69,7 @@ class RaisesAfter(Grows):
 def test_what_a_pass_registers_is_taken_back_if_it_raises():
     model = RaisesAfter()
     before = everything(model)
-    with pytest.raises(KeyError):
+    with pytest.raises(SurgeryError, match="KeyError"):
         flow(model, torch.randn(2, 4))
     assert_identical(before, everything(model))
 

@@ -31,9 +31,6 @@ and compile it then"""
 META = """\
 bn.fold expected tensors with values, got {name!r} on the meta device; load the model first"""
 
-RAISED = """\
-the example inputs could not be passed through the model: in {layer}, {kind}: {error}"""
-
 EXAMPLES = """\
 expected example inputs: a tensor, a tuple (positional arguments), a mapping (keyword arguments), \
 or a list of these, got {got}"""
@@ -81,36 +78,15 @@ def _example(given: Any) -> Example:
     raise OptionError(EXAMPLES.format(got=type(given).__name__))
 
 
-def scene(model: nn.Module, example: Example, *, covers: bool) -> Scene:
-    """Run the model on an example; raises as ``passed`` does."""
-    return Scene(model, passed(model, example), covers=covers)
-
-
 def passed(model: nn.Module, example: Example) -> Flow:
     """Run the model on an example, and return the pass.
 
     Raises:
         SurgeryError: If it raises, with the layer in which it did.
     """
-    try:
-        return flow(model, *example.args, **example.kwargs)
-    except SurgeryError:
-        raise
-    except Exception as error:
-        layer = _layer_of(model, error)
-        raise SurgeryError(
-            RAISED.format(layer=layer, kind=type(error).__name__, error=error)
-        ) from error
+    return flow(model, *example.args, **example.kwargs)
 
 
-def _layer_of(model: nn.Module, error: BaseException) -> str:
-    """Return the innermost module in whose method an error was raised, in words."""
-    names = {id(module): name for name, module in model.named_modules()}
-    found, trace = "the model", error.__traceback__
-    while trace is not None:
-        module = trace.tb_frame.f_locals.get("self")
-        if id(module) in names:
-            name = names[id(module)]
-            found = f"{name} ({type(module).__name__})" if name else "the model"
-        trace = trace.tb_next
-    return found
+def scene(model: nn.Module, example: Example, *, covers: bool) -> Scene:
+    """Run the model on an example; raises as ``passed`` does."""
+    return Scene(model, passed(model, example), covers=covers)

@@ -7,42 +7,36 @@ this library use operators of torch under the dispatch mode, so they are recorde
 """
 
 import contextlib
-import dataclasses
 import functools
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from batchnorm.compat import operators
-from batchnorm.compat.modes import is_dynamo_loaded, is_recomputing
+from batchnorm.compat.modes import is_dynamo_loaded
 from batchnorm.errors import SurgeryError
-from batchnorm.models.flow import WATCHED, Call, Flow, Read, Ref, Value
+from batchnorm.models.flow import WATCHED, Flow
 from batchnorm.models.inputs import Forward, replaced_forward
 from batchnorm.models.preserve import attributes_kept, preserved
-from batchnorm.models.trees import has_others, replaced, tensors_in, tensors_within
+from batchnorm.models.record import Args, Kwargs, Operator, Record
+from batchnorm.models.trees import tensors_in, tensors_within
 from batchnorm.models.walk import unwrapped, walk
 
 # Functions that give values or memory to Python without a data-dependent operator.
 _READING = {"tolist", "numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage"}
 _READING |= WATCHED
 _PRINTING = {"__repr__", "__format__", "__str__"}
-# Operators that return uninitialized memory.
-_BLANK = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-_MASKS = (torch.bool, torch.uint8)
 
 LAZY = """\
 expected a model whose parameters have shapes, got the uninitialized {name!r}; pass a batch \
 through the model first"""
 
 
-Operator = Callable[..., object]  # type: ignore[explicit-any]
-Args = tuple[object, ...]
-Kwargs = Mapping[str, object]
+RAISED = """\
+the example inputs could not be passed through the model: in {layer}, {kind}: {error}"""
 
 
 def flow(model: nn.Module, /, *args: object, **kwargs: object) -> Flow:
@@ -63,8 +57,8 @@ def flow(model: nn.Module, /, *args: object, **kwargs: object) -> Flow:
         The pass, without references to tensors.
 
     Raises:
-        SurgeryError: If the model is none, or has lazy parameters.
-        Exception: Whatever the model raises.
+        SurgeryError: If the model is none, has lazy parameters, or raises; with the innermost
+            module whose ``forward`` raised, and the error as its cause.
     """
     if not isinstance(model, nn.Module):
         raise SurgeryError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -75,8 +69,17 @@ def flow(model: nn.Module, /, *args: object, **kwargs: object) -> Flow:
     # Without Dynamo loaded nothing can be compiled, and set_stance would import it.
     eager = is_dynamo_loaded()
     stance = torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext()
-    with preserved(model), attributes_kept(model), stance:
-        return follow(model, lambda: model(*args, **kwargs), (args, kwargs))
+    record = Record()
+    try:
+        with preserved(model), attributes_kept(model), stance:
+            return _follow(record, model, lambda: model(*args, **kwargs), (args, kwargs))
+    except SurgeryError:
+        raise
+    except Exception as error:
+        name = record.failed
+        layer = f"{name} ({type(model.get_submodule(name)).__name__})" if name else "the model"
+        message = RAISED.format(layer=layer, kind=type(error).__name__, error=error)
+        raise SurgeryError(message) from error
 
 
 def follow(model: nn.Module, run: Callable[[], object], given: object = ()) -> Flow:
@@ -86,11 +89,17 @@ def follow(model: nn.Module, run: Callable[[], object], given: object = ()) -> F
         model: The model.
         run: Runs it; its result counts as the model's.
         given: A value with the tensors that the model gets as inputs.
+
+    Raises:
+        Exception: What the model raises.
     """
-    book = _Book()
-    book.register("parameter", model.named_parameters(remove_duplicate=False))
-    book.register("buffer", model.named_buffers(remove_duplicate=False))
-    inputs = [book.value(tensor, "input") for tensor in tensors_within(given)]
+    return _follow(Record(), model, run, given)
+
+
+def _follow(record: Record, model: nn.Module, run: Callable[[], object], given: object) -> Flow:
+    record.register("parameter", model.named_parameters(remove_duplicate=False))
+    record.register("buffer", model.named_buffers(remove_duplicate=False))
+    inputs = [record.value(tensor, "input") for tensor in tensors_within(given)]
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -100,251 +109,27 @@ def follow(model: nn.Module, run: Callable[[], object], given: object = ()) -> F
     for module, (first, *_) in names.items():
         if isinstance(module, torch.jit.ScriptModule):
             if module not in scripted:
-                book.unseen[f"calls of modules in the scripted module {first!r}"] = None
+                record.unseen[f"calls of modules in the scripted module {first!r}"] = None
             scripted.update(module.modules())
         else:
             leaf = first in normalizations or not any(True for _ in module.children())
-            pairs.append((module, functools.partial(book.call, first, leaf, module.forward)))
-    with replaced_forward(pairs), _Functions(book), _Operators(book):
+            pairs.append((module, functools.partial(record.call, first, leaf, module.forward)))
+    with replaced_forward(pairs), _Functions(record), _Operators(record):
         result = run()
-    outputs = [book.value(tensor) for tensor in tensors_within(result)]
+    outputs = [record.value(tensor) for tensor in tensors_within(result)]
     del result
     return Flow(
-        tuple(book.values),
-        tuple(book.calls),
+        tuple(record.values),
+        tuple(record.calls),
         tuple(inputs),
         tuple(outputs),
-        book.kept(),
-        tuple(book.reads),
-        tuple(book.unseen),
+        record.kept(),
+        tuple(record.reads),
+        tuple(record.unseen),
         {name: first for first, *rest in names.values() for name in (first, *rest)},
-        book.parameters,
+        record.parameters,
         normalizations,
     )
-
-
-class _Book:
-    """The record of a pass while it runs."""
-
-    def __init__(self) -> None:
-        self.values: list[Value] = []
-        self.calls: list[Call] = []
-        self.reads: list[Read] = []
-        self.unseen: dict[str, None] = {}
-        self.parameters: dict[str, int] = {}
-        self.api = ""
-        # True while the recorder reads a tensor, or one is printed: calls are then not recorded.
-        self.is_aside = False
-        self._within: int | None = None
-        self._counts: Counter[str] = Counter()
-        self._numbers: dict[object, int] = {}
-        # A weak reference keeps the storage's address from being reused, not its memory.
-        self._memory: dict[StorageWeakRef, int] = {}
-        # The same with first and last address.
-        self._addresses: list[tuple[StorageWeakRef, int, int, int]] = []
-        # Tensors without a storage (sparse, wrapped by torch.func), kept so their ids stay unique.
-        self._without_memory: dict[int, tuple[Tensor, int]] = {}
-        self._origins: list[tuple[str, tuple[str, ...]]] = []
-        # For each storage, the calls that made it and wrote to it.
-        self._writers: list[list[int | None]] = []
-        self._blank: set[int] = set()
-
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Record nothing in a block."""
-        before, self.is_aside = self.is_aside, True
-        try:
-            yield
-        finally:
-            self.is_aside = before
-
-    def register(self, origin: str, named: Iterable[tuple[str, Tensor]]) -> None:
-        """Record parameters or buffers, each with all of its names."""
-        tensors = dict(named)
-        for name, tensor in tensors.items():
-            memory = self._memory_of(tensor, origin, None)
-            kind, before = self._origins[memory]
-            self._origins[memory] = kind, (*before, name)
-        self.parameters |= {name: self.value(tensor) for name, tensor in tensors.items()}
-
-    def value(self, tensor: Tensor, origin: str = "outside", producer: int | None = None) -> int:
-        """Return the number of a tensor as it is now.
-
-        Args:
-            tensor: The tensor.
-            origin: ``Value.origin`` of its storage, if that is new.
-            producer: The call that made it; by default the last one that wrote to its storage.
-        """
-        with self.aside():
-            memory = self._memory_of(tensor, origin, producer)
-            shape, dtype = tuple(tensor.shape), str(tensor.dtype)
-            lies = id(tensor) not in self._without_memory
-            stride = tuple(tensor.stride()) if lies else ()
-            offset = int(tensor.storage_offset()) if lies else 0
-        writers = self._writers[memory]
-        key = memory, len(writers) - 1, shape, stride, offset, dtype
-        if key not in self._numbers:
-            number = self._numbers[key] = len(self.values)
-            made = writers[-1] if producer is None else producer
-            self.values.append(Value(number, *key, *self._origins[memory], made))
-        return self._numbers[key]
-
-    def call(
-        self, name: str, leaf: bool, original: Forward, /, *args: object, **kwargs: object
-    ) -> object:
-        """Run and record the forward of a module."""
-        if self.is_aside or is_recomputing():
-            return original(*args, **kwargs)
-        number, outer = len(self.calls), self._within
-        inputs = tuple(map(self.value, tensors_in((args, kwargs))))
-        nth = self._count(name)
-        call = Call(number, name, True, leaf, "", nth, outer, inputs)
-        self.calls.append(call)
-        self._within = number
-        try:
-            result = original(*args, **kwargs)
-        finally:
-            self._within = outer
-        made = ("call", number) if leaf else ("outside", None)
-        outputs = tuple(self.value(tensor, *made) for tensor in tensors_in(result))
-        tells = has_others(result)
-        self.calls[number] = dataclasses.replace(call, outputs=outputs, tells=tells)
-        return result
-
-    def operate(self, func: Operator, args: Args, kwargs: Kwargs) -> object:
-        """Run and record an operator."""
-        tensors = list(tensors_in((args, kwargs)))
-        inputs = tuple(map(self.value, tensors))
-        numbers = dict(zip(map(id, tensors), inputs, strict=True))
-        arguments = replaced(
-            operators.named(func, args, kwargs), lambda tensor: Ref(numbers[id(tensor)])
-        )
-        # In-place changes of shape or strides (``t_``, ``set_``) do not write to memory.
-        tags = getattr(func, "tags", ())
-        written = (
-            []
-            if torch.Tag.inplace_view in tags
-            else list(tensors_in(list(operators.written(func, args, kwargs))))
-        )
-        writes = tuple(map(self.value, written))
-        self._read_by(func, tags, tensors, inputs)
-        result = func(*args, **kwargs)
-        number = len(self.calls)
-        memories = {self.values[value].memory for value in writes}
-        for memory in memories:
-            self._writers[memory].append(number)
-        changed = [*tensors_in(result), *written]
-        outputs = tuple(dict.fromkeys(self.value(t, "call", number) for t in changed))
-        given = {self.values[value].memory for value in inputs}
-        view = not writes and any(self.values[value].memory in given for value in outputs)
-        name = str(func)
-        nth = self._count(name)
-        self.calls.append(
-            Call(
-                number,
-                name,
-                False,
-                False,
-                self.api,
-                nth,
-                self._within,
-                inputs,
-                outputs,
-                writes,
-                view,
-                arguments,
-            )
-        )
-        self._notice_blank(name, given - memories, memories, outputs, view)
-        return result
-
-    def read(self, how: str, values: Iterable[int]) -> None:
-        """Record that Python reads tensors."""
-        after = len(self.calls)
-        self.reads += [Read(how, value, self._within, after) for value in values]
-
-    def kept(self) -> frozenset[int]:
-        """Return the numbers of storages that calls made and that are still alive."""
-        return frozenset(
-            number
-            for reference, number in self._memory.items()
-            if self._origins[number][0] == "call" and not reference.expired()
-        )
-
-    def _memory_of(self, tensor: Tensor, origin: str, producer: int | None) -> int:
-        if id(tensor) in self._without_memory:
-            return self._without_memory[id(tensor)][1]
-        number = len(self._origins)
-        try:
-            storage = tensor.untyped_storage()
-            reference = StorageWeakRef(storage)
-            if reference not in self._memory:
-                self._memory[reference] = self._at_address(storage, reference, producer, number)
-            found = self._memory[reference]
-        except (NotImplementedError, RuntimeError):
-            self._without_memory[id(tensor)] = tensor, number
-            found = number
-        if found == number:
-            self._origins.append((origin, ()))
-            self._writers.append([producer])
-        return found
-
-    def _at_address(
-        self,
-        storage: torch.UntypedStorage,
-        reference: StorageWeakRef,
-        producer: int | None,
-        number: int,
-    ) -> int:
-        """Return the number of a living storage in whose memory a new one lies, or the new number.
-
-        Such a storage is made without an operator, of memory that was given to other code
-        (DLPack, numpy).
-        """
-        start, size = storage.data_ptr(), storage.nbytes()
-        if not start or not size:
-            return number
-        if producer is None:
-            for known, begin, end, found in self._addresses:
-                if begin <= start < end and not known.expired():
-                    return found
-        self._addresses.append((reference, start, start + size, number))
-        return number
-
-    def _count(self, name: str) -> int:
-        self._counts[name] += 1
-        return self._counts[name] - 1
-
-    def _read_by(
-        self,
-        func: Operator,
-        tags: Sequence[torch.Tag],
-        tensors: list[Tensor],
-        inputs: tuple[int, ...],
-    ) -> None:
-        """Record reads by operators whose result is no tensor, or has a data-dependent size."""
-        how = self.api or str(func)
-        sized = torch.Tag.dynamic_output_shape in tags
-        if sized and str(func).startswith("aten.index."):
-            # Indices of integers give as many values as there are indices.
-            sized = any(tensor.dtype in _MASKS for tensor in tensors[1:])
-        if sized or torch.Tag.data_dependent_output in tags or not hasattr(func, "tags"):
-            self.read(how, inputs)
-
-    def _notice_blank(
-        self, name: str, read: set[int], written: set[int], made: tuple[int, ...], view: bool
-    ) -> None:
-        """Add to ``unseen`` uninitialized memory that is read and no operator has written to."""
-        if not view:
-            if read & self._blank:
-                where = "" if self._within is None else self.calls[self._within].name
-                self.unseen[f"what filled the memory that {name} reads in module {where!r}"] = None
-            self._blank -= read
-        self._blank -= written
-        if name.removeprefix("aten.").partition(".")[0] in _BLANK:
-            self._blank |= {
-                v.memory for v in map(self.values.__getitem__, made) if 0 not in v.shape
-            }
 
 
 class _Operators(operators.DispatchMode):
@@ -353,40 +138,40 @@ class _Operators(operators.DispatchMode):
     # ``torch.cond`` and the like are recorded as one operator that reads its inputs.
     supports_higher_order_operators = True
 
-    def __init__(self, book: _Book) -> None:
+    def __init__(self, record: Record) -> None:
         super().__init__()
-        self._book = book
+        self._record = record
 
     def __torch_dispatch__(
         self, func: Operator, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         kwargs = kwargs or {}
-        if self._book.is_aside:
+        if self._record.is_aside:
             return func(*args, **kwargs)
-        return self._book.operate(func, args, kwargs)
+        return self._record.operate(func, args, kwargs)
 
 
 class _Functions(TorchFunctionMode):
     """Passes the outermost calls of torch's Python API to the recorder."""
 
-    def __init__(self, book: _Book) -> None:
+    def __init__(self, record: Record) -> None:
         super().__init__()
-        self._book = book
+        self._record = record
 
     def __torch_function__(
         self, func: Operator, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
-        kwargs, book = kwargs or {}, self._book
-        if book.is_aside:
+        kwargs, record = kwargs or {}, self._record
+        if record.is_aside:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name in _PRINTING:
-            with book.aside():
+            with record.aside():
                 return func(*args, **kwargs)
         if name in _READING:
-            book.read(name, map(book.value, tensors_in(args)))
-        before, book.api = book.api, book.api or name
+            record.read(name, map(record.value, tensors_in(args)))
+        before, record.api = record.api, record.api or name
         try:
             return func(*args, **kwargs)
         finally:
-            book.api = before
+            record.api = before
