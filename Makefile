@@ -84,6 +84,7 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) benchmarks/figures.py --check
+	$(PY) -m batchnorm.diagnosis.page docs/rules.md --check
 
 # Memory errors, undefined behaviour and races of the native kernels, without Python around them.
 sanitize:

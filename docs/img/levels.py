@@ -45,6 +45,7 @@ SAYS = {
     "surgery": "convert and other verbs",
     "folding": "bn.fold",
     "diagnosis": "findings about a model",
+    "storage": "checkpoints, one tensor at a time",
     "demo": "make run",
     "benchmark": "make bench",
     "integrations": "Lightning, Hugging Face, opacus",

@@ -14,7 +14,7 @@ LEVELS = [
     {"errors", "compat", "progress", "recycling", "version", "_native"},
     {"files", "layout", "sums"},
     {"checkpoints", "selection"},
-    {"moments"},
+    {"moments", "storage"},
     {"ops", "collective"},
     {"blocks"},
     {"estimators"},
@@ -24,7 +24,7 @@ LEVELS = [
     {"models", "environment", "report"},
     {"graph", "memory", "comparison"},
     {"calibration", "surgery"},
-    {"folding"},
+    {"folding", "diagnosis"},
     {"demo", "benchmark", "integrations"},
     {"cli"},
 ]

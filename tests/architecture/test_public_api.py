@@ -11,9 +11,9 @@ from support import processes
 
 NAMES = [
     "Batch", "BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Calibration",
-    "Cumulative", "Decayed", "Frozen", "Ghost", "Grouped", "LastBatches", "LazyBatchNorm1d",
+    "Cumulative", "Decayed", "Diagnosis", "Frozen", "Ghost", "Grouped", "LastBatches", "LazyBatchNorm1d",
     "LazyBatchNorm2d", "LazyBatchNorm3d", "Moments", "Running", "Same", "Synced", "calibrate",
-    "convert", "fold", "Folded", "edits", "env", "forget", "functional", "fused", "graph",
+    "convert", "fold", "Folded", "edits", "env", "forget", "functional", "fused", "graph", "inspect",
     "keep_undo", "merge", "merge_states", "recycle_memory", "same", "save_memory", "undo",
     "use_backend", "use_estimate",
 ]  # fmt: skip

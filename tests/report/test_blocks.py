@@ -109,7 +109,7 @@ def test_a_finding_is_a_value():
 
 
 def test_a_finding_refuses_tensors_and_unknown_severities():
-    with pytest.raises(OptionError, match="severity.*BN003.*'error', 'warning', 'note'.*'fatal'"):
+    with pytest.raises(OptionError, match="severity.*BN003.*'error', 'warning', 'info'.*'fatal'"):
         finding(severity="fatal")
     with pytest.raises(OptionError, match=r"'least' of the finding BN003.*Tensor; float\(value\)"):
         finding(evidence={"least": torch.zeros(())})

@@ -18,7 +18,7 @@ from batchnorm.errors import OptionError
 
 Cell = str | int | float | None
 PlotKind = Literal["lines", "bands", "bars", "histogram"]
-Severity = Literal["error", "warning", "note"]
+Severity = Literal["error", "warning", "info"]
 # The name of the layer that is the model itself, whose name in torch is "".
 WHOLE = "(the model)"
 
@@ -123,7 +123,7 @@ class Finding(Block):
 
     Args:
         rule: Identifier of the rule, such as ``"BN001"``.
-        severity: ``error`` (results are wrong), ``warning`` (they may be) or ``note``.
+        severity: ``error`` (results are wrong), ``warning`` (they may be) or ``info``.
         subject: What it is about: the name of a layer, a parameter or a file; ``""`` is the whole
             model.
         message: What was found.

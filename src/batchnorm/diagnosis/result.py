@@ -1,0 +1,103 @@
+"""A diagnosis as a value: what was found, in what, and what could not be checked."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from batchnorm.diagnosis.evidence import Layer
+from batchnorm.diagnosis.show import report_of
+from batchnorm.report.jsontext import plain
+from batchnorm.report.model import Finding, Report, Severity
+from batchnorm.report.terminal import to_text
+
+# Raised when a field of to_json() is renamed, removed or changes its meaning.
+JSON_VERSION = 1
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What rules found in the batch norms of a checkpoint.
+
+    Attributes:
+        subject: The checkpoint's path, or "state dict".
+        layers: The evidence for each layer, in the checkpoint's order.
+        findings: Findings, the gravest first; findings of one severity in the order of the rules.
+        not_checked: Why a rule could not be judged, by its identifier.
+        known: How many findings a baseline left out.
+    """
+
+    subject: str
+    layers: tuple[Layer, ...]
+    findings: tuple[Finding, ...]
+    not_checked: Mapping[str, str] = field(default_factory=dict, hash=False)
+    known: int = 0
+
+    def at_least(self, severity: Severity) -> tuple[Finding, ...]:
+        """Return the findings of a severity and the graver ones."""
+        counted = SEVERITIES[: SEVERITIES.index(severity) + 1]
+        return tuple(finding for finding in self.findings if finding.severity in counted)
+
+    def report(self, layers: bool = True, most: int | None = None) -> Report:
+        """Return the findings by rule, and a table of the layers, for any renderer.
+
+        Args:
+            layers: Whether the table of the layers is in it.
+            most: How many findings of one rule are listed; None for all.
+        """
+        return report_of(self.subject, self.layers, self.findings, self.left_out(), layers, most)
+
+    def left_out(self) -> tuple[str, ...]:
+        """Return in words what was not judged and what is not shown."""
+        reasons: dict[str, list[str]] = {}
+        for rule, reason in self.not_checked.items():
+            reasons.setdefault(reason, []).append(rule)
+        words = [f"Not checked: {', '.join(ids)} ({reason})." for reason, ids in reasons.items()]
+        if self.known:
+            words.append(f"{self.known} findings that the baseline has are not shown.")
+        return tuple(words)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the diagnosis as plain values, as ``to_json`` writes them."""
+        counts = Counter(finding.severity for finding in self.findings)
+        return {
+            "version": JSON_VERSION,
+            "subject": self.subject,
+            "counts": {severity: counts[severity] for severity in SEVERITIES},
+            "findings": [_finding(finding) for finding in self.findings],
+            "not_checked": dict(self.not_checked),
+            "known": self.known,
+            "layers": [plain(layer) for layer in self.layers],
+        }
+
+    def to_json(self) -> str:
+        """Return the diagnosis as JSON text; docs/inspect.md describes the fields.
+
+        JSON has no NaN and no infinity: such a number becomes ``null``.
+        """
+        return _json(self.to_dict())
+
+    def __str__(self) -> str:
+        return to_text(self.report(layers=False, most=10))
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    return {
+        "rule": finding.rule,
+        "severity": finding.severity,
+        "subject": finding.subject,
+        "message": finding.message,
+        "remedy": finding.remedy,
+        "evidence": plain(finding.evidence),
+    }
+
+
+def to_json(diagnoses: Sequence[Diagnosis]) -> str:
+    """Return an array of diagnoses as JSON text, as ``batchnorm inspect --format json`` writes."""
+    return _json([diagnosis.to_dict() for diagnosis in diagnoses])
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n"

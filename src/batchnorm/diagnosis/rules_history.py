@@ -1,0 +1,275 @@
+"""Rules on how statistics came about: never updated, miscounted, of another age."""
+
+import math
+from collections import Counter as Tally
+from collections.abc import Iterator
+
+from batchnorm.diagnosis.evidence import Evidence, Layer
+from batchnorm.diagnosis.rule import Found, Rule
+from batchnorm.diagnosis.rules_values import CALIBRATE, Judged, LayerRule, each, no_layers
+from batchnorm.report.model import Table
+
+# An averaged copy whose means are off by a whole deviation, or whose variances by a factor of 4
+# (deviations by 2), normalizes to something else than its weights were trained with.
+MOST_SHIFT, MOST_STRETCH = 1.0, 4.0
+
+
+def _at_start(layer: Layer) -> bool:
+    return layer.statistics is not None and layer.statistics.at_start
+
+
+def _trained(layer: Layer) -> bool:
+    return layer.affine is not None and not layer.affine.at_start
+
+
+def _counted(layer: Layer) -> bool:
+    return layer.counter is not None and layer.counter.value > 0
+
+
+def _never_updated(layer: Layer) -> Judged:
+    if not _at_start(layer) or _counted(layer) or not _trained(layer):
+        return None
+    return (
+        (
+            "γ and β are trained, but every mean is 0 and every variance 1: the statistics were "
+            "never updated."
+        ),
+        {"counter": None if layer.counter is None else layer.counter.value},
+    )
+
+
+def _counted_not_moved(layer: Layer) -> Judged:
+    if not _at_start(layer) or not _counted(layer):
+        return None
+    assert layer.counter is not None
+    return (
+        f"{layer.counter.value:.0f} steps are counted, but every mean is 0 and every variance 1.",
+        {"counter": layer.counter.value},
+    )
+
+
+def _quiet(evidence: Evidence) -> list[Layer]:
+    """Return layers as new, which no other rule speaks of."""
+    return [
+        layer
+        for layer in evidence.layers
+        if _at_start(layer) and not _counted(layer) and not _trained(layer)
+    ]
+
+
+def _alone_at_start(evidence: Evidence) -> Iterator[Found]:
+    quiet = _quiet(evidence)
+    if len(quiet) == len(evidence.layers):
+        return
+    others = len(evidence.layers) - len(quiet)
+    for layer in quiet:
+        yield Found(
+            layer.name,
+            f"Its statistics, γ and β are as in a new layer, beside {others} other layers that "
+            "were trained: no training step went through it.",
+            {"channels": layer.channels, "other layers": others},
+        )
+
+
+def _all_at_start(evidence: Evidence) -> Iterator[Found]:
+    quiet = _quiet(evidence)
+    if quiet and len(quiet) == len(evidence.layers):
+        yield Found(
+            "",
+            f"All {len(quiet)} batch norms are as in a new model.",
+            {"layers": len(quiet)},
+        )
+
+
+def _not_counted(evidence: Evidence) -> Iterator[Found]:
+    found = [
+        layer
+        for layer in evidence.layers
+        if layer.counter is not None
+        and layer.counter.value == 0
+        and layer.statistics is not None
+        and not layer.statistics.at_start
+        and not layer.statistics.all_zero
+    ]
+    if found:
+        yield Found(
+            "" if len(found) > 1 else found[0].name,
+            f"The counter of {len(found)} of {len(evidence.layers)} layers is 0, though their "
+            "statistics have moved.",
+            {"layers": len(found), "of": len(evidence.layers), "first": found[0].name},
+        )
+
+
+def _different_counts(evidence: Evidence) -> Iterator[Found]:
+    counts = Tally(
+        layer.counter.value
+        for layer in evidence.layers
+        if layer.counter is not None and layer.counter.value > 0
+    )
+    if len(counts) < 2:
+        return
+    first = {
+        layer.counter.value: layer.name
+        for layer in reversed(evidence.layers)
+        if layer.counter is not None
+    }
+    rows = tuple((int(c), n, first[c]) for c, n in counts.most_common(8) if math.isfinite(c))
+    yield Found(
+        "",
+        f"Layers have counted {len(counts)} different numbers of steps, from {min(counts):.0f} to "
+        f"{max(counts):.0f}.",
+        Table("", ("steps", "layers", "first layer"), rows),
+    )
+
+
+def _impossible_count(layer: Layer) -> Judged:
+    counter = layer.counter
+    if counter is None or 0 <= counter.value < math.inf:
+        return None
+    return (
+        f"The counter is {counter.value:g}, of dtype {counter.dtype}.",
+        {"counter": counter.value, "dtype": counter.dtype},
+    )
+
+
+def _full_count(layer: Layer) -> Judged:
+    counter = layer.counter
+    if counter is None or not counter.most <= counter.value < math.inf:
+        return None
+    return (
+        (
+            f"The counter stands at {counter.value:.0f}; {counter.dtype} counts no further than "
+            f"{counter.most:.0f}."
+        ),
+        {"counter": counter.value, "dtype": counter.dtype, "most": counter.most},
+    )
+
+
+def _another_age(evidence: Evidence) -> Iterator[Found]:
+    for one in evidence.copies:
+        if one.shift > MOST_SHIFT or one.stretch > MOST_STRETCH:
+            yield Found(
+                one.copy,
+                f"Its statistics are far from those of {one.layer}, of which it is an average: "
+                f"means by {one.shift:.3g} deviations, variances by a factor of {one.stretch:.3g}.",
+                {
+                    "shift": one.shift,
+                    "stretch": one.stretch,
+                    "distance of γ": one.weight,
+                    "counter": one.count,
+                    "counter of the copy": one.copy_count,
+                },
+            )
+
+
+def _no_counter(evidence: Evidence) -> str:
+    some = any(layer.counter is not None for layer in evidence.layers)
+    return "" if some else "no layer has a counter (num_batches_tracked)"
+
+
+def _no_copy(evidence: Evidence) -> str:
+    return "" if evidence.copies else "no averaged copy (ema, teacher, swa, ...) beside a layer"
+
+
+HISTORY: tuple[LayerRule, ...] = (
+    Rule(
+        "BN201",
+        "error",
+        "Statistics were never updated",
+        "In training the batch normalizes; in use these statistics do, which say that every input "
+        "has mean 0 and variance 1. The layer was trained with momentum=0 or in a frame that "
+        "keeps buffers apart: an averaged model whose buffers are not averaged, a functional call "
+        "without them, or an export of parameters alone.",
+        CALIBRATE,
+        each(_never_updated),
+        no_layers,
+    ),
+    Rule(
+        "BN202",
+        "warning",
+        "A layer that no training step went through",
+        "The layer is unused, was added after training, or its weights were not found when a "
+        "checkpoint was loaded with strict=False.",
+        "If the layer is used: load or train it, then bn.calibrate(model, data). If not, remove "
+        "it.",
+        _alone_at_start,
+        no_layers,
+    ),
+    Rule(
+        "BN203",
+        "info",
+        "Nothing was trained",
+        "Means are 0, variances 1, and γ and β have one value in every layer, as in a model that "
+        "was just built.",
+        "Nothing, if this is a start of training. Else the wrong model was saved.",
+        _all_at_start,
+        no_layers,
+    ),
+    Rule(
+        "BN204",
+        "info",
+        "The counter is 0, but statistics have moved",
+        "Files that were converted from other libraries or by old torch have no count. With a "
+        "fixed momentum nothing follows. With momentum=None the next training step replaces the "
+        "statistics, for the counter says that it is the first.",
+        "Before training goes on with momentum=None, set num_batches_tracked to the number of "
+        "steps.",
+        _not_counted,
+        _no_counter,
+    ),
+    Rule(
+        "BN205",
+        "warning",
+        "Steps were counted, but the statistics never moved",
+        "The layer has run in training mode with momentum=0.0, or its statistics were reset or "
+        "lost afterwards while the counter was kept.",
+        CALIBRATE,
+        each(_counted_not_moved),
+        _no_counter,
+    ),
+    Rule(
+        "BN206",
+        "info",
+        "Layers counted different numbers of steps",
+        "This is as it should be where some layers were frozen or come from another training, and "
+        "where a layer is called several times in a step. It is not where all were trained "
+        "together: then some layers were left out of steps, or woken by train().",
+        "If all layers were trained together, look which layers stand out, and calibrate: "
+        "bn.calibrate(model, data).",
+        _different_counts,
+        _no_counter,
+    ),
+    Rule(
+        "BN207",
+        "error",
+        "The counter is negative or no number",
+        "It overflowed, or was averaged or cast with the weights. With momentum=None the "
+        "statistics are divided by it.",
+        "Set it to the number of steps: layer.num_batches_tracked.fill_(steps), of dtype int64.",
+        each(_impossible_count),
+        _no_counter,
+    ),
+    Rule(
+        "BN208",
+        "warning",
+        "The counter cannot count any further",
+        "Adding 1 to the largest count of a dtype gives the same number in floating point (256 in "
+        "bfloat16, 2048 in float16) and a negative one in integers. With momentum=None each "
+        "further step then counts too much.",
+        "Store it as int64: state[name] = state[name].long(), with the true number of steps.",
+        each(_full_count),
+        _no_counter,
+    ),
+    Rule(
+        "BN402",
+        "warning",
+        "An averaged copy has statistics of another age",
+        "The statistics of an EMA, SWA or teacher network belong to its own weights. Here they "
+        "differ from those of the network that is averaged by more than 1 deviation (means) or a "
+        "factor of 4 (variances): the buffers were copied once and never again, or not averaged "
+        "with the weights.",
+        "Calibrate the averaged network itself: bn.calibrate(averaged, data).",
+        _another_age,
+        _no_copy,
+    ),
+)

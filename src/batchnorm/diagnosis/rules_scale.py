@@ -1,0 +1,190 @@
+"""Rules on sizes: constant channels, exploding γ/σ, channels that do nothing, range of float16."""
+
+from batchnorm.diagnosis.evidence import CONSTANT, FLOAT16_MOST, Evidence, Layer
+from batchnorm.diagnosis.rule import Rule
+from batchnorm.diagnosis.rules_values import (
+    CALIBRATE,
+    Judged,
+    LayerRule,
+    each,
+    listed,
+    no_affine,
+    no_layers,
+)
+
+# See docs/decisions on these bounds.
+MOST_WEIGHT = 100.0
+MOST_GAIN = 1000.0
+
+
+def _large_weight(layer: Layer) -> Judged:
+    a = layer.affine
+    if a is None or a.most_weight <= MOST_WEIGHT:
+        return None
+    return f"|γ| goes up to {a.most_weight:.3g}.", {"largest |γ|": a.most_weight}
+
+
+def _large_gain(layer: Layer) -> Judged:
+    a = layer.affine
+    if a is None or a.gain <= MOST_GAIN or a.most_weight > MOST_WEIGHT:
+        return None
+    return (
+        f"|γ| / sqrt(σ² + ε) goes up to {a.gain:.3g} in channels that are not constant.",
+        {"largest gain": a.gain, "largest |γ|": a.most_weight, "ε": layer.eps},
+    )
+
+
+def _constant(layer: Layer, mostly: bool) -> Judged:
+    s = layer.statistics
+    if s is None or not s.constant or s.all_zero:
+        return None
+    if (2 * s.constant >= layer.channels) is not mostly:
+        return None
+    return (
+        (
+            f"{s.constant} of {layer.channels} channels have a variance below {CONSTANT:.0e}, "
+            f"{s.zero} of them exactly 0."
+        ),
+        {"constant": s.constant, "zero": s.zero, "first": listed(s.channels)},
+    )
+
+
+def _mostly_constant(layer: Layer) -> Judged:
+    return _constant(layer, mostly=True)
+
+
+def _some_constant(layer: Layer) -> Judged:
+    return _constant(layer, mostly=False)
+
+
+def _negligible(layer: Layer) -> Judged:
+    a = layer.affine
+    if a is None or not a.negligible:
+        return None
+    return (
+        (
+            f"|γ| of {a.negligible} of {layer.channels} channels is below a thousandth of "
+            "the layer's largest."
+        ),
+        {"prunable": a.negligible, "first": listed(a.channels)},
+    )
+
+
+def _all_weights_zero(layer: Layer) -> Judged:
+    a, s = layer.affine, layer.statistics
+    if a is None or s is None or not a.zero or s.at_start:
+        return None
+    return "Every γ is 0, though the statistics have moved.", {
+        "counter": None if layer.counter is None else layer.counter.value
+    }
+
+
+def _beyond_float16(layer: Layer) -> Judged:
+    s = layer.statistics
+    if s is None or max(s.most_mean, s.most_var) <= FLOAT16_MOST or s.dtype == "float16":
+        return None
+    return (
+        (
+            f"The largest |μ| is {s.most_mean:.3g}, the largest σ² {s.most_var:.3g}; float16 ends "
+            f"at {FLOAT16_MOST:.0f}."
+        ),
+        {"largest |μ|": s.most_mean, "largest σ²": s.most_var},
+    )
+
+
+def _normalizes_by_batch(layer: Layer) -> Judged:
+    return ("The node has training_mode=1.", {"training_mode": 1}) if layer.training else None
+
+
+def _no_graph(evidence: Evidence) -> str:
+    return "" if evidence.graph else "no ONNX model; a state dict does not say it"
+
+
+SCALE: tuple[LayerRule, ...] = (
+    Rule(
+        "BN301",
+        "warning",
+        "γ is very large",
+        "|γ| is the deviation of the normalized output. Above 100 the weights have diverged or "
+        "are about to: in the checkpoints that the bound was compared with, trained networks stay "
+        "below 14.",
+        "Train with a lower learning rate, or with weight decay on γ; look when it began in "
+        "earlier checkpoints.",
+        each(_large_weight),
+        no_affine,
+    ),
+    Rule(
+        "BN302",
+        "warning",
+        "γ / σ is very large",
+        "In use the input is multiplied by γ / sqrt(σ² + ε). Above 1000 the rounding of a "
+        "bfloat16 input near 1 moves the output by more than 1, and so does each small shift "
+        "between training data and use. Constant channels are left out: BN303 and BN304 are about "
+        "them.",
+        "Look at what enters the layer: its deviation is far below sqrt(ε) or γ has diverged. "
+        "Scale the input up, or train with a larger eps.",
+        each(_large_gain),
+        no_affine,
+    ),
+    Rule(
+        "BN303",
+        "warning",
+        "At least half of the channels are constant",
+        "Below a variance of 1e-10, ε = 1e-5 outweighs the variance by far: the output is β, "
+        "whatever comes in. For most of a layer that means a dead layer before it, an input that "
+        "is far too small, or statistics that were lost.",
+        "Look at the layer before. If its output does vary: " + CALIBRATE,
+        each(_mostly_constant),
+        no_layers,
+    ),
+    Rule(
+        "BN304",
+        "info",
+        "Some channels are constant",
+        "Their output is β, whatever comes in. Trained networks have a few such channels, behind "
+        "filters that died. An input that is not constant in use would be multiplied by γ / "
+        "sqrt(ε).",
+        "The channels can be removed. If their input does vary: bn.calibrate(model, data).",
+        each(_some_constant),
+        no_layers,
+    ),
+    Rule(
+        "BN305",
+        "info",
+        "Channels could be pruned",
+        "A channel with a γ near 0 gives β and little else, so that the layers around it can do "
+        "without it and get β as a constant. The bound is a thousandth of the layer's largest |γ|.",
+        "Prune these channels with a library for it, then bn.calibrate(model, data).",
+        each(_negligible),
+        no_affine,
+    ),
+    Rule(
+        "BN306",
+        "warning",
+        "Every γ is 0 after training",
+        "The layer gives β and nothing of its input. Layers at the end of residual branches begin "
+        "like that and leave 0 at the first step of an optimizer that knows γ.",
+        "Check that the optimizer has γ: it is in model.parameters() and has requires_grad=True.",
+        each(_all_weights_zero),
+        no_affine,
+    ),
+    Rule(
+        "BN307",
+        "info",
+        "Statistics do not fit into float16",
+        "model.half() makes them infinite, and the layer's output 0 or NaN.",
+        "Keep statistics in float32 under .half(): bn.convert(model); or use bfloat16 or autocast.",
+        each(_beyond_float16),
+        no_layers,
+    ),
+    Rule(
+        "BN403",
+        "warning",
+        "An ONNX node normalizes by the batch",
+        "With training_mode=1 results depend on what else is in a batch, and the stored "
+        "statistics are not used.",
+        "Export in eval mode: model.eval() before torch.onnx.export(model, ...).",
+        each(_normalizes_by_batch),
+        _no_graph,
+    ),
+)

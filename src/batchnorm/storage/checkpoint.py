@@ -1,0 +1,156 @@
+"""A checkpoint that is open: names and shapes at once, values one tensor at a time."""
+
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import CheckpointError
+
+# A vector of statistics has one value for each channel. Longer tensors are no such vectors, and
+# reading one would cost the memory that reading tensor by tensor saves.
+MOST_CHANNELS = 1 << 20
+# Headers, indexes and pickles describe tensors and do not hold them.
+MOST_DESCRIPTION = 32 << 20
+
+
+@dataclass(frozen=True)
+class Node:
+    """A batch normalization of a graph format, which names its tensors itself.
+
+    Attributes:
+        name: The layer's name.
+        mean: The name of the tensor with the means; those of the others follow.
+        eps: The ε of the layer.
+        training: Whether it normalizes by the batch also in use.
+    """
+
+    name: str
+    mean: str
+    var: str
+    weight: str
+    bias: str
+    eps: float
+    training: bool
+
+
+class Vector(NamedTuple):
+    """The values of a vector in float64 (the real parts of complex ones), and their own dtype."""
+
+    values: Tensor
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a file, a folder or a state dict, none of them read yet.
+
+    Attributes:
+        subject: The path, or words for a state dict; every message begins with it.
+        names: The name of every tensor.
+        shape: The shape of a tensor, without reading it; None where it is no plain dense tensor.
+        read: The tensor of a name, on the CPU. Only ``vector`` should be called by others.
+        nodes: Batch normalizations that the format itself knows; empty for mappings of tensors.
+    """
+
+    subject: str
+    names: tuple[str, ...]
+    shape: Callable[[str], tuple[int, ...] | None]
+    read: Callable[[str], Tensor]
+    nodes: tuple[Node, ...] = ()
+    graph: bool = False
+
+    def length(self, name: str) -> int | None:
+        """Return how many values a vector has; None where the tensor is no vector.
+
+        Sizes of one do not count: (1, C, 1, 1) is a vector of C values.
+        """
+        shape = self.shape(name)
+        if shape is None:
+            return None
+        long = [size for size in shape if size != 1]
+        if len(long) > 1:
+            return None
+        length = long[0] if long else 1
+        return length if length <= MOST_CHANNELS else None
+
+    def vector(self, name: str) -> Vector:
+        """Return the values of a vector (``length`` is not None), flat.
+
+        Raises:
+            CheckpointError: If the file ends before them or they cannot be decoded.
+        """
+        try:
+            tensor = self.read(name).detach().reshape(-1)
+            real = tensor.real if tensor.is_complex() else tensor
+            return Vector(real.double(), tensor.dtype)
+        except CheckpointError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, MemoryError) as error:
+            raise CheckpointError(
+                f"{self.subject}: the tensor {name!r} cannot be read ({first_line(error)}); the "
+                "file is damaged, or of a dtype that torch cannot convert; write it anew"
+            ) from error
+
+
+def of_state(state: Any, subject: str) -> Checkpoint:
+    """Return the tensors of a state dict, also of one inside other mappings, lists and tuples."""
+    tensors = dict(_tensors(state))
+
+    def shape(name: str) -> tuple[int, ...] | None:
+        tensor = tensors[name]
+        plain = (
+            tensor.layout is torch.strided
+            and not tensor.is_quantized
+            and not tensor.is_nested
+            and not tensor.is_meta
+        )
+        return tuple(tensor.shape) if plain else None
+
+    return Checkpoint(subject, tuple(tensors), shape, lambda name: tensors[name].cpu())
+
+
+def _tensors(state: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and tensors. A container that is met again is passed over, itself included."""
+    seen: set[int] = set()
+    todo: list[tuple[str, Any]] = [("", state)]
+    while todo:
+        prefix, value = todo.pop()
+        if isinstance(value, Tensor):
+            yield prefix, value
+            continue
+        if not isinstance(value, Mapping | list | tuple) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        inside = [
+            (f"{prefix}.{key}" if prefix else str(key), item)
+            for key, item in items
+            if isinstance(item, Tensor | Mapping | list | tuple)
+        ]
+        todo.extend(reversed(inside))
+
+
+def check_file(path: Path) -> int:
+    """Return the size of a file in bytes.
+
+    Raises:
+        CheckpointError: If it is a pipe, a device or the like, which may never end, or empty.
+        OSError: If there is none, or it cannot be looked at.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{path} is no regular file; expected a checkpoint on disk")
+    if found.st_size == 0:
+        raise CheckpointError(f"{path} is empty; copy or write the checkpoint again")
+    return found.st_size
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's message, at most 200 characters."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]

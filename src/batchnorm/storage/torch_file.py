@@ -1,0 +1,115 @@
+"""Files of ``torch.save``: zip archives, mapped and not read, and the format before torch 1.6."""
+
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from batchnorm.errors import CheckpointError
+from batchnorm.storage.checkpoint import (
+    MOST_DESCRIPTION,
+    Checkpoint,
+    first_line,
+    of_state,
+)
+from batchnorm.storage.pickles import check
+
+# How a file of torch < 1.6 begins: a pickle of a number that torch chose.
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+ZIP = b"PK"
+# A magic number, a version, the machine, the state dict, the keys of its storages.
+LEGACY_PICKLES = 5
+
+
+def open_zip(path: Path, size: int) -> Checkpoint:
+    """Open what ``torch.save`` writes; tensors stay on the disk until they are read.
+
+    Raises:
+        CheckpointError: If it is damaged, compressed, no checkpoint, or would run code.
+        OSError: If it cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            _check_members(members, path, size)
+            described = [one for one in members if one.filename.endswith("/data.pkl")]
+            names = {one.filename.partition("/")[2] for one in members}
+            if not described or any(name.startswith("code/") for name in names):
+                raise CheckpointError(_what_else(path, names))
+            if len(described) > 1 or described[0].file_size > MOST_DESCRIPTION:
+                raise CheckpointError(
+                    f"{path} is no checkpoint of torch.save: expected one data.pkl of at most "
+                    f"{MOST_DESCRIPTION:,} bytes"
+                )
+            with archive.open(described[0]) as file:
+                check(file, size, str(path))
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, UnicodeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise _damaged(path, error) from error
+    return _opened(path, {"mmap": True})
+
+
+def open_legacy(path: Path, size: int) -> Checkpoint:
+    """Open a file of torch < 1.6, whose tensors are read at once: it has no index of them."""
+    with path.open("rb") as file:
+        check(file, size, str(path), LEGACY_PICKLES)
+    return _opened(path, {})
+
+
+def _opened(path: Path, options: dict[str, Any]) -> Checkpoint:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # the error says it all
+            loaded = torch.load(path, map_location="cpu", weights_only=True, **options)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises whatever a damaged pickle led to
+        raise _damaged(path, error) from error
+    if not isinstance(loaded, Mapping | list | tuple):
+        raise CheckpointError(
+            f"{path} has no state dict: expected a mapping from names to tensors, got "
+            f"{type(loaded).__name__}"
+        )
+    try:
+        return of_state(loaded, str(path))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _check_members(members: list[zipfile.ZipInfo], path: Path, size: int) -> None:
+    """Refuse members that would take more memory than the file has bytes."""
+    total = 0
+    for one in members:
+        if one.compress_type != zipfile.ZIP_STORED or one.flag_bits & 1:
+            raise CheckpointError(
+                f"{path} was not loaded: its member {one.filename!r} is compressed or encrypted, "
+                "which torch.save never does; unpack it and save the state dict anew"
+            )
+        total += one.file_size
+        if one.file_size != one.compress_size or one.header_offset + one.file_size > size:
+            raise _damaged(path, f"the member {one.filename!r} is longer than the file")
+    if total > size:
+        raise _damaged(path, f"its members declare {total:,} bytes, but the file has {size:,}")
+
+
+def _what_else(path: Path, names: set[str]) -> str:
+    if "constants.pkl" in names or any(name.startswith("code/") for name in names):
+        return (
+            f"{path} is a TorchScript archive, which holds code; save its tensors alone: "
+            f'torch.save(torch.jit.load("{path}").state_dict(), "weights.pt")'
+        )
+    return (
+        f"{path} is a zip archive without data.pkl, and so not written by torch.save; expected "
+        ".safetensors, .pt, .pth, .onnx or a folder with shards"
+    )
+
+
+def _damaged(path: Path, error: BaseException | str) -> CheckpointError:
+    reason = error if isinstance(error, str) else first_line(error)
+    return CheckpointError(
+        f"{path} is damaged or was not written by torch.save ({reason}); copy or write the "
+        "checkpoint again"
+    )

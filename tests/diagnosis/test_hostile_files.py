@@ -1,0 +1,93 @@
+"""Files that would harm a reader are refused by name, in little time and memory, and run no code."""
+
+import os
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from support import hostile
+
+counts_peaks = pytest.mark.skipif(
+    not os.path.exists("/proc/self/clear_refs"), reason="Linux counts peaks there"
+)
+LAYERS = 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("hostile")
+
+
+@pytest.fixture(
+    scope="module", params=["here", pytest.param("bounded", marks=[pytest.mark.slow, counts_peaks])]
+)
+def outcomes(request, folder):
+    """What became of each file; ``bounded``: of large ones too, in a child with bounds."""
+    bounded = request.param == "bounded"
+    files = hostile.write_all(folder, LAYERS, large=bounded)
+    paths = [path for path, _ in files.values()]
+    good = folder / "shard.safetensors"
+    results = hostile.judged(paths, good) if bounded else list(map(hostile.judge, paths))
+    assert len(results) == len(files) > 60
+    return {
+        name: (path, words, result)
+        for (name, (path, words)), result in zip(files.items(), results, strict=True)
+    }
+
+
+def test_each_file_is_read_or_refused_as_it_should_be(outcomes):
+    wrong = {}
+    for name, (path, words, result) in outcomes.items():
+        outcome, message = result["outcome"], result["message"]
+        expected = "read" if words is None else "refused"
+        named = words is None or (re.search(words, message) and str(path) in message)
+        if outcome != expected or not named:
+            wrong[name] = (expected, words, outcome, message[:300])
+    assert not wrong
+
+
+def test_peaks_are_bounded_by_the_size_of_the_tensors(outcomes):
+    for name, (path, _, result) in outcomes.items():
+        size = path.stat().st_size
+        assert result.get("grown", 0) <= 2 * size + hostile.SPARE, name
+
+
+def test_none_takes_ten_seconds(outcomes):
+    assert max(result["seconds"] for _, _, result in outcomes.values()) < 10
+
+
+def test_no_code_was_run(outcomes, folder):
+    assert not (folder / "ran").exists()
+
+
+def test_names_cannot_steer_a_terminal(outcomes):
+    _, _, result = outcomes["escapes.safetensors"]
+    assert "\x1b" not in result["message"]
+    assert r"\x1b[2J\n" in result["message"]
+
+
+def test_of_many_findings_of_a_rule_some_are_shown(outcomes):
+    for ending in ("pt", "safetensors"):
+        _, _, result = outcomes[f"many layers.{ending}"]
+        assert f"{LAYERS} batch norms; {LAYERS // 2} errors" in result["message"]
+        assert f"and {LAYERS // 2 - 10} more" in result["message"]
+
+
+@counts_peaks
+@pytest.mark.audit
+def test_ten_thousand_layers_are_judged_in_time(tmp_path):
+    state = hostile.many_layers(10_000)
+    torch.save(state, tmp_path / "layers.pt")
+    save_file(state, tmp_path / "layers.safetensors")
+    small = tmp_path / "small.safetensors"
+    save_file(hostile.many_layers(3), small)
+    paths = [tmp_path / "layers.pt", tmp_path / "layers.safetensors"]
+    for path, result in zip(paths, hostile.judged(paths, small), strict=True):
+        assert result["outcome"] == "read", result["message"]
+        assert "10,000 batch norms; 5000 errors" in result["message"]
+        assert result["seconds"] < 10
+        # torch.load alone takes more than 2 kB for each of the 50,000 tensors of 4 or 8 bytes.
+        objects = 128 << 20 if path.suffix == ".pt" else 0
+        assert result["grown"] <= 2 * path.stat().st_size + hostile.SPARE + objects

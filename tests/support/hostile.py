@@ -1,0 +1,325 @@
+"""Files that would harm a reader, and a child process that counts what reading each of them takes."""
+
+import io
+import json
+import os
+import pickle
+import struct
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+import batchnorm as bn
+from batchnorm.errors import BatchNormError
+from support import processes, trained
+from support.command import SOURCE
+
+SPARE = 64 << 20
+
+
+class Code:
+    """Calls ``os.system`` where a pickle of it is loaded."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return (os.system, (self.command,))
+
+
+def zipped(path, data, members=(), compress=zipfile.ZIP_STORED):
+    """Write an archive as ``torch.save`` does, with a pickle of one's own."""
+    with zipfile.ZipFile(path, "w", compress) as archive:
+        for name, content in (
+            ("data.pkl", data), ("version", b"3\n"), ("byteorder", b"little"), *members,
+        ):  # fmt: skip
+            archive.writestr(f"archive/{name}", content)
+
+
+def with_header(path, header, tail=b""):
+    """Write a safetensors file with a header of one's own."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + tail)
+
+
+def tensor(dtype, shape, start, stop):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+def many_layers(count):
+    """Return the state dict of so many layers, of one channel each."""
+    state = {}
+    for i in range(count):
+        state[f"layers.{i}.running_mean"] = torch.full((1,), 0.5)
+        state[f"layers.{i}.running_var"] = torch.full((1,), -1.0 if i % 2 else 2.0)
+        state[f"layers.{i}.weight"] = torch.ones(1)
+        state[f"layers.{i}.bias"] = torch.zeros(1)
+        state[f"layers.{i}.num_batches_tracked"] = torch.tensor(3)
+    return state
+
+
+def _global(module, name):
+    return f"c{module}\n{name}\n".encode()
+
+
+def _text(text):
+    raw = text.encode()
+    return b"X" + struct.pack("<I", len(raw)) + raw
+
+
+def _storage_of(numel):
+    """Return a pickle of one tensor whose storage declares so many values."""
+    plain = io.BytesIO()
+    torch.save({"bn.running_mean": torch.ones(4)}, plain)
+    with zipfile.ZipFile(plain) as archive:
+        data = archive.read("archive/data.pkl")
+    changed = data.replace(b"K\x04tq", b"J" + struct.pack("<i", numel) + b"tq", 1)
+    assert changed != data
+    return changed
+
+
+def write_all(folder, layers, large):
+    """Write every file; return name -> (path, words that the message must have, None if it is read).
+
+    ``large``: with the files of 20 MB and more, of which some are bombs.
+    """
+    state = trained.state("convolutional")
+    files = {}
+
+    def file(name, words):
+        files[name] = (folder / name, words)
+        return folder / name
+
+    for ending, content in (
+        ("safetensors", save(state)),
+        ("pt", saved(state)),
+        ("pth", _old(state)),
+    ):
+        for share in (0.02, 0.5, 0.98):
+            path = file(f"cut at {share}.{ending}", "damaged|cannot be read|no safetensors")
+            path.write_bytes(content[: int(len(content) * share)])
+        file(f"empty.{ending}", "is empty").write_bytes(b"")
+        file(f"noise.{ending}", "no checkpoint|safetensors").write_bytes(os.urandom(5000))
+
+    _archives(file)
+    _pickles(file, folder)
+    _headers(file, state)
+    if large:
+        _large(file)
+    _indexes(file, state)
+    torch.save({"weight": torch.ones(3)}, file("no layers.pt", None))
+    torch.save({}, file("nothing.pt", None))
+    torch.save([], file("empty list.pt", None))
+    torch.save("text", file("text.pt", "no state dict"))
+    torch.save(torch.ones(3), file("a tensor.pt", "no state dict"))
+    torch.save(many_layers(layers), file("many layers.pt", None))
+    file("many layers.safetensors", None).write_bytes(save(many_layers(layers)))
+    os.mkfifo(file("pipe.pt", "no regular file"))
+    return files
+
+
+def saved(state, **options):
+    buffer = io.BytesIO()
+    torch.save(state, buffer, **options)
+    return buffer.getvalue()
+
+
+def _old(state):
+    return saved(state, _use_new_zipfile_serialization=False)
+
+
+def _large(file):
+    """Archives that are small and would become large, and descriptions of many MB."""
+    zeros = b"\0" * (128 << 20)
+    plain = pickle.dumps({}, protocol=2)
+    zipped(file("bomb.pt", "compressed"), plain, [("data/0", zeros)], zipfile.ZIP_DEFLATED)
+    zipped(file("bomb in the pickle.pt", "compressed"), plain + zeros, (), zipfile.ZIP_DEFLATED)
+    zipped(file("many objects.pt", "far more objects"), b"\x80\x02(" + b"}" * (8 << 20) + b"t.")
+    zipped(
+        file("long pickle.pt", "no checkpoint|far more"), b"\x80\x02" + b"N0" * (20 << 20) + b"N."
+    )
+    with_header(file("huge.safetensors", "its header has"), b" " * (40 << 20))
+    with_header(file("spaces.safetensors", "safetensors"), b" " * (30 << 20))
+
+
+def _archives(file):
+    """Archives that declare what they have not, and archives of other programs."""
+    plain = pickle.dumps({}, protocol=2)
+    zipped(file("compressed.pt", "compressed"), plain, (), zipfile.ZIP_DEFLATED)
+    path = file("declared size.pt", "damaged|longer")
+    zipped(path, plain, [("data/0", b"\0" * 64)])
+    raw = bytearray(path.read_bytes())
+    at = raw.rindex(b"PK\x01\x02")
+    raw[at + 20 : at + 28] = struct.pack("<II", 1 << 30, 1 << 30)
+    path.write_bytes(raw)
+    zipped(file("declared values.pt", None), _storage_of(1 << 30), [("data/0", b"\0" * 16)])
+    zipped(file("no storage.pt", "damaged"), _storage_of(4))
+    with zipfile.ZipFile(file("word.pt", "without data.pkl"), "w") as archive:
+        archive.writestr("word/document.xml", "x")
+    with zipfile.ZipFile(file("other archive.pt", "TorchScript"), "w") as archive:
+        for name in ("data.pkl", "constants.pkl", "code/__torch__.py"):
+            archive.writestr(f"archive/{name}", plain)
+
+
+def _pickles(file, folder):
+    """Pickles that call something, or go on for ever."""
+    ran = folder / "ran"
+    code = pickle.dumps({"bn.running_mean": Code(f"touch '{ran}'")}, protocol=2)
+    zipped(file("code.pt", "would call posix.system"), code)
+    magic = _old({})[: len(pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2))]
+    file("code.pth", "would call posix.system").write_bytes(magic + code * 4)
+    zipped(file("code of protocol 4.pt", "STACK_GLOBAL"), pickle.dumps(Code("true"), protocol=4))
+    torch.save(torch.nn.Linear(2, 2), file("a module.pt", r"would call torch\.nn\.modules"))
+    big = b"\x80\x02" + _global("builtins", "bytearray") + b"\x8a\x05" + b"\0\0\0\0\x20" + b"\x85R."
+    zipped(file("bytearray.pt", "would call builtins.bytearray"), big)
+    slow = (
+        b"\x80\x02"
+        + _global("_codecs", "encode")
+        + _text("ü" * 400_000)
+        + _text("Puny_Code")
+        + b"\x86R."
+    )
+    zipped(file("slow codec.pt", "codecs.encode"), slow)
+    zipped(file("text without end.pt", "damaged"), b"\x80\x02X\xff\xff\xff\x7fabc")
+    laughs = b"\x80\x02}q\x00" + b"".join(
+        b"}("
+        + _text("a")
+        + b"h"
+        + bytes([i])
+        + _text("b")
+        + b"h"
+        + bytes([i])
+        + b"uq"
+        + bytes([i + 1])
+        for i in range(60)
+    )
+    zipped(file("doubled 60 times.pt", None), laughs + b".")
+    deep = b"\x80\x02" + b"(" * 1000 + b"}" + b"t" * 1000 + b"."
+    zipped(file("deep.pt", None), deep)
+    itself = b"\x80\x02}q\x00" + _text("a") + b"h\x00s."
+    zipped(file("inside itself.pt", None), itself)
+
+
+def _headers(file, state):
+    """Headers of safetensors."""
+    content = save(state)
+    file("length.safetensors", "declares").write_bytes(
+        (1 << 62).to_bytes(8, "little") + content[8:]
+    )
+    with_header(file("nested.safetensors", "safetensors"), b'{"a":' * 100_000)
+    with_header(
+        file("beyond.safetensors", "safetensors"),
+        {"a.running_mean": tensor("F32", [1 << 28], 0, 1 << 30)},
+    )
+    with_header(
+        file("overflow.safetensors", "safetensors"),
+        {"a.running_mean": tensor("F32", [1 << 62, 8], 0, 8)},
+    )
+    with_header(
+        file("negative.safetensors", "safetensors"), {"a.running_mean": tensor("F32", [-1], 0, 4)}
+    )
+    pair = {"a.running_mean": tensor("I8", [8], 0, 8), "a.running_var": tensor("BOOL", [8], 8, 16)}
+    with_header(file("dtypes.safetensors", None), pair, b"\1" * 16)
+    pair = {
+        "a.running_mean": tensor("F4", [8], 0, 4),
+        "a.running_var": tensor("F8_E8M0", [4], 4, 8),
+    }
+    with_header(file("odd dtypes.safetensors", None), pair, b"\1" * 8)
+    escapes = {
+        "\x1b[2J\n.running_mean": tensor("F32", [1], 0, 4),
+        "\x1b[2J\n.running_var": tensor("F32", [1], 4, 8),
+    }
+    with_header(file("escapes.safetensors", None), escapes, struct.pack("<ff", 1, -1))
+
+
+def _indexes(file, state):
+    """Indexes that leave their folder or are none."""
+    file("shard.safetensors", None).write_bytes(save(state))
+    where = dict.fromkeys(state, "shard.safetensors")
+    first = next(iter(where))
+    paths = (
+        "/etc/passwd",
+        "../secret.safetensors",
+        "a/../../b",
+        "C:\\x.safetensors",
+        "..\\x",
+        "\\\\h\\x",
+        "a\0b",
+        "",
+    )
+    for number, path in enumerate(paths):
+        index = file(f"leaves {number}.index.json", "outside of its folder")
+        index.write_text(json.dumps({"weight_map": where | {first: path}}))
+    others = {
+        "gone": (where | {"bn.running_mean": "gone.bin", "bn.running_var": "gone.bin"}, "not in"),
+        "wrong": (where | {"bn.running_mean": "shard.safetensors"}, "no such tensor"),
+        "fifo": (dict.fromkeys(where, "pipe.pt"), "not in"),
+        "numbers": (dict.fromkeys(where, 3), "no index"),
+        "list": ([1], "no index"),
+    }
+    for name, (content, words) in others.items():
+        file(f"{name}.index.json", words).write_text(json.dumps({"weight_map": content}))
+    file("text.index.json", "no JSON").write_text("{")
+    file("deep.index.json", "no JSON").write_text("[" * 100_000)
+    file("plain.index.json", None).write_text(json.dumps({"weight_map": where}))
+    itself = file("itself.index.json", "which is an index")
+    itself.write_text(json.dumps({"weight_map": dict.fromkeys(where, "itself.index.json")}))
+
+
+def judge(path, inspected=lambda: None):
+    """Return whether a file is read or refused, the message, and the CPU seconds that it took.
+
+    ``inspected`` is called before what was found is written out as text.
+    """
+    start = time.process_time()
+    try:
+        found = bn.inspect(path)
+        inspected()
+        outcome, message = "read", str(found)
+        json.loads(found.to_json())
+    except (BatchNormError, OSError) as error:
+        outcome, message = "refused", str(error)
+    except BaseException as error:  # noqa: BLE001 (a crash is what the test is about)
+        outcome, message = "crashed", f"{type(error).__name__}: {error}"
+    return {"outcome": outcome, "message": message, "seconds": time.process_time() - start}
+
+
+CHILD = r"""
+import json, os, resource, sys
+import batchnorm as bn
+from support.hostile import judge
+
+def seen(key):
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(key))
+
+judge(sys.argv[1])
+for path in json.load(sys.stdin):
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        if status:
+            print(json.dumps({"outcome": f"died with status {status}", "message": "", "grown": 0, "seconds": 0}), flush=True)
+        continue
+    resource.setrlimit(resource.RLIMIT_AS, (seen("VmSize") + int(sys.argv[2]),) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (10, 10))
+    open("/proc/self/clear_refs", "w").write("5")
+    before, peaks = seen("VmHWM"), []
+    result = judge(path, lambda: peaks.append(seen("VmHWM")))
+    grown = min([*peaks, seen("VmHWM")]) - before
+    print(json.dumps({**result, "grown": grown}), flush=True)
+    os._exit(0)
+"""
+
+
+def judged(paths, good, room=512 << 20):
+    """Return what became of each file, in a child of 10 seconds and ``room`` bytes for addresses."""
+    places = {**os.environ, "PYTHONPATH": os.pathsep.join((SOURCE, str(Path(__file__).parents[1])))}
+    command = [sys.executable, "-c", CHILD, str(good), room]
+    with processes.started(command, stdin=-1, env=places) as child:
+        out, errors = child.communicate(json.dumps([str(path) for path in paths]), timeout=280)
+    assert child.returncode == 0, errors
+    return [json.loads(line) for line in out.splitlines()]
