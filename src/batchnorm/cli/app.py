@@ -13,6 +13,7 @@ from batchnorm.cli.benchmark import bench
 from batchnorm.cli.calibration import calibrate, merge
 from batchnorm.cli.comparison import diff
 from batchnorm.cli.folding import fold
+from batchnorm.cli.inspection import inspect
 from batchnorm.cli.telling import show, told_in_one_line
 from batchnorm.progress import bars
 from batchnorm.report.model import Table
@@ -89,6 +90,7 @@ def env() -> None:
 
 app.command()(bench)
 app.command()(calibrate)
+app.command()(inspect)
 app.command()(merge)
 app.command()(diff)
 app.command()(fold)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from batchnorm.errors import BatchNormError, DeviceError, OptionError, without_codes
-from batchnorm.report.model import Block, Section
+from batchnorm.report.model import Block, Report, Section
 from batchnorm.report.terminal import to_text
 
 console = Console()
@@ -25,26 +25,27 @@ def told_in_one_line(failed: int = 1) -> Iterator[None]:
     try:
         yield
     except BatchNormError as error:
-        _say(str(error))
+        complain(str(error))
         raise typer.Exit(2 if isinstance(error, OptionError | DeviceError) else failed) from error
     except OSError as error:
-        _say(f"a file could not be read or written: {error}")
+        complain(f"a file could not be read or written: {error}")
         raise typer.Exit(failed) from error
     except KeyboardInterrupt:
-        _say("interrupted; every file that is there is whole")
+        complain("interrupted; every file that is there is whole")
         raise typer.Exit(130) from None
 
 
-def show(*things: Section | Block | object) -> None:
-    """Print sections and blocks of a report, and anything else as a line.
+def show(*things: Report | Section | Block | object) -> None:
+    """Print reports, their sections and blocks, and anything else as a line.
 
     Blocks fit the terminal; where output goes to a file or a pipe, lines are as long as they are.
     """
     width = console.width if console.is_terminal else None
     for thing in things:
-        shown = to_text(thing, width) if isinstance(thing, Section | Block) else str(thing)
+        shown = to_text(thing, width) if isinstance(thing, Report | Section | Block) else str(thing)
         console.print(Text(shown), soft_wrap=True)
 
 
-def _say(text: str) -> None:
+def complain(text: str) -> None:
+    """Print one line on standard error, behind the command's name."""
     errors.print(Text(f"batchnorm: {without_codes(text)}"), soft_wrap=True)

@@ -1,0 +1,175 @@
+"""``batchnorm inspect``: judge checkpoints without the code of their models."""
+
+import enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from batchnorm.cli.telling import complain, show
+
+if TYPE_CHECKING:
+    from batchnorm.diagnosis.result import Diagnosis
+    from batchnorm.report.model import Report
+
+UNUSABLE = 2
+# Findings of one rule that are listed without --layers.
+MOST_OF_A_RULE = 10
+
+
+class Format(enum.Enum):
+    """The formats in which findings are written."""
+
+    TEXT = "text"
+    JSON = "json"
+    MARKDOWN = "markdown"
+    SARIF = "sarif"
+
+
+class FailOn(enum.Enum):
+    """The least severity that makes the exit status 1."""
+
+    ERROR = "error"
+    WARNING = "warning"
+    INFO = "info"
+    NEVER = "never"
+
+
+def _explain(identifier: str | None) -> None:
+    if identifier is None:
+        return
+    from batchnorm.diagnosis.registry import rule_of
+    from batchnorm.errors import OptionError
+
+    try:
+        show(rule_of(identifier).explained())
+    except OptionError as error:
+        complain(str(error))
+        raise typer.Exit(UNUSABLE) from error
+    raise typer.Exit
+
+
+Checkpoints = Annotated[
+    list[Path],
+    typer.Argument(
+        help=".safetensors, .pt, .pth or .onnx files, indexes of shards, or folders with one."
+    ),
+]
+Select = Annotated[
+    list[str] | None, typer.Option(help="Rules to judge by, as BN101 or BN1,BN402; repeat.")
+]
+Ignore = Annotated[list[str] | None, typer.Option(help="Rules to leave out, likewise.")]
+Baseline = Annotated[
+    Path | None,
+    typer.Option(help="What --format json wrote earlier; its findings are left out."),
+]
+Fail = Annotated[FailOn, typer.Option(help="The least severity that makes the exit status 1.")]
+Form = Annotated[Format, typer.Option("--format", help="How findings are written.")]
+Out = Annotated[Path | None, typer.Option(help="File to write instead of printing.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]
+Layers = Annotated[
+    bool, typer.Option("--layers", help="With a table of all layers, and every finding.")
+]
+Explain = Annotated[
+    str | None,
+    typer.Option(
+        help="Print what a rule means, and stop.",
+        metavar="RULE",
+        callback=_explain,
+        is_eager=True,
+    ),
+]
+
+
+def inspect(
+    checkpoints: Checkpoints,
+    select: Select = None,
+    ignore: Ignore = None,
+    baseline: Baseline = None,
+    fail_on: Fail = FailOn.WARNING,
+    form: Form = Format.TEXT,
+    out: Out = None,
+    force: Force = False,
+    layers: Layers = False,
+    explain: Explain = None,  # noqa: ARG001 (its callback answers before anything else is done)
+) -> None:
+    """Find broken batch norms in checkpoints, without the model's code; none in files is run.
+
+    Exit status: 0 nothing of the severity --fail-on was found, 1 something was, 2 a checkpoint or
+    an option cannot be used.
+    """
+    from batchnorm.diagnosis.baseline import read_baseline
+    from batchnorm.errors import BatchNormError
+    from batchnorm.files import check_output, write_atomically
+
+    chosen = {"select": _words(select), "ignore": _words(ignore)}
+    try:
+        if out is not None:
+            check_output(out, force)
+        if baseline is not None:
+            read_baseline(baseline)
+        done = [_judged(path, baseline, chosen) for path in checkpoints]
+        usable = [one for one in done if one is not None]
+        if out is not None:
+            write_atomically(out, _written(usable, form, layers, chosen))
+        elif form is Format.TEXT:
+            show(*_spaced(_reports(usable, layers)))
+        elif usable:
+            show(_written(usable, form, layers, chosen).rstrip("\n"))
+    except (BatchNormError, OSError) as error:
+        complain(str(error))
+        raise typer.Exit(UNUSABLE) from error
+    except KeyboardInterrupt:
+        complain("interrupted; nothing was written")
+        raise typer.Exit(130) from None
+    failed = fail_on is not FailOn.NEVER and any(one.at_least(fail_on.value) for one in usable)
+    raise typer.Exit(UNUSABLE if None in done else int(failed))
+
+
+def _judged(path: Path, baseline: Path | None, chosen: dict[str, list[str]]) -> "Diagnosis | None":
+    """Return the diagnosis of one checkpoint, or say why there is none."""
+    from batchnorm.diagnosis.inspect import inspect as judge
+    from batchnorm.errors import CheckpointError, MissingExtraError
+
+    try:
+        return judge(path, baseline=baseline, **chosen)
+    except (CheckpointError, MissingExtraError, OSError) as error:
+        complain(_naming(str(error), path))
+        return None
+
+
+def _written(
+    done: "list[Diagnosis]", form: Format, layers: bool, chosen: dict[str, list[str]]
+) -> str:
+    """Return all diagnoses as text of a format."""
+    from batchnorm.diagnosis.registry import chosen as rules
+    from batchnorm.diagnosis.result import to_json
+    from batchnorm.diagnosis.sarif import to_sarif
+    from batchnorm.report.markdown import to_markdown
+    from batchnorm.report.terminal import to_text
+
+    if form is Format.JSON:
+        return to_json(done)
+    if form is Format.SARIF:
+        return to_sarif(done, rules(**chosen))
+    reports = _reports(done, layers)
+    if form is Format.MARKDOWN:
+        return "\n".join(map(to_markdown, reports))
+    return "\n\n".join(map(to_text, reports)) + "\n"
+
+
+def _reports(done: "list[Diagnosis]", layers: bool) -> "list[Report]":
+    return [one.report(layers, None if layers else MOST_OF_A_RULE) for one in done]
+
+
+def _spaced(things: "list[Report]") -> "list[Report | str]":
+    return [part for thing in things for part in (thing, "")][:-1]
+
+
+def _words(given: list[str] | None) -> list[str]:
+    return [word.strip().upper() for part in given or [] for word in part.split(",")]
+
+
+def _naming(message: str, path: Path) -> str:
+    """Return a message that names the file, which one of the operating system may not do."""
+    return message if str(path) in message else f"{path}: {message}"
