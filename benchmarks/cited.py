@@ -29,6 +29,8 @@ IDENTITY: dict[str, tuple[str, ...]] = {
     "fallbacks": ("world", "kind", "op", "dtype", "layout", "mode", "regime", "machine"),
     "calibration": ("network", "layout", "batch", "size", "batches", "contender", "regime",
                     "machine"),
+    "freeze/matrix": ("action", "contender"),
+    "freeze/tune": ("network", "layout", "batch", "size", "contender", "regime", "machine"),
     "use/throughput": ("network", "shape", "batches", "regime", "machine"),
     "use/statistics": ("data", "batch", "seed", "method"),
     "fold/graphs": ("first",),

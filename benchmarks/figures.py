@@ -31,6 +31,7 @@ import inline
 import layers
 import tables
 import tables_of_folding
+import tables_of_freezing
 import tables_of_networks
 import tables_of_use
 import typed
@@ -48,6 +49,7 @@ BLOCKS: dict[str, Callable[[Rows], str]] = {
     **layers.BLOCKS,
     **tables_of_use.BLOCKS,
     **tables_of_folding.BLOCKS,
+    **tables_of_freezing.BLOCKS,
 }
 REPAIR = "run `python benchmarks/figures.py`"
 

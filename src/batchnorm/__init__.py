@@ -39,5 +39,12 @@ from batchnorm.sources.grouped import Ghost as Ghost
 from batchnorm.sources.grouped import Grouped as Grouped
 from batchnorm.sources.synced import Synced as Synced
 from batchnorm.surgery.convert import convert as convert
+from batchnorm.surgery.decay import no_weight_decay as no_weight_decay
+from batchnorm.surgery.freeze import freeze as freeze
+from batchnorm.surgery.freeze import frozen as frozen
+from batchnorm.surgery.repair import repair as repair
 from batchnorm.surgery.saving import save_memory as save_memory
+from batchnorm.surgery.settings import reset_statistics as reset_statistics
+from batchnorm.surgery.settings import set_options as set_options
+from batchnorm.surgery.unfreeze import unfreeze as unfreeze
 from batchnorm.version import __version__ as __version__

@@ -13,8 +13,9 @@ NAMES = [
     "Batch", "BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Calibration",
     "Cumulative", "Decayed", "Diagnosis", "Frozen", "Ghost", "Grouped", "LastBatches", "LazyBatchNorm1d",
     "LazyBatchNorm2d", "LazyBatchNorm3d", "Moments", "Running", "Same", "Synced", "calibrate",
-    "convert", "fold", "Folded", "edits", "env", "forget", "functional", "fused", "graph", "inspect",
-    "keep_undo", "merge", "merge_states", "recycle_memory", "same", "save_memory", "undo",
+    "convert", "fold", "Folded", "edits", "env", "forget", "freeze", "frozen", "functional", "fused",
+    "graph", "inspect", "keep_undo", "merge", "merge_states", "no_weight_decay", "recycle_memory",
+    "repair", "reset_statistics", "same", "save_memory", "set_options", "undo", "unfreeze",
     "use_backend", "use_estimate",
 ]  # fmt: skip
 

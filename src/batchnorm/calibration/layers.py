@@ -85,6 +85,8 @@ def _frozen(found: Found, trains: bool) -> str:
     layer = found.layer
     if isinstance(layer, Layer) and layer.statistics.plan == "stored":
         return f"frozen (statistics={layer.statistics})"
+    if isinstance(layer, Layer) and layer.frozen is not None and layer.frozen.statistics:
+        return f"frozen ({layer.frozen}); bn.unfreeze(model) first"
     if trains and not layer.training:
         return "frozen (in eval while the model trains)"
     return ""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from batchnorm.compat.tensors import storage_key
-from batchnorm.graph import checkpoint
+from batchnorm.graph import checkpoint, folding
 from batchnorm.graph.step import step
 from batchnorm.ops import torch_calls
 from batchnorm.ops.activations import IDENTITY
@@ -28,6 +28,9 @@ _RESIDUAL, _ACT = 6, 7
 # Nodes that switch autocast, grad mode or inference mode for the nodes after them.
 _SWITCHES = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode",
              "_exit_inference_mode")  # fmt: skip
+
+
+FOLDED = "frozen: computed by the scaled weights of what is before it"
 
 
 class Normalization(NamedTuple):
@@ -61,7 +64,9 @@ def fuse(gm: fx.GraphModule, eager: bool = True) -> list[Normalization]:
         ]
         if eager:
             checkpoint.run_eagerly(node, body)
-    nodes = [_taken(node) for node in _normalizations(gm.graph)]
+    folded = {node: _folded(node) for node in _normalizations(gm.graph)}
+    found += filter(None, folded.values())
+    nodes = [_taken(node) for node, done in folded.items() if done is None]
     # Last to first: where two normalizations are added, only the later one can take the other's
     # result as its residual.
     for node in reversed(nodes):
@@ -88,6 +93,15 @@ class Refusal(str):
 
 def _normalizations(graph: fx.Graph) -> list[fx.Node]:
     return list(graph.find_nodes(op="call_function", target=F.batch_norm))
+
+
+def _folded(node: fx.Node) -> Normalization | None:
+    """Fold a normalization that bears the note of ``bn.freeze`` into what is before it."""
+    given = _SIGNATURE.bind(*node.args, **node.kwargs).arguments
+    stored = (given.get(one) for one in ("running_mean", "running_var", "weight", "bias"))
+    tensors = tuple(one for one in stored if isinstance(one, fx.Node))
+    name = folding.fold(node)
+    return Normalization(tensors, (name,), FOLDED) if name else None
 
 
 def _taken(node: fx.Node) -> fx.Node:

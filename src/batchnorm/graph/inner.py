@@ -16,6 +16,7 @@ from batchnorm.estimators.running import move
 from batchnorm.graph import checkpoint, operations, small
 from batchnorm.graph.step import step
 from batchnorm.moments import Moments
+from batchnorm.ops import scaled
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.call import Running
 
@@ -35,6 +36,8 @@ def lower(gm: fx.GraphModule) -> None:
         lower(body)
     for node in gm.graph.find_nodes(op="call_function", target=step):
         node.target = traceable
+    for node in gm.graph.find_nodes(op="call_function", target=scaled.normalized):
+        node.target = scaled.traceable
     gm.recompile()
 
 

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -68,8 +68,10 @@ class Change:
     garbage collector runs. Parts of the owner may be kept (a module that was replaced).
     """
 
-    # Whether it may be undone before later edits of other verbs, as hooks may.
-    commutes: ClassVar[bool] = False
+    @property
+    def commutes(self) -> bool:
+        """Whether it may be undone before later edits of other verbs, as hooks may."""
+        return False
 
     def undo(self, owner: nn.Module) -> None:
         """Restore the owner; parameters that still exist keep their present values."""

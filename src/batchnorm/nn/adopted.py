@@ -38,6 +38,8 @@ class _Activated(Layer):
 class _Stored(Layer):
     """Mixin of frozen layers: weight and bias are buffers, there is no ``num_batches_tracked``."""
 
+    _version = 1  # of a state dict without a counter: layers that have one begin at 0
+
     def _normalize(self, call: Call) -> Tensor:
         return functional.evaluate(call)
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.estimators.bank import Bank
+from batchnorm.nn.switches import Switches
 from batchnorm.ops.activations import Activation
 from batchnorm.sources.base import Source
 
@@ -19,6 +20,7 @@ class Attributes(_BatchNorm):
         ranks: The ranks of input that are accepted; an empty tuple accepts any rank >= 2.
         bank: The states of ``estimator=``; None if ``running_mean`` and ``running_var`` are the
             only state.
+        frozen: The switches of ``bn.freeze``; None if nothing is frozen.
         warned: Whether the warning about 16-bit running statistics was given.
     """
 
@@ -29,3 +31,6 @@ class Attributes(_BatchNorm):
         activation: Activation
         statistics: Source
         bank: Bank | None
+        frozen: Switches | None
+    else:
+        frozen = None

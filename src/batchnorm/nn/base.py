@@ -17,7 +17,8 @@ from batchnorm.compat.modules import buffers
 from batchnorm.errors import BatchNormError, LayoutError, OptionError
 from batchnorm.estimators.bank import Bank, EstimatorLike, named
 from batchnorm.estimators.running import Cumulative, Running, check_momentum
-from batchnorm.nn import casting, foreign, groups, hot, traced, tracking
+from batchnorm.moments import Moments
+from batchnorm.nn import casting, common, folded, foreign, freezing, groups, hot, traced, tracking
 from batchnorm.nn.attributes import Attributes
 from batchnorm.ops.activations import IDENTITY, ActivationLike, activation
 from batchnorm.ops.call import Call
@@ -107,6 +108,10 @@ class Layer(Attributes):
             y: Tensor = self._torch_forward(input)
             return y if residual is None else y + residual
         else:  # noqa: RET505 (after a return, torch.jit.script would compile what follows)
+            folds = self.frozen is not None and self.frozen.folded and not is_compiling()
+            if folds and folded.take(self, input):
+                chosen = {"mask": mask, "lengths": lengths, "weights": weights, "groups": groups}
+                return folded.finish(self, input, residual, chosen)
             if mask is None and lengths is None and weights is None and groups is None:
                 fast = traced if is_compiling() else hot
                 z: Tensor | None = fast.forward(self, input, residual)
@@ -140,9 +145,13 @@ class Layer(Attributes):
     def _normalize(self, call: Call) -> Tensor:
         if not self.training and call.mean is not None:
             return functional.evaluate(call)
-        source = self.statistics if self.training else BATCH
-        y, moments = functional.by_source(call, source)
-        if self.training and self.track_running_stats and call.mean is not None:
+        moments: Moments | None
+        if self.training and self.frozen is not None:
+            y, moments = freezing.step(self, call)
+        else:
+            y, moments = functional.by_source(call, self.statistics if self.training else BATCH)
+        tracks = self.training and self.track_running_stats and call.mean is not None
+        if tracks and moments is not None:
             tracking.step(self, moments)
         return y
 
@@ -160,10 +169,11 @@ class Layer(Attributes):
                 mean, var = groups.stored(self)
             elif source.affine == "separate":
                 raise OptionError(NO_IDS.format(source=source, last=source.count - 1))
+        weight, bias = common.affine_of(self, self.weight, self.bias)
         return functional.prepare(
             x,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             residual,
             selection,
             self.activation,
@@ -202,6 +212,8 @@ class Layer(Attributes):
         if self.bank is not None:
             parts.append(f"estimator={list(self.bank.estimators.values())}")
             parts.append(f"in_use={self.bank.selected!r}")
+        if self.frozen is not None:
+            parts.append(f"frozen=({self.frozen})")
         return ", ".join(parts)
 
     def __prepare_scriptable__(self) -> nn.Module:

@@ -21,7 +21,7 @@ nothing was changed."""
 # The attribute with a module's edits; models/change.py writes it.
 RECORD = "_batchnorm_edits"
 
-CONVERTED = "bn.convert changed the model; call bn.undo(model) first and script the original"
+CHANGED = "bn.{verb} changed the model; call bn.undo(model) first and script the original"
 
 ROOT = """\
 torch.fx cannot trace a {layer} that is the whole model: the layer becomes one node, and there is \
@@ -57,8 +57,11 @@ def check_scriptable(layer: Attributes) -> None:
 
 def _beyond_torch(layer: Attributes) -> str | None:
     """Return the first property of a layer that ``torch.nn``'s layer lacks, or None."""
-    if "convert" in getattr(layer.__dict__.get(RECORD), "verbs", ()):
-        return CONVERTED
+    for verb in ("convert", "freeze", "unfreeze"):
+        if verb in getattr(layer.__dict__.get(RECORD), "verbs", ()):
+            return CHANGED.format(verb=verb)
+    if layer.frozen is not None:
+        return f"it is frozen ({layer.frozen}); call bn.unfreeze(model) first"
     if layer.activation != IDENTITY:
         return (
             f"it has activation={str(layer.activation)!r}; build the layer without activation= and "

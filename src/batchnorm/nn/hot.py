@@ -16,7 +16,7 @@ from batchnorm.compat.modes import is_calm, is_recomputing
 from batchnorm.compat.modules import tables
 from batchnorm.errors import UnservedError
 from batchnorm.nn.attributes import Attributes
-from batchnorm.nn.common import plan_of
+from batchnorm.nn.common import affine_of, moves, plan_of
 from batchnorm.nn.tracking import WIDE
 from batchnorm.ops.autograd import eager
 from batchnorm.ops.backends import reference, torch_norm
@@ -42,14 +42,14 @@ def forward(layer: Attributes, x: Tensor, residual: Tensor | None) -> Tensor | N
         axis += rank
     parameters, buffers = tables(layer)
     try:
-        weight, bias = parameters["weight"], parameters["bias"]
+        weight, bias = affine_of(layer, parameters["weight"], parameters["bias"])
     except KeyError:  # a parametrized weight is a property and not in the table
         return None
     mean, var = buffers.get("running_mean"), buffers.get("running_var")
     if (mean is None) is not (var is None):
         return None
     running = None
-    if mean is not None and var is not None and (plan == "stored" or layer.track_running_stats):
+    if mean is not None and var is not None and (plan == "stored" or moves(layer)):
         counter = buffers.get("num_batches_tracked")
         if counter is None and plan == "batch":
             return None

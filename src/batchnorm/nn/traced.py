@@ -8,10 +8,14 @@ is read here becomes a guard of the compiled graph, evaluated at each call, so t
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.traceback import annotate
 
 from batchnorm.compat.modes import is_transformed
 from batchnorm.nn.attributes import Attributes
-from batchnorm.nn.common import plan_of
+from batchnorm.nn.common import affine_of, moves, plan_of
+
+# Key in the metadata "custom" of a graph's nodes.
+NOTE = "batchnorm"
 
 
 def forward(layer: Attributes, x: Tensor, residual: Tensor | None) -> Tensor | None:
@@ -27,7 +31,8 @@ def forward(layer: Attributes, x: Tensor, residual: Tensor | None) -> Tensor | N
         residual.shape == x.shape and residual.dtype is x.dtype and residual.device == x.device
     ):
         return None
-    mean, var, weight, bias = layer.running_mean, layer.running_var, layer.weight, layer.bias
+    mean, var = layer.running_mean, layer.running_var
+    weight, bias = affine_of(layer, layer.weight, layer.bias)
     for one in (mean, var, weight, bias):
         if one is not None and not (
             one.shape == (x.size(1),) and one.dtype is torch.float32 and one.device == x.device
@@ -38,12 +43,19 @@ def forward(layer: Attributes, x: Tensor, residual: Tensor | None) -> Tensor | N
     if plan == "batch":
         if x.numel() <= x.size(1) or is_transformed():
             return None
-        if not layer.track_running_stats:
+        if not moves(layer):
             mean = var = None
     elif mean is None:
         return None
     training = plan == "batch"
-    y: Tensor = F.batch_norm(x, mean, var, weight, bias, training, layer.momentum or 0.0, layer.eps)
+    given = x, mean, var, weight, bias, training, layer.momentum or 0.0, layer.eps
+    y: Tensor
+    if layer.training and layer.frozen is not None and layer.frozen.folded:
+        # A pass over the graph folds what bears this note; torch and Inductor do not heed it.
+        with annotate({NOTE: "folded"}):
+            y = F.batch_norm(*given)
+    else:
+        y = F.batch_norm(*given)
     if training and mean is not None and layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
     if residual is not None:

@@ -23,7 +23,10 @@ _here = threading.local()
 class Switch(Change):
     """The two forward hooks of a model that enter and leave a ``SaveMemory`` block."""
 
-    commutes = True
+    @property
+    def commutes(self) -> bool:
+        """Hooks of their own stand on nothing."""
+        return True
 
     def undo(self, owner: nn.Module) -> None:
         """Remove the hooks."""

@@ -1,0 +1,101 @@
+"""The rule for frozen normalizations behind a convolution or linear map: scaled weights.
+
+Of a layer that ``bn.freeze(model, folded=True)`` froze, ``F.batch_norm`` bears a note in a graph
+(``nn.traced``). Where its input is the result of a convolution or of ``F.linear`` that nothing else
+uses, both nodes become one call of ``ops.scaled.normalized``.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from batchnorm.nn.traced import NOTE
+from batchnorm.ops.scaled import Map, normalized
+
+_NORM = inspect.signature(F.batch_norm)
+
+
+# torch's functions are builtins, whose signatures Python does not know: names in order, defaults.
+_CONV = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+_TRANSPOSED = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+_KNOWN: dict[Any, dict[str, Any]] = {
+    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _CONV),
+    **dict.fromkeys(
+        (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), _TRANSPOSED
+    ),
+    F.linear: {},
+}
+
+
+def fold(node: fx.Node) -> str | None:
+    """Make a noted normalization and the map before it one call.
+
+    Returns:
+        The name of the map, None where the normalization bears no note; "" where it cannot be
+        folded.
+    """
+    if (node.meta.get("custom") or {}).get(NOTE) != "folded":
+        return None
+    given = _NORM.bind(*node.args, **node.kwargs)
+    given.apply_defaults()
+    norm = given.arguments
+    before: Any = norm["input"]
+    defaults = _KNOWN.get(before.target) if before.op == "call_function" else None
+    if defaults is None or len(before.users) != 1 or not _is_next(before, node):
+        return ""
+    names = ("input", "weight", "bias", *defaults)
+    linear = {"bias": None, **defaults, **dict(zip(names, before.args, strict=False))}
+    linear |= before.kwargs
+    found = _map(before, linear)
+    if found is None:
+        return ""
+    name: str = before.target.__name__
+    args = tuple(linear[one] for one in names[:3])
+    stored = tuple(norm[one] for one in ("running_mean", "running_var", "weight", "bias", "eps"))
+    node.target = normalized
+    node.args, node.kwargs = (*args, *stored, found), {}
+    node.graph.erase_node(before)
+    return name
+
+
+def _is_next(before: fx.Node, node: fx.Node) -> bool:
+    """Return whether nothing runs between two nodes but what the second is given besides."""
+    between = before.next
+    while between is not node:
+        if between.op in ("placeholder", "get_attr") or between.target == "detach":
+            between = between.next
+        else:
+            return False
+    return True
+
+
+def _map(node: fx.Node, given: dict[str, Any]) -> Map | None:
+    """Return the map of a node, or None where its arguments are not plain numbers."""
+    x, y = (one.meta.get("example_value") for one in (given["input"], node))
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        return None
+    if "stride" not in given:
+        return Map() if x.ndim == 2 else None  # else the normalized axis is not the last
+    spatial = y.ndim - 2
+    names = ("stride", "padding", "dilation")
+    sizes = [_sizes(given[name], spatial) for name in names]
+    outer = _sizes(given.get("output_padding", 0), spatial)
+    if x.ndim != y.ndim or spatial < 1 or outer is None or any(one is None for one in sizes):
+        return None
+    stride, padding, dilation = sizes
+    assert stride is not None
+    assert padding is not None
+    assert dilation is not None
+    transposed = "output_padding" in given
+    return Map("convolution", stride, padding, dilation, transposed, outer, int(given["groups"]))
+
+
+def _sizes(value: Any, spatial: int) -> tuple[int, ...] | None:
+    """Return a number for each spatial axis; None for padding in words, and for symbols."""
+    values = (value,) * spatial if isinstance(value, int) else value
+    if not isinstance(values, tuple | list) or not all(type(one) is int for one in values):
+        return None
+    return tuple(values) * (spatial if len(values) == 1 else 1)

@@ -1,0 +1,40 @@
+"""A training step of a layer of which something is frozen.
+
+``bn.freeze`` sets ``layer.frozen``. The layer keeps its source, estimator, momentum and counter as
+they are, so nothing has to be put back but this one attribute.
+"""
+
+import torch
+from torch import Tensor
+
+from batchnorm import functional
+from batchnorm.moments import Moments
+from batchnorm.nn.attributes import Attributes
+from batchnorm.ops.activations import IDENTITY
+from batchnorm.ops.call import Call
+from batchnorm.sources.frozen import Frozen
+
+STORED = Frozen()
+
+
+def step(layer: Attributes, call: Call) -> tuple[Tensor, Moments | None]:
+    """Normalize a training step of a frozen layer.
+
+    Returns:
+        y, and the Moments that the layer's estimate is to see; None where it is to stay.
+    """
+    frozen = layer.frozen
+    assert frozen is not None
+    if not frozen.mode:
+        y, moments = functional.by_source(call, layer.statistics)
+        return y, None if frozen.statistics else moments
+    if frozen.statistics or call.mean is None or call.var is None:
+        y, _ = functional.by_source(call, STORED)  # raises where nothing is stored
+        return y, None
+    # The stored statistics move after this, and a captured graph would read them in backward.
+    fixed = call._replace(mean=call.mean.clone(), var=call.var.clone())
+    y, _ = functional.by_source(fixed, STORED)
+    with torch.no_grad():
+        bare = call._replace(residual=None, act=IDENTITY)
+        _, moments = functional.by_source(bare, layer.statistics)
+    return y, moments

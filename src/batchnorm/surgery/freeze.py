@@ -1,0 +1,239 @@
+"""``bn.freeze``, ``bn.frozen``: statistics, affine parameters and mode of layers, apart."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from torch import nn
+from torch.optim import Optimizer
+
+from batchnorm.errors import OptionError
+from batchnorm.models.change import Edit
+from batchnorm.models.stack import Done, Placed, first_on_top, record, stack
+from batchnorm.nn.adopted import BatchNormAct2d, FrozenBatchNorm2d, FrozenBatchNormAct2d
+from batchnorm.nn.base import Layer
+from batchnorm.nn.switches import Switches
+from batchnorm.surgery import layers, pairing, rules, unfreeze
+from batchnorm.surgery.freezing import Freeze
+from batchnorm.surgery.freezing import freeze as freeze_layer
+from batchnorm.surgery.frozen_classes import is_frozen_class
+from batchnorm.surgery.options import Filter, Options
+
+Model = TypeVar("Model", bound=nn.Module)
+Saved = Mapping[str, Mapping[str, bool]]
+
+_VERB = "freeze"
+BY_CLASS = "its class is frozen already"
+
+FOLDED = """\
+expected statistics=True and mode=True with folded=True{where}, got {got}: weights are scaled by \
+stored statistics that stay as they are"""
+
+KNOWN = "expected switches={{name: {{switch: bool}}}} as bn.frozen returns it, got {got}"
+
+MISSING = """\
+switches= has layers that the model has not, or has no batch normalization by that name: {names}. \
+Nothing was changed"""
+
+BOTH = "expected switches= or statistics=, affine=, mode=, folded=, got both"
+
+NOT_STORED = "it keeps no statistics to normalize by (track_running_stats=False); use mode=False"
+
+
+class Plan(NamedTuple):
+    """A layer, what is to be frozen of it, and how it becomes a layer of this library.
+
+    Attributes:
+        name: Its first name.
+        layer: The layer.
+        switches: What is to be frozen.
+        becomes: The class that it changes to; None where it is ours.
+        eps: Its epsilon, where the class that it has does not say it.
+        thaw: How it becomes an ordinary layer before, where its class is a frozen one.
+    """
+
+    name: str
+    layer: Any
+    switches: Switches
+    becomes: rules.Becomes | None = None
+    eps: float | None = None
+    thaw: unfreeze.Ordinary | None = None
+
+
+def freeze(
+    model: Model,
+    switches: Saved | None = None,
+    *,
+    statistics: bool = True,
+    affine: bool = True,
+    mode: bool = True,
+    folded: bool = False,
+    filter: Filter | None = None,
+    optimizer: Optimizer | None = None,
+) -> Model:
+    """Freeze batch normalizations, in place: three switches, and one for how they are computed.
+
+    What is frozen holds until ``bn.unfreeze``, whatever ``model.train()`` and
+    ``model.requires_grad_(True)`` do. Layers of ``torch.nn`` and timm become layers of this library
+    as by ``bn.convert``. Parameters and buffers stay the same objects. Called again, it sets all
+    switches anew; with none of them on it is ``bn.unfreeze``.
+
+    Args:
+        model: The model; changed in place.
+        switches: What ``bn.frozen`` returned, for these layers; in place of the four below.
+        statistics: Running mean, variance and counter stay as they are.
+        affine: weight and bias get no gradient: ``requires_grad`` is False, ``.grad`` None, and
+            where something sets ``requires_grad`` again, they still get none.
+        mode: A training step normalizes by the running statistics.
+        folded: A training step scales the weights of the convolution or linear layer before the
+            normalization, and saves no input of it. Needs ``statistics`` and ``mode``.
+        filter: ``filter(name, module)`` says whether a layer is frozen; all by default.
+        optimizer: Gets the parameters that are made of buffers, where a layer of a frozen class
+            (torchvision's ``FrozenBatchNorm2d``) is to train again; else it is not touched.
+
+    Returns:
+        The model.
+
+    Raises:
+        SurgeryError: If there is no batch normalization, or one that cannot be frozen: of an
+            unknown class, on the meta device, without parameters yet, or without statistics where
+            ``mode`` is on. Nothing is changed then.
+        OptionError: If switches contradict each other; likewise.
+    """
+    found = layers.found(model, _VERB)
+    layers.expect_optimizer(optimizer)
+    one = Switches(statistics, affine, mode, folded)
+    wanted = _wanted(found, layers.chosen(found, filter), switches, one)
+    if not any(any(given) for _, _, given in wanted):
+        some = {layer for _, layer, _ in wanted}
+        return unfreeze.unfreeze(model, filter=lambda _, m: m in some, optimizer=optimizer)
+    plans = [_plan(name, layer, given) for name, layer, given in wanted]
+    placed = stack(model)
+    older = {one.owner: one for one in placed if isinstance(one.entry.change, Freeze)}
+    others = [one for one in placed if one.edit.verb != _VERB]
+    before = {owner: one for owner, one in older.items() if not first_on_top(one, others)}
+    made: list[nn.Parameter] = []
+    done = [step for plan in plans for step in _apply(plan, before.get(plan.layer), made)]
+    pairing.tidy(model)
+    watched = pairing.watch(model) if any(plan.switches.folded for plan in plans) else None
+    unfreeze.tell(_VERB, done, layers.extend(optimizer, made))
+    record(model, done if watched is None else [*done, watched])
+    return model
+
+
+def frozen(model: nn.Module) -> dict[str, dict[str, bool]]:
+    """Return what is frozen of the batch normalizations of a model, by the layers' first names.
+
+    To be stored beside a checkpoint (it is JSON), and applied by ``bn.freeze(model, switches)``.
+    Layers of which nothing is frozen are left out. A frozen class of another library has all three
+    switches, ``statistics=bn.Frozen()`` those of statistics and mode.
+
+    Args:
+        model: A model.
+
+    Returns:
+        Name -> ``{"statistics": bool, "affine": bool, "mode": bool, "folded": bool}``.
+
+    Raises:
+        SurgeryError: If the model is none, or has no batch normalization.
+    """
+    found = layers.found(model, "frozen")
+    return {
+        names[0]: state._asdict()
+        for layer, names in found.items()
+        if any(state := unfreeze.state_of(layer))
+    }
+
+
+def _wanted(
+    found: Mapping[nn.Module, Sequence[str]],
+    some: Sequence[tuple[str, nn.Module]],
+    saved: Saved | None,
+    one: Switches,
+) -> list[tuple[str, nn.Module, Switches]]:
+    """Return the layers to freeze, and the switches of each.
+
+    Raises:
+        OptionError: If switches contradict each other, or are no such mapping.
+    """
+    if saved is None:
+        _check(one, "")
+        return [(name, layer, one) for name, layer in some]
+    if one != Switches():
+        raise OptionError(BOTH)
+    if not isinstance(saved, Mapping):
+        raise OptionError(KNOWN.format(got=repr(saved)))
+    by_name = {name: layer for layer, names in found.items() for name in names}
+    missing = [name for name in saved if name not in by_name]
+    if missing:
+        raise OptionError(MISSING.format(names=", ".join(map(repr, missing))))
+    known = Switches(False, False, False)._asdict()
+    given: dict[nn.Module, Switches] = {}
+    for name, values in saved.items():
+        if not isinstance(values, Mapping) or not set(values) <= set(known):
+            raise OptionError(KNOWN.format(got=f"{values!r} for {name!r}"))
+        state = Switches(**{**known, **values})
+        _check(state, f" for {name!r}")
+        if given.setdefault(by_name[name], state) != state:
+            raise OptionError(
+                f"switches= has different ones for the names of one layer, among them {name!r}: "
+                f"({given[by_name[name]]}) and ({state})"
+            )
+    return [(name, layer, given[layer]) for name, layer in some if layer in given]
+
+
+def _check(switches: Switches, where: str) -> None:
+    for name, value in switches._asdict().items():
+        if not isinstance(value, bool):
+            raise OptionError(f"expected {name}=True or False{where}, got {value!r}")
+    if switches.folded and not (switches.statistics and switches.mode):
+        got = f"statistics={switches.statistics}, mode={switches.mode}"
+        raise OptionError(FOLDED.format(got=got, where=where))
+
+
+def _plan(name: str, layer: nn.Module, switches: Switches) -> Plan:
+    """Decide how a layer is frozen, before anything is changed."""
+    if reason := layers.without_values(layer):
+        raise layers.refuse(_VERB, name, layer, reason)
+    if is_frozen_class(layer):
+        return _plan_of_class(name, layer, switches)
+    verdict = rules.decide(name, layer)
+    if isinstance(verdict, rules.Left) or verdict is None:
+        raise layers.refuse(_VERB, name, layer, verdict.reason if verdict else "it is none")
+    if switches.mode and (layer.running_mean is None or layer.running_var is None):
+        raise layers.refuse(_VERB, name, layer, NOT_STORED)
+    return Plan(name, layer, switches, verdict if isinstance(verdict, rules.Becomes) else None)
+
+
+def _plan_of_class(name: str, layer: nn.Module, switches: Switches) -> Plan:
+    """Decide for a layer of a frozen class: to train again, to be folded, or to stay."""
+    if switches == Switches() or (switches.folded and isinstance(layer, Layer)):
+        return Plan(name, layer, switches)
+    plan = unfreeze.ordinary(_VERB, name, layer)
+    if switches == Switches(folded=True):
+        activated = issubclass(plan.cls, BatchNormAct2d)
+        cls = FrozenBatchNormAct2d if activated else FrozenBatchNorm2d
+        return Plan(name, layer, switches, rules.Becomes(cls, frozen=True), plan.eps)
+    return Plan(name, layer, switches, thaw=plan)
+
+
+def _apply(plan: Plan, before: Placed | None, made: list[nn.Parameter]) -> list[Done]:
+    """Freeze a layer; return what was done, and collect the parameters that were made."""
+    name, layer, switches, becomes, eps, thaws = plan
+    done = []
+    if thaws is not None:
+        step, parameters = unfreeze.thawed(_VERB, name, layer, thaws)
+        made += parameters
+        done = [step]
+    elif is_frozen_class(layer) and not switches.folded:
+        return [Done(Edit((name,), _VERB, unfreeze.shown(layer), None, BY_CLASS))]
+    was = unfreeze.shown(layer)
+    new = {} if becomes is None else Options(None, None).attributes(layer, becomes, {})
+    if eps is not None:
+        new["eps"] = eps
+    old = before.entry if before is not None else None
+    older = old.change if old is not None else None
+    assert older is None or isinstance(older, Freeze)
+    change = freeze_layer(layer, switches, becomes and becomes.cls, new, older)
+    was = old.edit.before if old is not None else was
+    edit = Edit((name,), _VERB, was, unfreeze.shown(layer), f"frozen: {switches}")
+    return [*done, Done(edit, change, name, old)]

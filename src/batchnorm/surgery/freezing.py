@@ -1,0 +1,149 @@
+"""What ``bn.freeze`` and ``bn.unfreeze`` change of a layer, and how it is taken back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.compat.modules import tables
+from batchnorm.models.change import Change
+from batchnorm.nn.base import BATCH, Layer
+from batchnorm.nn.casting import at_least_float32
+from batchnorm.nn.switches import Switches
+from batchnorm.ops.activations import IDENTITY
+from batchnorm.surgery.exchange import Exchange, exchange
+
+AFFINE = ("weight", "bias")
+STATISTICS = ("running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class Freeze(Change):
+    """What a layer was before ``bn.freeze``.
+
+    Attributes:
+        became: How it became a layer of this library; None where it was one.
+        switches: What was frozen of it.
+        requires_grad: That of its weight and bias, by name.
+    """
+
+    became: Exchange | None = None
+    switches: Switches | None = None
+    requires_grad: Mapping[str, bool] = field(default_factory=dict)
+
+    @property
+    def commutes(self) -> bool:
+        """Switches stand on nothing; the exchange of a class does."""
+        return self.became is None
+
+    def undo(self, owner: Any) -> None:
+        """Give the layer its switches, ``requires_grad`` and class back; values stay."""
+        self.release(owner)
+        if self.became is not None:
+            self.became.undo(owner)
+
+    def release(self, owner: Any) -> None:
+        """Give back switches and ``requires_grad``; the class stays."""
+        set_switches(owner, self.switches)
+        for name, before in self.requires_grad.items():
+            parameter = tables(owner)[0].get(name)
+            if parameter is not None:
+                parameter.requires_grad_(before)
+
+
+def freeze(
+    layer: Any,
+    switches: Switches,
+    cls: type[Layer] | None = None,
+    new: Mapping[str, Any] | None = None,
+    older: Freeze | None = None,
+) -> Freeze:
+    """Set the switches of a layer, and return how that is taken back.
+
+    Args:
+        layer: A layer of this library, or one that becomes one.
+        switches: What is to be frozen.
+        cls: The class that it becomes; None where it is ours.
+        new: The attributes that it gets with the class.
+        older: What froze it before, to be taken back together with this.
+    """
+    became = exchange(layer, dict(new or {}), cls) if cls is not None else None
+    parameters = {
+        name: one for name, one in tables(layer)[0].items() if one is not None and name in AFFINE
+    }
+    before = older or Freeze(
+        became, layer.frozen, {name: one.requires_grad for name, one in parameters.items()}
+    )
+    set_switches(layer, switches)
+    for name, parameter in parameters.items():
+        if switches.affine:
+            # An optimizer skips a parameter without .grad; an old one would move it once more.
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        elif name in before.requires_grad:
+            parameter.requires_grad_(before.requires_grad[name])
+    return before
+
+
+def set_switches(layer: Any, switches: Switches | None) -> None:
+    """Write what is frozen of a layer; an ordinary layer has no attribute of its own for it."""
+    if switches is None:
+        layer.__dict__.pop("frozen", None)
+    else:
+        layer.frozen = switches
+
+
+@dataclass(frozen=True)
+class Thaw(Change):
+    """What a layer of a frozen class was before ``bn.unfreeze`` made parameters of its buffers.
+
+    Attributes:
+        exchanged: How its class and attributes changed.
+        buffers: Names of the buffers that it had, in order.
+    """
+
+    exchanged: Exchange
+    buffers: tuple[str, ...]
+
+    def undo(self, owner: Any) -> None:
+        """Make weight and bias buffers again, with the values that they have by now."""
+        parameters, buffers = tables(owner)
+        for name in AFFINE:
+            if name in self.buffers and name in parameters:
+                buffers[name] = parameters.pop(name).detach()  # type: ignore[union-attr]
+        ordered = {name: buffers[name] for name in self.buffers}
+        buffers.clear()
+        buffers.update(ordered)
+        self.exchanged.undo(owner)
+
+
+def thaw(layer: Any, cls: type[Layer], eps: float) -> tuple[Thaw, list[nn.Parameter]]:
+    """Make a layer of a frozen class an ordinary one; return the change and the new parameters.
+
+    The parameters lie in the memory of the buffers.
+    """
+    parameters, buffers = tables(layer)
+    names = tuple(buffers)
+    made = []
+    for name in AFFINE:
+        tensor = buffers.pop(name, None)
+        parameters[name] = None if tensor is None else nn.Parameter(tensor)
+        made += [one for one in (parameters[name],) if one is not None]
+    for name in STATISTICS:
+        statistic: Tensor = buffers[name]  # type: ignore[assignment]
+        buffers[name] = statistic.to(at_least_float32(statistic.dtype))
+    device = buffers["running_mean"].device  # type: ignore[union-attr]
+    buffers["num_batches_tracked"] = torch.tensor(0, dtype=torch.long, device=device)
+    new = {
+        "activation": layer.__dict__.get("activation", IDENTITY),
+        "statistics": BATCH,
+        "bank": None,
+        "num_features": buffers["running_mean"].numel(),  # type: ignore[union-attr]
+        "eps": eps,
+        "momentum": 0.1,
+        "affine": True,
+        "track_running_stats": True,
+    }
+    return Thaw(exchange(layer, new, cls), names), made

@@ -1,0 +1,118 @@
+"""``bn.repair``: statistics and counters of a state dict that no layer can use."""
+
+import copy
+from collections.abc import Mapping, MutableMapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import OptionError
+
+MEAN, VAR, COUNTER = "running_mean", "running_var", "num_batches_tracked"
+# More batches than integers that float64 holds exactly.
+MOST = 2**53
+
+KIND = "expected a state dict (name -> tensor) such as model.state_dict(), got {kind}"
+
+
+class Repair(NamedTuple):
+    """What was wrong with one entry of a state dict.
+
+    Attributes:
+        name: Of the entry.
+        reason: What was wrong, and what is there now.
+        channels: Which channels were replaced; none for a counter.
+    """
+
+    name: str
+    reason: str
+    channels: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+class Repaired(NamedTuple):
+    """A state dict that can be loaded, and what was wrong with the one that it was made of."""
+
+    state: dict[str, Any]
+    repairs: tuple[Repair, ...]
+
+
+def repair(state: Mapping[str, Any]) -> Repaired:
+    """Replace what no batch normalization can use by what a new layer has.
+
+    Channels whose mean or variance is NaN or infinite, or whose variance is negative, get mean 0
+    and variance 1. A counter that is missing, negative, above 2**53, not finite or no whole number
+    becomes 0; a whole number of another dtype or shape keeps its value, as an int64 of shape ().
+    What the values should be, ``bn.calibrate(model, data)`` computes.
+
+    Args:
+        state: A state dict; it and its tensors stay as they are.
+
+    Returns:
+        A state dict, in which everything else is the same object, and the list of repairs.
+
+    Raises:
+        OptionError: If the state is no mapping, or has a running mean without a variance, or one of
+            another shape.
+    """
+    if not isinstance(state, Mapping):
+        raise OptionError(KIND.format(kind=type(state).__name__))
+    # A shallow copy of a state dict keeps the versions of modules, which torch writes beside it.
+    repaired: Any = copy.copy(state)  # type: ignore[arg-type]
+    repairs: list[Repair] = []
+    for name in state:
+        stem, dot, leaf = name.rpartition(".")
+        if leaf == MEAN:
+            repairs += _statistics(repaired, stem + dot)
+            repairs += _counter(repaired, stem + dot)
+    return Repaired(repaired, tuple(repairs))
+
+
+def _statistics(state: MutableMapping[str, Any], prefix: str) -> list[Repair]:
+    """Repair mean and variance of one layer."""
+    mean, var = (state.get(prefix + name) for name in (MEAN, VAR))
+    if not isinstance(mean, Tensor) or not isinstance(var, Tensor) or mean.shape != var.shape:
+        raise OptionError(
+            f"expected tensors {prefix + MEAN!r} and {prefix + VAR!r} of one shape, got "
+            f"{_shape(mean)} and {_shape(var)}"
+        )
+    wrong_mean, wrong_var = ~mean.isfinite(), ~(var.isfinite() & (var >= 0))
+    wrong = wrong_mean | wrong_var
+    if not bool(wrong.any()):
+        return []
+    state[prefix + MEAN] = torch.where(wrong, torch.zeros_like(mean), mean)
+    state[prefix + VAR] = torch.where(wrong, torch.ones_like(var), var)
+    channels = tuple(wrong.nonzero().flatten().tolist())
+    found = []
+    for leaf, part, bad, new in ((MEAN, mean, wrong_mean, 0), (VAR, var, wrong_var, 1)):
+        if bool(bad.any()):
+            examples = ", ".join(f"{value:g}" for value in part[bad].flatten()[:3].tolist())
+            where = f"{int(bad.sum())} of {part.numel()} channels"
+            found.append(Repair(prefix + leaf, f"{examples} in {where}; {new} there now", channels))
+    return found
+
+
+def _counter(state: MutableMapping[str, Any], prefix: str) -> list[Repair]:
+    """Repair the counter of one layer."""
+    name = prefix + COUNTER
+    value = state.get(name)
+    if value is None:
+        state[name] = torch.tensor(0)
+        return [Repair(name, "missing; 0 now")]
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        state[name] = torch.tensor(0)
+        return [Repair(name, f"{_shape(value)} where one number belongs; 0 now")]
+    number = value.item()
+    usable = 0 <= number <= MOST and number == int(number)
+    if usable and value.dtype == torch.int64 and not value.ndim:
+        return []
+    new = int(number) if usable else 0
+    state[name] = torch.tensor(new, device=value.device)
+    return [Repair(name, f"{number:g}, {value.dtype}, shape {tuple(value.shape)}; {new} now")]
+
+
+def _shape(value: Any) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,127 @@
+"""``bn.set_options`` and ``bn.reset_statistics``: numbers of all layers of a model."""
+
+import math
+from numbers import Real
+from types import EllipsisType
+from typing import Any, TypeVar
+
+from torch import nn
+
+from batchnorm.errors import OptionError
+from batchnorm.estimators.running import check_momentum
+from batchnorm.models.change import Edit
+from batchnorm.models.kinds import kind_of
+from batchnorm.models.stack import Done, first_on_top, record, stack
+from batchnorm.nn.base import Layer
+from batchnorm.surgery import layers
+from batchnorm.surgery.exchange import Exchange, exchange
+from batchnorm.surgery.options import Filter
+from batchnorm.surgery.unfreeze import shown, state_of
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_VERB = "set_options"
+_RESET = "reset_statistics"
+
+SEVERAL = "it has estimator=, whose estimators have numbers of their own; use bn.convert"
+STORED = "it has no running average that a momentum moves"
+UNKNOWN = "its class is not known to read eps from an attribute"
+FROZEN = "its statistics are frozen; bn.unfreeze(model) first"
+
+
+def set_options(
+    model: Model,
+    *,
+    momentum: float | EllipsisType | None = ...,
+    eps: float | EllipsisType = ...,
+    filter: Filter | None = None,
+) -> Model:
+    """Set momentum and epsilon of the batch normalizations of a model, of any library, in place.
+
+    ``bn.undo(model, "set_options")`` gives back what they were before the first call.
+
+    Args:
+        model: The model; changed in place.
+        momentum: Weight of the newest batch in the running average, from 0 to 1; None for the
+            cumulative average; as it is by default.
+        eps: Added to the variance, > 0; as it is by default. It changes what evaluation computes.
+        filter: ``filter(name, module)`` says whether a layer is changed; all by default.
+
+    Returns:
+        The model.
+
+    Raises:
+        OptionError: If nothing is to be set, or a number is out of range.
+        SurgeryError: If there is no batch normalization, or one that has no such option: momentum
+            of a frozen class or of a layer with ``estimator=``. Nothing is changed then.
+    """
+    new: dict[str, Any] = {}
+    if not isinstance(momentum, EllipsisType):
+        check_momentum(momentum)
+        new["momentum"] = momentum
+    if not isinstance(eps, EllipsisType):
+        number = isinstance(eps, Real) and not isinstance(eps, bool)
+        if not number or not 0 < eps < math.inf:
+            raise OptionError(f"expected eps > 0, a finite number, got {eps!r}")
+        new["eps"] = float(eps)
+    if not new:
+        raise OptionError("expected momentum= or eps= to set, got neither")
+    some = layers.chosen(layers.found(model, _VERB), filter)
+    for name, layer in some:
+        if reason := _unable(layer, new):
+            raise layers.refuse(_VERB, name, layer, reason)
+    placed = stack(model)
+    others = [one for one in placed if one.edit.verb != _VERB]
+    mine = {one.owner: one for one in placed if one.edit.verb == _VERB}
+    before = {owner: one.entry for owner, one in mine.items() if not first_on_top(one, others)}
+    note = ", ".join(f"{option}={value}" for option, value in new.items())
+    done = []
+    for name, layer in some:
+        entry = before.get(layer)
+        older = entry.change if entry is not None else None
+        assert older is None or isinstance(older, Exchange)
+        edit = Edit((name,), _VERB, shown(layer), shown(layer), note)
+        done.append(Done(edit, exchange(layer, new, older=older), name, entry))
+    record(model, done)
+    return model
+
+
+def reset_statistics(model: Model, *, filter: Filter | None = None) -> Model:
+    """Let the batch normalizations of a model forget what they have seen, in place.
+
+    Mean 0, variance 1, no batches, further estimates empty. Layers without statistics have nothing
+    to forget. Not in ``bn.edits``: what is forgotten is kept nowhere.
+
+    Args:
+        model: The model; changed in place.
+        filter: ``filter(name, module)`` says whether a layer is reset; all by default.
+
+    Returns:
+        The model.
+
+    Raises:
+        SurgeryError: If there is no batch normalization, or one with frozen statistics; nothing is
+            changed then.
+    """
+    some = layers.chosen(layers.found(model, _RESET), filter)
+    for name, layer in some:
+        if state_of(layer).statistics:
+            raise layers.refuse(_RESET, name, layer, FROZEN)
+    for _, layer in some:
+        known: Any = layer
+        if getattr(layer, "running_mean", None) is not None:
+            known.reset_running_stats()
+    return model
+
+
+def _unable(layer: Any, new: dict[str, Any]) -> str:
+    """Return why a layer cannot have options; "" where it can."""
+    kind = kind_of(layer)
+    if kind is None or kind.family == "scripted":
+        return "it is scripted or traced"
+    if "momentum" in new:
+        if isinstance(layer, Layer) and layer.bank is not None:
+            return SEVERAL
+        if kind.frozen or not kind.derived:
+            return STORED
+    return "" if kind.derived or kind.frozen else UNKNOWN

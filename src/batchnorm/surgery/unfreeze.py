@@ -1,0 +1,179 @@
+"""``bn.unfreeze``: ``bn.freeze`` is taken back, and frozen classes become ordinary ones."""
+
+import logging
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeVar
+
+from torch import nn
+from torch.optim import Optimizer
+
+from batchnorm.models.change import Edit, record_of, write
+from batchnorm.models.kinds import kind_of
+from batchnorm.models.stack import Done, Placed, first_on_top, record, stack, take_back
+from batchnorm.nn.adopted import BatchNormAct2d, FrozenBatchNormAct2d
+from batchnorm.nn.base import BATCH, Layer
+from batchnorm.nn.layers import BatchNorm2d
+from batchnorm.nn.switches import Switches
+from batchnorm.surgery import layers, pairing
+from batchnorm.surgery.exchange import exchange
+from batchnorm.surgery.freezing import Freeze, thaw
+from batchnorm.surgery.frozen_classes import is_frozen_class, measured_eps
+from batchnorm.surgery.options import Filter
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_VERB = "unfreeze"
+MADE = "weight and bias are parameters now"
+# In place of an epsilon of 0, by which a batch is not normalized. A variance of 1e-5 and more does
+# not change by it in float32.
+LEAST_EPS = 1e-12
+
+UNKNOWN = """\
+its class is none of ours, torch's, torchvision's or timm's, and does not compute \
+(x - running_mean) / sqrt(running_var + eps) * weight + bias"""
+
+NEW = """\
+bn.%s made parameters of the weight and bias of %s: an optimizer that was built before does not \
+have them; pass optimizer=, or build it after"""
+
+
+class Ordinary(NamedTuple):
+    """The class that a layer of a frozen class becomes, and its epsilon."""
+
+    cls: type[Layer]
+    eps: float
+
+
+def unfreeze(
+    model: Model, *, filter: Filter | None = None, optimizer: Optimizer | None = None
+) -> Model:
+    """Let frozen batch normalizations train again, in place.
+
+    What ``bn.freeze`` did is taken back: class, momentum, counter and ``requires_grad`` are what
+    they were, and an optimizer that has the parameters goes on. Layers of a frozen class
+    (torchvision's and timm's, and any with the same four buffers that computes the same, such as
+    detectron2's and transformers') become layers of this library, with weight and bias as
+    parameters, momentum 0.1 and a counter of 0. ``statistics=bn.Frozen()`` becomes ``bn.Batch()``.
+
+    Args:
+        model: The model; changed in place.
+        filter: ``filter(name, module)`` says whether a layer is unfrozen; all by default.
+        optimizer: Gets the parameters that are made of buffers, into its first group. A warning
+            names them where there is none.
+
+    Returns:
+        The model.
+
+    Raises:
+        SurgeryError: If there is no batch normalization, or a frozen one that cannot be unfrozen;
+            nothing is changed then.
+        OptionError: If an option is wrong; likewise.
+    """
+    found = layers.found(model, _VERB)
+    layers.expect_optimizer(optimizer)
+    some = {layer: name for name, layer in layers.chosen(found, filter)}
+    released = [
+        one for one in stack(model)
+        if isinstance(one.entry.change, Freeze) and one.owner in some
+    ]  # fmt: skip
+    plans = _plans(some)
+    placed = [one for one in stack(model) if one.edit.verb != "freeze"]
+    for one in reversed(released):
+        _release(one, placed)
+    done, made = [], []
+    for layer, name in some.items():
+        plan = plans.get(layer)
+        if plan is not None:
+            step, parameters = thawed(_VERB, name, layer, plan)
+            done.append(step)
+            made += parameters
+        elif any(state_of(layer)):
+            done.append(_by_batch(name, layer))
+    pairing.tidy(model)
+    tell(_VERB, done, layers.extend(optimizer, made))
+    record(model, done)
+    return model
+
+
+def state_of(layer: Any) -> Switches:
+    """Return what is frozen of a batch normalization, by a switch, its source or its class."""
+    if isinstance(layer, Layer) and layer.frozen is not None:
+        switches = layer.frozen
+    else:
+        switches = Switches(False, False, False)
+    if is_frozen_class(layer):
+        return Switches(folded=switches.folded)
+    if isinstance(layer, Layer) and layer.statistics.plan == "stored":
+        switches = switches._replace(statistics=True, mode=True)
+    return switches
+
+
+def ordinary(verb: str, name: str, layer: nn.Module) -> Ordinary:
+    """Return what a layer of a frozen class becomes.
+
+    Raises:
+        SurgeryError: If its tensors have no values, or it computes something else.
+    """
+    if reason := layers.without_values(layer):
+        raise layers.refuse(verb, name, layer, reason)
+    kind = kind_of(layer)
+    assert kind is not None
+    if kind.family != "foreign":
+        known: Any = layer
+        activated = isinstance(layer, FrozenBatchNormAct2d) or kind.family == "timm"
+        return Ordinary(BatchNormAct2d if activated else BatchNorm2d, known.eps or LEAST_EPS)
+    eps = measured_eps(layer)
+    if eps is None:
+        raise layers.refuse(verb, name, layer, UNKNOWN)
+    return Ordinary(BatchNorm2d, eps or LEAST_EPS)
+
+
+def shown(layer: nn.Module) -> str:
+    """Return the name of a layer's class as edits tell it."""
+    name = type(layer).__name__
+    return f"bn.{name}" if isinstance(layer, Layer) else name
+
+
+def thawed(
+    verb: str, name: str, layer: nn.Module, plan: Ordinary
+) -> tuple[Done, list[nn.Parameter]]:
+    """Make a layer of a frozen class an ordinary one; return the edit and its new parameters."""
+    was = shown(layer)
+    change, made = thaw(layer, plan.cls, plan.eps)
+    edit = Edit((name,), verb, was, shown(layer), MADE)
+    return Done(edit, change, name), made
+
+
+def tell(verb: str, done: Iterable[Done], known: bool) -> None:
+    """Log which layers have parameters that no optimizer knows."""
+    names = [step.edit.names[0] for step in done if step.edit.reason == MADE]
+    if names and not known:
+        logging.getLogger("batchnorm").warning(NEW, verb, ", ".join(map(repr, names)))
+
+
+def _plans(some: dict[nn.Module, str]) -> dict[nn.Module, Ordinary]:
+    """Decide what is done to layers of frozen classes, before anything is changed."""
+    found = {}
+    for layer, name in some.items():
+        if is_frozen_class(layer):
+            found[layer] = ordinary(_VERB, name, layer)
+    return found
+
+
+def _release(one: Placed, placed: list[Placed]) -> None:
+    """Take back what froze a layer; where a later edit stands on its class, the switches alone."""
+    change: Any = one.entry.change
+    if first_on_top(one, placed) is None:
+        take_back([one])
+        return
+    change.release(one.owner)
+    kept = one.entry._replace(change=change.became)
+    write(one.owner, [kept if e is one.entry else e for e in record_of(one.owner)])
+
+
+def _by_batch(name: str, layer: Any) -> Done:
+    """Let a layer that was built with ``statistics=bn.Frozen()`` normalize by the batch."""
+    was = shown(layer)
+    change = exchange(layer, {"statistics": BATCH})
+    edit = Edit((name,), _VERB, was, was, f"statistics={BATCH}")
+    return Done(edit, change, name)

@@ -1,0 +1,149 @@
+"""Frozen normalizations behind a convolution or linear map, in captured graphs: scaled weights."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import batchnorm as bn
+from support.third_party import torchvision
+from support.twins import randomize
+
+
+def random(model):
+    for layer in model.modules():
+        if not list(layer.children()):
+            randomize(layer)
+    return model
+
+
+class Net(nn.Module):
+    """Maps of each kind, a residual block, and one whose output is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.up, self.bn3 = nn.ConvTranspose2d(4, 6, 3, groups=2, bias=False), nn.BatchNorm2d(6)
+        self.conv4, self.bn4 = nn.Conv2d(6, 2, 1), nn.BatchNorm2d(2)
+        self.fc, self.bn5 = nn.Linear(128, 5), nn.BatchNorm1d(5, affine=False)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)) + x)
+        x = F.silu(self.bn3(self.up(x)))
+        y = self.conv4(x)
+        z = self.bn4(y) + y
+        return self.bn5(self.fc(z.flatten(1)))
+
+
+X = (6, 3, 12, 12)
+FOLDED = {"bn1": ("conv2d",), "bn2": ("conv2d",), "bn3": ("conv_transpose2d",), "bn5": ("linear",)}
+
+
+def gradients(model, x, dy):
+    model.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    y = model(x)
+    y.backward(dy.to(y.dtype))
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters())]
+
+
+def compiled(model, **options):
+    torch.compiler.reset()
+    return torch.compile(model, backend="batchnorm", fullgraph=True, **options)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("inner", [None, pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_graph_folds_and_differentiates(inner, affine):
+    torch.manual_seed(0)
+    plain = random(Net())
+    exact = bn.freeze(copy.deepcopy(plain).double(), affine=affine)
+    model = bn.freeze(plain, affine=affine, folded=True)
+    model.requires_grad_(True)
+    exact.requires_grad_(True)
+    run = compiled(model, **({"options": {"inner": inner}} if inner else {}))
+    x, dy = torch.randn(X), torch.randn(X[0], 5)
+    want, got = gradients(exact, x.double(), dy), gradients(run, x, dy)
+    for one, other in zip(got, want, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            scale = float(other.abs().max())
+            torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-5 * scale)
+    found = bn.fused(run)
+    assert {n: one.partners for n, one in found.items() if "scaled" in one.reason} == FOLDED
+    assert found["bn4"].partners == ("add",)  # its input is used twice
+
+
+def test_evaluation_and_other_frozen_layers_are_not_folded():
+    for options, mode in (({}, True), ({"folded": True}, False)):
+        model = bn.freeze(random(Net()), **options).train(mode)
+        run = compiled(model)
+        torch.testing.assert_close(run(torch.ones(X)), copy.deepcopy(model).eval()(torch.ones(X)))
+        assert not any("scaled" in one.reason for one in bn.fused(run).values())
+
+
+class Changing(nn.Module):
+    """Writes to the convolution's input before the normalization runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        x = x + 1
+        y = self.conv(x)
+        x.zero_()
+        return self.bn(y) + x
+
+
+def test_an_input_that_is_written_to_in_between_is_not_read_later():
+    model = bn.freeze(random(Changing()), folded=True)
+    run = compiled(model)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            run(torch.ones(2, 3, 4, 4)), model.eval()(torch.ones(2, 3, 4, 4))
+        )
+
+
+class Region(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=False) + x
+
+
+def test_checkpointed_regions_are_folded():
+    model = random(Region())
+    exact = bn.freeze(copy.deepcopy(model).double(), affine=False)
+    bn.freeze(model, affine=False, folded=True)
+    run = compiled(model)
+    x, dy = torch.randn(2, 3, 6, 6), torch.randn(2, 3, 6, 6)
+    for one, other in zip(gradients(run, x, dy), gradients(exact, x.double(), dy), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+    assert bn.fused(run)["inner.1"].partners == ("conv2d",)
+
+
+@pytest.mark.slow
+def test_every_normalization_of_a_resnet_is_folded():
+    model = bn.freeze(torchvision().models.resnet18(), folded=True)
+    run = compiled(model)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), copy.deepcopy(model).eval()(x), rtol=1e-3, atol=1e-4)
+    assert all(one.partners == ("conv2d",) for one in bn.fused(run).values())
+
+
+def test_a_model_that_folded_in_eager_mode_folds_in_a_graph_and_back():
+    model = bn.freeze(random(Net()), folded=True)
+    x = torch.randn(X)
+    expected = model(x)
+    assert type(model.conv1).__name__ == "FoldingConv2d"
+    torch.testing.assert_close(compiled(model)(x), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(x), expected)

@@ -1,0 +1,238 @@
+"""bn.freeze, bn.unfreeze and bn.frozen: what a frozen layer survives, and what comes back."""
+
+import copy
+import io
+import json
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+from support import oracle
+from support.twins import assert_identical, assert_unchanged, everything, randomize, snapshot
+
+X = (4, 3, 8, 8)
+ALL = {"statistics": True, "affine": True, "mode": True, "folded": False}
+
+
+def network(ours=False):
+    """A model whose layer "1" is also layer "4"; "7" has other options."""
+    kinds = bn if ours else nn
+    shared = kinds.BatchNorm2d(3, momentum=0.3)
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 3, padding=1), shared, nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1), shared,
+        nn.Flatten(), nn.Linear(192, 5), kinds.BatchNorm1d(5, eps=1e-3, momentum=None),
+    )  # fmt: skip
+    randomize(model)
+    return model
+
+
+def trained(model, optimizer=None, steps=2):
+    for _ in range(steps):
+        model.zero_grad()
+        model(torch.randn(X)).square().mean().backward()
+        if optimizer is not None:
+            optimizer.step()
+    return model
+
+
+def values(model, *names):
+    state = model.state_dict()
+    return {name: state[name].clone() for name in state if name.split(".")[0] in names}
+
+
+def stays(model):
+    """Train, and return whether everything of the normalizations stays as it is."""
+    before = values(model, "1", "4", "7")
+    trained(model, torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1))
+    return all(torch.equal(t, before[name]) for name, t in values(model, "1", "4", "7").items())
+
+
+def saved(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+SURVIVED = {
+    "nothing": lambda m: m,
+    "train()": lambda m: m.eval().train(),
+    "requires_grad_ of the model": lambda m: m.requires_grad_(True),
+    "deepcopy": lambda m: copy.deepcopy(m).requires_grad_(True),
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)).requires_grad_(True),
+    "torch.save of the model": lambda m: saved(m).requires_grad_(True),
+    "half and back": lambda m: m.half().float().requires_grad_(True),
+    "to another dtype": lambda m: m.to(torch.float32),
+    "convert": lambda m: bn.convert(m),
+}
+
+
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize("action", SURVIVED)
+def test_frozen_survives(action, ours):
+    model = SURVIVED[action](bn.freeze(network(ours)))
+    assert bn.frozen(model) == {"1": ALL, "7": ALL}
+    assert stays(model)
+    assert repr(model).count("frozen=(statistics, affine, mode)") == 3
+    bn.unfreeze(model)
+    assert not bn.frozen(model)
+    assert not stays(model)
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_unfreezing_gives_back_the_very_model(ours):
+    model = network(ours)
+    model[7].bias.requires_grad_(False)
+    trained(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    trained(model, optimizer)
+    momentum = {p: s["momentum_buffer"].clone() for p, s in optimizer.state.items()}
+    model.zero_grad()
+    before, tensors = everything(model), snapshot(model)
+    assert bn.freeze(model, optimizer=optimizer) is model
+    assert bn.undo(bn.freeze(model, mode=False), "freeze") is model
+    bn.freeze(model)
+    model.requires_grad_(True)
+    model(torch.randn(X)).square().mean().backward()
+    model.zero_grad()
+    assert bn.unfreeze(model) is model
+    assert_identical(before, everything(model))
+    assert_unchanged(tensors, model)
+    assert [p.requires_grad for p in model[7].parameters()] == [True, False]
+    for parameter, state in optimizer.state.items():
+        assert torch.equal(state["momentum_buffer"], momentum[parameter])
+    weight = model[1].weight.detach().clone()
+    trained(model, optimizer)
+    assert not torch.equal(model[1].weight, weight)
+
+
+def test_an_optimizer_with_an_old_gradient_moves_nothing():
+    model = trained(network())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    bn.freeze(model)
+    before = values(model, "1", "7")
+    optimizer.step()
+    assert all(torch.equal(t, before[name]) for name, t in values(model, "1", "7").items())
+
+
+def test_a_shared_layer_stays_one_and_a_parameter_the_same_object():
+    model = network()
+    parameters = {name: id(p) for name, p in model.named_parameters()}
+    bn.freeze(model)
+    assert model[1] is model[4]
+    assert {name: id(p) for name, p in model.named_parameters()} == parameters
+    assert [edit.names for edit in bn.edits(model)] == [("1",), ("7",)]
+
+
+def test_state_dicts_have_torchs_keys_and_load_both_ways():
+    plain, model = network(), bn.freeze(network())
+    assert list(plain.state_dict()) == list(model.state_dict())
+    model.load_state_dict(plain.state_dict())
+    plain.load_state_dict(model.state_dict())
+
+
+def test_what_frozen_returns_is_json_and_freezes_another_model():
+    model = bn.freeze(network(), affine=False, filter=lambda name, _: name == "7")
+    bn.freeze(model, mode=False, filter=lambda name, _: name != "7")
+    stored = json.loads(json.dumps(bn.frozen(model)))
+    assert stored["7"] == {**ALL, "affine": False}
+    other = bn.freeze(network(ours=True), stored)
+    assert bn.frozen(other) == bn.frozen(model)
+    assert other[7].weight.requires_grad
+    assert not other[1].weight.requires_grad
+
+
+def test_freezing_again_sets_all_switches_anew():
+    model = bn.freeze(network())
+    bn.freeze(model, affine=False)
+    assert model[1].weight.requires_grad
+    assert len(bn.edits(model)) == 2
+    bn.freeze(model, statistics=False, affine=False, mode=False)
+    assert not bn.frozen(model)
+    assert type(model[1]) is nn.BatchNorm2d
+    assert not bn.edits(model)
+
+
+def test_a_filter_leaves_layers_out():
+    model = bn.freeze(network(), filter=lambda name, _: name == "7")
+    assert list(bn.frozen(model)) == ["7"]
+    assert type(model[1]) is nn.BatchNorm2d
+    bn.freeze(model)
+    bn.unfreeze(model, filter=lambda name, _: name == "7")
+    assert list(bn.frozen(model)) == ["1"]
+
+
+def test_a_later_conversion_stands_on_the_class_and_not_on_the_switches():
+    model = bn.freeze(network())
+    bn.convert(model, estimator=[bn.Running(0.2), bn.LastBatches(3)])
+    with pytest.raises(bn.errors.SurgeryError, match="later, by convert"):
+        bn.undo(model, "freeze")
+    bn.unfreeze(model)
+    assert not bn.frozen(model)
+    assert model[1].weight.requires_grad
+    assert isinstance(model[1], bn.BatchNorm2d)
+    bn.undo(model)
+    assert type(model[1]) is nn.BatchNorm2d
+    assert model[1].momentum == 0.3
+
+
+def test_a_frozen_step_of_half_precision_is_right():
+    model = bn.freeze(nn.Sequential(nn.BatchNorm2d(3)))
+    randomize(model)
+    model.half()
+    assert model[0].running_var.dtype == torch.float32
+    x = torch.randn(X).half()
+    done = oracle.forward(
+        x.double().numpy(), weight=model[0].weight.detach().numpy(), eps=1e-5,
+        bias=model[0].bias.detach().numpy(),
+        statistics=(model[0].running_mean.numpy(), model[0].running_var.numpy()),
+    )  # fmt: skip
+    allowed = oracle.tolerance("float16", 256, ratio=4.0, size=5.0)
+    oracle.assert_close(model(x).detach().numpy(), done.y, allowed)
+
+
+def test_synchronized_layers_get_their_source_back():
+    model = nn.Sequential(nn.SyncBatchNorm(3))
+    bn.freeze(model, mode=False)
+    assert model[0].statistics == bn.Synced()
+    bn.unfreeze(model)
+    assert type(model[0]) is nn.SyncBatchNorm
+
+
+def test_a_layer_of_a_frozen_source_counts_as_frozen_and_can_train():
+    model = nn.Sequential(bn.BatchNorm2d(3, statistics=bn.Frozen()))
+    assert bn.frozen(model)["0"] == {**ALL, "affine": False}
+    bn.unfreeze(model)
+    assert model[0].statistics == bn.Batch()
+    bn.undo(model, "unfreeze")
+    assert model[0].statistics == bn.Frozen()
+
+
+def test_calibration_leaves_frozen_statistics_alone():
+    model = nn.Sequential(bn.BatchNorm2d(3), bn.BatchNorm2d(3))
+    bn.freeze(model, filter=lambda name, _: name == "0")
+    result = bn.calibrate(model, [torch.randn(X) for _ in range(3)], progress=False)
+    assert "0" not in str(list(result.layers)) or "0" not in result.layers
+    assert float(model[0].running_mean.abs().max()) == 0
+    assert float(model[1].running_mean.abs().max()) > 0
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_plain_compiled_models_recompile(folded):
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+    randomize(model)
+    torch.compiler.reset()
+    run = torch.compile(model, backend="eager")
+    run(torch.randn(X))
+    before = model[1].running_mean.clone()
+    bn.freeze(model, folded=folded)
+    x = torch.randn(X)
+    expected = copy.deepcopy(model).eval()(x)
+    torch.testing.assert_close(run(x), expected)
+    assert torch.equal(model[1].running_mean, before)
+    bn.unfreeze(model)
+    run(x)
+    assert not torch.equal(model[1].running_mean, before)

@@ -1,0 +1,169 @@
+"""bn.set_options, bn.reset_statistics, bn.no_weight_decay, bn.repair."""
+
+import collections
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.errors import OptionError, SurgeryError
+from support.third_party import torchvision
+from support.twins import assert_identical, everything, randomize
+
+
+class Own(nn.BatchNorm2d):
+    """A subclass of a user."""
+
+
+def network():
+    shared = Own(3, momentum=0.3)
+    return nn.Sequential(nn.Conv2d(3, 3, 1), shared, bn.BatchNorm2d(3, eps=1e-4), shared)
+
+
+def test_options_are_set_everywhere_and_undone():
+    model = network()
+    before = everything(model)
+    bn.set_options(model, momentum=None)
+    bn.set_options(model, momentum=0.01, eps=1e-3)
+    assert [(m.momentum, m.eps) for m in (model[1], model[2])] == [(0.01, 1e-3)] * 2
+    assert len(bn.edits(model)) == 2
+    assert "momentum=0.01, eps=0.001" in str(bn.edits(model))
+    bn.undo(model, "set_options")
+    assert_identical(before, everything(model))
+
+
+def test_epsilon_of_a_frozen_class_can_be_set():
+    model = nn.Sequential(torchvision().ops.FrozenBatchNorm2d(3))
+    bn.set_options(model, eps=0.5)
+    torch.testing.assert_close(model(torch.ones(1, 3, 1, 1)), torch.full((1, 3, 1, 1), 1.5**-0.5))
+
+
+REFUSED = {
+    "neither": (network, {}, "got neither"),
+    "negative eps": (network, {"eps": -1.0}, "eps > 0"),
+    "no number": (network, {"eps": "small"}, "eps > 0"),
+    "NaN": (network, {"momentum": float("nan")}, "momentum"),
+    "no layer": (lambda: nn.Linear(2, 2), {"eps": 1.0}, "no batch normalization"),
+    "several estimates": (
+        lambda: nn.Sequential(bn.BatchNorm2d(3), bn.BatchNorm2d(3, estimator=bn.LastBatches(2))),
+        {"momentum": 0.5},
+        "'1'.*estimator=",
+    ),
+    "frozen class": (
+        lambda: nn.Sequential(nn.BatchNorm2d(3), torchvision().ops.FrozenBatchNorm2d(3)),
+        {"momentum": 0.5},
+        "'1'.*no running average",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_options_that_a_layer_cannot_have_change_nothing(case):
+    build, options, message = REFUSED[case]
+    model = build()
+    before = everything(model)
+    with pytest.raises((OptionError, SurgeryError), match=message):
+        bn.set_options(model, **options)
+    assert_identical(before, everything(model))
+
+
+def test_statistics_are_reset_with_further_estimates():
+    model = nn.Sequential(
+        nn.BatchNorm1d(3), bn.BatchNorm1d(3, estimator=[bn.Running(0.5), bn.LastBatches(2)]),
+        nn.BatchNorm1d(3, track_running_stats=False),
+    )  # fmt: skip
+    fresh = copy.deepcopy(model.state_dict())
+    for _ in range(3):
+        model(torch.randn(8, 3) + 2)
+    bn.reset_statistics(model)
+    assert all(torch.equal(value, fresh[name]) for name, value in model.state_dict().items())
+
+
+def test_frozen_statistics_are_not_reset():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    randomize(model)
+    bn.freeze(model, filter=lambda name, _: name == "1")
+    with pytest.raises(SurgeryError, match="'1'.*frozen"):
+        bn.reset_statistics(model)
+    assert float(model[0].running_mean.abs().max()) > 0
+    bn.reset_statistics(model, filter=lambda name, _: name == "0")
+    assert float(model[0].running_mean.abs().max()) == 0
+
+
+def test_every_parameter_is_in_one_group():
+    model = network()
+    model[2].bias.requires_grad_(False)
+    groups = bn.no_weight_decay(model)
+    optimizer = torch.optim.SGD(groups, lr=0.1, weight_decay=0.1)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    norms = [model[1].weight, model[1].bias, model[2].weight, model[2].bias]
+    assert all(a is b for a, b in zip(groups[1]["params"], norms, strict=True))
+    assert len(groups[0]["params"]) == 2
+    assert [len(g["params"]) for g in bn.no_weight_decay(nn.Linear(2, 2))] == [2]
+    with pytest.raises(SurgeryError):
+        bn.no_weight_decay(None)
+
+
+def test_a_sound_state_is_returned_as_it_is():
+    state = network().state_dict()
+    repaired, repairs = bn.repair(state)
+    assert not repairs
+    assert all(repaired[name] is value for name, value in state.items())
+
+
+def test_a_broken_state_is_repaired_and_told():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    randomize(model)
+    state = model.state_dict()
+    state["0.running_var"][1] = -0.5
+    state["0.running_var"][2] = float("nan")
+    state["0.running_mean"][3] = float("inf")
+    del state["1.num_batches_tracked"]
+    state["2.num_batches_tracked"] = torch.tensor([12.0])
+    state["0.num_batches_tracked"] = torch.tensor(-3)
+    given = {name: value.clone() for name, value in state.items()}
+    repaired, repairs = bn.repair(state)
+    assert [(one.name, one.channels) for one in repairs] == [
+        ("0.running_mean", (1, 2, 3)),
+        ("0.running_var", (1, 2, 3)),
+        ("0.num_batches_tracked", ()),
+        ("1.num_batches_tracked", ()),
+        ("2.num_batches_tracked", ()),
+    ]
+    assert str(repairs[1]) == "0.running_var: -0.5, nan in 2 of 4 channels; 1 there now"
+    assert repaired["0.running_mean"][1:].tolist() == [0, 0, 0]
+    assert repaired["0.running_var"][1:].tolist() == [1, 1, 1]
+    assert repaired["0.running_var"][0] == state["0.running_var"][0]
+    assert [int(repaired[f"{i}.num_batches_tracked"]) for i in range(3)] == [0, 0, 12]
+    assert repaired["1.running_mean"] is state["1.running_mean"]
+    nn.Sequential(*(nn.BatchNorm2d(4) for _ in range(3))).load_state_dict(repaired)
+    assert bn.repair(repaired).repairs == ()
+    assert all(torch.equal(state[n].nan_to_num(), v.nan_to_num()) for n, v in given.items())
+
+
+@pytest.mark.parametrize(
+    ("counter", "value"),
+    [(float("nan"), 0), (float("inf"), 0), (2.5, 0), (2.0**60, 0), (7.0, 7)],
+)
+def test_counters_that_count_nothing_become_0(counter, value):
+    state = nn.BatchNorm2d(2).state_dict()
+    state["num_batches_tracked"] = torch.tensor(counter)
+    repaired, repairs = bn.repair(state)
+    assert repaired["num_batches_tracked"].dtype == torch.int64
+    assert int(repaired["num_batches_tracked"]) == value
+    assert len(repairs) == 1
+
+
+@pytest.mark.parametrize("state", [3, {"running_mean": torch.zeros(2)}])
+def test_what_is_no_state_dict_is_refused(state):
+    with pytest.raises(OptionError, match="expected"):
+        bn.repair(state)
+
+
+def test_the_kind_of_the_mapping_stays():
+    state = nn.BatchNorm2d(2).state_dict()
+    repaired, _ = bn.repair(state)
+    assert type(repaired) is collections.OrderedDict
+    assert repaired._metadata == state._metadata

@@ -1,0 +1,178 @@
+"""Frozen layers of other libraries: found, told, and made to train again."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+from support.third_party import timm, torchvision
+from support.twins import randomize
+
+
+class Detectron(nn.Module):
+    """Frozen statistics and affine parameters as detectron2 has them."""
+
+    def __init__(self, channels, eps=1e-5):
+        super().__init__()
+        self.num_features, self.eps = channels, eps
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels) - eps)
+
+    def forward(self, x):
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
+
+
+FrozenBatchNorm2d = type("FrozenBatchNorm2d", (Detectron,), {})
+
+
+class NoEpsFrozenBatchNorm2d(Detectron):
+    """An epsilon of 0 that no attribute says, as in maskrcnn-benchmark."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        del self.eps
+
+    def forward(self, x):
+        scale = self.weight * self.running_var.rsqrt()
+        return (x - self.running_mean.view(1, -1, 1, 1)) * scale.view(1, -1, 1, 1) + self.bias.view(
+            1, -1, 1, 1
+        )
+
+
+def transformers_layer(channels):
+    detr = pytest.importorskip("transformers.models.detr.modeling_detr")
+    return detr.DetrFrozenBatchNorm2d(channels)
+
+
+KINDS = {
+    "torchvision": lambda: torchvision().ops.FrozenBatchNorm2d(5, eps=1e-3),
+    "timm": lambda: timm().layers.norm_act.FrozenBatchNormAct2d(5, eps=1e-3),
+    "detectron": lambda: FrozenBatchNorm2d(5, eps=2e-4),
+    "no epsilon": lambda: NoEpsFrozenBatchNorm2d(5),
+    "transformers": lambda: transformers_layer(5),
+    "converted torchvision": lambda: bn.convert(torchvision().ops.FrozenBatchNorm2d(5)),
+    "converted timm": lambda: bn.convert(timm().layers.norm_act.FrozenBatchNormAct2d(5)),
+}
+X = (4, 5, 6, 3)
+# Of transformers the import alone takes seconds.
+every_kind = pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "transformers")) for kind in KINDS],
+)
+
+
+def model_of(kind):
+    model = nn.Sequential(nn.Conv2d(5, 5, 1), KINDS[kind]())
+    randomize(model)
+    for name, buffer in model.named_buffers():
+        if name.endswith(("weight", "bias")):
+            buffer.copy_(torch.randn(5) + 1)
+    return model
+
+
+@every_kind
+def test_a_frozen_class_is_told_and_trains_again(kind, caplog):
+    model = model_of(kind)
+    x = torch.randn(X)
+    expected = model.eval()(x)
+    state = copy.deepcopy(model.state_dict())
+    assert bn.frozen(model)["1"] == {
+        "statistics": True, "affine": True, "mode": True, "folded": False,
+    }  # fmt: skip
+    weight = model[1].weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with caplog.at_level(logging.WARNING, "batchnorm"):
+        bn.unfreeze(model, optimizer=optimizer)
+    assert not caplog.records
+    torch.testing.assert_close(model.eval()(x), expected)
+    assert isinstance(model[1], bn.BatchNorm2d)
+    assert model[1].weight.data_ptr() == weight.data_ptr()
+    assert not bn.frozen(model)
+    model.train()(x).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(model[1].weight, state["1.weight"])
+    assert int(model[1].num_batches_tracked) == 1
+    assert set(model.state_dict()) == {*state, "1.num_batches_tracked"}
+    model.load_state_dict(state)  # a checkpoint of the frozen layer has no counter
+    torch.testing.assert_close(model.eval()(x), expected)
+
+
+@every_kind
+def test_undo_gives_the_frozen_class_back_with_trained_values(kind):
+    model = model_of(kind)
+    was, names = type(model[1]), list(model.state_dict())
+    bn.unfreeze(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    with torch.no_grad():
+        model[1].weight.fill_(3.0)
+    expected = model.eval()(torch.ones(X))
+    bn.undo(model, "unfreeze")
+    assert type(model[1]) is was
+    assert list(model.state_dict()) == names
+    assert [name for name, _ in model.named_parameters()] == ["0.weight", "0.bias"]
+    torch.testing.assert_close(model.eval()(torch.ones(X)), expected)
+
+
+@every_kind
+def test_freezing_a_frozen_class_changes_nothing_or_lets_a_switch_go(kind):
+    model = model_of(kind)
+    was = type(model[1])
+    bn.freeze(model)
+    assert type(model[1]) is was
+    assert "frozen already" in bn.edits(model)[-1].reason
+    x = torch.randn(X)
+    expected = model(x)
+    bn.freeze(model, affine=False)
+    assert bn.frozen(model)["1"]["affine"] is False
+    torch.testing.assert_close(model.train()(x), expected)
+    model(x).square().mean().backward()
+    assert model[1].weight.grad is not None
+    bn.unfreeze(model)
+    assert not bn.frozen(model)
+    bn.undo(model, "freeze")
+    assert type(model[1]) is was
+
+
+def test_new_parameters_that_no_optimizer_has_are_named(caplog):
+    model = model_of("detectron")
+    with caplog.at_level(logging.WARNING, "batchnorm"):
+        bn.unfreeze(model)
+    assert "'1'" in caplog.text
+    assert "pass optimizer=" in caplog.text
+
+
+def test_new_parameters_join_the_first_group_of_the_optimizer():
+    model = model_of("detectron")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    bn.unfreeze(model, optimizer=optimizer)
+    assert len(optimizer.param_groups) == 1
+    assert any(p is model[1].weight for p in optimizer.param_groups[0]["params"])
+    model(torch.randn(X)).square().mean().backward()
+    optimizer.step(), scheduler.step()
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "timm"])
+def test_an_activation_stays(kind):
+    model = model_of(kind)
+    y = bn.unfreeze(model).eval()(torch.randn(X))
+    assert bool((y < 0).any()) == (kind == "torchvision")
+
+
+def test_timms_frozen_network_trains_again():
+    library = timm()
+    model = library.create_model("resnet18", num_classes=3)
+    frozen = library.layers.freeze_batch_norm_2d(copy.deepcopy(model))
+    assert len(bn.frozen(frozen)) == 20
+    optimizer = torch.optim.SGD(frozen.parameters(), lr=0.1)
+    bn.unfreeze(frozen, optimizer=optimizer)
+    assert not bn.frozen(frozen)
+    assert set(frozen.state_dict()) == set(model.state_dict())
+    held = sum(len(group["params"]) for group in optimizer.param_groups)
+    assert held == len(list(model.parameters()))
