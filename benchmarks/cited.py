@@ -30,7 +30,6 @@ IDENTITY: dict[str, tuple[str, ...]] = {
     "calibration": ("network", "layout", "batch", "size", "batches", "contender", "regime",
                     "machine"),
     "freeze/matrix": ("action", "contender"),
-    "freeze/tune": ("network", "layout", "batch", "size", "contender", "regime", "machine"),
     "use/throughput": ("network", "shape", "batches", "regime", "machine"),
     "use/statistics": ("data", "batch", "seed", "method"),
     "fold/graphs": ("first",),

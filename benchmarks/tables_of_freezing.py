@@ -1,9 +1,9 @@
-"""The tables of docs/freeze.md: what freezing survives, and what tune mode is worth."""
+"""The table of docs/freeze.md: what freezing survives."""
 
 from collections.abc import Callable
 
 from cited import Rows
-from tables import TITLES, WORDS, around, markdown, ratio, seconds
+from tables import around, markdown
 
 
 def matrix(rows: Rows) -> str:
@@ -22,18 +22,4 @@ def matrix(rows: Rows) -> str:
     return f"{around(everything)}\n\n{markdown(head, len(head), lines)}"
 
 
-def tune(rows: Rows) -> str:
-    """Return step times and saved bytes of frozen networks."""
-    everything = rows.every("freeze/tune", {})
-    lines = []
-    for row in everything:
-        megabytes = f"{row.number('saved_bytes') / 1e6:.0f} MB"
-        what = f"{row['batch']} of {row['size']}²"
-        name, layout = TITLES.get(row["network"], row["network"]), WORDS[row["layout"]]
-        where = [name, what, layout, row["regime"], row["contender"]]
-        lines.append([*where, seconds(row, "median"), ratio(row), megabytes])
-    head = ["network", "batch", "layout", "allocator", "contender", "step", "× without", "saved"]
-    return f"{around(everything)}\n\n{markdown(head, 5, lines)}"
-
-
-BLOCKS: dict[str, Callable[[Rows], str]] = {"freeze": matrix, "tune": tune}
+BLOCKS: dict[str, Callable[[Rows], str]] = {"freeze": matrix}

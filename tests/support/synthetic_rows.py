@@ -137,6 +137,12 @@ def fold_peers():
         yield {"tool": tool, "version": "1", "first": "0", **dict.fromkeys(COUNTS, "20"), **AROUND}
 
 
+def freeze_matrix():
+    for contender in ("`bn.freeze`", "another"):
+        row = {"action": "`model.train()`", "contender": contender, "outcome": "yes"}
+        yield {**row, "version": "1", **AROUND}
+
+
 FILES = {
     "networks/rows.csv": networks,
     "networks/inside.csv": inside,
@@ -149,6 +155,7 @@ FILES = {
     "fold/networks.csv": fold_networks,
     "fold/graphs.csv": fold_graphs,
     "fold/peers.csv": fold_peers,
+    "freeze/matrix.csv": freeze_matrix,
 }
 
 
