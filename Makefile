@@ -56,6 +56,7 @@ test-triton: $(READY) $(TRITON)/ready
 			$(KERNELS)/test_hostile_shapes.py $(KERNELS)/test_session.py \
 	) & kernels=$$!; \
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(PY) -m pytest -m "not slow" -k "triton and not threads" \
+		-n auto --maxprocesses 2 --dist worksteal \
 		tests/backends/test_contract.py tests/backends/test_accuracy_bounds.py tests/backends/test_accuracy_edge_cases.py; \
 	suite=$$?; wait $$kernels && exit $$suite
 
