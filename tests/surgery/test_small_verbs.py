@@ -167,3 +167,25 @@ def test_the_kind_of_the_mapping_stays():
     repaired, _ = bn.repair(state)
     assert type(repaired) is collections.OrderedDict
     assert repaired._metadata == state._metadata
+
+
+@pytest.mark.parametrize("verbs", [("set_options", "convert"), ("convert", "set_options")])
+def test_options_and_conversion_are_undone_apart(verbs):
+    layer = nn.BatchNorm1d(4)
+    model = nn.Sequential(nn.Linear(3, 4), layer)
+    make = {
+        "set_options": lambda: bn.set_options(model, momentum=0.5),
+        "convert": lambda: bn.convert(model),
+    }
+    for verb in verbs:
+        make[verb]()
+    assert [edit.verb for edit in bn.edits(model)] == list(verbs)
+    bn.undo(model, verbs[1])
+    assert [edit.verb for edit in bn.edits(model)] == [verbs[0]]
+    assert layer.momentum == (0.5 if verbs[0] == "set_options" else 0.1)
+    assert type(layer) is (nn.BatchNorm1d if verbs[0] == "set_options" else bn.BatchNorm1d)
+    model(torch.randn(5, 3))
+    bn.undo(model)
+    assert type(layer) is nn.BatchNorm1d
+    assert layer.momentum == 0.1
+    model(torch.randn(5, 3))

@@ -111,6 +111,28 @@ def first_on_top(one: Placed, others: Iterable[Placed]) -> Placed | None:
     return None
 
 
+def newest(
+    model: nn.Module, verb: str, kind: type[Change]
+) -> tuple[dict[nn.Module, Placed], set[nn.Module]]:
+    """Return the newest change of a verb by its owner, and the owners on whose a later one stands.
+
+    A verb that is called again replaces its change where no later one of another verb stands on it.
+
+    Args:
+        model: The model.
+        verb: The verb.
+        kind: The class of the changes.
+    """
+    placed = stack(model)
+    others = [one for one in placed if one.edit.verb != verb]
+    own = {
+        one.owner: one
+        for one in placed
+        if one.edit.verb == verb and isinstance(one.entry.change, kind)
+    }
+    return own, {owner for owner, one in own.items() if first_on_top(one, others)}
+
+
 def take_back(placed: Sequence[Placed]) -> None:
     """Undo changes, newest first, and remove their entries, and those that changed nothing."""
     for owner, entry, _ in reversed(placed):

@@ -13,7 +13,7 @@ from torch import nn
 from batchnorm.estimators.bank import EstimatorLike
 from batchnorm.models.change import Edit
 from batchnorm.models.edits import expect_model
-from batchnorm.models.stack import Done, Placed, first_on_top, record, stack
+from batchnorm.models.stack import Done, Placed, newest, record
 from batchnorm.sources.base import Source
 from batchnorm.surgery import rules
 from batchnorm.surgery.exchange import Exchange, describe, exchange
@@ -74,10 +74,7 @@ def convert(
     options = Options(statistics, estimator)
     options.check(model, filter)
     steps = list(_plan(model, options, filter))
-    placed = stack(model)
-    before = {one.owner: one for one in placed if isinstance(one.entry.change, Exchange)}
-    others = [one for one in placed if one.edit.verb != _VERB]
-    stood_on = {one.owner for one in before.values() if first_on_top(one, others)}
+    before, stood_on = newest(model, _VERB, Exchange)
     done = [_apply(step, options, before, step.layer in stood_on) for step in steps]
     if not steps:
         done = [Done(Edit(("",), _VERB, type(model).__name__, None, NOTHING))]

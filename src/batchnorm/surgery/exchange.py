@@ -77,7 +77,8 @@ def exchange(
         older: An earlier change of the layer, which the returned one includes.
     """
     has = layer.__dict__
-    before = older or Exchange(None if cls is None else type(layer))
+    before = older or Exchange()
+    own = type(layer) if cls is not None and before.cls is None else before.cls
     known = {*before.changed, *before.added}
     changed = {name: has[name] for name in new if name in has and name not in known}
     added = tuple(name for name in new if name not in has)
@@ -87,7 +88,7 @@ def exchange(
         layer.__class__ = cls
     if new.get("bank") is not None and not is_lazy(layer.running_mean):
         tracking.restart(layer, known=True)
-    return Exchange(before.cls, {**before.changed, **changed}, (*before.added, *added), batches)
+    return Exchange(own, {**before.changed, **changed}, (*before.added, *added), batches)
 
 
 def describe(layer: Any, change: Exchange) -> tuple[str, str]:

@@ -7,8 +7,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from batchnorm.errors import OptionError
-from batchnorm.models.change import Edit
-from batchnorm.models.stack import Done, Placed, first_on_top, record, stack
+from batchnorm.models.change import Edit, Entry
+from batchnorm.models.stack import Done, newest, record
 from batchnorm.nn.adopted import BatchNormAct2d, FrozenBatchNorm2d, FrozenBatchNormAct2d
 from batchnorm.nn.base import Layer
 from batchnorm.nn.switches import Switches
@@ -107,12 +107,10 @@ def freeze(
         some = {layer for _, layer, _ in wanted}
         return unfreeze.unfreeze(model, filter=lambda _, m: m in some, optimizer=optimizer)
     plans = [_plan(name, layer, given) for name, layer, given in wanted]
-    placed = stack(model)
-    older = {one.owner: one for one in placed if isinstance(one.entry.change, Freeze)}
-    others = [one for one in placed if one.edit.verb != _VERB]
-    before = {owner: one for owner, one in older.items() if not first_on_top(one, others)}
+    before, stood_on = newest(model, _VERB, Freeze)
+    renewed = {owner: one.entry for owner, one in before.items() if owner not in stood_on}
     made: list[nn.Parameter] = []
-    done = [step for plan in plans for step in _apply(plan, before.get(plan.layer), made)]
+    done = [step for plan in plans for step in _apply(plan, renewed.get(plan.layer), made)]
     pairing.tidy(model)
     watched = pairing.watch(model) if any(plan.switches.folded for plan in plans) else None
     unfreeze.tell(_VERB, done, layers.extend(optimizer, made))
@@ -216,7 +214,7 @@ def _plan_of_class(name: str, layer: nn.Module, switches: Switches) -> Plan:
     return Plan(name, layer, switches, thaw=plan)
 
 
-def _apply(plan: Plan, before: Placed | None, made: list[nn.Parameter]) -> list[Done]:
+def _apply(plan: Plan, old: Entry | None, made: list[nn.Parameter]) -> list[Done]:
     """Freeze a layer; return what was done, and collect the parameters that were made."""
     name, layer, switches, becomes, eps, thaws = plan
     done = []
@@ -226,14 +224,12 @@ def _apply(plan: Plan, before: Placed | None, made: list[nn.Parameter]) -> list[
         done = [step]
     elif is_frozen_class(layer) and not switches.folded:
         return [Done(Edit((name,), _VERB, unfreeze.shown(layer), None, BY_CLASS))]
-    was = unfreeze.shown(layer)
+    was = unfreeze.shown(layer) if old is None else old.edit.before
     new = {} if becomes is None else Options(None, None).attributes(layer, becomes, {})
     if eps is not None:
         new["eps"] = eps
-    old = before.entry if before is not None else None
     older = old.change if old is not None else None
     assert older is None or isinstance(older, Freeze)
     change = freeze_layer(layer, switches, becomes and becomes.cls, new, older)
-    was = old.edit.before if old is not None else was
     edit = Edit((name,), _VERB, was, unfreeze.shown(layer), f"frozen: {switches}")
     return [*done, Done(edit, change, name, old)]

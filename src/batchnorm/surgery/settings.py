@@ -11,7 +11,7 @@ from batchnorm.errors import OptionError
 from batchnorm.estimators.running import check_momentum
 from batchnorm.models.change import Edit
 from batchnorm.models.kinds import kind_of
-from batchnorm.models.stack import Done, first_on_top, record, stack
+from batchnorm.models.stack import Done, newest, record
 from batchnorm.nn.base import Layer
 from batchnorm.surgery import layers
 from batchnorm.surgery.exchange import Exchange, exchange
@@ -70,14 +70,11 @@ def set_options(
     for name, layer in some:
         if reason := _unable(layer, new):
             raise layers.refuse(_VERB, name, layer, reason)
-    placed = stack(model)
-    others = [one for one in placed if one.edit.verb != _VERB]
-    mine = {one.owner: one for one in placed if one.edit.verb == _VERB}
-    before = {owner: one.entry for owner, one in mine.items() if not first_on_top(one, others)}
+    before, stood_on = newest(model, _VERB, Exchange)
     note = ", ".join(f"{option}={value}" for option, value in new.items())
     done = []
     for name, layer in some:
-        entry = before.get(layer)
+        entry = before[layer].entry if layer in before and layer not in stood_on else None
         older = entry.change if entry is not None else None
         assert older is None or isinstance(older, Exchange)
         edit = Edit((name,), _VERB, shown(layer), shown(layer), note)
