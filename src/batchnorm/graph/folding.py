@@ -5,7 +5,7 @@ Of a layer that ``bn.freeze(model, folded=True)`` froze, ``F.batch_norm`` bears 
 uses, both nodes become one call of ``ops.scaled.normalized``.
 """
 
-import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,9 +14,6 @@ from torch import Tensor, fx
 
 from batchnorm.nn.traced import NOTE
 from batchnorm.ops.scaled import Map, normalized
-
-_NORM = inspect.signature(F.batch_norm)
-
 
 # torch's functions are builtins, whose signatures Python does not know: names in order, defaults.
 _CONV = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
@@ -30,28 +27,28 @@ _KNOWN: dict[Any, dict[str, Any]] = {
 }
 
 
-def fold(node: fx.Node) -> str | None:
+def fold(node: fx.Node, norm: Mapping[str, Any]) -> str | None:
     """Make a noted normalization and the map before it one call.
 
+    Args:
+        node: The normalization.
+        norm: Its arguments by name, defaults included.
+
     Returns:
-        The name of the map, None where the normalization bears no note; "" where it cannot be
-        folded.
+        The name of the map; None where the normalization bears no note, or cannot be folded.
     """
     if (node.meta.get("custom") or {}).get(NOTE) != "folded":
         return None
-    given = _NORM.bind(*node.args, **node.kwargs)
-    given.apply_defaults()
-    norm = given.arguments
     before: Any = norm["input"]
     defaults = _KNOWN.get(before.target) if before.op == "call_function" else None
     if defaults is None or len(before.users) != 1 or not _is_next(before, node):
-        return ""
+        return None
     names = ("input", "weight", "bias", *defaults)
     linear = {"bias": None, **defaults, **dict(zip(names, before.args, strict=False))}
     linear |= before.kwargs
     found = _map(before, linear)
     if found is None:
-        return ""
+        return None
     name: str = before.target.__name__
     args = tuple(linear[one] for one in names[:3])
     stored = tuple(norm[one] for one in ("running_mean", "running_var", "weight", "bias", "eps"))

@@ -97,18 +97,16 @@ def _normalizations(graph: fx.Graph) -> list[fx.Node]:
 
 def _folded(node: fx.Node) -> Normalization | None:
     """Fold a normalization that bears the note of ``bn.freeze`` into what is before it."""
-    given = _SIGNATURE.bind(*node.args, **node.kwargs).arguments
-    stored = (given.get(one) for one in ("running_mean", "running_var", "weight", "bias"))
+    given = _arguments(node)
+    stored = (given[one] for one in ("running_mean", "running_var", "weight", "bias"))
     tensors = tuple(one for one in stored if isinstance(one, fx.Node))
-    name = folding.fold(node)
+    name = folding.fold(node, given)
     return Normalization(tensors, (name,), FOLDED) if name else None
 
 
 def _taken(node: fx.Node) -> fx.Node:
     """Replace a call of F.batch_norm, and the increment of its counter, by a call of ``step``."""
-    given = _SIGNATURE.bind(*node.args, **node.kwargs)
-    given.apply_defaults()
-    x, mean, var, weight, bias, training, momentum, eps = given.arguments.values()
+    x, mean, var, weight, bias, training, momentum, eps = _arguments(node).values()
     counter = _counted(node) if training else None
     node.target = step
     counted: Any = None if counter is None else counter.args[0]
@@ -118,6 +116,13 @@ def _taken(node: fx.Node) -> fx.Node:
     if counter is not None:
         node.graph.erase_node(counter)
     return node
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """Return the arguments of a call of F.batch_norm by name, in its order, defaults included."""
+    given = _SIGNATURE.bind(*node.args, **node.kwargs)
+    given.apply_defaults()
+    return given.arguments
 
 
 def _counted(node: fx.Node) -> fx.Node | None:

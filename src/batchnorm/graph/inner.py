@@ -37,7 +37,7 @@ def lower(gm: fx.GraphModule) -> None:
     for node in gm.graph.find_nodes(op="call_function", target=step):
         node.target = traceable
     for node in gm.graph.find_nodes(op="call_function", target=scaled.normalized):
-        node.target = scaled.traceable
+        node.kwargs = {"traced": True}
     gm.recompile()
 
 

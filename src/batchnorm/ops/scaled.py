@@ -122,6 +122,7 @@ def normalized(
     beta: Tensor | None,
     eps: float,
     given: Map,
+    traced: bool = False,
 ) -> Tensor:
     """Return the normalization by stored statistics of a linear map of x.
 
@@ -135,28 +136,16 @@ def normalized(
         beta: Shift behind it, (C,).
         eps: Added to the variance.
         given: The map.
+        traced: Whether a tracer of graphs differentiates it, operation by operation; else the
+            scaled weights are computed again in backward, and not saved.
     """
     scale, shift = factors(bias, mean, var, gamma, beta, eps)
-    y: Tensor = Scaled.apply(_as_autocast(x), weight, scale, shift, given)
-    return y
-
-
-def traceable(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
-    given: Map,
-) -> Tensor:
-    """Do what ``normalized`` does, by operations that a tracer of graphs differentiates."""
-    scale, shift = factors(bias, mean, var, gamma, beta, eps)
     x = _as_autocast(x)
-    scaled = (weight * given.over_outputs(scale, weight)).to(x.dtype)
-    return given(x, scaled, shift.to(x.dtype))
+    if traced:
+        scaled = (weight * given.over_outputs(scale, weight)).to(x.dtype)
+        return given(x, scaled, shift.to(x.dtype))
+    y: Tensor = Scaled.apply(x, weight, scale, shift, given)
+    return y
 
 
 def factors(
