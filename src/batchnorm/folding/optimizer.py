@@ -1,24 +1,9 @@
 """An optimizer goes on with the parameters that a model has after a fold."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-
-from batchnorm.errors import OptionError
-
-
-def check(optimizer: Any) -> None:
-    """Refuse what is no optimizer.
-
-    Raises:
-        OptionError: If it is something else.
-    """
-    if optimizer is not None and not isinstance(optimizer, Optimizer):
-        raise OptionError(
-            f"expected optimizer= to be a torch.optim.Optimizer, got {type(optimizer).__name__}"
-        )
 
 
 def rewire(

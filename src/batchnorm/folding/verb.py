@@ -7,7 +7,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from batchnorm.folding import asked
-from batchnorm.folding import optimizer as optimizers
 from batchnorm.folding.biases import bias_takers
 from batchnorm.folding.copies import Copies
 from batchnorm.folding.ledger import Leaf
@@ -18,6 +17,7 @@ from batchnorm.folding.work import Work
 from batchnorm.models.edits import expect_model
 from batchnorm.models.examples import Example
 from batchnorm.models.kinds import kind_of
+from batchnorm.surgery.layers import expect_optimizer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -95,7 +95,7 @@ def _checked(
 ) -> list[Example]:
     expect_model(model, "fold")
     asked.check(model, shared, filter)
-    optimizers.check(optimizer)
+    expect_optimizer(optimizer)
     return asked.examples(example_inputs)
 
 

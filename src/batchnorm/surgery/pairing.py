@@ -36,10 +36,7 @@ computed by themselves, with the same results"""
 class Watch(Change):
     """The hooks of a model that look for what can be folded, and check each pass."""
 
-    @property
-    def commutes(self) -> bool:
-        """Hooks of their own stand on nothing."""
-        return True
+    commutes = True
 
     def undo(self, owner: nn.Module) -> None:
         """Remove the hooks."""
@@ -51,11 +48,7 @@ class Pair(Change):
     """The class of a layer before it computed the normalization behind it."""
 
     cls: type[nn.Module]
-
-    @property
-    def commutes(self) -> bool:
-        """Nothing else is changed of the layer."""
-        return True
+    commutes = True
 
     def undo(self, owner: nn.Module) -> None:
         """Give the class back."""

@@ -23,10 +23,7 @@ _here = threading.local()
 class Switch(Change):
     """The two forward hooks of a model that enter and leave a ``SaveMemory`` block."""
 
-    @property
-    def commutes(self) -> bool:
-        """Hooks of their own stand on nothing."""
-        return True
+    commutes = True
 
     def undo(self, owner: nn.Module) -> None:
         """Remove the hooks."""

@@ -72,14 +72,12 @@ def unfreeze(
     found = layers.found(model, _VERB)
     layers.expect_optimizer(optimizer)
     some = {layer: name for name, layer in layers.chosen(found, filter)}
-    released = [
-        one for one in stack(model)
-        if isinstance(one.entry.change, Freeze) and one.owner in some
-    ]  # fmt: skip
     plans = _plans(some)
-    placed = [one for one in stack(model) if one.edit.verb != "freeze"]
+    placed = stack(model)
+    released = [one for one in placed if isinstance(one.entry.change, Freeze) and one.owner in some]
+    others = [one for one in placed if one.edit.verb != "freeze"]
     for one in reversed(released):
-        _release(one, placed)
+        _release(one, others)
     done, made = [], []
     for layer, name in some.items():
         plan = plans.get(layer)
@@ -160,10 +158,10 @@ def _plans(some: dict[nn.Module, str]) -> dict[nn.Module, Ordinary]:
     return found
 
 
-def _release(one: Placed, placed: list[Placed]) -> None:
+def _release(one: Placed, others: list[Placed]) -> None:
     """Take back what froze a layer; where a later edit stands on its class, the switches alone."""
     change: Any = one.entry.change
-    if first_on_top(one, placed) is None:
+    if first_on_top(one, others) is None:
         take_back([one])
         return
     change.release(one.owner)
