@@ -161,7 +161,7 @@ def test_an_interrupted_demo_leaves_no_file(tmp_path):
     assert list(out.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.audit
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT is POSIX")
 def test_an_interrupted_bench_leaves_what_it_has_measured(tmp_path):
     rows, deadline = tmp_path / "rows.csv", time.monotonic() + 120

@@ -35,7 +35,7 @@ def _unet() -> nn.Module:
 
 
 def _conformer() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
+    transformers = third_party.transformers()
     config = transformers.Wav2Vec2ConformerConfig(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
         conv_dim=(32, 32), conv_kernel=(10, 3), conv_stride=(5, 2), num_feat_extract_layers=2,

@@ -39,8 +39,7 @@ class _Pooled(nn.Module):
 
 def _transformers(name: str, **options) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        third_party.torchvision()
-        transformers = pytest.importorskip("transformers")
+        transformers = third_party.transformers()
         config = getattr(transformers, f"{name}Config")(**options)
         return _Pooled(getattr(transformers, f"{name}Model")(config))
 

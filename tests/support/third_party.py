@@ -1,4 +1,4 @@
-"""Third-party models of torchvision and timm, on a torch without torchvision's compiled operators.
+"""Third-party models of torchvision, timm and transformers, on a torch without torchvision's compiled operators.
 
 Importing torchvision registers fake kernels for its operators, for which their schemas must exist.
 Where its extension cannot be loaded they are declared here; none of them is ever called.
@@ -34,6 +34,12 @@ def timm() -> ModuleType:
     """Return timm, or skip the test where it is not installed."""
     torchvision()
     return pytest.importorskip("timm")
+
+
+def transformers(name: str = "transformers") -> ModuleType:
+    """Return transformers, which imports torchvision, or a module of it, or skip the test."""
+    torchvision()
+    return pytest.importorskip(name)
 
 
 def _declare() -> None:

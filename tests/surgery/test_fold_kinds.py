@@ -40,8 +40,11 @@ def synced_timm():
     return layer
 
 
+DETR = "transformers.models.detr.modeling_detr"
+
+
 def frozen_transformers():
-    modeling = pytest.importorskip("transformers.models.detr.modeling_detr")
+    modeling = third_party.transformers(DETR)
     return modeling.DetrFrozenBatchNorm2d(4)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from support.third_party import timm, torchvision
+from support.third_party import timm, torchvision, transformers
 from support.twins import randomize
 
 
@@ -46,17 +46,13 @@ class NoEpsFrozenBatchNorm2d(Detectron):
         )
 
 
-def transformers_layer(channels):
-    detr = pytest.importorskip("transformers.models.detr.modeling_detr")
-    return detr.DetrFrozenBatchNorm2d(channels)
-
-
+DETR = "transformers.models.detr.modeling_detr"
 KINDS = {
     "torchvision": lambda: torchvision().ops.FrozenBatchNorm2d(5, eps=1e-3),
     "timm": lambda: timm().layers.norm_act.FrozenBatchNormAct2d(5, eps=1e-3),
     "detectron": lambda: FrozenBatchNorm2d(5, eps=2e-4),
     "no epsilon": lambda: NoEpsFrozenBatchNorm2d(5),
-    "transformers": lambda: transformers_layer(5),
+    "transformers": lambda: transformers(DETR).DetrFrozenBatchNorm2d(5),
     "converted torchvision": lambda: bn.convert(torchvision().ops.FrozenBatchNorm2d(5)),
     "converted timm": lambda: bn.convert(timm().layers.norm_act.FrozenBatchNormAct2d(5)),
 }
