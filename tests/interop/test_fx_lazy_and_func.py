@@ -11,7 +11,7 @@ from torch.nn.utils import fuse_conv_bn_eval, prune
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import batchnorm as bn
-from support.lanes import lanes
+from support.combinations import each
 from support.third_party import torchvision
 from support.twins import assert_same_state, assert_unchanged, randomize, snapshot, twins
 
@@ -92,10 +92,9 @@ LAZY = [
 ]
 
 
-@pytest.mark.parametrize(("ours", "theirs", "shape"), LAZY)
-@pytest.mark.parametrize(
-    "options",
-    [
+@each(
+    kinds=LAZY,
+    options=[
         {},
         {"affine": False},
         {"bias": False},
@@ -103,9 +102,9 @@ LAZY = [
         {"momentum": None, "eps": 0.1},
         {"affine": False, "track_running_stats": False},
     ],
-    ids=str,
 )
-def test_lazy_layers_have_torchs_options_and_names(ours, theirs, shape, options):
+def test_lazy_layers_have_torchs_options_and_names(kinds, options):
+    ours, theirs, shape = kinds
     mine, his = ours(**options), theirs(**options)
     for kind in ("named_parameters", "named_buffers"):
         names = [[name for name, _ in getattr(layer, kind)()] for layer in (mine, his)]
@@ -148,10 +147,11 @@ def test_a_lazy_layer_that_refuses_its_input_stays_lazy():
     assert layer(torch.randn(4, 7, 2, 2), mask=torch.ones(4, 2, 2).bool()).shape[1] == 7
 
 
-@pytest.mark.parametrize("options", [{}, {"estimator": SEVERAL}, {"momentum": None}], ids=str)
-def test_per_sample_gradients_work_once_the_statistics_are_taken_out(options):
-    model = nn.Sequential(nn.Linear(3, 3), bn.BatchNorm1d(3, activation="silu", **options))
+def test_per_sample_gradients_work_once_the_statistics_are_taken_out():
+    layer = bn.BatchNorm1d(3, activation="silu", estimator=SEVERAL)
+    model = nn.Sequential(nn.Linear(3, 3), layer)
     replace_all_batch_norm_modules_(model)
+    assert layer.running_mean is None
     parameters = dict(model.named_parameters())
     x, cotangent = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
 
@@ -177,6 +177,15 @@ def test_a_training_step_that_torch_func_refuses_changes_nothing(options):
     assert_unchanged(before, layer)
     layer(torch.randn(4, 3))
     copy.deepcopy(layer)
+
+
+def test_functional_call_moves_the_given_buffers_only():
+    model = network()
+    before = snapshot(model)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    functional_call(model, (dict(model.named_parameters()), buffers), (torch.randn(3, 2, 5, 5),))
+    assert int(buffers["1.num_batches_tracked"]) == 1
+    assert_unchanged(before, model)
 
 
 @pytest.mark.xfail(
@@ -228,8 +237,7 @@ def test_converting_to_synchronized_layers_keeps_everything():
     assert (converted.momentum, converted.eps, converted.training) == (0.3, 1e-3, False)
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": False}, {"estimator": SEVERAL}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.half], ids=str)
+@each(options=[{}, {"bias": False}, {"estimator": SEVERAL}], dtype=[torch.float32, torch.half])
 def test_torch_folds_a_layer_without_activation(options, dtype):
     model = network(**options)
     randomize(model[1])
@@ -238,20 +246,6 @@ def test_torch_folds_a_layer_without_activation(options, dtype):
     folded = fuse_conv_bn_eval(model[0], model[1])
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(folded(x), model[:2](x), rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad"])
-def test_optimizers_step_the_parameters_as_torchs(name):
-    results = []
-    for layer in twins("1d", 3):
-        optimizer = getattr(torch.optim, name)(layer.parameters(), 0.1)
-        torch.manual_seed(3)
-        for _ in range(2):
-            layer(torch.randn(6, 3)).backward(torch.randn(6, 3))
-            optimizer.step()
-            optimizer.zero_grad()
-        results.append(layer)
-    assert_same_state(*results, rtol=1e-3, atol=1e-4)
 
 
 def test_clipping_pruning_and_flat_parameters_see_what_they_see_in_torch():
@@ -266,16 +260,9 @@ def test_clipping_pruning_and_flat_parameters_see_what_they_see_in_torch():
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("activation", lanes([None, "relu"], fast=["relu"], slow=[None]))
-def test_a_compiled_model_keeps_several_estimates_and_its_switch(activation):
-    plain = nn.Sequential(
-        nn.Linear(3, 3),
-        bn.BatchNorm1d(
-            3,
-            activation=activation,
-            estimator=[*SEVERAL, bn.Cumulative(), bn.LastBatches(2, pooled=True)],
-        ),
-    )
+def test_a_compiled_model_keeps_several_estimates_and_its_switch():
+    several = [*SEVERAL, bn.Cumulative(), bn.LastBatches(2, pooled=True)]
+    plain = nn.Sequential(nn.Linear(3, 3), bn.BatchNorm1d(3, activation="relu", estimator=several))
     model = copy.deepcopy(plain)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for i in range(4):

@@ -10,6 +10,7 @@ import batchnorm as bn
 from batchnorm.errors import BatchNormError
 from batchnorm.moments import Moments
 from batchnorm.ops.autograd.shared import Sharing
+from support.combinations import each
 from support.ranks import across_ranks
 
 IDS = torch.tensor([2, 0, 0, 2, 1, 1, 2, 0, 1])
@@ -36,8 +37,7 @@ def alone(layer, group):
     return one
 
 
-@pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("affine", ["shared", "separate"])
+@each(momentum=[0.1, None], affine=["shared", "separate"])
 def test_each_group_is_trained_and_used_like_a_layer_of_its_own(affine, momentum):
     layer = grouped(affine, momentum=momentum, activation="relu")
     layers = [alone(layer, group) for group in range(4)]
@@ -203,8 +203,7 @@ class Blended:
         return Sharing(adjust=adjust)
 
 
-@pytest.mark.parametrize("chosen", ["none", "groups", "mask"])
-@pytest.mark.parametrize("detached", [False, True])
+@each(chosen=["none", "groups", "mask"], detached=[False, True, True])
 def test_gradients_flow_through_adjusted_statistics(detached, chosen):
     """Against autograd through the formula, in float64."""
     torch.manual_seed(0)

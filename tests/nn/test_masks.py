@@ -5,47 +5,8 @@ import torch
 from torch import nn
 
 import batchnorm as bn
+from support.combinations import each, pairs
 from support.twins import assert_unchanged, snapshot
-
-SHAPES = [((6, 3), 1), ((4, 3, 7), 1), ((4, 7, 3), 2), ((3, 3, 4, 5), 1), ((3, 3, 2, 4, 2), 1)]
-
-
-def case(shape, axis):
-    x = torch.randn(shape, dtype=torch.float64)
-    mask = torch.rand([size for i, size in enumerate(shape) if i != axis]) < 0.6
-    mask.view(-1)[:3] = True
-    return x, mask
-
-
-@pytest.mark.parametrize("activation", [None, "relu", "silu"])
-@pytest.mark.parametrize(("shape", "axis"), SHAPES)
-def test_a_mask_computes_what_the_selection_would(shape, axis, activation):
-    x, mask = case(shape, axis)
-    layer, selected = (bn.BatchNorm(3, axis=axis, activation=activation).double() for _ in range(2))
-    selected.axis = 1
-    poisoned = (
-        x.movedim(axis, -1)
-        .masked_fill(~mask[..., None], torch.nan)
-        .movedim(-1, axis)
-        .requires_grad_()
-    )
-    rows = x.movedim(axis, -1)[mask].requires_grad_()
-    y, expected = layer(poisoned, mask=mask), selected(rows)
-    outside = y.movedim(axis, -1)[~mask]
-    torch.testing.assert_close(y.movedim(axis, -1)[mask], expected)
-    assert torch.equal(outside, torch.zeros_like(outside))
-    for name, buffer in layer.named_buffers():
-        torch.testing.assert_close(buffer, dict(selected.named_buffers())[name])
-    cotangent = torch.randn_like(expected)
-    expected.backward(cotangent)
-    spread = torch.full_like(x.movedim(axis, -1), torch.nan)
-    spread[mask] = cotangent
-    # A cotangent may be anything outside too; only the finite kind is multiplied by 0 for sure.
-    y.backward(spread.nan_to_num(3.0).movedim(-1, axis))
-    gradient = poisoned.grad.movedim(axis, -1)
-    torch.testing.assert_close(gradient[mask], rows.grad)
-    assert torch.equal(gradient[~mask], torch.zeros_like(gradient[~mask]))
-    torch.testing.assert_close(layer.weight.grad, selected.weight.grad)
 
 
 def test_evaluation_with_a_mask():
@@ -65,14 +26,6 @@ def test_all_masked_changes_nothing_and_all_true_is_no_mask():
     torch.testing.assert_close(layer.running_var, plain.running_var)
 
 
-def test_a_residual_is_masked_with_the_rest():
-    x, r = torch.randn(6, 3), torch.randn(6, 3)
-    mask = torch.arange(6) < 4
-    y = bn.BatchNorm1d(3, activation="relu")(x, r, mask=mask)
-    torch.testing.assert_close(y[:4], torch.relu(nn.BatchNorm1d(3)(x[:4]) + r[:4]))
-    assert torch.equal(y[4:], torch.zeros(2, 3))
-
-
 FULL = (3, 3, 4, 5)
 PARTS = {
     "(N, H, W)": (3, 4, 5),
@@ -84,8 +37,7 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("estimator", [bn.Running(0.1), bn.Cumulative(), bn.LastBatches(2)])
-@pytest.mark.parametrize("name", PARTS)
+@each(name=PARTS, estimator=[bn.Running(0.1), bn.Cumulative(), bn.LastBatches(2)])
 def test_a_mask_broadcasts_and_counts_what_it_leaves(name, estimator):
     mask = torch.rand(PARTS[name]) < 0.6
     mask.view(-1)[0] = True
@@ -101,15 +53,7 @@ def test_a_mask_broadcasts_and_counts_what_it_leaves(name, estimator):
     assert int(layer.num_batches_tracked) == 2
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(
-    "activation",
-    [
-        None,
-        "relu",
-        "silu",
-    ],
-)
+@pairs(training=[True, False], activation=[None, "relu", "silu"])
 def test_what_is_masked_leaks_from_nowhere(activation, training):
     layer = bn.BatchNorm1d(3, activation=activation).train(training)
     mask = torch.arange(6) < 4
@@ -123,20 +67,6 @@ def test_what_is_masked_leaks_from_nowhere(activation, training):
         assert torch.equal(tensor[4:], torch.zeros(2, 3))
     for tensor in (y, x.grad, r.grad, layer.weight.grad, layer.bias.grad, layer.running_var):
         assert torch.isfinite(tensor).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.float32, torch.float64])
-def test_a_mask_keeps_the_inputs_dtype(dtype):
-    x, mask = torch.randn(6, 3).to(dtype), torch.arange(6) < 4
-    for training in (True, False):
-        layer = bn.BatchNorm1d(3, activation="relu").to(dtype).train(training)
-        y = layer(x, mask=mask)
-        assert y.dtype == dtype
-        expected = torch.relu(nn.BatchNorm1d(3).double().train(training)(x[:4].double()))
-        close = (
-            {"rtol": 2e-2, "atol": 2e-2} if dtype.itemsize == 2 else {"rtol": 1e-4, "atol": 1e-5}
-        )
-        torch.testing.assert_close(y[:4].double(), expected, **close)
 
 
 def test_a_fully_masked_batch_pollutes_no_estimate():

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 import batchnorm as bn
 from batchnorm.errors import SurgeryError
+from support.combinations import each
 from support.twins import KIND, SHAPES, assert_unchanged, randomize, snapshot, twins
 
 OPTIONS = {
@@ -56,8 +57,7 @@ def assert_same_steps(scripted, theirs, shape):
         torch.testing.assert_close(dict(scripted.named_buffers()), dict(theirs.named_buffers()))
 
 
-@pytest.mark.parametrize("rank", SHAPES)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@each(options=OPTIONS.values(), rank=SHAPES)
 def test_a_scripted_layer_computes_what_the_scripted_layer_of_torch_does(options, rank):
     ours, theirs = twins(KIND[rank], **options)
     assert_same_steps(torch.jit.script(ours), torch.jit.script(theirs), SHAPES[rank])

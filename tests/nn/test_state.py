@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
+from support.combinations import each, pairs
 from support.twins import PAIRS, assert_same_state, assert_unchanged, randomize, snapshot, twins
 
 LARGE = torch.tensor([1e6, 70000.123, 1 / 3])
@@ -47,8 +48,7 @@ CASTS = {
 }
 
 
-@pytest.mark.parametrize("name", CASTS)
-@pytest.mark.parametrize("build", [bn.BatchNorm1d, bn.BatchNorm, bn.BatchNorm3d])
+@each(name=CASTS, build=[bn.BatchNorm1d, bn.BatchNorm, bn.BatchNorm3d])
 def test_statistics_survive_a_cast_to_half_bit_for_bit(build, name):
     layer = build(3)
     layer.running_var.copy_(LARGE)
@@ -76,10 +76,10 @@ def test_double_raises_the_statistics_and_float_lowers_them():
     assert layer.num_batches_tracked.dtype == torch.int64
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.half, torch.bfloat16, torch.float32, torch.float64], ids=str
+@each(
+    dtype=[torch.half, torch.bfloat16, torch.float32, torch.float64],
+    build=[bn.BatchNorm1d, bn.BatchNorm],
 )
-@pytest.mark.parametrize("build", [bn.BatchNorm1d, bn.BatchNorm, bn.BatchNorm2d])
 def test_a_layer_constructed_in_a_dtype_keeps_wide_statistics(build, dtype):
     layer = build(3, dtype=dtype)
     assert layer.weight.dtype == layer.bias.dtype == dtype
@@ -168,8 +168,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("kind", PAIRS)
+@each(options=OPTIONS, kind=PAIRS)
 def test_state_dicts_have_torchs_keys_order_shapes_and_dtypes(kind, options):
     ours, theirs = (build(3, **options) for build in PAIRS[kind])
     for mine, his in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
@@ -181,8 +180,7 @@ def test_state_dicts_have_torchs_keys_order_shapes_and_dtypes(kind, options):
     assert [*ours._buffers] == [*theirs._buffers]
 
 
-@pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("extra", [{}, {"activation": "relu"}], ids=str)
+@each(assign=[False, True], extra=[{}, {"activation": "relu"}])
 def test_state_dicts_load_strictly_into_torch_and_back(extra, assign):
     ours, theirs = trained(bn.BatchNorm1d(3, **extra)), trained(nn.BatchNorm1d(3))
     randomize(theirs)
@@ -248,9 +246,9 @@ def test_missing_and_unexpected_keys_are_named_as_in_torch():
     assert messages[0] == messages[1]
 
 
-@pytest.mark.parametrize("version", [1, None, "no metadata", 2])
-@pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("options", [{}, {"estimator": SEVERAL}], ids=["", "several"])
+@pairs(
+    version=[1, None, "no metadata", 2], assign=[False, True], options=[{}, {"estimator": SEVERAL}]
+)
 def test_a_checkpoint_without_counter_keeps_the_present_count(version, assign, options):
     ours, theirs = bn.BatchNorm1d(3, **options), nn.BatchNorm1d(3)
     errors = []
@@ -318,16 +316,12 @@ def _saved(layer):
     return torch.load(stream, weights_only=False)
 
 
-@pytest.mark.parametrize(
-    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _saved]
-)
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda: bn.BatchNorm1d(3),
+@each(
+    duplicate=[copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _saved],
+    build=[
+        lambda: bn.BatchNorm1d(3, estimator={str(i): e for i, e in enumerate(SEVERAL)}),
         lambda: bn.BatchNorm1d(3, momentum=None, activation="gelu", statistics=bn.Frozen()),
         lambda: bn.BatchNorm(3, axis=-1, activation="leaky_relu(0.2)"),
-        lambda: bn.BatchNorm1d(3, estimator={str(i): e for i, e in enumerate(SEVERAL)}),
         lambda: bn.BatchNorm1d(3, track_running_stats=False, bias=False),
     ],
 )
@@ -360,18 +354,6 @@ def test_a_state_dict_passes_through_a_file_of_weights_only():
     other = bn.BatchNorm1d(3, estimator=SEVERAL)
     other.load_state_dict(torch.load(stream, weights_only=True))
     assert_same_state(other, layer, rtol=0, atol=0)
-
-
-def test_estimators_go_on_after_a_copy_as_the_original_does():
-    layer = trained()
-    twin = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
-    x = torch.randn(5, 3)
-    layer(x)
-    twin(x)
-    for estimator in SEVERAL:
-        bn.use_estimate(layer, estimator.name)
-        bn.use_estimate(twin, estimator.name)
-        assert_same_state(twin, layer, rtol=0, atol=0)
 
 
 def test_estimator_states_move_with_the_layer_and_are_never_narrowed():
@@ -411,9 +393,7 @@ CHECKPOINTED = [
 ]
 
 
-@pytest.mark.parametrize("options", CHECKPOINTED, ids=str)
-@pytest.mark.parametrize("inner", [None, True, False])
-@pytest.mark.parametrize("outer", [True, False])
+@pairs(options=CHECKPOINTED, inner=[None, True, False], outer=[True, False])
 def test_checkpointed_steps_equal_plain_ones_and_count_once(outer, inner, options):
     plain = nn.Sequential(network(**options), network(**options))
     saving = copy.deepcopy(plain)

@@ -1,8 +1,5 @@
 """Layers in an unusual state: nothing may be dropped, misread, or written past its end."""
 
-import copy
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,10 +9,10 @@ from torch.utils import mkldnn
 
 import batchnorm as bn
 from batchnorm.errors import DtypeError
+from support.combinations import each, pairs
 from support.twins import assert_unchanged, snapshot, twins
 
-MODES = list(itertools.product((True, False), (True, False)))
-modes = pytest.mark.parametrize(("training", "grad"), MODES)
+modes = pairs(training=[True, False], grad=[True, False])
 
 
 class Doubled(nn.Module):
@@ -23,25 +20,22 @@ class Doubled(nn.Module):
         return 2 * tensor
 
 
-@modes
-@pytest.mark.parametrize("name", ["weight", "bias"])
-def test_a_parametrized_parameter_counts(name, training, grad):
-    ours, theirs = (m.train(training) for m in twins("1d", 3))
-    for layer in (ours, theirs):
-        parametrize.register_parametrization(layer, name, Doubled())
-    x = torch.randn(5, 3)
-    with torch.set_grad_enabled(grad):
-        torch.testing.assert_close(ours(x), theirs(x))
+def doubled(layer, name):
+    parametrize.register_parametrization(layer, name, Doubled())
 
 
-@modes
-@pytest.mark.parametrize("name", ["weight", "bias"])
-def test_a_parameter_that_is_a_plain_attribute_counts(name, training, grad):
-    # As torch.nn.utils.weight_norm and nn.DataParallel's replicas leave it.
+def detached(layer, name):
+    """As torch.nn.utils.weight_norm and nn.DataParallel's replicas leave it."""
+    setattr(layer, name, layer._parameters.pop(name).detach())
+
+
+@pairs(
+    training=[True, False], grad=[True, False], name=["weight", "bias"], change=[doubled, detached]
+)
+def test_a_parameter_that_is_parametrized_or_a_plain_attribute_counts(change, name, training, grad):
     ours, theirs = (m.train(training) for m in twins("1d", 3))
     for layer in (ours, theirs):
-        tensor = layer._parameters.pop(name).detach()
-        setattr(layer, name, tensor)
+        change(layer, name)
     x = torch.randn(5, 3)
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(ours(x), theirs(x))
@@ -57,7 +51,7 @@ def test_a_replica_of_data_parallel_computes_the_same(training):
     assert torch.equal(replica(x), layer(x))
 
 
-@pytest.mark.parametrize(("training", "grad"), [*MODES[:3], (False, False)])
+@modes
 def test_statistics_with_gaps_between_them_are_read_and_written_in_place(training, grad):
     stores = []
     results = []
@@ -84,16 +78,26 @@ def test_a_counter_of_another_dtype_counts_within_its_own_bytes(dtype):
     assert torch.equal(store, before)
 
 
-@modes
-@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
-def test_a_tensor_on_another_device_is_named_and_nothing_moves(name, training, grad):
+WRONG = {
+    "{name} is on device meta.*BatchNorm1d": torch.ones(3, device="meta"),
+    "{name} should contain 3 elements not 4": torch.ones(4),
+}
+
+
+@pairs(
+    name=["weight", "bias", "running_mean", "running_var"],
+    training=[True, False],
+    grad=[True, False],
+    words=WRONG,
+)
+def test_a_tensor_of_another_device_or_size_is_named_and_nothing_moves(name, words, training, grad):
     layer = bn.BatchNorm1d(3).train(training)
-    elsewhere = torch.ones(3, device="meta")
-    setattr(layer, name, nn.Parameter(elsewhere) if name in ("weight", "bias") else elsewhere)
+    other = WRONG[words]
+    setattr(layer, name, nn.Parameter(other) if name in ("weight", "bias") else other)
     kept = {key: tensor.clone() for key, tensor in layer.state_dict().items() if key != name}
     with (
         torch.set_grad_enabled(grad),
-        pytest.raises(RuntimeError, match=f"{name} is on device meta.*BatchNorm1d"),
+        pytest.raises(RuntimeError, match=words.format(name=name)),
     ):
         layer(torch.randn(5, 3))
     for key, tensor in kept.items():
@@ -108,30 +112,7 @@ def test_a_counter_on_another_device_is_not_touched_by_a_kernel():
     assert not torch.equal(layer.running_mean, torch.zeros(3))
 
 
-@modes
-@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
-def test_a_tensor_of_another_size_is_named_and_nothing_moves(name, training, grad):
-    layer = bn.BatchNorm1d(3).train(training)
-    other = torch.ones(4)
-    setattr(layer, name, nn.Parameter(other) if name in ("weight", "bias") else other)
-    before = snapshot(layer)
-    with (
-        torch.set_grad_enabled(grad),
-        pytest.raises(RuntimeError, match=f"{name} should contain 3 elements not 4"),
-    ):
-        layer(torch.randn(5, 3))
-    assert_unchanged(before, layer)
-
-
-@pytest.mark.parametrize(
-    ("name", "training"),
-    [
-        ("running_var", False),
-        ("running_var", True),
-        ("running_mean", False),
-        ("running_mean", True),
-    ],
-)
+@pairs(name=["running_var", "running_mean"], training=[False, True])
 def test_one_statistic_without_the_other_is_refused(name, training):
     layer = bn.BatchNorm1d(3).train(training)
     setattr(layer, name, None)
@@ -152,8 +133,7 @@ class Loud(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
-@modes
-@pytest.mark.parametrize("where", ["input", "weight"])
+@pairs(training=[True, False], grad=[True, False], where=["input", "weight"])
 def test_a_tensor_subclass_sees_the_operations(where, training, grad):
     ours, theirs = (m.train(training) for m in twins("1d", 3))
     x = torch.randn(5, 3)
@@ -214,12 +194,6 @@ def test_cotangents_of_any_strides(training, spread):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
-def test_no_channels_give_an_empty_result():
-    for training in (True, False):
-        layer = bn.BatchNorm1d(0).train(training)
-        assert layer(torch.randn(4, 0)).shape == (4, 0)
-
-
 def test_a_layer_used_twice_in_one_model_moves_twice():
     for options in ({}, {"momentum": None}, {"estimator": bn.LastBatches(1)}):
         shared = bn.BatchNorm1d(3, **options)
@@ -252,8 +226,7 @@ def test_saved_tensors_may_live_elsewhere():
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("training", [True, False])
+@modes
 def test_an_mkldnn_tensor_is_served_as_by_torch(training, grad):
     ours, theirs = (m.train(training) for m in twins("2d", 3))
     x, dy = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5)
@@ -290,16 +263,6 @@ def test_the_function_takes_an_mkldnn_tensor_as_that_of_torch_does(training):
     torch.testing.assert_close(*stores)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_a_converted_network_takes_mkldnn_tensors(training):
-    theirs = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3)).train(training)
-    ours = bn.convert(copy.deepcopy(theirs))
-    for _ in range(3):
-        x = torch.randn(4, 3, 5, 5)
-        torch.testing.assert_close(ours(x.to_mkldnn()).to_dense(), theirs(x))
-    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
-
-
 def test_converting_to_mkldnn_keeps_a_plain_layer():
     x = torch.randn(2, 3, 4, 4)
     layer = twins("2d", 3)[0].eval()
@@ -308,8 +271,7 @@ def test_converting_to_mkldnn_keeps_a_plain_layer():
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+@each(training=[True, False], layout=["to_sparse", "to_sparse_csr"])
 def test_a_sparse_tensor_is_declined_with_the_conversion_to_call(layout, training):
     layer = twins("1d", 3)[0].train(training)
     before = snapshot(layer)
@@ -320,8 +282,7 @@ def test_a_sparse_tensor_is_declined_with_the_conversion_to_call(layout, trainin
         bn.functional.normalize(torch.randn(4, 3).to_sparse())
 
 
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@each(grad=[True, False], dtype=[torch.float16, torch.bfloat16])
 def test_a_converted_layer_evaluates_by_statistics_in_half(dtype, grad):
     layer = bn.convert(nn.BatchNorm1d(4).to(dtype).eval())
     layer.running_mean += 0.5
