@@ -8,10 +8,15 @@ import pytest
 from allpairspy import AllPairs
 
 
+def _name(value: Any) -> str:
+    """Name a parameter alike in every process: the text of a function holds its address."""
+    return str(getattr(value, "__name__", value))
+
+
 def pairs(indirect: tuple[str, ...] = (), **axes: Iterable[Any]) -> pytest.MarkDecorator:
     """Parametrize so that each value of each axis meets each value of every other axis once."""
     found = [tuple(row) for row in AllPairs([list(values) for values in axes.values()])]
-    return pytest.mark.parametrize(tuple(axes), found, ids=str, indirect=indirect)
+    return pytest.mark.parametrize(tuple(axes), found, ids=_name, indirect=indirect)
 
 
 def each(**axes: Iterable[Any]) -> pytest.MarkDecorator:
@@ -19,4 +24,4 @@ def each(**axes: Iterable[Any]) -> pytest.MarkDecorator:
     columns = [list(values) for values in axes.values()]
     length = max(map(len, columns))
     found = list(zip(*(islice(cycle(values), length) for values in columns), strict=True))
-    return pytest.mark.parametrize(tuple(axes), found, ids=str)
+    return pytest.mark.parametrize(tuple(axes), found, ids=_name)
