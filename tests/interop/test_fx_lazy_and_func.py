@@ -258,19 +258,3 @@ def test_clipping_pruning_and_flat_parameters_see_what_they_see_in_torch():
         nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
         prune.l1_unstructured(layer, "weight", amount=1)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
-
-
-def test_a_compiled_model_keeps_several_estimates_and_its_switch():
-    several = [*SEVERAL, bn.Cumulative(), bn.LastBatches(2, pooled=True)]
-    plain = nn.Sequential(nn.Linear(3, 3), bn.BatchNorm1d(3, activation="relu", estimator=several))
-    model = copy.deepcopy(plain)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for i in range(4):
-        x = torch.randn(6, 3) + i
-        torch.testing.assert_close(compiled(x), plain(x))
-    for name in plain[1].bank.estimators:
-        bn.use_estimate(plain, name)
-        bn.use_estimate(model, name)
-        assert_same_state(model, plain)
-        x = torch.randn(6, 3)
-        torch.testing.assert_close(compiled.eval()(x), plain.eval()(x))

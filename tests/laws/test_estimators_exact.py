@@ -8,7 +8,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.estimators.decayed import known
-from support.lanes import lanes
+from support.combinations import pairs
 
 SIZES = [3, 7, 5, 3, 6, 11, 9]
 CHANNELS = 2
@@ -22,14 +22,14 @@ ESTIMATORS = {
 ONE_EACH = [pytest.param(one, id=name) for name, one in ESTIMATORS.items()]
 
 
-def batches():
+def batches(sizes=SIZES):
     """Eighths, so that every value is a fraction that float64 holds."""
-    return [torch.randint(-40, 40, (size, CHANNELS)).double() / 8 for size in SIZES]
+    return [torch.randint(-40, 40, (size, CHANNELS)).double() / 8 for size in sizes]
 
 
-def masks():
+def masks(sizes=SIZES):
     """Keep the first two thirds of each batch, and of the fourth batch nothing."""
-    return [torch.arange(n) < (0 if i == 3 else n * 2 / 3) for i, n in enumerate(SIZES)]
+    return [torch.arange(n) < (0 if i == 3 else n * 2 / 3) for i, n in enumerate(sizes)]
 
 
 def moments(values, weight=1):
@@ -130,29 +130,40 @@ def test_estimates_side_by_side_are_exact_in_float64(masked):
     assert_all_exact(layer, columns(data, kept if masked else None))
 
 
-# Inductor takes ten seconds for each.
-@pytest.mark.parametrize("masked", lanes([False, True], fast=[True], slow=[False]))
-def test_compiled_layers_are_exact_in_float64(masked):
+def assert_compiled_layers_are_exact(data, kept, **options):
     layers = nn.ModuleDict({
         "cumulative": bn.BatchNorm1d(CHANNELS, momentum=None),
-        "running": bn.BatchNorm1d(CHANNELS, momentum=0.3),
         "all": bn.BatchNorm1d(CHANNELS, estimator=list(ESTIMATORS.values())),
     }).double()  # fmt: skip
-    kept = masks() if masked else [None] * len(SIZES)
-    data = batches()
+    torch.compiler.reset()
 
-    @torch.compile(dynamic=True)
+    @torch.compile(**options)
     def run(x, mask):
         return [layer(x, mask=mask) for layer in layers.values()]
 
     for x, mask in zip(data, kept):
         if mask is None or mask.any():
             run(x, mask)
-    per_channel = columns(data, kept if masked else None)
+    per_channel = columns(data, None if kept[0] is None else kept)
     assert_all_exact(layers["all"], per_channel)
-    for name in ("cumulative", "running"):
-        expected = [exact(name, channel) for channel in per_channel]
-        assert_exact((layers[name].running_mean, layers[name].running_var), expected)
+    cumulative = layers["cumulative"]
+    expected = [exact("cumulative", channel) for channel in per_channel]
+    assert_exact((cumulative.running_mean, cumulative.running_var), expected)
+
+
+def test_compiled_layers_are_exact_in_float64():
+    """Batches of one size: each other one would be captured again."""
+    sizes = [6] * 5
+    assert_compiled_layers_are_exact(
+        batches(sizes), masks(sizes), backend="aot_eager", fullgraph=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masked", [False, True])
+def test_layers_compiled_by_inductor_are_exact_in_float64(masked):
+    kept = masks() if masked else [None] * len(SIZES)
+    assert_compiled_layers_are_exact(batches(), kept, dynamic=True)
 
 
 @pytest.mark.parametrize("upstream", ["batch", "population"])
@@ -196,8 +207,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("first", KINDS)
-@pytest.mark.parametrize("second", KINDS)
+@pairs(first=KINDS, second=KINDS)
 def test_moments_with_counts_of_any_kind_merge_exactly(first, second):
     data = batches()[:2]
     parts = [bn.Moments.of(x) for x in data]

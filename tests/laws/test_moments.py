@@ -14,6 +14,7 @@ from batchnorm import Moments
 from batchnorm.errors import DtypeError, LayoutError, OptionError
 from batchnorm.moments import merge, merge_runs
 from support import oracle
+from support.combinations import each
 
 U = 2.0**-53
 HUGE = [0.0, 1e-30, 1.0, -1e3, 1e8, 1e15, -1e100]
@@ -142,8 +143,10 @@ def test_a_plain_count_and_a_tensor_mean_the_same(first, second):
             )
 
 
-@pytest.mark.parametrize("strange", [math.inf, -math.inf, math.nan, 1e308])
-@pytest.mark.parametrize("count", [0, 0.0, torch.tensor(0.0), torch.tensor(0)])
+@each(
+    strange=[math.inf, -math.inf, math.nan, 1e308],
+    count=[0, 0.0, torch.tensor(0.0), torch.tensor(0)],
+)
 def test_an_empty_part_is_the_identity_whatever_it_holds(count, strange):
     odd = Moments(count, *torch.full((2, 2), strange, dtype=torch.float64))
     a = Moments.of(torch.randn(5, 2))
@@ -168,8 +171,8 @@ def test_weighing_by_zero_forgets_an_infinite_mean():
         assert not forgotten.m2.any()
 
 
-def test_a_stream_of_ten_thousand_parts_ends_where_the_whole_does():
-    x = torch.randn(10_000, 3, 2) + 1e6
+def test_a_stream_of_two_thousand_parts_ends_where_the_whole_does():
+    x = torch.randn(2_000, 3, 2) + 1e6
     stream = Moments.zero(2)
     for part in x:
         stream = stream.merge(Moments.of(part))
@@ -179,8 +182,7 @@ def test_a_stream_of_ten_thousand_parts_ends_where_the_whole_does():
     torch.testing.assert_close(stream.m2, whole.m2, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("channels_of_count", [1, 3])
-@pytest.mark.parametrize("number", [1, 2, 3, 5, 7])
+@each(channels_of_count=[1, 3], number=[1, 2, 3, 5, 7])
 def test_merging_along_an_axis_is_the_merge_of_two_again_and_again(number, channels_of_count):
     generator = torch.Generator().manual_seed(number)
     count = torch.randint(0, 4, (7, channels_of_count), generator=generator).double()
@@ -243,9 +245,9 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "axis"), SHAPES)
-def test_every_axis_rank_dtype_and_memory_order_with_masks_and_weights(shape, axis, dtype):
+@each(shape_and_axis=SHAPES, dtype=DTYPES)
+def test_every_axis_rank_dtype_and_memory_order_with_masks_and_weights(shape_and_axis, dtype):
+    shape, axis = shape_and_axis
     x = (torch.randn(shape) * 3 + 50).to(dtype)
     others = [size for i, size in enumerate(shape) if i != axis % len(shape)]
     importance = torch.rand(others).double().where(torch.rand(others) < 0.7, 0)

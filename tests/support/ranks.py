@@ -14,9 +14,15 @@ import torch.multiprocessing
 
 def across_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
     """Return ``function(rank, *args)`` of every rank; it must be at module level."""
+    # One server imports torch and this package; each rank is a fork of it, which takes no time.
+    torch.multiprocessing.set_forkserver_preload(["torch", "batchnorm"])
     with tempfile.TemporaryDirectory() as folder:
-        context = torch.multiprocessing.spawn(
-            _one, (function, size, folder, args), nprocs=size, join=False
+        context = torch.multiprocessing.start_processes(
+            _one,
+            (function, size, folder, args),
+            nprocs=size,
+            join=False,
+            start_method="forkserver",
         )
         try:
             while not context.join():
