@@ -1,4 +1,4 @@
-// What a kernel is told: plain pointers and numbers, nothing of Python or torch.
+// The arguments of a kernel: plain pointers and numbers, no types of Python or torch.
 #pragma once
 
 #include <cstdint>
@@ -26,14 +26,14 @@ struct Run {
     int64_t first, at, count;
 };
 
-// Which elements a call is about, where that is not all of them, once each: a group of samples, those under a mask, weights.
+// The elements that a call computes, unless it computes all of them with weight 1: a group of samples, a mask, weights.
 // The weights are in the compute dtype, (outer, inner) as the whole tensor lies in memory.
 struct Part {
     const int64_t* order = nullptr;  // inner > 1: which outer ones belong to it; null for all, in order
-    const void* weights = nullptr;   // inner > 1: where 0, an element counts for nothing and the output is 0
-    const Run* runs = nullptr;       // inner = 1: the rows that belong to it and count; null for all, in order
+    const void* weights = nullptr;   // inner > 1: an element of weight 0 is left out of the statistics, and its output is 0
+    const Run* runs = nullptr;       // inner = 1: the rows of the group whose weight is not 0; null for all, in order
     int64_t run_count = 0;
-    const void* row_weights = nullptr;  // inner = 1: null where every row of the runs counts once
+    const void* row_weights = nullptr;  // inner = 1: null where every row of the runs has weight 1
     double count = 0;                // the sum of the weights
 };
 
@@ -54,7 +54,7 @@ struct Args {
     double* m2 = nullptr;
     void* var = nullptr;
     void* rstd = nullptr;  // null, to normalize: taken from running_mean, running_var and eps, and mean with it
-    void* rest = nullptr;  // what rounding took from rstd; null stands for zeros
+    void* rest = nullptr;  // the rounding error of rstd; null for zeros
     void* kept_weight = nullptr;  // copies of weight and bias as forward used them, which backward reads
     void* kept_bias = nullptr;
     void* sum_dz = nullptr;
@@ -66,7 +66,7 @@ struct Args {
     double slope = 0;  // of leaky_relu, alpha of elu
     Activation activation = Activation::identity;
     int threads = 1;
-    const Part* part = nullptr;  // null: everything, once. Where there is one, `outer` counts what belongs to it.
+    const Part* part = nullptr;  // null: all elements, of weight 1. Otherwise `outer` is the number of rows or planes of the part.
 
     // Values of a channel, or the sum of their weights.
     double values() const { return part ? part->count : double(outer) * double(inner); }

@@ -1,4 +1,4 @@
-// The Python module: torch tensors in, torch tensors out; None where an input does not lie as the kernels want it.
+// The Python module: torch tensors in, torch tensors out; None for a memory layout that the kernels do not take.
 //
 // Every function takes the input, then what lies as it does, then vectors over the channels, and at the end weights and groups
 // of samples, (ids, how many groups, weights, counts), or None; src/batchnorm/ops/backends/cpu.py
@@ -81,7 +81,7 @@ nb::object forward(Handle x, Handle residual, Handle weight, Handle bias, int ax
     const Made stats = call.stats();
     call.stats(stats.data);
     call.run(kernels(call.x.dtype).forward);
-    // After the kernel, so that a failed call leaves no trace; an empty batch is no step.
+    // After the kernel, so that a failed call changes nothing; an empty batch does not count as a step.
     if (count && call.x.elements() > 0) ++*count;
     return nb::make_tuple(y, stats.object);
 }
@@ -157,7 +157,7 @@ nb::object backward(Handle x, Handle dy, Handle residual, Handle y, Handle stats
     return nb::make_tuple(dx, dresidual, sums.dz, sums.dz_xhat);
 }
 
-// Any argument may be None; the functions look themselves. The last is the selection, and may be left out.
+// nanobind accepts None for any argument; the functions check it. The last is the selection, and may be left out.
 template <class R, class... A, size_t... I>
 void define(nb::module_& m, const char* name, R (*function)(A...), std::index_sequence<I...>) {
     m.def(name, function, (static_cast<void>(I), nb::arg().none())..., nb::arg().none() = nb::none());

@@ -1,4 +1,4 @@
-// One call, put together from tensors and checked; below it nothing is.
+// The arguments of one call, made from tensors and checked here; the kernels check nothing.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -12,8 +12,8 @@
 
 namespace batchnorm {
 
-// What a kernel cannot take as it lies in memory clears `in_order`: the caller answers None, and Python comes again with
-// copies. What would be read or written wrongly raises.
+// A memory layout that the kernels do not take clears `in_order`: the binding returns None, and Python calls again with
+// contiguous copies. A tensor that would be read or written out of bounds raises.
 constexpr int64_t stats_rows = 6;
 
 struct Call {
@@ -84,7 +84,7 @@ struct Call {
     Made vector() const { return grouped ? empty(selection.groups, args.channels, wide()) : empty(args.channels, wide()); }
     Made stats() const { return grouped ? empty(stats_rows, selection.groups, args.channels, wide()) : empty(stats_rows, args.channels, wide()); }
 
-    // 1 / std, (C,), or with what rounding took from it, (2, C).
+    // 1 / std, (C,), or with its rounding error in a second row, (2, C).
     void reciprocal_std(nanobind::handle object) {
         Tensor t;
         const bool both = in_order && read(object, t) && t.rank == 2 + grouped;
@@ -155,7 +155,7 @@ struct Call {
         int64_t size = 0;
         selection.ids = integers(ids, size);
         selection.samples = size;
-        // Samples are the outermost axis; where channels are, this is not served.
+        // Groups need samples on the outermost axis; if channels are there, the call is not served.
         in_order = in_order && selection.ids && (size == 0 || args.outer % size == 0);
         for (int64_t i = 0; i < size && selection.ids; ++i)
             if (selection.ids[i] < 0 || selection.ids[i] >= selection.groups)
@@ -199,7 +199,7 @@ struct Call {
         return t.data;
     }
 
-    // Each element is read before it is written, so the very same memory will do; memory in part the same will not.
+    // Each element is read before it is written: the output may be exactly the memory of an input, but must not overlap it in part.
     void apart(const void* in) const {
         const auto a = reinterpret_cast<uintptr_t>(args.y), b = reinterpret_cast<uintptr_t>(in);
         if (!a || !b || a == b) return;

@@ -1,4 +1,4 @@
-// What is done once per channel: finishing statistics, committing the running ones, preparing coefficients.
+// Work done once per channel: final statistics, the update of the running ones, coefficients of the element loops.
 #pragma once
 
 #include <cmath>
@@ -51,7 +51,7 @@ inline D parameter(const Param& p, int64_t c, int n, double absent) {
     return load_wide(rounded);
 }
 
-// What rounding to A takes from v.
+// The rounding error of v as A.
 template <class A>
 inline D rounding_of(D v) {
     A rounded[together];
@@ -69,7 +69,7 @@ inline void step_running(const Param& p, int64_t c, int n, double momentum, D va
 }
 
 // The moments of one channel in double and in two passes, where the fast ones are infinite or NaN: because the input is, or
-// because the square of a deviation overflowed in float. Of an input that is not finite the mean is what its sum says.
+// because the square of a deviation overflowed in float. For an input that is not finite the mean is its sum over the count: NaN or infinite.
 template <class T>
 inline void plain_moments(const Args& a, int64_t c, double& mean, double& m2) {
     using A = Real<T>;
@@ -98,7 +98,7 @@ inline bool is_finite(double v) { return std::fabs(v) <= 1.7976931348623157e308;
 
 inline D reciprocal_std(D variance, double eps) { return 1.0 / sqrt(variance + eps); }
 
-// Hands out what was found for the channels first..last, and takes the step of the running statistics.
+// Writes the statistics of the channels first..last to the outputs, and updates the running statistics.
 template <class T>
 void finish_moments(const Args& a, int64_t first, int64_t last, double* mean, double* m2) {
     using A = Real<T>;
@@ -126,8 +126,8 @@ void finish_moments(const Args& a, int64_t first, int64_t last, double* mean, do
     });
 }
 
-// What normalizes n channels. The pivot is taken off the values before they are scaled: the mean, so that no digits are lost
-// where it is large, or nothing where it is small, so that a subtraction does not cost the digits of the values.
+// The coefficients that normalize n channels. The pivot is subtracted before scaling. It is the mean where that is large, so that no
+// digits are cancelled, and 0 where the mean is small, so that the subtraction does not round the values.
 template <class A>
 struct Normal {
     D mean, rstd, exact, pivot;  // exact: 1 / std before it was rounded
@@ -145,8 +145,8 @@ struct Normal {
     }
 };
 
-// Splits scales in two of the same sign, neither of which is 0 where it is not: an infinite deviation times 0, or times
-// something of the other sign, would be NaN.
+// Splits a scale into two summands of its sign, neither of them 0 unless the scale is: an infinite deviation times 0, or a
+// sum of infinities of opposite signs, would be NaN.
 inline void split(D scale, float* most, float* rest, int64_t c, int n) {
     float rounded[together];
     store_narrow(rounded, scale);
@@ -244,7 +244,7 @@ struct Loops {
     }
 };
 
-// The tensor besides x and dy that tells the mask, as chosen by Loops.
+// The tensor besides x and dy from which act'(z) is computed (residual or output), as chosen by Loops.
 inline const void* extra_of(const Args& a) {
     const bool from_y = a.activation == Activation::relu || a.activation == Activation::relu6 ||
                         a.activation == Activation::leaky_relu || a.activation == Activation::hardsigmoid;
@@ -252,8 +252,8 @@ inline const void* extra_of(const Args& a) {
     return from_y && a.y_saved ? a.y_saved : a.residual;
 }
 
-// Whether dz, which is the residual's gradient, is written with the sums and then read in the place of dy and of what told
-// the mask. Not where rounding it to half the digits would go on into dx.
+// Whether the pass over the sums writes dz (the residual's gradient), and the second pass reads it in place of dy and of the
+// tensor for act'(z). Not for 16-bit data: dx would inherit the rounding of dz.
 template <class T>
 inline bool dz_on_the_way(const Args& a) {
     const bool selects = a.activation == Activation::relu || a.activation == Activation::relu6;
@@ -267,7 +267,7 @@ inline bool lines_aligned(const void* p, int64_t row_bytes) {
     return ((reinterpret_cast<uintptr_t>(p) | uintptr_t(row_bytes)) & 63) == 0;
 }
 
-// What a backward goes over twice: for the sums, and for dx. Where dz is written with the sums, it then stands for dy.
+// The blocks of the two passes of backward: for the sums, and for dx. If the first writes dz, the second reads it as dy.
 template <class T, bool Columns>
 struct Backward {
     Block<T> first, second;

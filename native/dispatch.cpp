@@ -28,7 +28,7 @@ struct Set {
 bool always() { return true; }
 
 #if defined(BATCHNORM_X86)
-bool has_f16c() {  // not every clang knows it by name
+bool has_f16c() {  // not every clang has it in __builtin_cpu_supports
     unsigned a, b, c = 0, d;
     return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
 }

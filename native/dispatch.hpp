@@ -1,4 +1,4 @@
-// Which set of kernels runs here: chosen once, by what the processor can do.
+// The set of kernels for this processor's instruction sets, chosen once.
 #pragma once
 
 #include "args.hpp"

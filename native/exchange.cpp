@@ -9,7 +9,7 @@ namespace nb = nanobind;
 namespace batchnorm {
 namespace {
 
-// The alignment of torch's own CPU tensors: what one of the two frees fits the other's next request.
+// The alignment of torch's own CPU tensors: blocks freed by either then fit the other's next request.
 constexpr std::align_val_t line{64};
 
 // The part of DLPack's ABI that is used, as its version 1 fixes it.
@@ -49,14 +49,14 @@ PyObject* tensor_type = nullptr;
 PyObject* is_neg = nullptr;
 bool spoiling = false;
 
-// What a tensor that was made here rests on.
+// Owns the memory of a tensor that was made here.
 struct Owned : DLManaged {
     std::unique_ptr<int64_t[]> extents;  // sizes, then strides
 
     ~Owned() { ::operator delete(tensor.data, line); }
 };
 
-// False where there is nothing to point at: meta tensors, sparse ones, wrappers.
+// False for tensors without an address: meta, sparse, wrapper subclasses.
 bool look(nb::handle object, DLTensor& t) {
     if (!api) throw std::runtime_error("batchnorm._native was not told of torch.Tensor; import batchnorm first");
     if (!PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(tensor_type)))

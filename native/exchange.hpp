@@ -10,7 +10,7 @@
 
 namespace batchnorm {
 
-// What a call knows of a tensor, good until the call returns.
+// Address, dtype, sizes and strides of a tensor; valid until the call returns.
 struct Tensor {
     void* data = nullptr;
     DType dtype = DType::float32;
@@ -22,7 +22,7 @@ struct Tensor {
     bool contiguous() const;
     // Whether it is dense and its axes run in their order, but for one that runs fastest.
     bool innermost(int axis) const;
-    // Whether the other has the same elements in the same places; strides of axes of size 1 count for nothing.
+    // Whether the other has the same elements in the same places; strides of axes of size 1 are ignored.
     bool lies_like(const Tensor& other) const;
 };
 
@@ -34,13 +34,13 @@ struct Made {
 // Called once with torch.Tensor, before anything is read.
 void connect(nanobind::handle tensor_type);
 
-// False where it is not in the memory of the CPU as one of the four dtypes, or means the negative of what it holds.
+// False if it is not a CPU tensor of one of the four dtypes, or if its negative bit is set.
 bool read(nanobind::handle object, Tensor& tensor);
 
 // The int64 of a dense vector, and how many there are; null where it is something else.
 int64_t* integers(nanobind::handle object, int64_t& size);
 
-// The int64 that a tensor of one element holds, or null.
+// The address of the element of an int64 tensor of one element, or null.
 int64_t* counter(nanobind::handle object);
 
 // New tensors, not initialised, in memory of the C library as torch's own.
@@ -49,7 +49,7 @@ Made empty(int64_t rows, int64_t columns, DType dtype);
 Made empty(int64_t blocks, int64_t rows, int64_t columns, DType dtype);
 Made empty(int64_t size, DType dtype);
 
-// For tests: fill new tensors with NaN, so that what is not written shows.
+// For tests: fill new tensors with NaN, so that an element that is not written is detected.
 void spoil(bool on);
 
 }  // namespace batchnorm

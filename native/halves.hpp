@@ -1,4 +1,4 @@
-// Values of half the digits: widened to float where they are read, rounded to the nearest even where they are written.
+// float16 and bfloat16: converted to float when read, rounded to nearest even when written.
 #pragma once
 
 #include "vectors.hpp"
@@ -28,7 +28,7 @@ inline double scalar(float16 v) { return widen(v); }
 inline double scalar(bfloat16 v) { return bit_cast<float>(uint32_t(v.bits) << 16); }
 
 #if defined(__AVX512F__)
-// Sixteen halves as floats; the pointer tells which kind.
+// Sixteen 16-bit values as floats; the type of the pointer selects the format.
 inline F widened(const bfloat16*, __m256i h) { return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16); }
 inline F widened(const float16*, __m256i h) { return (F)_mm512_cvtph_ps(h); }
 #endif

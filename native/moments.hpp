@@ -13,8 +13,8 @@ struct Moments {
     V m2;
 };
 
-// The only place in C++ that holds this formula. The identity is chosen by its count and not multiplied
-// away: a NaN or an infinity in an empty part must not spread.
+// The only place in C++ with this formula. An empty part is left out by a selection and not by a product with 0: its NaN or
+// infinity must not spread.
 template <class V>
 inline Moments<V> merge(const Moments<V>& a, const Moments<V>& b) {
     if (b.count == 0) return a;

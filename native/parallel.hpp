@@ -1,4 +1,4 @@
-// Threads: one parallel region per call, tasks taken in any order, results that do not depend on who took them.
+// Threads: one parallel region per call, tasks taken in any order, results that do not depend on the thread that computes them.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,7 @@
 namespace batchnorm {
 
 constexpr int max_phases = 4, max_shares = 16;
-constexpr int64_t alone_below = 49153;  // elements: less is done sooner than threads are woken
+constexpr int64_t alone_below = 49153;  // elements: below it one thread is faster than waking others
 
 class Team {
   public:
@@ -28,8 +28,8 @@ const char* threading();
 
 namespace BATCHNORM_ISA {
 
-// f(i) for n tasks. Every thread begins with a share of its own, of neighbouring tasks, as torch's own loops deal them out:
-// what a thread wrote in the operation before lies in its cache, and another's cache is far. Then it helps the others.
+// f(i) for n tasks. Every thread begins with a contiguous share of tasks, divided as torch's own loops are:
+// what it wrote in the operation before is in its cache. When done it takes tasks from the others' shares.
 // `back`: every share from its end.
 template <class F>
 inline void for_each(Team& team, int phase, int64_t n, int64_t grain, F&& f, bool back = false) {

@@ -96,7 +96,7 @@ struct PlaneMoments {
         }
     }
 
-    // A mean of a few values from all over the chunk; of many planes, from their middles: rims are often unlike the rest.
+    // A mean of a few values from all over the chunk; of many planes, from their middles: values at the borders often differ from the rest.
     A guess(int64_t chunk, int64_t c) const {
         constexpr int64_t W = lanes<A>, samples = 4, steps = 2 * samples;
         const int64_t first = p.first(chunk), many = p.first(chunk + 1) - first;
@@ -155,7 +155,7 @@ void normalize_planes(const Args& a) {
     const Coefs<A> k = take_coefs<T>(scratch, a.channels);
     forward_coefs(a, 0, a.channels, k);
     const Block<T> whole{static_cast<const T*>(a.x), nullptr, static_cast<const T*>(a.residual), static_cast<T*>(a.y), nullptr, 0, 0, 0, p.streams(a.y)};
-    // Through memory in its own order: there is no second pass to keep a panel for.
+    // In memory order: without a second pass nothing has to stay in the cache.
     parallel(p.threads(), [&](Team& team) {
         for_each(team, 0, p.positions * p.panels, 1 + 32768 / (p.panel * p.part + 1), [&](int64_t t) {
             const int64_t c0 = t % p.panels * p.panel;
@@ -197,7 +197,7 @@ struct PlaneSums {
     }
 };
 
-// sums only, dx only, or both: what the three backward entries share.
+// The three backward kernels: sums only, dx only, or both.
 template <class T>
 void backward_planes(const Args& a, bool sums, bool input) {
     using A = Real<T>;

@@ -16,7 +16,7 @@ constexpr int64_t run_bytes = int64_t(128) << 10;    // read in one go
 constexpr int64_t panel_bytes = int64_t(4) << 20;   // of all tensors of a panel, in the cache
 constexpr int64_t fused_bytes = int64_t(6) << 20;   // of all tensors of one channel
 
-// Where things lie. A long plane is cut into parts; what is read in one go is one part, of every channel of a panel.
+// Addressing. A long plane is cut into parts; what is read in one go is one part, of every channel of a panel.
 template <class T>
 class Planes {
   public:

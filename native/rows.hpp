@@ -41,7 +41,7 @@ class Rows {
     // The partial sums of all: f(chunk, its first row, its rows, its first column, its columns). The rest is a chunk at the end.
     template <class Lift>
     void each_part(Team& team, int phase, Lift&& lift) const {
-        // Of no more columns at a time than there is room for.
+        // At most as many columns at a time as the work space has.
         const auto part = [&](int64_t chunk, int64_t first, int64_t some, int64_t at, int64_t end) {
             lift(chunk, first, some, at, end - at < panel ? end - at : panel);
         };
@@ -152,7 +152,7 @@ class Rows {
         return (even + row_block - 1) / row_block * row_block;
     }
 
-    // All, in one run through memory, unless that leaves threads without work. Columns do not know of each other.
+    // All, in one run through memory, unless that leaves threads without work. Columns are independent.
     int64_t columns_of_part() const {
         if (chunks >= 2 * threads()) return columns;
         const int64_t some = padded(width * chunks / (2 * threads()));

@@ -1,11 +1,11 @@
-// What the loops say of vectors: memory past the cache, and parts of a vector at the end of a row.
+// Streaming stores, prefetch, and loads and stores of parts of a vector at the end of a row.
 #pragma once
 
 #include "halves.hpp"
 
 namespace batchnorm::BATCHNORM_ISA {
 
-// Past the cache, for aligned addresses: the output is not read again before it would have left the cache.
+// A store that bypasses the cache, for aligned addresses: such an output is evicted before it is read again.
 template <class T>
 inline void store_streaming(T* p, Vec<Real<T>> v) {
 #if defined(__SSE2__)

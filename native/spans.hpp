@@ -8,11 +8,11 @@
 
 namespace batchnorm::BATCHNORM_ISA {
 
-// For what is called from several places in a loop: left alone, the compiler would pass vectors through memory.
+// For functions called from several places in a loop: if not inlined, they would pass vectors through memory.
 #define BATCHNORM_INLINE __attribute__((always_inline))
 
-// What tells z: x alone, x and the residual, or whichever there is, asked at every vector, where loops for each would take
-// longer to build than they save. And what tells act'(z): these, or the output.
+// The tensors z is computed from: x alone, x and the residual, or either, tested at every vector (separate loops would cost
+// build time and gain little). And those for act'(z): the same, or the output.
 enum class Source { X, Residual, Either, Y };
 
 template <class T>
@@ -88,8 +88,8 @@ struct CoefVectors {
         return {load(k.pivot + i), load(k.scale + i), load(k.rest + i), load(k.shift + i), load(k.c1 + i), load(k.c0 + i)};
     }
 
-    // z as forward and backward both compute it, so that both see the same mask. `rest` is what rounding took from the
-    // scale; results of half the digits do not show it.
+    // z as forward and backward both compute it, so that both see the same mask. `rest` is the rounding error of the
+    // scale; it is below the precision of 16-bit results.
     V z(V deviation) const {
         if constexpr (sizeof(T) == 4) return fma(deviation, scale, fma(deviation, rest, shift));
         else return fma(deviation, scale, shift);
@@ -183,7 +183,7 @@ BATCHNORM_INLINE inline Vec<Real<T>> dz_at(const Block<T>& b, const CoefVectors<
     }
 }
 
-// dx (and dz where wanted) of a block. An element takes part in the statistics as its weight says.
+// dx (and dz where wanted) of a block. An element's share in the gradient of the statistics is its weight.
 template <class T, class Act, Source S, bool Columns, bool Weighted = false>
 void input_block(const Block<T>& block, const Coefs<Real<T>>& k, Real<T> slope) {
     const Block<T> b = block;

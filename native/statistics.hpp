@@ -167,7 +167,7 @@ void add_rows(const T* x, int64_t rows, int64_t stride, int64_t n, const ColumnS
     add_wide(square_of, q, n);
 }
 
-// A first reference: the mean of a few rows from all over, for neighbours are often alike. Of 16 it is hardly ever far.
+// A first reference: the mean of up to 16 rows spread over the chunk, since neighbouring rows are often alike.
 template <class T, class Add>
 void mean_of_rows(int64_t rows, int64_t n, const ColumnSums<Real<T>>& w, Add&& add) {
     const int64_t some = rows < 8 ? rows : rows < 128 ? 8 : 16, step = some > 0 ? rows / some : 0;

@@ -1,5 +1,5 @@
 // Every kernel at odd shapes with many threads, for the sanitizers; also checks that the bits do not depend on the threads.
-// Built by `make sanitize`, with no Python: what a sanitizer finds then is ours.
+// Built by `make sanitize`, without Python, whose own findings would hide ours.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -37,7 +37,7 @@ struct Placed {
 };
 using Bytes = std::vector<char, Placed<char>>;
 
-// Roughly normal, about 0.5; far sooner made than by the library.
+// Roughly normal, about 0.5; much faster than std::normal_distribution.
 class Source {
   public:
     float next() {
@@ -86,7 +86,7 @@ Bytes random_tensor(const Shape& s, Data data, DType dtype, Source& source) {
         } else {
             uint32_t bits;
             std::memcpy(&bits, &value, 4);
-            // The upper half is the bfloat16; read as a float16 it is some other finite number or not, and either is welcome.
+            // The upper half is the bfloat16; read as a float16 it is another value, finite or not; both are valid input.
             const uint16_t half = static_cast<uint16_t>(bits >> 16);
             std::memcpy(at, &half, 2);
         }
@@ -133,7 +133,7 @@ struct Inputs {
           bias(random_tensor({1, s.channels, 1}, Data::plain, DType::bfloat16, source)) {}
 };
 
-// Of two NaN that meet, which goes on is the compiler's choice at every place: here all are one.
+// Which of two NaN operands a sum returns is the compiler's choice: all NaN get the same bits before the comparison.
 template <class Bits>
 void unify(Bytes& bytes, Bits infinity) {
     for (size_t at = 0; at < bytes.size(); at += sizeof(Bits)) {
