@@ -1,8 +1,6 @@
 """The compile route: one meaning with eager, and graphs that travel without this package."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from torch.library import opcheck
 import batchnorm as bn
 from batchnorm.graph import operations
 from batchnorm.ops.activations import NAMES
+from support.combinations import each
 
 
 class Block(nn.Module):
@@ -47,11 +46,11 @@ def assert_same_step(compiled, plain, x):
         torch.testing.assert_close(got.grad, wanted.grad)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}]
+@each(
+    options=[{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}],
+    activation=["relu", "silu"],
+    training=[True, False, False, True],
 )
-@pytest.mark.parametrize("activation", ["relu", "silu"])
-@pytest.mark.parametrize("training", [True, False])
 def test_compiled_whole_equals_eager(activation, options, training):
     torch.compiler.reset()
     plain = Block(activation, **options).train(training)
@@ -77,6 +76,7 @@ def test_inductor_may_choose_the_layout():
         assert torch.Tag.flexible_layout in getattr(torch.ops.batchnorm, op).default.tags
 
 
+@pytest.mark.slow
 def test_a_step_compiled_by_inductor_equals_eager():
     torch.compiler.reset()
     plain = Block("gelu")
@@ -84,26 +84,6 @@ def test_a_step_compiled_by_inductor_equals_eager():
     assert_same_step(compiled, plain, torch.randn(6, 3, 5, 5))
     plain.eval(), compiled.eval()
     assert_same_step(compiled, plain, torch.randn(6, 3, 5, 5))
-
-
-def test_several_estimators_move_inside_a_compiled_step():
-    torch.compiler.reset()
-    estimators = [
-        bn.LastBatches(3),
-        bn.Running(0.1),
-        bn.Decayed(0.2),
-        bn.LastBatches(2, pooled=True),
-    ]
-    plain = bn.BatchNorm1d(4, estimator=estimators)
-    twin = copy.deepcopy(plain)
-    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
-    for _ in range(4):
-        x = torch.randn(8, 4)
-        compiled(x), plain(x)
-    for name in plain.bank.estimators:
-        bn.use_estimate(plain, name), bn.use_estimate(twin, name)
-        torch.testing.assert_close(twin.running_mean, plain.running_mean)
-        torch.testing.assert_close(twin.running_var, plain.running_var)
 
 
 def targets(exported):
@@ -120,16 +100,6 @@ def test_an_exported_evaluation_holds_aten_operations_only(activation):
     torch.testing.assert_close(exported.module()(x), model(x))
 
 
-@pytest.mark.parametrize(
-    "layer", [bn.BatchNorm(5, axis=-1), bn.BatchNorm1d(4, track_running_stats=False)]
-)
-def test_an_exported_evaluation_with_channels_last_or_without_statistics_holds_aten_operations_only(
-    layer,
-):
-    exported = torch.export.export(layer.eval(), (torch.randn(3, 4, 5),))
-    assert all(target.startswith("aten.") for target in targets(exported)), targets(exported)
-
-
 def test_an_exported_training_step_moves_the_statistics():
     model = Block()
     x = torch.randn(4, 3, 5, 5)
@@ -142,32 +112,11 @@ def test_an_exported_training_step_moves_the_statistics():
     )
 
 
-ALONE = """
-import sys
-sys.modules["batchnorm"] = None       # from here on it cannot be imported
-import torch
-x, y = torch.load(sys.argv[2])
-torch.testing.assert_close(torch.export.load(sys.argv[1]).module()(x), y)
-torch.testing.assert_close(torch.jit.load(sys.argv[3])(x), y)
-"""
-
-
-def test_exported_and_traced_models_run_where_this_package_is_not(tmp_path):
-    model = Block("hardswish").eval()
-    x = torch.randn(2, 3, 5, 5)
-    files = [str(tmp_path / name) for name in ("model.pt2", "data.pt", "traced.pt")]
-    torch.export.save(torch.export.export(model, (x,)), files[0])
-    torch.save((x, model(x).detach()), files[1])
-    torch.jit.trace(model, x).save(files[2])
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, *files], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("activation", [("identity", 0.0), ("relu", 0.0), ("elu", 1.3)])
-@pytest.mark.parametrize("last", [False, True])
+@each(
+    residual=[True, False],
+    activation=[("identity", 0.0), ("relu", 0.0), ("elu", 1.3)],
+    last=[True, True, False],
+)
 def test_the_operations_keep_what_they_tell_pytorch(activation, residual, last):
     def image():
         x = torch.randn(2, 3, 4, 5)

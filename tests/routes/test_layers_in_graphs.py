@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import batchnorm as bn
 
@@ -11,19 +12,6 @@ import batchnorm as bn
 def compiled(layer):
     torch.compiler.reset()
     return torch.compile(layer, backend="aot_eager")
-
-
-def assert_compiled_equals_eager(layer, x, residual=None):
-    twin = copy.deepcopy(layer)
-    call = compiled(twin)
-    for _ in range(2):
-        got, wanted = call(x, residual), layer(x, residual)
-        assert got.dtype == wanted.dtype
-        torch.testing.assert_close(got, wanted)
-    assert twin.state_dict().keys() == layer.state_dict().keys()
-    for name, value in layer.state_dict().items():
-        # In float64 estimators keep what float32 arithmetic has found.
-        torch.testing.assert_close(twin.state_dict()[name], value, rtol=2e-6, atol=1e-5, msg=name)
 
 
 X = torch.randn(6, 4, 3, 3) * 2 + 1
@@ -51,9 +39,29 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_compiled_steps_of_every_kind_of_layer_equal_eager_ones(name):
-    assert_compiled_equals_eager(*CASES[name])
+class SideBySide(nn.Module):
+    """The layer of each case, called with its tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(copy.deepcopy(layer) for layer, *_ in CASES.values())
+
+    def forward(self):
+        cases = zip(CASES.items(), self.layers, strict=True)
+        return {name: layer(*given) for (name, (_, *given)), layer in cases}
+
+
+def test_compiled_steps_of_every_kind_of_layer_equal_eager_ones():
+    plain, twin = SideBySide(), SideBySide()
+    call = compiled(twin)
+    for _ in range(2):
+        got, wanted = call(), plain()
+        for name, y in wanted.items():
+            torch.testing.assert_close(got[name], y, msg=lambda text, name=name: f"{name}: {text}")
+    assert twin.state_dict().keys() == plain.state_dict().keys()
+    for name, value in plain.state_dict().items():
+        # In float64 estimators keep what float32 arithmetic has found.
+        torch.testing.assert_close(twin.state_dict()[name], value, rtol=2e-6, atol=1e-5, msg=name)
 
 
 REFUSED = {

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import batchnorm as bn
 from batchnorm.ops.activations import NAMES
 from batchnorm.ops.backends.choice import BACKENDS
+from support.combinations import pairs
+from support.twins import randomize
 
 
 def normalize(x, *given, **options):
@@ -101,18 +103,17 @@ def test_every_route_gives_the_same_step_with_a_mask():
         assert not dx[hidden].any()
 
 
-@pytest.mark.parametrize("masked", [0, 1, 24])
-def test_a_masked_layer_trains_compiled_as_it_does_eagerly(masked):
-    torch.compiler.reset()
+def test_a_masked_layer_trains_compiled_as_it_does_eagerly():
     plain = bn.BatchNorm1d(3, activation="relu")
     twin = copy.deepcopy(plain)
     compiled = whole(twin)
     x = torch.randn(6, 3, 4)
-    mask = torch.arange(24).reshape(6, 4) >= masked
-    torch.testing.assert_close(compiled(x, None, mask=mask), plain(x, None, mask=mask))
-    for name, buffer in plain.named_buffers():
-        torch.testing.assert_close(twin.get_buffer(name), buffer, msg=name)
-    assert int(twin.num_batches_tracked) == (masked < 24)
+    for masked, steps in ((0, 1), (1, 2), (24, 2)):
+        mask = torch.arange(24).reshape(6, 4) >= masked
+        torch.testing.assert_close(compiled(x, None, mask=mask), plain(x, None, mask=mask))
+        for name, buffer in plain.named_buffers():
+            torch.testing.assert_close(twin.get_buffer(name), buffer, msg=name)
+        assert int(twin.num_batches_tracked) == steps
 
 
 def test_the_function_of_torch_moves_its_buffers_on_every_route():
@@ -133,9 +134,9 @@ def test_the_function_of_torch_moves_its_buffers_on_every_route():
 def test_the_name_of_an_activation_is_read_inside_a_graph_without_a_word():
     """Warnings are errors here; Dynamo warns of a cache it cannot see into."""
     x = torch.randn(6, 3)
-    for name in ("relu", "leaky_relu(0.2)", nn.ELU(0.5), nn.ReLU):
-        function = lambda x, name=name: normalize(x, activation=name)
-        torch.testing.assert_close(whole(function)(x), function(x))
+    names = ("relu", "leaky_relu(0.2)", nn.ELU(0.5), nn.ReLU)
+    function = lambda x: [normalize(x, activation=name) for name in names]
+    torch.testing.assert_close(whole(function)(x), function(x))
 
 
 def test_a_recorded_graph_of_a_step_holds_no_operation_of_ours():
@@ -148,14 +149,12 @@ def test_a_recorded_graph_of_a_step_holds_no_operation_of_ours():
 
 def test_transforms_inside_a_graph():
     loss = lambda x: normalize(x, activation="silu").pow(3).sum()
-    x, many = torch.randn(5, 3), torch.randn(4, 5, 3)
-    for transform in (
-        torch.func.grad(loss),
-        lambda x: torch.func.jvp(normalize, (x,), (x.square(),))[1],
-    ):
-        torch.testing.assert_close(whole(transform)(x), transform(x))
-        mapped = torch.func.vmap(transform)
-        torch.testing.assert_close(whole(mapped)(many), mapped(many))
+    slope = torch.func.grad(loss)
+    tangent = lambda x: torch.func.jvp(normalize, (x,), (x.square(),))[1]
+    mapped = torch.func.vmap(slope), torch.func.vmap(tangent)
+    function = lambda x, many: (slope(x), tangent(x), *(one(many) for one in mapped))
+    given = torch.randn(5, 3), torch.randn(4, 5, 3)
+    torch.testing.assert_close(whole(function)(*given), function(*given))
 
 
 @pytest.mark.parametrize("outer", [(2,), (2, 3)])
@@ -193,8 +192,7 @@ class Onlooker(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("where", ["forward", "backward", "both"])
-@pytest.mark.parametrize("training", [True, False])
+@pairs(where=["forward", "backward", "both"], training=[True, False])
 def test_an_onlooker_sees_operations_and_changes_nothing(training, where):
     plain = bn.BatchNorm1d(3, activation="silu").train(training)
     twin = copy.deepcopy(plain)
@@ -295,6 +293,7 @@ for folder in sys.argv[1:]:
     near = {"atol": 8 * torch.finfo(y.dtype).eps, "rtol": 8 * torch.finfo(y.dtype).eps}
     torch.testing.assert_close(module(*given), y, **near)
     torch.testing.assert_close(module(*(t[:3] for t in given)), y[:3], **near)
+    torch.testing.assert_close(torch.jit.load(folder + ".traced")(*given), y, **near)
 """
 
 
@@ -309,7 +308,7 @@ class Added(nn.Module):
         return self.norm(x, residual)
 
 
-def test_exported_evaluations_of_every_kind_travel_alone_with_any_batch_size(tmp_path):
+def test_exported_and_traced_evaluations_of_every_kind_travel_alone_with_any_batch_size(tmp_path):
     batch = {0: torch.export.Dim("batch", min=2, max=64)}
     kinds = {
         "dense": (bn.BatchNorm1d(3, activation="elu"), (6, 3)),
@@ -317,10 +316,11 @@ def test_exported_evaluations_of_every_kind_travel_alone_with_any_batch_size(tmp
         "last": (bn.BatchNorm(3, axis=-1, activation="leaky_relu(0.3)"), (6, 4, 3)),
         "double": (bn.BatchNorm1d(3, activation="tanh").double(), (6, 3)),
         "half": (bn.BatchNorm1d(3, bias=False).half(), (6, 3)),
+        "by the batch": (bn.BatchNorm1d(3, track_running_stats=False), (6, 3)),
     }
     files = []
     for (name, (norm, shape)), residual in itertools.product(kinds.items(), [False, True]):
-        norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
+        randomize(norm)
         model = Added(norm).eval()
         dtype = torch.float32 if norm.weight is None else norm.weight.dtype
         given = tuple(torch.randn(shape, dtype=dtype) for _ in range(1 + residual))
@@ -328,6 +328,7 @@ def test_exported_evaluations_of_every_kind_travel_alone_with_any_batch_size(tmp
         targets = [str(n.target) for n in exported.graph.nodes if n.op == "call_function"]
         assert not [t for t in targets if not t.startswith(("aten.", "<built-in", "_operator"))]
         files.append(str(tmp_path / f"{name}{residual}"))
+        torch.jit.trace(model, given, check_trace=False).save(files[-1] + ".traced")
         torch.export.save(exported, files[-1] + ".pt2")
         torch.save((given, model(*given).detach()), files[-1] + ".pt")
     done = subprocess.run(

@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import importlib
 import os
 import sys
 from pathlib import Path
@@ -10,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import cuda_goals
+import cuda_session
 from batchnorm.benchmark import cases, contenders, measure
 from batchnorm.benchmark import rows as bench_rows
+from batchnorm.cli import entry
 from batchnorm.errors import DeviceError
 from support import processes
 
@@ -28,10 +30,11 @@ def run(*command, **environment):
 
 
 @without_gpu
-def test_bench_without_a_gpu_ends_in_one_line(tmp_path):
-    done = run("-m", "batchnorm", "bench", "--device", "cuda", "--out", str(tmp_path / "out"))
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+def test_bench_without_a_gpu_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    out = str(tmp_path / "out")
+    monkeypatch.setattr("sys.argv", ["batchnorm", "bench", "--device", "cuda", "--out", out])
+    assert entry.main() == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert "finds none" in line and "--device cuda" in line
     assert not (tmp_path / "out").exists()
     with pytest.raises(DeviceError, match="finds none"):
@@ -39,9 +42,11 @@ def test_bench_without_a_gpu_ends_in_one_line(tmp_path):
 
 
 @without_gpu
-def test_the_session_says_what_it_needs(tmp_path):
-    done = run("benchmarks/cuda_session.py", "--out", str(tmp_path))
-    assert done.returncode == 2 and "finds no CUDA device" in done.stderr
+def test_the_session_says_what_it_needs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["cuda_session.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        cuda_session.main()
+    assert "finds no CUDA device" in capsys.readouterr().err
 
 
 def test_cells_of_a_gpu_are_those_of_resnet_50():
@@ -71,8 +76,6 @@ def test_the_session_walks_through_its_parts(tmp_path):
 
 
 def test_a_session_that_is_cut_off_has_what_it_found(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    session = importlib.import_module("cuda_session")
     options = argparse.Namespace(out=tmp_path, elapsed=lambda: 0.0)
 
     def cut_off(_):
@@ -80,16 +83,14 @@ def test_a_session_that_is_cut_off_has_what_it_found(tmp_path, monkeypatch):
         yield {"network": "resnet50", "ms": 150.0, "times eager": 1.33}
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(session.PARTS, "networks", cut_off)
+    monkeypatch.setitem(cuda_session.PARTS, "networks", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        session.run_part("networks", options)
+        cuda_session.run_part("networks", options)
     with (tmp_path / "networks.csv").open() as file:
         assert [row["times eager"] for row in csv.DictReader(file)] == ["", "1.33"]
 
 
-def test_of_each_goal_the_worst_is_told(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    goals = importlib.import_module("cuda_goals")
+def test_of_each_goal_the_worst_is_told(tmp_path, capsys):
     (tmp_path / "networks.csv").write_text(
         "network,contender,times eager,saved MB without,saved MB with\n"
         "resnet50,eager,1,100,100\n"
@@ -103,7 +104,7 @@ def test_of_each_goal_the_worst_is_told(tmp_path, monkeypatch, capsys):
         timings = {n: measure.Timing(t, t, t, 5) for n, t in {**taken, "copy": 1.0}.items()}
         rows += bench_rows.rows_of(case, timings, {}, around)
     bench_rows.write_rows(tmp_path / "cells.csv", rows)
-    goals.tell([tmp_path])
+    cuda_goals.tell([tmp_path])
     said = capsys.readouterr().out
     assert "met   ResNet-50, training step, converted, times eager: 1.2" in said
     assert "SHORT ResNet-50, eager's saved bytes over those kept: 1.43, aim 1.67" in said
