@@ -57,7 +57,7 @@ test-triton: $(READY) $(TRITON)/ready
 	) & kernels=$$!; \
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(PY) -m pytest -m "not slow" -k "triton and not threads" \
 		-n auto --maxprocesses 2 --dist worksteal \
-		tests/backends/test_contract.py tests/backends/test_accuracy_bounds.py tests/backends/test_accuracy_edge_cases.py; \
+		tests/backends/test_contract.py tests/backends/test_accuracy_bounds.py; \
 	suite=$$?; wait $$kernels && exit $$suite
 
 # Whether the CUDA library of the tests has all functions that the driver of the pinned Triton calls.

@@ -11,7 +11,6 @@ from batchnorm.errors import BackendError
 from batchnorm.graph import operations
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.backends.choice import BACKENDS, UNAVAILABLE
-from batchnorm.ops.call import Epilogue, ForBackward
 from support import oracle
 from support.cases import (
     ACTS,
@@ -21,6 +20,7 @@ from support.cases import (
     LAYOUTS,
     Case,
     case_of,
+    check_functions,
     check_gradients,
     plain,
     run,
@@ -31,30 +31,7 @@ from support.combinations import pairs
 @pairs(layout=LAYOUTS, act=ACTS, dtype=DTYPES, residual=[False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_function_of_a_backend_is_the_textbook(backend, layout, act, dtype, residual):
-    serving = BACKENDS[backend]
-    case = case_of(layout, act, dtype, residual)
-    mean, var, rstd = case.statistics()
-    found = serving.moments(case.x, case.axis)
-    for got, expected in zip(found, (mean, var * case.done.count), strict=True):
-        assert got.dtype == torch.float64
-        oracle.assert_close(plain(got), plain(expected), case.sums, "moments")
-    y = serving.normalize(case.x, mean, rstd, Epilogue(*case.given), case.axis)
-    assert y.dtype == case.x.dtype
-    oracle.assert_close(plain(y), case.done.y, case.allowed, "normalize")
-    y = serving.evaluate(case.x, mean, var, Epilogue(*case.given), EPS, case.axis)
-    oracle.assert_close(plain(y), case.done.y, case.allowed, "evaluate")
-    y, stats = serving.forward(case.x, Epilogue(*case.given), EPS, case.axis)
-    oracle.assert_close(plain(y), case.done.y, case.allowed, "forward")
-    for row, expected in enumerate((case.done.mean, case.done.var, case.done.rstd)):
-        oracle.assert_close(plain(stats[row]), expected, case.fine, f"row {row} of stats")
-    assert torch.equal(stats[4:], torch.stack([case.weight, case.bias]).to(stats.dtype))
-    saved = ForBackward(case.x, stats, oracle.beside(act, case.residual, y), act, case.axis)
-    dx, dresidual, *sums = serving.backward(case.dy, saved, residual)
-    check_gradients(case, (dx, sums[1], sums[0], dresidual))
-    sums = serving.backward_sums(case.dy, saved)
-    dx, dresidual = serving.backward_input(case.dy, saved, *sums, case.done.count, residual)
-    check_gradients(case, (dx, sums[1], sums[0], dresidual))
-    assert (dresidual is None) == (not residual)
+    check_functions(BACKENDS[backend], case_of(layout, act, dtype, residual))
 
 
 @pairs(layout=LAYOUTS, act=ACTS[:4] + ACTS[5:6], dtype=DTYPES, residual=[False, True])

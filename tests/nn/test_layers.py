@@ -1,6 +1,5 @@
 """The layers against ``torch.nn``: forward, backward, buffers and counter."""
 
-import copy
 from typing import Any
 
 import pytest
@@ -173,23 +172,6 @@ def test_two_forwards_and_one_backward_give_both_gradients(training: bool) -> No
         total.backward()
         grads.append([*(x.grad for x in inputs), layer.weight.grad, layer.bias.grad])
     torch.testing.assert_close(*grads, **CLOSE[torch.float32])
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_buffers_may_be_overwritten_between_forward_and_backward(training: bool) -> None:
-    # DistributedDataParallel broadcasts the buffers of rank 0, in place, before every forward.
-    layer = twins("2d")[0].train(training)
-    x, dy = torch.randn(SHAPES[4]), torch.randn(SHAPES[4])
-    expected = step(copy.deepcopy(layer), x, dy)
-    first = x.clone().requires_grad_()
-    y = layer(first)
-    with torch.no_grad():
-        for buffer in layer.buffers():
-            buffer.copy_(torch.full_like(buffer, 7))
-    layer(torch.randn(SHAPES[4]))
-    y.backward(dy)
-    assert torch.equal(first.grad, expected["dx"])
-    assert torch.equal(layer.weight.grad, expected["dweight"])
 
 
 @pairs(rank=[4, 5], training=[True, False])

@@ -118,6 +118,8 @@ WRITES = {
     "residual": lambda s: s.residual.data.mul_(-1),
     "eps": lambda s: setattr(s.layer, "eps", 10.0),
     "activation": lambda s: setattr(s.layer, "activation", activation("tanh")),
+    # DistributedDataParallel broadcasts the buffers of rank 0, in place, before every forward.
+    "buffers in place": lambda s: [buffer.fill_(7) for buffer in s.layer.buffers()],
     "bias in place": lambda s: s.layer.bias.detach().mul_(-2),
     "residual in place": lambda s: s.residual.detach().mul_(-2),
 }

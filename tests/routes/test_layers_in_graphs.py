@@ -16,23 +16,18 @@ def compiled(layer):
 
 X = torch.randn(6, 4, 3, 3) * 2 + 1
 CASES = {
-    "plain": (bn.BatchNorm2d(4), X),
-    "evaluation": (bn.BatchNorm2d(4).eval(), X),
     "with an activation": (bn.BatchNorm2d(4, activation="silu").eval(), X),
     "of any rank": (bn.BatchNorm(4), X[..., None]),
     "bfloat16": (bn.BatchNorm2d(4), X.bfloat16()),
     "with a residual": (bn.BatchNorm2d(4, activation="relu"), X, X.flip(0)),
     "evaluation with one": (bn.BatchNorm2d(4, activation="relu").eval(), X, X.flip(0)),
-    "without parameters": (bn.BatchNorm2d(4, affine=False), X),
     "without bias": (bn.BatchNorm2d(4, bias=False), X),
-    "without statistics": (bn.BatchNorm2d(4, track_running_stats=False), X),
     "a momentum of 0": (bn.BatchNorm2d(4, momentum=0.0), X),
     "float64": (bn.BatchNorm2d(4).double(), X.double()),
     "narrow parameters": (bn.BatchNorm2d(4).bfloat16(), X.bfloat16()),
     "channels last": (bn.BatchNorm(4, axis=-1), X.movedim(1, -1)),
     "a residual that broadcasts": (bn.BatchNorm2d(4), X, X[:1]),
     "a residual that promotes": (bn.BatchNorm2d(4), X, X.double()),
-    "cumulative": (bn.BatchNorm2d(4, momentum=None), X),
     "another estimator": (bn.BatchNorm2d(4, estimator=bn.LastBatches(3)), X),
     "frozen": (bn.BatchNorm2d(4, statistics=bn.Frozen()), X),
     "evaluation by the batch": (bn.BatchNorm2d(4, track_running_stats=False).eval(), X),

@@ -316,7 +316,6 @@ def test_exported_and_traced_evaluations_of_every_kind_travel_alone_with_any_bat
         "last": (bn.BatchNorm(3, axis=-1, activation="leaky_relu(0.3)"), (6, 4, 3)),
         "double": (bn.BatchNorm1d(3, activation="tanh").double(), (6, 3)),
         "half": (bn.BatchNorm1d(3, bias=False).half(), (6, 3)),
-        "by the batch": (bn.BatchNorm1d(3, track_running_stats=False), (6, 3)),
     }
     files = []
     for (name, (norm, shape)), residual in itertools.product(kinds.items(), [False, True]):

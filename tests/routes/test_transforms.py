@@ -12,7 +12,6 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 import batchnorm as bn
-from batchnorm.errors import BackendError
 from batchnorm.ops.activations import NAMES
 
 SMOOTH = [name for name in NAMES if name not in ("hardswish", "hardsigmoid")]
@@ -96,13 +95,6 @@ def test_constant_statistics_have_derivatives_of_all_orders_too():
     assert gradgradcheck(function, inputs, fast_mode=True)
 
 
-def test_masked_derivatives():
-    mask = torch.tensor([True, True, False, True, True])
-    function = lambda x, weight: normalize(x, weight, mask=mask, activation="silu")
-    assert gradcheck(function, (make(5, 3), make(3)), check_forward_ad=True)
-    assert gradgradcheck(function, (make(5, 3), make(3)), fast_mode=True)
-
-
 def plain_normalize(x):
     """The textbook, of which autograd can be trusted."""
     x = x.double()
@@ -163,28 +155,6 @@ def test_an_ensemble_of_layers_under_vmap():
     torch.testing.assert_close(buffers["1.running_mean"][1], models[1][1].running_mean)
 
 
-def test_a_gradient_penalty_trains_as_with_torch():
-    ours = nn.Sequential(
-        nn.Linear(4, 8), bn.BatchNorm1d(8, activation="silu"), nn.Linear(8, 1)
-    ).double()
-    theirs = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.SiLU(), nn.Linear(8, 1)).double()
-    theirs.load_state_dict(
-        {
-            k.replace("2.", "3.") if k.startswith("2.") else k: v
-            for k, v in ours.state_dict().items()
-        }
-    )
-    x = torch.randn(6, 4).double()
-    found = []
-    for model in (ours, theirs):
-        leaf = x.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(model(leaf).square().sum(), leaf, create_graph=True)
-        (slope.norm(dim=1) - 1).square().sum().backward()
-        found.append([p.grad for p in model.parameters()] + [leaf.grad])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 class Passing(torch.Tensor):
     """A tensor subclass that adds nothing."""
 
@@ -205,15 +175,3 @@ def test_onlookers_and_odd_tensors_see_a_correct_result():
         assert layer.eval()(mode.from_tensor(x)).shape == x.shape
     meta = bn.BatchNorm2d(3, device="meta")
     assert meta(torch.empty(2, 3, 4, 4, device="meta")).shape == x.shape
-
-
-def test_one_backend_can_be_asked_for_and_only_one_that_is_there():
-    x = torch.randn(4, 3)
-    with bn.use_backend("reference"):
-        expected = bn.BatchNorm1d(3)(x)
-    torch.testing.assert_close(bn.BatchNorm1d(3)(x), expected)
-    with pytest.raises(BackendError, match="not available"), bn.use_backend("gpu"):
-        pass
-    with pytest.raises(KeyboardInterrupt), bn.use_backend("reference"):
-        raise KeyboardInterrupt
-    assert set(bn.env()["backends"]) >= {"reference"}

@@ -8,6 +8,7 @@ import torch
 import batchnorm as bn
 from batchnorm import layout as shapes
 from batchnorm.ops.activations import NAMES, Activation
+from batchnorm.ops.call import Epilogue, ForBackward
 from support import oracle
 from support.layouts import arrange
 
@@ -31,6 +32,19 @@ LAYOUTS = {
     "swapped": (6, 3, 5),
     "offset": (4, 3, 9),
 }
+# Vectors with a rest, panels of channels, chunks and parts of planes, chunks of rows.
+WIDE = {
+    "dense": (37, 19),
+    "dense_wide": (9, 133),
+    "dense_few": (517, 3),
+    "planes": (3, 5, 7, 9),
+    "planes_long": (2, 3, 4099),
+    "panels": (5, 37, 700),
+    "chunks_of_planes": (3, 2, 45001),
+    "parts_of_planes": (2, 2, 65601),
+    "chunks_of_rows": (1024, 133),
+    "few_columns": (20003, 5),
+}
 
 
 def plain(t):
@@ -44,7 +58,8 @@ class Case:
         self.layout, self.act = layout, act
         self.axis = AXES.get(layout, 1)
         self.dtype = getattr(torch, dtype)
-        self.shape = LAYOUTS[layout]
+        self.shape = LAYOUTS.get(layout) or WIDE[layout]
+        channels = self.shape[self.axis]
         param = getattr(torch, param or ("float64" if dtype == "float64" else "float32"))
         # What is saved of y is rounded to its dtype, so values keep their distance from a kink.
         margin = 0.04 if dtype in ("bfloat16", "float16") and residual else 1e-4
@@ -53,8 +68,8 @@ class Case:
             self.x = self.make() * 2 + 1
             self.dy = self.make()
             self.residual = self.make() if residual else None
-            self.weight = (torch.randn(CHANNELS) + 1).to(param)
-            self.bias = torch.randn(CHANNELS).to(param)
+            self.weight = (torch.randn(channels) + 1).to(param)
+            self.bias = torch.randn(channels).to(param)
             self.solve()
             if oracle.far_from_kinks(act, self.done.z, margin):
                 break
@@ -109,6 +124,35 @@ def check_gradients(case, found):
     oracle.assert_close(plain(dbias), case.gradients.bias, case.sums, "sum dz")
     if dresidual is not None:
         oracle.assert_close(plain(dresidual), case.gradients.residual, case.allowed, "dresidual")
+
+
+def check_functions(serving, case):
+    """Every function of a backend is the textbook."""
+    mean, var, rstd = case.statistics()
+    residual, epilogue = case.residual is not None, Epilogue(*case.given)
+    found = serving.moments(case.x, case.axis)
+    for got, expected in zip(found, (mean, var * case.done.count), strict=True):
+        assert got.dtype == torch.float64
+        oracle.assert_close(plain(got), plain(expected), case.sums, "moments")
+    y = serving.normalize(case.x, mean, rstd, epilogue, case.axis)
+    assert y.dtype == case.x.dtype
+    oracle.assert_close(plain(y), case.done.y, case.allowed, "normalize")
+    y = serving.evaluate(case.x, mean, var, epilogue, EPS, case.axis)
+    oracle.assert_close(plain(y), case.done.y, case.allowed, "evaluate")
+    y, stats = serving.forward(case.x, epilogue, EPS, case.axis)
+    oracle.assert_close(plain(y), case.done.y, case.allowed, "forward")
+    for row, expected in enumerate((case.done.mean, case.done.var, case.done.rstd)):
+        oracle.assert_close(plain(stats[row]), expected, case.fine, f"row {row} of stats")
+    assert torch.equal(stats[4:], torch.stack([case.weight, case.bias]).to(stats.dtype))
+    beside = oracle.beside(case.act, case.residual, y)
+    saved = ForBackward(case.x, stats, beside, case.act, case.axis)
+    dx, dresidual, *sums = serving.backward(case.dy, saved, residual)
+    check_gradients(case, (dx, sums[1], sums[0], dresidual))
+    again = serving.backward_sums(case.dy, saved)
+    dx, dresidual = serving.backward_input(case.dy, saved, *again, case.done.count, residual)
+    check_gradients(case, (dx, again[1], again[0], dresidual))
+    assert (dresidual is None) == (not residual)
+    return y, stats, sums, again
 
 
 def run(case, source=None, **statistics):

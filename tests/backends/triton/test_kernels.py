@@ -1,6 +1,6 @@
 """What is particular to the Triton backend, under TRITON_INTERPRET=1.
 
-The backend suite itself (test_contract, test_accuracy_bounds, test_accuracy_edge_cases) runs with it as with any other
+The backend suite itself (test_contract, test_accuracy_bounds) runs with it as with any other
 backend: make test-triton.
 """
 
