@@ -15,6 +15,7 @@ from batchnorm.errors import DtypeError, LayoutError, OptionError
 from batchnorm.moments import merge, merge_runs
 from support import oracle
 from support.combinations import each
+from support.threads import assert_same_bits
 
 U = 2.0**-53
 HUGE = [0.0, 1e-30, 1.0, -1e3, 1e8, 1e15, -1e100]
@@ -374,14 +375,7 @@ def test_infinite_and_missing_values_show_in_their_channel_alone():
 def test_the_bits_are_the_same_for_any_number_of_threads_and_on_every_run():
     x = torch.randn(16, 3, 57, 101) + 1000
     mask = torch.rand(16, 57, 101) < 0.5
-    before, seen = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5, 1):
-            torch.set_num_threads(threads)
-            seen.append(torch.cat([*Moments.of(x)[1:], *Moments.of(x, mask=mask)[1:]]))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(seen[0], other) for other in seen[1:])
+    assert_same_bits(lambda: (Moments.of(x), Moments.of(x, mask=mask)), 1, 2, 5, 1)
 
 
 @pytest.mark.parametrize("correction", [0, 1])

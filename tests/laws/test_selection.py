@@ -15,6 +15,7 @@ from batchnorm.ops.activations import activation
 from batchnorm.ops.backends.choice import SELECTING
 from support import oracle
 from support.combinations import each
+from support.threads import assert_same_bits
 
 # Shape, channel axis, and whether the channels lie innermost in memory.
 SHAPES = {
@@ -213,18 +214,8 @@ def test_two_threads_give_the_bits_of_one(dtype, kind, backend):
             case.ids[torch.rand(shape[0]) < 0.5] = 3
         case.x, case.dy, case.residual = (case.tensor(dtype, 0.5, last) for _ in range(3))
         case.weight, case.bias = torch.randn(2, shape[1]).double().unbind()
-        found = []
-        before = torch.get_num_threads()
-        try:
-            for threads in (1, 2):
-                torch.set_num_threads(threads)
-                with bn.use_backend(backend):
-                    found.append(run(case, "relu", adds=True))
-        finally:
-            torch.set_num_threads(before)
-        for one, two in zip(*found, strict=True):
-            for a, b in zip(one, two) if isinstance(one, tuple) else [(one, two)]:
-                assert torch.equal(torch.as_tensor(a), torch.as_tensor(b)), shape
+        with bn.use_backend(backend):
+            assert_same_bits(lambda case=case: run(case, "relu", adds=True), 1, 2)
 
 
 @each(kind=KINDS, act=["silu", None])

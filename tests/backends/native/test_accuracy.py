@@ -17,6 +17,7 @@ from batchnorm.ops.activations import Activation  # noqa: E402
 from batchnorm.ops.backends import cpu  # noqa: E402
 from batchnorm.ops.call import Epilogue  # noqa: E402
 from support.lanes import lanes  # noqa: E402
+from support.threads import assert_same_bits  # noqa: E402
 
 U = 2.0**-24
 IDENTITY = Activation("identity", 0.0)
@@ -226,16 +227,7 @@ def test_a_second_pass_in_some_channels_has_the_same_bits_for_any_number_of_thre
     values = rng.standard_normal(shape)
     values[:, ::32] = noughts(shape, rng)[:, ::32]
     x = tensor(values, shape)
-    before, seen = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 4):
-            torch.set_num_threads(threads)
-            seen.append(cpu.forward(x, Epilogue(), 1e-5, 1))
-    finally:
-        torch.set_num_threads(before)
-    for y, stats in seen[1:]:
-        assert torch.equal(y, seen[0][0])
-        assert torch.equal(stats, seen[0][1])
+    assert_same_bits(lambda: cpu.forward(x, Epilogue(), 1e-5, 1), 1, 2, 4)
 
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])

@@ -7,6 +7,7 @@ _native = pytest.importorskip("batchnorm._native")
 from batchnorm.ops.activations import Activation  # noqa: E402
 from batchnorm.ops.backends import cpu  # noqa: E402
 from batchnorm.ops.call import Epilogue, ForBackward  # noqa: E402
+from support.threads import assert_same_bits  # noqa: E402
 
 RELU, EPS = Activation("relu"), 1e-5
 UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53, torch.bfloat16: 2.0**-8}
@@ -44,9 +45,8 @@ def simd(request):
     _native.use_simd(SETS[0])
 
 
-def results(x, residual, dy, weight, bias, threads):
+def results(x, residual, dy, weight, bias):
     """All that forward and backward of BN+add+ReLU, and BN+ReLU, find."""
-    torch.set_num_threads(threads)
     y, stats = cpu.forward(x, Epilogue(weight, bias, residual, RELU), EPS, 1)
     plain, _ = cpu.forward(x, Epilogue(weight, bias, None, RELU), EPS, 1)
     beside, alone = (ForBackward(x, stats, one, RELU, 1) for one in (y, None))
@@ -94,11 +94,9 @@ def check(shape, dtype):
     x, residual, dy = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
     weight, bias = (torch.randn(shape[1], generator=generator) for _ in range(2))
     given = (x, residual, dy, weight, bias)
-    threads = torch.get_num_threads()
-    found, *same = (results(*given, n) for n in ((1, 2, 5) if x.numel() >= PARALLEL else (1, 5)))
-    torch.set_num_threads(threads)
-    for other in same:
-        assert all(torch.equal(a, b) for a, b in zip(found, other, strict=True)), shape
+    found = results(*given)
+    if x.numel() >= PARALLEL:
+        assert_same_bits(lambda: results(*given), 1, 2, 5)
     found = [one.double() for one in found]
     true, (open1, open2) = expected(*given)
     count, most = x.numel() / shape[1], float(dy.abs().max())
@@ -122,12 +120,7 @@ def check(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
-def test_rows_of_any_width(simd, dtype):
-    for shape in dense():
-        check(shape, dtype)
-
-
-@pytest.mark.parametrize("dtype", UNIT, ids=str)
-def test_planes_of_any_size(simd, dtype):
-    for shape in planes():
+@pytest.mark.parametrize("shapes", [dense, planes])
+def test_rows_of_any_width_and_planes_of_any_size(simd, shapes, dtype):
+    for shape in shapes():
         check(shape, dtype)
