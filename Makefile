@@ -41,11 +41,11 @@ test-slow: $(READY)
 audit: $(READY)
 	$(PY) -m pytest -m "audit and not cuda" -n auto --maxprocesses 2 --dist loadfile --timeout 900 $(TESTS)
 
-# The callbacks with the real libraries, which are no requirement of anything else.
+# The callbacks with the real libraries, and ONNX files: no requirement of anything else.
 test-integrations: $(READY)
-	@echo "Installing the trainers of requirements/integrations.txt"
+	@echo "Installing requirements/integrations.txt"
 	$(PIP) --constraint $(TORCH) --requirement requirements/integrations.txt
-	$(PY) -m pytest tests/interop/test_trainers.py -m "not cuda"
+	$(PY) -m pytest tests/interop tests/diagnosis tests/surgery -k "trainers or onnx" -m "not cuda and not audit"
 
 # The Triton kernels without a GPU: run by Triton's interpreter in numpy, and compiled for Hopper.
 # Two lanes side by side; the suite of every backend runs with this one.

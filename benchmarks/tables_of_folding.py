@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable
 
 from cited import Row, Rows
-from tables import around, markdown
+from tables import REGIMES, TITLES, around, markdown, ratio, seconds
 
 TOOLS = {
     "batchnorm": "`bn.fold`",
@@ -62,6 +62,23 @@ def fold_peers(rows: Rows) -> str:
     return f"{around(everything)}\n\n{table}\n\n{legal:,} of the batch norms can be folded."
 
 
+def fold_time(rows: Rows) -> str:
+    """Return a forward pass over that of the twin without batch normalization."""
+    cited, lines = [], []
+    for regime in REGIMES:
+        for network in ("resnet50", "mobilenet_v2", "efficientnet_b0"):
+            pair = [
+                rows.one("fold/time", {"network": network, "regime": regime, "contender": name})
+                for name in ("folded", "unfolded")
+            ]
+            cited += pair
+            size = f"{pair[0]['batch']} of {pair[0]['size']}²"
+            lines.append([f"{TITLES[network]}, {size}", regime, seconds(pair[0], "median"),
+                          *map(ratio, pair)])  # fmt: skip
+    head = ["network", "memory", "folded", "folded / twin", "unfolded / twin"]
+    return f"{around(cited)}\n\n{markdown(head, 2, lines)}"
+
+
 def _sum(rows: list[Row], column: str) -> int:
     return sum(int(row[column]) for row in rows)
 
@@ -70,4 +87,5 @@ BLOCKS: dict[str, Callable[[Rows], str]] = {
     "fold_networks": fold_networks,
     "fold_graphs": fold_graphs,
     "fold_peers": fold_peers,
+    "fold_time": fold_time,
 }

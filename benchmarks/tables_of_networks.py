@@ -27,15 +27,19 @@ NETWORKS = training(RESNET50, MOBILENET, EFFICIENTNET, DENSENET, RESNET18, MLP)
 # Those that the ablation of conversion was measured with.
 ABLATED = training(RESNET50, MOBILENET, RESNET18, MLP)
 SAVING = [cell for cell in training(RESNET50, MOBILENET) if cell[2] == "nchw"]
+SAVING.insert(1, (("resnet50", "16", "224"), "train", "nchw", "fp32"))
 # What conversion consisted of before graphs were captured, in history/ablation.
 PARTS = [
     "eager", "layers", "deferred", "sequences", "converted", "converted, pool off", "save_memory"
 ]  # fmt: skip
-
-
-# No row in the regime "default".
-KEPT_ALONE = [(DENSENET, "train", "channels_last", "fp32")]
 SMALL = training(RESNET18, MLP)
+# Measured once for each network, with memory kept: the number of threads and the number format.
+MORE = [
+    ((net, "train", "nchw", dtype), threads)
+    for net in (RESNET50, MOBILENET, EFFICIENTNET, DENSENET, RESNET18, MLP)
+    for threads, dtype in (("1", "bf16"), ("2", "fp32"))
+]
+COMPILED = [cell for cell in training(MOBILENET, RESNET18, MLP) if cell[2] == "nchw"]
 
 
 class Network:
@@ -63,18 +67,40 @@ class Network:
 def networks(rows: Rows) -> str:
     """Return what conversion and captured graphs gain in a training step, in both regimes."""
     cells, lines = [Network(rows, cell) for cell in NETWORKS], []
-    for cell, key in zip(cells, NETWORKS, strict=True):
-        kept, default = (
-            [ratio(cell.row(name, regime)) for name in ("layers", "graph")]
-            if regime == "kept" or key not in KEPT_ALONE
-            else ["not measured"] * 2
+    for cell in cells:
+        ratios = [
+            ratio(cell.row(name, regime))
             for regime in ("kept", "default")
-        )
-        lines.append([*cell.words(), seconds(cell.row("eager", "kept"), "median"), *kept, *default])
+            for name in ("layers", "graph")
+        ]
+        lines.append([*cell.words(), seconds(cell.row("eager", "kept"), "median"), *ratios])
     head = ["training step", "layout", "eager, kept", *(
         f"{name}, {regime}" for regime in ("kept", "default") for name in ("converted", "graph")
     )]  # fmt: skip
     return _with_place(head, cells, lines, 2)
+
+
+def more(rows: Rows) -> str:
+    """Return what they gain in bfloat16 and on two threads, memory kept."""
+    cells, lines = [Network(rows, cell, threads) for cell, threads in MORE], []
+    for cell in cells:
+        what = WORDS["bf16"] if cell.dtype == "bf16" else "float32, two threads"
+        times = [cell.row(name, "kept") for name in ("eager", "layers", "graph")]
+        lines.append([cell.title, what, seconds(times[0], "median"), *map(ratio, times[1:])])
+    return _with_place(["training step", "", "eager", "converted", "graph"], cells, lines, 2)
+
+
+def compiled(rows: Rows) -> str:
+    """Return a step behind Inductor over that of ``torch.compile(model)``."""
+    cells, lines = [Network(rows, cell) for cell in COMPILED], []
+    for cell in cells:
+        base, *others = (
+            cell.row(name, "kept") for name in ("compile", "compile converted", "graph, inductor")
+        )
+        lines.append([cell.title, seconds(base, "median"), *map(ratio, others)])
+    head = ["training step", "`torch.compile(model)`", "of the converted model",
+            'backend "batchnorm", inner "inductor"']  # fmt: skip
+    return _with_place(head, cells, lines, 1)
 
 
 def small(rows: Rows) -> str:
@@ -165,6 +191,8 @@ def _with_place(
 
 BLOCKS: dict[str, Callable[[Rows], str]] = {
     "networks": networks,
+    "networks-more": more,
+    "networks-compiled": compiled,
     "networks-small": small,
     "saved": saved,
     "ablation": ablation,

@@ -43,12 +43,19 @@ def network(cell, contender, regime):
 
 
 CONTENDERS = ("eager", "layers", "dynamo", "graph", "save_memory")
+COMPILED = ("compile", "compile converted", "graph, inductor")
 
 
 def networks():
     for cell in nets.NETWORKS:
         for contender, regime in itertools.product(CONTENDERS, tables.REGIMES):
             yield network(cell, contender, regime)
+    for contender in CONTENDERS:
+        yield network(nets.SAVING[1], contender, "kept")
+        for cell, threads in nets.MORE:
+            yield network(cell, contender, "kept") | {"threads": threads}
+    for cell, contender in itertools.product(nets.COMPILED, COMPILED):
+        yield network(cell, contender, "kept") | {"base": "compile"}
 
 
 def ablation():
@@ -137,6 +144,14 @@ def fold_peers():
         yield {"tool": tool, "version": "1", "first": "0", **dict.fromkeys(COUNTS, "20"), **AROUND}
 
 
+def fold_time():
+    for network, regime, contender in itertools.product(
+        ("resnet50", "mobilenet_v2", "efficientnet_b0"), tables.REGIMES, ("folded", "unfolded")
+    ):
+        cell = {"network": network, "batch": "4", "size": "160", "regime": regime}
+        yield timed(cell | {"contender": contender, "base": "twin"})
+
+
 def freeze_matrix():
     for contender in ("`bn.freeze`", "another"):
         row = {"action": "`model.train()`", "contender": contender, "outcome": "yes"}
@@ -155,6 +170,7 @@ FILES = {
     "fold/networks.csv": fold_networks,
     "fold/graphs.csv": fold_graphs,
     "fold/peers.csv": fold_peers,
+    "fold/time.csv": fold_time,
     "freeze/matrix.csv": freeze_matrix,
 }
 
