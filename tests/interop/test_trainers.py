@@ -71,22 +71,21 @@ def lightning_module(lightning):
     return Module()
 
 
-def fit(lightning, module, callback, tmp_path, **options):
+def fit(lightning, module, callbacks, tmp_path, **options):
     trainer = lightning.Trainer(
         max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=1,
-        default_root_dir=tmp_path, callbacks=[callback], **options,
+        default_root_dir=tmp_path, callbacks=callbacks, **options,
     )  # fmt: skip
     data = TensorDataset(X, Y)
     trainer.fit(module, DataLoader(data, 16, shuffle=True), DataLoader(data, 60))
-    return trainer
 
 
 def test_lightning_validates_with_exact_statistics(lightning, tmp_path):
     from batchnorm.integrations.lightning import CalibrateCallback
 
     module, callback = lightning_module(lightning), CalibrateCallback(upstream="population")
-    fit(lightning, module, callback, tmp_path)
+    fit(lightning, module, [callback], tmp_path)
     assert len(module.seen) == 3  # the sanity check, with what there was, and two epochs
     for states in module.seen[1:]:
         plain = copy.deepcopy(module.net)
@@ -101,28 +100,20 @@ def test_lightning_validates_with_exact_statistics(lightning, tmp_path):
 def test_lightning_in_the_midst_of_an_epoch_and_frozen_layers(lightning, tmp_path):
     from batchnorm.integrations.lightning import CalibrateCallback
 
-    module = lightning_module(lightning)
-    frozen = module.net[3]
-
     class Freeze(lightning.Callback):
         def on_train_batch_start(self, *_):
             frozen.eval()
 
     callback = CalibrateCallback([(X, Y)])
-    fit(lightning, module, callback, tmp_path, val_check_interval=2)
+    module = lightning_module(lightning)
+    fit(lightning, module, [callback], tmp_path, val_check_interval=2)
     assert len(module.seen) == 5
     assert_exact(module.net, module.seen[-1], [X])
 
     module = lightning_module(lightning)
     frozen = module.net[3]
     callback = CalibrateCallback()
-    fit_with = [Freeze(), callback]
-    trainer = lightning.Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
-        default_root_dir=tmp_path, callbacks=fit_with,
-    )  # fmt: skip
-    trainer.fit(module, DataLoader(TensorDataset(X, Y), 16))
+    fit(lightning, module, [Freeze(), callback], tmp_path, limit_val_batches=0)
     assert list(callback.calibration.layers) == ["net.1"]
     assert callback.calibration.skipped == {"net.3": "not asked for"}
     assert torch.equal(frozen.running_mean, torch.zeros(8))

@@ -1,5 +1,6 @@
 """Every estimate in float64 against exact fractions: no number on the way is a float32."""
 
+import functools
 from fractions import Fraction
 
 import pytest
@@ -89,13 +90,6 @@ def assert_exact(got, expected):
             assert off <= 1e-14 * max(1, abs(fraction)), f"{name} is off by {float(off):.1e}"
 
 
-def assert_all_exact(layer, per_channel):
-    for name in ESTIMATORS:
-        bn.use_estimate(layer, name)
-        expected = [exact(name, channel) for channel in per_channel]
-        assert_exact((layer.running_mean, layer.running_var), expected)
-
-
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("estimator", ONE_EACH)
 def test_an_estimator_is_exact_in_float64(estimator, masked):
@@ -107,63 +101,43 @@ def test_an_estimator_is_exact_in_float64(estimator, masked):
     assert_exact(estimator.statistics(state), expected)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("options", [{"momentum": None}, {"momentum": 0.3}], ids=str)
-def test_a_layer_with_a_momentum_is_exact_in_float64(options, masked):
-    layer, data = bn.BatchNorm1d(CHANNELS, **options).double(), batches()
-    kept = masks() if masked else [None] * len(SIZES)
-    for x, mask in zip(data, kept):
-        if mask is None or mask.any():
-            layer(x, mask=mask)
-    name = "running" if options["momentum"] else "cumulative"
-    expected = [exact(name, c) for c in columns(data, kept if masked else None)]
-    assert_exact((layer.running_mean, layer.running_var), expected)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_estimates_side_by_side_are_exact_in_float64(masked):
-    layer, data = bn.BatchNorm1d(CHANNELS, estimator=list(ESTIMATORS.values())).double(), batches()
-    kept = masks() if masked else [None] * len(SIZES)
-    for x, mask in zip(data, kept):
-        if mask is None or mask.any():
-            layer(x, mask=mask)
-    assert_all_exact(layer, columns(data, kept if masked else None))
-
-
-def assert_compiled_layers_are_exact(data, kept, **options):
+def assert_layers_are_exact(data, kept, compiled=lambda run: run):
     layers = nn.ModuleDict({
         "cumulative": bn.BatchNorm1d(CHANNELS, momentum=None),
+        "running": bn.BatchNorm1d(CHANNELS, momentum=0.3),
         "all": bn.BatchNorm1d(CHANNELS, estimator=list(ESTIMATORS.values())),
     }).double()  # fmt: skip
-    torch.compiler.reset()
-
-    @torch.compile(**options)
-    def run(x, mask):
-        return [layer(x, mask=mask) for layer in layers.values()]
-
+    run = compiled(lambda x, mask: [layer(x, mask=mask) for layer in layers.values()])
     for x, mask in zip(data, kept):
         if mask is None or mask.any():
             run(x, mask)
     per_channel = columns(data, None if kept[0] is None else kept)
-    assert_all_exact(layers["all"], per_channel)
-    cumulative = layers["cumulative"]
-    expected = [exact("cumulative", channel) for channel in per_channel]
-    assert_exact((cumulative.running_mean, cumulative.running_var), expected)
+    several = layers["all"]
+    for name in ESTIMATORS:
+        expected = [exact(name, channel) for channel in per_channel]
+        bn.use_estimate(several, name)
+        for layer in (several, *(layers[name],) * (name in layers)):
+            assert_exact((layer.running_mean, layer.running_var), expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_layers_are_exact_in_float64(masked):
+    assert_layers_are_exact(batches(), masks() if masked else [None] * len(SIZES))
 
 
 def test_compiled_layers_are_exact_in_float64():
     """Batches of one size: each other one would be captured again."""
-    sizes = [6] * 5
-    assert_compiled_layers_are_exact(
-        batches(sizes), masks(sizes), backend="aot_eager", fullgraph=True
-    )
+    torch.compiler.reset()
+    compiled = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    assert_layers_are_exact(batches([6] * 5), masks([6] * 5), compiled)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 def test_layers_compiled_by_inductor_are_exact_in_float64(masked):
+    torch.compiler.reset()
     kept = masks() if masked else [None] * len(SIZES)
-    assert_compiled_layers_are_exact(batches(), kept, dynamic=True)
+    assert_layers_are_exact(batches(), kept, functools.partial(torch.compile, dynamic=True))
 
 
 @pytest.mark.parametrize("upstream", ["batch", "population"])

@@ -41,6 +41,12 @@ REFUSED = {
     ),
     "mask dtype": ((X,), {"mask": torch.ones(4, 2, 2)}, ValueError, "boolean"),
     "mask of one": ((X,), {"mask": torch.arange(16).reshape(4, 2, 2) == 3}, ValueError, "1 value"),
+    "group of one": (
+        (X,),
+        {"groups": torch.tensor([0, 0, 1, 1]), "mask": torch.arange(16).view(4, 2, 2) < 9},
+        ValueError,
+        "one in group 1",
+    ),
     "device": ((X.to("meta"),), {}, RuntimeError, "running_mean is on device cpu.*meta"),
     "residual": ((X,), {"residual": torch.randn(4, 2, 2, 2)}, RuntimeError, "size of tensor"),
 }

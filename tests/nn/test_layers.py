@@ -120,44 +120,26 @@ def test_momentum_is_stored_as_torch_stores_it() -> None:
     assert bn.BatchNorm1d(2, estimator=bn.Cumulative()).momentum is None
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("momentum", 0.5), ("momentum", None), ("eps", 0.3), ("track_running_stats", False)],
-)
-def test_an_attribute_changed_later_takes_effect_as_in_torch(name: str, value: object) -> None:
+CHANGES: list[dict[str, Any]] = [
+    {"momentum": 0.5},
+    {"momentum": None},
+    {"eps": 0.3},
+    {"track_running_stats": False},
+    {"num_batches_tracked": None},
+    {"num_batches_tracked": None, "momentum": None},
+    {"running_mean": None, "running_var": None, "num_batches_tracked": None},
+    {"weight": None},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_attributes_changed_later_take_effect_as_in_torch(changes: dict[str, Any]) -> None:
     ours, theirs = twins("2d")
-    for change in (False, True):
-        if change:
+    for change in ({}, changes):
+        for name, value in change.items():
             setattr(ours, name, value)
             setattr(theirs, name, value)
         assert_same_steps(ours, theirs, SHAPES[4], (True, True, False), **CLOSE[torch.float32])
-
-
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_a_layer_without_counter_moves_as_in_torch(momentum: float | None) -> None:
-    ours, theirs = twins("1d", momentum=momentum)
-    for layer in (ours, theirs):
-        layer.num_batches_tracked = None
-    x = torch.randn(7, 5)
-    assert_same(step(ours, x), step(theirs, x), **CLOSE[torch.float32])
-    assert_same_state(ours, theirs)
-
-
-def test_running_buffers_set_to_none_later_make_eval_use_the_batch() -> None:
-    ours, theirs = twins("1d")
-    for layer in (ours, theirs):
-        layer.running_mean = layer.running_var = None
-    x, dy = torch.randn(7, 5), torch.randn(7, 5)
-    for training in (False, True):
-        found, expected = (step(m.train(training), x, dy) for m in (ours, theirs))
-        assert_same(found, expected, **CLOSE[torch.float32])
-
-
-def test_parameters_replaced_by_none_later_are_left_out_as_in_torch() -> None:
-    ours, theirs = twins("1d")
-    for layer in (ours, theirs):
-        layer.weight = None
-    assert_same_steps(ours, theirs, (7, 5), **CLOSE[torch.float32])
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import batchnorm as bn
 from batchnorm.ops.activations import NAMES
 
-SMOOTH = [name for name in NAMES if name not in ("hardswish", "hardsigmoid")]
+SMOOTH = [name for name in NAMES if name != "hardsigmoid"]
 
 
 def make(*shape):

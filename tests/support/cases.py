@@ -148,10 +148,10 @@ def check_functions(serving, case):
     saved = ForBackward(case.x, stats, beside, case.act, case.axis)
     dx, dresidual, *sums = serving.backward(case.dy, saved, residual)
     check_gradients(case, (dx, sums[1], sums[0], dresidual))
+    assert (dresidual is None) == (not residual)
     again = serving.backward_sums(case.dy, saved)
     dx, dresidual = serving.backward_input(case.dy, saved, *again, case.done.count, residual)
     check_gradients(case, (dx, again[1], again[0], dresidual))
-    assert (dresidual is None) == (not residual)
     return y, stats, sums, again
 
 
