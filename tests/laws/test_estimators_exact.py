@@ -116,7 +116,8 @@ def assert_layers_are_exact(data, kept, compiled=lambda run: run):
     for name in ESTIMATORS:
         expected = [exact(name, channel) for channel in per_channel]
         bn.use_estimate(several, name)
-        for layer in (several, *(layers[name],) * (name in layers)):
+        alone = [layers[name]] if name in layers else []
+        for layer in (several, *alone):
             assert_exact((layer.running_mean, layer.running_var), expected)
 
 

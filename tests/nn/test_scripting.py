@@ -11,7 +11,15 @@ from torch.nn.utils import parametrize
 import batchnorm as bn
 from batchnorm.errors import SurgeryError
 from support.combinations import each
-from support.twins import KIND, SHAPES, assert_unchanged, randomize, snapshot, twins
+from support.twins import (
+    KIND,
+    SHAPES,
+    assert_same_steps,
+    assert_unchanged,
+    randomize,
+    snapshot,
+    twins,
+)
 
 OPTIONS = {
     "plain": {},
@@ -39,28 +47,13 @@ class Block(nn.Module):
         return self.again(y + x)
 
 
-def assert_same_steps(scripted, theirs, shape):
-    """Outputs, gradients and statistics are those of ``theirs`` in training and evaluation."""
-    for training in (True, True, False):
-        scripted.train(training), theirs.train(training)
-        x = torch.randn(shape)
-        dy = torch.randn(shape)
-        scripted.zero_grad(), theirs.zero_grad()
-        found, expected = scripted(x), theirs(x)
-        torch.testing.assert_close(found, expected)
-        if found.requires_grad:
-            found.backward(dy), expected.backward(dy)
-        pairs = zip(scripted.named_parameters(), theirs.named_parameters(), strict=True)
-        for (name, ours), (other, parameter) in pairs:
-            assert name == other
-            torch.testing.assert_close(ours.grad, parameter.grad)
-        torch.testing.assert_close(dict(scripted.named_buffers()), dict(theirs.named_buffers()))
+MODES = (True, True, False)
 
 
 @each(options=OPTIONS.values(), rank=SHAPES)
 def test_a_scripted_layer_computes_what_the_scripted_layer_of_torch_does(options, rank):
     ours, theirs = twins(KIND[rank], **options)
-    assert_same_steps(torch.jit.script(ours), torch.jit.script(theirs), SHAPES[rank])
+    assert_same_steps(torch.jit.script(ours), torch.jit.script(theirs), SHAPES[rank], MODES)
 
 
 def test_a_scripted_model_computes_what_torch_does_and_leaves_the_model_as_it_was():
@@ -72,7 +65,7 @@ def test_a_scripted_model_computes_what_torch_does_and_leaves_the_model_as_it_wa
     assert list(ours.modules()) == modules
     assert str(ours) == described
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
-    assert_same_steps(scripted, theirs, (4, 3, 5, 6))
+    assert_same_steps(scripted, theirs, (4, 3, 5, 6), MODES)
 
 
 def test_a_scripted_layer_shares_parameters_and_statistics_with_the_layer():
@@ -124,17 +117,17 @@ class LikeTimm(bn.BatchNorm2d):
 @pytest.mark.parametrize("cls", [Renamed, LikeTimm])
 def test_a_subclass_is_scripted(cls):
     layer = cls(3)
-    assert_same_steps(torch.jit.script(copy.deepcopy(layer)), layer, (4, 3, 2, 2))
+    assert_same_steps(torch.jit.script(copy.deepcopy(layer)), layer, (4, 3, 2, 2), MODES)
 
 
 def test_a_layer_of_any_rank_and_one_that_was_lazy_are_scripted():
-    assert_same_steps(torch.jit.script(bn.BatchNorm(5)), bn.BatchNorm(5), SHAPES[5])
-    assert_same_steps(torch.jit.script(bn.BatchNorm(5)), bn.BatchNorm(5), SHAPES[2])
+    assert_same_steps(torch.jit.script(bn.BatchNorm(5)), bn.BatchNorm(5), SHAPES[5], MODES)
+    assert_same_steps(torch.jit.script(bn.BatchNorm(5)), bn.BatchNorm(5), SHAPES[2], MODES)
     lazy = bn.LazyBatchNorm2d()
     with pytest.raises(SurgeryError, match="no parameters yet"):
         torch.jit.script(lazy)
     lazy(torch.randn(SHAPES[4]))
-    assert_same_steps(torch.jit.script(copy.deepcopy(lazy)), lazy, SHAPES[4])
+    assert_same_steps(torch.jit.script(copy.deepcopy(lazy)), lazy, SHAPES[4], MODES)
 
 
 def hooked():

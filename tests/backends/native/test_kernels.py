@@ -13,7 +13,7 @@ from support.combinations import pairs  # noqa: E402
 
 SIMD = ["avx512", "avx2", "baseline"]
 # Where rounding moves no value over a kink, of which many values have some nearby.
-SMOOTH = [Activation(name) for name in ("identity", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh")]
+SMOOTH = [Activation(name) for name in ("identity", "silu", "tanh")]
 
 
 @pytest.fixture(autouse=True)
