@@ -21,32 +21,34 @@ def answers():
     return modes.is_calm(), modes.is_traced(), modes.is_recorded(), modes.is_transformed()
 
 
-def test_nothing_is_active_by_default():
-    assert answers() == (True, False, False, False)
+def within(context):
+    def run(ask):
+        with context:
+            ask(torch.ones(2))
+
+    return run
+
+
+ACTIVE = {
+    "nothing": (lambda ask: ask(torch.ones(2)), (True, False, False, False)),
+    "a dispatch mode": (within(Passing()), (False, False, False, False)),
+    "forward mode": (within(fwAD.dual_level()), (False, False, False, False)),
+    "torch.jit.trace": (
+        lambda ask: torch.jit.trace(ask, torch.ones(2)),
+        (False, True, True, False),
+    ),
+    "vmap": (lambda ask: torch.func.vmap(ask)(torch.ones(2)), (False, False, False, True)),
+    "grad": (lambda ask: torch.func.grad(ask)(torch.ones(2)), (False, False, False, True)),
+}
+
+
+@pytest.mark.parametrize("what", ACTIVE)
+def test_what_is_active_is_seen(what):
+    run, expected = ACTIVE[what]
+    found = []
+    run(lambda x: (found.append(answers()), x.sum())[1])
+    assert found[0] == expected
     assert not modes.is_recomputing()
-
-
-def test_a_dispatch_mode_is_seen():
-    with Passing():
-        assert answers() == (False, False, False, False)
-
-
-def test_torch_jit_trace_is_seen():
-    found = []
-    torch.jit.trace(lambda x: (found.append(answers()), x + 1)[1], torch.ones(2))
-    assert found[0] == (False, True, True, False)
-
-
-@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad])
-def test_a_transform_of_torch_func_is_seen(transform):
-    found = []
-    transform(lambda x: (found.append(answers()), x.sum())[1])(torch.ones(2))
-    assert found[0] == (False, False, False, True)
-
-
-def test_forward_mode_is_seen():
-    with fwAD.dual_level():
-        assert not modes.is_calm()
 
 
 def test_a_compiled_function_knows_that_it_is_traced():

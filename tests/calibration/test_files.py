@@ -15,7 +15,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import batchnorm as bn
 from batchnorm.errors import CalibrationError, MissingExtraError, OptionError
-from support.twins import assert_unchanged, randomize, snapshot
+from support.oracle import POOLED, STORED, Tolerance, tolerance
+from support.oracle import assert_close as close
+from support.twins import assert_same_state, randomize, refused
 
 
 def network(channels=5):
@@ -61,16 +63,15 @@ def test_days_merged_are_one_calibration_of_all_days(tmp_path):
     assert (merged.batches, merged.samples) == (18, 144) == (whole.batches, whole.samples)
     for name, one in whole.layers.items():
         other = merged.layers[name]
-        torch.testing.assert_close(other.new.var, one.new.var, rtol=1e-13, atol=1e-13)
-        torch.testing.assert_close(other.errors.var, one.errors.var, rtol=1e-9, atol=1e-12)
+        close(other.new.var, one.new.var, Tolerance(POOLED, POOLED))
+        close(other.errors.var, one.errors.var, Tolerance(POOLED, 1000 * POOLED))
     many = merged.merge(*[merged] * 10)
     assert len(many.layers["1"].groups.mean) <= 64
     model = network()
     assert merged.apply(model) is model
     twin = network()
     bn.calibrate(twin, list(itertools.chain(*days)))
-    for name, value in twin.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], value)
+    assert_same_state(model, twin)
 
 
 def test_what_does_not_belong_together_is_not_merged():
@@ -91,10 +92,8 @@ def test_what_does_not_belong_together_is_not_merged():
 )  # fmt: skip
 def test_applied_to_another_model_it_changes_nothing(model, words):
     found, model = bn.calibrate(network(), data(0)), model()
-    before = snapshot(model)
-    with pytest.raises(CalibrationError, match=words):
+    with refused(CalibrationError, words, model):
         found.apply(model)
-    assert_unchanged(before, model)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
@@ -135,7 +134,9 @@ def test_change_is_told_in_standard_errors():
     with torch.no_grad():
         layer.running_mean += 1
     moved = bn.calibrate(layer, data(2, batches=40)).layers[""]
-    torch.testing.assert_close(moved.change.mean, -1 / moved.errors.mean, rtol=1e-4, atol=0)
+    # The stored mean was rounded to float32, and is the difference of two of nearly the same size.
+    expected = -1 / moved.errors.mean
+    assert ((moved.change.mean / expected - 1).abs() < 1e3 * STORED.rtol).all()
     still = bn.calibrate(nn.Sequential(nn.ReLU(), layer), [torch.zeros(4, 4) - 1] * 9).layers["1"]
     assert (still.new.var == 0).all()
     assert still.error == 0
@@ -161,8 +162,9 @@ def test_statistics_are_pooled_as_those_of_one_set(sizes, mean):
         states.append(layer.state_dict())
     merged = bn.merge_states(states, sizes)
     whole = np.concatenate(parts)
-    np.testing.assert_allclose(merged["running_mean"], whole.mean(0), rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(merged["running_var"], whole.var(0), rtol=1e-9, atol=1e-9)
+    close(merged["running_mean"], whole.mean(0), Tolerance(POOLED, POOLED))
+    # The spread of means of 1e3 is the difference of squares of 1e6.
+    close(merged["running_var"], whole.var(0), Tolerance(1000 * POOLED, 1000 * POOLED))
 
 
 def states(count=3):
@@ -197,14 +199,6 @@ def test_everything_else_is_averaged_or_taken_with_sense():
             if torch.is_tensor(value):
                 assert torch.equal(value, old[name])
                 assert value.data_ptr() != merged[name].data_ptr()
-
-
-def test_the_spread_between_states_counts():
-    first, second = (nn.BatchNorm1d(1).state_dict() for _ in range(2))
-    second["running_mean"] += 4
-    assert bn.merge_states([first, second])["running_var"].item() == pytest.approx(1 + 4)
-    assert bn.merge_states([first, second], [3, 1])["running_mean"].item() == pytest.approx(1)
-    assert bn.merge_states([first, second], [1, 0])["running_var"].item() == pytest.approx(1)
 
 
 def test_one_state_comes_back_as_it_is_and_a_state_of_weight_0_may_hold_anything():
@@ -252,7 +246,5 @@ def test_the_recipe_for_averaged_weights(average):
     found = bn.calibrate(averaged, batches)
     assert list(found.layers) == ["module.1"]
     received = torch.cat([averaged.module[0](x) for x in batches]).detach().double()
-    torch.testing.assert_close(
-        averaged.module[1].running_var.double(), received.var(0), rtol=1e-6, atol=0
-    )
+    close(averaged.module[1].running_var, received.var(0), tolerance("float32"))
     assert int(averaged.n_averaged) == 20

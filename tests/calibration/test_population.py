@@ -1,7 +1,6 @@
 """The statistics that a network reproduces in use, whatever the batches."""
 
 import copy
-import functools
 
 import pytest
 import torch
@@ -10,30 +9,36 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.calibration.dependencies import levels
 from batchnorm.errors import CalibrationError
-from support.calibrated import dense, statistics
+from support.calibrated import dense, received, statistics
+from support.combinations import each
+from support.oracle import tolerance
 from support.third_party import timm, torchvision
-from support.twins import assert_unchanged, snapshot
+from support.twins import Calls, assert_close, refused
 
 
-def assert_self_consistent(model, data, rtol=2e-5):
+def assert_self_consistent(model, data, ratio=40):
     """Each layer's buffers are mean and variance of what it receives in eval; by plain torch."""
+    allowed = tolerance("float32", ratio=ratio).atol
     model = copy.deepcopy(model).eval()
-    seen = {}
-    hooks = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            hook = functools.partial(lambda name, layer, args: seen.setdefault(name, []).append(args[0].double()), name)  # fmt: skip
-            hooks.append(layer.register_forward_pre_hook(hook))
+    seen = received(model)
     with torch.no_grad():
         for x in data:
             model(x)
     assert seen
     for name, inputs in seen.items():
+        if not inputs:
+            continue
         layer = model.get_submodule(name)
-        rows = torch.cat([x.movedim(1, -1).flatten(0, -2) for x in inputs])
+        rows = torch.cat([x.double().movedim(1, -1).flatten(0, -2) for x in inputs])
         spread = rows.std(0) + 1e-3
-        assert ((layer.running_mean - rows.mean(0)).abs() / spread).max() < rtol, name
-        assert (layer.running_var / (rows.var(0) + 1e-6) - 1).abs().max() < 20 * rtol, name
+        assert ((layer.running_mean - rows.mean(0)).abs() / spread).max() < allowed, name
+        assert (layer.running_var / (rows.var(0) + 1e-6) - 1).abs().max() < 20 * allowed, name
+
+
+def assert_same_but_for_rounding(found, expected):
+    """float32 noise of the forward pass of another batch size, nothing else."""
+    for name, value in expected.items():
+        assert_close(found[name], value, name, ratio=8)
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d, bn.BatchNorm1d, nn.SyncBatchNorm])
@@ -48,9 +53,7 @@ def test_the_same_answer_whatever_the_batches(layer):
         found.append(statistics(model))
         assert_self_consistent(model, [x])
     for other in found[1:]:
-        for name, value in found[0].items():
-            # float32 noise of the forward pass of another batch size, nothing else
-            torch.testing.assert_close(other[name], value, rtol=2e-6, atol=2e-7)
+        assert_same_but_for_rounding(other, found[0])
 
 
 def test_by_batch_the_answer_depends_on_the_batches_and_by_population_it_does_not():
@@ -64,16 +67,12 @@ def test_by_batch_the_answer_depends_on_the_batches_and_by_population_it_does_no
             found[upstream, size] = model[7].running_var
     apart = {u: (found[u, 2] / found[u, 64] - 1).abs().mean() for u in ("batch", "population")}
     assert apart["batch"] > 0.1
-    assert apart["population"] < 1e-6
-
-
-def _small(name, **options):
-    return timm().create_model(name, num_classes=4, **options)
+    assert apart["population"] < tolerance("float32", ratio=1).atol
 
 
 NETWORKS = {
     "resnet18": (lambda: torchvision().models.resnet18(num_classes=4), 20, 17),
-    "timm resnet10t": (lambda: _small("resnet10t"), 14, 11),
+    "timm resnet10t": (lambda: timm().create_model("resnet10t", num_classes=4), 14, 11),
     "googlenet": (
         lambda: torchvision().models.GoogLeNet(num_classes=4, aux_logits=False, init_weights=False),
         57,
@@ -87,11 +86,11 @@ def test_parallel_branches_share_a_pass(name):
     build, layers, passes = NETWORKS[name]
     torch.manual_seed(1)
     model = build()
-    data = [torch.randn(n, 3, 48, 48) for n in (3, 1, 4)]
+    data = [torch.randn(n, 3, 32, 32) for n in (3, 1, 4)]
     result = bn.calibrate(model, data, upstream="population")
     assert len(result.layers) == layers
     assert result.passes == passes <= layers
-    assert_self_consistent(model, data, rtol=2e-4)
+    assert_self_consistent(model, data, ratio=400)
 
 
 def test_a_pass_stops_when_the_layers_it_is_for_have_run():
@@ -116,89 +115,67 @@ def test_after_n_repeats_n_levels_are_exact_and_the_rest_says_how_far_it_moved()
     for passes in (1, 2, 3, 4):
         model = dense()
         result = bn.calibrate(model, x.split(20), upstream="population", passes=passes)
+        twin = dense()
+        bn.calibrate(twin, x.split(1 + 199 * (passes == 2)), upstream="population", passes=passes)
+        assert_same_but_for_rounding(statistics(twin), statistics(model))
         assert result.passes == passes
         for level, name in enumerate(("1", "4", "7"), 1):
-            close = torch.allclose(model.get_submodule(name).running_var, exact.get_submodule(name).running_var, rtol=1e-6)  # fmt: skip
-            assert close or passes < level
+            got, expected = (m.get_submodule(name).running_var for m in (model, exact))
+            assert torch.allclose(got, expected) or passes < level
             moved = result.layers[name].remaining
             assert moved > 1 if passes <= level else moved < 1e-3
         assert previous is None or result.layers["7"].remaining != previous
         previous = result.layers["7"].remaining
 
 
-def test_repeats_do_not_depend_on_the_batches_either():
-    x = torch.randn(60, 6)
-    models = [dense(), dense()]
-    for model, size in zip(models, (1, 60), strict=True):
-        bn.calibrate(model, x.split(size), upstream="population", passes=2)
-    for name, value in statistics(models[0]).items():
-        torch.testing.assert_close(statistics(models[1])[name], value, rtol=1e-5, atol=1e-6)
+def norms(call, names, features=4, **parts):
+    """Normalizations by name, and the function that calls them."""
+    return Calls(call, **{name: nn.BatchNorm1d(features) for name in names}, **parts)
 
 
-class Branchy(nn.Module):
-    """Ways to lose sight of what depends on what: in place, views, detach, indices, numpy-free."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.c, self.d = (nn.BatchNorm1d(4) for _ in range(4))
-
-    def forward(self, x):
-        y = self.a(x)
-        room = torch.zeros(2, *x.shape)
-        room[0].copy_(y.detach())
-        b = self.b(room[0] * 2)
-        order = b.argsort(0)
-        c = self.c(x.gather(0, order))  # reaches c through indices only
-        z = x.clone()
-        z[:, 0] += c[:, 0]
-        return self.d(z.view(-1, 4).mul_(1))
+def branchy(m, x):
+    """Lose sight of what depends on what: in place, views, detach, indices."""
+    y = m.a(x)
+    room = torch.zeros(2, *x.shape)
+    room[0].copy_(y.detach())
+    b = m.b(room[0] * 2)
+    c = m.c(x.gather(0, b.argsort(0)))  # reaches c through indices only
+    z = x.clone()
+    z[:, 0] += c[:, 0]
+    return m.d(z.view(-1, 4).mul_(1))
 
 
 def test_dependence_is_followed_through_memory_and_indices():
-    model = Branchy()
+    model = norms(branchy, "abcd")
     result = bn.calibrate(model, torch.randn(40, 4).split(8), upstream="population")
     assert result.passes == 4
 
 
-class Twice(nn.Module):
-    """A layer that enters itself."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.norm, self.linear, self.after = nn.BatchNorm1d(5), nn.Linear(5, 5), nn.BatchNorm1d(5)
-
-    def forward(self, x):
-        for _ in range(3):
-            x = torch.tanh(self.linear(self.norm(x)))
-        return self.after(x)
+def thrice(m, x):
+    for _ in range(3):
+        x = torch.tanh(m.linear(m.norm(x)))
+    return m.after(x)
 
 
 def test_a_layer_that_enters_itself_is_repeated_until_it_settles():
-    x = torch.randn(128, 5) + 1
-    models = [Twice(), Twice()]
-    for model, size in zip(models, (1, 64), strict=True):
+    x = torch.randn(64, 5) + 1
+    linear = nn.Linear(5, 5)
+    models = [norms(thrice, ("norm", "after"), 5, linear=linear) for _ in range(2)]
+    for model, size in zip(models, (4, 32), strict=True):
         result = bn.calibrate(model, x.split(size), upstream="population")
         assert 3 < result.passes < 22
         assert result.layers["norm"].remaining < 0.01
-        assert result.counts == {"norm": 3 * 128, "after": 128}
+        assert result.counts == {"norm": 3 * 64, "after": 64}
     assert_self_consistent(models[0], [x])
-    for name, value in statistics(models[0]).items():
-        torch.testing.assert_close(statistics(models[1])[name], value, rtol=1e-5, atol=1e-5)
+    assert_same_but_for_rounding(statistics(models[1]), statistics(models[0]))
 
 
-class Moody(nn.Module):
-    """Takes another way for batches with a negative first value, through a layer more."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.extra, self.b, self.never = (nn.BatchNorm1d(4) for _ in range(4))
-
-    def forward(self, x):
-        y = torch.relu(self.a(x))
-        if x[0, 0] < 0:
-            y = torch.relu(self.extra(y * 2))
-        return self.b(y)
+def moody(m, x):
+    """Take another way for batches with a negative first value, through a layer more."""
+    y = torch.relu(m.a(x))
+    if x[0, 0] < 0:
+        y = torch.relu(m.extra(y * 2))
+    return m.b(y)
 
 
 @pytest.mark.parametrize("first", [1.0, -1.0])
@@ -206,29 +183,23 @@ def test_batches_that_take_other_ways_are_noticed(first):
     data = list(torch.randn(60, 4).split(6))
     for i, x in enumerate(data):
         x[0, 0] = x[0, 0].abs() * first * (1 if i < 5 else -1)
-    model = Moody()
+    model = norms(moody, ("a", "extra", "b", "never"))
     result = bn.calibrate(model, data, upstream="population")
     assert result.skipped == {"never": "not called"}
     assert result.counts == {"a": 60, "extra": 30, "b": 60}
     assert_self_consistent(model, data)
 
 
-class Random(nn.Module):
-    """Skips a layer at random, and so never does the same thing twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.norms = nn.ModuleList(nn.BatchNorm1d(4) for _ in range(6))
-
-    def forward(self, x):
-        for norm in self.norms:
-            if torch.rand(()) < 0.5:
-                x = norm(x)
-        return x
+def by_chance(m, x):
+    for norm in (m.a, m.b, m.c, m.d):
+        if torch.rand(()) < 0.5:
+            x = norm(x)
+    return x
 
 
 def test_a_model_that_never_does_the_same_twice_comes_to_an_end():
-    bn.calibrate(Random(), torch.randn(80, 4).split(8), upstream="population")
+    model = norms(by_chance, "abcd")
+    bn.calibrate(model, torch.randn(80, 4).split(8), upstream="population")
 
 
 def test_levels_of_chains_branches_and_circles():
@@ -246,10 +217,8 @@ def test_levels_of_chains_branches_and_circles():
 def test_an_iterator_is_refused_when_it_would_be_read_again_and_kept_if_there_is_room():
     x = torch.randn(40, 6)
     model = dense()
-    before = snapshot(model)
-    with pytest.raises(CalibrationError, match=r"read once.*cache_bytes=0"):
+    with refused(CalibrationError, r"read once.*cache_bytes=0", model):
         bn.calibrate(model, iter(x.split(4)), upstream="population")
-    assert_unchanged(before, model)
     bn.calibrate(model, iter(x.split(4)), upstream="population", cache_bytes=x.nbytes)
     twin = dense()
     bn.calibrate(twin, x.split(4), upstream="population")
@@ -259,12 +228,10 @@ def test_an_iterator_is_refused_when_it_would_be_read_again_and_kept_if_there_is
     bn.calibrate(nn.BatchNorm1d(6), iter(x.split(4)), upstream="population")
 
 
-@pytest.mark.parametrize("at", [3, 14, 25])
-@pytest.mark.parametrize("error", [ValueError("gone"), KeyboardInterrupt()])
+@each(at=[3, 14, 25], error=[ValueError("gone"), KeyboardInterrupt()])
 def test_a_failure_in_any_pass_leaves_everything_as_it_was(at, error):
     model = nn.Sequential(dense(), nn.Dropout())
     model[1].eval()
-    before = snapshot(model)
     calls = []
 
     def forward(model, x):
@@ -273,9 +240,8 @@ def test_a_failure_in_any_pass_leaves_everything_as_it_was(at, error):
             raise error
         return model(x)
 
-    with pytest.raises(type(error)):
+    with refused(type(error), "", model):
         bn.calibrate(model, torch.randn(40, 6).split(4), upstream="population", forward=forward)
-    assert_unchanged(before, model)
 
 
 def test_poisoned_statistics_and_nan_batches_do_not_spoil_it():
@@ -288,8 +254,7 @@ def test_poisoned_statistics_and_nan_batches_do_not_spoil_it():
     data.insert(3, torch.full((4, 6), torch.nan))
     result = bn.calibrate(model, data, upstream="population")
     assert (result.rejected, result.batches) == (1, 11)
-    for name, value in statistics(twin).items():
-        torch.testing.assert_close(statistics(model)[name], value, rtol=1e-6, atol=1e-7)
+    assert_same_but_for_rounding(statistics(model), statistics(twin))
 
 
 def test_frozen_layers_pass_on_what_they_keep():
@@ -301,9 +266,3 @@ def test_frozen_layers_pass_on_what_they_keep():
     assert set(result.layers) == {"1", "7"}
     assert result.passes == 2
     assert model[4].running_var.tolist() == [9] * 16
-
-
-def test_a_population_without_layers_or_data_says_so():
-    for data, words in (([torch.randn(4, 6)], "called"), ([], "at least one batch")):
-        with pytest.raises(CalibrationError, match=words):
-            bn.calibrate(dense(), data, upstream="population", forward=lambda m, x: x)

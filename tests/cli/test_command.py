@@ -8,12 +8,10 @@ import time
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import batchnorm as bn
-from batchnorm.cli.app import app
 from support import processes
-from support.command import command, environment
+from support.command import command, environment, run
 
 TINY = ("--steps", "4", "--batch-size", "16", "--k", "2")
 
@@ -30,19 +28,11 @@ def test_demo_prints_tables_and_where_the_files_are(tmp_path):
     assert len(list((tmp_path / "batchnorm-demo").iterdir())) == 6
 
 
-def run(*arguments):
-    """Run a command in this process, which is quicker than one of its own."""
-    return CliRunner().invoke(app, arguments)
-
-
 def test_env_prints_versions_and_backends():
     done = run("env")
     assert done.exit_code == 0, done.stderr
     assert re.search(r"packages +torch +\d", done.stdout)
     assert re.search(r"backends +reference +available", done.stdout)
-
-
-def test_version_is_that_of_the_library():
     done = run("--version")
     assert (done.exit_code, done.stdout, done.stderr) == (0, f"batchnorm {bn.__version__}\n", "")
 
@@ -103,13 +93,12 @@ def test_wrong_data_ends_in_one_line(tmp_path):
 
 # Each in a fork of a process that has loaded torch.
 MISSING = """
-import os, sys, torch
+import os, runpy, sys, torch
 for package in PACKAGES:
     if not os.fork():
         sys.argv[1:] = ["demo", "--steps", "1"]
         sys.modules[package] = None
-        from batchnorm.cli import main
-        sys.exit(main())
+        runpy.run_module("batchnorm", run_name="__main__", alter_sys=True)
     assert os.waitstatus_to_exitcode(os.wait()[1]) == 2, package
 """
 

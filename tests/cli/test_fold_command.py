@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import batchnorm as bn
-from batchnorm.cli.app import app
 from batchnorm.folding import commands
+from support.command import run
+from support.twins import assert_close
 
 MODEL = """
 import torch
@@ -39,9 +39,8 @@ def folder(tmp_path, monkeypatch):
     sys.modules.pop("folded_net", None)
 
 
-def run(*arguments):
-    common = ("fold", "--model", "folded_net:build", "--out", "folded.pt")
-    return CliRunner().invoke(app, [*common, *arguments])
+def folded(*arguments):
+    return run("fold", "--model", "folded_net:build", "--out", "folded.pt", *arguments)
 
 
 def test_it_writes_a_folded_checkpoint_and_prints_the_proof(folder):
@@ -49,7 +48,7 @@ def test_it_writes_a_folded_checkpoint_and_prints_the_proof(folder):
 
     model = folded_net.build().eval()
     torch.save({"state_dict": {f"module.{n}": t for n, t in model.state_dict().items()}}, "in.pt")
-    done = run("--example", "folded_net:example", "--checkpoint", "in.pt")
+    done = folded("--example", "folded_net:example", "--checkpoint", "in.pt")
     assert done.exit_code == 0, done.stderr
     assert "1 batch normalizations folded, 1 left" in done.stdout
     assert "5: left: relu does not commute" in done.stdout
@@ -59,11 +58,11 @@ def test_it_writes_a_folded_checkpoint_and_prints_the_proof(folder):
     expected = model(folded_net.example)
     again = bn.fold(folded_net.build().eval(), folded_net.example).model
     again.load_state_dict(state)
-    torch.testing.assert_close(again(folded_net.example), expected, rtol=1e-4, atol=1e-5)
+    assert_close(again(folded_net.example), expected, ratio=16)
 
 
 def test_the_report_as_json(folder):
-    done = run("--example", "folded_net:example", "--json")
+    done = folded("--example", "folded_net:example", "--json")
     found = json.loads(done.stdout)
     assert found["folded"] == ["1"] and list(found["left"]) == ["5"]
     assert 0 <= found["worst_fold_ulps"] <= 16 and 0 <= found["output_gap"] <= 1
@@ -79,7 +78,7 @@ def test_the_report_as_json(folder):
     ],
 )
 def test_what_cannot_be_done_is_told_in_one_line_and_writes_nothing(folder, arguments, code, said):
-    done = run(*arguments)
+    done = folded(*arguments)
     assert done.exit_code == code
     assert said in done.stderr and "Traceback" not in done.stderr
     assert not (folder / "folded.pt").exists()
@@ -87,11 +86,11 @@ def test_what_cannot_be_done_is_told_in_one_line_and_writes_nothing(folder, argu
 
 def test_a_file_that_exists_is_kept_and_an_interrupt_leaves_it_whole(folder, monkeypatch):
     (folder / "folded.pt").write_text("old")
-    assert run("--example", "folded_net:example").exit_code == 1
+    assert folded("--example", "folded_net:example").exit_code == 1
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(commands, "fold", interrupted)
-    assert run("--example", "folded_net:example", "--force").exit_code == 130
+    assert folded("--example", "folded_net:example", "--force").exit_code == 130
     assert (folder / "folded.pt").read_text() == "old"

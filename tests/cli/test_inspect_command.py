@@ -5,14 +5,12 @@ import json
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import batchnorm as bn
-from batchnorm.cli.app import app
 from batchnorm.diagnosis import page
 from batchnorm.diagnosis.registry import CHECKPOINT
 from support import trained
-from support.command import SOURCE, command
+from support.command import SOURCE, command, run
 
 HEALTHY = trained.state("dense")
 
@@ -29,8 +27,8 @@ def files(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, ("inspect", *map(str, arguments)))
+def inspected(*arguments):
+    return run("inspect", *arguments)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +56,7 @@ def run(*arguments):
 )
 def test_the_exit_status_says_what_was_found(arguments, status, files):
     before = {path.name: path.read_bytes() for path in files.iterdir()}
-    done = run(*arguments.split())
+    done = inspected(*arguments.split())
     assert done.exit_code == status, done.output
     assert {path.name: path.read_bytes() for path in files.iterdir()} == before
     assert bool(done.stderr) is (status == 2)
@@ -66,7 +64,7 @@ def test_the_exit_status_says_what_was_found(arguments, status, files):
 
 def test_what_can_be_read_is_told_beside_what_cannot(files):
     (files / "noise.pt").write_bytes(b"noise" * 99)
-    done = run("noise.pt", "gone.pt", "wrong.pt")
+    done = inspected("noise.pt", "gone.pt", "wrong.pt")
     assert done.exit_code == 2
     noise, gone = done.stderr.splitlines()
     assert noise.startswith("batchnorm: noise.pt is no checkpoint that can be read")
@@ -75,7 +73,7 @@ def test_what_can_be_read_is_told_beside_what_cannot(files):
 
 
 def test_text_groups_findings_by_rule(files):
-    lines = run("wrong.pt").stdout.splitlines()
+    lines = inspected("wrong.pt").stdout.splitlines()
     assert lines[0] == "wrong.pt"
     assert lines[2] == "2 batch norms; 1 error"
     assert "error BN102: A variance is negative" in lines
@@ -85,19 +83,19 @@ def test_text_groups_findings_by_rule(files):
     assert not any(line.startswith("layer  channels") for line in lines)
     assert any(
         line.startswith("layer  channels")
-        for line in run("wrong.pt", "--layers").stdout.splitlines()
+        for line in inspected("wrong.pt", "--layers").stdout.splitlines()
     )
 
 
 def test_markdown_and_printing_say_the_same(files):
-    done = run("wrong.pt", "--format", "markdown")
+    done = inspected("wrong.pt", "--format", "markdown")
     assert done.stdout.startswith("# wrong.pt\n")
     assert "## error BN102: A variance is negative" in done.stdout
-    assert str(bn.inspect("wrong.pt")) in run("wrong.pt").stdout
+    assert str(bn.inspect("wrong.pt")) in inspected("wrong.pt").stdout
 
 
 def test_json_has_what_the_page_says(files):
-    done = run("wrong.pt", "note.pt", "--format", "json")
+    done = inspected("wrong.pt", "note.pt", "--format", "json")
     wrong, note = json.loads(done.stdout)
     assert set(wrong) == {
         "version", "subject", "counts", "findings", "not_checked", "known", "layers",
@@ -129,8 +127,8 @@ def test_json_has_no_nan(files):
 
 
 def test_a_baseline_leaves_known_findings_out(files):
-    assert run("wrong.pt", "--format", "json", "--out", "known.json").exit_code == 1
-    done = run("wrong.pt", "--baseline", "known.json")
+    assert inspected("wrong.pt", "--format", "json", "--out", "known.json").exit_code == 1
+    done = inspected("wrong.pt", "--baseline", "known.json")
     assert done.exit_code == 0
     assert "nothing found" in done.stdout
     assert "1 findings that the baseline has are not shown." in done.stdout
@@ -139,13 +137,15 @@ def test_a_baseline_leaves_known_findings_out(files):
         trained.FAULTS["BN102"](state, layer)
     torch.save(state, "later.pt")
     assert [one.subject for one in bn.inspect("later.pt", baseline="known.json").findings] == ["5"]
-    assert run("wrong.pt", "--format", "json", "--out", "known.json").exit_code == 2
-    assert run("later.pt", "--format", "json", "--out", "known.json", "--force").exit_code == 1
+    assert inspected("wrong.pt", "--format", "json", "--out", "known.json").exit_code == 2
+    assert (
+        inspected("later.pt", "--format", "json", "--out", "known.json", "--force").exit_code == 1
+    )
     assert not bn.inspect("later.pt", baseline="known.json").findings
 
 
 def test_sarif_is_of_the_schema_and_names_file_and_layer(files):
-    done = run("wrong.pt", "note.pt", "--format", "sarif", "--ignore", "BN2")
+    done = inspected("wrong.pt", "note.pt", "--format", "sarif", "--ignore", "BN2")
     log = json.loads(done.stdout)
     (one,) = log["runs"]
     assert log["version"] == "2.1.0"
@@ -165,7 +165,7 @@ def test_sarif_is_of_the_schema_and_names_file_and_layer(files):
 
 @pytest.mark.parametrize("rule", CHECKPOINT, ids=lambda rule: rule.id)
 def test_every_rule_explains_itself(rule):
-    done = run("--explain", rule.id.lower())
+    done = inspected("--explain", rule.id.lower())
     assert done.exit_code == 0
     assert done.stdout.startswith(f"{rule.id} ({rule.severity}): {rule.title}\n")
     assert rule.why in done.stdout and f"Remedy: {rule.remedy}" in done.stdout
@@ -173,16 +173,13 @@ def test_every_rule_explains_itself(rule):
 
 
 def test_a_rule_that_is_not_there_is_named_with_those_that_are():
-    done = run("--explain", "BN999")
+    ids = [rule.id for rule in CHECKPOINT]
+    assert ids == sorted(set(ids))
+    done = inspected("--explain", "BN999")
     assert done.exit_code == 2
     assert done.stderr.startswith(
         "batchnorm: there is no rule 'BN999'; expected one of BN001, BN101"
     )
-
-
-def test_identifiers_are_in_order_and_their_own():
-    ids = [rule.id for rule in CHECKPOINT]
-    assert ids == sorted(set(ids))
 
 
 def test_the_page_of_the_rules_is_of_these_rules(tmp_path, capsys):

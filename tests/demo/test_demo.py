@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from batchnorm.demo.data import DataError, load_digits, load_idx, read_idx_images, read_idx_labels
+from batchnorm.demo.data import DataError, load_digits, load_idx
 from batchnorm.demo.estimates import WHOLE_SET, kept_estimators
 from batchnorm.demo.modes import compare_modes
 from batchnorm.demo.networks import WATCHED, build
@@ -23,7 +24,10 @@ from batchnorm.demo.training import Curve, Options, batch_order, evaluate, one_t
 from batchnorm.errors import OptionError
 from batchnorm.estimators.running import Running
 from batchnorm.report.jsontext import to_json
+from support.oracle import tolerance
 
+# Of means and deviations of float32 values of size 1, summed by torch.
+SCALED = tolerance("float32", ratio=16).atol
 TINY = Options(seed=3, steps=4, batch_size=16, k=2)
 
 
@@ -37,8 +41,8 @@ def small(images, count=100):
         images.name,
         images.train_images[:count],
         images.train_labels[:count],
-        images.test_images[:60],
-        images.test_labels[:60],
+        images.test_images[:40],
+        images.test_labels[:40],
     )
 
 
@@ -63,9 +67,9 @@ def normalized(seed=0, activation="sigmoid"):
     return build((8, 8), 10, activation, seed, kept_estimators(2))
 
 
-def write_idx(folder, shape=(6, 7), train=40, test=10, zipped=False):
+def write_idx(folder, shape=(6, 7), zipped=False, kinds=("images", "labels")):
     random = np.random.default_rng(0)
-    for prefix, count in (("train", train), ("t10k", test)):
+    for prefix, count in (("train", 40), ("t10k", 10)):
         pixels = random.integers(0, 256, (count, *shape), dtype=np.uint8).tobytes()
         marks = (np.arange(count) % 10).astype(np.uint8).tobytes()
         parts = {
@@ -73,16 +77,17 @@ def write_idx(folder, shape=(6, 7), train=40, test=10, zipped=False):
             f"{prefix}-labels-idx1-ubyte": struct.pack(">2I", 0x801, count) + marks,
         }
         for name, raw in parts.items():
-            path = folder / (f"{name}.gz" if zipped else name)
-            path.write_bytes(gzip.compress(raw) if zipped else raw)
+            if any(kind in name for kind in kinds):
+                path = folder / (f"{name}.gz" if zipped else name)
+                path.write_bytes(gzip.compress(raw) if zipped else raw)
 
 
 def test_digits_are_split_without_overlap_and_scaled(digits):
     assert digits.train_images.shape == (1438, 1, 8, 8)
     assert digits.test_images.shape == (359, 1, 8, 8)
     assert digits.classes == 10
-    assert abs(digits.train_images.mean()) < 1e-5
-    assert abs(digits.train_images.std() - 1) < 1e-5
+    assert abs(digits.train_images.mean()) < SCALED
+    assert abs(digits.train_images.std() - 1) < SCALED
     train_rows = {tuple(row) for row in digits.train_images.flatten(1).tolist()}
     shared = [row for row in digits.test_images.flatten(1).tolist() if tuple(row) in train_rows]
     assert not shared
@@ -97,40 +102,45 @@ def test_idx_files_are_read_plain_and_zipped(tmp_path, zipped):
     assert images.test_labels.tolist() == [at % 10 for at in range(10)]
 
 
-def test_missing_idx_files_are_named(tmp_path):
-    with pytest.raises(DataError, match="no train-images-idx3-ubyte or .*does not exist"):
-        load_idx(tmp_path / "nowhere")
+IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+
+
+def remove_labels(folder):
+    (folder / "t10k-labels-idx1-ubyte").unlink()
+
+
+def exchange(folder):
+    (folder / IMAGES).replace(folder / LABELS)
+    write_idx(folder, kinds=("images",))
+
+
+def rewrite(name, change):
+    def apply(folder):
+        path = folder / name
+        path.write_bytes(change(path.read_bytes()))
+
+    return apply
+
+
+THREE_LABELS = struct.pack(">2I", 0x801, 3) + b"\0\1\2"
+# what is said of the folder -> how it was damaged
+DAMAGED = {
+    "no train-images-idx3-ubyte or .*does not exist": shutil.rmtree,
+    "no t10k-labels-idx1-ubyte or t10k-labels-idx1-ubyte.gz": remove_labels,
+    "exchanged": exchange,
+    "40 x 6 x 7 = 1680 bytes of data, but 1679": rewrite(IMAGES, lambda raw: raw[:-1]),
+    "9 bytes, fewer than the 16": rewrite(IMAGES, lambda raw: raw[:9]),
+    "not an IDX file": rewrite(IMAGES, lambda raw: b"\x89PNG" + raw[4:]),
+    "damaged gzip": rewrite(IMAGES, lambda raw: gzip.compress(raw)[:-20]),
+    "40 images and .* 3 labels": rewrite(LABELS, lambda raw: THREE_LABELS),
+}
+
+
+@pytest.mark.parametrize("said", DAMAGED)
+def test_damaged_idx_files_say_how(said, tmp_path):
     write_idx(tmp_path)
-    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
-    with pytest.raises(DataError, match="no t10k-labels-idx1-ubyte or t10k-labels-idx1-ubyte.gz"):
-        load_idx(tmp_path)
-
-
-def test_damaged_idx_files_say_how(tmp_path):
-    write_idx(tmp_path)
-    images = tmp_path / "train-images-idx3-ubyte"
-    with pytest.raises(DataError, match="exchanged"):
-        read_idx_labels(images)
-    raw = images.read_bytes()
-    images.write_bytes(raw[:-1])
-    with pytest.raises(DataError, match=r"40 x 6 x 7 = 1680 bytes of data, but 1679"):
-        read_idx_images(images)
-    images.write_bytes(raw[:9])
-    with pytest.raises(DataError, match="9 bytes, fewer than the 16"):
-        read_idx_images(images)
-    images.write_bytes(b"\x89PNG" + raw[4:])
-    with pytest.raises(DataError, match="not an IDX file"):
-        read_idx_images(images)
-    images.write_bytes(gzip.compress(raw)[:-20])
-    with pytest.raises(DataError, match="damaged gzip"):
-        read_idx_images(images)
-
-
-def test_images_and_labels_must_agree(tmp_path):
-    write_idx(tmp_path)
-    labels = tmp_path / "train-labels-idx1-ubyte"
-    labels.write_bytes(struct.pack(">2I", 0x801, 3) + b"\0\1\2")
-    with pytest.raises(DataError, match="40 images and .* 3 labels"):
+    DAMAGED[said](tmp_path)
+    with pytest.raises(DataError, match=said):
         load_idx(tmp_path)
 
 
@@ -192,10 +202,9 @@ def test_values_entering_the_activation_are_those_the_layer_receives(digits):
 
 def test_with_normalization_a_fresh_unit_has_centre_0_and_deviation_1(digits):
     values = entering(normalized().train(), WATCHED, digits.train_images[:64])
-    assert values.mean(0).abs().max() < 1e-5
-    torch.testing.assert_close(
-        values.var(0, correction=0), torch.ones(64).double(), atol=1e-2, rtol=0
-    )
+    assert values.mean(0).abs().max() < SCALED
+    # Divided by sqrt(var + eps), where the least variance of a unit is 1e-3.
+    assert (values.var(0, correction=0) - 1).abs().max() < 1e-5 / 1e-3
 
 
 def test_shift_probe_moves_no_statistic_and_counts_flat_values(digits):
@@ -227,12 +236,12 @@ def test_estimates_of_the_tour_are_all_named_and_whole_set_is_exact(tour):
 
 def test_companions_matter_in_train_mode_only(digits):
     network = normalized(activation="relu")
-    train(network, digits, Options(steps=20), 0.1, 20)
+    train(network, digits, Options(steps=10), 0.1, 10)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     modes = compare_modes(network, small(digits), 16, seed=0)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert max(modes.companies) > min(modes.companies)
-    assert modes.in_company == pytest.approx((modes.alone, modes.alone), abs=1e-5)
+    assert modes.in_company == pytest.approx((modes.alone, modes.alone), abs=SCALED)
     assert modes.fickle > 0
     assert modes.fickle_in_eval == 0
     assert modes.moved_by_train > 0

@@ -43,27 +43,23 @@ def saved(kind, folder):
     from safetensors.torch import save_file
 
     path = folder / f"weights.{kind}"
-    if kind == "safetensors":
-        save_file(STATE, path)
-    elif kind == "pt":
-        torch.save(STATE, path)
-    elif kind == "pth":  # the format before torch 1.6
-        torch.save(STATE, path, _use_new_zipfile_serialization=False)
-    elif kind == "bin":
-        parameters = {k: nn.Parameter(v) if v.is_floating_point() else v for k, v in STATE.items()}
-        torch.save(parameters, path)
-    elif kind == "index":
+    if kind == "index":
         return save_shards(folder, STATE)
-    elif kind == "folder":
-        save_shards(folder / "sharded", STATE, ".bin")
-        return folder / "sharded"
-    elif kind == "one in a folder":
-        (folder / "one").mkdir()
-        save_file(STATE, folder / "one" / "model.safetensors")
-        torch.save(STATE, folder / "one" / "pytorch_model.bin")
-        (folder / "one" / "config.json").write_text("{}")
-        return folder / "one"
-    return path
+    if kind == "folder":
+        return save_shards(folder / "sharded", STATE, ".bin").parent
+    if kind == "one in a folder":
+        path = folder / "one" / "model.safetensors"
+        path.parent.mkdir()
+        torch.save(STATE, path.with_name("pytorch_model.bin"))
+        path.with_name("config.json").write_text("{}")
+    if path.suffix == ".safetensors":
+        save_file(STATE, path)
+    else:
+        parameters = {k: nn.Parameter(v) if v.is_floating_point() else v for k, v in STATE.items()}
+        # pth: the format before torch 1.6
+        options = {"_use_new_zipfile_serialization": False} if kind == "pth" else {}
+        torch.save(parameters if kind == "bin" else STATE, path, **options)
+    return path.parent if kind == "one in a folder" else path
 
 
 @pytest.mark.parametrize(

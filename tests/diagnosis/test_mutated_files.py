@@ -17,7 +17,7 @@ import batchnorm as bn
 from batchnorm.errors import CheckpointError
 from support import hostile, trained
 
-EXAMPLES = int(os.environ.get("BATCHNORM_MUTATIONS", "60"))
+EXAMPLES = int(os.environ.get("BATCHNORM_MUTATIONS", "40"))
 
 STATE = trained.state("convolutional")
 INDEX = json.dumps({"weight_map": dict.fromkeys(STATE, "shard.safetensors")}).encode()
@@ -100,7 +100,7 @@ def reset_peak():
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="Linux counts peaks there")
 @pytest.mark.timeout(3600)
 @settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES == 60, database=None,
+    max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES == 40, database=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 @given(mutation=mutated())

@@ -100,7 +100,7 @@ def test_damaged_models_are_refused_by_name(tmp_path):
     path = tmp_path / "a.onnx"
     generator = np.random.default_rng(0)
     refused = 0
-    for _ in range(200):
+    for _ in range(100):
         changed = bytearray(content)
         for at in generator.integers(0, len(content), 3):
             changed[at] = generator.integers(0, 256)
@@ -110,4 +110,4 @@ def test_damaged_models_are_refused_by_name(tmp_path):
         except CheckpointError as error:
             refused += 1
             assert str(path) in str(error)  # noqa: PT017 (some are read)
-    assert refused > 50
+    assert refused > 25

@@ -194,7 +194,7 @@ def _marks(name):
     "name", [pytest.param(name, marks=_marks(name)) for name in networks.NETWORKS]
 )
 def test_a_healthy_network_has_no_finding_above_info(name):
-    diagnosis = _judged(networks.NETWORKS[name][0], 32 if name == "mlp" else 64)
+    diagnosis = _judged(networks.NETWORKS[name][0], 32 if name in ("mlp", *FAST) else 64)
     assert len(diagnosis.layers) >= 2
     assert not diagnosis.at_least("warning")
 

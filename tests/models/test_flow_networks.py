@@ -1,15 +1,17 @@
 """Answers of a flow about networks of torchvision, against graphs that torch.fx traces of them."""
 
 from collections import Counter
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.models.flow import Flow
 from batchnorm.models.following import flow
 from support.third_party import torchvision
-from support.twins import assert_unchanged, snapshot
+from support.twins import unchanged
 
 NETWORKS = {
     "resnet18": {"num_classes": 4},
@@ -23,11 +25,30 @@ HALVES = {"shufflenet_v2_x0_5"}
 VIEWS = {"flatten", "view", "chunk", "transpose", "contiguous", "size", "getattr", "getitem"}
 
 
-@pytest.fixture(params=NETWORKS)
+class Followed(NamedTuple):
+    """A network, its traced graph, and a pass in eval and in training."""
+
+    name: str
+    model: nn.Module
+    graph: fx.Graph
+    evaluated: Flow
+    trained: Flow
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
 def network(request):
     torch.manual_seed(1)
     model = torchvision().models.get_model(request.param, weights=None, **NETWORKS[request.param])
-    return request.param, model.eval()
+    x = torch.randn(2, 3, 64, 64)
+    found = []
+    for training in (False, True):
+        model.train(training)
+        numbers = torch.get_rng_state()
+        with unchanged(model):
+            found.append(flow(model, x))
+        assert torch.equal(numbers, torch.get_rng_state())
+        assert all(p.grad is None for p in model.parameters())
+    return Followed(request.param, model, fx.Tracer().trace(model.eval()), *found)
 
 
 def name_of(node):
@@ -59,8 +80,7 @@ def layers(graph, model):
 
 
 def test_consumers_are_those_of_the_traced_graph(network):
-    name, model = network
-    found, graph = flow(model, torch.randn(2, 3, 64, 64)), fx.Tracer().trace(model)
+    name, model, graph, found, _ = network
     nodes = layers(graph, model)
     assert [n.target for n in nodes] == [
         c.name for c in found.calls if c.name in {n.target for n in nodes}
@@ -80,14 +100,13 @@ def test_consumers_are_those_of_the_traced_graph(network):
 
 
 def test_each_normalization_alone_reads_the_convolution_before_it(network):
-    _, model = network
-    found = flow(model, torch.randn(2, 3, 64, 64))
-    graph = fx.Tracer().trace(model)
+    _, model, graph, found, _ = network
+    nodes = layers(graph, model)
     pairs = {
         node.all_input_nodes[0].target: node.target
-        for node in layers(graph, model)
+        for node in nodes
         if isinstance(model.get_submodule(node.target), _BatchNorm)
-        and node.all_input_nodes[0] in layers(graph, model)
+        and node.all_input_nodes[0] in nodes
     }
     assert len(pairs) > 15
     for convolution, norm in pairs.items():
@@ -99,11 +118,8 @@ def test_each_normalization_alone_reads_the_convolution_before_it(network):
 
 
 def test_dependencies_are_the_ancestors_in_the_traced_graph(network):
-    _, model = network
-    model.train()
-    found = flow(model, torch.randn(2, 3, 64, 64))
-    ancestors = {}
-    for node in fx.Tracer().trace(model).nodes:
+    found, ancestors = network.trained, {}
+    for node in network.graph.nodes:
         above = [ancestors[one] | {one} for one in node.all_input_nodes]
         ancestors[node] = frozenset().union(*above)
     every = found.dependencies(found.normalizations)
@@ -116,15 +132,6 @@ def test_dependencies_are_the_ancestors_in_the_traced_graph(network):
     assert count == len(found.normalizations)
 
 
-def test_a_network_is_as_it_was_before(network):
-    _, model = network
-    model.train()
-    before = snapshot(model)
-    numbers = torch.get_rng_state()
-    x = torch.randn(2, 3, 64, 64)
-    torch.set_rng_state(numbers)
-    found = flow(model, x)
-    assert_unchanged(before, model)
-    assert torch.equal(numbers, torch.get_rng_state())
-    assert not found.kept and not found.unseen and not found.reads
-    assert all(p.grad is None for p in model.parameters())
+def test_nothing_of_a_network_is_kept_unseen_or_read(network):
+    for found in (network.evaluated, network.trained):
+        assert not found.kept and not found.unseen and not found.reads

@@ -128,10 +128,8 @@ def test_logarithmic_axes_have_plain_numbers():
 
 
 def test_words_in_plots_are_escaped():
-    odd = Plot(
-        "t", "lines", (Series("<b>&", (0, 1), (1, 2)), Series("b", (0,), (1,))), "<", "&", ""
-    )
-    svg = to_svg(odd, "p")
+    series = (Series("<b>&", (0, 1), (1, 2)), Series("b", (0,), (1,)))
+    svg = to_svg(Plot("t", "lines", series, "<", "&", ""), "p")
     ElementTree.fromstring(svg)
     assert "<b>" not in svg
 

@@ -1,4 +1,4 @@
-"""The command line of this checkout, run in a process of its own."""
+"""The command line of this checkout, run in this process or in one of its own."""
 
 import os
 import sys
@@ -18,3 +18,13 @@ def command(*arguments, cwd=None, **changes):
     return processes.run(
         [sys.executable, "-m", "batchnorm", *arguments], env=environment(**changes), cwd=cwd
     )
+
+
+def run(*arguments, **changes):
+    """Run the command in this process, which is sooner done than one of its own."""
+    from typer.testing import CliRunner
+
+    from batchnorm.cli.app import app
+
+    plain = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1", **changes}
+    return CliRunner().invoke(app, [*map(str, arguments)], env=plain)

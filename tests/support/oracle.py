@@ -27,6 +27,13 @@ class Tolerance(NamedTuple):
     rtol: float
 
 
+SAME = Tolerance(0.0, 0.0)
+# A float32 buffer that was rounded once: one unit in the last place, as docs/calibrate.md promises.
+STORED = Tolerance(2.0**-24, 2.0**-23)
+# Moments in float64, relative: two roundings of each of 10 000 terms at worst (docs/calibrate.md).
+POOLED = 1e-12
+
+
 def tolerance(dtype, count=1, ratio=0.0, size=1.0):
     """How far a result may lie from the oracle: the one judge of every test.
 

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -40,6 +41,21 @@ def transformers(name: str = "transformers") -> ModuleType:
     """Return transformers, which imports torchvision, or a module of it, or skip the test."""
     torchvision()
     return pytest.importorskip(name)
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Frozen statistics and affine parameters as detectron2 has them."""
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.num_features, self.eps = channels, eps
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(channels) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
 
 
 def _declare() -> None:

@@ -1,11 +1,16 @@
 """A layer of ours and the layer of ``torch.nn`` that it must equal, in the same state."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
+from support import oracle
 
 PAIRS = {
     "1d": (bn.BatchNorm1d, nn.BatchNorm1d),
@@ -53,12 +58,26 @@ def step(layer: nn.Module, x: Tensor, dy: Tensor | None = None, **more: Any) -> 
     return {name: tensor.detach().clone() for name, tensor in found.items()}
 
 
+class Calls(nn.Module):
+    """Modules by name, and the function that is their ``forward``."""
+
+    def __init__(self, call: Callable[..., Any], **parts: Any) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.call = call
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(self, *args, **kwargs)
+
+
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """Copy everything that a call could change: tensors, plain attributes, estimator states."""
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            found[f"{path}.{name}"] = None if tensor is None else tensor.detach().clone()
+            has_values = tensor is not None and not without_values(tensor)
+            found[f"{path}.{name}"] = tensor.detach().clone() if has_values else None
             found[f"{path}.{name} itself"] = id(tensor)
         for name in ("momentum", "eps", "track_running_stats", "training", "num_features"):
             found[f"{path}.{name}"] = getattr(module, name, None)
@@ -84,6 +103,10 @@ def assert_unchanged(before: dict[str, Any], model: nn.Module) -> None:
             assert torch.equal(old.nan_to_num(nan=1e30), new.nan_to_num(nan=1e30)), name
         else:
             assert old == new or repr(old) == repr(new), name
+
+
+def without_values(tensor: Tensor) -> bool:
+    return tensor.is_meta or nn.parameter.is_lazy(tensor)
 
 
 def everything(model: nn.Module) -> dict[str, Any]:
@@ -114,6 +137,41 @@ def assert_identical(before: dict[str, Any], after: dict[str, Any]) -> None:
             assert one[2].keys() == after[name][2].keys(), name
             for key, value in one[2].items():
                 assert value is after[name][2][key] or value == after[name][2][key], (name, key)
+
+
+@contextlib.contextmanager
+def unchanged(*models: Any) -> Iterator[None]:
+    """Compare what is a model before and after a block: objects, hooks, attributes and values."""
+    given = [
+        model
+        for model in models
+        if isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule)
+    ]
+    before = [(everything(model), snapshot(model)) for model in given]
+    yield
+    for model, (parts, values) in zip(given, before, strict=True):
+        assert_identical(parts, everything(model))
+        assert_unchanged(values, model)
+
+
+@contextlib.contextmanager
+def refused(
+    error: type[BaseException] | tuple[type[BaseException], ...], match: str = "", *models: Any
+) -> Iterator[None]:
+    """Expect an error that says so, and models that are what they were."""
+    with unchanged(*models), pytest.raises(error, match=match or None):
+        yield
+
+
+def assert_close(got: Any, expected: Any, what: str = "", **spread: float) -> None:
+    """Compare tensors within ``oracle.tolerance`` of the dtype of ``got``, integers exactly."""
+    assert expected.dtype in (got.dtype, torch.float64), what
+    allowed = oracle.tolerance(got.dtype, **spread) if got.is_floating_point() else oracle.SAME
+    oracle.assert_close(_wide(got), _wide(expected), allowed, what)
+
+
+def _wide(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().double().numpy()
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], **tolerance: float) -> None:

@@ -12,7 +12,7 @@ import batchnorm as bn
 from batchnorm.estimators.bank import named
 from support import third_party
 from support.combinations import pairs
-from support.twins import assert_identical, assert_unchanged, everything, randomize, snapshot
+from support.twins import assert_unchanged, randomize, snapshot, unchanged
 
 X = (4, 3, 5, 5)
 
@@ -88,16 +88,6 @@ def network(kind):
     return nn.Sequential(nn.Conv2d(3, 3, 1), layer, nn.ReLU(), nn.Sequential(layer, nn.ReLU()))
 
 
-def state_of(model, kind):
-    return everything(model), None if "lazy" in kind else snapshot(model)
-
-
-def assert_same_state(before, model):
-    assert_identical(before[0], everything(model))
-    if before[1] is not None:
-        assert_unchanged(before[1], model)
-
-
 def estimators_of(layer):
     bank = getattr(layer, "bank", None)
     if bank is not None:
@@ -134,27 +124,26 @@ CANNOT = {
 def test_an_option_is_applied_or_refused_by_name_and_taken_back(kind, options, history, caplog):
     model, asked = network(kind), OPTIONS[options]
     layer = model[1]
-    before = state_of(model, kind)
-    if DONE_BEFORE[history] is not None:
-        bn.convert(model, **DONE_BEFORE[history])
-    caplog.clear()
-    bn.convert(model, **asked)
-    cannot = CANNOT.get(kind, lambda o: set())(asked)
-    for name, value in asked.items():
-        if name in cannot:
-            assert any(f"{name}=" in r.message and "1 (" in r.message for r in caplog.records)
-        elif kind not in ("torch, lazy", "torch, subclass"):
-            assert has(layer, name, value), name
-    assert len(caplog.records) == len(cannot)
-    once, told = state_of(model, kind), str(bn.edits(model))
-    bn.convert(model, **asked)
-    assert_same_state(once, model)
-    assert str(bn.edits(model)) == told
-    bn.undo(model)
-    assert_same_state(before, model)
+    with unchanged(model):
+        if DONE_BEFORE[history] is not None:
+            bn.convert(model, **DONE_BEFORE[history])
+        caplog.clear()
+        bn.convert(model, **asked)
+        cannot = CANNOT.get(kind, lambda o: set())(asked)
+        for name, value in asked.items():
+            if name in cannot:
+                assert any(f"{name}=" in r.message and "1 (" in r.message for r in caplog.records)
+            elif kind not in ("torch, lazy", "torch, subclass"):
+                assert has(layer, name, value), name
+        assert len(caplog.records) == len(cannot)
+        told = str(bn.edits(model))
+        with unchanged(model):
+            bn.convert(model, **asked)
+        assert str(bn.edits(model)) == told
+        bn.undo(model)
     assert not bn.edits(model)
-    bn.undo(model)
-    assert_same_state(before, model)
+    with unchanged(model):
+        bn.undo(model)
 
 
 @pytest.mark.parametrize("kind", ["torch", "ours", "ours, estimators", "ours, lazy", "timm"])

@@ -10,7 +10,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.errors import ComparisonError, OptionError
-from support.twins import assert_unchanged, snapshot
+from support.twins import refused, unchanged
 
 X = torch.linspace(-1, 1, 24).view(6, 4)
 
@@ -29,21 +29,6 @@ class Net(nn.Module):
         return self.result(y, self.norm(y))
 
 
-def refused(error, match, a, b, data, **options):
-    models = [m for m in (a, b) if isinstance(m, nn.Module)]
-    before = [(m, snapshot(m)) for m in models if not any(map(without_values, m.parameters()))]
-    state = torch.get_rng_state()
-    with pytest.raises(error, match=match):
-        bn.same(a, b, data, **options)
-    for model, one in before:
-        assert_unchanged(one, model)
-    assert torch.equal(state, torch.get_rng_state())
-
-
-def without_values(tensor):
-    return tensor.is_meta or torch.nn.parameter.is_lazy(tensor)
-
-
 def meta():
     model = Net()
     model.norm = nn.BatchNorm1d(4, device="meta")
@@ -54,9 +39,14 @@ def raising():
     return Net(lambda x, y: y.view(5, 5))
 
 
+def narrow():
+    """Runs in float32 alone."""
+    return Net(lambda x, y: y @ torch.ones(4, 4))
+
+
 LAZY = nn.Sequential(nn.LazyLinear(4), nn.BatchNorm1d(4))
 
-# error, what it says, a, b, data
+# error, what it says, a, b, data, options
 REFUSED = {
     "no data": (ComparisonError, "at least one batch", Net, Net, []),
     "wrong shape": (ComparisonError, "a raised in module 'first'.*float64.*RuntimeError", Net, Net, torch.randn(2, 3)),
@@ -69,38 +59,24 @@ REFUSED = {
     "data of no kind": (OptionError, "got int", Net, Net, 3),
     "batch of no kind": (OptionError, "expected a batch.*got str", Net, Net, ["words"]),
     "no such file": (Exception, "none.onnx", Net, lambda: "none.onnx", X),
+    "one dtype only": (ComparisonError, "In its own dtype it runs", narrow, Net, X),
+    "mode": (OptionError, "mode to be one of", Net, Net, X, {"mode": "both"}),
+    "tolerance": (OptionError, "tolerance to be a number", Net, Net, X, {"tolerance": -1}),
+    "NaN": (OptionError, "tolerance to be a number", Net, Net, X, {"tolerance": float("nan")}),
+    "names of a": (OptionError, "a has no module 'second'", Net, Net, X, {"names": {"second": "norm"}}),
+    "names of b": (OptionError, "b has no module 'second'", Net, Net, X, {"names": {"first": "second"}}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_be_compared_is_an_error_and_nothing_is_changed(what):
-    error, match, a, b, data = REFUSED[what]
+    error, match, a, b, data, *options = REFUSED[what]
     if what == "no such file":
         pytest.importorskip("onnxruntime")
-    refused(error, match, a(), b(), data)
-
-
-OPTIONS = {
-    "mode": ({"mode": "both"}, "mode to be one of"),
-    "tolerance": ({"tolerance": -1}, "tolerance to be a number"),
-    "no tolerance": ({"tolerance": float("nan")}, "tolerance to be a number"),
-    "names of a": ({"names": {"second": "norm"}}, "a has no module 'second'"),
-    "names of b": ({"names": {"first": "second"}}, "b has no module 'second'"),
-}
-
-
-@pytest.mark.parametrize("what", OPTIONS)
-def test_wrong_options_are_named(what):
-    options, match = OPTIONS[what]
-    refused(OptionError, match, Net(), Net(), X, **options)
-
-
-def test_a_model_in_one_dtype_only_cannot_be_compared():
-    refused(
-        ComparisonError,
-        "In its own dtype it runs",
-        Net(lambda x, y: y @ torch.ones(4, 4)), Net(), X,
-    )  # fmt: skip
+    a, b, state = a(), b(), torch.get_rng_state()
+    with refused(error, match, a, b):
+        bn.same(a, b, data, **dict(*options))
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_a_b_that_raises_is_a_difference():
@@ -191,7 +167,6 @@ def test_caller_keeps_everything_also_with_hooks_that_reach_the_model():
     model = Net()
     model.register_forward_hook(lambda m, args, y: (model.norm(torch.randn(8, 4)), y)[1])
     model.first.weight.grad = torch.ones(4, 4)
-    before = snapshot(model)
-    bn.same(model, Net(), X, mode="train", gradients=True)  # the hook trains model.norm itself
-    assert_unchanged(before, model)
+    with unchanged(model):
+        bn.same(model, Net(), X, mode="train", gradients=True)  # the hook trains model.norm itself
     assert torch.equal(model.first.weight.grad, torch.ones(4, 4))

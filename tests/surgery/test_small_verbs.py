@@ -10,7 +10,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.errors import OptionError, SurgeryError
 from support.third_party import torchvision
-from support.twins import assert_identical, everything, randomize
+from support.twins import randomize, refused, unchanged
 
 
 class Own(nn.BatchNorm2d):
@@ -24,14 +24,13 @@ def network():
 
 def test_options_are_set_everywhere_and_undone():
     model = network()
-    before = everything(model)
-    bn.set_options(model, momentum=None)
-    bn.set_options(model, momentum=0.01, eps=1e-3)
-    assert [(m.momentum, m.eps) for m in (model[1], model[2])] == [(0.01, 1e-3)] * 2
-    assert len(bn.edits(model)) == 2
-    assert "momentum=0.01, eps=0.001" in str(bn.edits(model))
-    bn.undo(model, "set_options")
-    assert_identical(before, everything(model))
+    with unchanged(model):
+        bn.set_options(model, momentum=None)
+        bn.set_options(model, momentum=0.01, eps=1e-3)
+        assert [(m.momentum, m.eps) for m in (model[1], model[2])] == [(0.01, 1e-3)] * 2
+        assert len(bn.edits(model)) == 2
+        assert "momentum=0.01, eps=0.001" in str(bn.edits(model))
+        bn.undo(model, "set_options")
 
 
 def test_epsilon_of_a_frozen_class_can_be_set():
@@ -63,10 +62,8 @@ REFUSED = {
 def test_options_that_a_layer_cannot_have_change_nothing(case):
     build, options, message = REFUSED[case]
     model = build()
-    before = everything(model)
-    with pytest.raises((OptionError, SurgeryError), match=message):
+    with refused((OptionError, SurgeryError), message, model):
         bn.set_options(model, **options)
-    assert_identical(before, everything(model))
 
 
 def test_statistics_are_reset_with_further_estimates():
@@ -106,11 +103,16 @@ def test_every_parameter_is_in_one_group():
         bn.no_weight_decay(None)
 
 
-def test_a_sound_state_is_returned_as_it_is():
+def test_a_sound_state_is_returned_as_it_is_and_what_is_none_is_refused():
     state = network().state_dict()
     repaired, repairs = bn.repair(state)
     assert not repairs
     assert all(repaired[name] is value for name, value in state.items())
+    assert type(repaired) is collections.OrderedDict
+    assert repaired._metadata == state._metadata
+    for wrong in (3, {"running_mean": torch.zeros(2)}):
+        with pytest.raises(OptionError, match="expected"):
+            bn.repair(wrong)
 
 
 def test_a_broken_state_is_repaired_and_told():
@@ -154,19 +156,6 @@ def test_counters_that_count_nothing_become_0(counter, value):
     assert repaired["num_batches_tracked"].dtype == torch.int64
     assert int(repaired["num_batches_tracked"]) == value
     assert len(repairs) == 1
-
-
-@pytest.mark.parametrize("state", [3, {"running_mean": torch.zeros(2)}])
-def test_what_is_no_state_dict_is_refused(state):
-    with pytest.raises(OptionError, match="expected"):
-        bn.repair(state)
-
-
-def test_the_kind_of_the_mapping_stays():
-    state = nn.BatchNorm2d(2).state_dict()
-    repaired, _ = bn.repair(state)
-    assert type(repaired) is collections.OrderedDict
-    assert repaired._metadata == state._metadata
 
 
 @pytest.mark.parametrize("verbs", [("set_options", "convert"), ("convert", "set_options")])

@@ -18,7 +18,7 @@ import batchnorm as bn
 from batchnorm.errors import OptionError, SurgeryError
 from batchnorm.models.change import Change, Edit
 from batchnorm.models.stack import Done, record
-from support.twins import assert_identical, assert_unchanged, everything, randomize, snapshot
+from support.twins import Calls, everything, randomize, refused, unchanged
 
 X = (4, 3, 6, 6)
 TRAINED = "what training made of {name}"
@@ -101,30 +101,19 @@ def network() -> nn.Sequential:
     return net
 
 
-def state_of(model: nn.Module) -> tuple[Any, Any]:
-    return everything(model), snapshot(model)
-
-
-def assert_as_before(before: tuple[Any, Any], model: nn.Module) -> None:
-    assert_identical(before[0], everything(model))
-    assert_unchanged(before[1], model)
-
-
 def test_a_verb_that_replaces_an_activation_is_told_and_undone():
     model = network()
-    before = state_of(model)
-    replace(model, "3.2", nn.SiLU())
-    assert str(bn.edits(model)) == "3.2: ReLU -> SiLU; largest error 0.125"
-    assert bn.edits(model)[0].names == ("3.2",)
-    assert type(model[3][2]) is nn.SiLU
-    assert bn.undo(model) is model
-    assert_as_before(before, model)
+    with unchanged(model):
+        replace(model, "3.2", nn.SiLU())
+        assert str(bn.edits(model)) == "3.2: ReLU -> SiLU; largest error 0.125"
+        assert bn.edits(model)[0].names == ("3.2",)
+        assert type(model[3][2]) is nn.SiLU
+        assert bn.undo(model) is model
     assert not bn.edits(model)
 
 
 def test_everything_is_undone_newest_first():
     model = network()
-    before = state_of(model)
     states = []
     steps = [
         lambda: double(model, "1"),
@@ -135,28 +124,16 @@ def test_everything_is_undone_newest_first():
         lambda: bn.convert(model, statistics=bn.Frozen()),
         lambda: replace(model, "1", nn.Identity(), "remove"),
     ]
-    for step in steps:
-        step()
-        states.append(str(bn.edits(model)))
-    assert len(set(states)) == len(steps)
-    assert [edit.verb for edit in bn.edits(model)] == [
-        "double", "convert", "convert", "replace", "save_memory", "double", "convert", "remove",
-    ]  # fmt: skip
-    bn.undo(model)
-    assert_as_before(before, model)
+    with unchanged(model):
+        for step in steps:
+            step()
+            states.append(str(bn.edits(model)))
+        assert len(set(states)) == len(steps)
+        assert [edit.verb for edit in bn.edits(model)] == [
+            "double", "convert", "convert", "replace", "save_memory", "double", "convert", "remove",
+        ]  # fmt: skip
+        bn.undo(model)
     assert not bn.edits(model)
-
-
-def test_a_layer_that_a_later_edit_took_out_is_undone_with_the_rest():
-    model = network()
-    before = state_of(model)
-    bn.convert(model)
-    replace(model, "1", nn.Identity(), "remove")
-    assert [(e.names, e.verb) for e in bn.edits(model)] == [
-        (("1",), "convert"), (("3.1",), "convert"), (("1",), "remove"),
-    ]  # fmt: skip
-    bn.undo(model)
-    assert_as_before(before, model)
 
 
 @pytest.mark.parametrize(
@@ -166,11 +143,9 @@ def test_a_layer_that_a_later_edit_took_out_is_undone_with_the_rest():
 def test_an_edit_on_which_a_later_one_stands_is_not_undone(name, verb, stands):
     model = bn.convert(network())
     replace(model, name, nn.Sequential(model.get_submodule(name)), verb)
-    before = state_of(model)
     if stands:
-        with pytest.raises(SurgeryError, match=f"later, by {verb}: {name}: .* -> Sequential"):
+        with refused(SurgeryError, f"later, by {verb}: {name}: .* -> Sequential", model):
             bn.undo(model, "convert")
-        assert_as_before(before, model)
         bn.undo(model, verb)
     bn.undo(model, "convert")
     assert "convert" not in {edit.verb for edit in bn.edits(model)}
@@ -190,16 +165,14 @@ def test_an_edit_below_a_module_that_was_replaced_stands_on_it():
 
 def test_a_module_that_was_wrapped_is_undone_once():
     model = network()
-    before = state_of(model)
-    double(model, "1")
-    wrapped = nn.Sequential(model[1])
-    replace(model, "1", wrapped)
-    assert [edit.names for edit in bn.edits(model)] == [("1.0",), ("1",)]
-    assert bn.edits(model).kept == 3 * 4
-    with pytest.raises(SurgeryError, match="later, by replace: 1: BatchNorm2d -> Sequential"):
-        bn.undo(model, "double")
-    bn.undo(model)
-    assert_as_before(before, model)
+    with unchanged(model):
+        double(model, "1")
+        replace(model, "1", nn.Sequential(model[1]))
+        assert [edit.names for edit in bn.edits(model)] == [("1.0",), ("1",)]
+        assert bn.edits(model).kept == 3 * 4
+        with pytest.raises(SurgeryError, match="later, by replace: 1: BatchNorm2d -> Sequential"):
+            bn.undo(model, "double")
+        bn.undo(model)
 
 
 def test_a_name_that_begins_alike_is_another_module():
@@ -212,28 +185,25 @@ def test_a_name_that_begins_alike_is_another_module():
 
 def test_conversions_on_both_sides_of_another_verb_are_two_changes():
     model = network()
-    before = state_of(model)
-    bn.convert(model)
-    double(model, "1")
-    bn.convert(model, statistics=bn.Frozen())
-    with pytest.raises(SurgeryError, match="later, by convert"):
-        bn.undo(model, "double")
-    with pytest.raises(SurgeryError, match="later, by double"):
-        bn.undo(model, "convert")
-    bn.undo(model)
-    assert_as_before(before, model)
+    with unchanged(model):
+        bn.convert(model)
+        double(model, "1")
+        bn.convert(model, statistics=bn.Frozen())
+        for verb, later in (("double", "convert"), ("convert", "double")):
+            with pytest.raises(SurgeryError, match=f"later, by {later}"):
+                bn.undo(model, verb)
+        bn.undo(model)
 
 
 def test_save_memory_and_convert_are_undone_in_any_order():
     for first, other in (("save_memory", "convert"), ("convert", "save_memory")):
         model = network()
-        before = state_of(model)
-        bn.save_memory(bn.convert(model))
-        bn.convert(model, statistics=bn.Frozen())
-        bn.undo(model, first)
-        assert {edit.verb for edit in bn.edits(model)} == {other}
-        bn.undo(model, other)
-        assert_as_before(before, model)
+        with unchanged(model):
+            bn.save_memory(bn.convert(model))
+            bn.convert(model, statistics=bn.Frozen())
+            bn.undo(model, first)
+            assert {edit.verb for edit in bn.edits(model)} == {other}
+            bn.undo(model, other)
 
 
 def test_trained_values_without_a_place_are_lost_by_force_alone():
@@ -244,10 +214,8 @@ def test_trained_values_without_a_place_are_lost_by_force_alone():
     y = model(torch.randn(X))
     y.backward(torch.randn_like(y))
     optimizer.step()
-    before = state_of(model)
-    with pytest.raises(SurgeryError, match=r"lose what training made of 2, .* force=True"):
+    with refused(SurgeryError, r"lose what training made of 2, .* force=True", model):
         bn.undo(model)
-    assert_as_before(before, model)
     values = [p.clone() for p in model[1].parameters()] + [b.clone() for b in model[1].buffers()]
     bn.undo(model, force=True)
     assert type(model[2]) is nn.ReLU
@@ -275,24 +243,20 @@ def test_training_between_two_edits_of_a_layer_stops_undo_between_them():
 
 def test_a_copy_has_its_own_stack():
     model = network()
-    before, state = state_of(model), copy.deepcopy(model.state_dict())
+    state = copy.deepcopy(model.state_dict())
     bn.convert(model)
     double(model, "1")
     replace(model, "2", Scale(), "insert", Inserted)
-    changed, log = state_of(model), str(bn.edits(model))
-    copied = copy.deepcopy(model)
-    assert str(bn.edits(copied)) == log
-    assert bn.edits(copied).kept == bn.edits(model).kept == 3 * 4
-    bn.undo(copied)
-    assert type(copied[1]) is nn.BatchNorm2d
-    assert type(copied[2]) is nn.ReLU
-    torch.testing.assert_close(copied.state_dict(), state, rtol=0, atol=0)
-    assert_as_before(changed, model)
+    with unchanged(model):
+        copied = copy.deepcopy(model)
+        assert str(bn.edits(copied)) == str(bn.edits(model))
+        assert bn.edits(copied).kept == bn.edits(model).kept == 3 * 4
+        bn.undo(copied)
+    assert [type(layer) for layer in copied[1:3]] == [nn.BatchNorm2d, nn.ReLU]
+    assert all(torch.equal(value, state[name]) for name, value in copied.state_dict().items())
     part = copy.deepcopy(model[1])
     assert [edit.names for edit in bn.edits(part)] == [("",), ("",)]
     assert type(bn.undo(part)) is nn.BatchNorm2d
-    bn.undo(model)
-    assert_as_before(before, model)
 
 
 def pickled(model: nn.Module) -> Any:
@@ -388,14 +352,13 @@ def test_names_are_those_of_today_in_parts_and_in_other_models():
 
 def test_the_order_holds_where_the_clock_was_turned_back(monkeypatch):
     model = network()
-    before = state_of(model)
-    double(model, "1")
-    monkeypatch.setattr(time, "time_ns", lambda: 0)
-    replace(model, "1", nn.Identity())
-    double(model, "0")
-    assert [edit.verb for edit in bn.edits(model)] == ["double", "replace", "double"]
-    bn.undo(model)
-    assert_as_before(before, model)
+    with unchanged(model):
+        double(model, "1")
+        monkeypatch.setattr(time, "time_ns", lambda: 0)
+        replace(model, "1", nn.Identity())
+        double(model, "0")
+        assert [edit.verb for edit in bn.edits(model)] == ["double", "replace", "double"]
+        bn.undo(model)
 
 
 def test_a_model_is_freed_without_the_garbage_collector():
@@ -412,20 +375,9 @@ def test_a_model_is_freed_without_the_garbage_collector():
         gc.enable()
 
 
-class Named(nn.Module):
-    """A model that calls its own layer what a record might be called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._batchnorm = nn.BatchNorm2d(3)
-        self._edits = nn.LazyBatchNorm2d()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._edits(self._batchnorm(x))
-
-
 def test_records_hide_no_layer_of_the_model():
-    model = Named()
+    call = lambda m, x: m._edits(m._batchnorm(x))
+    model = Calls(call, _batchnorm=nn.BatchNorm2d(3), _edits=nn.LazyBatchNorm2d())
     before = everything(model)
     bn.save_memory(bn.convert(model))
     model(torch.randn(X))

@@ -67,12 +67,12 @@ def compare_modes(network: nn.Module, images: Images, batch_size: int, seed: int
     size = min(batch_size, len(test))
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(test), generator=generator) for _ in range(20)]
-    outputs = torch.stack([_in_batches(_by_batch(network), test, size, order) for order in orders])
+    work = _by_batch(network)
+    outputs = torch.stack([_in_batches(work, test, size, order) for order in orders])
     eval_outputs = torch.stack([_in_batches(network.eval(), test, size, order) for order in orders])
     image = _most_dependent(outputs, labels)
     companies = [_company(len(test), image, size, generator) for _ in range(COMPANIES)]
     label = int(labels[image])
-    work = _by_batch(network)
     in_train = tuple(_probability(work, test[rows], label) for rows in companies)
     in_eval = [_probability(network.eval(), test[rows], label) for rows in companies]
     return Modes(
