@@ -176,31 +176,6 @@ def test_a_write_in_place_that_torch_refuses_is_refused(route, what):
         y.backward(torch.randn(SHAPE))
 
 
-@each(saving=[False, True], act=["relu", "silu"])
-def test_an_optimizer_step_between_two_backwards_trains_as_torch_does(act, saving):
-    """The weight is frozen, so that torch itself allows it."""
-    torch.manual_seed(0)
-    ours = bn.BatchNorm1d(CHANNELS, activation=act)
-    theirs = nn.BatchNorm1d(CHANNELS)
-    for layer in (ours, theirs):
-        layer.weight.requires_grad_(False)
-    x = [torch.randn(8, CHANNELS) for _ in range(2)]
-    dy = [torch.randn(8, CHANNELS) for _ in range(2)]
-
-    def train(layer, follow):
-        optimizer = torch.optim.SGD([layer.bias], lr=0.5)
-        first, second = (follow(layer(one)) for one in x)
-        first.backward(dy[0])
-        optimizer.step()
-        second.backward(dy[1])
-        return layer.bias.grad
-
-    context = bn.save_memory() if saving else torch.enable_grad()
-    with context:
-        found = train(ours, lambda y: y)
-    torch.testing.assert_close(found, train(theirs, ACTS[act]), rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("write", ["weight", "bias", "residual"])
 @pytest.mark.parametrize("route", [train, evaluate], ids=lambda f: f.__name__)
 def test_second_derivatives_reach_the_parameters_with_the_values_forward_read(route, write):
