@@ -49,6 +49,7 @@ SAYS = {
     "demo": "make run",
     "benchmark": "make bench",
     "integrations": "Lightning, Hugging Face, opacus",
+    "insertion": "bn.insert, bn.remove",
     "cli": "the command batchnorm",
 }
 # The lowest level of each group, its colours and its name.

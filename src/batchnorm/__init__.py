@@ -17,6 +17,8 @@ from batchnorm.estimators.window import LastBatches as LastBatches
 from batchnorm.folding.result import Folded as Folded
 from batchnorm.folding.verb import fold as fold
 from batchnorm.graph.report import fused as fused
+from batchnorm.insertion.insert import insert as insert
+from batchnorm.insertion.remove import remove as remove
 from batchnorm.models.edits import edits as edits
 from batchnorm.models.edits import forget as forget
 from batchnorm.models.edits import keep_undo as keep_undo

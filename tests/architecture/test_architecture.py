@@ -26,7 +26,7 @@ LEVELS = [
     {"graph", "memory", "comparison"},
     {"calibration", "surgery"},
     {"folding", "diagnosis"},
-    {"demo", "benchmark", "integrations"},
+    {"demo", "benchmark", "integrations", "insertion"},
     {"cli"},
 ]
 # Of the report's room, others use its face; cli and the pages of env() are lazy on purpose.

@@ -1,4 +1,4 @@
-"""What ``bn.fold`` is asked: which models, examples and options it takes."""
+"""What ``bn.fold`` is asked: which models, examples and options it takes; some for other verbs."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,27 +9,25 @@ from torch import Tensor, nn
 from batchnorm.compat.modules import is_compiled
 from batchnorm.errors import OptionError, SurgeryError
 from batchnorm.folding.scene import Scene
+from batchnorm.models.edits import expect_model
 from batchnorm.models.examples import Example
 from batchnorm.models.flow import Flow
 from batchnorm.models.following import flow
 from batchnorm.models.walk import unwrapped
+from batchnorm.surgery.layers import SCRIPTED
 
 Filter = Callable[[str, nn.Module], bool]
 
 WRAPPED = """\
-bn.fold expected the model inside of {kind}, which holds on to its parameters; fold it before it \
-is wrapped, or {remedy}"""
-
-SCRIPTED = """\
-bn.fold expected a model in Python, got a {kind}, whose code torch.jit has already compiled; fold \
-the model that it was made from"""
+bn.{verb} expected the model inside of {kind}, which holds on to its parameters; call it before \
+the model is wrapped, or pass the .module of {name!r}"""
 
 COMPILED = """\
-bn.fold expected modules that are not compiled, got the compiled {name!r}; fold the model first \
-and compile it then"""
+bn.{verb} expected modules that are not compiled, got the compiled {name!r}; call it first and \
+compile the model then"""
 
 META = """\
-bn.fold expected tensors with values, got {name!r} on the meta device; load the model first"""
+bn.{verb} expected tensors with values, got {name!r} on the meta device; load the model first"""
 
 EXAMPLES = """\
 expected example inputs: a tensor, a tuple (positional arguments), a mapping (keyword arguments), \
@@ -37,27 +35,37 @@ or a list of these, got {got}"""
 
 SHARED = "expected shared='decline' or 'copy', got {got!r}"
 
-FILTER = "expected filter=function of (name, module), true for those to fold, got {got!r}"
+FILTER = "expected filter=function of (name, module), true for those to change, got {got!r}"
 
 
 def check(model: nn.Module, shared: str, wanted: Filter | None) -> None:
-    """Refuse models and options that cannot be."""
+    """Refuse models and options of ``bn.fold`` that cannot be."""
     if shared not in ("decline", "copy"):
         raise OptionError(SHARED.format(got=shared))
+    check_filter(wanted)
+    check_model(model, "fold")
+
+
+def check_filter(wanted: Filter | None) -> None:
+    """Refuse a ``filter=`` that is no function."""
     if wanted is not None and not callable(wanted):
         raise OptionError(FILTER.format(got=wanted))
+
+
+def check_model(model: nn.Module, verb: str) -> None:
+    """Refuse models that a verb cannot run and change: scripted, compiled, wrapped, or on meta."""
+    expect_model(model, verb)
     if isinstance(model, torch.jit.ScriptModule):
-        raise SurgeryError(SCRIPTED.format(kind=type(model).__name__))
+        raise SurgeryError(SCRIPTED.format(verb=verb, kind=type(model).__name__))
     for name, module in model.named_modules():
         if is_compiled(module):
-            raise SurgeryError(COMPILED.format(name=name or "(the model)"))
-        inner = unwrapped(module)
-        if inner is not module:
+            raise SurgeryError(COMPILED.format(verb=verb, name=name or "(the model)"))
+        if unwrapped(module) is not module:
             kind = type(module).__name__
-            raise SurgeryError(WRAPPED.format(kind=kind, remedy=f"pass the .module of {name!r}"))
+            raise SurgeryError(WRAPPED.format(verb=verb, kind=kind, name=name))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
-            raise SurgeryError(META.format(name=name))
+            raise SurgeryError(META.format(verb=verb, name=name))
 
 
 def examples(given: Any) -> list[Example]:

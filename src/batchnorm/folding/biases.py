@@ -11,7 +11,7 @@ from batchnorm.folding.ledger import Leaf
 from batchnorm.models.flow import Flow
 
 # Their forward adds ``bias`` if it is there. A subclass may have another forward.
-_TAKES_BIAS = (
+TAKES_BIAS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
     nn.Linear,
 )  # fmt: skip
@@ -32,7 +32,7 @@ def bias_takers(model: nn.Module, run: Callable[[], Flow]) -> Mapping[str, Leaf]
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule) or not _lacks_bias(module):
             continue
-        known = any(type(module).forward is cls.forward for cls in _TAKES_BIAS)
+        known = any(type(module).forward is cls.forward for cls in TAKES_BIAS)
         known = known and "forward" not in vars(module)
         (found if known else unknown)[name] = _bias_of(name, module)
     if unknown:
@@ -46,7 +46,7 @@ def bias_takers(model: nn.Module, run: Callable[[], Flow]) -> Mapping[str, Leaf]
 
 
 def _lacks_bias(module: nn.Module) -> bool:
-    return isinstance(module, _TAKES_BIAS) and tables(module)[0].get("bias", 0) is None
+    return isinstance(module, TAKES_BIAS) and tables(module)[0].get("bias", 0) is None
 
 
 def _bias_of(name: str, module: nn.Module) -> Leaf:

@@ -138,7 +138,7 @@ def apply(
             layer.register_parameter(leaf.name, bias)
         else:
             if leaf.kind == "computed":
-                change.modules[_below(group.owner, leaf.layer)] = _as_it_is(layer)
+                change.modules[_below(group.owner, leaf.layer)] = as_it_is(layer)
                 _remove_parametrization(layer, leaf.name)
             tensor = _tensor(owner, name)
             if leaf.kind != "computed":
@@ -148,12 +148,13 @@ def apply(
     for fold in group.folds:
         if not fold.instance.functional:
             layer = model.get_submodule(fold.name)
-            change.modules[_below(group.owner, fold.name)] = _as_it_is(layer)
+            change.modules[_below(group.owner, fold.name)] = as_it_is(layer)
             become(layer, rest_of(layer, contiguous=fold.restrided))
     return change
 
 
-def _as_it_is(module: nn.Module) -> Whole:
+def as_it_is(module: nn.Module) -> Whole:
+    """Return the class and the attributes that a module has now."""
     return Whole(type(module), dict(vars(module)))
 
 

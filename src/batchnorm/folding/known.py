@@ -77,7 +77,7 @@ def affine_of(module: nn.Module) -> Affine | str | None:
         return LAZY
     if layer.running_mean is None or layer.running_var is None:
         return BATCH
-    if "forward" in vars(module) or not (kind.family != "foreign" or _is_torchs(module)):
+    if "forward" in vars(module) or not (kind.family != "foreign" or is_torchs(module)):
         return None
     return unusable(module) or _read(layer, kind.family)
 
@@ -114,7 +114,7 @@ def _does_nothing(layer: Any) -> bool:
     return isinstance(layer.act, nn.Identity) and isinstance(layer.drop, nn.Identity)
 
 
-def _is_torchs(module: nn.Module) -> bool:
+def is_torchs(module: nn.Module) -> bool:
     """Return whether a subclass has the forward of torch.nn."""
     return type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 

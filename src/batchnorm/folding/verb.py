@@ -14,7 +14,6 @@ from batchnorm.folding.plan import Plan, Planner
 from batchnorm.folding.result import Folded
 from batchnorm.folding.scene import Scene
 from batchnorm.folding.work import Work
-from batchnorm.models.edits import expect_model
 from batchnorm.models.examples import Example
 from batchnorm.models.kinds import kind_of
 from batchnorm.surgery.layers import expect_optimizer
@@ -93,7 +92,6 @@ def _checked(
     filter: asked.Filter | None,
     optimizer: Optimizer | None,
 ) -> list[Example]:
-    expect_model(model, "fold")
     asked.check(model, shared, filter)
     expect_optimizer(optimizer)
     return asked.examples(example_inputs)

@@ -36,6 +36,8 @@ class Edit:
         after: The class afterwards, or None if nothing was changed.
         reason: Why nothing was changed, or a note.
         evidence: Numbers that were measured to prove the edit, by name.
+        keys: Key of the state dict before, below the first module -> its key now; of a verb that
+            renames some.
     """
 
     names: tuple[str, ...]
@@ -44,6 +46,7 @@ class Edit:
     after: str | None = None
     reason: str = ""
     evidence: Mapping[str, float] = field(default_factory=dict, hash=False)
+    keys: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def skipped(self) -> bool:

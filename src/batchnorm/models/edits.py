@@ -132,7 +132,7 @@ def undo(model: Model, verb: str | None = None, *, force: bool = False) -> Model
         if isinstance(change, Dropped):
             raise SurgeryError(GONE.format(verb=one.edit.verb, edit=one.edit, why=change.why))
         # If a newer edit of the module is undone first, only then are its values known.
-        if not force and _loss(one) and first_on_top(one, wanted) is None:
+        if not force and first_on_top(one, wanted) is None and _loss(one):
             raise _lost(one, "Nothing was changed")
     newer = 0
     for one in reversed(wanted):

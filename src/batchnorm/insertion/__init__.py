@@ -1,0 +1,1 @@
+"""``bn.insert`` and ``bn.remove``: batch normalization between a linear map and its activation."""

@@ -1,0 +1,92 @@
+"""``bn.insert``: batch normalization between the linear maps of a model and their activations."""
+
+from typing import Any, Literal, TypeVar
+
+from torch import nn
+from torch.optim import Optimizer
+
+from batchnorm.errors import OptionError, SurgeryError
+from batchnorm.folding import asked
+from batchnorm.insertion.places import Place, found, measured
+from batchnorm.insertion.work import VERB, Work, evaluating
+from batchnorm.surgery.layers import expect_optimizer
+
+Model = TypeVar("Model", bound=nn.Module)
+
+WHERE = "expected where='before_activation', got {got!r}"
+INIT = "expected init='preserve' or 'normalize', got {got!r}"
+NONE = (
+    "bn.insert found no linear or convolutional layer in {kind} whose output goes to an activation"
+)
+NOT_WANTED = "filter= said no"
+
+
+def insert(
+    model: Model,
+    example_inputs: Any,
+    *,
+    where: Literal["before_activation"] = "before_activation",
+    init: Literal["preserve", "normalize"] = "preserve",
+    filter: asked.Filter | None = None,
+    optimizer: Optimizer | None = None,
+) -> Model:
+    """Put a batch normalization between linear maps and the activations behind them, in place.
+
+    Where the output of a convolution or ``nn.Linear`` goes to an activation and nowhere else, be it
+    a module or a function, the layer becomes a ``Sequential`` of itself, without bias, and the
+    normalization. It stays the same object, so the model's code calls it as before; parameters stay
+    the same objects, and state dicts from before can be loaded. ``bn.edits`` has the new keys.
+
+    Mean μ and variance σ² are those of the layer's outputs on the examples, in evaluation, without
+    the bias that is dropped. ``"preserve"`` sets γ = sqrt(σ² + ε), β = mean of the outputs: the
+    model computes in evaluation what it did, which ``bn.same`` proves. In training it normalizes by
+    the batch, and so computes something else. ``"normalize"`` sets γ = 1, β = 0, with the
+    statistics that layers see behind each other (``bn.calibrate``).
+
+    A layer is left, with a reason in ``bn.edits``, where its output goes elsewhere too, where it is
+    parametrized or has a ``forward`` of its own, and where the model reads its attributes, such as
+    ``self.conv.weight``.
+
+    Args:
+        model: The model, without compiled parts or wrappers; changed in place.
+        example_inputs: Data for the statistics: a tensor, a tuple of positional arguments or a
+            mapping of keyword arguments; or a list of these. The first is followed to find places.
+        where: ``"before_activation"``.
+        init: ``"preserve"`` or ``"normalize"``.
+        filter: ``filter(name, module)`` says whether a layer gets a normalization.
+        optimizer: Loses the biases, and gets γ and β into the group of the weight.
+
+    Returns:
+        The model.
+
+    Raises:
+        SurgeryError: If there is no such layer; if the model calls one twice in a pass; if it is
+            compiled, scripted, wrapped or on the meta device, or raises; nothing is changed then.
+        OptionError: If an option is wrong; likewise.
+    """
+    _check(model, where, init, filter, optimizer)
+    examples = asked.examples(example_inputs)
+    with evaluating(model):
+        every = list(found(model, asked.passed(model, examples[0])))
+        if not every:
+            raise SurgeryError(NONE.format(kind=type(model).__name__))
+        left = dict(one for one in every if not isinstance(one, Place))
+        places = [one for one in every if isinstance(one, Place)]
+        if filter is not None:
+            left |= {p.name: NOT_WANTED for p in places if not filter(p.name, p.layer)}
+        work = Work(model, [p for p in places if p.name not in left], examples, left)
+        moments = measured(model, work.places, examples)
+    work.run(init, moments, optimizer)
+    return model
+
+
+def _check(
+    model: nn.Module, where: str, init: str, wanted: asked.Filter | None, optimizer: Any
+) -> None:
+    if where != "before_activation":
+        raise OptionError(WHERE.format(got=where))
+    if init not in ("preserve", "normalize"):
+        raise OptionError(INIT.format(got=init))
+    asked.check_filter(wanted)
+    expect_optimizer(optimizer)
+    asked.check_model(model, VERB)

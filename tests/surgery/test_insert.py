@@ -1,0 +1,253 @@
+"""bn.insert: what it puts where, with which numbers, and how it is taken back."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import batchnorm as bn
+from batchnorm.errors import SurgeryError
+from support.combinations import pairs
+from support.twins import assert_identical, everything
+
+
+class Functional(nn.Module):
+    """An MLP with a functional sigmoid."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(torch.sigmoid(self.two(torch.sigmoid(self.one(x)))))
+
+
+class Convolutions(nn.Module):
+    """Convolutions of three kinds in front of F.relu; one has no bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")
+        self.deep = nn.Conv2d(4, 6, 3, groups=2, bias=False)
+        self.up = nn.ConvTranspose2d(6, 4, 2, stride=2)
+
+    def forward(self, x):
+        x = F.relu(self.deep(F.relu(self.conv(x))), inplace=True)
+        return F.gelu(self.up(x)).mean((2, 3))
+
+
+class Block(nn.Module):
+    """The MLP of a transformer block: tokens (N, T, C), with a residual."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.wide, self.narrow = nn.LayerNorm(5), nn.Linear(5, 9), nn.Linear(9, 5)
+        self.act = nn.GELU()
+
+    def forward(self, x):
+        return x + self.narrow(self.act(self.wide(self.norm(x))))
+
+
+NETWORKS = {
+    "mlp": (Functional, (32, 6), ["one", "two"]),
+    "convolutions": (Convolutions, (4, 3, 6, 6), ["conv", "deep", "up"]),
+    "block": (Block, (4, 7, 5), ["wide"]),
+    "sequence": (
+        lambda: nn.Sequential(nn.Conv1d(2, 4, 3), nn.SELU(), nn.Dropout(0.5), nn.Conv1d(4, 2, 1)),
+        (6, 2, 9),
+        ["0"],
+    ),
+}
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+def built(name, dtype=torch.float32):
+    build, shape, names = NETWORKS[name]
+    return build().to(dtype), 2 * torch.randn(shape).to(dtype) + 1, names
+
+
+def inserted(model):
+    return [edit.names[0] for edit in bn.edits(model).changed if edit.verb == "insert"]
+
+
+def outputs_of(model, names, x):
+    """What layers return, in float64, with dropout off."""
+    model = copy.deepcopy(model).double().eval()
+    found = {}
+    for name in names:
+        layer = model.get_submodule(name)
+        layer.register_forward_hook(lambda _m, _x, y, name=name: found.update({name: y.clone()}))
+    with torch.no_grad():
+        y = model(x.double())
+    return y, found
+
+
+@pairs(name=NETWORKS, dtype=DTYPES, training=[False, True])
+def test_preserve_keeps_what_evaluation_computes(name, dtype, training):
+    model, x, names = built(name, dtype)
+    model.train(training)
+    expected, outputs = outputs_of(model, names, x)
+    bn.insert(model, x)
+    assert inserted(model) == names
+    assert model.training is training
+    assert all(m.training is training for m in model.modules())
+    got, _ = outputs_of(model, [], x)
+    error = 64 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got, expected, rtol=error, atol=error * float(expected.abs().max()))
+    for one in names:
+        layer, norm = model.get_submodule(one)
+        axes = (
+            [0, *range(2, outputs[one].ndim)] if norm.axis == 1 else [*range(outputs[one].ndim - 1)]
+        )
+        assert getattr(layer, "bias", None) is None
+        assert norm.running_mean.dtype == torch.promote_types(dtype, torch.float32)
+        var = outputs[one].var(axes)
+        torch.testing.assert_close(norm.running_var.double(), var, rtol=100 * error, atol=1e-6)
+        gamma = (norm.running_var.double() + norm.eps).sqrt()
+        torch.testing.assert_close(norm.weight.double(), gamma, rtol=error, atol=0)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_normalize_gives_every_activation_mean_0_and_variance_1(name):
+    model, x, names = built(name)
+    bn.insert(model, [x, x[1:] + 0.5], init="normalize")
+    both = torch.cat([x, x[1:] + 0.5])
+    _, outputs = outputs_of(model, names, both)
+    for one in names:
+        layer, norm = model.get_submodule(one)
+        axes = [i for i in range(outputs[one].ndim) if i != norm.axis % outputs[one].ndim]
+        mean, var = outputs[one].mean(axes), outputs[one].var(axes)
+        torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-5)
+        shrunk = norm.running_var.double() / (norm.running_var.double() + norm.eps)
+        torch.testing.assert_close(var, shrunk, rtol=1e-5, atol=0)
+        assert bool((norm.weight == 1).all() and (norm.bias == 0).all())
+        assert layer.weight.requires_grad
+
+
+def test_a_training_step_normalizes_by_the_batch():
+    model, x, _ = built("mlp")
+    model = bn.insert(model, x, filter=lambda name, _: name == "one").train()
+    y = 3 * torch.randn(16, 6) - 2
+    layer, norm = model.one
+    z = y.double() @ layer.weight.double().T
+    z = (z - z.mean(0)) / (z.var(0, correction=0) + norm.eps).sqrt()
+    z = (z * norm.weight.double() + norm.bias.double()).sigmoid()
+    z = (z @ model.two.weight.double().T + model.two.bias.double()).sigmoid()
+    z = z @ model.head.weight.double().T + model.head.bias.double()
+    torch.testing.assert_close(model(y).double(), z, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_undo_gives_back_the_very_model(name):
+    model, x, names = built(name)
+    before = everything(model)
+    bn.insert(model, x)
+    assert isinstance(model.get_submodule(names[0]), nn.Sequential)
+    bn.undo(model, "insert")
+    assert_identical(before, everything(model))
+
+
+def test_undo_asks_before_it_loses_training():
+    model, x, _ = built("mlp")
+    bias = model.one.bias
+    bn.insert(model, x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).square().mean().backward()
+    optimizer.step()
+    weight = model.one[0].weight
+    with pytest.raises(SurgeryError, match="would lose"):
+        bn.undo(model, "insert")
+    bn.undo(model, "insert", force=True)
+    assert model.one.weight is weight
+    assert model.one.bias is bias
+
+
+def test_parameters_stay_and_an_optimizer_goes_on():
+    model, x, _ = built("convolutions")
+    weights, biases = [model.conv.weight, model.deep.weight], [model.conv.bias, model.up.bias]
+    groups = [{"params": [p]} for p in model.parameters()]
+    optimizer = torch.optim.Adam(groups, lr=0.01)
+    bn.insert(model, x, optimizer=optimizer)
+    assert model.conv[0].weight is weights[0]
+    assert model.deep[0].weight is weights[1]
+    own = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in own} == {id(p) for p in model.parameters()}
+    assert len(own) == len(list(model.parameters()))
+    assert not any(p is bias for p in own for bias in biases)
+    assert list(optimizer.param_groups[0]["params"]) == [
+        weights[0],
+        *model.conv[1].parameters(),
+    ]
+    model(x).square().mean().backward()
+    before = model.conv[1].weight.clone()
+    optimizer.step()
+    assert not torch.equal(before, model.conv[1].weight)
+
+
+@pytest.mark.parametrize("init", ["preserve", "normalize"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_state_dicts_from_before_and_from_after_load(name, init):
+    model, x, names = built(name)
+    old = NETWORKS[name][0]()
+    bn.insert(model, x, init=init)
+    wrapped = nn.Sequential(model)
+    wrapped.load_state_dict({f"0.{key}": value for key, value in old.state_dict().items()})
+    torch.testing.assert_close(model.eval()(x), old.eval()(x), rtol=1e-4, atol=1e-5)
+    edit = bn.edits(model).changed[0]
+    assert edit.keys["weight"] == "0.weight"
+    assert f"{names[0]}.0.weight" in model.state_dict()
+    other = bn.insert(NETWORKS[name][0](), x)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.eval()(x), model(x))
+
+
+def test_a_checkpoint_of_another_model_is_refused():
+    model, x, _ = built("mlp")
+    bn.insert(model, x)
+    with pytest.raises(RuntimeError, match="size mismatch for one.0.weight"):
+        model.load_state_dict({"one.weight": torch.zeros(9, 6), "one.bias": torch.zeros(9)})
+
+
+@pytest.mark.parametrize("made", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_and_pickles_compute_the_same_and_load_old_state_dicts(made):
+    model, x, _ = built("mlp")
+    state = copy.deepcopy(model.state_dict())
+    other = made(bn.insert(model, x)).eval()
+    assert torch.equal(other(x), model.eval()(x))
+    other.load_state_dict(state)
+    torch.testing.assert_close(other(x), model(x))
+
+
+class Tied(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = nn.ModuleList([self.first])
+
+    def forward(self, x):
+        return self.second[0](x).relu()
+
+
+def test_a_layer_of_two_names_stays_one():
+    model = Tied()
+    x = torch.randn(8, 4)
+    expected = model(x)
+    bn.insert(model, x)
+    assert model.first is model.second[0]
+    assert isinstance(model.first, nn.Sequential)
+    torch.testing.assert_close(model.eval()(x), expected)
+
+
+def test_forward_hooks_go_on_to_see_the_layer_alone():
+    model, x, _ = built("mlp")
+    seen, looks = [], []
+    model.one.register_forward_hook(lambda _m, _x, y: seen.append(y) if looks else None)
+    bn.insert(model, x)
+    looks.append(True)
+    model.eval()(x)
+    torch.testing.assert_close(seen[0], x @ model.one[0].weight.T)

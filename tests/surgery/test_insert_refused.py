@@ -1,0 +1,177 @@
+"""What bn.insert leaves, with a reason, and what it refuses: by name, with nothing changed."""
+
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import batchnorm as bn
+from batchnorm.errors import OptionError, SurgeryError
+from support.twins import assert_identical, everything
+
+X = torch.randn(8, 4)
+
+
+class Model(nn.Module):
+    """A layer "a", one "b", and what the case makes of them."""
+
+    def __init__(self, run, a=None):
+        super().__init__()
+        self.a, self.b = a or nn.Linear(4, 4), nn.Linear(4, 4)
+        self.run = run
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def reads(m, x):
+    return F.relu(m.a(x)).to(m.a.weight.dtype) + F.relu(m.b(x))
+
+
+def asks(m, x):
+    return F.relu(m.a(x)) * (2 if hasattr(m.a, "in_features") else 3) + F.relu(m.b(x))
+
+
+def elsewhere(m, x):
+    z = m.a(x)
+    return F.relu(z) + z.abs() + F.relu(m.b(x))
+
+
+def returned(m, x):
+    z = m.a(x)
+    return F.relu(m.b(x)), z, F.relu(z)
+
+
+def both(m, x):
+    return F.relu(m.a(x)) + F.relu(m.b(x))
+
+
+class Own(nn.Linear):
+    """Computes something of its own."""
+
+    def forward(self, x):
+        return super().forward(x) + self.bias
+
+
+def replaced():
+    layer = nn.Linear(4, 4)
+    layer.forward = types.MethodType(lambda self, x: F.linear(x, self.weight, self.bias), layer)
+    return layer
+
+
+LEFT = {
+    "attribute": (lambda: Model(reads), "reads .weight"),
+    "asked for": (lambda: Model(asks), "reads .in_features"),
+    "read elsewhere": (lambda: Model(elsewhere), "also read by"),
+    "returned": (lambda: Model(returned), "is returned"),
+    "parametrized": (
+        lambda: Model(both, nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
+        "computed by modules",
+    ),
+    "own class": (lambda: Model(both, Own(4, 4)), "forward of its own"),
+    "own forward": (lambda: Model(both, replaced()), "forward of its own"),
+}
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_a_layer_is_left_with_a_reason_and_the_others_are_not(case):
+    build, reason = LEFT[case]
+    model = build()
+    expected = model(X)
+    bn.insert(model, X)
+    (left,), (changed,) = bn.edits(model).skipped, bn.edits(model).changed
+    assert left.names == ("a",)
+    assert reason in left.reason
+    assert changed.names == ("b",)
+    torch.testing.assert_close(model.eval()(X), expected)
+
+
+def twice(m, x):
+    return F.relu(m.b(F.relu(m.a(F.relu(m.a(x))))))
+
+
+def meta():
+    return Model(both, nn.Linear(4, 4, device="meta"))
+
+
+def fails(m, x):
+    raise ValueError("three legs")
+
+
+def compiled():
+    model = Model(both)
+    model.a = torch.compile(model.a)
+    return model
+
+
+def linear():
+    return Model(both)
+
+
+NAN = torch.full((8, 4), torch.nan)
+REFUSED = {
+    "no model": (lambda: 3, X, {}, "expected a model"),
+    "empty": (lambda: nn.Sequential(), X, {}, "found no linear"),
+    "no activation": (lambda: nn.Sequential(nn.Linear(4, 4)), X, {}, "found no linear"),
+    "softmax": (
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.Softmax(1)), X, {}, "found no linear",
+    ),
+    "normalized": (
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()), X, {}, "found no",
+    ),
+    "reached twice": (lambda: Model(twice), X, {}, "'a' .Linear.*2 times.*filter="),
+    "meta": (meta, X, {}, "'a.weight' on the meta device"),
+    "lazy": (lambda: Model(both, nn.LazyLinear(4)), X, {}, "'a.weight'"),
+    "compiled": (compiled, X, {}, "compiled 'a'"),
+    "compiled whole": (lambda: torch.compile(linear()), X, {}, "compiled"),
+    "wrapped": (lambda: nn.DataParallel(linear()), X, {}, "inside of DataParallel"),
+    "scripted": (lambda: torch.jit.script(nn.Linear(4, 4)), X, {}, "torch.jit"),
+    "raises": (lambda: Model(fails), X, {}, "three legs"),
+    "nan": (linear, NAN, {}, "finite values behind 'a'"),
+    "one sample": (linear, X[:1], {}, "2 values per channel or more behind 'a'"),
+    "where": (linear, X, {"where": "after"}, "where='before_activation', got 'after'"),
+    "init": (linear, X, {"init": "zero"}, "init='preserve' or 'normalize', got 'zero'"),
+    "filter": (linear, X, {"filter": "a"}, "filter=function"),
+    "optimizer": (linear, X, {"optimizer": 3}, "torch.optim.Optimizer, got int"),
+    "inputs": (linear, 3, {}, "example inputs"),
+    "no inputs": (linear, [], {}, "an empty list"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_insert_refuses_and_changes_nothing(case):
+    build, x, options, message = REFUSED[case]
+    model = build()
+    before = everything(model) if isinstance(model, nn.Module) else None
+    with pytest.raises((SurgeryError, OptionError), match=message):
+        bn.insert(model, x, **options)
+    if before is not None:
+        assert_identical(before, everything(model))
+
+
+def test_a_filter_leaves_out_a_layer_that_is_reached_twice():
+    model = Model(twice)
+    bn.insert(model, X, filter=lambda name, _: name != "a")
+    assert [edit.names for edit in bn.edits(model).changed] == [("b",)]
+
+
+class Particular(Model):
+    """Fails once a layer has been changed."""
+
+    def forward(self, x):
+        if isinstance(self.a, nn.Sequential):
+            raise TypeError("no Sequential, please")
+        return super().forward(x)
+
+
+def test_a_model_that_fails_afterwards_is_as_before():
+    model = Particular(both)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    own = list(optimizer.param_groups[0]["params"])
+    before = everything(model)
+    with pytest.raises(TypeError, match="no Sequential"):
+        bn.insert(model, X, optimizer=optimizer)
+    assert_identical(before, everything(model))
+    assert own == optimizer.param_groups[0]["params"]
