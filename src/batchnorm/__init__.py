@@ -14,6 +14,7 @@ from batchnorm.estimators.decayed import Decayed as Decayed
 from batchnorm.estimators.running import Cumulative as Cumulative
 from batchnorm.estimators.running import Running as Running
 from batchnorm.estimators.window import LastBatches as LastBatches
+from batchnorm.folding.export import prepare_for_export as prepare_for_export
 from batchnorm.folding.result import Folded as Folded
 from batchnorm.folding.verb import fold as fold
 from batchnorm.graph.report import fused as fused

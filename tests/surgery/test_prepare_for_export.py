@@ -1,0 +1,186 @@
+"""bn.prepare_for_export: exporters give the model's own numbers."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.errors import OptionError, SurgeryError
+from support.combinations import pairs
+from support.twins import assert_identical, everything, randomize
+
+MODES = ["fold", "freeze", "explicit"]
+OPERATORS = ("batch_norm", "BatchNormalization")
+
+
+class Network(nn.Module):
+    """Convolutions and linear layers with normalizations of torch and of ours."""
+
+    def __init__(self, stored):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=stored)
+        self.act = nn.ReLU()
+        self.deep = nn.Conv2d(4, 4, 3, padding=1)
+        self.added = bn.BatchNorm2d(4, activation="relu", track_running_stats=stored)
+        self.linear, self.last = nn.Linear(4, 5), bn.BatchNorm(5, axis=-1, eps=0.1)
+
+    def forward(self, x):
+        x = self.act(self.norm(self.conv(x)))
+        x = self.added(self.deep(x), x)
+        return self.last(self.linear(x.mean(3).transpose(1, 2)))
+
+
+def network(stored=True, dtype=torch.float32):
+    model = Network(stored)
+    randomize(model)
+    return model.to(dtype).eval(), torch.randn(4, 3, 8, 8).to(dtype)
+
+
+def expected(model, x):
+    """What the model computes in float64, layer by layer, by torch's functions alone."""
+    state = {name: value.double() for name, value in model.state_dict().items()}
+
+    def norm(x, name, eps, axis=1):
+        others = [i for i in range(x.ndim) if i != axis % x.ndim]
+        shape = [-1 if i == axis % x.ndim else 1 for i in range(x.ndim)]
+        mean, var = x.mean(others), x.var(others, correction=0)
+        mean = state.get(f"{name}.running_mean", mean).view(shape)
+        var = state.get(f"{name}.running_var", var).view(shape)
+        y = (x - mean) / (var + eps).sqrt()
+        return y * state[f"{name}.weight"].view(shape) + state[f"{name}.bias"].view(shape)
+
+    f = nn.functional
+    x = f.conv2d(x.double(), state["conv.weight"], state["conv.bias"])
+    x = norm(x, "norm", 1e-5).relu()
+    y = norm(f.conv2d(x, state["deep.weight"], state["deep.bias"], padding=1), "added", 1e-5)
+    x = (y + x).relu().mean(3).transpose(1, 2)
+    return norm(f.linear(x, state["linear.weight"], state["linear.bias"]), "last", 0.1, -1)
+
+
+def close(got, exact, dtype=torch.float32):
+    error = 200 * torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        got.double(), exact, rtol=error, atol=error * float(exact.abs().max())
+    )
+
+
+@pairs(mode=MODES, stored=[True, False], dtype=[torch.float32, torch.float64])
+def test_torch_export_gives_the_models_own_numbers(mode, stored, dtype):
+    model, x = network(stored, dtype)
+    exact = expected(model, x)
+    bn.prepare_for_export(model, x, mode=mode)
+    close(model(x), exact, dtype)
+    program = torch.export.export(model, (x,))
+    close(program.module()(x), exact, dtype)
+    left = [n for n in program.graph.nodes if any(o in str(n.target) for o in OPERATORS)]
+    count = {"fold": 0, "freeze": 3 if stored else 1, "explicit": 0}[mode]
+    assert len(left) == count
+    if mode == "freeze":
+        model.norm.train()
+        model.added.train()
+        close(model(x), exact, dtype)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_explicit_layers_follow_other_batches_and_sizes(mode):
+    model, _ = network(stored=False)
+    x = 3 * torch.randn(2, 3, 11, 9) + 1
+    exact = expected(model, x)
+    bn.prepare_for_export(model, torch.randn(4, 3, 8, 8), mode=mode)
+    close(model(x), exact)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_undo_gives_back_the_very_model(mode, stored):
+    model, x = network(stored)
+    before, state = everything(model), copy.deepcopy(model.state_dict())
+    bn.prepare_for_export(model, x, mode=mode)
+    bn.undo(model)
+    assert_identical(before, everything(model))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("mode", ["freeze", "explicit"])
+def test_state_dicts_keep_their_keys(mode):
+    model, _ = network(stored=False)
+    keys = list(model.state_dict())
+    bn.prepare_for_export(model, mode=mode)
+    assert list(model.state_dict()) == keys
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_onnxruntime_gives_the_models_own_numbers(mode, stored, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript")
+    model, x = network(stored)
+    exact = expected(model, x)
+    bn.prepare_for_export(model, x, mode=mode)
+    path = str(tmp_path / "model.onnx")
+    torch.onnx.export(model, (x,), path, dynamo=True)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    close(torch.as_tensor(y), exact)
+
+
+class Own(nn.BatchNorm2d):
+    """Computes something of its own."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def training():
+    model, _ = network()
+    return model.train()
+
+
+def one_trains():
+    model, _ = network()
+    model.added.train()
+    return model
+
+
+def with_layer(layer):
+    return lambda: nn.Sequential(nn.BatchNorm2d(3), layer()).eval()
+
+
+def hooked():
+    model = nn.Sequential(nn.BatchNorm2d(3)).eval()
+    model[0].register_forward_hook(lambda *_: None)
+    return model
+
+
+EXPLICIT = {"mode": "explicit"}
+REFUSED = {
+    "no model": (lambda: 3, EXPLICIT, "expected a model"),
+    "mode": (training, {"mode": "onnx"}, "'fold', 'freeze' or 'explicit', got 'onnx'"),
+    "no inputs": (lambda: network()[0], {}, "expected example_inputs with mode='fold', got None"),
+    "training": (training, EXPLICIT, "'the model' .Network. in training mode.*model.eval"),
+    "one in training": (one_trains, EXPLICIT, "'added' .BatchNorm2d. in training mode"),
+    "empty": (nn.Sequential, EXPLICIT, "found no batch normalization"),
+    "own class": (with_layer(lambda: Own(3)), EXPLICIT, "'1'.*class of its own"),
+    "by the batch": (
+        with_layer(lambda: Own(3, track_running_stats=False)), {"mode": "freeze"}, "'1'.*its own",
+    ),
+    "hooked": (hooked, EXPLICIT, "'0'.*hooks"),
+    "meta": (with_layer(lambda: nn.BatchNorm2d(3, device="meta")), EXPLICIT, "on the meta device"),
+    "wrong inputs": (
+        lambda: network(stored=False)[0], {"example_inputs": torch.ones(2)}, "in conv .Conv2d.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_prepare_for_export_refuses_and_changes_nothing(case):
+    build, options, message = REFUSED[case]
+    model = build()
+    before = everything(model) if isinstance(model, nn.Module) else None
+    with pytest.raises((SurgeryError, OptionError), match=message):
+        bn.prepare_for_export(model, **options)
+    if before is not None:
+        assert_identical(before, everything(model))
