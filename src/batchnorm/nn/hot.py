@@ -15,13 +15,13 @@ from torch.nn import Parameter
 from batchnorm.compat.modes import is_calm, is_recomputing
 from batchnorm.compat.modules import tables
 from batchnorm.errors import UnservedError
+from batchnorm.layout import compute_dtype
 from batchnorm.nn.attributes import Attributes
 from batchnorm.nn.common import affine_of, moves, plan_of
 from batchnorm.nn.tracking import WIDE
 from batchnorm.ops.autograd import eager
 from batchnorm.ops.backends import reference, torch_norm
 from batchnorm.ops.backends.choice import is_torchs, likely, select
-from batchnorm.ops.backends.strides import wide
 from batchnorm.ops.call import Epilogue, Running
 
 _PLAIN = (Parameter, Tensor, type(None))
@@ -180,7 +180,7 @@ def _is_for_torch(x: Tensor, residual: Tensor | None, running: Running | None) -
     """Return whether ``torch.batch_norm`` takes input, residual and statistics without casts."""
     if not torch_norm.takes(x):
         return False
-    if running is not None and not (running.mean.dtype is running.var.dtype is wide(x)):
+    if running is not None and not (running.mean.dtype is running.var.dtype is compute_dtype(x)):
         return False
     if residual is None:
         return True

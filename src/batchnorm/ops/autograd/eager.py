@@ -16,8 +16,7 @@ from batchnorm.compat.modes import is_out_of_reach
 from batchnorm.moments import centered
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.backends import reference
-from batchnorm.ops.backends.base import Backend
-from batchnorm.ops.backends.selected import Selected
+from batchnorm.ops.backends.base import Backend, selected
 from batchnorm.ops.call import Epilogue, ForBackward, Running
 from batchnorm.selection import WHOLE, Selection
 
@@ -154,7 +153,7 @@ apply_given = quick_apply(Normalize)
 def meaning_of(backend: Backend) -> Backend:
     """Return the reference, with the selection of a backend."""
     selection = backend.selection
-    return reference if selection is None else Selected(reference, selection)
+    return reference if selection is None else selected(reference, selection)
 
 
 def kept_beside(

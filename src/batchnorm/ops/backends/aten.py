@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import UnservedError
+from batchnorm.layout import compute_dtype
 from batchnorm.ops.activations import IDENTITY
 from batchnorm.ops.backends import reference, torch_norm
-from batchnorm.ops.backends.strides import wide
 from batchnorm.ops.call import Epilogue, ForBackward, Running
 
 commits = True
@@ -41,7 +41,7 @@ def serves(x: Tensor, epilogue: Epilogue, axis: int, mode: str) -> str | None:
         return f"it is on {x.device}; these operations of torch's exist for CPUs and CUDA"
     if not x.numel() or (mode == "train" and x.numel() <= x.shape[1]):
         return "torch's kernels take more than one value per channel in training, and one in use"
-    dtype = wide(x)
+    dtype = compute_dtype(x)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and (tensor.dtype != dtype or tensor.device != x.device):
             return f"{name} is {tensor.dtype} on {tensor.device}; expected {dtype} on {x.device}"
@@ -85,10 +85,10 @@ def forward(
     Raises:
         UnservedError: If they have another dtype; nothing has been changed.
     """
-    if running is not None and running.mean.dtype != wide(x):
+    if running is not None and running.mean.dtype != compute_dtype(x):
         raise UnservedError(
-            f"expected running statistics of {wide(x)}, got {running.mean.dtype}; torch's kernel "
-            "updates them in the compute dtype"
+            f"expected running statistics of {compute_dtype(x)}, got {running.mean.dtype}; torch's "
+            "kernel updates them in the compute dtype"
         )
     mean, var = _statistics(x, running)
     rstd = torch.rsqrt(var + eps)
@@ -125,7 +125,9 @@ def _statistics(x: Tensor, running: Running | None) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance in the compute dtype; update ``running`` if given."""
     if running is None:
         # The CPU kernel returns results in the dtype of the running statistics.
-        scratch = [None, None] if x.is_cuda else [*x.new_zeros(2, x.shape[1], dtype=wide(x))]
+        scratch = (
+            [None, None] if x.is_cuda else [*x.new_zeros(2, x.shape[1], dtype=compute_dtype(x))]
+        )
         return torch.batch_norm_update_stats(x, scratch[0], scratch[1], 0.0)
     stored = (running.mean, running.var)
     mean, var = torch.batch_norm_update_stats(x, *stored, running.momentum)

@@ -7,12 +7,13 @@ Four operations define it: ``moments``, ``normalize``, ``backward_sums``, ``back
 one pass. A module with these functions and attributes is a backend; ``choice.BACKENDS`` lists them.
 """
 
-from typing import Literal, Protocol
+import functools
+from typing import Literal, Protocol, cast
 
 from torch import Tensor
 
 from batchnorm.ops.call import Epilogue, ForBackward, Running
-from batchnorm.selection import WHOLE, Selection
+from batchnorm.selection import Selection
 
 Mode = Literal["train", "eval"]
 
@@ -20,7 +21,7 @@ Mode = Literal["train", "eval"]
 class Backend(Protocol):
     """Functions of plain tensors, without autograd; ``reference`` defines their results.
 
-    A backend may have a selection (``Selected``): it then computes with the weights and groups of
+    A backend may have a selection (``selected``): it then computes with the weights and groups of
     that selection, for inputs of its shape, and where it has groups every (C,) is (groups, C).
 
     Per channel, ``stats`` (6, C; see ``ForBackward``), ``sum_dz`` and ``sum_dz_xhat`` (C,) are in
@@ -92,77 +93,25 @@ class Backend(Protocol):
         """Return the gradients of ``forward``: dx, dz if wanted, sum(dz), sum(dz * xhat)."""
 
 
-class Selecting(Protocol):
-    """The same functions with a selection as their last argument: what ``Selected`` binds.
+class _Selected:
+    """The functions of a backend with a selection as their last argument."""
 
-    A backend that has them takes weights per element and groups of samples; ``serves`` says which.
+    commits = False
+    reads_output = False
+
+    def __init__(self, kernels: Backend, selection: Selection) -> None:
+        self._kernels, self.selection = kernels, selection
+
+    def __getattr__(self, name: str) -> object:
+        return functools.partial(getattr(self._kernels, name), selection=self.selection)
+
+
+def selected(kernels: Backend, selection: Selection) -> Backend:
+    """Return a backend that computes with the weights and groups of one selection.
+
+    Args:
+        kernels: A backend each of whose functions takes ``selection=`` as a further argument.
+        selection: Of the inputs of every call. Its tensors are read again in backward, so nothing
+            may write to them.
     """
-
-    def serves(
-        self,
-        x: Tensor,
-        epilogue: Epilogue,
-        axis: int,
-        mode: Mode,
-        selection: Selection = WHOLE,
-    ) -> str | None:
-        """Return why a call cannot be served, or None where it can."""
-
-    def moments(self, x: Tensor, axis: int, selection: Selection = WHOLE) -> tuple[Tensor, Tensor]:
-        """Return mean and m2 of what counts."""
-
-    def normalize(
-        self,
-        x: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        epilogue: Epilogue,
-        axis: int,
-        selection: Selection = WHOLE,
-    ) -> Tensor:
-        """Return y; 0 where an element does not count."""
-
-    def evaluate(
-        self,
-        x: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        epilogue: Epilogue,
-        eps: float,
-        axis: int,
-        selection: Selection = WHOLE,
-    ) -> Tensor:
-        """Return y with rstd = 1 / sqrt(var + eps)."""
-
-    def forward(
-        self,
-        x: Tensor,
-        epilogue: Epilogue,
-        eps: float,
-        axis: int,
-        running: Running | None = None,
-        selection: Selection = WHOLE,
-    ) -> tuple[Tensor, Tensor]:
-        """Normalize by the statistics of what counts; return y and stats."""
-
-    def backward_sums(
-        self, dy: Tensor, saved: ForBackward, selection: Selection = WHOLE
-    ) -> tuple[Tensor, Tensor]:
-        """Return sum(dz) and sum(dz * xhat) of what counts."""
-
-    def backward_input(
-        self,
-        dy: Tensor,
-        saved: ForBackward,
-        sum_dz: Tensor,
-        sum_dz_xhat: Tensor,
-        count: float | Tensor,
-        want_residual: bool,
-        selection: Selection = WHOLE,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return dx, with both sums times the weight of the element, and dz if wanted."""
-
-    def backward(
-        self, dy: Tensor, saved: ForBackward, want_residual: bool, selection: Selection = WHOLE
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Return the gradients of ``forward``: dx, dz if wanted, sum(dz), sum(dz * xhat)."""
+    return cast("Backend", _Selected(kernels, selection))

@@ -18,8 +18,7 @@ from torch import Tensor
 from batchnorm import layout
 from batchnorm.errors import BackendError
 from batchnorm.ops.backends import aten, reference
-from batchnorm.ops.backends.base import Backend, Mode, Selecting
-from batchnorm.ops.backends.selected import Selected
+from batchnorm.ops.backends.base import Backend, Mode, selected
 from batchnorm.ops.backends.triton import cuda
 from batchnorm.ops.call import Epilogue
 from batchnorm.selection import WHOLE, Selection
@@ -36,7 +35,7 @@ warnings.filterwarnings("ignore", "batchnorm has no native module")."""
 BACKENDS: dict[str, Backend] = {}
 
 # Those of them that take weights and groups of samples.
-SELECTING: dict[str, Selecting] = {}
+SELECTING: dict[str, Backend] = {}
 
 # Backends that cannot be used in this installation: name -> reason.
 UNAVAILABLE: dict[str, str] = {}
@@ -127,20 +126,16 @@ def _selected(
     x: Tensor, epilogue: Epilogue, axis: int, mode: Mode, selection: Selection
 ) -> Backend:
     forced = _forced.get()
-    if forced is not None and forced in SELECTING:
-        _check(forced, x, SELECTING[forced].serves(x, epilogue, axis, mode, selection))
-        return _bound(SELECTING[forced], x, selection)
-    if forced is not None:
-        return _bound(reference, x, selection)
-    for kernels in SELECTING.values():
-        if kernels.serves(x, epilogue, axis, mode, selection) is None:
-            return _bound(kernels, x, selection)
+    names = SELECTING if forced is None else [forced if forced in SELECTING else "reference"]
+    for name in names:
+        kernels = SELECTING[name]
+        reason = selected(kernels, selection).serves(x, epilogue, axis, mode)
+        if reason is None:
+            dtype = None if kernels is reference else layout.compute_dtype(x)
+            return selected(kernels, selection.owned(dtype))
+        if forced is not None:
+            _check(forced, x, reason)
     raise AssertionError("the reference backend serves everything")
-
-
-def _bound(kernels: Selecting, x: Tensor, selection: Selection) -> Selected:
-    dtype = None if kernels is reference else layout.compute_dtype(x)
-    return Selected(kernels, selection.owned(dtype))
 
 
 def _check(forced: str, x: Tensor, reason: str | None) -> None:

@@ -18,8 +18,8 @@ from torch.autograd.graph import increment_version
 
 from batchnorm import _native
 from batchnorm.errors import UnservedError
+from batchnorm.layout import dense, like_or_none, vector
 from batchnorm.ops.activations import NAMES, Activation
-from batchnorm.ops.backends.strides import like_or_none, plan, vector
 from batchnorm.ops.call import Epilogue, ForBackward, Running
 from batchnorm.selection import WHOLE, Selection
 
@@ -80,7 +80,7 @@ def moments_into(
     """Write mean and m2 per channel to two float64 vectors."""
     chosen = _chosen(selection)
     if not _native.moments(x, axis, mean, m2, _threads(), *chosen):
-        x, *_ = plan(x, axis)
+        x, *_ = dense(x, axis)
         if not _native.moments(x, axis, mean, m2, _threads(), *chosen):
             raise _unserved(x, (), (mean, m2), axis)
 
@@ -250,7 +250,7 @@ def _again(  # type: ignore[explicit-any]  # kernels differ in their arguments
     """
     found = None
     if all(t is None or (t.shape == x.shape and t.dtype == x.dtype) for t in alike):
-        tidy, *_ = plan(x, axis)
+        tidy, *_ = dense(x, axis)
         others = [like_or_none(t, tidy) for t in alike]
         found = kernel(tidy, *others, *map(vector, vectors), axis, *rest)
     if found is None:

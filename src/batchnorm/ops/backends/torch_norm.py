@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from batchnorm import layout
+from batchnorm.layout import compute_dtype
 from batchnorm.moments import Moments
-from batchnorm.ops.backends.strides import wide
 from batchnorm.ops.call import Call, Epilogue, Running
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -27,7 +27,7 @@ def takes(x: Tensor) -> bool:
     """Return whether torch's kernels take x (in training, if it has several values per channel)."""
     if x.dtype not in DTYPES or x.layout is not torch.strided or not x.numel():
         return False
-    return x.is_cpu or x.dtype is wide(x) or x.device.type in _MIXING
+    return x.is_cpu or x.dtype is compute_dtype(x) or x.device.type in _MIXING
 
 
 def forward(
@@ -47,7 +47,7 @@ def evaluate(
     x: Tensor, mean: Tensor, var: Tensor, epilogue: Epilogue, eps: float, axis: int
 ) -> Tensor:
     """Normalize by stored statistics. Autograd saves them: pass copies if they may change."""
-    dtype = wide(x)
+    dtype = compute_dtype(x)
     if mean.dtype is not dtype:
         mean = mean.to(dtype)
     if var.dtype is not dtype:
@@ -59,7 +59,7 @@ def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
     """Normalize by the input's own statistics; return them too."""
     x, axis = call.x, call.axis
     # With momentum 1 the kernel writes the batch's own statistics to mean and var.
-    mean, var = torch.zeros(2, x.shape[axis], dtype=wide(x), device=x.device)
+    mean, var = torch.zeros(2, x.shape[axis], dtype=compute_dtype(x), device=x.device)
     y = forward(x, call.epilogue, call.eps, axis, Running(mean, var, None, 1.0))
     count = x.numel() // x.shape[axis]
     return y, Moments.of_variance(count, mean, var, correction=1)
@@ -81,7 +81,7 @@ def _batch_norm(
     stored: Running | None,
 ) -> Tensor:
     weight, bias, residual, act = epilogue
-    dtype = wide(x)
+    dtype = compute_dtype(x)
     if weight is not None and weight.dtype is not dtype:
         weight = weight.to(dtype)
     if bias is not None:

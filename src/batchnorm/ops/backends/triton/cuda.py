@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from batchnorm.layout import compute_dtype, dense, like, like_or_none, vector, walked
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.backends import reference
-from batchnorm.ops.backends.strides import like, like_or_none, plan, vector, walked, wide
 from batchnorm.ops.call import Epilogue, ForBackward, Running
 
 commits = True
@@ -87,7 +87,7 @@ def serves(x: Tensor, epilogue: Epilogue, axis: int, mode: str) -> str | None:
 
 def moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Return mean and m2 per channel, in float64."""
-    x, *shape = plan(x, axis)
+    x, *shape = dense(x, axis)
     stats = torch.zeros(_STATS, shape[1], dtype=torch.float64, device=x.device)
     if x.numel():
         _kernels().moments(x, tuple(shape), None, None, stats, 1.0, None)
@@ -114,13 +114,13 @@ def forward(
     With ``running`` the call updates the running statistics and increments their versions.
     """
     weight, bias, residual, act = epilogue
-    x, *shape = plan(x, axis)
+    x, *shape = dense(x, axis)
     y = torch.empty_like(x)
     if not x.numel():
-        zero = torch.zeros(shape[1], dtype=wide(x), device=x.device)
+        zero = torch.zeros(shape[1], dtype=compute_dtype(x), device=x.device)
         rstd = torch.full_like(zero, eps**-0.5, dtype=torch.float64)
         return y, reference.known_stats(x, zero, zero, rstd, weight, bias)
-    stats = torch.empty(_STATS, shape[1], dtype=wide(x), device=x.device)
+    stats = torch.empty(_STATS, shape[1], dtype=compute_dtype(x), device=x.device)
     given = vector(weight), vector(bias), like_or_none(residual, x)
     _kernels().forward(x, tuple(shape), *given, y, stats, act, eps, running)
     if running is not None:
@@ -132,11 +132,11 @@ def forward(
 def backward_sums(dy: Tensor, saved: ForBackward) -> tuple[Tensor, Tensor]:
     """Return sum(dz) and sum(dz * xhat) per channel."""
     x, stats, beside, act, axis = saved
-    x, *shape = plan(x, axis)
+    x, *shape = dense(x, axis)
     if not x.numel():
-        sums = torch.zeros(2, shape[1], dtype=wide(x), device=x.device)
+        sums = torch.zeros(2, shape[1], dtype=compute_dtype(x), device=x.device)
     else:
-        sums = torch.empty(2, shape[1], dtype=wide(x), device=x.device)
+        sums = torch.empty(2, shape[1], dtype=compute_dtype(x), device=x.device)
         source, extra = _source(act, beside, x)
         given = walked(stats), extra, source, sums, None, act
         _kernels().sums_of(like(dy, x), x, tuple(shape), *given)
@@ -153,7 +153,7 @@ def backward_input(
 ) -> tuple[Tensor, Tensor | None]:
     """Return dx from the merged sums and count, and dresidual = dz if wanted."""
     x, stats, beside, act, axis = saved
-    x, *shape = plan(x, axis)
+    x, *shape = dense(x, axis)
     dy = like(dy, x)
     dx, dresidual = torch.empty_like(x), _dresidual(dy, x, act, want_residual)
     if x.numel():
@@ -170,13 +170,13 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Return the gradients of ``forward``: dx, dresidual, sum(dz), sum(dz * xhat)."""
     x, stats, beside, act, axis = saved
-    x, *shape = plan(x, axis)
+    x, *shape = dense(x, axis)
     dy, stats = like(dy, x), walked(stats)
     dx, dresidual = torch.empty_like(x), _dresidual(dy, x, act, want_residual)
     if not x.numel():
-        sums = torch.zeros(2, shape[1], dtype=wide(x), device=x.device)
+        sums = torch.zeros(2, shape[1], dtype=compute_dtype(x), device=x.device)
         return dx, dresidual, sums[0], sums[1]
-    sums = torch.empty(2, shape[1], dtype=wide(x), device=x.device)
+    sums = torch.empty(2, shape[1], dtype=compute_dtype(x), device=x.device)
     source, extra = _source(act, beside, x)
     stored = None if dresidual is dy else dresidual
     _kernels().backward(dy, x, tuple(shape), stats, extra, source, sums, dx, stored, act)
@@ -198,7 +198,7 @@ def _normalize(
     axis: int,
 ) -> Tensor:
     weight, bias, residual, act = epilogue
-    x, *shape = plan(x, axis)
+    x, *shape = dense(x, axis)
     y = torch.empty_like(x)
     if x.numel():
         given = vector(weight), vector(bias), like_or_none(residual, x)
