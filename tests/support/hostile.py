@@ -142,6 +142,9 @@ def _large(file):
     zipped(
         file("long pickle.pt", "no checkpoint|far more"), b"\x80\x02" + b"N0" * (20 << 20) + b"N."
     )
+    one = [(f"l{i}.running_{part}", torch.ones(1)) for i in range(1000) for part in ("mean", "var")]
+    expanded = {name: value.expand(1 << 20) for name, value in one}
+    torch.save(expanded, file("expanded.pt", "more than their memory holds"))
     with_header(file("huge.safetensors", "its header has"), b" " * (40 << 20))
     with_header(file("spaces.safetensors", "safetensors"), b" " * (30 << 20))
 

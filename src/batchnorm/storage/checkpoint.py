@@ -1,7 +1,7 @@
 """A checkpoint that is open: names and shapes at once, values one tensor at a time."""
 
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,11 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from batchnorm.compat.tensors import storage_key
 from batchnorm.errors import CheckpointError
 
 # A vector of statistics has one value for each channel. Longer tensors are no such vectors, and
 # reading one would cost the memory that reading tensor by tensor saves.
 MOST_CHANNELS = 1 << 20
+# Values of vectors beyond those that their memory holds, as strides of 0 make them. With more, a
+# checkpoint of a few kilobytes would take minutes to read.
+MOST_REPEATED = 1 << 26
 # Headers, indexes and pickles describe tensors and do not hold them.
 MOST_DESCRIPTION = 32 << 20
 
@@ -98,20 +102,35 @@ class Checkpoint:
 
 
 def of_state(state: Any, subject: str) -> Checkpoint:
-    """Return the tensors of a state dict, also of one inside other mappings, lists and tuples."""
+    """Return the tensors of a state dict, also of one inside other mappings, lists and tuples.
+
+    Raises:
+        CheckpointError: If its vectors have far more values than their memory holds.
+    """
     tensors = dict(_tensors(state))
+    _check_repeats([tensor for tensor in tensors.values() if _is_plain(tensor)], subject)
 
     def shape(name: str) -> tuple[int, ...] | None:
-        tensor = tensors[name]
-        plain = (
-            tensor.layout is torch.strided
-            and not tensor.is_quantized
-            and not tensor.is_nested
-            and not tensor.is_meta
-        )
-        return tuple(tensor.shape) if plain else None
+        return tuple(tensors[name].shape) if _is_plain(tensors[name]) else None
 
     return Checkpoint(subject, tuple(tensors), shape, lambda name: tensors[name].cpu())
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    dense = tensor.layout is torch.strided and not tensor.is_nested
+    return dense and not tensor.is_quantized and not tensor.is_meta
+
+
+def _check_repeats(tensors: Iterable[Tensor], subject: str) -> None:
+    """Refuse vectors that share or repeat so many values that reading them would take minutes."""
+    vectors = [tensor for tensor in tensors if tensor.numel() <= MOST_CHANNELS]
+    held = {storage_key(t): t.untyped_storage().nbytes() // t.element_size() for t in vectors}
+    repeated = sum(tensor.numel() for tensor in vectors) - sum(held.values())
+    if repeated > MOST_REPEATED:
+        raise CheckpointError(
+            f"{subject} was not read: its vectors have {repeated:,} values more than their memory "
+            "holds, by shared storages or strides of 0; save contiguous tensors of their own"
+        )
 
 
 def _tensors(state: Any) -> Iterator[tuple[str, Tensor]]:

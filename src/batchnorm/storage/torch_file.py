@@ -75,6 +75,8 @@ def _opened(path: Path, options: dict[str, Any]) -> Checkpoint:
         )
     try:
         return of_state(loaded, str(path))
+    except CheckpointError:
+        raise
     except (RuntimeError, ValueError, TypeError) as error:
         raise _damaged(path, error) from error
 
