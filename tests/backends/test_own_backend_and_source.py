@@ -80,3 +80,25 @@ def test_a_source_merges_its_own_moments_into_those_of_the_batch(activation):
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(x.grad, other.grad, rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(layer.running_mean, 0.1 * mean.detach())
+
+
+class Shifted:
+    """A source that adjusts the moments of the batch."""
+
+    plan = "own"
+
+    def share(self, context):
+        return Sharing(adjust=lambda moments: moments._replace(mean=moments.mean / 2))
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias"])
+@pytest.mark.parametrize("source", [WithKnown(Moments.of(torch.randn(7, 3))), Shifted()])
+def test_merged_and_adjusted_statistics_have_a_first_derivative_and_refuse_a_second(source, wanted):
+    layer = bn.BatchNorm1d(3, activation="silu", statistics=source)
+    x = torch.randn(5, 3, requires_grad=True)
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    (plain,) = torch.autograd.grad(layer(x).square().sum(), x)
+    assert torch.equal(dx, plain)
+    of = x if wanted == "x" else getattr(layer, wanted)
+    with pytest.raises(RuntimeError, match="no second derivative; a loss of gradients"):
+        torch.autograd.grad(dx.square().sum() + of.square().sum(), of)

@@ -10,11 +10,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from batchnorm.moments import Moments
 from batchnorm.ops.activations import IDENTITY, Activation
-from batchnorm.ops.autograd.eager import Context, dtype_of, kept_beside, to_parameters
+from batchnorm.ops.autograd.eager import (
+    Context,
+    dtype_of,
+    kept_beside,
+    to_parameters,
+    with_edge,
+)
 from batchnorm.ops.backends import reference
 from batchnorm.ops.backends.base import Backend
 from batchnorm.ops.backends.choice import select
@@ -22,6 +27,11 @@ from batchnorm.ops.call import Call, Epilogue, ForBackward
 from batchnorm.selection import Selection
 
 Gradients = tuple[Tensor | None, ...]
+
+TWICE = """\
+statistics that are merged over processes, or adjusted, have no second derivative; a loss of \
+gradients (create_graph=True) can be differentiated with statistics=bn.Batch(), bn.Ghost(size), \
+bn.Grouped(count) or bn.Frozen()"""
 
 
 class Sharing(NamedTuple):
@@ -139,12 +149,21 @@ class SharedNormalize(torch.autograd.Function):
         ctx.save_for_backward(x, stats, weight, kept_beside(act, residual, y, backend))
         dtypes = dtype_of(weight), dtype_of(bias)
         ctx.rest = act, axis, backend, residual is not None, reach, dtypes
+        ctx.bias = with_edge(bias)
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: SharedContext, *grads: Tensor) -> Gradients:
         """Return the gradients of x, weight, bias and residual."""
+        with torch.no_grad():
+            found = SharedNormalize._gradients(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        given = (*ctx.saved_tensors, ctx.bias, *grads)
+        return tuple(None if one is None else _Once.apply(one, *given) for one in found)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def _gradients(ctx: SharedContext, *grads: Tensor) -> Gradients:
         x, stats, _, beside = ctx.saved_tensors
         act, axis, backend, adds, reach, dtypes = ctx.rest
         given = (grads[0], ForBackward(x, stats, beside, act, axis))
@@ -153,6 +172,20 @@ class SharedNormalize(torch.autograd.Function):
         dx, dresidual = backend.backward_input(*given, merged[0], merged[1], reach.values, adds)
         affine = to_parameters(dtypes[0], sum_dz_xhat, dtypes[1], sum_dz)
         return dx, *affine, dresidual, None, None, None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """Identity on a gradient; to differentiate it with respect to what it depends on raises."""
+
+    @staticmethod
+    def forward(ctx: object, gradient: Tensor, *given: Tensor | None) -> Tensor:  # noqa: ARG004
+        """Return the gradient."""
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> Gradients:  # noqa: ARG004
+        """Raise."""
+        raise RuntimeError(TWICE)
 
 
 def variance_of(moments: Moments) -> Tensor:
