@@ -26,7 +26,6 @@ SAYS = {
     "_native": "C++ kernels",
     "files": "atomic writes",
     "layout": "shapes and axes",
-    "checkpoints": "state dicts on disk",
     "moments": "count, mean, m2 and their merge",
     "ops": "calls, routes, backends, autograd",
     "collective": "merging over processes",

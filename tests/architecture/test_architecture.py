@@ -14,7 +14,7 @@ SOURCE = TESTS.parent / "src" / "batchnorm"
 LEVELS = [
     {"errors", "compat", "progress", "recycling", "version", "_native"},
     {"files", "layout", "sums"},
-    {"checkpoints", "selection"},
+    {"selection"},
     {"moments", "storage"},
     {"ops", "collective"},
     {"blocks"},

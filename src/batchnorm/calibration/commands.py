@@ -18,12 +18,13 @@ from batchnorm.calibration.files import is_calibration
 from batchnorm.calibration.layers import choose
 from batchnorm.calibration.options import Options, usable_device
 from batchnorm.calibration.result import Calibration
-from batchnorm.checkpoints import check_target, read_state, safetensors, write_state
 from batchnorm.collective import Ranks, launched
 from batchnorm.errors import OptionError
 from batchnorm.files import check_output
 from batchnorm.models.loading import built, load, named
 from batchnorm.models.walk import unwrapped
+from batchnorm.storage.safetensors_file import safetensors
+from batchnorm.storage.states import check_target, read_state, write_state
 
 
 @dataclass(frozen=True)

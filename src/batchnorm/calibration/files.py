@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from batchnorm.checkpoints import safetensors
 from batchnorm.errors import CalibrationError
 from batchnorm.files import write_atomically
+from batchnorm.storage.safetensors_file import safetensors
 
 # What a layer has, in order; the names of its tensors are "layer:key".
 KEYS = ("count", "mean", "m2", "groups.count", "groups.mean", "groups.m2", "old.mean", "old.var")

@@ -17,9 +17,9 @@ def diff(
 
     The exit status is 0 if they are the same, 1 if they differ, 2 if one cannot be read.
     """
-    from batchnorm.checkpoints import read_state
     from batchnorm.comparison import states
     from batchnorm.report.jsontext import to_json
+    from batchnorm.storage.states import read_state
 
     with told_in_one_line(failed=2):
         found = states.diff(read_state(a), read_state(b))

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from torch import nn
 
-from batchnorm.checkpoints import check_target, read_state, write_state
 from batchnorm.folding.result import Folded
 from batchnorm.folding.verb import fold
 from batchnorm.models.loading import built, load, named
+from batchnorm.storage.states import check_target, read_state, write_state
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,8 @@ class Checkpoint:
         shape: The shape of a tensor, without reading it; None where it is no plain dense tensor.
         read: The tensor of a name, on the CPU. Only ``vector`` should be called by others.
         nodes: Batch normalizations that the format itself knows; empty for mappings of tensors.
+        graph: Whether the format is one of graphs, which knows them all.
+        content: The state dict, or what it lies in; None for files that hold tensors alone.
     """
 
     subject: str
@@ -67,6 +69,7 @@ class Checkpoint:
     read: Callable[[str], Tensor]
     nodes: tuple[Node, ...] = ()
     graph: bool = False
+    content: Any = None
 
     def length(self, name: str) -> int | None:
         """Return how many values a vector has; None where the tensor is no vector.
@@ -113,7 +116,10 @@ def of_state(state: Any, subject: str) -> Checkpoint:
     def shape(name: str) -> tuple[int, ...] | None:
         return tuple(tensors[name].shape) if _is_plain(tensors[name]) else None
 
-    return Checkpoint(subject, tuple(tensors), shape, lambda name: tensors[name].cpu())
+    def read(name: str) -> Tensor:
+        return tensors[name].cpu()
+
+    return Checkpoint(subject, tuple(tensors), shape, read, content=state)
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """Open a checkpoint of any kind: by its ending, or else by its first bytes."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -15,8 +16,12 @@ EXPECTED = ".safetensors, .pt, .pth, .onnx, an index of shards (.index.json), or
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Checkpoint]:
+def opened(path: Path, mapped: bool = True) -> Iterator[Checkpoint]:
     """Open a checkpoint for the time of the block; no code in it is run.
+
+    Args:
+        path: A file, or a folder with one.
+        mapped: Whether tensors may stay on the disk, where nothing must change them meanwhile.
 
     Raises:
         CheckpointError: If it is of another kind, damaged, or would run code.
@@ -26,7 +31,7 @@ def opened(path: Path) -> Iterator[Checkpoint]:
     if path.is_dir():
         path = folders.find(path)
     try:
-        with _opened(path) as checkpoint:
+        with _opened(path, mapped) as checkpoint:
             yield checkpoint
     except OSError as error:
         if str(path) in str(error):
@@ -37,9 +42,9 @@ def opened(path: Path) -> Iterator[Checkpoint]:
         ) from error
 
 
-def _opened(path: Path) -> AbstractContextManager[Checkpoint]:
+def _opened(path: Path, mapped: bool) -> AbstractContextManager[Checkpoint]:
     if path.name.endswith(folders.INDEX):
-        return folders.opened_index(path, _opened)
+        return folders.opened_index(path, functools.partial(_opened, mapped=mapped))
     size = check_file(path)
     if path.suffix == ".safetensors":
         return safetensors_file.opened(path)
@@ -48,7 +53,7 @@ def _opened(path: Path) -> AbstractContextManager[Checkpoint]:
     with path.open("rb") as file:
         start = file.read(len(LEGACY))
     if start.startswith(ZIP):
-        return nullcontext(open_zip(path, size))
+        return nullcontext(open_zip(path, size, mapped))
     if start == LEGACY:
         return nullcontext(open_legacy(path, size))
     if start[8:9] == b"{":

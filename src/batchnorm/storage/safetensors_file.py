@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from batchnorm.checkpoints import safetensors
-from batchnorm.errors import CheckpointError
+from batchnorm.errors import CheckpointError, MissingExtraError
 from batchnorm.storage.checkpoint import MOST_DESCRIPTION, Checkpoint, check_file, first_line
 
 _LENGTH = 8
@@ -72,3 +71,18 @@ def _damaged(path: Path, reason: str) -> CheckpointError:
         f"{path} is no safetensors file, or a damaged one ({reason}); copy or write it again, or "
         "give a .pt file its own ending"
     )
+
+
+def safetensors() -> Any:
+    """Return ``safetensors.torch``.
+
+    Raises:
+        MissingExtraError: If it is not installed.
+    """
+    try:
+        import safetensors.torch as torch_file
+    except ImportError as error:
+        raise MissingExtraError(
+            "safetensors files need the package safetensors; pip install safetensors"
+        ) from error
+    return torch_file

@@ -24,8 +24,8 @@ ZIP = b"PK"
 LEGACY_PICKLES = 5
 
 
-def open_zip(path: Path, size: int) -> Checkpoint:
-    """Open what ``torch.save`` writes; tensors stay on the disk until they are read.
+def open_zip(path: Path, size: int, mapped: bool = True) -> Checkpoint:
+    """Open what ``torch.save`` writes; ``mapped`` tensors stay on the disk until they are read.
 
     Raises:
         CheckpointError: If it is damaged, compressed, no checkpoint, or would run code.
@@ -50,7 +50,7 @@ def open_zip(path: Path, size: int) -> Checkpoint:
         if isinstance(error, CheckpointError):
             raise
         raise _damaged(path, error) from error
-    return _opened(path, {"mmap": True})
+    return _opened(path, {"mmap": mapped})
 
 
 def open_legacy(path: Path, size: int) -> Checkpoint:

@@ -1,8 +1,6 @@
-"""Checkpoints on disk: safetensors, and ``.pt``/``.pth`` files without any code in them."""
+"""State dicts on disk: read from any checkpoint, written as safetensors or by ``torch.save``."""
 
 import io
-import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,18 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.errors import CheckpointError, MissingExtraError, OptionError, without_codes
+from batchnorm.errors import CheckpointError, OptionError
 from batchnorm.files import check_output, write_atomically
+from batchnorm.storage.opening import opened
+from batchnorm.storage.safetensors_file import safetensors
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-
-UNSAFE = """\
-{path} was not loaded: it is damaged, or holds more than tensors and plain values, and loading it \
-would run code ({reason}). Where you trust its origin, convert it once:
-    state = torch.load("{path}", weights_only=False, map_location="cpu")
-    safetensors.torch.save_file(state_dict, "converted.safetensors")
-where state_dict is the part of state that maps names to tensors, such as state["state_dict"] or \
-state.state_dict()."""
 
 KIND = """\
 expected a checkpoint that ends in .safetensors, {pickles}, got {path}"""
@@ -37,26 +29,10 @@ def read_state(path: Path) -> dict[str, Any]:
         MissingExtraError: If safetensors is needed and not installed.
         OSError: If it cannot be read.
     """
-    data = path.read_bytes()
-    if path.suffix == ".safetensors":
-        try:
-            found: dict[str, Any] = safetensors().load(data)
-        except MissingExtraError:
-            raise
-        except Exception as error:
-            raise CheckpointError(
-                f"{path} is not a safetensors file, or is damaged ({error}); write it again, or "
-                "give a .pt file its own ending"
-            ) from error
-        return found
-    if path.suffix not in PICKLES:
-        raise CheckpointError(KIND.format(pickles=", ".join(PICKLES), path=path))
-    try:
-        with warnings.catch_warnings(action="ignore"):  # the error says it all
-            loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(UNSAFE.format(path=path, reason=_reason(error))) from error
-    return _state_in(loaded, path)
+    with opened(path, mapped=False) as checkpoint:
+        if checkpoint.content is not None:
+            return _state_in(checkpoint.content, path)
+        return {name: checkpoint.read(name) for name in checkpoint.names}
 
 
 def write_state(state: Mapping[str, Any], path: Path) -> None:
@@ -111,13 +87,6 @@ def _check_tensors(state: Mapping[str, Any]) -> None:
         )
 
 
-def _reason(error: Exception) -> str:
-    """Return why torch.load refused a file: what its unpickler says, or its first line."""
-    text = without_codes(str(error)) or type(error).__name__
-    said = re.search(r"WeightsUnpickler error: (.*?)(?:\. |\n|$)", text)
-    return said[1][:200] if said else text.splitlines()[0][:200]
-
-
 def _state_in(loaded: Any, path: Path) -> dict[str, Any]:
     if isinstance(loaded, Mapping):
         if any(isinstance(value, Tensor) for value in loaded.values()):
@@ -130,18 +99,3 @@ def _state_in(loaded: Any, path: Path) -> dict[str, Any]:
         f"'state_dict' or 'model', got {type(loaded).__name__}"
         + (f" with {list(loaded)[:5]}" if isinstance(loaded, Mapping) else "")
     )
-
-
-def safetensors() -> Any:
-    """Return ``safetensors.torch``.
-
-    Raises:
-        MissingExtraError: If it is not installed.
-    """
-    try:
-        import safetensors.torch as torch_file
-    except ImportError as error:
-        raise MissingExtraError(
-            "safetensors files need the package safetensors; pip install safetensors"
-        ) from error
-    return torch_file
