@@ -57,15 +57,7 @@ def recognize(
     return Absorbable(found.residual, found.act, found.target)
 
 
-def _plain(act: Activation, input: Any) -> Absorbable:
-    return Absorbable(input, act)
-
-
-def _underscore(act: Activation, input: Any) -> Absorbable:
-    return Absorbable(input, act, inplace=True)
-
-
-def _switched(act: Activation, input: Any, inplace: bool = False) -> Absorbable:
+def _activated(act: Activation, input: Any, inplace: bool = False) -> Absorbable:
     return Absorbable(input, act, inplace=inplace)
 
 
@@ -109,12 +101,12 @@ def _readers() -> dict[Any, Reader]:
         F.gelu: _gelu,
     }
     for name in ("relu", "relu6", "silu", "hardswish", "hardsigmoid"):
-        found[getattr(F, name)] = partial(_switched, Activation(name))
+        found[getattr(F, name)] = partial(_activated, Activation(name))
     for name in ("relu", "sigmoid", "tanh"):
-        act = Activation(name)
-        found |= dict.fromkeys((getattr(torch, name), getattr(Tensor, name)), partial(_plain, act))
-        inplace = (getattr(torch, f"{name}_"), getattr(Tensor, f"{name}_"))
-        found |= dict.fromkeys(inplace, partial(_underscore, act))
+        reader = partial(_activated, Activation(name))
+        for place in (torch, Tensor):
+            found[getattr(place, name)] = reader
+            found[getattr(place, f"{name}_")] = partial(reader, inplace=True)
     return found
 
 
