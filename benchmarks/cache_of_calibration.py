@@ -18,8 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import batchnorm as bn
 from batchnorm.benchmark.measure import in_turn, interval, quantiles
-from batchnorm.benchmark.processes import processes
-from batchnorm.benchmark.regimes import REGIMES
+from batchnorm.benchmark.processes import REGIMES, processes
 from batchnorm.benchmark.rows import append, circumstances
 from network_contenders import build
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import batchnorm as bn
 from batchnorm.benchmark.measure import cpu_clock, interval
-from batchnorm.benchmark.regimes import KEPT, enter
+from batchnorm.benchmark.processes import KEPT, enter
 from batchnorm.benchmark.rows import append, circumstances, read
 
 ROWS = Path(__file__).parent / "data" / "fallbacks" / "rows.csv"

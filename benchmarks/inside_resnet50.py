@@ -23,8 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from batchnorm.benchmark.measure import in_turn, interval, quantiles
-from batchnorm.benchmark.processes import processes
-from batchnorm.benchmark.regimes import KEPT
+from batchnorm.benchmark.processes import KEPT, processes
 from batchnorm.benchmark.rows import append, circumstances
 from network_contenders import CONTENDERS, build
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import batchnorm as bn
 from batchnorm.benchmark.measure import interval
-from batchnorm.benchmark.regimes import KEPT, enter
+from batchnorm.benchmark.processes import KEPT, enter
 from batchnorm.benchmark.rows import circumstances
 from statistics_of_use import network, ours, write
 

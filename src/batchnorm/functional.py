@@ -18,8 +18,7 @@ from batchnorm.ops.activations import ActivationLike, activation
 from batchnorm.ops.autograd.shared import normalize_shared
 from batchnorm.ops.call import Call
 from batchnorm.selection import WHOLE, Selection
-from batchnorm.sources.base import Context, Source
-from batchnorm.sources.batch import Batch
+from batchnorm.sources.base import Batch, Context, Source
 
 STORED = """\
 statistics={source} normalizes by stored statistics, but there are none \

@@ -8,7 +8,8 @@ from math import comb
 import pytest
 import torch
 
-from batchnorm.benchmark import regimes, rows, run
+from batchnorm.benchmark import processes as served
+from batchnorm.benchmark import rows, run
 from batchnorm.benchmark.cases import SHAPES, Case, cases, is_in_table
 from batchnorm.benchmark.measure import in_turn, interval, page_faults
 from batchnorm.benchmark.processes import ChildError, processes
@@ -43,10 +44,10 @@ def threads():
 def test_allocator_of_the_kept_regime_keeps_freed_pages():
     found = {}
     before = environment()
-    for regime in regimes.REGIMES:
+    for regime in served.REGIMES:
         with processes(regime, 1) as call:
             assert environment() == before, "the caller's own environment is as it was"
-            found[regime] = call(faults_of_a_step), call(regimes.allocator)
+            found[regime] = call(faults_of_a_step), call(served.allocator)
     assert found["default"][0] > 16, "72 MiB take so many pages, however large they are"
     assert found["kept"][0] < 8
     assert found["kept"][1] in ("tcmalloc", "glibc that keeps pages")
@@ -63,17 +64,17 @@ def test_calls_with_several_threads_are_made_in_spawned_processes():
 def test_without_tcmalloc_glibc_is_told_to_keep_pages(monkeypatch):
     monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
     with processes("kept", 1) as call:
-        assert call(regimes.allocator) == "glibc that keeps pages"
+        assert call(served.allocator) == "glibc that keeps pages"
         assert call(faults_of_a_step) < 8
 
 
 def test_regime_that_cannot_be_had_is_refused_with_what_to_do(monkeypatch):
     with pytest.raises(OptionError, match="default, kept; got 'fast'"):
-        regimes.variables("fast")
+        served.variables("fast")
     monkeypatch.setattr("platform.system", lambda: "Darwin")
     with pytest.raises(OptionError, match="this is Darwin: measure with regime 'default'"):
-        regimes.variables("kept")
-    assert regimes.variables("default") == {}
+        served.variables("kept")
+    assert served.variables("default") == {}
 
 
 def fail():
@@ -83,7 +84,7 @@ def fail():
 @glibc
 def test_kept_regime_keeps_freed_pages_also_after_calls_that_failed():
     with processes("kept", 1) as call:
-        assert call(regimes.allocator) in ("tcmalloc", "glibc that keeps pages")
+        assert call(served.allocator) in ("tcmalloc", "glibc that keeps pages")
         with pytest.raises(ChildError, match="ValueError: a reason"):
             call(fail)
         with pytest.raises(ChildError, match="_exit ended with 3"):
@@ -161,7 +162,7 @@ def test_script_that_enters_a_regime_is_started_again_in_it(tmp_path):
 
     script = tmp_path / "script.py"
     script.write_text(
-        "from batchnorm.benchmark.regimes import allocator, enter\n"
+        "from batchnorm.benchmark.processes import allocator, enter\n"
         "enter('kept')\nprint(allocator())\n"
     )
     done = started.run([sys.executable, str(script)])

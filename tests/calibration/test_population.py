@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.calibration.dependencies import levels
+from batchnorm.calibration.population import levels
 from batchnorm.errors import CalibrationError
 from support.calibrated import dense, received, statistics
 from support.combinations import each

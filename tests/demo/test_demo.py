@@ -16,8 +16,7 @@ from batchnorm.demo.data import DataError, load_digits, load_idx
 from batchnorm.demo.estimates import WHOLE_SET, kept_estimators
 from batchnorm.demo.modes import compare_modes
 from batchnorm.demo.networks import WATCHED, build
-from batchnorm.demo.page import to_report
-from batchnorm.demo.run import run_demo, write_results
+from batchnorm.demo.run import run_demo, to_report, write_results
 from batchnorm.demo.shift import ShiftProbe, entering
 from batchnorm.demo.tour import take_tour
 from batchnorm.demo.training import Curve, Options, batch_order, evaluate, one_thread, train

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.estimators.decayed import known
+from batchnorm.estimators.merged import known
 from support.combinations import pairs
 
 SIZES = [3, 7, 5, 3, 6, 11, 9]

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.models.kinds import Kind, kind_of
-from batchnorm.models.walk import walk
+from batchnorm.models.walk import Kind, kind_of, walk
 from support import third_party
 
 

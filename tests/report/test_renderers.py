@@ -19,8 +19,7 @@ from batchnorm.report.jsontext import to_json
 from batchnorm.report.markdown import to_markdown
 from batchnorm.report.model import Formula, Plot, Report, Section, Series, Table, Text
 from batchnorm.report.plots import to_svg
-from batchnorm.report.sparkline import sparkline
-from batchnorm.report.terminal import to_text
+from batchnorm.report.terminal import sparkline, to_text
 from support.processes import started
 
 NASTY = "a < b & [bold]c[/bold] | *d* <script>alert(1)</script>"

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm.models.kinds import kind_of
+from batchnorm.models.walk import kind_of
 from support.twins import (
     Calls,
     assert_identical,

@@ -15,7 +15,7 @@ import torch
 
 from batchnorm.benchmark.cases import Case
 from batchnorm.benchmark.measure import Timing
-from batchnorm.benchmark.regimes import allocator
+from batchnorm.benchmark.processes import allocator
 from batchnorm.files import write_atomically
 
 _PACKAGE = Path(__file__).parents[1]

@@ -19,8 +19,7 @@ from batchnorm.benchmark.measure import (
     page_faults,
     quantiles,
 )
-from batchnorm.benchmark.processes import Call, processes
-from batchnorm.benchmark.regimes import REGIMES, variables
+from batchnorm.benchmark.processes import REGIMES, Call, processes, variables
 from batchnorm.benchmark.rows import Row, circumstances, row_of, rows_of
 from batchnorm.errors import OptionError
 from batchnorm.progress import Watch

@@ -19,11 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from batchnorm.calibration.batches import Batches, Forward, feed
-from batchnorm.calibration.buffers import Statistics, read, write
+from batchnorm.calibration.batches import Batches, Forward, Options, device_of, feed, usable_device
 from batchnorm.calibration.layers import LayersLike, choose
-from batchnorm.calibration.measure import measured
-from batchnorm.calibration.options import Options, device_of, usable_device
+from batchnorm.calibration.measure import Statistics, measured, read, write
 from batchnorm.calibration.passes import Passes
 from batchnorm.calibration.population import Population
 from batchnorm.calibration.result import Calibration, LayerStatistics

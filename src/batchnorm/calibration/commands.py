@@ -13,10 +13,10 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from batchnorm.calibration.averaging import merge_states
+from batchnorm.calibration.batches import Options, usable_device
 from batchnorm.calibration.calibrate import calibrate
 from batchnorm.calibration.files import is_calibration
 from batchnorm.calibration.layers import choose
-from batchnorm.calibration.options import Options, usable_device
 from batchnorm.calibration.result import Calibration
 from batchnorm.collective import Ranks, launched
 from batchnorm.errors import OptionError

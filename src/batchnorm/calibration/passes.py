@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from batchnorm.calibration.batches import Batches
-from batchnorm.calibration.buffers import Statistics, read, usable
+from batchnorm.calibration.batches import Batches, Options
 from batchnorm.calibration.collect import GROUPS, Collected, largest_error, standard_errors
-from batchnorm.calibration.measure import MeasuredLayers
-from batchnorm.calibration.options import Options
+from batchnorm.calibration.measure import MeasuredLayers, Statistics, read, usable
 from batchnorm.collective import Ranks
 from batchnorm.moments import Moments
 from batchnorm.progress import Tell

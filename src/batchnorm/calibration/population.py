@@ -7,17 +7,43 @@ has layers. Nothing that is counted depends on how the data were cut into batche
 """
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from batchnorm.calibration.buffers import Statistics
 from batchnorm.calibration.cache import ResultCache
-from batchnorm.calibration.dependencies import levels
+from batchnorm.calibration.measure import Statistics
 from batchnorm.calibration.passes import Passes
 from batchnorm.models.following import follow
+
+
+def levels(needs: Mapping[str, Iterable[str]]) -> tuple[list[frozenset[str]], frozenset[str]]:
+    """Return the layers of each level, and all layers that depend on themselves.
+
+    The input of a layer of level 1 depends on no other, that of level 2 on those of level 1 only,
+    and so on: there are as many levels as the longest chain has layers. Layers that depend on each
+    other in a circle have one level.
+
+    Args:
+        needs: Layer -> the layers that its input depends on, of all layers that were called.
+    """
+    closed = {name: set(others) for name, others in needs.items()}
+    # Warshall's transitive closure: other batches may show what a needed layer needs itself.
+    for middle, needed in closed.items():
+        for others in closed.values():
+            if middle in others:
+                others.update(needed)
+    circular = frozenset(name for name, others in closed.items() if name in others)
+    level: dict[str, int] = {}
+    # A layer needs more layers than each of those that it needs, or as many as others in a circle.
+    for name in sorted(closed, key=lambda name: (len(closed[name]), name not in circular)):
+        below = (level[o] for o in closed[name] & level.keys() if name not in closed[o])
+        level[name] = 1 + max(below, default=0)
+    numbers = range(1, 1 + max(level.values(), default=0))
+    return [frozenset(n for n in level if level[n] == number) for number in numbers], circular
+
 
 # Layers that depend on themselves are repeated until they move by less than this, relatively.
 SETTLED = 1e-6

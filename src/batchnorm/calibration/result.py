@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.calibration import files, report
-from batchnorm.calibration.buffers import Statistics, write
 from batchnorm.calibration.collect import GROUPS, Errors, largest_error, standard_errors
+from batchnorm.calibration.measure import Statistics, write
 from batchnorm.errors import CalibrationError
 from batchnorm.models.walk import unwrapped, walk
 from batchnorm.moments import Moments, merge, merge_runs

@@ -10,10 +10,8 @@ from typing import Annotated
 import typer
 
 from batchnorm.cli.benchmark import bench
-from batchnorm.cli.calibration import calibrate, merge
-from batchnorm.cli.comparison import diff
-from batchnorm.cli.folding import fold
 from batchnorm.cli.inspection import inspect
+from batchnorm.cli.models import calibrate, diff, fold, merge
 from batchnorm.cli.telling import show, told_in_one_line
 from batchnorm.progress import bars
 from batchnorm.report.model import Table

@@ -73,7 +73,7 @@ def bench(
     """Time torch and ours side by side on this machine; write the rows and a page with plots."""
     from batchnorm.benchmark.cases import CUDA_SHAPES, SHAPES, cases, is_in_table
     from batchnorm.benchmark.page import report
-    from batchnorm.benchmark.regimes import REGIMES
+    from batchnorm.benchmark.processes import REGIMES
     from batchnorm.benchmark.run import Options, measure
     from batchnorm.files import make_folder
 

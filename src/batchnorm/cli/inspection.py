@@ -98,7 +98,7 @@ def inspect(
     Exit status: 0 nothing of the severity --fail-on was found, 1 something was, 2 a checkpoint or
     an option cannot be used.
     """
-    from batchnorm.diagnosis.baseline import read_baseline
+    from batchnorm.diagnosis.inspect import read_baseline
     from batchnorm.errors import BatchNormError
     from batchnorm.files import check_output, write_atomically
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from batchnorm.errors import OptionError
-from batchnorm.models.kinds import kind_of
+from batchnorm.models.walk import kind_of
 
 UNKNOWN = """\
 expected names= to map names of modules of {first} to names of modules of {second}, or to None; \

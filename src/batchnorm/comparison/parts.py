@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from batchnorm.comparison.gaps import Gap, gap
 from batchnorm.comparison.matching import class_of, is_layer
 from batchnorm.compat.modules import has_forward_hooks
-from batchnorm.models.kinds import kind_of
+from batchnorm.models.walk import kind_of
 from batchnorm.nn.foreign import RECORD
 
 # Rounding to a dtype and back moves a value by half an ulp; a few of these are no other value.

@@ -18,7 +18,7 @@ from batchnorm.comparison.matching import is_layer, modules
 from batchnorm.compat.modes import is_transformed
 from batchnorm.compat.tensors import version
 from batchnorm.models.inputs import Forward
-from batchnorm.models.kinds import kind_of
+from batchnorm.models.walk import kind_of
 
 Key = tuple[str, int]
 At = Literal["in", "out", "gradient"]

@@ -11,9 +11,8 @@ from batchnorm.calibration.calibrate import calibrate
 from batchnorm.demo.data import Images
 from batchnorm.demo.training import Options, Score, evaluate
 from batchnorm.estimators.base import Estimator
-from batchnorm.estimators.decayed import Decayed
+from batchnorm.estimators.merged import Decayed, LastBatches
 from batchnorm.estimators.running import Cumulative, Running
-from batchnorm.estimators.window import LastBatches
 from batchnorm.models.walk import use_estimate
 
 WHOLE_SET = "whole training set"

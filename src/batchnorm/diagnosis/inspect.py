@@ -1,13 +1,16 @@
-"""``inspect``: judge the batch norms of a checkpoint, without the model's code."""
+"""``inspect``: judge the batch norms of a checkpoint, without the model's code.
 
+Findings of an earlier run, its baseline, are left out.
+"""
+
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from batchnorm.diagnosis.baseline import read_baseline, unknown
 from batchnorm.diagnosis.evidence import Evidence, gather
 from batchnorm.diagnosis.registry import chosen
 from batchnorm.diagnosis.result import SEVERITIES, Diagnosis
@@ -16,6 +19,35 @@ from batchnorm.errors import OptionError
 from batchnorm.report.model import Finding
 from batchnorm.storage.checkpoint import of_state
 from batchnorm.storage.opening import opened
+
+Known = frozenset[tuple[str, str]]
+
+EXPECTED = "expected what `batchnorm inspect --format json --out FILE` wrote"
+
+
+def read_baseline(path: Path) -> Known:
+    """Return rule and subject of each finding of an earlier run.
+
+    The checkpoint's name does not count, so that the baseline of one epoch serves the next.
+
+    Raises:
+        OptionError: If the file is of another kind.
+        OSError: If it cannot be read.
+    """
+    try:
+        diagnoses = json.loads(path.read_text(encoding="utf-8"))
+        return frozenset(
+            (str(finding["rule"]), str(finding["subject"]))
+            for diagnosis in diagnoses
+            for finding in diagnosis["findings"]
+        )
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise OptionError(f"the baseline {path} is of another kind; {EXPECTED}") from error
+
+
+def unknown(findings: Iterable[Finding], known: Known) -> tuple[Finding, ...]:
+    """Return the findings that are not known."""
+    return tuple(one for one in findings if (one.rule, one.subject) not in known)
 
 
 def inspect(

@@ -13,11 +13,11 @@ from batchnorm.folding.explicit import Explicit
 from batchnorm.folding.known import HOOKS, OWN, is_torchs, unusable
 from batchnorm.folding.verb import fold
 from batchnorm.models.change import Edit
-from batchnorm.models.kinds import kind_of
 from batchnorm.models.stack import Done, record, stack, take_back
+from batchnorm.models.walk import kind_of
 from batchnorm.surgery import layers
 from batchnorm.surgery.freeze import freeze
-from batchnorm.surgery.frozen_classes import is_frozen_class
+from batchnorm.surgery.freezing import is_frozen_class
 
 Model = TypeVar("Model", bound=nn.Module)
 

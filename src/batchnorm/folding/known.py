@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.compat.modules import has_hooks
-from batchnorm.models.kinds import kind_of
+from batchnorm.models.walk import kind_of
 from batchnorm.ops.activations import IDENTITY
 
 TRAINING = "it is in training mode, and normalizes by the batch; call model.eval() first"

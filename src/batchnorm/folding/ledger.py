@@ -1,16 +1,20 @@
 """What has become of parameters so far: the maps that were folded into each, in order.
 
 A weight may take several: of the normalization before its layer, and of the one behind. They are
-composed in float64 and applied to the stored values once, at the end.
+composed in float64 and applied to the stored values once, at the end. ``bias_takers`` are the
+layers without a bias that would use one.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from batchnorm.compat.modules import tables
 from batchnorm.folding.maps import Map
+from batchnorm.models.flow import Flow
 
 
 class Leaf(NamedTuple):
@@ -95,3 +99,60 @@ class Ledger:
     def rounded(self, leaf: Leaf) -> Tensor:
         """Return the values of a leaf in the dtype in which it will be stored."""
         return self.exact(leaf).to(self._dtype(leaf))
+
+
+# Their forward adds ``bias`` if it is there. A subclass may have another forward.
+TAKES_BIAS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.Linear,
+)  # fmt: skip
+
+
+def bias_takers(model: nn.Module, run: Callable[[], Flow]) -> Mapping[str, Leaf]:
+    """Return the biases that layers without one would use.
+
+    Where a class is not torch's own, its layers get a bias of zeros for one pass, which shows
+    whether an operator inside of the layer reads it.
+
+    Args:
+        model: The model.
+        run: Runs it on an example.
+    """
+    found: dict[str, Leaf] = {}
+    unknown: dict[str, Leaf] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) or not _lacks_bias(module):
+            continue
+        known = any(type(module).forward is cls.forward for cls in TAKES_BIAS)
+        known = known and "forward" not in vars(module)
+        (found if known else unknown)[name] = _bias_of(name, module)
+    if unknown:
+        with _biases_of_zeros(model, unknown):
+            flow = run()
+        for name, leaf in unknown.items():
+            readers = flow.readers(flow.parameters[str(leaf)])
+            if readers and all(flow.step(call.number).name == name for call in readers):
+                found[name] = leaf
+    return found
+
+
+def _lacks_bias(module: nn.Module) -> bool:
+    return isinstance(module, TAKES_BIAS) and tables(module)[0].get("bias", 0) is None
+
+
+def _bias_of(name: str, module: nn.Module) -> Leaf:
+    channels = getattr(module, "out_channels", None) or module.out_features
+    return Leaf(name, "bias", (int(channels),), "new")  # type: ignore[arg-type]
+
+
+@contextmanager
+def _biases_of_zeros(model: nn.Module, leaves: Mapping[str, Leaf]) -> Iterator[None]:
+    try:
+        for name, leaf in leaves.items():
+            layer = model.get_submodule(name)
+            weight: nn.Parameter = layer.weight  # type: ignore[assignment]
+            tables(layer)[0]["bias"] = nn.Parameter(weight.detach().new_zeros(leaf.shape))
+        yield
+    finally:
+        for name in leaves:
+            tables(model.get_submodule(name))[0]["bias"] = None

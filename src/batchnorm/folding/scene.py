@@ -12,7 +12,7 @@ from batchnorm.folding.known import SCRIPTED, Affine, affine, affine_of, finite,
 from batchnorm.folding.linear import NORMALIZATIONS
 from batchnorm.folding.maps import Declined
 from batchnorm.models.flow import WATCHED, Call, Flow, Ref
-from batchnorm.models.kinds import kind_of
+from batchnorm.models.walk import kind_of
 
 MASKED = "it is given a mask, which sets the rest to 0"
 ODD = "what it is given, and what it returns, cannot be told"

@@ -7,15 +7,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from batchnorm.folding import asked
-from batchnorm.folding.biases import bias_takers
 from batchnorm.folding.copies import Copies
-from batchnorm.folding.ledger import Leaf
+from batchnorm.folding.ledger import Leaf, bias_takers
 from batchnorm.folding.plan import Plan, Planner
 from batchnorm.folding.result import Folded
 from batchnorm.folding.scene import Scene
 from batchnorm.folding.work import Work
 from batchnorm.models.examples import Example
-from batchnorm.models.kinds import kind_of
+from batchnorm.models.walk import kind_of
 from batchnorm.surgery.layers import expect_optimizer
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from batchnorm.compat.autograd import inductor
 from batchnorm.estimators.running import move
-from batchnorm.graph import checkpoint, operations, small
+from batchnorm.graph import checkpoint, operations
 from batchnorm.graph.step import step
 from batchnorm.moments import Moments
 from batchnorm.ops import scaled
@@ -58,7 +58,7 @@ def traceable(
         return act(y if residual is None else y + residual)
     given = (x, weight, bias, residual)
     if _is_small(x):
-        y, mean, var = small.SmallForward.apply(*given, act, eps, 1)
+        y, mean, var = operations.SmallForward.apply(*given, act, eps, 1)
     else:
         y, stats = operations.forward(*given, *act, eps, 1)
         mean, var = stats[0], stats[1]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from batchnorm.blocks import moments
 from batchnorm.errors import SurgeryError
-from batchnorm.folding.biases import TAKES_BIAS
+from batchnorm.folding.ledger import TAKES_BIAS
 from batchnorm.models.examples import Example
 from batchnorm.models.flow import Call, Flow
 from batchnorm.moments import Moments

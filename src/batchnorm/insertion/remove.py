@@ -14,8 +14,8 @@ from batchnorm.folding.verb import fold
 from batchnorm.insertion.inserted import Inserted
 from batchnorm.insertion.strip import VERB, in_eval, refused, strip, unwrapped
 from batchnorm.models.change import record_of, write
-from batchnorm.models.kinds import kind_of
 from batchnorm.models.stack import record, stack
+from batchnorm.models.walk import kind_of
 from batchnorm.surgery import layers
 from batchnorm.surgery.options import Filter
 

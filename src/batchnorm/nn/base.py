@@ -19,12 +19,11 @@ from batchnorm.estimators.bank import Bank, EstimatorLike, named
 from batchnorm.estimators.running import Cumulative, Running, check_momentum
 from batchnorm.moments import Moments
 from batchnorm.nn import casting, common, folded, foreign, freezing, groups, hot, traced, tracking
-from batchnorm.nn.attributes import Attributes
+from batchnorm.nn.common import Attributes
 from batchnorm.ops.activations import IDENTITY, ActivationLike, activation
 from batchnorm.ops.call import Call
 from batchnorm.selection import WHOLE, Selection
-from batchnorm.sources.base import Source
-from batchnorm.sources.batch import Batch
+from batchnorm.sources.base import Batch, Source
 from batchnorm.sources.grouped import NO_IDS, Grouped
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm.compat.modules import buffers
-from batchnorm.nn.attributes import Attributes
+from batchnorm.nn.common import Attributes
 
 STATISTICS = ("running_mean", "running_var")
 PER_GROUP = ("group_mean", "group_var")

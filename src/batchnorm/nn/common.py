@@ -1,12 +1,70 @@
-"""What the fast routes ``hot`` and ``traced`` read of a layer's options, in one place."""
+"""What a layer has besides torch's, and what the fast routes ``hot`` and ``traced`` read of it."""
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.nn.attributes import Attributes
-from batchnorm.nn.switches import without_gradient
+from batchnorm.estimators.bank import Bank
+from batchnorm.ops.activations import Activation
+from batchnorm.sources.base import Source
+
+
+class Switches(NamedTuple):
+    """What of a layer is frozen.
+
+    Attributes:
+        statistics: Running mean, variance, counter and further estimates stay as they are.
+        affine: weight and bias get no gradient, whatever their ``requires_grad`` says.
+        mode: A training step normalizes by the running statistics.
+        folded: A training step is computed by the scaled weights of the convolution or linear
+            layer before it, where there is one; needs ``statistics`` and ``mode``.
+    """
+
+    statistics: bool = True
+    affine: bool = True
+    mode: bool = True
+    folded: bool = False
+
+    def __str__(self) -> str:
+        return ", ".join(self.on()) or "nothing"
+
+    def on(self) -> Iterator[str]:
+        """Yield the names of the switches that are on."""
+        return (name for name, value in self._asdict().items() if value)
+
+
+def without_gradient(parameter: Tensor | None) -> Tensor | None:
+    """Return a parameter, detached where it requires a gradient."""
+    return parameter.detach() if parameter is not None and parameter.requires_grad else parameter
+
+
+class Attributes(_BatchNorm):
+    """The attributes of a layer besides those of ``torch.nn``'s; ``Layer`` derives from it.
+
+    Attributes:
+        activation: Applied to the result.
+        statistics: The source of mean and variance in training.
+        axis: The channel axis of the input.
+        ranks: The ranks of input that are accepted; an empty tuple accepts any rank >= 2.
+        bank: The states of ``estimator=``; None if ``running_mean`` and ``running_var`` are the
+            only state.
+        frozen: The switches of ``bn.freeze``; None if nothing is frozen.
+        warned: Whether the warning about 16-bit running statistics was given.
+    """
+
+    axis: int = 1
+    ranks: tuple[int, ...] = ()
+    warned: bool = False
+    if TYPE_CHECKING:  # torch.jit.script compiles the classes that it finds in annotations
+        activation: Activation
+        statistics: Source
+        bank: Bank | None
+        frozen: Switches | None
+    else:
+        frozen = None
 
 
 def plan_of(layer: Attributes) -> Literal["batch", "stored"] | None:

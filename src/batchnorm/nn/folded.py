@@ -25,8 +25,7 @@ from batchnorm.compat.modes import is_calm, is_recomputing
 from batchnorm.compat.modules import has_forward_hooks, has_global_forward_hooks
 from batchnorm.errors import SurgeryError
 from batchnorm.nn import foreign
-from batchnorm.nn.attributes import Attributes
-from batchnorm.nn.common import affine_of
+from batchnorm.nn.common import Attributes, affine_of
 from batchnorm.ops.scaled import Map, normalized
 from batchnorm.sources.grouped import Grouped
 

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.compat.modules import has_forward_hooks
 from batchnorm.errors import SurgeryError
-from batchnorm.nn.attributes import Attributes
+from batchnorm.nn.common import Attributes
 from batchnorm.ops.activations import IDENTITY
 
 SCRIPTED = """\

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from batchnorm import functional
 from batchnorm.moments import Moments
-from batchnorm.nn.attributes import Attributes
+from batchnorm.nn.common import Attributes
 from batchnorm.ops.activations import IDENTITY
 from batchnorm.ops.call import Call
-from batchnorm.sources.frozen import Frozen
+from batchnorm.sources.base import Frozen
 
 STORED = Frozen()
 

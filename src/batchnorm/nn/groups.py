@@ -15,7 +15,7 @@ from batchnorm.compat.modules import buffers
 from batchnorm.errors import OptionError
 from batchnorm.estimators.running import move, share_of_next
 from batchnorm.moments import Moments
-from batchnorm.nn.attributes import Attributes
+from batchnorm.nn.common import Attributes
 from batchnorm.sources.grouped import Grouped
 
 NAMES = ("group_mean", "group_var", "group_batches")

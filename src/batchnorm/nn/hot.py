@@ -16,8 +16,7 @@ from batchnorm.compat.modes import is_calm, is_recomputing
 from batchnorm.compat.modules import tables
 from batchnorm.errors import UnservedError
 from batchnorm.layout import compute_dtype
-from batchnorm.nn.attributes import Attributes
-from batchnorm.nn.common import affine_of, moves, plan_of
+from batchnorm.nn.common import Attributes, affine_of, moves, plan_of
 from batchnorm.nn.tracking import WIDE
 from batchnorm.ops.autograd import eager
 from batchnorm.ops.backends import reference, torch_norm

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.fx.traceback import annotate
 
 from batchnorm.compat.modes import is_transformed
-from batchnorm.nn.attributes import Attributes
-from batchnorm.nn.common import affine_of, moves, plan_of
+from batchnorm.nn.common import Attributes, affine_of, moves, plan_of
 
 # Key in the metadata "custom" of a graph's nodes.
 NOTE = "batchnorm"

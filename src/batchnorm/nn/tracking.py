@@ -13,7 +13,7 @@ from batchnorm.estimators.base import nothing
 from batchnorm.estimators.running import Averages, move, share_of_next, write
 from batchnorm.moments import Moments, pooled
 from batchnorm.nn import groups
-from batchnorm.nn.attributes import Attributes
+from batchnorm.nn.common import Attributes
 from batchnorm.sources.grouped import Grouped
 
 WIDE = (torch.float32, torch.float64)

@@ -15,7 +15,7 @@ from batchnorm.report.model import (
     is_number,
     no_renderer,
 )
-from batchnorm.report.sparkline import plot_lines
+from batchnorm.report.terminal import plot_lines
 
 
 def to_markdown(report: Report) -> str:

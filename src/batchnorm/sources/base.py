@@ -1,6 +1,7 @@
-"""The protocol of a source of statistics, the value of ``statistics=``."""
+"""The protocol of a source of statistics, the value of ``statistics=``, and the two simplest."""
 
-from typing import Literal, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -47,3 +48,27 @@ class Source(Protocol):
 
         Called at every training step if plan is ``"own"``. None means the statistics of the input.
         """
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Normalize by mean and biased variance of the current batch, per channel: the default.
+
+    Reference:
+        Ioffe and Szegedy 2015, "Batch Normalization", Algorithm 1.
+    """
+
+    plan: ClassVar[Plan] = "batch"
+
+    def share(self, context: Context) -> None:
+        """Return None: there are no others."""
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Normalize training steps by ``running_mean`` and ``running_var``, without updating them."""
+
+    plan: ClassVar[Plan] = "stored"
+
+    def share(self, context: Context) -> None:
+        """Return None: there are no others."""

@@ -11,11 +11,10 @@ from batchnorm.models.change import Edit, Entry
 from batchnorm.models.stack import Done, newest, record
 from batchnorm.nn.adopted import BatchNormAct2d, FrozenBatchNorm2d, FrozenBatchNormAct2d
 from batchnorm.nn.base import Layer
-from batchnorm.nn.switches import Switches
+from batchnorm.nn.common import Switches
 from batchnorm.surgery import layers, pairing, rules, unfreeze
-from batchnorm.surgery.freezing import Freeze
+from batchnorm.surgery.freezing import Freeze, is_frozen_class
 from batchnorm.surgery.freezing import freeze as freeze_layer
-from batchnorm.surgery.frozen_classes import is_frozen_class
 from batchnorm.surgery.options import Filter, Options
 
 Model = TypeVar("Model", bound=nn.Module)

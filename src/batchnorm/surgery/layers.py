@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from batchnorm.errors import OptionError, SurgeryError
 from batchnorm.models.edits import expect_model
-from batchnorm.models.kinds import kind_of
+from batchnorm.models.walk import kind_of
 from batchnorm.surgery import rules
 from batchnorm.surgery.options import FILTER, Filter
 

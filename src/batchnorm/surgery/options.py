@@ -11,8 +11,7 @@ from batchnorm.errors import OptionError, SurgeryError
 from batchnorm.estimators.bank import Bank, EstimatorLike, named
 from batchnorm.nn.base import BATCH, MOMENTUM, estimation
 from batchnorm.ops.activations import IDENTITY
-from batchnorm.sources.base import Source
-from batchnorm.sources.frozen import Frozen
+from batchnorm.sources.base import Frozen, Source
 from batchnorm.sources.synced import Synced
 from batchnorm.surgery import rules
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter, is_lazy
 
-from batchnorm.models.kinds import class_name, kind_of
+from batchnorm.models.walk import class_name, kind_of
 from batchnorm.nn.adopted import (
     BatchNormAct2d,
     FrozenBatchNorm2d,

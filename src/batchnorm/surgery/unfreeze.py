@@ -8,16 +8,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from batchnorm.models.change import Edit, record_of, write
-from batchnorm.models.kinds import kind_of
 from batchnorm.models.stack import Done, Placed, first_on_top, record, stack, take_back
+from batchnorm.models.walk import kind_of
 from batchnorm.nn.adopted import BatchNormAct2d, FrozenBatchNormAct2d
 from batchnorm.nn.base import BATCH, Layer
+from batchnorm.nn.common import Switches
 from batchnorm.nn.layers import BatchNorm2d
-from batchnorm.nn.switches import Switches
 from batchnorm.surgery import layers, pairing
 from batchnorm.surgery.exchange import exchange
-from batchnorm.surgery.freezing import Freeze, thaw
-from batchnorm.surgery.frozen_classes import is_frozen_class, measured_eps
+from batchnorm.surgery.freezing import Freeze, is_frozen_class, measured_eps, thaw
 from batchnorm.surgery.options import Filter
 
 Model = TypeVar("Model", bound=nn.Module)

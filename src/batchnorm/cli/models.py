@@ -1,12 +1,20 @@
-"""The commands that calibrate a checkpoint, and that merge calibrations or checkpoints."""
+"""``batchnorm calibrate``, ``merge``, ``fold``, ``diff``: commands on models and checkpoints."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from batchnorm.cli.options import THING, Checkpoint, Model, Out
 from batchnorm.cli.telling import show, told_in_one_line
+
+THING = "package.module:name"
+
+Model = Annotated[str, typer.Option(help="Model, or a function that builds it.", metavar=THING)]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Weights: .safetensors, or .pt/.pth without code in it.")
+]
+Out = Annotated[Path, typer.Option(help="Checkpoint to write: .safetensors, .pt or .pth.")]
 
 
 def calibrate(
@@ -84,3 +92,54 @@ def _numbers(counts: str | None) -> list[float] | None:
         return [float(part) for part in counts.split(",")]
     except ValueError as error:
         raise typer.BadParameter(f"expected numbers such as 1000,250, got {counts!r}") from error
+
+
+def fold(
+    model: Model,
+    example: Annotated[
+        str,
+        typer.Option(
+            help="Example inputs, or a function that returns them: a tensor, a tuple of arguments, "
+            "a mapping of keywords; a list of these covers all paths.",
+            metavar=THING,
+        ),
+    ],
+    out: Out,
+    checkpoint: Checkpoint = None,
+    shared: Annotated[
+        str, typer.Option(help="Layers of several names: 'decline' or 'copy'.")
+    ] = "decline",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+) -> None:
+    """Fold batch normalizations into the layers around them, prove it, and write the weights."""
+    from batchnorm.folding.commands import Job, run
+
+    with told_in_one_line():
+        done = run(Job(model, example, checkpoint, out, shared, force))
+    if as_json:
+        show(json.dumps(done.report.as_data(), indent=2))
+    else:
+        show(*done.edits.changed, done.report, out)
+
+
+def diff(
+    a: Annotated[Path, typer.Argument(help="A checkpoint: .safetensors, .pt or .pth.")],
+    b: Annotated[Path, typer.Argument(help="Another one.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare two checkpoints: keys, shapes, and how far weights and statistics moved.
+
+    The exit status is 0 if they are the same, 1 if they differ, 2 if one cannot be read.
+    """
+    from batchnorm.comparison import states
+    from batchnorm.report.jsontext import to_json
+    from batchnorm.storage.states import read_state
+
+    with told_in_one_line(failed=2):
+        found = states.diff(read_state(a), read_state(b))
+    if json:
+        typer.echo(to_json(found.report()), nl=False)
+    else:
+        show(found.section())
+    raise typer.Exit(1 if found else 0)
