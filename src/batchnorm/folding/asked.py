@@ -1,6 +1,6 @@
 """What ``bn.fold`` is asked: which models, examples and options it takes; some for other verbs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,8 +15,7 @@ from batchnorm.models.flow import Flow
 from batchnorm.models.following import flow
 from batchnorm.models.walk import unwrapped
 from batchnorm.surgery.layers import SCRIPTED
-
-Filter = Callable[[str, nn.Module], bool]
+from batchnorm.surgery.options import Filter
 
 WRAPPED = """\
 bn.{verb} expected the model inside of {kind}, which holds on to its parameters; call it before \

@@ -2,13 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
-from torch import nn
-
+from batchnorm.models.change import Model
 from batchnorm.models.edits import Edits, edits, undo
-
-Model = TypeVar("Model", bound=nn.Module)
 
 PATHS = {
     1: "proved for the path of this example",

@@ -1,7 +1,7 @@
 """``bn.fold``: batch normalizations become part of the layers around them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -13,11 +13,10 @@ from batchnorm.folding.plan import Plan, Planner
 from batchnorm.folding.result import Folded
 from batchnorm.folding.scene import Scene
 from batchnorm.folding.work import Work
+from batchnorm.models.change import Model
 from batchnorm.models.examples import Example
 from batchnorm.models.walk import kind_of
 from batchnorm.surgery.layers import expect_optimizer
-
-Model = TypeVar("Model", bound=nn.Module)
 
 NOT_WANTED = "filter= said no"
 UNREACHED = "the examples never reached it"

@@ -9,11 +9,14 @@ import copy
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
 from batchnorm.nn.foreign import RECORD
+
+# What a verb is given and returns.
+Model = TypeVar("Model", bound=nn.Module)
 
 FORGOTTEN = "bn.forget(model) dropped the tensors that undo needs"
 PICKLED = (

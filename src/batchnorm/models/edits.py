@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +12,13 @@ from batchnorm.models.change import (
     FORGOTTEN,
     Dropped,
     Edit,
+    Model,
     Record,
     record_of,
     whole_pickles,
     write,
 )
 from batchnorm.models.stack import Placed, first_on_top, stack, take_back
-
-Model = TypeVar("Model", bound=nn.Module)
 
 UNKNOWN = "expected a verb with edits in the model ({known}), got {verb!r}; bn.edits(model) has all"
 

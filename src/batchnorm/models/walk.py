@@ -4,7 +4,7 @@ Everything that walks, converts, freezes or checks models asks ``kind_of``. Clas
 and timm are recognized by their full names, so that neither needs to be imported.
 """
 
-from typing import Literal, NamedTuple, TypeVar, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.compat.modules import uncompiled
 from batchnorm.errors import EstimateError
+from batchnorm.models.change import Model
 from batchnorm.nn import tracking
 from batchnorm.nn.adopted import FrozenBatchNorm2d, FrozenBatchNormAct2d
 from batchnorm.nn.base import Layer
@@ -74,9 +75,6 @@ def kind_of(module: nn.Module) -> Kind | None:
 def class_name(module: nn.Module) -> str:
     """Return the full name of a module's class, such as ``timm.layers.norm_act.BatchNormAct2d``."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 class Found(NamedTuple):

@@ -6,20 +6,18 @@ valid, those of optimizers included.
 
 import logging
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from torch import nn
 
 from batchnorm.estimators.bank import EstimatorLike
-from batchnorm.models.change import Edit
+from batchnorm.models.change import Edit, Model
 from batchnorm.models.edits import expect_model
 from batchnorm.models.stack import Done, Placed, newest, record
 from batchnorm.sources.base import Source
 from batchnorm.surgery import rules
 from batchnorm.surgery.exchange import Exchange, describe, exchange
 from batchnorm.surgery.options import NO_STATISTICS, Filter, Options, warn
-
-Model = TypeVar("Model", bound=nn.Module)
 
 _VERB = "convert"
 

@@ -1,13 +1,13 @@
 """``bn.freeze``, ``bn.frozen``: statistics, affine parameters and mode of layers, apart."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.optim import Optimizer
 
 from batchnorm.errors import OptionError
-from batchnorm.models.change import Edit, Entry
+from batchnorm.models.change import Edit, Entry, Model
 from batchnorm.models.stack import Done, newest, record
 from batchnorm.nn.adopted import BatchNormAct2d, FrozenBatchNorm2d, FrozenBatchNormAct2d
 from batchnorm.nn.base import Layer
@@ -17,7 +17,6 @@ from batchnorm.surgery.freezing import Freeze, is_frozen_class
 from batchnorm.surgery.freezing import freeze as freeze_layer
 from batchnorm.surgery.options import Filter, Options
 
-Model = TypeVar("Model", bound=nn.Module)
 Saved = Mapping[str, Mapping[str, bool]]
 
 _VERB = "freeze"

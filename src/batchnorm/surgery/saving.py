@@ -1,7 +1,7 @@
 """``bn.save_memory``, as a context manager or as a switch of a model."""
 
 import threading
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -10,11 +10,9 @@ from batchnorm.compat.modes import is_calm
 from batchnorm.compat.modules import remove_forward_hooks
 from batchnorm.errors import OptionError
 from batchnorm.memory.saving import SaveMemory
-from batchnorm.models.change import Change, Edit
+from batchnorm.models.change import Change, Edit, Model
 from batchnorm.models.edits import expect_model
 from batchnorm.models.stack import Done, record, stack, take_back
-
-Model = TypeVar("Model", bound=nn.Module)
 
 _VERB = "save_memory"
 _here = threading.local()

@@ -3,13 +3,13 @@
 import math
 from numbers import Real
 from types import EllipsisType
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
 from batchnorm.errors import OptionError
 from batchnorm.estimators.running import check_momentum
-from batchnorm.models.change import Edit
+from batchnorm.models.change import Edit, Model
 from batchnorm.models.edits import expect_model
 from batchnorm.models.stack import Done, newest, record
 from batchnorm.models.walk import kind_of
@@ -18,8 +18,6 @@ from batchnorm.surgery import layers
 from batchnorm.surgery.exchange import Exchange, exchange
 from batchnorm.surgery.options import Filter
 from batchnorm.surgery.unfreeze import shown, state_of
-
-Model = TypeVar("Model", bound=nn.Module)
 
 _VERB = "set_options"
 _RESET = "reset_statistics"

@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import Iterable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.optim import Optimizer
 
-from batchnorm.models.change import Edit, record_of, write
+from batchnorm.models.change import Edit, Model, record_of, write
 from batchnorm.models.stack import Done, Placed, first_on_top, record, stack, take_back
 from batchnorm.models.walk import kind_of
 from batchnorm.nn.adopted import BatchNormAct2d, FrozenBatchNormAct2d
@@ -18,8 +18,6 @@ from batchnorm.surgery import layers, pairing
 from batchnorm.surgery.exchange import exchange
 from batchnorm.surgery.freezing import Freeze, is_frozen_class, measured_eps, thaw
 from batchnorm.surgery.options import Filter
-
-Model = TypeVar("Model", bound=nn.Module)
 
 _VERB = "unfreeze"
 MADE = "weight and bias are parameters now"

@@ -15,6 +15,7 @@ from batchnorm.moments import Moments
 from batchnorm.ops.activations import IDENTITY, Activation
 from batchnorm.ops.autograd.eager import (
     Context,
+    Gradients,
     dtype_of,
     kept_beside,
     to_parameters,
@@ -25,8 +26,6 @@ from batchnorm.ops.backends.base import Backend
 from batchnorm.ops.backends.choice import select
 from batchnorm.ops.call import Call, Epilogue, ForBackward
 from batchnorm.selection import Selection
-
-Gradients = tuple[Tensor | None, ...]
 
 TWICE = """\
 statistics that are merged over processes, or adjusted, have no second derivative; a loss of \
