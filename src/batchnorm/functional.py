@@ -16,7 +16,7 @@ from batchnorm.moments import Moments
 from batchnorm.ops import routes
 from batchnorm.ops.activations import ActivationLike, activation
 from batchnorm.ops.autograd.shared import normalize_shared
-from batchnorm.ops.call import Call
+from batchnorm.ops.call import Arguments
 from batchnorm.selection import WHOLE, Selection
 from batchnorm.sources.base import Batch, Context, Source
 
@@ -149,7 +149,7 @@ def batch_norm(
     return y
 
 
-def by_source(call: Call, source: Source) -> tuple[Tensor, Moments]:
+def by_source(call: Arguments, source: Source) -> tuple[Tensor, Moments]:
     """Normalize a training step by the statistics that a source chooses.
 
     Returns:
@@ -185,7 +185,7 @@ def by_source(call: Call, source: Source) -> tuple[Tensor, Moments]:
     return shared
 
 
-def evaluate(call: Call) -> Tensor:
+def evaluate(call: Arguments) -> Tensor:
     """Normalize by the stored statistics.
 
     Raises:
@@ -215,8 +215,8 @@ def prepare(
     axis: int = 1,
     counter: Tensor | None = None,
     portable: bool = False,
-) -> Call:
-    """Return the arguments as a ``Call``, after all checks that do not depend on the source.
+) -> Arguments:
+    """Return the arguments as a ``Arguments``, after all checks that do not depend on the source.
 
     Raises the errors of ``normalize``.
     """
@@ -235,10 +235,12 @@ def prepare(
         if residual is not None:
             layout.check_strided(residual, "residual")
     act = activation(act)
-    return Call(x, weight, bias, residual, selection, act, eps, axis, mean, var, counter, portable)
+    return Arguments(
+        x, weight, bias, residual, selection, act, eps, axis, mean, var, counter, portable
+    )
 
 
-def check_source(call: Call, source: Source) -> None:
+def check_source(call: Arguments, source: Source) -> None:
     """Check eps and the number of values of a training step.
 
     Raises:

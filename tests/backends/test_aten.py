@@ -11,7 +11,7 @@ from batchnorm.errors import BackendError, UnservedError
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.backends import aten, choice
 from batchnorm.ops.backends.triton import cuda
-from batchnorm.ops.call import Epilogue, Running
+from batchnorm.ops.call import Epilogue, RunningBuffers
 from support import oracle
 from support.cases import ACTS, COARSE, DTYPES, EPS, Case, check_functions
 
@@ -62,7 +62,7 @@ def test_a_variance_that_is_small_next_to_eps_keeps_its_digits():
 def test_the_running_step_is_torch_s():
     x = torch.randn(6, 3, 4)
     theirs = nn.BatchNorm1d(3, momentum=0.3)
-    running = Running(torch.zeros(3), torch.ones(3), torch.tensor(0), 0.3)
+    running = RunningBuffers(torch.zeros(3), torch.ones(3), torch.tensor(0), 0.3)
     for _ in range(2):
         theirs(x)
         aten.forward(x, Epilogue(), EPS, 1, running)
@@ -72,7 +72,7 @@ def test_the_running_step_is_torch_s():
 def test_running_statistics_of_another_dtype_are_moved_by_the_layer():
     x = torch.randn(6, 3, 4)
     wide = torch.zeros(3, dtype=torch.float64)
-    running = Running(wide, wide + 1, torch.tensor(0), 0.3)
+    running = RunningBuffers(wide, wide + 1, torch.tensor(0), 0.3)
     with pytest.raises(UnservedError, match="expected running statistics of torch.float32"):
         aten.forward(x, Epilogue(), EPS, 1, running)
     assert not wide.any() and not running.counter

@@ -21,7 +21,7 @@ from batchnorm.moments import Moments
 from batchnorm.ops.activations import activation
 from batchnorm.ops.autograd import shared
 from batchnorm.ops.backends.choice import BACKENDS
-from batchnorm.ops.call import Call
+from batchnorm.ops.call import Arguments
 from batchnorm.selection import WHOLE
 from support import captured
 from support.combinations import each
@@ -81,7 +81,7 @@ def parts(step):
     layer = step.layer
     given = (step.x, layer.weight, layer.bias, step.residual, WHOLE, layer.activation, layer.eps)
     alone = shared.Sharing(lambda moments: moments, lambda sums: sums)
-    return shared.normalize_shared(Call(*given), alone)[0]
+    return shared.normalize_shared(Arguments(*given), alone)[0]
 
 
 def reference(step):

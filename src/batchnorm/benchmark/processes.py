@@ -85,7 +85,7 @@ def allocator() -> str:
     return f"{libc} that keeps pages" if os.environ.get("GLIBC_TUNABLES") == _TUNABLES else libc
 
 
-Call = Callable[..., Any]
+Function = Callable[..., Any]
 
 
 class ChildError(RuntimeError):
@@ -93,7 +93,7 @@ class ChildError(RuntimeError):
 
 
 @contextlib.contextmanager
-def processes(regime: str, threads: int) -> Iterator[Call]:
+def processes(regime: str, threads: int) -> Iterator[Function]:
     """Yield ``call(function, *args)``, which runs a function of a module in a process of its own.
 
     Args:
@@ -111,7 +111,7 @@ def processes(regime: str, threads: int) -> Iterator[Call]:
         server.start()
     there.close()
 
-    def call(function: Call, *args: Any) -> Any:
+    def call(function: Function, *args: Any) -> Any:
         here.send((function, args))
         try:
             done, found = here.recv()
@@ -151,7 +151,7 @@ def _serve(pipe: Connection, threads: int) -> None:
             pipe.send((False, f"the process of {function.__name__} ended with {child.exitcode}"))
 
 
-def _answer(pipe: Connection, threads: int, function: Call, args: tuple[Any, ...]) -> None:
+def _answer(pipe: Connection, threads: int, function: Function, args: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(threads)

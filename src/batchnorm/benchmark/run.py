@@ -19,7 +19,7 @@ from batchnorm.benchmark.measure import (
     page_faults,
     quantiles,
 )
-from batchnorm.benchmark.processes import REGIMES, Call, processes, variables
+from batchnorm.benchmark.processes import REGIMES, Function, processes, variables
 from batchnorm.benchmark.rows import Row, circumstances, row_of, rows_of
 from batchnorm.errors import OptionError
 from batchnorm.progress import Watch
@@ -113,7 +113,7 @@ def sample(case: Case, name: str, seconds: float) -> Sample:
     return Sample(statistics.median(taken), copy, statistics.median(faults), saved)
 
 
-def _cell(case: Case, options: Options, call: Call, around: dict[str, Any]) -> Iterator[Row]:
+def _cell(case: Case, options: Options, call: Function, around: dict[str, Any]) -> Iterator[Row]:
     seconds = options.seconds / options.pairs
     found = in_turn(
         names(case, options.compiled),

@@ -19,7 +19,7 @@ from batchnorm.graph import checkpoint, folding
 from batchnorm.graph.step import step
 from batchnorm.ops import torch_calls
 from batchnorm.ops.activations import IDENTITY
-from batchnorm.ops.call import Running
+from batchnorm.ops.call import RunningBuffers
 
 _SIGNATURE = inspect.signature(F.batch_norm)
 _WRITTEN = {operator.add: torch.add, operator.iadd: Tensor.add_}
@@ -81,7 +81,7 @@ def fuse(gm: fx.GraphModule, eager: bool = True) -> list[Normalization]:
 def _tensors(node: fx.Node) -> tuple[fx.Node, ...]:
     """Return the statistics, weight and bias of a call of ``step``, as far as it has them."""
     _, running, _, _, weight, bias, *_ = node.args
-    stored = running[:2] if isinstance(running, Running) else ()
+    stored = running[:2] if isinstance(running, RunningBuffers) else ()
     return tuple(one for one in (*stored, weight, bias) if isinstance(one, fx.Node))
 
 
@@ -110,7 +110,7 @@ def _taken(node: fx.Node) -> fx.Node:
     counter = _counted(node) if training else None
     node.target = step
     counted: Any = None if counter is None else counter.args[0]
-    running = None if mean is None else Running(mean, var, counted, momentum)
+    running = None if mean is None else RunningBuffers(mean, var, counted, momentum)
     node.args = (x, running, training, eps, weight, bias, None, IDENTITY)
     node.kwargs = {}
     if counter is not None:

@@ -18,7 +18,7 @@ from batchnorm.graph.step import step
 from batchnorm.moments import Moments
 from batchnorm.ops import scaled
 from batchnorm.ops.activations import Activation
-from batchnorm.ops.call import Running
+from batchnorm.ops.call import RunningBuffers
 
 # The most elements of a small input: images, and (N, C). See docs/decisions/0012-compile.md.
 MOST_SMALL, MOST_SMALL_ROWS = 3 << 14, 1 << 18
@@ -43,7 +43,7 @@ def lower(gm: fx.GraphModule) -> None:
 
 def traceable(
     x: Tensor,
-    running: Running | None,
+    running: RunningBuffers | None,
     training: bool,
     eps: float,
     weight: Tensor | None,

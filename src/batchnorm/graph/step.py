@@ -7,12 +7,12 @@ from torch import Tensor
 from batchnorm.compat.modes import is_recomputing
 from batchnorm.nn import hot
 from batchnorm.ops.activations import Activation
-from batchnorm.ops.call import Epilogue, Running
+from batchnorm.ops.call import Epilogue, RunningBuffers
 
 
 def step(
     x: Tensor,
-    running: Running | None,
+    running: RunningBuffers | None,
     training: bool,
     eps: float,
     weight: Tensor | None,

@@ -9,7 +9,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from batchnorm.compat.tensors import base, version
 from batchnorm.ops.backends import reference
 from batchnorm.ops.backends.base import Backend
-from batchnorm.ops.call import Epilogue, Running
+from batchnorm.ops.call import Epilogue, RunningBuffers
 
 # Output tensor -> how to recompute it. With weak keys an entry lives as long as the output, also if
 # only autograd refers to it.
@@ -153,7 +153,12 @@ class RecordingBackend:
         return getattr(self.backend, name)
 
     def forward(
-        self, x: Tensor, epilogue: Epilogue, eps: float, axis: int, running: Running | None = None
+        self,
+        x: Tensor,
+        epilogue: Epilogue,
+        eps: float,
+        axis: int,
+        running: RunningBuffers | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Do what the backend does."""
         y, stats = self.backend.forward(x, epilogue, eps, axis, running)

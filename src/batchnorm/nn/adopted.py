@@ -10,7 +10,7 @@ from batchnorm import functional
 from batchnorm.compat.modules import load_from_state_dict
 from batchnorm.nn.base import Layer
 from batchnorm.nn.layers import BatchNorm, BatchNorm2d
-from batchnorm.ops.call import Call
+from batchnorm.ops.call import Arguments
 
 
 class _Activated(Layer):
@@ -40,7 +40,7 @@ class _Stored(Layer):
 
     _version = 1  # of a state dict without a counter: layers that have one begin at 0
 
-    def _normalize(self, call: Call) -> Tensor:
+    def _normalize(self, call: Arguments) -> Tensor:
         return functional.evaluate(call)
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: object) -> None:  # type: ignore[override]

@@ -21,7 +21,7 @@ from batchnorm.moments import Moments
 from batchnorm.nn import casting, common, folded, foreign, freezing, groups, hot, traced, tracking
 from batchnorm.nn.common import Attributes
 from batchnorm.ops.activations import IDENTITY, ActivationLike, activation
-from batchnorm.ops.call import Call
+from batchnorm.ops.call import Arguments
 from batchnorm.selection import WHOLE, Selection
 from batchnorm.sources.base import Batch, Source
 from batchnorm.sources.grouped import NO_IDS, Grouped
@@ -141,7 +141,7 @@ class Layer(Attributes):
             error.args = (f"{error} [in {self}]",)
             raise
 
-    def _normalize(self, call: Call) -> Tensor:
+    def _normalize(self, call: Arguments) -> Tensor:
         if not self.training and call.mean is not None:
             return functional.evaluate(call)
         moments: Moments | None
@@ -156,7 +156,7 @@ class Layer(Attributes):
 
     def call_of(
         self, x: Tensor, residual: Tensor | None = None, selection: Selection = WHOLE
-    ) -> Call:
+    ) -> Arguments:
         """Return the checked arguments of one normalization by this layer.
 
         Raises:

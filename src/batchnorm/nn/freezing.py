@@ -11,13 +11,13 @@ from batchnorm import functional
 from batchnorm.moments import Moments
 from batchnorm.nn.common import Attributes
 from batchnorm.ops.activations import IDENTITY
-from batchnorm.ops.call import Call
+from batchnorm.ops.call import Arguments
 from batchnorm.sources.base import Frozen
 
 STORED = Frozen()
 
 
-def step(layer: Attributes, call: Call) -> tuple[Tensor, Moments | None]:
+def step(layer: Attributes, call: Arguments) -> tuple[Tensor, Moments | None]:
     """Normalize a training step of a frozen layer.
 
     Returns:

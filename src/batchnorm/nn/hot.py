@@ -21,7 +21,7 @@ from batchnorm.nn.tracking import WIDE
 from batchnorm.ops.autograd import eager
 from batchnorm.ops.backends import reference, torch_norm
 from batchnorm.ops.backends.choice import is_torchs, likely, select
-from batchnorm.ops.call import Epilogue, Running
+from batchnorm.ops.call import Epilogue, RunningBuffers
 
 _PLAIN = (Parameter, Tensor, type(None))
 
@@ -52,13 +52,13 @@ def forward(layer: Attributes, x: Tensor, residual: Tensor | None) -> Tensor | N
         counter = buffers.get("num_batches_tracked")
         if counter is None and plan == "batch":
             return None
-        running = Running(mean, var, counter, layer.momentum or 0.0)
+        running = RunningBuffers(mean, var, counter, layer.momentum or 0.0)
     epilogue = Epilogue(weight, bias, residual, layer.activation)
     return _normalize(x, epilogue, running, plan == "batch", layer.eps, axis)
 
 
 def call(
-    x: Tensor, epilogue: Epilogue, running: Running | None, training: bool, eps: float
+    x: Tensor, epilogue: Epilogue, running: RunningBuffers | None, training: bool, eps: float
 ) -> Tensor | None:
     """Return act(F.batch_norm(x, ...) + residual), or None as ``forward``; for captured graphs.
 
@@ -73,7 +73,7 @@ def call(
 def _normalize(
     x: Tensor,
     epilogue: Epilogue,
-    running: Running | None,
+    running: RunningBuffers | None,
     training: bool,
     eps: float,
     axis: int,
@@ -94,7 +94,7 @@ def _normalize(
 
 
 def _evaluate(
-    x: Tensor, epilogue: Epilogue, running: Running, eps: float, axis: int
+    x: Tensor, epilogue: Epilogue, running: RunningBuffers, eps: float, axis: int
 ) -> Tensor | None:
     """Normalize by the stored statistics: in evaluation, and in training with ``Frozen``."""
     if not eps >= 0:
@@ -126,7 +126,7 @@ def _evaluate(
 
 
 def _train(
-    x: Tensor, epilogue: Epilogue, running: Running | None, eps: float, axis: int
+    x: Tensor, epilogue: Epilogue, running: RunningBuffers | None, eps: float, axis: int
 ) -> Tensor | None:
     """Normalize by the batch; update the running statistics and the counter, if there are any."""
     if not 0 < eps < torch.inf or x.numel() <= x.size(axis):
@@ -152,7 +152,7 @@ def _train(
 
 
 def _train_by_torch(
-    x: Tensor, epilogue: Epilogue, running: Running | None, eps: float, axis: int
+    x: Tensor, epilogue: Epilogue, running: RunningBuffers | None, eps: float, axis: int
 ) -> Tensor | None:
     """Do a training step by ``torch.batch_norm``, which updates the running statistics too."""
     if not _is_for_torch(x, epilogue.residual, running):
@@ -162,7 +162,7 @@ def _train_by_torch(
         if running.mean.is_inference():
             return None
         if is_recomputing():  # checkpointing expects as many saved tensors: update copies
-            running = Running(running.mean.clone(), running.var.clone(), None, 0.0)
+            running = RunningBuffers(running.mean.clone(), running.var.clone(), None, 0.0)
         counter = running.counter
     # torch.batch_norm checks sizes and devices before it writes. Checking them here too would cost
     # a small layer a tenth of its time.
@@ -175,7 +175,7 @@ def _train_by_torch(
     return y
 
 
-def _is_for_torch(x: Tensor, residual: Tensor | None, running: Running | None) -> bool:
+def _is_for_torch(x: Tensor, residual: Tensor | None, running: RunningBuffers | None) -> bool:
     """Return whether ``torch.batch_norm`` takes input, residual and statistics without casts."""
     if not torch_norm.takes(x):
         return False
@@ -197,7 +197,7 @@ def _needs_grad(x: Tensor, epilogue: Epilogue) -> bool:
     )
 
 
-def _fits(x: Tensor, epilogue: Epilogue, running: Running | None, axis: int) -> bool:
+def _fits(x: Tensor, epilogue: Epilogue, running: RunningBuffers | None, axis: int) -> bool:
     """Return whether shapes and dtypes agree, and statistics can be read and written in place."""
     weight, bias, residual, _ = epilogue
     mean, var, counter, _ = running or (None, None, None, 0.0)

@@ -1,4 +1,4 @@
-"""The arguments of one normalization as NamedTuples: Call, Epilogue, Running, ForBackward."""
+"""One normalization as NamedTuples: Arguments, Epilogue, RunningBuffers, ForBackward."""
 
 from typing import NamedTuple
 
@@ -26,8 +26,8 @@ class Epilogue(NamedTuple):
     act: Activation = IDENTITY
 
 
-class Running(NamedTuple):
-    """Running statistics, which a training step updates in place.
+class RunningBuffers(NamedTuple):
+    """RunningBuffers statistics, which a training step updates in place.
 
     mean and var become (1 - momentum) * old + momentum * new, var with the unbiased variance, and
     the counter, if there is one, is increased by 1.
@@ -61,7 +61,7 @@ class ForBackward(NamedTuple):
     axis: int
 
 
-class Call(NamedTuple):
+class Arguments(NamedTuple):
     """The checked arguments of one normalization; shapes as in ``layout``.
 
     Attributes:
@@ -113,7 +113,7 @@ class Call(NamedTuple):
         # A 0-d tensor does not promote; expanded to a tensor it would.
         return self.selection.clean(residual.to(torch.result_type(self.x, residual)))
 
-    def per_group(self) -> "Call":
+    def per_group(self) -> "Arguments":
         """Return the call with a row of weight, bias, mean and var for each group of samples."""
         if self.selection.ids is None:
             return self

@@ -1,4 +1,4 @@
-"""Which implementation computes a checked ``Call``; all give the same result up to rounding.
+"""Which implementation computes a checked ``Arguments``; all give the same result up to rounding.
 
 - *Eager*: ordinary tensors go to a backend by ``autograd.eager``, or to ``torch.batch_norm``
   (``torch_norm``) on devices for which this library has no kernels.
@@ -20,14 +20,14 @@ from batchnorm.ops.activations import IDENTITY
 from batchnorm.ops.autograd import eager
 from batchnorm.ops.backends import reference, torch_norm
 from batchnorm.ops.backends.choice import is_torchs, select
-from batchnorm.ops.call import Call
+from batchnorm.ops.call import Arguments
 
 _DEVICES = ("cpu", "cuda")
 # Dtypes of statistics that kernels read.
 _WIDE = (torch.float32, torch.float64)
 
 
-def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
+def normalize_batch(call: Arguments) -> tuple[Tensor, Moments]:
     """Normalize by the statistics of the input.
 
     Returns:
@@ -66,7 +66,7 @@ def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
     return y, Moments.of_variance(count, stats[0], stats[1])
 
 
-def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
+def normalize_by(call: Arguments, mean: Tensor, var: Tensor) -> Tensor:
     """Normalize by given statistics, as constants.
 
     What is saved for backward does not alias ``mean`` or ``var``, which may be updated before.
@@ -97,7 +97,7 @@ def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
     return y
 
 
-def _is_added_behind(call: Call) -> bool:
+def _is_added_behind(call: Arguments) -> bool:
     """Return whether kernels could serve the call but for its broadcast or promoted residual."""
     if torch.compiler.is_compiling():
         kernels = not is_transformed()
@@ -106,7 +106,7 @@ def _is_added_behind(call: Call) -> bool:
     return kernels and not call.same_residual
 
 
-def _added_behind(z: Tensor, call: Call) -> Tensor:
+def _added_behind(z: Tensor, call: Arguments) -> Tensor:
     """Return act(z + residual), in place if z has the result's shape and dtype."""
     residual = call.residual
     assert residual is not None
@@ -116,7 +116,7 @@ def _added_behind(z: Tensor, call: Call) -> Tensor:
     return call.act.over(z.add_(residual) if stays else z + residual)
 
 
-def is_plain(call: Call) -> bool:
+def is_plain(call: Arguments) -> bool:
     """Return whether kernels may access the tensors' memory: plain types, no mode or transform."""
     x = call.x
     if x.layout is not torch.strided or not call.same_residual:
@@ -129,7 +129,7 @@ def is_plain(call: Call) -> bool:
     return is_calm()
 
 
-def _selected_batch(call: Call) -> tuple[Tensor, Moments]:
+def _selected_batch(call: Arguments) -> tuple[Tensor, Moments]:
     """Normalize by the statistics of what counts; with groups, of each group."""
     x, selection, rest = call.x, call.selection, (call.eps, call.axis)
     count = selection.counts(x, call.axis)
@@ -147,7 +147,7 @@ def _selected_batch(call: Call) -> tuple[Tensor, Moments]:
     return y, Moments.of_variance(count, stats[0], stats[1])
 
 
-def _selected_by(call: Call) -> Tensor:
+def _selected_by(call: Arguments) -> Tensor:
     """Normalize what counts by given statistics; with groups, by the row of each sample's group."""
     x, epilogue, axis, selection = call.x, call.epilogue, call.axis, call.selection
     mean, var = call.mean, call.var
@@ -166,7 +166,7 @@ def _selected_by(call: Call) -> Tensor:
 
 
 def _aten(
-    call: Call, mean: Tensor | None, var: Tensor | None, momentum: float | None = None
+    call: Arguments, mean: Tensor | None, var: Tensor | None, momentum: float | None = None
 ) -> Tensor:
     """Normalize by ``aten.batch_norm`` and elementwise operations, for captured graphs.
 

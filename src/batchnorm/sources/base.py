@@ -9,7 +9,7 @@ from torch import Tensor
 from batchnorm.ops.autograd.shared import Sharing
 from batchnorm.selection import Selection
 
-Plan = Literal["batch", "stored", "own"]
+SourcePlan = Literal["batch", "stored", "own"]
 
 
 class Context(NamedTuple):
@@ -41,7 +41,7 @@ class Source(Protocol):
     """
 
     @property
-    def plan(self) -> Plan: ...  # noqa: D102
+    def plan(self) -> SourcePlan: ...  # noqa: D102
 
     def share(self, context: Context) -> Sharing | None:
         """Return how the Moments of this input become the statistics that normalize it.
@@ -58,7 +58,7 @@ class Batch:
         Ioffe and Szegedy 2015, "Batch Normalization", Algorithm 1.
     """
 
-    plan: ClassVar[Plan] = "batch"
+    plan: ClassVar[SourcePlan] = "batch"
 
     def share(self, context: Context) -> None:
         """Return None: there are no others."""
@@ -68,7 +68,7 @@ class Batch:
 class Frozen:
     """Normalize training steps by ``running_mean`` and ``running_var``, without updating them."""
 
-    plan: ClassVar[Plan] = "stored"
+    plan: ClassVar[SourcePlan] = "stored"
 
     def share(self, context: Context) -> None:
         """Return None: there are no others."""

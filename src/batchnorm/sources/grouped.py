@@ -7,7 +7,7 @@ import torch
 
 from batchnorm.errors import OptionError
 from batchnorm.ops.autograd.shared import Sharing
-from batchnorm.sources.base import Context, Plan
+from batchnorm.sources.base import Context, SourcePlan
 
 NO_IDS = """\
 statistics={source} normalizes each group of samples by itself; expected groups=ids with one id \
@@ -32,7 +32,7 @@ class Grouped:
         OptionError: If the count is below 1, or affine is something else.
     """
 
-    plan: ClassVar[Plan] = "own"
+    plan: ClassVar[SourcePlan] = "own"
 
     count: int
     affine: Literal["shared", "separate"] = "shared"
@@ -72,7 +72,7 @@ class Ghost:
         Hoffer, Hubara and Soudry 2017, "Train longer, generalize better", section 4.
     """
 
-    plan: ClassVar[Plan] = "own"
+    plan: ClassVar[SourcePlan] = "own"
 
     size: int
 

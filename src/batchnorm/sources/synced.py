@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from batchnorm.collective import Group, Ranks
 from batchnorm.ops.autograd.shared import Sharing
-from batchnorm.sources.base import Context, Plan
+from batchnorm.sources.base import Context, SourcePlan
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Synced:
         CollectiveError: At the call, if a process is gone.
     """
 
-    plan: ClassVar[Plan] = "own"
+    plan: ClassVar[SourcePlan] = "own"
 
     group: Group = field(default=None, repr=False)
 

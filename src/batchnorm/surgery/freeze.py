@@ -37,7 +37,7 @@ BOTH = "expected switches= or statistics=, affine=, mode=, folded=, got both"
 NOT_STORED = "it keeps no statistics to normalize by (track_running_stats=False); use mode=False"
 
 
-class Plan(NamedTuple):
+class FreezePlan(NamedTuple):
     """A layer, what is to be frozen of it, and how it becomes a layer of this library.
 
     Attributes:
@@ -186,7 +186,7 @@ def _check(switches: Switches, where: str) -> None:
         raise OptionError(FOLDED.format(got=got, where=where))
 
 
-def _plan(name: str, layer: nn.Module, switches: Switches) -> Plan:
+def _plan(name: str, layer: nn.Module, switches: Switches) -> FreezePlan:
     """Decide how a layer is frozen, before anything is changed."""
     if reason := layers.without_values(layer):
         raise layers.refuse(_VERB, name, layer, reason)
@@ -197,22 +197,24 @@ def _plan(name: str, layer: nn.Module, switches: Switches) -> Plan:
         raise layers.refuse(_VERB, name, layer, verdict.reason if verdict else "it is none")
     if switches.mode and (layer.running_mean is None or layer.running_var is None):
         raise layers.refuse(_VERB, name, layer, NOT_STORED)
-    return Plan(name, layer, switches, verdict if isinstance(verdict, rules.Becomes) else None)
+    return FreezePlan(
+        name, layer, switches, verdict if isinstance(verdict, rules.Becomes) else None
+    )
 
 
-def _plan_of_class(name: str, layer: nn.Module, switches: Switches) -> Plan:
+def _plan_of_class(name: str, layer: nn.Module, switches: Switches) -> FreezePlan:
     """Decide for a layer of a frozen class: to train again, to be folded, or to stay."""
     if switches == Switches() or (switches.folded and isinstance(layer, Layer)):
-        return Plan(name, layer, switches)
+        return FreezePlan(name, layer, switches)
     plan = unfreeze.ordinary(_VERB, name, layer)
     if switches == Switches(folded=True):
         activated = issubclass(plan.cls, BatchNormAct2d)
         cls = FrozenBatchNormAct2d if activated else FrozenBatchNorm2d
-        return Plan(name, layer, switches, rules.Becomes(cls, frozen=True), plan.eps)
-    return Plan(name, layer, switches, thaw=plan)
+        return FreezePlan(name, layer, switches, rules.Becomes(cls, frozen=True), plan.eps)
+    return FreezePlan(name, layer, switches, thaw=plan)
 
 
-def _apply(plan: Plan, old: Entry | None, made: list[nn.Parameter]) -> list[Done]:
+def _apply(plan: FreezePlan, old: Entry | None, made: list[nn.Parameter]) -> list[Done]:
     """Freeze a layer; return what was done, and collect the parameters that were made."""
     name, layer, switches, becomes, eps, thaws = plan
     done = []

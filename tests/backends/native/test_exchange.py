@@ -9,7 +9,7 @@ _native = pytest.importorskip("batchnorm._native")
 from batchnorm.errors import UnservedError  # noqa: E402
 from batchnorm.ops.activations import IDENTITY, Activation  # noqa: E402
 from batchnorm.ops.backends import cpu  # noqa: E402
-from batchnorm.ops.call import Epilogue, Running  # noqa: E402
+from batchnorm.ops.call import Epilogue, RunningBuffers  # noqa: E402
 
 
 def misaligned(*shape, dtype=torch.float32):
@@ -75,7 +75,7 @@ def test_what_does_not_belong_together_is_declined_and_nothing_is_changed(change
     if axis == 1:
         epilogue = Epilogue(*affine, Activation("relu"))
         with pytest.raises(UnservedError, match="expected tensors of shape"):
-            cpu.forward(x, epilogue, 1e-5, axis, Running(*given.values(), 0.1))
+            cpu.forward(x, epilogue, 1e-5, axis, RunningBuffers(*given.values(), 0.1))
     assert (
         _native.forward(x, affine[2], *affine[:2], axis, *given.values(), 0, 0.0, 1e-5, 0.1, 1)
         is None

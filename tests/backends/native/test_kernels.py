@@ -7,7 +7,7 @@ import torch.nn.functional as F
 _native = pytest.importorskip("batchnorm._native")
 from batchnorm.ops.activations import Activation  # noqa: E402
 from batchnorm.ops.backends import cpu  # noqa: E402
-from batchnorm.ops.call import Epilogue, Running  # noqa: E402
+from batchnorm.ops.call import Epilogue, RunningBuffers  # noqa: E402
 from support.cases import ACTS, DTYPES, EPS, WIDE, Case, check_functions  # noqa: E402
 from support.combinations import pairs  # noqa: E402
 
@@ -70,7 +70,7 @@ def test_running_statistics_follow_torch(layout, dtype):
     ours = torch.randn(3, dtype=dtype), torch.rand(3, dtype=dtype)
     theirs = tuple(t.double() for t in ours)
     counter = torch.tensor(41)
-    cpu.forward(x, Epilogue(), EPS, 1, Running(*ours, counter, 0.3))
+    cpu.forward(x, Epilogue(), EPS, 1, RunningBuffers(*ours, counter, 0.3))
     F.batch_norm(x.double(), *theirs, training=True, momentum=0.3)
     assert counter.item() == 42
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6, check_dtype=False)

@@ -18,7 +18,7 @@ if ahead.missing():
 from batchnorm.ops.activations import NAMES, Activation
 from batchnorm.ops.backends.triton import cuda
 from batchnorm.ops.backends.triton import plan as triton_plan
-from batchnorm.ops.call import Epilogue, ForBackward, Running
+from batchnorm.ops.call import Epilogue, ForBackward, RunningBuffers
 
 SHAPES = {
     "dense": ((64, 96), False),
@@ -46,7 +46,7 @@ def compiled(
     residual = torch.empty_like(x) if adds else None
     act = Activation(act, 0.5)
     stored = torch.empty(channels), torch.empty(channels), torch.empty((), dtype=torch.int64)
-    running = Running(*stored, 0.1)
+    running = RunningBuffers(*stored, 0.1)
     with ahead.launches(capability) as found:
         y, stats = cuda.forward(x, Epilogue(weight, bias, residual, act), 1e-5, 1, running)
         cuda.evaluate(x, running[0], running[1], Epilogue(weight, bias, residual, act), 1e-5, 1)

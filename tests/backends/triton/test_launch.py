@@ -22,7 +22,7 @@ if ahead.missing():
 from batchnorm.benchmark import cases
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.backends.triton import cuda
-from batchnorm.ops.call import Epilogue, ForBackward, Running
+from batchnorm.ops.call import Epilogue, ForBackward, RunningBuffers
 
 
 def tensor(shape, last=False, dtype=torch.bfloat16):
@@ -35,7 +35,7 @@ def step(x, act="relu", adds=True, momentum=0.1):
     """What a layer calls in a training step and then in evaluation."""
     channels = x.shape[1]
     weight, bias, mean, var = (torch.empty(channels) for _ in range(4))
-    running = Running(mean, var, torch.empty((), dtype=torch.int64), momentum)
+    running = RunningBuffers(mean, var, torch.empty((), dtype=torch.int64), momentum)
     act, r = Activation(act), x if adds else None
     y, stats = cuda.forward(x, Epilogue(weight, bias, r, act), 1e-5, 1, running)
     saved = ForBackward(x, stats, oracle.beside(act, r, y), act, 1)

@@ -17,7 +17,7 @@ from batchnorm.moments import centered
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.backends import reference
 from batchnorm.ops.backends.base import Backend, selected
-from batchnorm.ops.call import Epilogue, ForBackward, Running
+from batchnorm.ops.call import Epilogue, ForBackward, RunningBuffers
 from batchnorm.selection import WHOLE, Selection
 
 Gradients = tuple[Tensor | None, ...]
@@ -26,7 +26,7 @@ Rest = TypeVar("Rest")
 # Arguments of ``BatchNormalize`` without a gradient: the epilogue (with the tensors that are given
 # to apply), eps, the channel axis, the backend, a list that receives stats if the caller wants
 # them, and the running statistics that the backend updates.
-Step = tuple[Epilogue, float, int, Backend, list[Tensor] | None, Running | None]
+Step = tuple[Epilogue, float, int, Backend, list[Tensor] | None, RunningBuffers | None]
 
 
 class Context(Protocol[Rest]):

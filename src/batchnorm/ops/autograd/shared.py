@@ -24,7 +24,7 @@ from batchnorm.ops.autograd.eager import (
 from batchnorm.ops.backends import reference
 from batchnorm.ops.backends.base import Backend
 from batchnorm.ops.backends.choice import select
-from batchnorm.ops.call import Call, Epilogue, ForBackward
+from batchnorm.ops.call import Arguments, Epilogue, ForBackward
 from batchnorm.selection import Selection
 
 TWICE = """\
@@ -193,7 +193,7 @@ def variance_of(moments: Moments) -> Tensor:
     return moments.m2 / torch.where(count > 0, count, 1.0)
 
 
-def normalize_shared(call: Call, sharing: Sharing) -> tuple[Tensor, Moments]:
+def normalize_shared(call: Arguments, sharing: Sharing) -> tuple[Tensor, Moments]:
     """Normalize this part by the statistics of all parts.
 
     Returns:

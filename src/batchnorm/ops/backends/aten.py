@@ -21,7 +21,7 @@ from batchnorm.errors import UnservedError
 from batchnorm.layout import compute_dtype
 from batchnorm.ops.activations import IDENTITY
 from batchnorm.ops.backends import reference, torch_norm
-from batchnorm.ops.call import Epilogue, ForBackward, Running
+from batchnorm.ops.call import Epilogue, ForBackward, RunningBuffers
 
 commits = True
 reads_output = True
@@ -75,7 +75,7 @@ def evaluate(
 
 
 def forward(
-    x: Tensor, epilogue: Epilogue, eps: float, axis: int, running: Running | None = None
+    x: Tensor, epilogue: Epilogue, eps: float, axis: int, running: RunningBuffers | None = None
 ) -> tuple[Tensor, Tensor]:
     """Normalize by the input's own statistics; return y and stats (6, C), the low part of rstd 0.
 
@@ -121,7 +121,7 @@ def backward(
     return dx, dz if want_residual else None, sum_dz, sum_dz_xhat
 
 
-def _statistics(x: Tensor, running: Running | None) -> tuple[Tensor, Tensor]:
+def _statistics(x: Tensor, running: RunningBuffers | None) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance in the compute dtype; update ``running`` if given."""
     if running is None:
         # The CPU kernel returns results in the dtype of the running statistics.

@@ -12,7 +12,7 @@ from typing import Literal, Protocol, cast
 
 from torch import Tensor
 
-from batchnorm.ops.call import Epilogue, ForBackward, Running
+from batchnorm.ops.call import Epilogue, ForBackward, RunningBuffers
 from batchnorm.selection import Selection
 
 Mode = Literal["train", "eval"]
@@ -59,7 +59,12 @@ class Backend(Protocol):
         """Return y with rstd = 1 / sqrt(var + eps)."""
 
     def forward(
-        self, x: Tensor, epilogue: Epilogue, eps: float, axis: int, running: Running | None = None
+        self,
+        x: Tensor,
+        epilogue: Epilogue,
+        eps: float,
+        axis: int,
+        running: RunningBuffers | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Normalize by x's own mean and biased variance; return y and stats.
 

@@ -20,7 +20,7 @@ from batchnorm import _native
 from batchnorm.errors import UnservedError
 from batchnorm.layout import dense, like_or_none, vector
 from batchnorm.ops.activations import NAMES, Activation
-from batchnorm.ops.call import Epilogue, ForBackward, Running
+from batchnorm.ops.call import Epilogue, ForBackward, RunningBuffers
 from batchnorm.selection import WHOLE, Selection
 
 Maybe = Tensor | None
@@ -138,7 +138,7 @@ def forward(
     epilogue: Epilogue,
     eps: float,
     axis: int,
-    running: Running | None = None,
+    running: RunningBuffers | None = None,
     selection: Selection = WHOLE,
 ) -> tuple[Tensor, Tensor]:
     """Normalize by the input's own statistics; return y and stats (6, C).

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from batchnorm import layout
 from batchnorm.moments import centered
-from batchnorm.ops.call import Epilogue, ForBackward, Running
+from batchnorm.ops.call import Epilogue, ForBackward, RunningBuffers
 from batchnorm.selection import WHOLE, Selection
 from batchnorm.sums import wide
 
@@ -108,7 +108,7 @@ def forward(
     epilogue: Epilogue,
     eps: float,
     axis: int,
-    running: Running | None = None,
+    running: RunningBuffers | None = None,
     selection: Selection = WHOLE,
 ) -> tuple[Tensor, Tensor]:
     """Normalize by the input's own statistics; return y and stats. ``running`` is not updated."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from batchnorm import layout
 from batchnorm.layout import compute_dtype
 from batchnorm.moments import Moments
-from batchnorm.ops.call import Call, Epilogue, Running
+from batchnorm.ops.call import Arguments, Epilogue, RunningBuffers
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Devices where torch takes 16-bit input with float32 parameters.
@@ -31,11 +31,11 @@ def takes(x: Tensor) -> bool:
 
 
 def forward(
-    x: Tensor, epilogue: Epilogue, eps: float, axis: int, running: Running | None = None
+    x: Tensor, epilogue: Epilogue, eps: float, axis: int, running: RunningBuffers | None = None
 ) -> Tensor:
     """Normalize by the input's own statistics; update ``running`` by them, with the unbiased var.
 
-    Running statistics have the compute dtype. The caller increases their counter.
+    RunningBuffers statistics have the compute dtype. The caller increases their counter.
 
     As in ``torch.nn``, the update does not increment the tensors' versions: autograd saves them
     without reading them in backward, and an update before backward must not be an error.
@@ -52,20 +52,20 @@ def evaluate(
         mean = mean.to(dtype)
     if var.dtype is not dtype:
         var = var.to(dtype)
-    return _batch_norm(x, epilogue, eps, axis, False, Running(mean, var, None, 0.0))
+    return _batch_norm(x, epilogue, eps, axis, False, RunningBuffers(mean, var, None, 0.0))
 
 
-def normalize_batch(call: Call) -> tuple[Tensor, Moments]:
+def normalize_batch(call: Arguments) -> tuple[Tensor, Moments]:
     """Normalize by the input's own statistics; return them too."""
     x, axis = call.x, call.axis
     # With momentum 1 the kernel writes the batch's own statistics to mean and var.
     mean, var = torch.zeros(2, x.shape[axis], dtype=compute_dtype(x), device=x.device)
-    y = forward(x, call.epilogue, call.eps, axis, Running(mean, var, None, 1.0))
+    y = forward(x, call.epilogue, call.eps, axis, RunningBuffers(mean, var, None, 1.0))
     count = x.numel() // x.shape[axis]
     return y, Moments.of_variance(count, mean, var, correction=1)
 
 
-def normalize_by(call: Call, mean: Tensor, var: Tensor) -> Tensor:
+def normalize_by(call: Arguments, mean: Tensor, var: Tensor) -> Tensor:
     """Normalize by given statistics, which are constants and may be updated before backward."""
     if call.needs_grad:
         mean, var = mean.detach().clone(), var.detach().clone()
@@ -78,7 +78,7 @@ def _batch_norm(
     eps: float,
     axis: int,
     training: bool,
-    stored: Running | None,
+    stored: RunningBuffers | None,
 ) -> Tensor:
     weight, bias, residual, act = epilogue
     dtype = compute_dtype(x)

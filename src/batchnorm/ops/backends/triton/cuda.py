@@ -26,7 +26,7 @@ from torch.autograd.graph import increment_version
 from batchnorm.layout import compute_dtype, dense, like, like_or_none, vector, walked
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.backends import reference
-from batchnorm.ops.call import Epilogue, ForBackward, Running
+from batchnorm.ops.call import Epilogue, ForBackward, RunningBuffers
 
 commits = True
 reads_output = False
@@ -107,7 +107,7 @@ def evaluate(
 
 
 def forward(
-    x: Tensor, epilogue: Epilogue, eps: float, axis: int, running: Running | None = None
+    x: Tensor, epilogue: Epilogue, eps: float, axis: int, running: RunningBuffers | None = None
 ) -> tuple[Tensor, Tensor]:
     """Normalize by the input's own statistics; return y and stats (6, C).
 

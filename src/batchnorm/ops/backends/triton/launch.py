@@ -26,10 +26,10 @@ from batchnorm.ops.backends.triton.forward import (
     moments_kernel,
     normalize_kernel,
 )
-from batchnorm.ops.backends.triton.plan import Plan
+from batchnorm.ops.backends.triton.plan import Tiling
+from batchnorm.ops.call import RunningBuffers
 
 Shape = tuple[int, int, int]
-Running = tuple[Tensor, Tensor, Tensor | None, float]
 
 # The compiler must not contract products and sums to fma, which it would do in some kernels only: a
 # result that another kernel recomputes must have the same bits. tl.fma is written out instead.
@@ -49,7 +49,7 @@ def forward(
     stats: Tensor,
     act: Activation,
     eps: float,
-    running: Running | None,
+    running: RunningBuffers | None,
 ) -> None:
     """Fill y and stats (rows as in ``ForBackward``); update the running statistics."""
     plan = triton_plan.whole("forward", *shape, x.element_size())
@@ -73,7 +73,7 @@ def moments(
     bias: Tensor | None,
     stats: Tensor,
     eps: float,
-    running: Running | None,
+    running: RunningBuffers | None,
 ) -> None:
     """Fill stats; update the running statistics."""
     plan = triton_plan.tiled("moments", *shape, x.element_size())
@@ -207,15 +207,15 @@ def _on(x: Tensor) -> contextlib.AbstractContextManager[None]:
     return torch.cuda.device(x.device)
 
 
-def _workspace(x: Tensor, numbers: int, plan: Plan) -> Tensor:
+def _workspace(x: Tensor, numbers: int, plan: Tiling) -> Tensor:
     return torch.empty(numbers, plan.splits, plan.channels, dtype=torch.float64, device=x.device)
 
 
-def _sizes(plan: Plan) -> tuple[int, int, int, int]:
+def _sizes(plan: Tiling) -> tuple[int, int, int, int]:
     return plan.rows, plan.channels, plan.width, plan.parts
 
 
-def _constants(plan: Plan, x: Tensor) -> dict[str, object]:
+def _constants(plan: Tiling, x: Tensor) -> dict[str, object]:
     real = tl.float64 if x.dtype is torch.float64 else tl.float32
     return {
         "A": plan.a, "B": plan.b, "ALIGN": plan.align,
@@ -231,12 +231,12 @@ def _activation(act: Activation) -> dict[str, object]:
     return {"ACT": act.name, "SLOPE": act.slope}
 
 
-def _period(plan: Plan) -> int | None:
+def _period(plan: Tiling) -> int | None:
     """Return the channels of a sample if a row holds several samples, else None."""
     return None if plan.wraps == 1 else plan.channels // plan.wraps
 
 
-def _fold(plan: Plan) -> tuple[tuple[int], tuple[int, int], dict[str, int]]:
+def _fold(plan: Tiling) -> tuple[tuple[int], tuple[int, int], dict[str, int]]:
     """Return grid, parts and channels, and constants of a kernel that reduces partial results.
 
     Partial results of the samples of one row are consecutive, like those of several programs.
@@ -247,11 +247,11 @@ def _fold(plan: Plan) -> tuple[tuple[int], tuple[int, int], dict[str, int]]:
     return (-(-channels // FOLD_CHANNELS),), (parts, channels), constants
 
 
-def _step(running: Running | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _step(running: RunningBuffers | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     return (None, None, None) if running is None else running[:3]
 
 
-def _momentum(running: Running | None) -> tuple[float, float]:
+def _momentum(running: RunningBuffers | None) -> tuple[float, float]:
     return (0.0, 0.0) if running is None else _two(running[3])
 
 

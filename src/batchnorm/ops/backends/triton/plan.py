@@ -36,7 +36,7 @@ STAGES = {"moments": (5, 3), "sums": (3, 2), "apply": (1, 1)}
 SECTOR = 32
 
 
-class Plan(NamedTuple):
+class Tiling(NamedTuple):
     """A tiling; see ``triton_tiles`` for rows, lanes, parts and width.
 
     Attributes:
@@ -77,7 +77,7 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def tiled(kind: str, outer: int, channels: int, inner: int, itemsize: int) -> Plan:
+def tiled(kind: str, outer: int, channels: int, inner: int, itemsize: int) -> Tiling:
     """Plan a kernel that goes over a tensor (outer, C, inner) tile by tile.
 
     Args:
@@ -104,7 +104,7 @@ def tiled(kind: str, outer: int, channels: int, inner: int, itemsize: int) -> Pl
 
 
 @functools.lru_cache(maxsize=4096)
-def whole(kind: str, outer: int, channels: int, inner: int, itemsize: int) -> Plan | None:
+def whole(kind: str, outer: int, channels: int, inner: int, itemsize: int) -> Tiling | None:
     """Plan a kernel whose tiles hold all values of their channels, or None where they do not fit.
 
     Args:
@@ -138,7 +138,7 @@ def _plan(
     b: int,
     parts: int,
     wraps: int,
-) -> Plan:
+) -> Tiling:
     rows = outer * parts
     columns = -(-channels // b) if is_rows else channels
     tiles = -(-rows // a)
@@ -154,7 +154,7 @@ def _plan(
     # 16 values of a thread; more where that would take more than 8 warps. For a single warp Triton
     # 3.6 fails to compile some tiles, and 4 is what it is used with most.
     warps = min(max(4, a * b // 512), 8 if a * b <= 8192 else 16)
-    return Plan(
+    return Tiling(
         rows, channels, step // align, parts, columns, tiles, splits, share,
         a, b, align, is_rows, wraps, furthest >= 2**31, even, warps,
     )  # fmt: skip
