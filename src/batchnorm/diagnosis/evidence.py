@@ -135,7 +135,9 @@ def gather(checkpoint: Checkpoint) -> Evidence:
     whole = [
         group for group, layer in zip(groups, layers, strict=True) if layer.statistics is not None
     ]
-    return Evidence(checkpoint.subject, layers, find_copies(checkpoint, whole), checkpoint.graph)
+    return Evidence(
+        checkpoint.subject, layers, find_copies(checkpoint, whole), checkpoint.nodes is not None
+    )
 
 
 def _layer(checkpoint: Checkpoint, group: Group) -> Layer:

@@ -1,6 +1,5 @@
 """Which scale and shift a batch normalization is in use, and why one has none."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.compat.modules import has_hooks
 from batchnorm.models.walk import kind_of
 from batchnorm.ops.activations import IDENTITY
+from batchnorm.surgery.freezing import is_frozen_class, measured_eps
 
 TRAINING = "it is in training mode, and normalizes by the batch; call model.eval() first"
 BATCH = "it keeps no statistics, and normalizes by the batch in eval mode too"
@@ -20,9 +20,6 @@ META = "its tensors are on the meta device; load or initialize them first"
 LAZY = "it has no parameters yet; run the model once, then fold"
 INFINITE = "its statistics or parameters are not finite"
 SHARDED = "its {name} is a {kind}, not a whole tensor"
-
-# What HuggingFace's models write into the forward of their frozen layers, and say nowhere.
-_USUAL_EPS = 1e-5
 
 
 class Affine(NamedTuple):
@@ -121,27 +118,13 @@ def is_torchs(module: nn.Module) -> bool:
 
 def _frozen_elsewhere(module: nn.Module) -> Affine | str:
     """Read a frozen layer of another library, if it proves to be what its name says."""
-    tensors: Mapping[str, Tensor] = dict(module.named_buffers()) | dict(module.named_parameters())
-    if set(tensors) - {"num_batches_tracked"} != {"weight", "bias", "running_mean", "running_var"}:
+    if not is_frozen_class(module) or "forward" in vars(module):
         return OWN
-    reason = unusable(module)
-    if reason:
+    if reason := unusable(module):
         return reason
-    eps = float(getattr(module, "eps", _USUAL_EPS))
-    scale, shift = affine(
-        tensors["running_mean"], tensors["running_var"], tensors["weight"], tensors["bias"], eps
-    )
-    # What it computes of some numbers in each channel is compared with that.
-    x = torch.linspace(-2, 3, 7, dtype=torch.float64).view(1, 1, 7, 1)
-    x = x.expand(2, len(scale), 7, 3)
-    expected = x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
-    try:
-        with torch.no_grad():
-            given = x.to(tensors["weight"].device, tensors["weight"].dtype)
-            found = wide(module.forward(given))
-    except Exception:  # noqa: BLE001 (whatever another library raises)
+    eps = measured_eps(module)
+    if eps is None:
         return OWN
-    error = 8 * torch.finfo(tensors["weight"].dtype).eps
-    bound = error * (x.abs() * scale.abs().view(1, -1, 1, 1) + expected.abs() + 1)
-    same = found.shape == expected.shape and bool(((found - expected).abs() <= bound).all())
-    return finite(Affine(scale, shift)) if same else OWN
+    mean, var = module.get_buffer("running_mean"), module.get_buffer("running_var")
+    weight, bias = module.get_buffer("weight"), module.get_buffer("bias")
+    return finite(Affine(*affine(mean, var, weight, bias, eps)))

@@ -23,23 +23,24 @@ MOST_DESCRIPTION = 32 << 20
 
 
 @dataclass(frozen=True)
-class Node:
-    """A batch normalization of a graph format, which names its tensors itself.
+class Group:
+    """The tensors of one batch norm; None for those that are not there.
 
     Attributes:
-        name: The layer's name.
-        mean: The name of the tensor with the means; those of the others follow.
-        eps: The ε of the layer.
-        training: Whether it normalizes by the batch also in use.
+        layer: The layer's name as the checkpoint has it, prefixes included.
+        mean: The names of its tensors, as those that follow.
+        eps: ε, where the format says it.
+        training: Whether the layer normalizes by the batch in use too, where the format says it.
     """
 
-    name: str
-    mean: str
-    var: str
-    weight: str
-    bias: str
-    eps: float
-    training: bool
+    layer: str
+    mean: str | None
+    var: str | None
+    weight: str | None = None
+    bias: str | None = None
+    counter: str | None = None
+    eps: float | None = None
+    training: bool | None = None
 
 
 class Vector(NamedTuple):
@@ -58,8 +59,7 @@ class Checkpoint:
         names: The name of every tensor.
         shape: The shape of a tensor, without reading it; None where it is no plain dense tensor.
         read: The tensor of a name, on the CPU. Only ``vector`` should be called by others.
-        nodes: Batch normalizations that the format itself knows; empty for mappings of tensors.
-        graph: Whether the format is one of graphs, which knows them all.
+        nodes: The batch norms of a format of graphs, which knows them; None for other formats.
         content: The state dict, or what it lies in; None for files that hold tensors alone.
     """
 
@@ -67,8 +67,7 @@ class Checkpoint:
     names: tuple[str, ...]
     shape: Callable[[str], tuple[int, ...] | None]
     read: Callable[[str], Tensor]
-    nodes: tuple[Node, ...] = ()
-    graph: bool = False
+    nodes: tuple[Group, ...] | None = None
     content: Any = None
 
     def length(self, name: str) -> int | None:

@@ -1,9 +1,8 @@
 """The batch norms of a checkpoint, found by their tensors and not by a model's code."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from batchnorm.storage.checkpoint import Checkpoint
+from batchnorm.storage.checkpoint import Checkpoint, Group
 
 # Names of means and variances, of torch, TensorFlow and Paddle among others. Those of the first
 # table are used for nothing else; those of the second are batch norms only beside a γ or β.
@@ -17,48 +16,20 @@ PLAIN = (("_mean", "_variance"), ("mean", "variance"), ("mean", "var"))
 WEIGHTS = ("weight", "gamma", "scale")
 BIASES = ("bias", "beta", "offset")
 COUNTER = "num_batches_tracked"
+# Each of the first table with those that it stands beside, and whether it is a mean.
+_WORDS = tuple(
+    (word, tuple(pair[1 - at] for pair in STATISTICS if pair[at] == word), at == 0)
+    for at in (0, 1)
+    for word in dict.fromkeys(pair[at] for pair in STATISTICS)
+)
 _SEPARATORS = (".", "/")
 # TensorFlow's names end in the number of an output.
 _OUTPUT = ":0"
 
 
-@dataclass(frozen=True)
-class Group:
-    """The tensors of one batch norm; None for those that are not there.
-
-    Attributes:
-        layer: The layer's name as the checkpoint has it, prefixes included.
-        mean: The names of its tensors, as those that follow.
-        eps: ε, where the format says it.
-        training: Whether the layer normalizes by the batch in use too, where the format says it.
-    """
-
-    layer: str
-    mean: str | None
-    var: str | None
-    weight: str | None = None
-    bias: str | None = None
-    counter: str | None = None
-    eps: float | None = None
-    training: bool | None = None
-
-
 def batch_norms(checkpoint: Checkpoint) -> tuple[Group, ...]:
     """Return the batch norms of a checkpoint, in its own order."""
-    if checkpoint.graph:
-        return tuple(
-            Group(
-                node.name,
-                node.mean,
-                node.var,
-                node.weight,
-                node.bias,
-                eps=node.eps,
-                training=node.training,
-            )
-            for node in checkpoint.nodes
-        )
-    return tuple(_found(checkpoint))
+    return tuple(_found(checkpoint)) if checkpoint.nodes is None else checkpoint.nodes
 
 
 def _found(checkpoint: Checkpoint) -> Iterator[Group]:
@@ -76,18 +47,14 @@ def _found(checkpoint: Checkpoint) -> Iterator[Group]:
 def _group(name: str, names: set[str]) -> Group | None:
     """Return the group of a mean, or of a variance without a mean."""
     stem, end = _stem(name)
-    means, variances = ({pair[i] for pair in STATISTICS} for i in (0, 1))
-    for word in means:
+    for word, others, is_mean in _WORDS:
         if stem.endswith(word):
             prefix = stem.removesuffix(word)
-            partners = [prefix + var + end for mean, var in STATISTICS if mean == word]
-            var = next((one for one in partners if one in names), None)
-            return _with_rest(prefix, end, name, var, names)
-    for word in variances:
-        if stem.endswith(word):
-            prefix = stem.removesuffix(word)
-            partners = [prefix + mean + end for mean, var in STATISTICS if var == word]
-            if not any(one in names for one in partners):
+            found = (prefix + other + end for other in others)
+            partner = next((one for one in found if one in names), None)
+            if is_mean:
+                return _with_rest(prefix, end, name, partner, names)
+            if partner is None:
                 return _with_rest(prefix, end, None, name, names)
     return None
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import CheckpointError, MissingExtraError
-from batchnorm.storage.checkpoint import Checkpoint, Node, first_line
+from batchnorm.storage.checkpoint import Checkpoint, Group, first_line
 
 _OPERATOR, _DEFAULT_EPS = "BatchNormalization", 1e-5
 _MEAN = "running_mean"
@@ -57,11 +57,10 @@ def open_onnx(path: Path) -> Checkpoint:
         lambda name: tuple(tensors[name].dims) if name in tensors else None,
         read,
         nodes,
-        graph=True,
     )
 
 
-def _nodes(graph: Any, tensors: dict[str, Any]) -> tuple[Node, ...]:
+def _nodes(graph: Any, tensors: dict[str, Any]) -> tuple[Group, ...]:
     """Return the nodes whose statistics are constants of the model."""
     found = []
     for number, node in enumerate(n for n in graph.node if n.op_type == _OPERATOR):
@@ -71,14 +70,14 @@ def _nodes(graph: Any, tensors: dict[str, Any]) -> tuple[Node, ...]:
         given = {attribute.name: attribute for attribute in node.attribute}
         stem = mean.removesuffix(_MEAN).rstrip("./_") if mean.endswith(_MEAN) else ""
         found.append(
-            Node(
+            Group(
                 stem or node.name or f"{_OPERATOR}_{number}",
                 mean,
                 var,
                 weight,
                 bias,
-                given["epsilon"].f if "epsilon" in given else _DEFAULT_EPS,
-                bool(given["training_mode"].i) if "training_mode" in given else False,
+                eps=given["epsilon"].f if "epsilon" in given else _DEFAULT_EPS,
+                training="training_mode" in given and bool(given["training_mode"].i),
             )
         )
     return tuple(found)
