@@ -206,7 +206,6 @@ def no_cuda():
         pytest.param(("--device", "cuda"), ("device='cuda'", no_cuda()), 2, marks=NO_CUDA),
         (("--device", "meta"), ("'meta'",), 2),
         (("--checkpoint", "lost.pt"), ("lost.pt",), 1),
-        (("--checkpoint", "."), ("Is a directory",), 1),
         (("--out", "out.txt"), (".safetensors",), 2),
         (("--out", "missing/out.pt"), ("folder missing does not exist",), 1),
         (("--out", "."), ("the folder .",), 1),

@@ -12,7 +12,8 @@ THING = "package.module:name"
 
 Model = Annotated[str, typer.Option(help="Model, or a function that builds it.", metavar=THING)]
 Checkpoint = Annotated[
-    Path | None, typer.Option(help="Weights: .safetensors, or .pt/.pth without code in it.")
+    Path | None,
+    typer.Option(help="Weights: .safetensors, .pt or .pth without code in it, or shards."),
 ]
 Out = Annotated[Path, typer.Option(help="Checkpoint to write: .safetensors, .pt or .pth.")]
 

@@ -17,6 +17,7 @@ from batchnorm.models.change import Model
 from batchnorm.models.examples import Example
 from batchnorm.models.walk import kind_of
 from batchnorm.surgery.layers import expect_optimizer
+from batchnorm.surgery.options import Filter
 
 NOT_WANTED = "filter= said no"
 UNREACHED = "the examples never reached it"
@@ -27,7 +28,7 @@ def fold(
     example_inputs: Any,
     *,
     shared: Literal["decline", "copy"] = "decline",
-    filter: asked.Filter | None = None,
+    filter: Filter | None = None,
     optimizer: Optimizer | None = None,
 ) -> Folded[Model]:
     """Fold the batch normalizations of a model in eval mode into the layers around them.
@@ -87,7 +88,7 @@ def _checked(
     model: nn.Module,
     example_inputs: Any,
     shared: str,
-    filter: asked.Filter | None,
+    filter: Filter | None,
     optimizer: Optimizer | None,
 ) -> list[Example]:
     asked.check(model, shared, filter)
@@ -99,7 +100,7 @@ def _plan(
     model: nn.Module,
     scenes: Sequence[Scene],
     names: Sequence[str],
-    wanted: asked.Filter | None,
+    wanted: Filter | None,
     shared: str,
     takers: Mapping[str, Leaf],
 ) -> Plan:
