@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from batchnorm.storage.checkpoint import Checkpoint
-from batchnorm.storage.groups import Group
+from batchnorm.storage.checkpoint import Checkpoint, Group
 
 # Parts of a name that say: what is below it is an average of another network of the file.
 _AVERAGED = re.compile(

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from batchnorm.diagnosis.copies import Copy, find_copies
-from batchnorm.storage.checkpoint import Checkpoint, Vector
-from batchnorm.storage.groups import Group, batch_norms
+from batchnorm.storage.checkpoint import Checkpoint, Group, Vector
+from batchnorm.storage.groups import batch_norms
 
 # ε of torch.nn and of most networks, where the checkpoint does not say it.
 DEFAULT_EPS = 1e-5
