@@ -28,62 +28,67 @@ _WIDE = (torch.float32, torch.float64)
 
 
 def normalize_batch(call: Arguments) -> tuple[Tensor, Moments]:
-    """Normalize by the statistics of the input.
+    """Normalize by the statistics of the input; with groups of samples, of each group.
 
     Returns:
         y, and the Moments that normalized it, without a gradient.
     """
-    if not call.selection.is_whole:
-        return _selected_batch(call.per_group())
-    if _is_added_behind(call):
+    whole = call.selection.is_whole
+    if not whole:
+        call = call.per_group()
+    elif _is_added_behind(call):
         y, moments = normalize_batch(call._replace(residual=None, act=IDENTITY))
         return _added_behind(y, call), moments
-    rest = (call.eps, call.axis)
-    count = layout.values_per_channel(call.x.shape, call.axis)
+    x, selection, rest = call.x, call.selection, (call.eps, call.axis)
+    size = layout.values_per_channel(x.shape, call.axis)
+    count = size if whole else selection.counts(x, call.axis)
     if is_plain(call):
-        if count > 1 and is_torchs(call.x) and torch_norm.takes(call.x):
+        if whole and size > 1 and is_torchs(x) and torch_norm.takes(x):
             return torch_norm.normalize_batch(call)
-        backend = select(call.x, call.epilogue, call.axis)
+        backend = select(x, call.epilogue, call.axis, selection=selection)
         if call.needs_grad:
             found: list[Tensor] = []
-            given = (call.x, call.weight, call.bias, call.residual)
+            given = (x, call.weight, call.bias, call.residual)
             y = eager.apply_batch(*given, (call.epilogue, *rest, backend, found, None))
             return y, Moments.of_variance(count, found[0][0], found[0][1])
-        y, stats = backend.forward(call.x, call.epilogue, *rest)
-    elif is_traced() and call.portable:
+        y, stats = backend.forward(x, call.epilogue, *rest)
+    elif whole and is_traced() and call.portable:
         y = _aten(call, None, None)
-        mean, m2 = reference.moments(call.x.detach(), call.axis)
+        mean, m2 = reference.moments(x.detach(), call.axis)
         return y, Moments(count, mean, m2)
-    elif is_traced() and not is_transformed():
-        x = call.x
+    elif whole and is_traced() and not is_transformed():
         mean, var = torch.zeros(
             2, x.shape[call.axis], dtype=layout.compute_dtype(x), device=x.device
         )
         y = _aten(call, mean, var, 1.0)
         return y, Moments.of_variance(count, mean, var, correction=1)
     else:
-        y, stats = reference.forward(call.x, call.epilogue, *rest)
+        y, stats = reference.forward(x, call.epilogue, *rest, None, selection)
     return y, Moments.of_variance(count, stats[0], stats[1])
 
 
 def normalize_by(call: Arguments, mean: Tensor, var: Tensor) -> Tensor:
-    """Normalize by given statistics, as constants.
+    """Normalize by given statistics, as constants; with groups, by the row of a sample's group.
 
     What is saved for backward does not alias ``mean`` or ``var``, which may be updated before.
     """
-    if not call.selection.is_whole:
-        return _selected_by(call._replace(mean=mean, var=var).per_group())
-    if _is_added_behind(call):
+    whole = call.selection.is_whole
+    if not whole:
+        call = call._replace(mean=mean, var=var).per_group()
+        assert call.mean is not None
+        assert call.var is not None
+        mean, var = call.mean, call.var
+    elif _is_added_behind(call):
         z = normalize_by(call._replace(residual=None, act=IDENTITY), mean, var)
         return _added_behind(z, call)
-    if is_traced():
+    elif is_traced():
         return _aten(call, mean, var)
+    x, epilogue, axis, selection = call.x, call.epilogue, call.axis, call.selection
     plain = is_plain(call)
-    if plain and is_torchs(call.x) and torch_norm.takes(call.x):
+    if plain and whole and is_torchs(x) and torch_norm.takes(x):
         return torch_norm.normalize_by(call, mean, var)
-    x, epilogue, axis = call.x, call.epilogue, call.axis
     if plain:
-        backend = select(x, epilogue, axis, "eval")
+        backend = select(x, epilogue, axis, "eval", selection)
         if not call.needs_grad:
             if mean.dtype not in _WIDE or var.dtype not in _WIDE:  # of a layer of torch in half
                 mean, var = (given.to(layout.compute_dtype(x)) for given in (mean, var))
@@ -91,7 +96,7 @@ def normalize_by(call: Arguments, mean: Tensor, var: Tensor) -> Tensor:
     rstd = reference.stored_rstd(var, call.eps)
     if not plain:
         dtype = layout.compute_dtype(x)
-        return reference.normalize(x, mean.detach().to(dtype), rstd, epilogue, axis)
+        return reference.normalize(x, mean.detach().to(dtype), rstd, epilogue, axis, selection)
     stats = reference.known_stats(x, mean, var, rstd, call.weight, call.bias)
     y: Tensor = eager.apply_given(x, stats, *epilogue, axis, backend)
     return y
@@ -127,42 +132,6 @@ def is_plain(call: Arguments) -> bool:
         if tensor is not None and type(tensor) is not Tensor and type(tensor) is not Parameter:
             return False
     return is_calm()
-
-
-def _selected_batch(call: Arguments) -> tuple[Tensor, Moments]:
-    """Normalize by the statistics of what counts; with groups, of each group."""
-    x, selection, rest = call.x, call.selection, (call.eps, call.axis)
-    count = selection.counts(x, call.axis)
-    if not is_plain(call):
-        y, stats = reference.forward(x, call.epilogue, *rest, None, selection)
-    else:
-        backend = select(x, call.epilogue, call.axis, selection=selection)
-        if call.needs_grad:
-            found: list[Tensor] = []
-            given = (x, call.weight, call.bias, call.residual)
-            y = eager.apply_batch(*given, (call.epilogue, *rest, backend, found, None))
-            stats = found[0]
-        else:
-            y, stats = backend.forward(x, call.epilogue, *rest)
-    return y, Moments.of_variance(count, stats[0], stats[1])
-
-
-def _selected_by(call: Arguments) -> Tensor:
-    """Normalize what counts by given statistics; with groups, by the row of each sample's group."""
-    x, epilogue, axis, selection = call.x, call.epilogue, call.axis, call.selection
-    mean, var = call.mean, call.var
-    assert mean is not None
-    assert var is not None
-    rstd = reference.stored_rstd(var, call.eps)
-    if not is_plain(call):
-        mean = mean.detach().to(layout.compute_dtype(x))
-        return reference.normalize(x, mean, rstd, epilogue, axis, selection)
-    backend = select(x, epilogue, axis, "eval", selection)
-    if not call.needs_grad:
-        return backend.evaluate(x, mean, var, epilogue, call.eps, axis)
-    stats = reference.known_stats(x, mean, var, rstd, call.weight, call.bias)
-    y: Tensor = eager.apply_given(x, stats, *epilogue, axis, backend)
-    return y
 
 
 def _aten(
