@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import batchnorm as bn
 from batchnorm.benchmark.measure import in_turn, interval, quantiles
 from batchnorm.benchmark.processes import REGIMES, processes
-from batchnorm.benchmark.rows import append, circumstances
+from batchnorm.benchmark.rows import circumstances
 from network_contenders import build
+from row_files import append
 
 ROWS = Path(__file__).parent / "data" / "calibration" / "rows.csv"
 CELL = {"network": "resnet50", "layout": "nchw", "batch": 4, "size": 64, "batches": 4}

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 from batchnorm.benchmark.cases import Case
-from batchnorm.benchmark.rows import Row, read_rows
+from batchnorm.benchmark.rows import Row
 from cuda_cells import moved
+from row_files import read_rows
 
 LARGE = 100  # megabytes
 COMPILED = ("compile", "compile max-autotune")

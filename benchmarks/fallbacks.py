@@ -30,7 +30,8 @@ from torch import Tensor, nn
 import batchnorm as bn
 from batchnorm.benchmark.measure import cpu_clock, interval
 from batchnorm.benchmark.processes import KEPT, enter
-from batchnorm.benchmark.rows import append, circumstances, read
+from batchnorm.benchmark.rows import circumstances
+from row_files import append, read
 
 ROWS = Path(__file__).parent / "data" / "fallbacks" / "rows.csv"
 WORLDS = {"no native module": ["--without-native"], "native module": []}

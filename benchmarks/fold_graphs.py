@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from batchnorm.benchmark.rows import append, circumstances, read
+from batchnorm.benchmark.rows import circumstances
+from row_files import append, read
 from support.graph_verdicts import judge
 from support.random_graphs import graph
 

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import batchnorm as bn
-from batchnorm.benchmark.rows import append, circumstances, read
+from batchnorm.benchmark.rows import circumstances
 from batchnorm.models.trees import tensors_in
 from batchnorm.models.walk import kind_of
 from fold_peers import WRONG, fx, onnxruntime
+from row_files import append, read
 from support.fold_networks import NETWORKS, build
 
 ROWS = Path(__file__).parent / "data" / "fold" / "networks.csv"

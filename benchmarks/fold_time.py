@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import batchnorm as bn
 from batchnorm.benchmark.measure import in_turn, interval, quantiles
 from batchnorm.benchmark.processes import processes
-from batchnorm.benchmark.rows import append, circumstances, read
+from batchnorm.benchmark.rows import circumstances
 from network_contenders import build
+from row_files import append, read
 
 ROWS = Path(__file__).parent / "data" / "fold" / "time.csv"
 NETWORKS = {"resnet50": (4, 160), "mobilenet_v2": (4, 160), "efficientnet_b0": (4, 160)}

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import batchnorm as bn
-from batchnorm.benchmark.rows import append, circumstances
+from batchnorm.benchmark.rows import circumstances
+from row_files import append
 from support import third_party
 
 ROWS = Path(__file__).parent / "data" / "freeze" / "matrix.csv"

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from batchnorm.benchmark.rows import Row, read_rows
+from batchnorm.benchmark.rows import Row
+from row_files import read_rows
 
 
 class Goal(NamedTuple):

@@ -24,8 +24,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from batchnorm.benchmark.measure import in_turn, interval, quantiles
 from batchnorm.benchmark.processes import KEPT, processes
-from batchnorm.benchmark.rows import append, circumstances
+from batchnorm.benchmark.rows import circumstances
 from network_contenders import CONTENDERS, build
+from row_files import append
 
 ROWS = Path(__file__).parent / "data" / "networks" / "inside.csv"
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}

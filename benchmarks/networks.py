@@ -27,10 +27,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import batchnorm as bn
 from batchnorm.benchmark.measure import in_turn, interval, page_faults, quantiles
-from batchnorm.benchmark.processes import Call, processes
-from batchnorm.benchmark.rows import append, circumstances, code_hash, read
+from batchnorm.benchmark.processes import Function, processes
+from batchnorm.benchmark.rows import circumstances, code_hash
 from batchnorm.memory.saving import Saved
 from network_contenders import CONTENDERS, build
+from row_files import append, read
 
 ROWS = Path(__file__).parent / "data" / "networks" / "rows.csv"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -185,7 +186,7 @@ def _status(field: str) -> int:
     return 0
 
 
-def measure(cell: Cell, contenders: tuple[str, ...], pairs: int, call: Call) -> None:
+def measure(cell: Cell, contenders: tuple[str, ...], pairs: int, call: Function) -> None:
     """Append a row for each contender of a cell."""
     counted = cell.mode == "train" and cell.dtype == "fp32" and "compile" not in contenders
     around = call(circumstances)

@@ -14,6 +14,7 @@ from batchnorm.benchmark.cases import SHAPES, Case, cases, is_in_table
 from batchnorm.benchmark.measure import in_turn, interval, page_faults
 from batchnorm.benchmark.processes import ChildError, processes
 from batchnorm.errors import OptionError
+from row_files import read_rows
 
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="regimes of glibc")
 
@@ -134,7 +135,7 @@ def test_rows_of_a_cell_hold_both_regimes_pairs_and_circumstances(tmp_path):
     assert ours.saved_bytes > 0
     assert told[0] == ("measuring, memory default", 0, 1)
     rows.write_rows(tmp_path / "rows.csv", found)
-    assert rows.read_rows(tmp_path / "rows.csv") == found
+    assert read_rows(tmp_path / "rows.csv") == found
 
 
 def test_cells_of_the_table_are_some_of_all_cells():

@@ -88,13 +88,6 @@ def _contender(case: Case, name: str) -> Run:
     return step(module, case)
 
 
-def backends(case: Case, names: Iterable[str]) -> dict[str, Run]:
-    """Return eager's function for a case, and ours by each of the named backends."""
-    modules: dict[str, nn.Module] = {"eager": Eager(case)}
-    modules |= {name: Ours(case, name) for name in names}
-    return {name: step(module.to(case.device), case) for name, module in modules.items()}
-
-
 def step(module: nn.Module, case: Case) -> Run:
     """Return a function that does one step of the case's mode with a module."""
     x = case.tensor(0)

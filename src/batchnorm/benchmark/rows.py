@@ -149,25 +149,6 @@ def rows_of(
     ]
 
 
-def append(path: Path, row: Mapping[str, object]) -> None:
-    """Append a row to a CSV file, which is begun with a header."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    begun = path.exists()
-    with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if not begun:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV file as text; none if there is no file."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write rows as CSV, in one step."""
     text = io.StringIO()
@@ -175,16 +156,6 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     write_atomically(path, text.getvalue())
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Read what ``write_rows`` wrote."""
-    kinds = {field.name: field.type for field in fields(Row)}
-    with path.open(encoding="utf-8", newline="") as file:
-        return [
-            Row(**{name: kinds[name](value) for name, value in line.items()})  # type: ignore[operator]
-            for line in csv.DictReader(file)
-        ]
 
 
 def _git(*command: str) -> str | None:
