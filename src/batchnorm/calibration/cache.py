@@ -51,7 +51,8 @@ class ResultCache:
         self._constants = [*model.parameters(), *model.buffers()]
         self._devices = sorted({t.device.index or 0 for t in self._constants if t.is_cuda})
         odd = any(tensor.is_inference() for tensor in self._constants)
-        self._enabled = self._budget.left > 0 and not odd and not _has_hooks(model)
+        hooked = has_global_forward_hooks() or any(map(has_forward_hooks, model.modules()))
+        self._enabled = self._budget.left > 0 and not odd and not hooked
         self._store: dict[int, CachedBatch] = {}
         self._settled: frozenset[str] = frozenset()
         self._number, self._checked = 0, False
@@ -182,8 +183,3 @@ class ResultCache:
             torch.get_rng_state(),
             *(torch.cuda.get_rng_state(device) for device in self._devices),
         ]
-
-
-def _has_hooks(model: nn.Module) -> bool:
-    """Return whether anybody looks at what the modules do."""
-    return has_global_forward_hooks() or any(map(has_forward_hooks, model.modules()))

@@ -122,7 +122,11 @@ def _asked(model: nn.Module, found: list[Found], layers: LayersLike) -> set[str]
             inside = set(want.modules())
             names = {one.name for one in found if one.layer in inside}
         else:
-            names = {one.name for one in found if _matches(one, want)}
+            names = {
+                one.name
+                for one in found
+                if any(fnmatch.fnmatchcase(name, want) for name in (one.name, *one.aliases))
+            }
         if not names:
             what = want if isinstance(want, str) else type(want).__name__
             known = ", ".join(repr(one.name) for one in found[:8])
@@ -132,7 +136,3 @@ def _asked(model: nn.Module, found: list[Found], layers: LayersLike) -> set[str]
             )
         asked |= names
     return asked
-
-
-def _matches(found: Found, pattern: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for name in (found.name, *found.aliases))

@@ -71,16 +71,14 @@ class EstimateProbe:
     def record(self, step: int) -> None:
         """Evaluate the held-out images with each estimate in turn; then the first is used again."""
         # Before the first step nothing has been estimated yet; later every second time will do.
-        if not self._wanted(step):
+        regular = step > 0 and step % (2 * self._options.every) == 0
+        if not (regular or step == self._options.steps):
             return
         self._steps.append(step)
         for name, losses in self._losses.items():
             use_estimate(self._network, name)
             losses.append(_held_out(self._network, self._images).loss)
         use_estimate(self._network, next(iter(self._losses)))
-
-    def _wanted(self, step: int) -> bool:
-        return step == self._options.steps or (step > 0 and step % (2 * self._options.every) == 0)
 
     def result(self) -> tuple[EstimateCurve, ...]:
         """One curve for each estimate."""

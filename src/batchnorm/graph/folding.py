@@ -80,14 +80,11 @@ def _map(node: fx.Node, given: dict[str, Any]) -> Map | None:
     names = ("stride", "padding", "dilation")
     sizes = [_sizes(given[name], spatial) for name in names]
     outer = _sizes(given.get("output_padding", 0), spatial)
-    if x.ndim != y.ndim or spatial < 1 or outer is None or any(one is None for one in sizes):
+    known = [one for one in sizes if one is not None]
+    if x.ndim != y.ndim or spatial < 1 or outer is None or len(known) < len(names):
         return None
-    stride, padding, dilation = sizes
-    assert stride is not None
-    assert padding is not None
-    assert dilation is not None
-    transposed = "output_padding" in given
-    return Map("convolution", stride, padding, dilation, transposed, outer, int(given["groups"]))
+    rest = ("output_padding" in given, outer, int(given["groups"]))
+    return Map("convolution", known[0], known[1], known[2], *rest)
 
 
 def _sizes(value: Any, spatial: int) -> tuple[int, ...] | None:

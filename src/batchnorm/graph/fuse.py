@@ -64,7 +64,8 @@ def fuse(gm: fx.GraphModule, eager: bool = True) -> list[Normalization]:
         ]
         if eager:
             checkpoint.run_eagerly(node, body)
-    folded = {node: _folded(node) for node in _normalizations(gm.graph)}
+    normalizations = list(gm.graph.find_nodes(op="call_function", target=F.batch_norm))
+    folded = {node: _folded(node) for node in normalizations}
     found += filter(None, folded.values())
     nodes = [_taken(node) for node, done in folded.items() if done is None]
     # Last to first: where two normalizations are added, only the later one can take the other's
@@ -89,10 +90,6 @@ class Refusal(str):
     """Why an operation is not fused."""
 
     __slots__ = ()
-
-
-def _normalizations(graph: fx.Graph) -> list[fx.Node]:
-    return list(graph.find_nodes(op="call_function", target=F.batch_norm))
 
 
 def _folded(node: fx.Node) -> Normalization | None:

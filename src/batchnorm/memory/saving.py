@@ -94,7 +94,9 @@ class SaveMemory:
         self._used = True
         outer = saved_tensor_hooks()
         # Checkpointing counts saved tensors, so its regions must not be changed.
-        known = outer is not None and (_is_ours(outer) or _is_checkpointing(outer))
+        known = outer is not None and (
+            _is_ours(outer) or getattr(outer[0], "__module__", "") == "torch.utils.checkpoint"
+        )
         # Transforms of torch.func do not support hooks on saved tensors.
         if not known and is_calm():
             self._outer = outer
@@ -154,10 +156,6 @@ def _outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
 def _is_ours(hooks: tuple[Any, Any]) -> bool:
     hook = getattr(hooks[0], "__wrapped__", hooks[0])
     return isinstance(getattr(hook, "__self__", None), SaveMemory)
-
-
-def _is_checkpointing(hooks: tuple[Any, Any]) -> bool:
-    return getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
 
 
 def _record(chosen: Any) -> Any:

@@ -75,7 +75,9 @@ def _check_one(stream: io.BytesIO, most: int, path: str, cut: bool) -> int:
             if name == "GLOBAL":
                 encodes |= argument == "_codecs encode"
                 if not ALLOWED.fullmatch(str(argument)):
-                    raise CheckpointError(CODE.format(path=path, name=_dotted(str(argument))))
+                    raise CheckpointError(
+                        CODE.format(path=path, name=".".join(str(argument).split(" ", 1))[:200])
+                    )
             elif name in HIDDEN:
                 raise CheckpointError(CODE.format(path=path, name=f"what its opcode {name} names"))
             elif isinstance(argument, str) and len(argument) < 20:
@@ -92,10 +94,6 @@ def _check_one(stream: io.BytesIO, most: int, path: str, cut: bool) -> int:
     if encodes and slow:
         raise CheckpointError(CODE.format(path=path, name="codecs.encode with a codec for domains"))
     return count
-
-
-def _dotted(argument: str) -> str:
-    return ".".join(argument.split(" ", 1))[:200]
 
 
 def _too_long(path: str) -> CheckpointError:
