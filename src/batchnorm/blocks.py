@@ -14,7 +14,6 @@ from torch import Tensor
 from batchnorm import layout
 from batchnorm.moments import Moments, merge_all
 from batchnorm.ops.backends import choice, reference
-from batchnorm.sums import wide
 
 # Elements of a block. PyTorch's reductions stay on one thread below 32768.
 BLOCK = {"cpu": (1 << 15) - 1}
@@ -45,7 +44,7 @@ def moments(x: Tensor, axis: int = 1) -> Moments:
     axis = layout.channel_axis(x.ndim, axis)
     layout.check_input(x)
     count = layout.values_per_channel(x.shape, axis)
-    if count == 0 or wide(x.device) != torch.float64:
+    if count == 0 or layout.wide(x.device) != torch.float64:
         return Moments.of(x, axis)
     values = layout.canonical(x.detach(), axis)
     served = choice.chosen(values) if values.is_cpu else reference

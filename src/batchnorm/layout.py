@@ -1,7 +1,8 @@
 """Rules about shapes and their checks: from (N, C, *) or ``axis=`` to (outer, C, inner).
 
 Legend: ``N`` batch, ``C`` channels, ``*`` any number of further axes. A channel's values are all
-elements with the same index on the channel axis; there are ``outer * inner`` of them.
+elements with the same index on the channel axis; there are ``outer * inner`` of them. The error of
+sums over them grows with log n, and their order depends on the shape alone.
 """
 
 from collections.abc import Sequence
@@ -191,6 +192,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
+def wide(device: torch.device) -> torch.dtype:
+    """Return the accumulator dtype: float64, or float32 on devices without it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def dense(x: Tensor, axis: int) -> tuple[Tensor, int, int, int]:
     """Return x, copied if its layout is not supported, and (outer, C, inner), inner contiguous."""
     if x.is_neg():  # a lazy negation: memory holds -x
@@ -238,3 +244,26 @@ def vector(tensor: Tensor | None) -> Tensor | None:
 def walked(tensor: Tensor) -> Tensor:
     """Return a per-channel tensor with contiguous, non-negated memory."""
     return tensor.contiguous().resolve_neg()
+
+
+def pairwise_sum(values: Tensor, dim: int) -> Tensor:
+    """Sum over one axis pairwise: add its first half to its second until one value is left.
+
+    The rounding error grows with log n, and the order of additions depends on the shape only, while
+    ``torch.sum`` divides the axis by the number of threads.
+    """
+    n = values.shape[dim]
+    if n == 0:
+        return values.sum(dim)
+    while n > 1:
+        half = n // 2
+        pairs = values.narrow(dim, 0, half) + values.narrow(dim, half, half)
+        if n % 2:
+            pairs = torch.cat([pairs, values.narrow(dim, n - 1, 1)], dim)
+        values, n = pairs, half + n % 2
+    return values.squeeze(dim)
+
+
+def total(x: Tensor) -> Tensor:
+    """Sum (outer, C, inner) over outer and inner, pairwise."""
+    return pairwise_sum(pairwise_sum(x, 0), -1)

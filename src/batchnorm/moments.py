@@ -14,7 +14,6 @@ from batchnorm import layout
 from batchnorm import selection as selecting
 from batchnorm.errors import OptionError
 from batchnorm.selection import WHOLE, Selection
-from batchnorm.sums import total, wide
 
 
 class Moments(NamedTuple):
@@ -37,7 +36,7 @@ class Moments(NamedTuple):
     def zero(cls, channels: int, device: torch.device | str | None = None) -> "Moments":
         """Return the Moments of an empty set, the identity of ``merge``: float64, (C,)."""
         device = torch.device(device or "cpu")
-        empty = torch.zeros(channels, dtype=wide(device), device=device)
+        empty = torch.zeros(channels, dtype=layout.wide(device), device=device)
         return cls(0.0, empty, empty.clone())
 
     @classmethod
@@ -99,7 +98,7 @@ class Moments(NamedTuple):
             Moments without a gradient, in float64 (float32 on devices without it), in which m2
             does not overflow.
         """
-        dtype = wide(mean.device)
+        dtype = layout.wide(mean.device)
         return cls(count, mean.detach().to(dtype), var.detach().to(dtype) * (count - correction))
 
     def merge(self, other: "Moments") -> "Moments":
@@ -248,11 +247,11 @@ def _promoted(kept: Moments, other: Moments) -> Moments:
 def center(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and m2 of (outer, C, inner) over outer and inner; differentiable."""
     count = max(x.shape[0] * x.shape[2], 1)
-    mean = total(x) / count
+    mean = layout.total(x) / count
     deviation = x - mean[:, None]
     # Correct m2 for the rounding error of the mean (Chan et al. 1983, eq. 1.7).
-    left_over = total(deviation)
-    m2 = total(deviation * deviation) - left_over * left_over / count
+    left_over = layout.total(deviation)
+    m2 = layout.total(deviation * deviation) - left_over * left_over / count
     return mean, m2.clamp_min(0)
 
 
@@ -266,13 +265,13 @@ def centered(
         plain number where every element counts once, in one group.
     """
     if selection.is_whole:
-        values = layout.canonical(x, axis).to(wide(x.device))
+        values = layout.canonical(x, axis).to(layout.wide(x.device))
         return layout.values_per_channel(x.shape, axis), *center(values)
 
     def summed(values: Tensor) -> Tensor:
         return selection.total(selection.weighted(values), axis)
 
-    x = selection.clean(x).to(wide(x.device))
+    x = selection.clean(x).to(layout.wide(x.device))
     count = torch.as_tensor(selection.counts(x, axis))
     divisor = torch.where(count > 0, count, 1.0)
     mean = summed(x) / divisor
@@ -287,4 +286,4 @@ def exact(count: float | Tensor) -> float | Tensor:
 
     In torch a quotient of integer tensors, and their product with a plain number, are float32.
     """
-    return count.to(wide(count.device)) if isinstance(count, Tensor) else count
+    return count.to(layout.wide(count.device)) if isinstance(count, Tensor) else count

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from batchnorm import layout
 from batchnorm.errors import LayoutError, OptionError
-from batchnorm.sums import pairwise_sum, total, wide
 
 ONE_VALUE = """\
 expected no value or more than one per channel in each group of samples when training, got one in \
@@ -61,10 +60,10 @@ class Selection(NamedTuple):
         Pairwise over the elements of a sample, then from sample to sample.
         """
         if self.ids is None:
-            return total(layout.canonical(values, axis))
+            return layout.total(layout.canonical(values, axis))
         moved = values.movedim(axis, 1)
         inner = layout.values_per_channel(moved.shape[2:], -1)
-        sums = pairwise_sum(moved.reshape(*moved.shape[:2], inner), -1)
+        sums = layout.pairwise_sum(moved.reshape(*moved.shape[:2], inner), -1)
         return sums.new_zeros(self.groups, sums.shape[1]).index_add(0, self.ids, sums)
 
     def spread(self, statistic: Tensor, ndim: int, axis: int) -> Tensor:
@@ -79,7 +78,7 @@ class Selection(NamedTuple):
         values = layout.values_per_channel(x.shape, axis)
         if self.is_whole:
             return values
-        dtype = wide(x.device)
+        dtype = layout.wide(x.device)
         if self.weights is not None:
             summed = self.total(self.weights.to(dtype), axis)
             return summed if self.ids is not None else summed.squeeze(0)

@@ -13,7 +13,7 @@ SOURCE = TESTS.parent / "src" / "batchnorm"
 # its own room; never a package's __init__.
 LEVELS = [
     {"errors", "compat", "progress", "recycling", "version", "_native"},
-    {"files", "layout", "sums"},
+    {"files", "layout"},
     {"selection"},
     {"moments", "storage"},
     {"ops", "collective"},

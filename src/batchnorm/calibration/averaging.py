@@ -10,8 +10,8 @@ from torch import Tensor
 
 from batchnorm.errors import OptionError
 from batchnorm.estimators.bank import is_state
+from batchnorm.layout import wide
 from batchnorm.moments import Moments, merge
-from batchnorm.sums import wide
 
 MEAN, VAR, COUNTER = "running_mean", "running_var", "num_batches_tracked"
 

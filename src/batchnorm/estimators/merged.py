@@ -8,8 +8,8 @@ from torch import Tensor
 
 from batchnorm.errors import OptionError
 from batchnorm.estimators.base import Statistics, check_weight, keep_if_empty, nothing
+from batchnorm.layout import wide
 from batchnorm.moments import Moments, merge
-from batchnorm.sums import wide
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from batchnorm.errors import OptionError
 from batchnorm.estimators.base import Statistics, keep_if_empty, nothing, unbiased
+from batchnorm.layout import wide
 from batchnorm.moments import Moments
 from batchnorm.ops.backends.choice import is_torchs_device
-from batchnorm.sums import wide
 
 
 class Averages(NamedTuple):

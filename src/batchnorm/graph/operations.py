@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from batchnorm import layout, sums
+from batchnorm import layout
 from batchnorm.errors import ChannelError, UnservedError
 from batchnorm.ops.activations import IDENTITY, Activation
 from batchnorm.ops.autograd.eager import dtype_of, kept_beside, to_parameters
@@ -199,7 +199,7 @@ class SmallForward(torch.autograd.Function):
         """Return y, mean and the biased variance."""
         dtype, view = layout.compute_dtype(x), layout.per_channel_shape(x.ndim, axis)
         count = layout.values_per_channel(x.shape, axis)
-        wide = x.to(sums.wide(x.device))
+        wide = x.to(layout.wide(x.device))
         # Multiply by a reciprocal: Inductor inlines per-channel values into the loop over elements.
         mean = _total(wide, axis) * (1 / count)
         m2 = _total((wide - mean.view(view)).square(), axis)
@@ -243,4 +243,4 @@ def _total(x: Tensor, axis: int) -> Tensor:
 
 
 def _summed(x: Tensor, axis: int) -> Tensor:
-    return _total(x.to(sums.wide(x.device)), axis).to(x.dtype)
+    return _total(x.to(layout.wide(x.device)), axis).to(x.dtype)

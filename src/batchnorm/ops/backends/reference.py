@@ -26,7 +26,6 @@ from batchnorm import layout
 from batchnorm.moments import centered
 from batchnorm.ops.call import Epilogue, ForBackward, RunningBuffers
 from batchnorm.selection import WHOLE, Selection
-from batchnorm.sums import wide
 
 commits = False
 reads_output = False
@@ -53,7 +52,7 @@ def reciprocal_std(m2: Tensor, count: float | Tensor, eps: float) -> Tensor:
 
 def stored_rstd(var: Tensor, eps: float) -> Tensor:
     """Return 1 / sqrt(var + eps) without a gradient, in the accumulator dtype."""
-    return torch.rsqrt(var.detach().to(wide(var.device)) + eps)
+    return torch.rsqrt(var.detach().to(layout.wide(var.device)) + eps)
 
 
 def with_rest(rstd: Tensor, dtype: torch.dtype) -> Tensor:
@@ -130,7 +129,7 @@ def evaluate(
     selection: Selection = WHOLE,
 ) -> Tensor:
     """Normalize by stored statistics."""
-    rstd = torch.rsqrt(var.to(wide(x.device)) + eps)
+    rstd = torch.rsqrt(var.to(layout.wide(x.device)) + eps)
     return normalize(x, mean, rstd, epilogue, axis, selection)
 
 
@@ -199,7 +198,7 @@ def affine(
 
     The mean is subtracted first: x * scale + shift loses digits if the mean is large.
     """
-    dtype, widest = layout.compute_dtype(x), wide(x.device)
+    dtype, widest = layout.compute_dtype(x), layout.wide(x.device)
 
     def spread(vector: Tensor) -> Tensor:
         return selection.spread(vector.to(widest), x.ndim, axis)
@@ -220,7 +219,7 @@ def added(z: Tensor, x: Tensor, residual: Tensor | None) -> Tensor:
     z = z.to(layout.compute_dtype(x))
     if residual is not None:
         z = z + residual
-    return z.to(wide(x.device))
+    return z.to(layout.wide(x.device))
 
 
 def joined(rstd: Tensor, ndim: int = 1) -> Tensor:
@@ -232,14 +231,14 @@ def joined(rstd: Tensor, ndim: int = 1) -> Tensor:
     """
     if rstd.ndim == ndim:
         return rstd
-    both = rstd.to(wide(rstd.device))
+    both = rstd.to(layout.wide(rstd.device))
     return both[0] + both[1]
 
 
 def gradient_of_z(dy: Tensor, saved: ForBackward, selection: Selection = WHOLE) -> Tensor:
     """Return dz = dy * act'(z), in the accumulator dtype, from y or from a recomputed z."""
     x, stats, beside, act, axis = saved
-    widest = wide(x.device)
+    widest = layout.wide(x.device)
     dy = selection.clean(dy).to(widest)
     if act.name == "identity":
         return dy
