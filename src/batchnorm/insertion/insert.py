@@ -1,6 +1,6 @@
 """``bn.insert``: batch normalization between the linear maps of a model and their activations."""
 
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -9,9 +9,9 @@ from batchnorm.errors import OptionError, SurgeryError
 from batchnorm.folding import asked
 from batchnorm.insertion.places import Place, found, measured
 from batchnorm.insertion.work import VERB, Work, evaluating
+from batchnorm.models.change import Model
 from batchnorm.surgery.layers import expect_optimizer
-
-Model = TypeVar("Model", bound=nn.Module)
+from batchnorm.surgery.options import Filter
 
 WHERE = "expected where='before_activation', got {got!r}"
 INIT = "expected init='preserve' or 'normalize', got {got!r}"
@@ -27,7 +27,7 @@ def insert(
     *,
     where: Literal["before_activation"] = "before_activation",
     init: Literal["preserve", "normalize"] = "preserve",
-    filter: asked.Filter | None = None,
+    filter: Filter | None = None,
     optimizer: Optimizer | None = None,
 ) -> Model:
     """Put a batch normalization between linear maps and the activations behind them, in place.
@@ -80,9 +80,7 @@ def insert(
     return model
 
 
-def _check(
-    model: nn.Module, where: str, init: str, wanted: asked.Filter | None, optimizer: Any
-) -> None:
+def _check(model: nn.Module, where: str, init: str, wanted: Filter | None, optimizer: Any) -> None:
     if where != "before_activation":
         raise OptionError(WHERE.format(got=where))
     if init not in ("preserve", "normalize"):

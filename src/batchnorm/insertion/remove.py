@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,11 @@ from batchnorm.folding import asked
 from batchnorm.folding.verb import fold
 from batchnorm.insertion.inserted import Inserted
 from batchnorm.insertion.strip import VERB, in_eval, refused, strip, unwrapped
-from batchnorm.models.change import record_of, write
+from batchnorm.models.change import Model, record_of, write
 from batchnorm.models.stack import record, stack
 from batchnorm.models.walk import kind_of
 from batchnorm.surgery import layers
 from batchnorm.surgery.options import Filter
-
-Model = TypeVar("Model", bound=nn.Module)
 
 HOW = "expected how='fold' or 'strip', got {got!r}"
 
