@@ -1,7 +1,7 @@
 """``bn.prepare_for_export``: a model in evaluation for exporters, with the model's own numbers."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from torch import nn
 
@@ -12,14 +12,12 @@ from batchnorm.folding.change import Unfold, as_it_is, become
 from batchnorm.folding.explicit import Explicit
 from batchnorm.folding.known import HOOKS, OWN, is_torchs, unusable
 from batchnorm.folding.verb import fold
-from batchnorm.models.change import Edit
+from batchnorm.models.change import Edit, Model
 from batchnorm.models.stack import Done, record, stack, take_back
 from batchnorm.models.walk import kind_of
 from batchnorm.surgery import layers
 from batchnorm.surgery.freeze import freeze
 from batchnorm.surgery.freezing import is_frozen_class
-
-Model = TypeVar("Model", bound=nn.Module)
 
 _VERB = "prepare_for_export"
 
