@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import batchnorm as bn
 from batchnorm.errors import SurgeryError
+from support import third_party
 from support.combinations import pairs
 from support.twins import assert_identical, everything
 
@@ -251,3 +252,20 @@ def test_forward_hooks_go_on_to_see_the_layer_alone():
     looks.append(True)
     model.eval()(x)
     torch.testing.assert_close(seen[0], x @ model.one[0].weight.T)
+
+
+@pytest.mark.slow
+def test_vgg_11_is_the_same_after_insertion_and_after_removal():
+    model = third_party.torchvision().models.vgg11(init_weights=False)
+    model.avgpool = nn.Identity()
+    model.classifier = nn.Sequential(nn.Linear(512, 16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 10))
+    x = torch.randn(4, 3, 32, 32)
+    original = copy.deepcopy(model)
+    bn.insert(model, x)
+    assert len(inserted(model)) == 8 + 1
+    assert bn.same(original, model, x)
+    model.train()(x).square().mean().backward()
+    expected = model.eval()(x)
+    bn.remove(model)
+    assert list(model.state_dict()) == list(original.state_dict())
+    torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)

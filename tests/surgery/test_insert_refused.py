@@ -175,3 +175,20 @@ def test_a_model_that_fails_afterwards_is_as_before():
         bn.insert(model, X, optimizer=optimizer)
     assert_identical(before, everything(model))
     assert own == optimizer.param_groups[0]["params"]
+
+
+class Unlike(Model):
+    """Computes something else once a layer has been changed."""
+
+    def forward(self, x):
+        return super().forward(x) * (1 + isinstance(self.a, nn.Sequential))
+
+
+def test_what_bn_same_does_not_prove_is_taken_back():
+    model = Unlike(both)
+    before = everything(model)
+    with pytest.raises(SurgeryError, match="changed what the model computes in evaluation"):
+        bn.insert(model, X)
+    assert_identical(before, everything(model))
+    bn.insert(model, X, init="normalize")
+    assert isinstance(model.a, nn.Sequential)

@@ -112,6 +112,8 @@ def test_state_dicts_keep_their_keys(mode):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's exporter, about itself
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("stored", [True, False])
 @pytest.mark.parametrize("mode", MODES)
 def test_onnxruntime_gives_the_models_own_numbers(mode, stored, tmp_path):
