@@ -123,6 +123,12 @@ def test_gradients_through_an_activation_are_as_accurate_as_the_values(route, ac
     check(route, torch.randn(1024, 3) + 2, "NCHW", act)
 
 
+def test_a_small_input_in_a_graph_may_have_a_weight_and_no_bias():
+    x, plain = torch.randn(64, 3), bn.functional.normalize
+    call = torch.compile(plain, fullgraph=True, backend=before_inductor)
+    torch.testing.assert_close(call(x, WEIGHT)[0], plain(x, WEIGHT)[0])
+
+
 @pytest.mark.parametrize("layout", lanes(LAYOUTS, slow=["(N,C)", "NCHW"]))
 @pytest.mark.parametrize("route", BACKENDS)
 @pytest.mark.parametrize("ratio", lanes([0.0, 1e6], slow=[1e6]))

@@ -89,6 +89,7 @@ def test_native_backend_names_what_it_cannot_serve():
     case = Case("image", Activation("gelu"), "float32", residual=True)
     assert cpu.serves(case.x, Epilogue(*case.given), 1, "train") is None
     assert "dtype" in cpu.serves(case.x.int(), Epilogue(), 1, "train")
+    assert "weight" in cpu.serves(case.x, Epilogue(torch.ones(3).int()), 1, "train")
     wide = Epilogue(None, None, case.residual.double())
     assert "residual" in cpu.serves(case.x, wide, 1, "train")
 

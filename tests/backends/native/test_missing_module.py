@@ -77,13 +77,14 @@ def test_torchs_kernels_take_any_pair_of_input_and_parameter_dtypes(torch_serves
     ours = bn.BatchNorm1d(5, activation="relu", dtype=param)
     theirs = nn.BatchNorm1d(5, dtype=torch.float64)
     x, dy = torch.randn(8, 5, 3).to(dtype), torch.randn(8, 5, 3).to(dtype)
-    got = step(ours, x, None, dy)
-    expected = step(theirs, x.double(), None, dy.double(), F.relu)
-    assert got[0].dtype == got[1].dtype == dtype
-    assert got[2].dtype == got[3].dtype == param
-    rtol = max(LOOSE[dtype], LOOSE[param])
-    for one, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(one.double(), other.double(), rtol=rtol, atol=10 * rtol)
+    for training in (True, False):
+        got = step(ours.train(training), x, None, dy)
+        expected = step(theirs.train(training), x.double(), None, dy.double(), F.relu)
+        assert got[0].dtype == got[1].dtype == dtype
+        assert got[2].dtype == got[3].dtype == param
+        rtol = max(LOOSE[dtype], LOOSE[param])
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one.double(), other.double(), rtol=rtol, atol=10 * rtol)
 
 
 @pytest.mark.parametrize("axis", [0, 2, -1])
