@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("set TRITON_INTERPRET=1", allow_module_level=True)
 
+from batchnorm.layout import compute_dtype, dense
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.backends import reference
 from batchnorm.ops.backends.triton import cuda
@@ -59,7 +60,7 @@ KINDS = ["contiguous", "last", "offset", "offset, last", "expanded", "negative",
 
 def check(x, dy, residual, act, weight, axis):
     """All that a step computes, against the reference in float64."""
-    channels, wide = x.shape[axis], cuda.wide(x)
+    channels, wide = x.shape[axis], compute_dtype(x)
     count = x.numel() // channels
     bias = torch.randn(channels).to(weight.dtype)
     y, stats = cuda.forward(x, Epilogue(weight, bias, residual, act), 1e-2, axis)
@@ -138,7 +139,7 @@ def test_several_samples_make_a_row_where_that_fills_the_lanes(shape, wraps, mon
     triton_plan.whole.cache_clear()
     for dtype in DTYPES:
         x, dy, r = (laid_out(shape, dtype, "last", -1).movedim(-1, 1) for _ in range(3))
-        plan = triton_plan.tiled("moments", *cuda.plan(x, 1)[1:], dtype.itemsize)
+        plan = triton_plan.tiled("moments", *dense(x, 1)[1:], dtype.itemsize)
         assert (plan.wraps > 1) is (plan.channels % plan.b == 0) is wraps
         for act, adds in ((Activation("relu"), r), (Activation("silu"), None)):
             check(x, dy, adds, act, torch.randn(x.shape[1]), 1)

@@ -23,6 +23,7 @@ import triton.language as tl
 
 import batchnorm as bn
 from batchnorm.errors import BackendError
+from batchnorm.layout import dense
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.backends import reference
 from batchnorm.ops.backends.triton import cuda
@@ -125,7 +126,7 @@ def test_a_reduction_with_it_is_the_moments_of_all():
 def test_many_small_tiles_give_what_one_large_one_gives(tiny_tiles, layout, residual):
     for act, dtype in itertools.product(["relu", "silu"], ["float32", "bfloat16"]):
         case = Case(layout, Activation(act), dtype, residual)
-        plan = triton_plan.tiled("moments", *cuda.plan(case.x, case.axis)[1:], 4)
+        plan = triton_plan.tiled("moments", *dense(case.x, case.axis)[1:], 4)
         assert plan.tiles > 1 and plan.splits > 1
         with bn.use_backend("triton"):
             y, moments, gradients = step_of(case)
