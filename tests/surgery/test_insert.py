@@ -269,3 +269,29 @@ def test_vgg_11_is_the_same_after_insertion_and_after_removal():
     bn.remove(model)
     assert list(model.state_dict()) == list(original.state_dict())
     torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["preserve", "normalize"])
+def test_a_linear_layer_goes_on_to_take_any_rank(init):
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(8, 4)
+    bn.insert(model, x, init=init)
+    model.eval()
+    torch.testing.assert_close(model(x.view(2, 4, 4)), model(x).view(2, 4, 4))
+    model.train()
+    torch.testing.assert_close(model(x.view(2, 4, 4)), model(x).view(2, 4, 4))
+
+
+def test_lbfgs_trains_the_normalization():
+    model, x, _ = built("mlp")
+    optimizer = torch.optim.LBFGS(model.parameters())
+    bn.insert(model, x, optimizer=optimizer)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+
+    def loss():
+        optimizer.zero_grad()
+        value = (model(x) - 1).square().mean()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -157,6 +157,58 @@ def hooked():
     return model
 
 
+class Selecting(nn.Module):
+    """Gives a layer of ours a selection of elements, and reads attributes of it."""
+
+    def __init__(self, options, **layer):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), bn.BatchNorm(4, **layer)
+        self.options, self.reads = options, False
+
+    def forward(self, x):
+        y = self.norm(self.linear(x), **self.options)
+        return y.view(-1, self.norm.num_features) if self.reads else y
+
+
+SELECTIONS = {
+    "mask": torch.tensor([1, 1, 0, 1]).bool(),
+    "weights": torch.tensor([1.0, 0.5, 0.0, 1.0]),
+    "groups": torch.tensor([0, 1, 0, 1]),
+}
+
+
+@pytest.mark.parametrize(("mode", "stored"), [("fold", False), ("fold", True), ("explicit", True)])
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_written_out_layers_take_no_selection_and_say_so(name, mode, stored):
+    x = torch.randn(4, 4)
+    model = Selecting({name: None}, track_running_stats=stored).eval()
+    randomize(model)
+    model.reads = mode == "explicit"
+    exact = model(x)
+    bn.prepare_for_export(model, x, mode=mode)
+    torch.testing.assert_close(model(x), exact)
+    model.options = {name: SELECTIONS[name]}
+    with pytest.raises(OptionError, match="expected no mask, lengths, weights or groups"):
+        model(x)
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_layers_with_a_selection_are_not_folded(name):
+    source = bn.Grouped(2) if name == "groups" else bn.Batch()
+    model = Selecting({name: SELECTIONS[name]}, statistics=source).eval()
+    randomize(model)
+    x = torch.randn(4, 4)
+    before = model(x)
+    bn.prepare_for_export(model, x, mode="fold")
+    assert "mask, lengths, weights or groups" in bn.edits(model).skipped[0].reason
+    assert torch.equal(model(x), before)
+
+
+def separate():
+    options = {"groups": SELECTIONS["groups"]}
+    return Selecting(options, statistics=bn.Grouped(2, affine="separate")).eval()
+
+
 EXPLICIT = {"mode": "explicit"}
 REFUSED = {
     "no model": (lambda: 3, EXPLICIT, "expected a model"),
@@ -170,6 +222,7 @@ REFUSED = {
         with_layer(lambda: Own(3, track_running_stats=False)), {"mode": "freeze"}, "'1'.*its own",
     ),
     "hooked": (hooked, EXPLICIT, "'0'.*hooks"),
+    "separate groups": (separate, EXPLICIT, "'norm'.*weight and a bias for each group"),
     "meta": (with_layer(lambda: nn.BatchNorm2d(3, device="meta")), EXPLICIT, "on the meta device"),
     "wrong inputs": (
         lambda: network(stored=False)[0], {"example_inputs": torch.ones(2)}, "in conv .Conv2d.",
@@ -186,3 +239,11 @@ def test_prepare_for_export_refuses_and_changes_nothing(case):
         bn.prepare_for_export(model, **options)
     if before is not None:
         assert_identical(before, everything(model))
+
+
+def test_inference_mode_is_refused():
+    model, x = network()
+    before = everything(model)
+    with torch.inference_mode(), pytest.raises(SurgeryError, match="outside of torch.inference_m"):
+        bn.prepare_for_export(model, x)
+    assert_identical(before, everything(model))

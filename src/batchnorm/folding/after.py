@@ -4,8 +4,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from batchnorm.errors import OptionError
 from batchnorm.nn.base import Layer
 from batchnorm.ops.activations import IDENTITY, Activation
+
+SELECTED = """\
+expected no mask, lengths, weights or groups: the batch normalization that took them was folded or \
+written out, and all elements are treated alike; bn.undo(model) brings it back"""
 
 
 class Rest(nn.Module):
@@ -21,16 +26,30 @@ class Rest(nn.Module):
         self.activation = activation
         self.contiguous = contiguous
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, mask: None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: None = None,
+        lengths: None = None,
+        weights: None = None,
+        groups: None = None,
+    ) -> Tensor:
         """Return act(input + residual).
 
         Args:
             input: What the folded layers make: the normalized tensor.
             residual: Added before the activation.
-            mask: None; a layer that is given a mask is not folded.
+            mask: None, as those behind it; a layer that is given one of them is not folded.
+            lengths: None.
+            weights: None.
+            groups: None.
+
+        Raises:
+            OptionError: If one of them is given.
         """
-        if mask is not None:
-            raise ValueError("expected no mask: the batch normalization that took one was folded")
+        if any(one is not None for one in (mask, lengths, weights, groups)):
+            raise OptionError(SELECTED)
         y = input.contiguous() if self.contiguous else input
         y = self.activation(y if residual is None else y + residual)
         for child in self.children():

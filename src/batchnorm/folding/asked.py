@@ -28,6 +28,10 @@ compile the model then"""
 META = """\
 bn.{verb} expected tensors with values, got {name!r} on the meta device; load the model first"""
 
+INFERENCE = """\
+bn.{verb} expected to be called outside of torch.inference_mode, in which operators cannot be seen \
+one by one, and new parameters could not be trained; use torch.no_grad instead"""
+
 EXAMPLES = """\
 expected example inputs: a tensor, a tuple (positional arguments), a mapping (keyword arguments), \
 or a list of these, got {got}"""
@@ -56,6 +60,8 @@ def check_model(model: nn.Module, verb: str) -> None:
     expect_model(model, verb)
     if isinstance(model, torch.jit.ScriptModule):
         raise SurgeryError(SCRIPTED.format(verb=verb, kind=type(model).__name__))
+    if torch.is_inference_mode_enabled():
+        raise SurgeryError(INFERENCE.format(verb=verb))
     for name, module in model.named_modules():
         if is_compiled(module):
             raise SurgeryError(COMPILED.format(verb=verb, name=name or "(the model)"))

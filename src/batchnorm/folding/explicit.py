@@ -6,8 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.compat.modules import tables
-from batchnorm.folding.after import rest_of
+from batchnorm.errors import OptionError
+from batchnorm.folding.after import SELECTED, rest_of
 from batchnorm.layout import channel_axis
+
+# Attributes of the layer that a model's own code may read.
+ATTRIBUTES = ("num_features", "momentum", "affine", "track_running_stats")
 
 
 class Explicit(nn.Module):
@@ -28,18 +32,38 @@ class Explicit(nn.Module):
             self.register_parameter(name, parameter)
         for name, buffer in tables(layer)[1].items():
             self.register_buffer(name, buffer)
+        for name in ATTRIBUTES:
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
         self.eps = float(layer.eps)
         self.axis = int(getattr(layer, "axis", 1))
         self.rest = rest_of(layer, contiguous=False)
         self.training = layer.training
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: None = None,
+        lengths: None = None,
+        weights: None = None,
+        groups: None = None,
+    ) -> Tensor:
         """Return what the layer computes in evaluation.
 
         Args:
             input: Channels on ``axis``.
             residual: Added before the activation, where the layer takes one.
+            mask: None, as the others; only the layer itself can be given them.
+            lengths: None.
+            weights: None.
+            groups: None.
+
+        Raises:
+            OptionError: If one of them is given.
         """
+        if any(one is not None for one in (mask, lengths, weights, groups)):
+            raise OptionError(SELECTED)
         own: Any = self
         axis = channel_axis(input.ndim, self.axis)
         others = [i for i in range(input.ndim) if i != axis]

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.compat.modules import has_hooks
 from batchnorm.models.walk import kind_of
 from batchnorm.ops.activations import IDENTITY
+from batchnorm.sources.grouped import Grouped
 from batchnorm.surgery.freezing import is_frozen_class, measured_eps
 
 TRAINING = "it is in training mode, and normalizes by the batch; call model.eval() first"
@@ -19,6 +20,7 @@ SCRIPTED = "it is scripted or traced; fold the model before torch.jit sees it"
 META = "its tensors are on the meta device; load or initialize them first"
 LAZY = "it has no parameters yet; run the model once, then fold"
 INFINITE = "its statistics or parameters are not finite"
+SEPARATE = "it has a weight and a bias for each group of samples"
 SHARDED = "its {name} is a {kind}, not a whole tensor"
 
 
@@ -87,7 +89,8 @@ def unusable(module: nn.Module) -> str | None:
             return META
         if type(tensor) not in (Tensor, nn.Parameter):
             return SHARDED.format(name=name, kind=type(tensor).__name__)
-    return None
+    source = getattr(module, "statistics", None)
+    return SEPARATE if isinstance(source, Grouped) and source.affine == "separate" else None
 
 
 def finite(found: Affine) -> Affine | str:

@@ -31,11 +31,12 @@ def rewire(
     for group, before in zip(optimizer.param_groups, groups, strict=True):
         members = set(map(id, before))
         joining = [new for new, like in beside.items() if id(like) in members]
-        group["params"] = [one for one in before if id(one) not in leaving] + joining
+        # In place, since torch.optim.LBFGS goes on to use this very list.
+        group["params"][:] = [one for one in before if id(one) not in leaving] + joining
 
     def restore() -> None:
         for group, before in zip(optimizer.param_groups, groups, strict=False):
-            group["params"] = before
+            group["params"][:] = before
         for new in beside:
             optimizer.state.pop(new, None)
         for one, state in forgotten.items():

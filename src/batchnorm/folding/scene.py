@@ -14,7 +14,7 @@ from batchnorm.folding.maps import Declined
 from batchnorm.models.flow import WATCHED, Call, Flow, Ref
 from batchnorm.models.walk import kind_of
 
-MASKED = "it is given a mask, which sets the rest to 0"
+MASKED = "it is given a mask, lengths, weights or groups, and does not treat all elements alike"
 ODD = "what it is given, and what it returns, cannot be told"
 COMPUTED = "it is called with statistics or parameters that are no tensors of a module"
 
@@ -160,7 +160,10 @@ class Scene:
                 self.left[call.name] = found
                 continue
             inputs = [self.flow.values[v] for v in call.inputs]
-            if any(v.dtype == "torch.bool" for v in inputs):
+            # Of what a layer takes, only a residual is floating and of the input's rank.
+            if any(
+                "float" not in v.dtype or len(v.shape) != len(inputs[0].shape) for v in inputs[1:]
+            ):
                 self.left[call.name] = MASKED
             elif not 1 <= len(inputs) <= 2 or not call.outputs:
                 self.left[call.name] = ODD

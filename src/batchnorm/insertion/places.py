@@ -52,11 +52,10 @@ _BY_RANK = {3: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}
 
 
 class Place(NamedTuple):
-    """A linear layer in front of an activation, and the rank of its output."""
+    """A linear layer in front of an activation."""
 
     name: str
     layer: nn.Module
-    rank: int
 
     @property
     def axis(self) -> int:
@@ -70,10 +69,11 @@ class Place(NamedTuple):
         channels = layer.out_features if linear else layer.out_channels
         options = {"device": layer.weight.device, "dtype": layer.weight.dtype}
         norm: Layer
-        if linear and self.rank > 2:
+        if linear:
+            # Not BatchNorm1d: an nn.Linear takes any rank, with its channels last.
             norm = BatchNorm(channels, axis=-1, **options)
         else:
-            norm = (BatchNorm1d if linear else _BY_RANK[self.rank])(channels, **options)
+            norm = _BY_RANK[layer.weight.ndim](channels, **options)
         for parameter in norm.parameters():
             parameter.requires_grad_(layer.weight.requires_grad)
         norm.training = layer.training
@@ -91,7 +91,7 @@ def found(model: nn.Module, seen: Flow) -> Iterator[Place | tuple[str, str]]:
             continue
         shape = seen.values[value].shape
         reason = _unable(seen, call, layer, shape)
-        yield (call.name, reason) if reason else Place(call.name, layer, len(shape))
+        yield (call.name, reason) if reason else Place(call.name, layer)
 
 
 def _activates(model: nn.Module, seen: Flow, reader: Call) -> bool:
@@ -141,7 +141,7 @@ def measured(
             stack.callback(hook.remove)
         for number, example in enumerate(examples, 1):
             model(*example.args, **example.kwargs)
-            for name, layer, _ in places:
+            for name, layer in places:
                 if len(outputs[name]) > number:
                     count = len(outputs[name]) - number + 1
                     raise SurgeryError(

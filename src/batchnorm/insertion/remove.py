@@ -143,11 +143,10 @@ class _Apart(nn.Module):
 def _inputs(some: Any) -> tuple[Tensor, ...]:
     """Return a random input for each layer, as small as its kernel allows."""
     found: list[Tensor] = []
-    for layer, norm in some:
+    for layer, _ in some:
         weight = layer.weight
         if isinstance(layer, nn.Linear):
-            shape = [4] * (2 if isinstance(norm, nn.BatchNorm1d) else 3)
-            shape[-1] = layer.in_features
+            shape = [4, layer.in_features]
         else:
             pads = [0] * len(layer.kernel_size) if isinstance(layer.padding, str) else layer.padding
             sizes = zip(layer.kernel_size, layer.dilation, pads, strict=True)
