@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import batchnorm as bn
 from batchnorm.errors import OptionError, SurgeryError
-from support.twins import assert_identical, everything
+from support.twins import assert_identical, everything, refused
 
 X = torch.randn(8, 4)
 
@@ -144,11 +144,8 @@ REFUSED = {
 def test_insert_refuses_and_changes_nothing(case):
     build, x, options, message = REFUSED[case]
     model = build()
-    before = everything(model) if isinstance(model, nn.Module) else None
-    with pytest.raises((SurgeryError, OptionError), match=message):
+    with refused((SurgeryError, OptionError), message, model):
         bn.insert(model, x, **options)
-    if before is not None:
-        assert_identical(before, everything(model))
 
 
 def test_a_filter_leaves_out_a_layer_that_is_reached_twice():
@@ -170,10 +167,8 @@ def test_a_model_that_fails_afterwards_is_as_before():
     model = Particular(both)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     own = list(optimizer.param_groups[0]["params"])
-    before = everything(model)
-    with pytest.raises(TypeError, match="no Sequential"):
+    with refused(TypeError, "no Sequential", model):
         bn.insert(model, X, optimizer=optimizer)
-    assert_identical(before, everything(model))
     assert own == optimizer.param_groups[0]["params"]
 
 

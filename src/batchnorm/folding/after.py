@@ -13,6 +13,16 @@ expected no mask, lengths, weights or groups: the batch normalization that took 
 written out, and all elements are treated alike; bn.undo(model) brings it back"""
 
 
+def expect_whole(*selection: None) -> None:
+    """Refuse a mask, lengths, weights or groups: only the batch normalization could use them.
+
+    Raises:
+        OptionError: If one of them is given.
+    """
+    if any(one is not None for one in selection):
+        raise OptionError(SELECTED)
+
+
 class Rest(nn.Module):
     """The residual, drop layer and activation of a batch normalization that was folded.
 
@@ -48,8 +58,7 @@ class Rest(nn.Module):
         Raises:
             OptionError: If one of them is given.
         """
-        if any(one is not None for one in (mask, lengths, weights, groups)):
-            raise OptionError(SELECTED)
+        expect_whole(mask, lengths, weights, groups)
         y = input.contiguous() if self.contiguous else input
         y = self.activation(y if residual is None else y + residual)
         for child in self.children():

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.compat.modules import tables
-from batchnorm.errors import OptionError
-from batchnorm.folding.after import SELECTED, rest_of
+from batchnorm.folding.after import expect_whole, rest_of
 from batchnorm.layout import channel_axis
 
 # Attributes of the layer that a model's own code may read.
@@ -62,8 +61,7 @@ class Explicit(nn.Module):
         Raises:
             OptionError: If one of them is given.
         """
-        if any(one is not None for one in (mask, lengths, weights, groups)):
-            raise OptionError(SELECTED)
+        expect_whole(mask, lengths, weights, groups)
         own: Any = self
         axis = channel_axis(input.ndim, self.axis)
         others = [i for i in range(input.ndim) if i != axis]
