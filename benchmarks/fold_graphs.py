@@ -4,7 +4,7 @@
     python benchmarks/fold_graphs.py --count 40 --part 1  # of every 2 chunks the second
 
 A row is a chunk of 500 seeds. Each graph says which of its normalizations can be folded, by
-construction (``tests/support/random_graphs.py``); ``graph_verdicts.py`` folds it and compares
+construction (``random_graphs.py``); ``graph_verdicts.py`` folds it and compares
 outputs in float64. What is not as it should be is printed with its seed.
 """
 
@@ -18,9 +18,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from batchnorm.benchmark.rows import circumstances
+from graph_verdicts import judge
+from random_graphs import graph
 from row_files import append, read
-from support.graph_verdicts import judge
-from support.random_graphs import graph
 
 ROWS = Path(__file__).parent / "data" / "fold" / "graphs.csv"
 CHUNK = 500

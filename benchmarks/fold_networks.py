@@ -25,8 +25,8 @@ from batchnorm.benchmark.rows import circumstances
 from batchnorm.models.trees import tensors_in
 from batchnorm.models.walk import kind_of
 from fold_peers import WRONG, fx, onnxruntime
+from networks_to_fold import NETWORKS, build
 from row_files import append, read
-from support.fold_networks import NETWORKS, build
 
 ROWS = Path(__file__).parent / "data" / "fold" / "networks.csv"
 INPUTS = 8

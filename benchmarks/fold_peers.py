@@ -29,8 +29,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import batchnorm as bn
 from batchnorm.benchmark.rows import circumstances
+from random_graphs import graph
 from row_files import append, read
-from support.random_graphs import graph
 
 ROWS = Path(__file__).parent / "data" / "fold" / "peers.csv"
 FIRST = 2_000_000

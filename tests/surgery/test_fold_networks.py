@@ -7,7 +7,7 @@ import torch
 
 import batchnorm as bn
 from batchnorm.models.trees import tensors_in
-from support.fold_networks import NETWORKS, build
+from networks_to_fold import NETWORKS, build
 
 pytestmark = pytest.mark.slow
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from support.graph_verdicts import judge
-from support.random_graphs import graph
+from graph_verdicts import judge
+from random_graphs import graph
 
 
 def verdicts(seeds):

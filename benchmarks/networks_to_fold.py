@@ -39,8 +39,8 @@ def _conformer() -> nn.Module:
     config = transformers.Wav2Vec2ConformerConfig(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
         conv_dim=(32, 32), conv_kernel=(10, 3), conv_stride=(5, 2), num_feat_extract_layers=2,
-        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, position_embeddings_type="rotary",
-        conv_depthwise_kernel_size=15,
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, conv_depthwise_kernel_size=15,
+        position_embeddings_type="rotary",
     )  # fmt: skip
     return transformers.Wav2Vec2ConformerModel(config)
 

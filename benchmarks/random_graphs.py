@@ -141,10 +141,11 @@ def functional(b: Builder) -> None:
     """Calls of functions with the parameters of modules, by position and by keyword."""
     conv, name = _plain_conv(b), b.norm()
     groups = b.parts[conv].groups
+    weight, bias = f"self.{conv}.weight", f"self.{conv}.bias"
     form = b.random.choice(
         (
-            f"y = F.conv2d(x, self.{conv}.weight, bias=self.{conv}.bias, padding=1, groups={groups})",
-            f"y = F.conv2d(x, self.{conv}.weight, self.{conv}.bias, 1, 1, 1, {groups})",
+            f"y = F.conv2d(x, {weight}, bias={bias}, padding=1, groups={groups})",
+            f"y = F.conv2d(x, {weight}, {bias}, 1, 1, 1, {groups})",
         )
     )
     b.say(form)
@@ -416,7 +417,7 @@ class Random(nn.Module):
         body = [*builder.lines, f"return {result}"]
         source = "def forward(self, x):\n" + "\n".join(f"    {line}" for line in body)
         space = {"torch": torch, "F": nn.functional, "nn": nn}
-        exec(source, space)
+        exec(source, space)  # noqa: S102 (of the lines above)
         self.source, self._forward = source, space["forward"]
 
     def forward(self, x: Tensor):
@@ -466,7 +467,7 @@ def graph(seed: int, *, torch_only: bool = False) -> Graph:
         seed: Of everything that is drawn.
         torch_only: Whether all layers are those of torch.nn, and in float32.
     """
-    draw = random.Random(seed)
+    draw = random.Random(seed)  # noqa: S311
     torch.manual_seed(seed)
     channels, size = draw.choice(CHANNELS), draw.choice((4, 5))
     x = torch.randn(draw.choice((1, 2, 3)), channels, size, size)
@@ -476,7 +477,7 @@ def graph(seed: int, *, torch_only: bool = False) -> Graph:
         channels = b.channels
         part = Random(b)
         for name in b.hooked:
-            part.get_submodule(name).register_forward_hook(lambda m, a, y: None)
+            part.get_submodule(name).register_forward_hook(lambda *_: None)
         parts.append(part)
         legal += [f"parts.{number}.{name}" for name in b.legal]
         illegal |= {f"parts.{number}.{name}": why for name, why in b.illegal.items()}

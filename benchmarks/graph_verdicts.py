@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
-from support.random_graphs import Graph, Random
+from random_graphs import Graph, Random
 
 
 @dataclass
