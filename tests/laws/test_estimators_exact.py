@@ -15,12 +15,13 @@ SIZES = [3, 7, 5, 3, 6, 11, 9]
 CHANNELS = 2
 ESTIMATORS = {
     "running": bn.Running(0.3),
+    "biased": bn.Running(0.3, correction=0),
+    "debiased": bn.Running(0.3, debias=True),
     "cumulative": bn.Cumulative(),
     "decayed": bn.Decayed(0.3),
     "last_batches": bn.LastBatches(3),
     "last_batches_pooled": bn.LastBatches(3, pooled=True),
 }
-ONE_EACH = [pytest.param(one, id=name) for name, one in ESTIMATORS.items()]
 
 
 def batches(sizes=SIZES):
@@ -49,6 +50,10 @@ def unbiased(part):
     return part[2] / (part[0] - 1)
 
 
+def biased(part):
+    return part[2] / part[0]
+
+
 def exact(name, data):
     """(mean, variance) for use of one channel, from its batches of fractions."""
     parts = [moments(values) for values in data if values]
@@ -57,6 +62,14 @@ def exact(name, data):
         for part in parts:
             mean, var = (1 - a) * mean + a * part[1], (1 - a) * var + a * unbiased(part)
         return mean, var
+    if name in ("biased", "debiased"):
+        weights = [(1 - Fraction(0.3)) ** t for t in range(len(parts) - 1, -1, -1)]
+        mean, var = (
+            Fraction(0.3) * sum(w * one(part) for w, part in zip(weights, parts))
+            for one in (lambda part: part[1], unbiased if name == "debiased" else biased)
+        )
+        start = (1 - Fraction(0.3)) ** len(parts)
+        return (mean, var + start) if name == "biased" else (mean / (1 - start), var / (1 - start))
     if name == "decayed":
         keep = Fraction(1 - 0.3)
         ages = range(len(parts) - 1, -1, -1)
@@ -91,13 +104,14 @@ def assert_exact(got, expected):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("estimator", ONE_EACH)
-def test_an_estimator_is_exact_in_float64(estimator, masked):
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_an_estimator_is_exact_in_float64(name, masked):
+    estimator = ESTIMATORS[name]
     data, kept = batches(), masks() if masked else [None] * len(SIZES)
     state = estimator.init(CHANNELS)
     for x, mask in zip(data, kept):
         state = estimator.update(state, bn.Moments.of(x, mask=mask))
-    expected = [exact(estimator.name, c) for c in columns(data, kept if masked else None)]
+    expected = [exact(name, c) for c in columns(data, kept if masked else None)]
     assert_exact(estimator.statistics(state), expected)
 
 
@@ -105,7 +119,8 @@ def assert_layers_are_exact(data, kept, compiled=lambda run: run):
     layers = nn.ModuleDict({
         "cumulative": bn.BatchNorm1d(CHANNELS, momentum=None),
         "running": bn.BatchNorm1d(CHANNELS, momentum=0.3),
-        "all": bn.BatchNorm1d(CHANNELS, estimator=list(ESTIMATORS.values())),
+        "all": bn.BatchNorm1d(CHANNELS, estimator=ESTIMATORS),
+        "biased": bn.BatchNorm1d(CHANNELS, estimator=bn.Running(0.3, correction=0)),
     }).double()  # fmt: skip
     run = compiled(lambda x, mask: [layer(x, mask=mask) for layer in layers.values()])
     for x, mask in zip(data, kept):

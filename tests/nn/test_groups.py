@@ -26,7 +26,10 @@ def grouped(affine="shared", **options):
 
 def alone(layer, group):
     """A plain layer with the parameters and statistics of one group."""
-    one = bn.BatchNorm2d(4, momentum=layer.momentum, activation=layer.activation)
+    options = {"momentum": layer.momentum}
+    if layer.bank is not None:
+        options = {"estimator": copy.deepcopy(layer.bank.estimators)}
+    one = bn.BatchNorm2d(4, activation=layer.activation, **options)
     with torch.no_grad():
         for name in ("weight", "bias"):
             own = getattr(layer, name)
@@ -37,9 +40,12 @@ def alone(layer, group):
     return one
 
 
-@each(momentum=[0.1, None], affine=["shared", "separate"])
-def test_each_group_is_trained_and_used_like_a_layer_of_its_own(affine, momentum):
-    layer = grouped(affine, momentum=momentum, activation="relu")
+RULES = [bn.Running(0.1), bn.Cumulative(), bn.Running(0.3, correction=0, debias=True)]
+
+
+@each(rule=RULES, affine=["shared", "separate"])
+def test_each_group_is_trained_and_used_like_a_layer_of_its_own(affine, rule):
+    layer = grouped(affine, estimator=rule, activation="relu")
     layers = [alone(layer, group) for group in range(4)]
     for step in range(3):
         x, ids = torch.randn(9, 4, 3, 5), IDS if step else IDS.clamp_max(1)

@@ -49,11 +49,12 @@ def keep_if_empty(batch: Moments, old: Tensor, new: Tensor) -> Tensor:
     return new
 
 
-def unbiased(batch: Moments) -> Tensor:
-    """Return m2 / (n - 1), and 0 for a single value, which only a mask can leave."""
-    if isinstance(batch.count, Tensor):
-        return batch.m2 / (batch.count - 1).clamp_min(1)
-    return batch.m2 / max(batch.count - 1, 1)
+def variance(batch: Moments, correction: int = 1) -> Tensor:
+    """Return m2 / (n - correction); unbiased, 0 for a single value, which only a mask can leave."""
+    count = batch.count - correction
+    if isinstance(count, Tensor):
+        return batch.m2 / (count.clamp_min(1) if correction else torch.where(count > 0, count, 1))
+    return batch.m2 / (max(count, 1) if correction else count or 1)
 
 
 def check_weight(value: float, what: str) -> float:

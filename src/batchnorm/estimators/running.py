@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import OptionError
-from batchnorm.estimators.base import Statistics, keep_if_empty, nothing, unbiased
+from batchnorm.estimators.base import (
+    Statistics,
+    check_weight,
+    keep_if_empty,
+    nothing,
+    variance,
+)
 from batchnorm.layout import wide
 from batchnorm.moments import Moments
 from batchnorm.ops.backends.choice import is_torchs_device
@@ -43,7 +49,9 @@ def average(old: Tensor, new: Tensor, alpha: float | Tensor) -> Tensor:
     return old * (1 - alpha) + new * alpha
 
 
-def move(mean: Tensor, var: Tensor, batch: Moments, alpha: float | Tensor) -> None:
+def move(
+    mean: Tensor, var: Tensor, batch: Moments, alpha: float | Tensor, correction: int = 1
+) -> None:
     r"""Update running statistics by one batch, in place; all updates in Python call this.
 
     .. math:: \hat\mu \leftarrow (1-a)\,\hat\mu + a\,\mu_i, \qquad
@@ -56,10 +64,11 @@ def move(mean: Tensor, var: Tensor, batch: Moments, alpha: float | Tensor) -> No
         var: Running variance.
         batch: The Moments of the batch.
         alpha: a, the weight of the batch.
+        correction: 1 for the unbiased variance, as above; 0 for the biased one.
     """
     if nothing(batch):
         return
-    for old, new in ((mean, batch.mean), (var, unbiased(batch))):
+    for old, new in ((mean, batch.mean), (var, variance(batch, correction))):
         dtype = torch.promote_types(old.dtype, torch.float32)
         before = old.detach().to(dtype)
         moved = average(before, new if new.dtype == dtype else new.to(dtype), alpha)
@@ -86,26 +95,50 @@ class Running:
     r"""Exponential running average, torch's rule and the default.
 
     .. math:: \hat\mu \leftarrow (1-a)\,\hat\mu + a\,\mu_i, \qquad
-        \hat\sigma^2 \leftarrow (1-a)\,\hat\sigma^2 + a\,\tfrac{m}{m-1}\sigma_i^2
+        \hat\sigma^2 \leftarrow (1-a)\,\hat\sigma^2 + a\,\tfrac{m}{m-c}\sigma_i^2
 
-    from 0 and 1, with :math:`a` = ``momentum`` and :math:`m` the values per channel in batch i.
-    After t batches the initial values have the weight :math:`(1-a)^t`.
+    from 0 and 1, with :math:`a` = ``momentum``, :math:`m` the values per channel in batch i and
+    :math:`c` = ``correction``. After t batches the initial values have the weight :math:`(1-a)^t`;
+    with ``debias`` they have none: the average is divided by :math:`1-(1-a)^t`, the weight of the
+    batches, after the initial values were subtracted.
 
     Args:
         momentum: Weight of the newest batch.
+        correction: 1: the unbiased variance, as in ``torch.nn``. 0: the biased one, as in Keras and
+            Flax.
+        debias: Whether to remove the initial values from the average. Needs a momentum in (0, 1].
+
+    Raises:
+        OptionError: If momentum is None or not finite, or correction is neither 0 nor 1.
+
+    Reference:
+        Kingma and Ba 2015, "Adam", section 3, for the division by the weight.
     """
 
     momentum: float = 0.1
+    correction: int = 1
+    debias: bool = False
 
     def __post_init__(self) -> None:
         if self.momentum is None:
             raise OptionError("expected a number for Running; use bn.Cumulative() for None")
         check_momentum(self.momentum)
+        if self.correction not in (0, 1):
+            raise OptionError(
+                f"expected correction 0 (biased variance) or 1 (unbiased), got {self.correction!r}"
+            )
+        if self.debias:
+            check_weight(self.momentum, "momentum with debias=True")
 
     @property
     def name(self) -> str:
         """``"running"``."""
         return "running"
+
+    @property
+    def is_torchs(self) -> bool:
+        """Whether this is the rule of ``torch.nn``, whose only state are the running statistics."""
+        return self.correction == 1 and not self.debias
 
     def init(self, channels: int, device: torch.device | str | None = None) -> Averages:
         """Return mean 0, variance 1, no batches."""
@@ -113,7 +146,16 @@ class Running:
 
     def update(self, state: Averages, batch: Moments) -> Averages:
         """Return the averages with one more batch."""
-        return state if nothing(batch) else _step(state, batch, self.momentum)
+        if nothing(batch):
+            return state
+        return _step(state, batch, self.weight_after(state.batches), self.correction)
+
+    def weight_after(self, batches: Tensor) -> float | Tensor:
+        """Return the weight of the newest batch after so many others."""
+        if not self.debias:
+            return self.momentum
+        # The same recurrence on the divided average: the first batch replaces 0 and 1.
+        return self.momentum / (1 - (1 - self.momentum) ** (batches.to(wide(batches.device)) + 1))
 
     def statistics(self, state: Averages) -> Statistics:
         """Return the averages."""
@@ -151,10 +193,10 @@ def _start(channels: int, device: torch.device | str | None) -> Averages:
     return Averages(empty, torch.ones_like(empty), empty.new_zeros(()))
 
 
-def _step(state: Averages, batch: Moments, alpha: float | Tensor) -> Averages:
+def _step(state: Averages, batch: Moments, alpha: float | Tensor, correction: int = 1) -> Averages:
     dtype = wide(state.mean.device)
     mean = average(state.mean, batch.mean.to(dtype), alpha)
-    var = average(state.var, unbiased(batch).to(dtype), alpha)
+    var = average(state.var, variance(batch, correction).to(dtype), alpha)
     return Averages(
         keep_if_empty(batch, state.mean, mean),
         keep_if_empty(batch, state.var, var),

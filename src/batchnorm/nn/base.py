@@ -270,5 +270,5 @@ def estimation(
     estimators = named(estimator)
     first = next(iter(estimators.values()))
     known = first.momentum if isinstance(first, Running) else None
-    alone = len(estimators) == 1 and isinstance(first, Running | Cumulative)
-    return known, None if alone else Bank(estimators)
+    torchs = isinstance(first, Cumulative) or (isinstance(first, Running) and first.is_torchs)
+    return known, None if torchs and len(estimators) == 1 else Bank(estimators)

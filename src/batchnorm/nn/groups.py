@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from batchnorm.compat.modules import buffers
 from batchnorm.errors import OptionError
-from batchnorm.estimators.running import move, share_of_next
+from batchnorm.estimators.running import Running, move, share_of_next
 from batchnorm.moments import Moments
 from batchnorm.nn.common import Attributes
 from batchnorm.sources.grouped import Grouped
@@ -75,8 +75,14 @@ def step(layer: Attributes, batch: Moments) -> None:
     if mean is None or var is None or batches is None:
         return
     counted = torch.as_tensor(batch.count).reshape(-1) > 0
-    alpha = layer.momentum
-    move(mean, var, batch, share_of_next(batches)[:, None] if alpha is None else alpha)
+    alpha: float | Tensor | None = layer.momentum
+    correction = 1
+    first = None if layer.bank is None else next(iter(layer.bank.estimators.values()))
+    if alpha is None:
+        alpha = share_of_next(batches)[:, None]
+    elif isinstance(first, Running):
+        alpha, correction = first.weight_after(batches[:, None]), first.correction
+    move(mean, var, batch, alpha, correction)
     batches.add_(counted.long())
 
 
