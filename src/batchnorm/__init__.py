@@ -34,6 +34,8 @@ from batchnorm.nn.layers import BatchNorm3d as BatchNorm3d
 from batchnorm.nn.lazy import LazyBatchNorm1d as LazyBatchNorm1d
 from batchnorm.nn.lazy import LazyBatchNorm2d as LazyBatchNorm2d
 from batchnorm.nn.lazy import LazyBatchNorm3d as LazyBatchNorm3d
+from batchnorm.observation.observer import Observer as Observer
+from batchnorm.observation.observer import observe as observe
 from batchnorm.ops.backends.choice import use_backend as use_backend
 from batchnorm.recycling import recycle_memory as recycle_memory
 from batchnorm.sources.base import Batch as Batch

@@ -25,7 +25,7 @@ LEVELS = [
     {"models", "environment", "report"},
     {"graph", "memory", "comparison"},
     {"calibration", "surgery"},
-    {"folding", "diagnosis"},
+    {"folding", "diagnosis", "observation"},
     {"demo", "benchmark", "integrations", "insertion"},
     {"cli"},
 ]

@@ -169,6 +169,39 @@ def test_hugging_face_within_an_epoch(tmp_path):
     assert_exact(model, model.state_dict(), [X])
 
 
+def test_the_trainers_observe_every_batch_and_leave_no_hook(lightning, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from batchnorm.integrations import huggingface
+    from batchnorm.integrations import lightning as ours
+
+    module, callback = lightning_module(lightning), ours.ObserveCallback(every=3, batches=2)
+    fit(lightning, module, [callback], tmp_path)
+    assert callback.observer.steps == 8  # 60 samples in batches of 16, twice; no validation
+    seen = {(one.step, one.layer) for one in callback.observer.observations}
+    assert seen == {(step, f"net.{at}") for step in (1, 3, 6) for at in (1, 2, 3)}
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x, labels=None):
+            y = self.net(x)
+            return {"loss": nn.functional.cross_entropy(y, labels), "logits": y}
+
+    pytest.importorskip("accelerate")
+    model, callback = Model(), huggingface.ObserveCallback(every=2)
+    args = transformers.TrainingArguments(
+        str(tmp_path), num_train_epochs=1, per_device_train_batch_size=16, use_cpu=True,
+        report_to=[], save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    data = [{"x": x, "labels": y} for x, y in zip(X, Y)]
+    transformers.Trainer(model, args, train_dataset=data, callbacks=[callback]).train()
+    assert {one.step for one in callback.observer.observations} == {1, 2, 4}
+    for one in (module, model):
+        assert not any(m._forward_pre_hooks or "forward" in vars(m) for m in one.modules())
+
+
 @pytest.mark.parametrize("name", ["lightning", "huggingface", "opacus"])
 def test_a_missing_library_is_said_in_one_line(name, monkeypatch):
     for module in (

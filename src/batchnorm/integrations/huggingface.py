@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: calibrates at the end of every epoch."""
+"""Hugging Face Trainer: calibration at the end of every epoch; observation of the training."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,6 +8,7 @@ from torch import nn
 from batchnorm.calibration.calibrate import calibrate
 from batchnorm.calibration.result import Calibration
 from batchnorm.errors import MissingExtraError
+from batchnorm.observation.observer import Observer, observe
 
 try:
     from transformers import TrainerCallback
@@ -48,3 +49,31 @@ class CalibrateCallback(TrainerCallback):
 
     def _calibrate(self, model: nn.Module, data: Iterable[Any]) -> None:
         self.calibration = calibrate(model, data, **self._options)
+
+
+class ObserveCallback(TrainerCallback):
+    """Calls ``bn.observe``: a step is one call of the model in training mode.
+
+        trainer = Trainer(model, args, callbacks=[ObserveCallback(every=20)], ...)
+
+    Args:
+        options: Of ``bn.observe``.
+
+    Attributes:
+        observer: What was seen; None before the training.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._options = options
+        self.observer: Observer | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
+        """Begin to observe; of an earlier training that an exception ended, the hooks go."""
+        if self.observer is not None:
+            self.observer.close()
+        self.observer = observe(given["model"], **self._options)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
+        """Close."""
+        if self.observer is not None:
+            self.observer.close()

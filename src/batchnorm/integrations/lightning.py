@@ -1,4 +1,4 @@
-"""Lightning: calibrates before every validation and at the end of training."""
+"""Lightning: calibration before every validation and at the end; observation of the training."""
 
 import sys
 from collections.abc import Iterable
@@ -11,6 +11,7 @@ from batchnorm.calibration.calibrate import calibrate
 from batchnorm.calibration.result import Calibration
 from batchnorm.errors import MissingExtraError
 from batchnorm.models.walk import walk
+from batchnorm.observation.observer import Observer, observe
 
 try:
     # Both packages have their own classes: that of the one which is in use.
@@ -70,3 +71,41 @@ class CalibrateCallback(Callback):
         with torch.inference_mode(mode=False):
             self.calibration = calibrate(module, data, **options)
         self._stale = False
+
+
+class ObserveCallback(Callback):
+    """Calls ``bn.observe``: a step is one training batch, up to its backward pass.
+
+        trainer = Trainer(callbacks=[ObserveCallback(every=20, jsonl="layers.jsonl")])
+
+    Args:
+        options: Of ``bn.observe``.
+
+    Attributes:
+        observer: What was seen; None before the training.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._options = {**options, "hooks": False}
+        self.observer: Observer | None = None
+
+    def on_train_start(self, _: Any, pl_module: nn.Module) -> None:
+        """Begin to observe."""
+        self.observer = observe(pl_module, **self._options)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Begin a step."""
+        if self.observer is not None:
+            self.observer.begin_step()
+
+    def on_before_backward(self, *_: Any) -> None:
+        """End the step: a backward pass may run layers again."""
+        if self.observer is not None:
+            self.observer.end_step()
+
+    on_train_batch_end = on_before_backward
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """Close, also after an exception."""
+        if self.observer is not None:
+            self.observer.close()

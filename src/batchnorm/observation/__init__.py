@@ -1,0 +1,1 @@
+"""What enters activations and batch normalizations while a model trains."""

@@ -1,0 +1,145 @@
+"""Observations as a report: where the training stands, and curves."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from batchnorm.observation.observation import Observation
+from batchnorm.report.model import WHOLE, Block, Cell, Plot, Report, Section, Series, Table, Text
+
+# Curves of so many layers are drawn in one plot: the ones that differ most over the training.
+CURVES = 6
+COLUMNS = (
+    "layer",
+    "median",
+    "15th to 85th percentile",
+    "flat, %",
+    "change of μ",
+    "change of σ",
+    "‖γ‖",
+    "1/σ",
+    "running μ off",
+    "running σ² off, %",
+)
+NOTE = (
+    "Percentiles: of what enters the activation. Flat: where its slope is below a fifth of its "
+    "greatest. Changes: from the batch before to this one, root mean square over channels; of μ in "
+    "deviations, of σ of its logarithm. 1/σ: the median over channels of 1/sqrt(σ² + ε). Running "
+    "statistics: off the last batches' (in deviations; relative)."
+)
+QUANTITIES = (
+    ("mean_change", "Change of μ per step", "root mean square, in deviations"),
+    ("deviation_change", "Change of ln σ per step", "root mean square"),
+    ("flat", "Where activations are flat", "share of values"),
+    ("scale", "‖γ‖", "Euclidean norm"),
+    ("inverse", "1/σ", "median over channels"),
+    ("mean_off", "Running mean off the last batches'", "in deviations"),
+    ("variance_off", "Running variance off the last batches'", "relative"),
+)
+
+
+def report_of(
+    model: nn.Module, steps: int, kept: Sequence[tuple[Observation, ...]], unseen: Sequence[str]
+) -> Report:
+    """Return the report of an observer."""
+    title = f"{type(model).__name__}, observed while it trained"
+    layers = list(dict.fromkeys(one.layer for step in kept for one in step))
+    if not layers:
+        return Report(title, (_nothing(steps),), ())
+    summary = (
+        f"{steps:,} training steps, {len(kept):,} of them sampled, the last one at step "
+        f"{kept[-1][0].step:,}; {len(layers):,} layers"
+    )
+    curves = {
+        layer: [one for step in kept for one in step if one.layer == layer] for layer in layers
+    }
+    sections = [
+        Section(f"Step {kept[-1][0].step:,}", tuple(_now(kept[-1], unseen))),
+        Section("What enters activations", tuple(_bands(curves))),
+        Section("Over the training", tuple(_lines(curves))),
+    ]
+    return Report(title, (summary,), tuple(part for part in sections if part.blocks))
+
+
+def _nothing(steps: int) -> str:
+    if steps:
+        return f"{steps:,} training steps, in which no layer was called with an input to measure"
+    return (
+        "No training step was seen. A step is a call of the observed model, in training mode and "
+        "with gradients enabled; observe the module that is called, and torch.compile(model) "
+        "rather than a model whose compiled form is called"
+    )
+
+
+def _now(last: Sequence[Observation], unseen: Sequence[str]) -> list[Block]:
+    blocks: list[Block] = [Table("", COLUMNS, tuple(map(_row, last)), NOTE)]
+    if unseen:
+        blocks.append(Text(f"Not seen, for torch.jit compiled them: {', '.join(unseen)}."))
+    return blocks
+
+
+def _row(one: Observation) -> tuple[Cell, ...]:
+    some = one.percentiles
+    return (
+        one.layer or WHOLE,
+        some[2] if some else None,
+        f"{some[1]:.3g} to {some[3]:.3g}" if some else None,
+        None if one.flat is None else 100 * one.flat,
+        one.mean_change,
+        one.deviation_change,
+        one.scale,
+        one.inverse,
+        one.mean_off,
+        None if one.variance_off is None else 100 * one.variance_off,
+    )
+
+
+def _bands(curves: dict[str, list[Observation]]) -> list[Block]:
+    """Percentiles of the layers whose median moved most, in deviations of the values."""
+    moved = {layer: _moved(seen) for layer, seen in curves.items()}
+    chosen = sorted(moved, key=moved.__getitem__, reverse=True)[:CURVES]
+    blocks: list[Block] = []
+    for layer in [layer for layer in curves if layer in chosen]:
+        seen = [one for one in curves[layer] if one.percentiles]
+        if len(seen) < 2:
+            continue
+        columns = list(zip(*(one.percentiles for one in seen), strict=True))
+        series = Series("15th to 85th percentile", _steps(seen), columns[2], columns[1], columns[3])
+        words = f"Median from {columns[2][0]:.3g} to {columns[2][-1]:.3g}; all channels together."
+        blocks.append(
+            Plot(layer or WHOLE, "bands", (series,), "training step", "value entering", words)
+        )
+    return blocks
+
+
+def _moved(seen: Sequence[Observation]) -> float:
+    medians = [one.percentiles[2] for one in seen if one.percentiles]
+    widths = [one.percentiles[3] - one.percentiles[1] for one in seen if one.percentiles]
+    width = sum(widths) / len(widths) if widths else 0.0
+    return (max(medians) - min(medians)) / width if width > 0 else 0.0
+
+
+def _lines(curves: dict[str, list[Observation]]) -> list[Block]:
+    blocks: list[Block] = []
+    for field, title, label in QUANTITIES:
+        drawn = {layer: _series(layer, field, seen) for layer, seen in curves.items()}
+        full = [series for series in drawn.values() if len(series.y) > 1]
+        full.sort(key=lambda series: max(series.y) - min(series.y), reverse=True)
+        if not full:
+            continue
+        words = f"{len(full):,} layers" + (
+            f"; drawn are the {CURVES} that differ most over the training."
+            if len(full) > CURVES
+            else "."
+        )
+        blocks.append(Plot(title, "lines", tuple(full[:CURVES]), "training step", label, words))
+    return blocks
+
+
+def _series(layer: str, field: str, seen: Sequence[Observation]) -> Series:
+    pairs = [(one.step, value) for one in seen if (value := getattr(one, field)) is not None]
+    return Series(layer or WHOLE, tuple(x for x, _ in pairs), tuple(y for _, y in pairs))
+
+
+def _steps(seen: Sequence[Observation]) -> tuple[float, ...]:
+    return tuple(one.step for one in seen)

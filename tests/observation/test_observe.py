@@ -1,0 +1,374 @@
+"""bn.observe: its numbers against float64, a training that is as without it, and what it leaves."""
+
+import copy
+import json
+import pickle
+import statistics
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.nn import functional as F
+
+import batchnorm as bn
+from batchnorm.errors import OptionError
+from batchnorm.report.jsontext import to_json
+from batchnorm.report.markdown import to_markdown
+from support.oracle import tolerance
+
+WIDE = tolerance("float64", count=4096, ratio=16)
+
+
+def net(act=nn.Sigmoid, norm=nn.BatchNorm2d):
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), norm(4), act(), nn.Conv2d(4, 3, 3), norm(3), act(), nn.Flatten(), nn.LazyLinear(2)
+    )  # fmt: skip
+
+
+def batches(count, size=6):
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(size, 2, 8, 8, generator=generator) * 2 + 1 for _ in range(count)]
+
+
+def train(model, data, after=lambda: None):
+    model(data[0]) if any(
+        isinstance(p, nn.UninitializedParameter) for p in model.parameters()
+    ) else None
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for x in data:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        after()
+    return model
+
+
+def ready(**kwargs):
+    """A net without lazy layers left, whose counters begin at 0."""
+    model = net(**kwargs)
+    with torch.no_grad():
+        model.eval()(batches(1)[0])
+    return model.train()
+
+
+def channels(x):
+    return x.detach().double().movedim(1, 0).flatten(1)
+
+
+def rms(values):
+    return float(values.square().mean().sqrt())
+
+
+def test_numbers_are_those_of_float64_at_hand():
+    """Step 4 of 4, with a window of 3: the inputs are taken by hooks of this test."""
+    model, data, seen = ready(), batches(4), {}
+    layers = {name: model[int(name)] for name in ("1", "2", "4", "5")}
+    for name, layer in layers.items():
+        layer.register_forward_hook(
+            lambda m, given, y, name=name: seen.setdefault(name, []).append(
+                (given[0].clone(), y.clone())
+            )
+        )
+    running, scale = [], []
+
+    with bn.observe(model, every=4, batches=3) as observer:
+        model.register_forward_hook(
+            lambda *_: running.append([b.clone() for b in model[4].buffers()])
+        )
+        scale = [model[1].weight.detach().clone()]
+        train(model, data[:3])
+        scale.append(model[1].weight.detach().clone())
+        train(model, data[3:])
+
+    assert [(one.step, one.layer) for one in observer.observations] == [
+        (s, n) for s in (1, 4) for n in layers
+    ]
+    found = {one.layer: one for one in observer.observations if one.step == 4}
+    for name, one in found.items():
+        inputs = [channels(x) for x, _ in seen[name]]
+        means, deviations = [x.mean(1) for x in inputs], [x.std(1, correction=0) for x in inputs]
+        assert one.mean_change == pytest.approx(
+            rms((means[3] - means[2]) / deviations[2]), rel=1e-9
+        )
+        assert one.deviation_change == pytest.approx(
+            rms((deviations[3] / deviations[2]).log()), rel=1e-9
+        )
+        window = torch.cat(inputs[1:], 1)
+        assert one.mean_drift == pytest.approx(
+            rms((window.mean(1) - means[0]) / deviations[0]), rel=1e-9
+        )
+        entering = (seen[name][3][1] if one.norm else seen[name][3][0]).double().flatten()
+        levels = torch.tensor([0.05, 0.15, 0.5, 0.85, 0.95], dtype=torch.float64)
+        assert one.percentiles == pytest.approx(
+            entering.quantile(levels).tolist(), rel=WIDE.rtol, abs=1e-12
+        )
+        if not one.norm:
+            slope = entering.sigmoid() * (1 - entering.sigmoid())
+            assert one.flat == float((slope < 0.2 * 0.25).double().mean())
+            assert one.scale is one.inverse is one.mean_off is None
+    norm, inputs = found["4"], [channels(x) for x, _ in seen["4"]]
+    assert norm.inverse == pytest.approx(
+        float((inputs[3].var(1, correction=0) + 1e-5).rsqrt().median()), rel=1e-9
+    )
+    last = (
+        torch.stack([x.mean(1) for x in inputs[1:]]).mean(0),
+        torch.stack([x.var(1) for x in inputs[1:]]).mean(0),
+    )
+    mean, var, _ = running[-1]
+    assert norm.mean_off == pytest.approx(rms((mean - last[0]) / last[1].sqrt()), rel=1e-9)
+    assert norm.variance_off == pytest.approx(rms(var / last[1] - 1), rel=1e-9)
+    assert (norm.flat, norm.batches) == (None, 3)
+    assert found["1"].scale == pytest.approx(float(scale[1].norm()))
+    assert float(scale[0].norm()) != float(scale[1].norm())
+
+
+class Shared(nn.Module):
+    """One normalization and one activation in place, called twice with different inputs."""
+
+    def __init__(self, norm=nn.BatchNorm1d):
+        super().__init__()
+        self.first, self.norm, self.relu, self.last = (
+            nn.Linear(5, 5),
+            norm(5),
+            nn.ReLU(inplace=True),
+            nn.Linear(5, 2),
+        )
+
+    def forward(self, x):
+        y = self.relu(self.norm(self.first(x)))
+        return self.last(self.relu(self.norm(self.first(3 * y) + 1)) + F.dropout(y))
+
+
+def shared():
+    torch.manual_seed(4)
+    return Shared(), [
+        torch.randn(16, 5, generator=torch.Generator().manual_seed(i)) for i in range(7)
+    ]
+
+
+def convolutional():
+    return ready(act=nn.ReLU), batches(7)
+
+
+def converted():
+    return bn.convert(ready(act=nn.ReLU)), batches(7)
+
+
+def fused():
+    return ready(act=nn.Identity, norm=lambda c: bn.BatchNorm2d(c, activation="tanh")), batches(7)
+
+
+def channels_last():
+    return ready(act=nn.GELU).to(memory_format=torch.channels_last), [
+        x.to(memory_format=torch.channels_last) for x in batches(7)
+    ]
+
+
+def compiled():
+    return torch.compile(ready(act=nn.SiLU), backend="eager"), batches(7)
+
+
+def ours_compiled():
+    torch._dynamo.reset()
+    return torch.compile(ready(act=nn.ReLU), backend="batchnorm"), batches(7)
+
+
+def sparing():
+    return bn.save_memory(bn.convert(ready(act=nn.ReLU))), batches(7)
+
+
+@pytest.mark.parametrize(
+    ("make", "layers"),
+    [
+        (shared, ["norm", "norm (call 2)", "relu", "relu (call 2)"]),
+        (convolutional, ["1", "2", "4", "5"]),
+        (converted, ["1", "2", "4", "5"]),
+        (fused, ["1", "4"]),
+        (channels_last, ["1", "2", "4", "5"]),
+        pytest.param(compiled, ["1", "2", "4", "5"], marks=pytest.mark.slow),
+        pytest.param(ours_compiled, ["1", "2", "4", "5"], marks=pytest.mark.slow),
+        (sparing, ["1", "2", "4", "5"]),
+    ],
+)
+def test_a_training_is_what_it_is_without_and_every_layer_is_seen(make, layers):
+    model, data = make()
+    torch.manual_seed(3)
+    expected = train(model, data).state_dict()
+    model, data = make()
+    before = [dict(vars(module)) for module in model.modules()]
+    with bn.observe(model, every=3, batches=2) as observer:
+        torch.manual_seed(3)
+        got = train(model, data).state_dict()
+    # Measured steps of a compiled model run uncompiled: other kernels, other rounding.
+    near = tolerance("float32", count=512, ratio=16) if make is ours_compiled else (0, 0)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=near[0], atol=near[1], msg=name)
+    assert {one.step for one in observer.observations} == {1, 3, 6}
+    assert sorted({one.layer for one in observer.observations}) == sorted(layers)
+    assert all(one.percentiles for one in observer.observations)
+    assert all(one.mean_change is not None for one in observer.observations if one.step > 1)
+    for attributes, module in zip(before, model.modules()):
+        assert "forward" not in vars(module) or "forward" in attributes
+        assert not module._forward_hooks or module._forward_hooks == attributes["_forward_hooks"]
+    observer.close()
+    train(model, data[:3])
+    assert observer.steps == 7
+
+
+def test_what_a_fused_activation_gets_is_computed_and_its_flat_share_too():
+    model, data = fused()
+    apart = ready(act=nn.Tanh)
+    with bn.observe(model, every=2) as one, bn.observe(apart, every=2) as two:
+        train(model, data[:2])
+        train(apart, data[:2])
+    for name, act in (("1", "2"), ("4", "5")):
+        got = next(o for o in one.observations if (o.step, o.layer) == (2, name))
+        expected = next(o for o in two.observations if (o.step, o.layer) == (2, act))
+        near = tolerance("float32", ratio=16)
+        assert got.percentiles == pytest.approx(expected.percentiles, rel=near.rtol, abs=near.atol)
+        assert got.flat == pytest.approx(expected.flat, abs=1 / 500)
+
+
+def test_an_observed_compiled_model_is_compiled_once_and_a_later_compiled_form_is_not_seen():
+    model, data = ready(), batches(9)
+    for observed, steps in (("compiled", {1, 3, 6, 9}), ("original", set())):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        target = compiled if observed == "compiled" else model
+        with bn.observe(target, every=3, batches=1) as observer:
+            train(compiled, data)
+        assert counter.frame_count == 1
+        assert {one.step for one in observer.observations} == steps
+    assert "torch.compile(model)" in str(observer)
+
+
+def test_only_training_steps_count_and_a_failed_one_leaves_no_trace():
+    model = ready()
+    x = batches(1)[0]
+    with bn.observe(model, every=1) as observer:
+        model.eval()(x)
+        with torch.no_grad():
+            model.train()(x)
+        assert observer.steps == 0
+        assert "No training step was seen" in str(observer)
+        with pytest.raises(RuntimeError, match="channels"):
+            model(torch.randn(2, 3, 8, 8))
+        assert not any("forward" in vars(module) for module in model.modules())
+        assert not observer.observations
+        train(model, batches(2))
+    assert [one.step for one in observer.observations] == [2] * 4 + [3] * 4
+
+
+def test_copies_of_an_observed_model_are_not_observed(tmp_path):
+    model = ready()
+    with bn.observe(model, every=1, jsonl=tmp_path / "lines") as observer:
+        train(model, batches(1))
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            train(twin, batches(1))
+    assert observer.steps == 1
+
+
+class Scalars(dict):
+    def add_scalar(self, tag, value, step):
+        self[tag, step] = value
+
+
+def test_lines_scalars_and_memory_have_the_same_numbers(tmp_path):
+    path, scalars = tmp_path / "lines.jsonl", Scalars()
+    model = ready()
+    with bn.observe(model, every=2, batches=2, jsonl=path, tensorboard=scalars) as observer:
+        train(model, batches(4))
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert len(lines) == len(observer.observations) == 12
+    for line, one in zip(lines, observer.observations, strict=True):
+        assert tuple(line.pop("percentiles")) == one.percentiles
+        assert line == {name: getattr(one, name) for name in line}
+        assert scalars[f"batchnorm/{one.layer}/p50", one.step] == statistics.median(one.percentiles)
+        for name, value in one.numbers():
+            assert scalars[f"batchnorm/{one.layer}/{name}", one.step] == value
+
+
+def test_a_full_disk_ends_the_file_and_not_the_training():
+    model = ready()
+    with bn.observe(model, every=1, jsonl="/dev/full") as observer:
+        with pytest.warns(UserWarning, match="/dev/full gets no more observations"):
+            train(model, batches(1))
+        train(model, batches(1))
+    assert observer.steps == 2
+
+
+def test_inputs_without_moments_are_passed_on():
+    """Empty batches, one-dimensional inputs, and a constant channel beside others."""
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.ReLU())
+    flat = nn.Sequential(nn.Tanh())
+    with bn.observe(model, every=1) as observer, bn.observe(flat, every=1) as other:
+        flat(torch.randn(4))
+        x = torch.randn(8, 3) * torch.tensor([1.0, 0.0, 2.0])
+        model(x)
+        model(x)
+    assert "in which no layer was called" in str(other)
+    last = next(one for one in observer.observations if one.step == 2)
+    assert last.mean_change is None  # of one batch in the window
+    assert last.mean_drift == 0
+    assert last.largest_inverse == pytest.approx(1e5**0.5)
+
+
+def test_masked_layers_are_measured_where_the_mask_is():
+    layer = bn.BatchNorm1d(2)
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x, mask):
+            return self.layer(x, mask=mask)
+
+    x = torch.randn(3, 2, 5)
+    mask = torch.arange(5) < torch.tensor([5, 2, 3])[:, None]
+    model = Masked()
+    with bn.observe(model, every=1) as observer:
+        model(torch.where(mask[:, None], x, torch.nan), mask)
+    (one,) = observer.observations
+    expected = torch.stack([x[:, c][mask].double().var(correction=0) for c in range(2)])
+    assert one.largest_inverse == pytest.approx(float((expected + 1e-5).rsqrt().max()))
+    assert one.percentiles == ()
+
+
+def test_every_renderer_shows_the_report():
+    model = ready()
+    with bn.observe(model, every=2) as observer:
+        train(model, batches(6))
+    report = observer.report()
+    for text in (str(observer), to_markdown(report), to_json(report)):
+        assert "Change of μ per step" in text
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "said"),
+    [
+        (nn.Linear(2, 2), {}, "batch normalizations or activation modules"),
+        (nn.Sequential(nn.ReLU()), {"every": 0}, "every to be an integer >= 1, got 0"),
+        (nn.Sequential(nn.ReLU()), {"batches": 2.5}, "batches to be an integer"),
+        (nn.BatchNorm1d(2), {}, "layers inside, got a single BatchNorm1d"),
+        (nn.DataParallel(nn.ReLU()), {}, "DistributedDataParallel"),
+    ],
+)
+def test_what_cannot_be_observed_is_refused(model, options, said):
+    with pytest.raises(OptionError, match=said):
+        bn.observe(model, **options)
+    assert not model._forward_pre_hooks
+
+
+def test_memory_is_bounded_and_keeps_the_whole_training(monkeypatch):
+    monkeypatch.setattr("batchnorm.observation.observer.MOST", 8)
+    model, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), torch.randn(4, 2)
+    with bn.observe(model, every=1) as observer:
+        for _ in range(100):
+            model(x)
+    steps = [one.step for one in observer.observations]
+    assert len(steps) <= 8
+    assert (steps[0], steps[-1]) == (1, 100)
