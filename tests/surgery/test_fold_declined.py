@@ -176,9 +176,17 @@ def test_a_class_of_its_own_is_left():
     assert "class of its own" in reason(model)
 
 
-def test_a_mask_is_told():
-    model = net(lambda m, x: m.norm(m.conv(x), mask=x[:, 0] > 0), norm=bn.BatchNorm2d(3))
-    assert "mask" in reason(model)
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        lambda x: {"mask": x[:, 0] > 0},
+        lambda x: {"weights": x[:, :1].abs()},  # floating and of the rank of a residual
+    ],
+    ids=["mask", "weights"],
+)
+def test_a_choice_of_elements_is_told(chosen):
+    model = net(lambda m, x: m.norm(m.conv(x), **chosen(x)), norm=bn.BatchNorm2d(3))
+    assert "given a mask" in reason(model)
 
 
 def routed(m, x):

@@ -160,10 +160,11 @@ class Scene:
                 self.left[call.name] = found
                 continue
             inputs = [self.flow.values[v] for v in call.inputs]
-            # Of what a layer takes, only a residual is floating and of the input's rank.
-            if any(
+            # By position, only a residual is floating and of the input's rank.
+            odd = (
                 "float" not in v.dtype or len(v.shape) != len(inputs[0].shape) for v in inputs[1:]
-            ):
+            )
+            if not _SELECTING.isdisjoint(call.arguments) or any(odd):
                 self.left[call.name] = MASKED
             elif not 1 <= len(inputs) <= 2 or not call.outputs:
                 self.left[call.name] = ODD
@@ -252,3 +253,5 @@ class Scene:
 
 
 _STATISTICS = ("running_mean", "running_var")
+# Keywords of our layers' calls that choose elements.
+_SELECTING = {"mask", "lengths", "weights", "groups"}

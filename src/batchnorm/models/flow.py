@@ -72,7 +72,7 @@ class Call:
         writes: Numbers of the arguments that it wrote to, before the write.
         view: Whether an operator only made a view of an argument.
         arguments: Arguments of an operator by name, defaults included, each tensor as a ``Ref``;
-            empty for a module.
+            of a module, the tensors given by keyword.
         tells: Whether a module returned something besides tensors: a number, a string, an object.
     """
 

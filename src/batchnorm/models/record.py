@@ -101,7 +101,8 @@ class Record:
         number, outer = len(self.calls), self._within
         inputs = tuple(map(self.value, tensors_in((args, kwargs))))
         nth = self._count(name)
-        call = Call(number, name, True, leaf, "", nth, outer, inputs)
+        named = {k: Ref(self.value(t)) for k, t in kwargs.items() if isinstance(t, Tensor)}
+        call = Call(number, name, True, leaf, "", nth, outer, inputs, arguments=named)
         self.calls.append(call)
         self._within = number
         try:
