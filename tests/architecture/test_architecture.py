@@ -1,4 +1,4 @@
-"""The house, as data: who may import whom, and how large things may grow."""
+"""Import levels of the package as data, and limits on the size of files and functions."""
 
 import ast
 import functools
@@ -9,8 +9,8 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1]
 SOURCE = TESTS.parent / "src" / "batchnorm"
 
-# Lowest first; rooms on one level do not know each other. A file imports lower levels, or files of
-# its own room; never a package's __init__.
+# Lowest first. A file imports files of lower levels or of its own package, none of another package on
+# its level, and never a package's __init__.
 LEVELS = [
     {"errors", "compat", "progress", "recycling", "version", "_native"},
     {"files", "layout"},
@@ -29,7 +29,7 @@ LEVELS = [
     {"demo", "benchmark", "integrations", "insertion"},
     {"cli"},
 ]
-# Of the report's room, others use its face; cli and the pages of env() are lazy on purpose.
+# Other packages import report/__init__; cli and benchmark import inside of functions to start quickly.
 FACES = {"batchnorm.report"}
 LAZY = {"cli", "benchmark"}
 

@@ -267,7 +267,11 @@ def test_float64_inputs_get_float64_statistics(backend, layout):
 
 # What torch's vectors of exp and tanh round differently from the remainder beside them, whose border
 # threads move, is rounded away: these are computed in float64.
-UNSEEN = [(route, "relu", layout) for route, layout in WAYS if route in BACKENDS]
+UNSEEN = [
+    (route, "relu", layout)
+    for route, layout in WAYS
+    if route in BACKENDS and (route != "reference" or layout in ("(N,C)", "NCHW", "axis=0"))
+]
 UNSEEN += [(r, act, "NCHW") for r in BACKENDS for act in ("silu", "sigmoid", "gelu_tanh")]
 UNSEEN += [("compiled", "relu", "NCHW"), ("mask", "silu", "(N,C)"), ("func", "sigmoid", "NCHW")]
 

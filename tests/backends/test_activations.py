@@ -85,7 +85,7 @@ def test_backward_is_what_autograd_makes_of_the_value(act):
 
 
 @pytest.mark.parametrize("act", [act for act in ALL if act.from_output], ids=str)
-def test_the_relu_family_has_its_gradient_from_its_output_too(act):
+def test_gradients_of_relus_are_the_same_from_the_output(act):
     z = torch.tensor([*POINTS, 0.0, -0.0, 6.0, math.inf, -math.inf, math.nan])
     dy = torch.randn(len(z))
     torch.testing.assert_close(
@@ -93,7 +93,7 @@ def test_the_relu_family_has_its_gradient_from_its_output_too(act):
     )
 
 
-def test_no_other_activation_claims_that():
+def test_only_relus_with_a_slope_above_zero_have_their_gradient_from_the_output():
     assert [act.name for act in ALL if act.from_output] == ["relu", "relu6", "leaky_relu"]
     assert not Activation("leaky_relu", -0.5).from_output
     assert not Activation("leaky_relu", 0.0).from_output
@@ -108,7 +108,7 @@ def test_a_module_of_torch_names_an_activation_and_computes_the_same(module, tex
 
 
 @pytest.mark.parametrize("module", {type(m): m for m, _ in MODULES}.values(), ids=repr)
-def test_its_class_stands_for_the_module_with_defaults(module):
+def test_a_class_of_torch_names_the_activation_with_its_defaults(module):
     assert activation(type(module)) == activation(type(module)())
 
 
@@ -119,7 +119,7 @@ def test_every_activation_is_read_back_from_its_text(name, slope):
     assert activation(str(act)) == act
 
 
-def test_nothing_and_an_activation_stand_for_themselves():
+def test_none_is_the_identity_and_an_activation_is_itself():
     assert activation(None) is IDENTITY
     for act in ALL:
         assert activation(act) is act
@@ -156,7 +156,7 @@ class MyReLU(nn.ReLU):
     ],
     ids=lambda spec: getattr(spec, "__name__", repr(spec)),
 )
-def test_anything_else_is_refused_with_the_list_of_what_there_is(spec):
+def test_an_unknown_activation_is_refused_with_the_list_of_known_ones(spec):
     with pytest.raises(OptionError, match="expected an activation that can be fused") as caught:
         activation(spec)
     assert all(name in str(caught.value) for name in NAMES)

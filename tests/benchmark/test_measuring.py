@@ -83,6 +83,7 @@ def fail():
 
 
 @glibc
+@pytest.mark.slow
 def test_kept_regime_keeps_freed_pages_also_after_calls_that_failed():
     with processes("kept", 1) as call:
         assert call(served.allocator) in ("tcmalloc", "glibc that keeps pages")

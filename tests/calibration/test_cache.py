@@ -129,6 +129,12 @@ def skipping():
     return Calls(skip, pool=nn.MaxPool2d(2, return_indices=True), last=last, **parts)
 
 
+def small_resnet():
+    """Return a ResNet of one block per stage."""
+    resnet = torchvision().models.resnet
+    return resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=4)
+
+
 NETS = {
     "inplace residual": lambda: nn.Sequential(nn.Conv2d(3, 4, 1), *(residual() for _ in range(3))),
     "flat": lambda: nn.Sequential(
@@ -137,11 +143,9 @@ NETS = {
         nn.Conv2d(5, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.ReLU(True), nn.LazyBatchNorm1d(),
     ),
     "skips": lambda: nn.Sequential(nn.Conv2d(3, 4, 1), skipping(), skipping()),
-    "ours": lambda: bn.convert(torchvision().models.resnet18(num_classes=4)),
+    "ours": lambda: bn.convert(small_resnet()),
     "dense": lambda: torchvision().models.DenseNet(8, (2, 2), 8, num_classes=4),
-    "channels last": lambda: torchvision().models.resnet18(num_classes=4).to(
-        memory_format=torch.channels_last
-    ),
+    "channels last": lambda: small_resnet().to(memory_format=torch.channels_last),
 }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_exact_on_every_kind_of_layer(kind, training):
+def test_statistics_are_exact_on_every_kind_of_layer(kind, training):
     layer = LAYERS[kind]()
     model = nn.Sequential(layer, nn.Dropout(0.5)).train(training)
     before = dict(layer.__dict__)
@@ -46,7 +46,7 @@ def test_exact_on_every_kind_of_layer(kind, training):
     assert "forward" not in layer.__dict__ and not layer._forward_pre_hooks
 
 
-def test_whole_networks_of_others():
+def test_networks_of_torchvision_and_timm_are_calibrated():
     for model in (
         timm().create_model("resnet10t", num_classes=4),
         torchvision().models.resnet18(num_classes=4),

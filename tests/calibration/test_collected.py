@@ -89,7 +89,7 @@ def test_without_a_batch_there_are_no_groups_of_moments():
 
 
 @pytest.mark.parametrize("waiting", [1, 48, 1 << 19])
-def test_who_asks_in_between_changes_no_bit(waiting, monkeypatch):
+def test_reading_groups_between_batches_changes_no_bit(waiting, monkeypatch):
     batches = batches_of(200, seed=1)
     alone = collect(batches, waiting, monkeypatch)
     asked = Collected(CHANNELS)

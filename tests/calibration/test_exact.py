@@ -163,7 +163,7 @@ def test_limits_are_kept_and_cut_the_last_batch(limits, batches, samples):
     assert len(list(stream)) == 4 - batches
 
 
-def test_what_cannot_be_cut_is_left_out_unless_it_is_all():
+def test_a_batch_that_cannot_be_cut_is_left_out_unless_it_is_the_first():
     data = [{"x": x, "edges": torch.zeros(5, 3)} for x in images()]
     for limit, samples in ((8, 7), (3, 7)):
         found = bn.calibrate(

@@ -90,7 +90,7 @@ def test_what_does_not_belong_together_is_not_merged():
         (lambda: nn.Sequential(*network()[:3], nn.BatchNorm1d(5, track_running_stats=False)), "keeps no statistics"),
     ],
 )  # fmt: skip
-def test_applied_to_another_model_it_changes_nothing(model, words):
+def test_a_calibration_applied_to_another_model_is_refused_and_changes_nothing(model, words):
     found, model = bn.calibrate(network(), data(0)), model()
     with refused(CalibrationError, words, model):
         found.apply(model)
@@ -115,7 +115,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         bn.Calibration.load(tmp_path / "nothing")
 
 
-def test_without_the_packages_it_says_what_to_install(tmp_path, monkeypatch):
+def test_calibration_files_without_their_packages_say_what_to_install(tmp_path, monkeypatch):
     found = bn.calibrate(network(), data(0))
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(MissingExtraError, match="pip install safetensors"):
@@ -125,7 +125,7 @@ def test_without_the_packages_it_says_what_to_install(tmp_path, monkeypatch):
         found.plot()
 
 
-def test_change_is_told_in_standard_errors():
+def test_the_change_is_printed_in_standard_errors():
     layer = nn.BatchNorm1d(4)
     bn.calibrate(layer, data(1, batches=40))
     again = bn.calibrate(layer, data(2, batches=40)).layers[""]
@@ -181,7 +181,7 @@ def states(count=3):
     return found
 
 
-def test_everything_else_is_averaged_or_taken_with_sense():
+def test_weights_are_averaged_counters_added_and_the_rest_is_taken_from_one_state():
     given_states, counts = states(), [1, 5, 2]
     before = copy.deepcopy(given_states)
     merged = bn.merge_states(given_states, counts)

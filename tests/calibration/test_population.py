@@ -11,6 +11,7 @@ from batchnorm.calibration.population import levels
 from batchnorm.errors import CalibrationError
 from support.calibrated import dense, received, statistics
 from support.combinations import each
+from support.lanes import lanes
 from support.oracle import tolerance
 from support.third_party import timm, torchvision
 from support.twins import Calls, assert_close, refused
@@ -81,7 +82,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", lanes(NETWORKS, fast=["timm resnet10t"], slow=NETWORKS))
 def test_parallel_branches_share_a_pass(name):
     build, layers, passes = NETWORKS[name]
     torch.manual_seed(1)

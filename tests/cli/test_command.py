@@ -107,8 +107,10 @@ for package in PACKAGES:
 @pytest.mark.parametrize(
     "packages",
     [
-        ("typer", "matplotlib"),
-        pytest.param(("rich", "jinja2", "sklearn", "safetensors"), marks=pytest.mark.slow),
+        ("typer",),
+        pytest.param(
+            ("matplotlib", "rich", "jinja2", "sklearn", "safetensors"), marks=pytest.mark.slow
+        ),
     ],
     ids=", ".join,
 )

@@ -50,7 +50,7 @@ def test_weights_move_by_a_share_of_their_size():
     assert bias.largest == pytest.approx(1.0)
 
 
-def test_keys_shapes_and_dtypes():
+def test_diff_names_keys_shapes_and_dtypes_that_differ():
     a, b = net().state_dict(), net().state_dict()
     del b["2.bias"]
     b["extra"] = torch.zeros(2)
@@ -79,7 +79,7 @@ def test_equal_states_are_the_same_whatever_they_hold(value):
 
 
 @pytest.mark.parametrize("ending", [".pt", ".safetensors"])
-def test_status_and_text(tmp_path, ending):
+def test_diff_has_exit_statuses_and_prints_text(tmp_path, ending):
     a, b = net().state_dict(), net().state_dict()
     b["1.running_mean"] = a["1.running_mean"] + 1
     one, other = saved(tmp_path / f"a{ending}", a), saved(tmp_path / f"b{ending}", b)

@@ -43,7 +43,7 @@ def folded(*arguments):
     return run("fold", "--model", "folded_net:build", "--out", "folded.pt", *arguments)
 
 
-def test_it_writes_a_folded_checkpoint_and_prints_the_proof(folder):
+def test_fold_writes_a_folded_checkpoint_and_prints_the_proof(folder):
     import folded_net
 
     model = folded_net.build().eval()
@@ -61,7 +61,7 @@ def test_it_writes_a_folded_checkpoint_and_prints_the_proof(folder):
     assert_close(again(folded_net.example), expected, ratio=16)
 
 
-def test_the_report_as_json(folder):
+def test_fold_prints_its_report_as_json(folder):
     done = folded("--example", "folded_net:example", "--json")
     found = json.loads(done.stdout)
     assert found["folded"] == ["1"] and list(found["left"]) == ["5"]
@@ -77,7 +77,7 @@ def test_the_report_as_json(folder):
         (("--example", "folded_net:example", "--checkpoint", "none.pt"), 1, "none.pt"),
     ],
 )
-def test_what_cannot_be_done_is_told_in_one_line_and_writes_nothing(folder, arguments, code, said):
+def test_fold_refuses_in_one_line_and_writes_nothing(folder, arguments, code, said):
     done = folded(*arguments)
     assert done.exit_code == code
     assert said in done.stderr and "Traceback" not in done.stderr

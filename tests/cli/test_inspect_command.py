@@ -172,7 +172,7 @@ def test_every_rule_explains_itself(rule):
     assert not rule.title.endswith(".") and rule.why.endswith(".") and rule.remedy.endswith(".")
 
 
-def test_a_rule_that_is_not_there_is_named_with_those_that_are():
+def test_an_unknown_rule_is_refused_with_the_list_of_known_ones():
     ids = [rule.id for rule in CHECKPOINT]
     assert ids == sorted(set(ids))
     done = inspected("--explain", "BN999")
@@ -195,7 +195,7 @@ def test_the_page_of_the_rules_is_of_these_rules(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_in_a_process_it_needs_no_other_package_than_it_says(files):
+def test_inspect_in_a_process_imports_no_undeclared_package(files):
     done = command("inspect", "wrong.pt", cwd=files)
     assert (done.returncode, done.stderr) == (1, "")
     assert "2 batch norms; 1 error" in done.stdout

@@ -37,7 +37,7 @@ def outcomes(request, folder):
     }
 
 
-def test_each_file_is_read_or_refused_as_it_should_be(outcomes):
+def test_hostile_files_are_read_or_refused_by_name(outcomes):
     wrong = {}
     for name, (path, words, result) in outcomes.items():
         outcome, message = result["outcome"], result["message"]
@@ -48,17 +48,17 @@ def test_each_file_is_read_or_refused_as_it_should_be(outcomes):
     assert not wrong
 
 
-def test_peaks_are_bounded_by_the_size_of_the_tensors(outcomes):
+def test_memory_for_a_hostile_file_is_bounded_by_its_size(outcomes):
     for name, (path, _, result) in outcomes.items():
         size = path.stat().st_size
         assert result.get("grown", 0) <= 2 * size + hostile.SPARE, name
 
 
-def test_none_takes_ten_seconds(outcomes):
+def test_no_hostile_file_takes_ten_seconds(outcomes):
     assert max(result["seconds"] for _, _, result in outcomes.values()) < 10
 
 
-def test_no_code_was_run(outcomes, folder):
+def test_no_code_in_a_hostile_file_is_run(outcomes, folder):
     assert not (folder / "ran").exists()
 
 

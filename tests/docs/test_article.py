@@ -32,7 +32,7 @@ def test_the_convolutional_example_in_use():
     (convolutional, bn.BatchNorm2d, nn.BatchNorm2d, IMAGE),
     (dense, bn.BatchNorm1d, nn.BatchNorm1d, torch.randn(8, 4, generator=torch.Generator().manual_seed(1))),
 ])  # fmt: skip
-def test_both_examples_in_training(build, ours, theirs, x):
+def test_both_examples_of_the_article_in_training(build, ours, theirs, x):
     a, b = build(ours), build(theirs)
     for _ in range(3):
         assert_close(a(x), b(x), ratio=8)

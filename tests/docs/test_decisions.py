@@ -10,7 +10,7 @@ PAGES = sorted(ROOT.glob("docs/decisions/*.md"))
 PARTS = ("Status", "Context", "Decision", "Consequence")
 
 
-def test_numbers_are_in_a_row():
+def test_decisions_are_numbered_in_a_row():
     numbers = [int(page.name[:4]) for page in PAGES]
     assert numbers == list(range(1, len(PAGES) + 1))
 
@@ -22,6 +22,6 @@ def test_a_decision_has_all_parts(page):
     assert not missing
 
 
-def test_all_are_pages_of_the_site():
+def test_all_decisions_are_pages_of_the_site():
     site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert re.findall(r"decisions/([\w-]+\.md)", site) == [page.name for page in PAGES]

@@ -80,7 +80,7 @@ def alone(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_blocks_run(page, alone):
+def test_code_blocks_of_the_pages_run(page, alone):
     if "import torchvision" in page.read_text(encoding="utf-8"):
         third_party.torchvision()
     for example in parsed(page):
@@ -88,7 +88,7 @@ def test_blocks_run(page, alone):
             example.evaluate()
 
 
-def test_few_blocks_are_skipped():
+def test_few_code_blocks_of_the_pages_are_skipped():
     skipped = [
         f"{page.name}: {line}"
         for page in PAGES

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from support.third_party import torchvision
-from support.twins import randomize
+from support.twins import assert_close, randomize
 
 
 def random(model):
@@ -126,7 +126,7 @@ def test_checkpointed_regions_are_folded():
     run = compiled(model)
     x, dy = torch.randn(2, 3, 6, 6), torch.randn(2, 3, 6, 6)
     for one, other in zip(gradients(run, x, dy), gradients(exact, x.double(), dy), strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+        assert_close(one, other, size=64)
     assert bn.fused(run)["inner.1"].partners == ("conv2d",)
 
 
@@ -136,7 +136,7 @@ def test_every_normalization_of_a_resnet_is_folded():
     run = compiled(model)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(run(x), copy.deepcopy(model).eval()(x), rtol=1e-3, atol=1e-4)
+        assert_close(run(x), copy.deepcopy(model).eval()(x), size=64)
     assert all(one.partners == ("conv2d",) for one in bn.fused(run).values())
 
 
@@ -145,5 +145,5 @@ def test_a_model_that_folded_in_eager_mode_folds_in_a_graph_and_back():
     x = torch.randn(X)
     expected = model(x)
     assert type(model.conv1).__name__ == "FoldingConv2d"
-    torch.testing.assert_close(compiled(model)(x), expected, rtol=1e-4, atol=1e-4)
+    assert_close(compiled(model)(x), expected, size=64)
     torch.testing.assert_close(model(x), expected)

@@ -12,6 +12,7 @@ import batchnorm as bn
 from support.captured import assert_same, assert_same_buffers, compiled, step
 from support.checkpointed import C, Checkpointed, block, images
 from support.ranks import across_ranks
+from support.twins import assert_close
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -34,7 +35,7 @@ def test_checkpointed_region_draws_the_same_random_numbers_again():
     expected = step(model, x, 0)
     torch.manual_seed(5)
     found = step(other, x, 0)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert_close(found, expected, size=256)
 
 
 class Marked(nn.Module):
@@ -112,7 +113,7 @@ def test_hooks_of_a_module_see_its_result():
         model.bn.register_forward_hook(lambda m, args, y: seen.append(y.detach().clone()))
     torch.compiler.reset()
     assert_same(plain, other, [images()])
-    torch.testing.assert_close(seen[::2], seen[1::2], rtol=1e-12, atol=1e-12)
+    assert_close(seen[::2], seen[1::2], size=64)
 
 
 def test_converted_layers_with_options_equal_their_eager_step():
@@ -122,9 +123,7 @@ def test_converted_layers_with_options_equal_their_eager_step():
     plain = plain.double()
     other = compiled(plain)
     for seed in range(3):
-        torch.testing.assert_close(
-            step(other, images(seed), 0), step(plain, images(seed), 0), rtol=1e-9, atol=1e-9
-        )
+        assert_close(step(other, images(seed), 0), step(plain, images(seed), 0), size=256)
     assert_same_buffers(plain, other)
 
 
@@ -135,9 +134,7 @@ def distributed(rank):
     plain = nn.parallel.DistributedDataParallel(Checkpointed(reentrant=None))
     for seed in range(2):
         x = images(seed + 10 * rank)
-        torch.testing.assert_close(
-            step(wrapped, x, seed), step(plain, x, seed), rtol=1e-9, atol=1e-9
-        )
+        assert_close(step(wrapped, x, seed), step(plain, x, seed), size=256)
     return [one.partners for one in bn.fused(model).values()]
 
 

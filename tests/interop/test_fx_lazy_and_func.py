@@ -233,7 +233,7 @@ def test_update_bn_equals_torchs_where_estimators_are_kept():
 def test_converting_to_synchronized_layers_keeps_everything():
     ours, theirs = twins("2d", 4, momentum=0.3, eps=1e-3)
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(ours.eval()))[0]
-    assert_same_state(converted, theirs, rtol=0, atol=0)
+    assert_same_state(converted, theirs, exact=True)
     assert (converted.momentum, converted.eps, converted.training) == (0.3, 1e-3, False)
 
 

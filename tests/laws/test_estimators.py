@@ -12,7 +12,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.errors import EstimateError
 from batchnorm.estimators.bank import is_state
-from support.twins import assert_unchanged, snapshot
+from support.twins import assert_close, assert_unchanged, snapshot
 
 
 def batches(sizes, channels=3):
@@ -66,7 +66,7 @@ def test_evaluation_is_by_the_selected_one_of_several_estimates():
         missing, unexpected = plain.load_state_dict(net.state_dict(), strict=False)
         assert not missing and all(".estimators." in name for name in unexpected)
         y = net.eval()(x)
-        torch.testing.assert_close(y, plain.eval()(x), rtol=1e-4, atol=1e-5)
+        assert_close(y, plain.eval()(x), size=16)
         assert not any(torch.equal(y, other) for other in outputs)
         outputs.append(y)
 
@@ -165,7 +165,7 @@ def test_selecting_an_unknown_estimate_changes_no_layer_and_no_selection():
         bn.use_estimate(nn.Linear(2, 2), "running")
 
 
-def test_own_names_and_an_own_estimator():
+def test_estimators_have_names_of_the_users_and_may_be_a_class_of_the_users():
     class Latest:
         """Keeps the last mean alone, and the variance of the first batch."""
 

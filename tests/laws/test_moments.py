@@ -66,7 +66,7 @@ def lift(numbers, **more):
 
 @given(values)
 @ordinary
-def test_lifting_is_exact_up_to_rounding_wherever_the_values_lie(numbers):
+def test_moments_of_values_of_any_size_are_exact_up_to_rounding(numbers):
     assert_exact(lift(numbers), numbers)
 
 
@@ -184,7 +184,7 @@ def test_a_stream_of_two_thousand_parts_ends_where_the_whole_does():
 
 
 @each(channels_of_count=[1, 3], number=[1, 2, 3, 5, 7])
-def test_merging_along_an_axis_is_the_merge_of_two_again_and_again(number, channels_of_count):
+def test_merging_along_an_axis_is_merging_two_at_a_time(number, channels_of_count):
     generator = torch.Generator().manual_seed(number)
     count = torch.randint(0, 4, (7, channels_of_count), generator=generator).double()
     mean = 1e3 + torch.randn(7, 3, generator=generator, dtype=torch.float64)
@@ -347,7 +347,7 @@ def test_no_variance_is_left_where_the_correction_takes_the_whole_count():
         assert found.variance(1.5).isnan().all()
 
 
-def test_lifting_leaves_no_trace_on_what_it_read():
+def test_moments_of_a_tensor_share_no_memory_and_no_graph_with_it():
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     before = x.detach().clone()
     for found in (Moments.of(x), Moments.of(x, mask=torch.ones(4, dtype=bool))):
@@ -415,6 +415,6 @@ def test_values_that_are_not_real_floats_are_refused(dtype):
 
 
 @pytest.mark.parametrize("weight", [-1, -1e-300, math.nan, -math.inf])
-def test_a_part_is_not_weighed_by_less_than_nothing(weight):
+def test_a_negative_weight_of_moments_is_refused(weight):
     with pytest.raises(OptionError, match="weight >= 0"):
         Moments.zero(2).scale(weight)

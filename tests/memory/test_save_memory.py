@@ -223,7 +223,7 @@ def test_edits_before_backward_that_torch_refuses_are_refused(build, edit):
         assert "modified by an inplace operation" in failing(model, x, edit, save)
 
 
-def test_parameters_that_are_edited_behind_autograds_back():
+def test_a_write_by_data_before_backward_gives_the_gradients_without_it():
     """``.data`` is not seen by torch: gradients of the convolution are those of the old y."""
 
     def edit(model):
@@ -278,7 +278,7 @@ def test_outer_hooks_still_see_what_is_kept():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_blocks_that_are_checkpointed(reentrant):
+def test_checkpointed_blocks_have_the_same_bits(reentrant):
     class Checkpointed(nn.Module):
         def __init__(self) -> None:
             super().__init__()

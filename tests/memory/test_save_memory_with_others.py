@@ -72,7 +72,7 @@ def test_a_block_inside_a_transform_changes_nothing():
 
 
 @pytest.mark.filterwarnings("ignore:Sparse", "ignore:The .grad attribute of a Tensor that is not")
-def test_saved_tensors_that_have_no_storage():
+def test_sparse_tensors_saved_for_backward_have_the_same_bits():
     class Graph(nn.Module):
         def __init__(self) -> None:
             super().__init__()

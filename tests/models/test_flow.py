@@ -135,7 +135,7 @@ def test_a_write_through_a_view_is_a_write_to_its_base():
     assert found.producer(view.number).view
 
 
-def test_a_layer_that_writes_in_place_is_told_by_its_own_call():
+def test_a_layer_that_writes_in_place_is_the_producer_of_the_result():
     found = followed(lambda m, x: m.act(m.an(m.a(x))), act=nn.ReLU(inplace=True))
     assert found.sole_consumer(out(found, "an")).name == "act"
     assert found.producer(out(found, "act")).name == "act"
@@ -199,7 +199,7 @@ READS = {
 
 @pytest.mark.parametrize("how", READS)
 @pytest.mark.parametrize("grad", [True, False])
-def test_a_read_by_python_is_told_with_its_place(how, grad):
+def test_a_read_by_python_is_recorded_with_its_module(how, grad):
     reader = net(lambda m, y: (READS[how](m, y), y)[1])
     with torch.set_grad_enabled(grad):
         found = followed(lambda m, x: m.an(m.reader(m.a(x))), reader=reader)
@@ -214,7 +214,7 @@ def test_masks_give_sizes_to_python_and_indices_do_not():
     assert read.how == "__getitem__"
 
 
-def test_both_ways_of_a_branch_are_told_apart_by_a_read():
+def test_a_branch_on_a_value_is_recorded_as_a_read():
     """The layer in the branch that was not taken is only known to exist."""
 
     def call(m, x):
@@ -271,7 +271,7 @@ class Fills(torch.autograd.Function):
         return dy * 2
 
 
-def test_memory_filled_out_of_sight_is_told():
+def test_memory_that_an_unseen_kernel_has_filled_is_reported():
     found = followed(lambda m, x: m.an(Fills.apply(m.a(x))))
     assert found.unseen == (
         "what filled the memory that aten.native_batch_norm.default reads in module 'an'",
@@ -381,12 +381,12 @@ def odd(m, x):
     m.b.forward = m.c.forward
     y = m.bn(m.an(F.dropout(m.a(x))))
     if m.fails:
-        raise ValueError("in the midst")
+        raise ValueError("while it runs")
     return y
 
 
 @pytest.mark.parametrize("fails", [True, False])
-def test_nothing_is_left_on_the_model(fails):
+def test_following_a_pass_leaves_the_model_as_it_was(fails):
     model = net(odd, fails=fails, norm=3)
     model.register_buffer("memory", torch.zeros(4))
     model.b.eval()
@@ -394,7 +394,7 @@ def test_nothing_is_left_on_the_model(fails):
     numbers = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     x = torch.randn(6, 4)
     torch.set_rng_state(numbers[0])
-    said = pytest.raises(SurgeryError, match="in the midst") if fails else contextlib.nullcontext()
+    said = pytest.raises(SurgeryError, match="while it runs") if fails else contextlib.nullcontext()
     with unchanged(model), said:
         assert flow(model, x).calls_of("an")
     assert list(model.an._forward_hooks.values()) == [hook]

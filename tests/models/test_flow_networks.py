@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.models.flow import Flow
 from batchnorm.models.following import flow
+from support.lanes import lanes
 from support.third_party import torchvision
 from support.twins import unchanged
 
@@ -20,6 +21,7 @@ NETWORKS = {
     "googlenet": {"num_classes": 4, "aux_logits": False, "init_weights": False},
     "shufflenet_v2_x0_5": {"num_classes": 4},
 }
+LARGE = {"densenet121", "googlenet"}
 # In shufflenet, halves of one tensor go two ways; a flow counts what lies in one memory together.
 HALVES = {"shufflenet_v2_x0_5"}
 VIEWS = {"flatten", "view", "chunk", "transpose", "contiguous", "size", "getattr", "getitem"}
@@ -35,7 +37,7 @@ class Followed(NamedTuple):
     trained: Flow
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(scope="module", params=lanes(NETWORKS, fast=NETWORKS.keys() - LARGE, slow=LARGE))
 def network(request):
     torch.manual_seed(1)
     model = torchvision().models.get_model(request.param, weights=None, **NETWORKS[request.param])

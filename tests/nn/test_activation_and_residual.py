@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import batchnorm as bn
 from batchnorm.errors import DtypeError
 from support.combinations import each, pairs
-from support.twins import KIND, PAIRS, SHAPES, assert_same_state, randomize
+from support.twins import KIND, PAIRS, SHAPES, assert_close, assert_same_state, randomize
 
 # What a user may write -> the module that it must equal.
 ACTIVATIONS = {
@@ -30,7 +30,6 @@ ACTIVATIONS = {
     "sigmoid": nn.Sigmoid(),
     "tanh": nn.Tanh(),
 }
-CLOSE = {"rtol": 1e-4, "atol": 3e-5}
 
 
 def both(kind, activation):
@@ -63,7 +62,7 @@ def test_an_activation_equals_the_module_behind_the_layer(rank, name, with_resid
 
     got = run(ours, list(ours.parameters()), x, residual, cotangent)
     expected = run(composed, list(theirs.parameters()), x, residual, cotangent)
-    torch.testing.assert_close(got, expected, **CLOSE)
+    assert_close(got, expected, size=32)
     assert_same_state(ours, theirs)
 
 
@@ -101,7 +100,7 @@ def test_a_residual_broadcasts_as_in_torch_add(shapes, training):
     expected = run(
         lambda x, r: nn.functional.silu(theirs(x) + r), list(theirs.parameters()), x, r, cotangent
     )
-    torch.testing.assert_close(got, expected, **CLOSE)
+    assert_close(got, expected, size=32)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +114,8 @@ def test_a_residual_promotes_as_in_torch_add(of_x, of_r):
         y = ours(x, r)
         assert y.dtype == (torch.ones(1, dtype=of_x) + torch.ones(1, dtype=of_r)).dtype
         expected = torch.relu(wide(x.double()) + r.double())
-        torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=6e-2)
+        eps = max(torch.finfo(d).eps for d in (of_x, of_r) if d.is_floating_point)
+        torch.testing.assert_close(y.double(), expected, rtol=2 * eps, atol=8 * eps)
 
 
 @pytest.mark.parametrize("rank", [4, 5])
@@ -129,7 +129,7 @@ def test_a_residual_of_another_memory_format_is_added_element_by_element(rank):
                                         .transpose(2, 3))):  # fmt: skip
         got = run(ours, list(ours.parameters()), a, b, c)
         expected = run(lambda x, r: torch.relu(theirs(x) + r), list(theirs.parameters()), a, b, c)
-        torch.testing.assert_close(got, expected, **CLOSE)
+        assert_close(got, expected, size=32)
 
 
 def test_an_output_changed_in_place_before_backward_is_an_error_not_a_wrong_value():
@@ -147,7 +147,8 @@ def test_autocast_leaves_residual_and_activation_as_torch_computes_them():
     with torch.autocast("cpu", torch.bfloat16):
         y, expected = layer(x, r), torch.relu(theirs(x) + r)
     assert y.dtype == expected.dtype
-    torch.testing.assert_close(y, expected, rtol=2e-2, atol=3e-2)
+    eps = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(y, expected, rtol=2 * eps, atol=4 * eps)
 
 
 def test_a_residual_that_is_a_number_promotes_as_in_torch_add():

@@ -12,6 +12,7 @@ from batchnorm.moments import Moments
 from batchnorm.ops.autograd.shared import Sharing
 from support.combinations import each
 from support.ranks import across_ranks
+from support.twins import assert_close
 
 IDS = torch.tensor([2, 0, 0, 2, 1, 1, 2, 0, 1])
 
@@ -61,7 +62,7 @@ def test_each_group_is_trained_and_used_like_a_layer_of_its_own(affine, rule):
     expected = [torch.stack(grads) for grads in zip(*rows, strict=True)]
     if affine == "shared":
         expected = [grads.sum(0) for grads in expected]
-    torch.testing.assert_close(list(found), expected, rtol=1e-5, atol=1e-4)
+    assert_close(list(found), expected, size=64)
     for group, one in enumerate(layers):
         torch.testing.assert_close(layer.group_mean[group], one.running_mean)
         torch.testing.assert_close(layer.group_var[group], one.running_var)
@@ -132,7 +133,7 @@ def test_ghost_batches_are_runs_of_samples(case):
     )
     expected.backward(cotangent)
     torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(x.grad, other.grad, rtol=1e-4, atol=1e-5)
+    assert_close(x.grad, other.grad, size=16)
     plain = bn.BatchNorm2d(4)
     plain(x)
     torch.testing.assert_close(layer.running_var, plain.running_var)
@@ -172,7 +173,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_makes_no_groups_is_refused(name):
+def test_bad_options_and_ids_of_groups_are_refused(name):
     make, message = REFUSED[name]
     with pytest.raises(BatchNormError, match=message):
         make()
@@ -234,8 +235,8 @@ def test_gradients_flow_through_adjusted_statistics(detached, chosen):
         )
         expected = expected + filled.movedim(-1, 1)
     expected.backward(dy)
-    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(x.grad, other.grad, rtol=1e-8, atol=1e-10)
+    assert_close(y, expected, size=64)
+    assert_close(x.grad, other.grad, size=256)
     whole = bn.BatchNorm1d(3, dtype=torch.float64)
     whole(x, **named)
     torch.testing.assert_close(layer.running_var, whole.running_var)
@@ -250,10 +251,10 @@ def test_synced_merges_each_group_over_the_ranks():
     x.requires_grad_()
     y = whole(x, groups=ids, weights=weights)
     y.backward(dy)
-    torch.testing.assert_close(torch.cat([one[0] for one in found]), y, rtol=1e-5, atol=1e-5)
+    assert_close(torch.cat([one[0] for one in found]), y, size=16)
     gradient = torch.cat([one[1] for one in found])
-    torch.testing.assert_close(gradient, x.grad, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found[0][2] + found[1][2], whole.weight.grad, rtol=1e-4, atol=1e-5)
+    assert_close(gradient, x.grad, size=16)
+    assert_close(found[0][2] + found[1][2], whole.weight.grad, size=16)
     for one in found:
         torch.testing.assert_close(one[3], whole.running_var)
 

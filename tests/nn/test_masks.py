@@ -8,7 +8,7 @@ from support.combinations import each
 from support.twins import assert_unchanged, snapshot
 
 
-def test_evaluation_with_a_mask():
+def test_evaluation_with_a_mask_reads_and_writes_only_what_counts():
     layer = bn.BatchNorm1d(3, activation="sigmoid").eval()
     x, cotangent = torch.randn(2, 4, 3, 5)
     mask = torch.rand(4, 5) < 0.5

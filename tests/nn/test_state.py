@@ -12,7 +12,15 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from support.combinations import each, pairs
-from support.twins import PAIRS, assert_same_state, assert_unchanged, randomize, snapshot, twins
+from support.twins import (
+    PAIRS,
+    assert_close,
+    assert_same_state,
+    assert_unchanged,
+    randomize,
+    snapshot,
+    twins,
+)
 
 LARGE = torch.tensor([1e6, 70000.123, 1 / 3])
 SEVERAL = [
@@ -118,8 +126,8 @@ def test_half_precision_training_follows_the_float32_statistics():
         x = (torch.randn(64, 3) + i * 0.01).half()
         wide(x.float())
         half(x)
-    torch.testing.assert_close(half.running_mean, wide.running_mean, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(half.running_var, wide.running_var, rtol=1e-6, atol=0)
+    assert_close(half.running_mean, wide.running_mean, size=2)
+    assert_close(half.running_var, wide.running_var, size=2)
 
 
 def test_a_model_made_on_the_meta_device_becomes_real():
@@ -173,7 +181,7 @@ def test_state_dicts_have_torchs_keys_order_shapes_and_dtypes(kind, options):
     ours, theirs = (build(3, **options) for build in PAIRS[kind])
     for mine, his in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
         assert mine[0] == his[0]
-        torch.testing.assert_close(mine[1], his[1], rtol=0, atol=0)
+        assert_close(mine[1], his[1], exact=True)
     assert ours.state_dict()._metadata == theirs.state_dict()._metadata
     names = [[name for name, _ in m.named_parameters()] for m in (ours, theirs)]
     assert names[0] == names[1]
@@ -185,11 +193,11 @@ def test_state_dicts_load_strictly_into_torch_and_back(extra, assign):
     ours, theirs = trained(bn.BatchNorm1d(3, **extra)), trained(nn.BatchNorm1d(3))
     randomize(theirs)
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=assign)
-    assert_same_state(ours, theirs, rtol=0, atol=0)
+    assert_same_state(ours, theirs, exact=True)
     trained(ours)
     fresh = nn.BatchNorm1d(3)
     fresh.load_state_dict(ours.state_dict(), strict=True, assign=assign)
-    assert_same_state(fresh, ours, rtol=0, atol=0)
+    assert_same_state(fresh, ours, exact=True)
     assert fresh.num_batches_tracked.item() == 6
 
 
@@ -213,7 +221,7 @@ def test_states_of_estimators_may_be_absent_and_are_unexpected_elsewhere():
     layer = trained(bn.BatchNorm1d(3, estimator=SEVERAL))
     theirs = trained(nn.BatchNorm1d(3))
     layer.load_state_dict(theirs.state_dict(), strict=True)
-    assert_same_state(layer, theirs, rtol=0, atol=0)
+    assert_same_state(layer, theirs, exact=True)
     state = trained(layer).state_dict()
     with pytest.raises(RuntimeError, match=r"Unexpected key.*estimators\.last_batches\.means"):
         nn.BatchNorm1d(3).load_state_dict(state)
@@ -343,7 +351,7 @@ def test_a_duplicate_is_equal_and_independent(build, duplicate):
         m(torch.randn(4, 3, generator=g)) for m, g in zip((layer, again), generators, strict=True)
     ]
     assert torch.equal(*results)
-    assert_same_state(again, layer, rtol=0, atol=0)
+    assert_same_state(again, layer, exact=True)
 
 
 def test_a_state_dict_passes_through_a_file_of_weights_only():
@@ -353,7 +361,7 @@ def test_a_state_dict_passes_through_a_file_of_weights_only():
     stream.seek(0)
     other = bn.BatchNorm1d(3, estimator=SEVERAL)
     other.load_state_dict(torch.load(stream, weights_only=True))
-    assert_same_state(other, layer, rtol=0, atol=0)
+    assert_same_state(other, layer, exact=True)
 
 
 def test_estimator_states_move_with_the_layer_and_are_never_narrowed():
@@ -409,7 +417,7 @@ def test_checkpointed_steps_equal_plain_ones_and_count_once(outer, inner, option
         expected = gradients(plain, plain, x, cotangent)
         for mine, his in zip(gradients(run, saving, x, cotangent), expected, strict=True):
             assert torch.equal(mine, his)
-        assert_same_state(saving, plain, rtol=0, atol=0)
+        assert_same_state(saving, plain, exact=True)
     frozen = "statistics" in options
     assert saving[1][1].num_batches_tracked.item() == (0 if frozen else 3)
     if "estimator" in options:

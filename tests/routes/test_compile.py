@@ -60,7 +60,7 @@ def test_compiled_whole_equals_eager(activation, options, training):
         assert_same_step(compiled, plain, torch.randn(6, 3, 5, 5))
 
 
-def test_another_batch_size_is_no_other_meaning():
+def test_a_dynamic_graph_computes_the_same_for_other_batch_sizes():
     torch.compiler.reset()
     plain = Block()
     compiled = torch.compile(

@@ -118,7 +118,7 @@ def test_functional_transforms_equal_the_textbook():
     torch.testing.assert_close(vmap(ours_normalize)(many), vmap(plain_normalize)(many))
 
 
-def test_a_jvp_of_a_jvp():
+def test_a_jvp_of_a_jvp_equals_finite_differences():
     x, v, w = (torch.randn(5, 3).double() for _ in range(3))
     nested = lambda f: jvp(lambda x: jvp(f, (x,), (v,))[1], (x,), (w,))[1]
     expected = nested(plain_normalize)
@@ -159,7 +159,7 @@ class Passing(torch.Tensor):
     """A tensor subclass that adds nothing."""
 
 
-def test_onlookers_and_odd_tensors_see_a_correct_result():
+def test_dispatch_modes_and_tensor_subclasses_get_a_correct_result():
     layer = bn.BatchNorm2d(3, activation="relu")
     x = torch.randn(2, 3, 4, 4)
     expected = copy.deepcopy(layer)(x)

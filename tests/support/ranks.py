@@ -43,6 +43,6 @@ def _one(rank: int, function: Callable[..., Any], size: int, folder: str, args: 
             torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
-    # Threads that gloo leaves behind may abort the interpreter on its way out (std::terminate), which
-    # is nobody's business here: the result is written.
+    # Threads that gloo leaves behind may abort the interpreter at its exit (std::terminate); the result
+    # is written, so that it can end at once.
     os._exit(0)

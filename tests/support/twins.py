@@ -163,24 +163,42 @@ def refused(
         yield
 
 
-def assert_close(got: Any, expected: Any, what: str = "", **spread: float) -> None:
-    """Compare tensors within ``oracle.tolerance`` of the dtype of ``got``, integers exactly."""
-    assert expected.dtype in (got.dtype, torch.float64), what
-    allowed = oracle.tolerance(got.dtype, **spread) if got.is_floating_point() else oracle.SAME
-    oracle.assert_close(_wide(got), _wide(expected), allowed, what)
+def assert_close(
+    got: Any, expected: Any, what: str = "", *, exact: bool = False, **spread: float
+) -> None:
+    """Compare tensors within ``oracle.tolerance`` of the dtype of ``got``, integers exactly.
+
+    Lists, tuples and dicts are compared item by item. An expected tensor in float64 is exact, one of
+    the same dtype is rounded too, which doubles what is allowed. NaN equals NaN.
+
+    Args:
+        got: A tensor, or tensors.
+        expected: As many.
+        what: Name in the message.
+        exact: Whether all numbers must be equal.
+        spread: ``count``, ``ratio`` and ``size`` of ``oracle.tolerance``.
+    """
+    if isinstance(expected, dict):
+        assert list(got) == list(expected), what
+        for name, one in expected.items():
+            assert_close(got[name], one, f"{what} {name}", exact=exact, **spread)
+    elif isinstance(expected, list | tuple):
+        for number, (one, other) in enumerate(zip(got, expected, strict=True)):
+            assert_close(one, other, f"{what} {number}", exact=exact, **spread)
+    elif expected is None:
+        assert got is None, what
+    else:
+        assert expected.dtype in (got.dtype, torch.float64), what
+        allowed = oracle.SAME
+        if got.is_floating_point() and not exact:
+            allowed = oracle.tolerance(got.dtype, **spread)
+            if expected.dtype == got.dtype:
+                allowed = oracle.Tolerance(2 * allowed.atol, 2 * allowed.rtol)
+        oracle.assert_close(_wide(got), _wide(expected), allowed, what)
 
 
 def _wide(tensor: Tensor) -> np.ndarray:
     return tensor.detach().double().numpy()
-
-
-def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], **tolerance: float) -> None:
-    """Compare tensors by name: values, shapes, dtypes."""
-    assert ours.keys() == theirs.keys()
-    for name, expected in theirs.items():
-        torch.testing.assert_close(
-            ours[name], expected, msg=lambda text, name=name: f"{name}: {text}", **tolerance
-        )
 
 
 def assert_same_steps(
@@ -188,19 +206,19 @@ def assert_same_steps(
     theirs: nn.Module,
     shape: tuple[int, ...],
     modes: tuple[bool, ...] = (True, False),
-    **tolerance: float,
+    **spread: float,
 ) -> None:
     """Compare a step of two layers in each mode, with random inputs and cotangents, and states."""
     for training in modes:
         ours.train(training)
         theirs.train(training)
         x, dy = torch.randn(shape) * 3 + 1, torch.randn(shape)
-        assert_same(step(ours, x, dy), step(theirs, x, dy), **tolerance)
+        assert_close(step(ours, x, dy), step(theirs, x, dy), **{"size": 16, **spread})
         assert_same_state(ours, theirs)
 
 
-def assert_same_state(ours: nn.Module, theirs: nn.Module, **tolerance: float) -> None:
-    """Compare state dicts: the same keys in the same order, and close values.
+def assert_same_state(ours: nn.Module, theirs: nn.Module, **options: Any) -> None:
+    """Compare state dicts by ``assert_close``: the same keys in the same order, of any dtypes.
 
     States of estimators are compared where both have them.
     """
@@ -208,6 +226,5 @@ def assert_same_state(ours: nn.Module, theirs: nn.Module, **tolerance: float) ->
     for one, other in ((state, expected), (expected, state)):
         for name in [n for n in one if "estimators." in n and n not in other]:
             del one[name]
-    assert list(state) == list(expected)
-    tolerance = {"check_dtype": False, **tolerance}
-    assert_same(dict(state), dict(expected), **tolerance)
+    wide = {name: t.double() if t.is_floating_point() else t for name, t in expected.items()}
+    assert_close(dict(state), wide, **{"size": 16, **options})

@@ -125,7 +125,7 @@ NORM_OPTIONS = {
 
 
 @pytest.mark.parametrize("options", NORM_OPTIONS)
-def test_a_norm_with_options(options):
+def test_norms_with_options_are_folded(options):
     fold(S(nn.Conv2d(3, 4, 3), NORM_OPTIONS[options]()), torch.randn(X2))
 
 
@@ -176,7 +176,7 @@ THROUGH = {
 
 
 @pytest.mark.parametrize("kind", THROUGH)
-def test_through(kind):
+def test_folding_through_operations_between_layer_and_norm(kind):
     before, function, after = THROUGH[kind]
     # Behind a flattening each position has a normalization of its own.
     left = ["after"] if kind == "flatten of channels" else []
@@ -304,7 +304,7 @@ def test_a_class_of_its_own_gets_a_bias_if_it_uses_one():
     assert "has no bias" in why(done)
 
 
-def test_dtypes_may_differ():
+def test_a_float32_norm_is_folded_into_a_bfloat16_layer():
     model = S(nn.Conv2d(3, 4, 3).bfloat16(), nn.BatchNorm2d(4))
     randomize(model)
     model.eval()

@@ -20,7 +20,7 @@ LEFT = {"DenseNet-121": 62, "RepVGG": 17, "MobileOne": 35}
 @pytest.mark.parametrize(
     "name", [pytest.param(one, marks=[pytest.mark.audit] * (one == "VGG-BN")) for one in NETWORKS]
 )
-def test_a_network(name):
+def test_bn_fold_leaves_what_is_known_of_a_network_and_is_as_exact(name):
     model, x = build(name)
     exact = list(tensors_in(copy.deepcopy(model).double()(x.double())))
     before = list(tensors_in(model(x)))

@@ -72,7 +72,7 @@ SURVIVED = {
 
 @pytest.mark.parametrize("ours", [False, True])
 @pytest.mark.parametrize("action", SURVIVED)
-def test_frozen_survives(action, ours):
+def test_a_frozen_model_stays_frozen_through_copies_and_state_dicts(action, ours):
     model = SURVIVED[action](bn.freeze(network(ours)))
     assert bn.frozen(model) == {"1": ALL, "7": ALL}
     assert stays(model)

@@ -5,6 +5,7 @@ its finder is removed in each fork, which then imports the copy.
 """
 
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -13,11 +14,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import hypothesis
+import numpy as np  # noqa: F401 (as torch: loaded once, for all forks)
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 900
+SECONDS, OF_PROCESSOR = 1800, 150  # an endless loop has failed; a process may be paused
 
 
 @contextmanager
@@ -56,6 +59,7 @@ def fails(source: Path, tests: Sequence[str]) -> str:
 
 def _run(source: Path, tests: Sequence[str]) -> int:
     signal.alarm(SECONDS)
+    resource.setrlimit(resource.RLIMIT_CPU, (OF_PROCESSOR, OF_PROCESSOR))
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)
     os.dup2(silent, 2)
@@ -63,5 +67,9 @@ def _run(source: Path, tests: Sequence[str]) -> int:
     sys.dont_write_bytecode = True
     sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in type(f).__module__]
     sys.path.insert(0, str(source))
+    # That a test fails is enough: no smaller example is sought.
+    phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+    hypothesis.settings.register_profile("first failure", phases=phases, database=None)
+    hypothesis.settings.load_profile("first failure")
     marks = ["-m", "not slow and not audit and not cuda"]
     return pytest.main(["-x", "-q", "-n", "0", "--timeout", "0", *marks, *tests])

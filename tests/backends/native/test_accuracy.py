@@ -1,7 +1,7 @@
-"""The native kernels' promises for data that is made to break them; the judge is numpy in float64.
+"""Bounds on the native kernels' errors for adversarial data, against numpy in float64.
 
-Squares are taken about a reference that is guessed from a few places of the input. What the guess sees
-here is unlike the rest: noughts, an outlier, a trend, one sample of another size.
+Squared deviations are taken from a reference value that a few elements of the input determine. Here
+these elements differ from the others: zeros, an outlier, a trend, one sample of another size.
 """
 
 import math
@@ -54,7 +54,7 @@ MILLIONS = {
 
 
 def unlike(shape):
-    """True at a superset of the places that the guess looks at: (outer, 1, inner)."""
+    """True at the elements that may determine the reference value, and some more: (outer, 1, inner)."""
     outer, _, inner = shape
     if inner == 1:
         return np.arange(outer)[:, None, None] % 16 == 0
@@ -65,7 +65,7 @@ def unlike(shape):
     return np.broadcast_to(near, (outer, 1, inner))
 
 
-def noughts(shape, rng):
+def zeros(shape, rng):
     return np.where(unlike(shape), 0.0, rng.standard_normal(shape) * 0.3 + rng.uniform(1, 3))
 
 
@@ -117,7 +117,7 @@ def heavy(shape, rng):
 
 
 KINDS = [
-    noughts,
+    zeros,
     two_values,
     outlier,
     outliers,
@@ -199,7 +199,7 @@ def test_bounds_hold_with_every_instruction_set(simd, layout, kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", [noughts, two_values, in_order, drift, outliers])
+@pytest.mark.parametrize("kind", [zeros, two_values, in_order, drift, outliers])
 @pytest.mark.parametrize("layout", ["rows", "planes"])
 def test_bounds_hold_for_16_bit_inputs(simd, layout, kind, dtype):
     rng, shape = np.random.default_rng(2), SHAPES[layout]
@@ -208,7 +208,7 @@ def test_bounds_hold_for_16_bit_inputs(simd, layout, kind, dtype):
     check(tensor(values, shape, dtype), *affine(shape[1], rng))
 
 
-@pytest.mark.parametrize("kind", [noughts, two_values, in_order])
+@pytest.mark.parametrize("kind", [zeros, two_values, in_order])
 @pytest.mark.parametrize("layout", ["rows", "planes", "chunks of planes"])
 def test_float64_keeps_its_own_digits(simd, layout, kind):
     rng, shape = np.random.default_rng(3), SHAPES[layout]
@@ -225,7 +225,7 @@ def test_float64_keeps_its_own_digits(simd, layout, kind):
 def test_a_second_pass_in_some_channels_has_the_same_bits_for_any_number_of_threads(simd, shape):
     rng = np.random.default_rng(4)
     values = rng.standard_normal(shape)
-    values[:, ::32] = noughts(shape, rng)[:, ::32]
+    values[:, ::32] = zeros(shape, rng)[:, ::32]
     x = tensor(values, shape)
     assert_same_bits(lambda: cpu.forward(x, Epilogue(), 1e-5, 1), 1, 2, 4)
 
@@ -260,7 +260,7 @@ def test_values_whose_sum_exceeds_float32_have_a_mean():
 @pytest.mark.parametrize(
     "layout", lanes(MILLIONS, slow=["rows", "wide rows", "planes", "short planes"])
 )
-def test_millions_of_values(simd, layout, kind):
+def test_bounds_hold_for_millions_of_values(simd, layout, kind):
     rng, shape = np.random.default_rng(6), MILLIONS[layout]
     check(tensor(kind(shape, rng), shape), *affine(shape[1], rng))
 
@@ -273,5 +273,5 @@ def test_millions_of_values(simd, layout, kind):
     name=st.sampled_from(SETS),
     seed=st.integers(0, 2**32),
 )
-def test_bounds_hold_for_many_more(layout, kind, name, seed):
+def test_bounds_of_accuracy_hold_for_hundreds_of_random_cases(layout, kind, name, seed):
     check_with(name, layout, kind, seed)

@@ -29,7 +29,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("layout", lanes(SHAPES, slow=["rows"]))
-def test_beyond_32_bits(layout):
+def test_tensors_with_more_elements_than_32_bits_address(layout):
     from batchnorm.ops.activations import activation
     from batchnorm.ops.backends import cpu
 

@@ -1,4 +1,4 @@
-"""The native module as a guest in a process: one OpenMP runtime, fork, threads calling at once."""
+"""The native module in a process: one OpenMP runtime, fork, calls from several threads at once."""
 
 import os
 import sys

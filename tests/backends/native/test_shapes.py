@@ -7,6 +7,7 @@ _native = pytest.importorskip("batchnorm._native")
 from batchnorm.ops.activations import Activation  # noqa: E402
 from batchnorm.ops.backends import cpu  # noqa: E402
 from batchnorm.ops.call import Epilogue, ForBackward  # noqa: E402
+from support.lanes import lanes  # noqa: E402
 from support.threads import assert_same_bits  # noqa: E402
 
 RELU, EPS = Activation("relu"), 1e-5
@@ -119,7 +120,7 @@ def check(shape, dtype):
         assert ((ours - exact).abs() <= allowed).all(), (shape, name)
 
 
-@pytest.mark.parametrize("dtype", UNIT, ids=str)
+@pytest.mark.parametrize("dtype", lanes(UNIT, fast=[torch.float32], slow=UNIT), ids=str)
 @pytest.mark.parametrize("shapes", [dense, planes])
 def test_rows_of_any_width_and_planes_of_any_size(simd, shapes, dtype):
     for shape in shapes():

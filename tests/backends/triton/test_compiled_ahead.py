@@ -78,7 +78,7 @@ def test_float64_and_parameters_of_other_dtypes_compile():
     assert compiled("dense, large", torch.bfloat16, "silu", parameters=torch.bfloat16)
 
 
-def test_an_older_gpu_gets_code_too():
+def test_kernels_compile_for_an_older_gpu():
     for layout in ("channels-last", "planes"):
         assert all(one.spilled <= FEW for one in compiled(layout, torch.float16, capability=AMPERE))
 
@@ -93,13 +93,13 @@ def test_tiles_are_read_16_bytes_at_a_time_and_copied_ahead(layout):
 
 
 @pytest.mark.parametrize("layout", ["dense, large", "planes"])
-def test_what_begins_anywhere_is_read_in_small_pieces(layout):
+def test_tensors_without_alignment_are_read_in_small_pieces(layout):
     found = {one.name: one for one in compiled(layout, torch.bfloat16, offset=1)}
     assert found["moments_kernel"].widest_load == 2
     assert all(one.spilled <= FEW for one in found.values())
 
 
-def test_what_a_multiprocessor_does_slowly_is_done_once_for_many_values():
+def test_conversions_and_divisions_in_float64_are_done_once_for_many_values():
     """Conversions to float64 and divisions in it: 16 values of a thread are in each tile."""
     found = {one.name: one.ptx for one in compiled("channels-last", torch.bfloat16)}
     assert found["moments_kernel"].count("cvt.f64.f32") <= 16 + 8

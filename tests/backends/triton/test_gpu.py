@@ -115,7 +115,7 @@ def test_nothing_waits_for_the_gpu():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_tensor_on_another_device_is_served_there():
+def test_a_tensor_on_another_gpu_is_computed_on_that_gpu():
     layer, *given = prepared((64, 32, 14, 14), device="cuda:1")
     assert step(layer, *given)[0].device.index == 1
 

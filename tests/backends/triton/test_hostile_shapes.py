@@ -94,7 +94,7 @@ def check(x, dy, residual, act, weight, axis):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_whatever_the_shape_and_the_strides(tiles, seed):
+def test_random_shapes_and_strides_equal_the_reference(tiles, seed):
     chance = random.Random(seed)
     for kind in KINDS:
         rank, axis = chance.randint(2, 5), 1
@@ -110,7 +110,7 @@ def test_whatever_the_shape_and_the_strides(tiles, seed):
 
 
 @pytest.mark.parametrize("shape", [(1, 300), (2, 900), (1, 1), (5, 1), (1, 3, 1, 1), (1, 1, 77)])
-def test_many_channels_of_few_values_and_the_other_way_round(tiles, shape):
+def test_many_channels_of_few_values_and_few_channels_of_many_values(tiles, shape):
     for dtype in DTYPES[:2]:
         x, dy = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
         check(x, dy, None, Activation("relu"), torch.randn(shape[1]), 1)

@@ -108,7 +108,7 @@ def test_the_combine_function_is_a_commutative_monoid():
     assert not merged(torch.zeros_like(a), torch.zeros_like(a)).any()
 
 
-def test_a_reduction_with_it_is_the_moments_of_all():
+def test_a_reduction_by_the_combine_function_is_the_moments_of_all():
     x = torch.randn(16).double() + 100
     parts = torch.stack([torch.ones(16).double(), x, torch.zeros(16).double()])
     parts[0, 3] = 0

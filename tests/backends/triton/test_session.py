@@ -90,7 +90,7 @@ def test_a_session_that_is_cut_off_has_what_it_found(tmp_path, monkeypatch):
         assert [row["times eager"] for row in csv.DictReader(file)] == ["", "1.33"]
 
 
-def test_of_each_goal_the_worst_is_told(tmp_path, capsys):
+def test_the_worst_row_of_each_goal_is_printed(tmp_path, capsys):
     (tmp_path / "networks.csv").write_text(
         "network,contender,times eager,saved MB without,saved MB with\n"
         "resnet50,eager,1,100,100\n"
