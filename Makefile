@@ -24,7 +24,7 @@ KERNELS := tests/backends/triton
 # Which of the tests, for example TESTS=tests/cli/test_command.py.
 TESTS ?=
 
-.PHONY: run test test-slow audit test-integrations test-triton test-driver coverage bench docs lint sanitize neon format clean
+.PHONY: run test test-slow audit test-integrations test-pages test-triton test-driver coverage bench docs lint sanitize neon format clean
 
 run: $(READY_RUN)
 	$(PY) -m batchnorm demo
@@ -46,6 +46,11 @@ test-integrations: $(READY)
 	@echo "Installing requirements/integrations.txt"
 	$(PIP) --constraint $(TORCH) --requirement requirements/integrations.txt
 	$(PY) -m pytest tests/interop tests/diagnosis tests/surgery -k "trainers or onnx" -m "not cuda and not audit"
+
+# The pages in a browser, which Debian has as chromium; without it they are skipped, and it is said.
+test-pages: $(READY)
+	$(PIP) --requirement requirements/pages.txt
+	$(PY) -m pytest tests/report tests/demo -k "in_browser" -m "not cuda" -rs
 
 # The Triton kernels without a GPU: run by Triton's interpreter in numpy, and compiled for Hopper.
 # Two lanes side by side; the suite of every backend runs with this one.

@@ -1,5 +1,7 @@
-"""A report as one self-contained HTML file, with inline SVG and styles."""
+"""A report as one self-contained HTML file, with inline pictures, styles and script."""
 
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from functools import singledispatch
 from importlib.resources import files
 from typing import Any
@@ -8,9 +10,15 @@ import matplotlib as mpl  # noqa: F401 (plots import it when they are drawn: mis
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from batchnorm.report import pictures
 from batchnorm.report.model import (
+    Block,
+    Details,
     Finding,
     Formula,
+    Grid,
+    Heat,
+    Images,
     Plot,
     Report,
     Table,
@@ -19,15 +27,29 @@ from batchnorm.report.model import (
     is_number,
     no_renderer,
 )
-from batchnorm.report.plots import to_svg
+from batchnorm.report.plots import COLOURS, colour_of, to_svg
+from batchnorm.report.words import of_language
+
+# Of the page that is rendered: a renderer of a block gets the block and its place alone.
+LANGUAGE: ContextVar[str] = ContextVar("LANGUAGE", default="en")
 
 
 def to_html(report: Report) -> str:
-    """Return the report as a self-contained page, without scripts or external resources.
+    """Return the report as a self-contained page, which requests nothing.
 
-    Every word of the report is escaped; only the SVG drawn here enters as it is.
+    Every word of the report is escaped; only the pictures drawn here enter as they are. The page is
+    whole without its script, which a report with a sortable table gets.
     """
-    return PAGES.get_template("page.html.jinja").render(report=report)
+    words = of_language(report.language)
+    scripted = any(isinstance(one, Table) and one.sortable for one in _all_blocks(report))
+    script = Markup(_source("page.js"))  # noqa: S704 (a file of this package)
+    before = LANGUAGE.set(report.language)
+    try:
+        return PAGES.get_template("page.html.jinja").render(
+            report=report, scripted=scripted, script=script, words=words
+        )
+    finally:
+        LANGUAGE.reset(before)
 
 
 @singledispatch
@@ -43,20 +65,79 @@ def render(block: object, place: str) -> Markup:  # noqa: ARG001 (plots need it)
 
 @render.register(Text)
 @render.register(Formula)
-@render.register(Table)
-def _(block: Text | Formula | Table, place: str) -> Markup:  # noqa: ARG001
+def _(block: Text | Formula, place: str) -> Markup:  # noqa: ARG001
     return _macro(type(block).__name__.lower(), block)
 
 
 @render.register
+def _(block: Table, place: str) -> Markup:  # noqa: ARG001
+    return _macro("table", block, of_language(LANGUAGE.get()))
+
+
+@render.register
 def _(block: Plot, place: str) -> Markup:
-    # The SVG is ours: matplotlib escapes the words it draws.
-    return _macro("plot", block, Markup(to_svg(block, place)))  # noqa: S704
+    # The SVG is ours: matplotlib escapes the words it draws, and a small plot has none.
+    if not block.small:
+        return _macro("plot", block, Markup(to_svg(block, place)))  # noqa: S704
+    legend = [
+        (series.name, COLOURS[colour_of(series, at) % len(COLOURS)])
+        for at, series in enumerate(block.series)
+    ]
+    svg = Markup(pictures.small_svg(block))  # noqa: S704
+    return _macro("small", block, svg, pictures.ends(block), legend)
+
+
+@render.register
+def _(block: Heat, place: str) -> Markup:  # noqa: ARG001
+    columns = zip(*(row.values for row in block.rows), strict=True)
+    scales = [pictures.scale_of(column) for column in columns] or [None] * len(block.quantities)
+    rows = [
+        (
+            row.name,
+            [
+                (pictures.heat_row(values, scale), len(values)) if values and scale else None
+                for values, scale in zip(row.values, scales, strict=True)
+            ],
+        )
+        for row in block.rows
+    ]
+    heads = list(zip(block.quantities, scales, strict=True))
+    gradient = Markup(pictures.gradient())  # noqa: S704 (ours)
+    return _macro("heat", block, heads, rows, gradient, of_language(LANGUAGE.get()))
+
+
+@render.register
+def _(block: Images, place: str) -> Markup:  # noqa: ARG001
+    strip = [
+        (pictures.grey(picture), label)
+        for picture, label in zip(block.pictures, block.labels, strict=True)
+    ]
+    return _macro("images", block, strip)
+
+
+@render.register
+def _(block: Grid, place: str) -> Markup:  # noqa: ARG001
+    return _macro("grid", block, Markup(pictures.grid_svg(block)), pictures.grid_width(block))  # noqa: S704
+
+
+@render.register
+def _(block: Details, place: str) -> Markup:
+    parts = [render(part, f"{place}-{at}") for at, part in enumerate(block.blocks, 1)]
+    return _macro("details", block, parts)
 
 
 @render.register
 def _(block: Finding, place: str) -> Markup:  # noqa: ARG001
-    return _macro("finding", block, block.table())
+    return _macro("finding", block, block.table(), of_language(LANGUAGE.get()))
+
+
+def _all_blocks(report: Report) -> Iterator[Block]:
+    waiting: list[Sequence[Block]] = [section.blocks for section in report.sections]
+    for blocks in waiting:
+        for block in blocks:
+            yield block
+            if isinstance(block, Details):
+                waiting.append(block.blocks)
 
 
 def _macro(name: str, *arguments: Any) -> Markup:

@@ -4,8 +4,12 @@ import re
 from functools import singledispatch
 
 from batchnorm.report.model import (
+    Details,
     Finding,
     Formula,
+    Grid,
+    Heat,
+    Images,
     Plot,
     Report,
     Section,
@@ -15,7 +19,7 @@ from batchnorm.report.model import (
     is_number,
     no_renderer,
 )
-from batchnorm.report.terminal import plot_lines
+from batchnorm.report.terminal import heat_lines, plot_lines
 
 
 def to_markdown(report: Report) -> str:
@@ -32,7 +36,7 @@ def render(block: object) -> str:
 
 @render.register
 def _(block: Text) -> str:
-    return escape(block.words)
+    return "\n\n".join(escape(words) for words in (block.words, block.other) if words)
 
 
 @render.register
@@ -56,6 +60,29 @@ def _(block: Table) -> str:
 def _(block: Plot) -> str:
     lines = "\n".join(plot_lines(block))
     return f"**{escape(block.title)}**\n\n```text\n{lines}\n```\n\n{escape(block.caption)}"
+
+
+@render.register
+def _(block: Heat) -> str:
+    names = max((len(row.name) for row in block.rows), default=0)
+    head = f"**{escape(block.title)}**: {escape(', '.join(block.quantities))}"
+    lines = "\n".join(heat_lines(block, names)).replace("```", "")
+    return f"{head}\n\n```text\n{lines}\n```\n\n{escape(block.caption)}"
+
+
+@render.register
+def _(block: Images) -> str:
+    return f"**{escape(block.title)}**: {escape(' '.join(block.labels))}"
+
+
+@render.register
+def _(block: Grid) -> str:
+    return render(block.table())
+
+
+@render.register
+def _(block: Details) -> str:
+    return "\n\n".join([f"**{escape(block.summary)}**", *map(render, block.blocks)])
 
 
 @render.register

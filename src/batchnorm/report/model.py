@@ -1,8 +1,9 @@
 """The content of reports as frozen dataclasses, without layout.
 
 A ``Report`` is a list of sections, a section a list of blocks in reading order. A block is a
-``Text``, a ``Formula``, a ``Table``, a ``Plot`` or a ``Finding``; a plot carries its data, not a
-picture. Renderers (``terminal``, ``markdown``, ``jsontext``, ``html``) know blocks and nothing of
+``Text``, ``Formula``, ``Table``, ``Plot``, ``Finding``, ``Heat``, ``Images``, ``Grid`` or
+``Details``; a plot carries its data, not a picture. Renderers (``terminal``, ``markdown``,
+``jsontext``, ``html``) know blocks and nothing of
 where the numbers come from.
 
 A new kind of block is a frozen dataclass derived from ``Block``, and one function for each renderer
@@ -30,9 +31,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Text(Block):
-    """A paragraph."""
+    """A paragraph, and the same in a second language, which stands beside it."""
 
     words: str
+    other: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Formula(Block):
 class Table(Block):
     """Rows of cells under named columns; ``None`` is an empty cell.
 
-    Floats are shown with ``digits`` significant digits, and kept whole in JSON.
+    Floats are shown with ``digits`` significant digits, and kept whole in JSON. Where it is
+    ``sortable``, readers of a page can sort its rows by a column and filter them.
 
     Raises:
         OptionError: If a row has another number of cells than there are columns.
@@ -57,6 +60,7 @@ class Table(Block):
     rows: tuple[tuple[Cell, ...], ...]
     note: str = ""
     digits: int = 3
+    sortable: bool = False
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -73,6 +77,7 @@ class Series:
 
     ``x`` are positions, shape (P,); words for bars; the values to be counted for a histogram.
     ``y`` has one number for each ``x`` (none for a histogram). ``low`` and ``high`` bound a band.
+    ``colour`` is a number of a colour, the same in all plots; None for that of its position.
     """
 
     name: str
@@ -80,6 +85,7 @@ class Series:
     y: tuple[float, ...] = ()
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
+    colour: int | None = None
 
     def __post_init__(self) -> None:
         lengths = {len(part) for part in (self.y, self.low, self.high) if part}
@@ -104,6 +110,7 @@ class Plot(Block):
         y_range: Ends of the vertical axis; by default it follows the data.
         x_log: Whether equal steps to the right multiply by equal factors.
         y_log: The same upwards.
+        small: Whether a page draws it small, without axes; for many of a kind.
     """
 
     title: str
@@ -115,6 +122,85 @@ class Plot(Block):
     y_range: tuple[float, float] | None = None
     x_log: bool = False
     y_log: bool = False
+    small: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a heat map: its name, and for each quantity the values of its channels."""
+
+    name: str
+    values: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Heat(Block):
+    """Values of all channels of all layers as colours, one row per layer.
+
+    Args:
+        title: A short heading.
+        quantities: What the columns show; each has one scale of colours for all rows.
+        rows: A row for each layer; a quantity that it lacks is empty.
+        caption: What a reader sees.
+    """
+
+    title: str
+    quantities: tuple[str, ...]
+    rows: tuple[Row, ...]
+    caption: str = ""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row.values) != len(self.quantities):
+                raise OptionError(
+                    f"the heat map '{self.title}' has {len(self.quantities)} quantities "
+                    f"{self.quantities}, but the row '{row.name}' has {len(row.values)}"
+                )
+
+
+@dataclass(frozen=True)
+class Images(Block):
+    """A strip of grey images, each with a label; the pixels of one are rows of numbers."""
+
+    title: str
+    pictures: tuple[tuple[tuple[float, ...], ...], ...]
+    labels: tuple[str, ...]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Grid(Block):
+    """A drawing of values in groups: cells of one number belong together.
+
+    Args:
+        title: A short heading.
+        rows: Names of the rows.
+        columns: Names of the columns.
+        groups: The group of each cell, a tuple for each row.
+        caption: What a reader sees.
+        pixels: Cells are drawn as squares of so many by so many values.
+    """
+
+    title: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    groups: tuple[tuple[int, ...], ...]
+    caption: str = ""
+    pixels: int = 1
+
+    def table(self) -> Table:
+        """The groups as a table, for renderers that do not draw."""
+        named = zip(self.rows, self.groups, strict=True)
+        rows: tuple[tuple[Cell, ...], ...] = tuple((name, *groups) for name, groups in named)
+        return Table(self.title, ("", *self.columns), rows, self.caption)
+
+
+@dataclass(frozen=True)
+class Details(Block):
+    """Blocks under one line, which a page opens on demand."""
+
+    summary: str
+    blocks: tuple[Block, ...]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from batchnorm.errors import MissingExtraError
-from batchnorm.report.model import Plot, PlotKind
+from batchnorm.report.model import Plot, PlotKind, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -135,20 +135,35 @@ def _label(axes: "Axes", plot: Plot) -> None:
         axes.set_ylim(*plot.y_range)
 
 
-def _strokes(index: int) -> dict[str, Any]:
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index % len(STYLES)]}
+def colour_of(series: Series, position: int) -> int:
+    """Return the number of a series' colour and line style."""
+    return position if series.colour is None else series.colour
+
+
+def _colour(series: Series, position: int) -> str:
+    return COLOURS[colour_of(series, position) % len(COLOURS)]
+
+
+def _strokes(series: Series, position: int) -> dict[str, Any]:
+    style = STYLES[colour_of(series, position) % len(STYLES)]
+    return {"color": _colour(series, position), "linestyle": style}
 
 
 def _lines(axes: "Axes", plot: Plot) -> None:
     for index, series in enumerate(plot.series):
         if plot.kind == "bands":
-            colour = COLOURS[index % len(COLOURS)]
+            colour = _colour(series, index)
             axes.fill_between(
                 series.x, series.low, series.high, color=colour, alpha=0.28, linewidth=0
             )
         marker = "o" if len(series.x) <= 12 else ""
         axes.plot(
-            series.x, series.y, label=series.name, marker=marker, markersize=4, **_strokes(index)
+            series.x,
+            series.y,
+            label=series.name,
+            marker=marker,
+            markersize=4,
+            **_strokes(series, index),
         )
 
 
@@ -158,7 +173,7 @@ def _bars(axes: "Axes", plot: Plot) -> None:
     for index, series in enumerate(plot.series):
         away = (index + 0.5) * height - 0.4
         places = [at + away for at in range(len(series.x))]
-        colour = COLOURS[index % len(COLOURS)]
+        colour = _colour(series, index)
         axes.barh(places, series.y, height=height * 0.92, label=series.name, color=colour)
     names = plot.series[0].x if plot.series else ()
     axes.set_yticks(range(len(names)), [str(name) for name in names])
@@ -168,7 +183,7 @@ def _bars(axes: "Axes", plot: Plot) -> None:
 def _histogram(axes: "Axes", plot: Plot) -> None:
     for index, series in enumerate(plot.series):
         values = [float(value) for value in series.x]
-        colour = COLOURS[index % len(COLOURS)]
+        colour = _colour(series, index)
         axes.hist(values, bins=30, label=series.name, color=colour, alpha=0.75)
 
 

@@ -13,8 +13,12 @@ from itertools import zip_longest
 
 from batchnorm.report.model import (
     Block,
+    Details,
     Finding,
     Formula,
+    Grid,
+    Heat,
+    Images,
     Plot,
     Report,
     Section,
@@ -36,16 +40,24 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
     finite becomes a space.
     """
     chosen = _thin(values, width)
-    finite = [value for value in chosen if math.isfinite(value)]
-    if not finite:
+    known = finite(chosen)
+    if not known:
         return " " * len(chosen)
-    low, spread = min(finite), max(finite) - min(finite)
+    low, spread = min(known), max(known) - min(known)
     return "".join(_block(value, low, spread) for value in chosen)
 
 
 def plot_lines(plot: Plot) -> list[str]:
     """One line per series: its name, its sparkline, and the first and last value."""
     return [_series_line(plot, series) for series in plot.series]
+
+
+def heat_lines(block: Heat, names: int = 0) -> list[str]:
+    """One line per row: its name, and a sparkline of at most 24 blocks for each quantity."""
+    return [
+        "  ".join([row.name.ljust(names), *(sparkline(values, 24) for values in row.values)])
+        for row in block.rows
+    ]
 
 
 def _series_line(plot: Plot, series: Series) -> str:
@@ -65,6 +77,11 @@ def _counts(series: Series, bins: int = 20) -> tuple[float, ...]:
     for value in values:
         counts[min(int((value - low) / spread * bins), bins - 1) if spread else 0] += 1
     return tuple(counts)
+
+
+def finite(values: Sequence[float]) -> list[float]:
+    """Return the values that are finite."""
+    return [value for value in values if math.isfinite(value)]
 
 
 def _thin(values: Sequence[float], width: int) -> list[float]:
@@ -110,7 +127,7 @@ def render(block: object, width: int | None) -> str:  # noqa: ARG001 (tables and
 
 @render.register
 def _(block: Text, width: int | None) -> str:
-    return _wrapped(block.words, width)
+    return "\n".join(_wrapped(words, width) for words in (block.words, block.other) if words)
 
 
 @render.register
@@ -135,6 +152,31 @@ def _(block: Table, width: int | None) -> str:
 def _(block: Plot, width: int | None) -> str:
     lines = [f"  {line}" for line in plot_lines(block)]
     return "\n".join([block.title, *(line if width is None else line[:width] for line in lines)])
+
+
+@render.register
+def _(block: Heat, width: int | None) -> str:
+    names = max((len(row.name) for row in block.rows), default=0)
+    lines = [f"{block.title}: {', '.join(block.quantities)}", *heat_lines(block, names)]
+    cut = lines if width is None else [line[:width] for line in lines]
+    return "\n".join([*cut, *([_wrapped(block.caption, width)] if block.caption else [])])
+
+
+@render.register
+def _(block: Images, width: int | None) -> str:
+    return _wrapped(f"{block.title}: {' '.join(block.labels)}", width)
+
+
+@render.register
+def _(block: Grid, width: int | None) -> str:
+    return render(block.table(), width)
+
+
+@render.register
+def _(block: Details, width: int | None) -> str:
+    inner = None if width is None else width - 2
+    parts = [textwrap.indent(render(part, inner), "  ") for part in block.blocks]
+    return "\n".join([_wrapped(block.summary, width), *parts])
 
 
 @render.register
