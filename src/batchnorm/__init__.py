@@ -7,6 +7,7 @@ from batchnorm.calibration.calibrate import calibrate as calibrate
 from batchnorm.calibration.result import Calibration as Calibration
 from batchnorm.comparison.result import Same as Same
 from batchnorm.comparison.same import same as same
+from batchnorm.diagnosis.diagnose import diagnose as diagnose
 from batchnorm.diagnosis.inspect import inspect as inspect
 from batchnorm.diagnosis.result import Diagnosis as Diagnosis
 from batchnorm.environment import env as env

@@ -62,6 +62,14 @@ class ComparisonError(BatchNormError, RuntimeError):
     """Two models could not be compared on these data; both are as they were before."""
 
 
+class DiagnosisError(BatchNormError, RuntimeError):
+    """A diagnosis ended early; ``diagnosis`` has what was found before. The model is as before."""
+
+    def __init__(self, message: str, diagnosis: object = None) -> None:
+        super().__init__(message)
+        self.diagnosis = diagnosis
+
+
 class MissingExtraError(BatchNormError, ImportError):
     """An optional package is needed and not installed."""
 

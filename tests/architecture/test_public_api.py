@@ -13,7 +13,7 @@ NAMES = [
     "Batch", "BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Calibration",
     "Cumulative", "Decayed", "Diagnosis", "Frozen", "Ghost", "Grouped", "LastBatches", "LazyBatchNorm1d",
     "LazyBatchNorm2d", "LazyBatchNorm3d", "Moments", "Running", "Same", "Synced", "calibrate",
-    "convert", "fold", "Folded", "edits", "env", "forget", "freeze", "frozen", "functional", "fused",
+    "convert", "diagnose", "fold", "Folded", "edits", "env", "forget", "freeze", "frozen", "functional", "fused",
     "graph", "insert", "inspect", "keep_undo", "merge", "merge_states", "no_weight_decay", "observe", "Observer", "prepare_for_export", "recycle_memory", "remove",
     "repair", "reset_statistics", "same", "save_memory", "set_options", "undo", "unfreeze",
     "use_backend", "use_estimate",

@@ -99,6 +99,7 @@ def test_json_has_what_the_page_says(files):
     wrong, note = json.loads(done.stdout)
     assert set(wrong) == {
         "version", "subject", "counts", "findings", "not_checked", "known", "layers",
+        "measured",
     }  # fmt: skip
     assert (wrong["version"], wrong["subject"]) == (1, "wrong.pt")
     assert wrong["counts"] == {"error": 1, "warning": 0, "info": 0}

@@ -106,7 +106,7 @@ def run(job: Job) -> Done:
         seconds = time.monotonic() - start
         with ranks.together():
             if ranks.rank == 0:
-                write_state(_updated(state, model, found, prefix), job.out)
+                write_state(updated(state, model, found.layers, prefix), job.out)
                 if job.save is not None:
                     found.save(job.save)
             ranks.exchange("written")
@@ -150,18 +150,25 @@ class _Every:
         return itertools.islice(self._data, self._first, None, self._step)
 
 
-def _updated(
-    state: Mapping[str, Any], model: nn.Module, found: Calibration, prefix: str
+def updated(
+    state: Mapping[str, Any], model: nn.Module, names: Iterable[str], prefix: str
 ) -> dict[str, Any]:
-    """Return the checkpoint's own state dict with new statistics, and all else as it was."""
+    """Return the checkpoint's own state dict with the model's statistics of some layers.
+
+    Args:
+        state: The state dict; all else in it stays as it is.
+        model: The model.
+        names: Names of the layers.
+        prefix: What the names in the state dict have before those in the model.
+    """
     now = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
-    updated = dict(state)
-    for layer in found.layers:
+    new = dict(state)
+    for layer in names:
         for buffer in ("running_mean", "running_var", "num_batches_tracked"):
             name = f"{layer}.{buffer}" if layer else buffer
-            if prefix + name in updated:
-                updated[prefix + name] = now[name].cpu()
-    return updated
+            if prefix + name in new:
+                new[prefix + name] = now[name].cpu()
+    return new
 
 
 def combine(

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from batchnorm.cli.benchmark import bench
+from batchnorm.cli.doctor import doctor
 from batchnorm.cli.inspection import inspect
 from batchnorm.cli.models import calibrate, diff, fold, merge
 from batchnorm.cli.telling import show, told_in_one_line
@@ -89,6 +90,7 @@ def env() -> None:
 app.command()(bench)
 app.command()(calibrate)
 app.command()(inspect)
+app.command()(doctor)
 app.command()(merge)
 app.command()(diff)
 app.command()(fold)

@@ -1,8 +1,9 @@
 """``batchnorm inspect``: judge checkpoints without the code of their models."""
 
 import enum
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,6 +11,7 @@ from batchnorm.cli.telling import complain, show
 
 if TYPE_CHECKING:
     from batchnorm.diagnosis.result import Diagnosis
+    from batchnorm.diagnosis.rule import Rule
     from batchnorm.report.model import Report
 
 UNUSABLE = 2
@@ -99,23 +101,25 @@ def inspect(
     an option cannot be used.
     """
     from batchnorm.diagnosis.inspect import read_baseline
+    from batchnorm.diagnosis.registry import chosen as choose
     from batchnorm.errors import BatchNormError
     from batchnorm.files import check_output, write_atomically
 
-    chosen = {"select": _words(select), "ignore": _words(ignore)}
+    chosen = {"select": words(select), "ignore": words(ignore)}
     try:
         if out is not None:
             check_output(out, force)
         if baseline is not None:
             read_baseline(baseline)
+        rules = choose(chosen["select"], chosen["ignore"])
         done = [_judged(path, baseline, chosen) for path in checkpoints]
         usable = [one for one in done if one is not None]
         if out is not None:
-            write_atomically(out, _written(usable, form, layers, chosen))
+            write_atomically(out, written(usable, form, layers, rules))
         elif form is Format.TEXT:
-            show(*_spaced(_reports(usable, layers)))
+            show(*spaced(reports(usable, layers)))
         elif usable:
-            show(_written(usable, form, layers, chosen).rstrip("\n"))
+            show(written(usable, form, layers, rules).rstrip("\n"))
     except (BatchNormError, OSError) as error:
         complain(str(error))
         raise typer.Exit(UNUSABLE) from error
@@ -138,11 +142,10 @@ def _judged(path: Path, baseline: Path | None, chosen: dict[str, list[str]]) -> 
         return None
 
 
-def _written(
-    done: "list[Diagnosis]", form: Format, layers: bool, chosen: dict[str, list[str]]
+def written(
+    done: "list[Diagnosis]", form: Format, layers: bool, rules: "Sequence[Rule[Any]]"
 ) -> str:
     """Return all diagnoses as text of a format."""
-    from batchnorm.diagnosis.registry import chosen as rules
     from batchnorm.diagnosis.result import to_json
     from batchnorm.diagnosis.sarif import to_sarif
     from batchnorm.report.markdown import to_markdown
@@ -151,22 +154,25 @@ def _written(
     if form is Format.JSON:
         return to_json(done)
     if form is Format.SARIF:
-        return to_sarif(done, rules(**chosen))
-    reports = _reports(done, layers)
+        return to_sarif(done, rules)
+    shown = reports(done, layers)
     if form is Format.MARKDOWN:
-        return "\n".join(map(to_markdown, reports))
-    return "\n\n".join(map(to_text, reports)) + "\n"
+        return "\n".join(map(to_markdown, shown))
+    return "\n\n".join(map(to_text, shown)) + "\n"
 
 
-def _reports(done: "list[Diagnosis]", layers: bool) -> "list[Report]":
+def reports(done: "list[Diagnosis]", layers: bool) -> "list[Report]":
+    """Return a report of each diagnosis, shortened where the layers are not asked for."""
     return [one.report(layers, None if layers else MOST_OF_A_RULE) for one in done]
 
 
-def _spaced(things: "list[Report]") -> "list[Report | str]":
+def spaced(things: "list[Report]") -> "list[Report | str]":
+    """Return reports with an empty line between them."""
     return [part for thing in things for part in (thing, "")][:-1]
 
 
-def _words(given: list[str] | None) -> list[str]:
+def words(given: list[str] | None) -> list[str]:
+    """Return the rules that an option names: it may be given several times, with commas."""
     return [word.strip().upper() for part in given or [] for word in part.split(",")]
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from batchnorm.diagnosis.evidence import Evidence, gather
+from batchnorm.diagnosis.evidence import gather
+from batchnorm.diagnosis.judging import judge
 from batchnorm.diagnosis.registry import chosen
-from batchnorm.diagnosis.result import SEVERITIES, Diagnosis
-from batchnorm.diagnosis.rule import Rule
+from batchnorm.diagnosis.result import Diagnosis
 from batchnorm.errors import OptionError
 from batchnorm.report.model import Finding
 from batchnorm.storage.checkpoint import of_state
@@ -91,18 +91,6 @@ def inspect(
         raise OptionError(
             f"expected a path or a state dict, got {type(path_or_state).__name__}{call}"
         )
-    findings, not_checked = _judge(evidence, rules)
+    findings, not_checked = judge(evidence, rules)
     new = unknown(findings, known)
     return Diagnosis(evidence.subject, evidence.layers, new, not_checked, len(findings) - len(new))
-
-
-def _judge(
-    evidence: Evidence, rules: Sequence[Rule[Evidence]]
-) -> tuple[list[Finding], dict[str, str]]:
-    """Return all findings, the gravest first, and the reasons of rules that have no evidence."""
-    lacks = {rule.id: rule.lacks(evidence) for rule in rules}
-    findings = [
-        finding for rule in rules if not lacks[rule.id] for finding in rule.findings(evidence)
-    ]
-    findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
-    return findings, {name: reason for name, reason in lacks.items() if reason}

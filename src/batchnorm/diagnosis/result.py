@@ -7,26 +7,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from batchnorm.diagnosis.evidence import Layer
+from batchnorm.diagnosis.judging import SEVERITIES
 from batchnorm.diagnosis.show import report_of
+from batchnorm.diagnosis.use import LayerUse
 from batchnorm.report.jsontext import plain
 from batchnorm.report.model import Finding, Report, Severity
 from batchnorm.report.terminal import to_text
 
 # Raised when a field of to_json() is renamed, removed or changes its meaning.
 JSON_VERSION = 1
-SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What rules found in the batch norms of a checkpoint.
+    """What rules found in the batch norms of a checkpoint or a model.
 
     Attributes:
-        subject: The checkpoint's path, or "state dict".
+        subject: The checkpoint's path, "state dict", or the model's class.
         layers: The evidence for each layer, in the checkpoint's order.
         findings: Findings, the gravest first; findings of one severity in the order of the rules.
         not_checked: Why a rule could not be judged, by its identifier.
         known: How many findings a baseline left out.
+        measured: What ``bn.diagnose`` measured of each layer, in the model's order.
     """
 
     subject: str
@@ -34,6 +36,7 @@ class Diagnosis:
     findings: tuple[Finding, ...]
     not_checked: Mapping[str, str] = field(default_factory=dict, hash=False)
     known: int = 0
+    measured: tuple[LayerUse, ...] = ()
 
     def at_least(self, severity: Severity) -> tuple[Finding, ...]:
         """Return the findings of a severity and the graver ones."""
@@ -47,7 +50,9 @@ class Diagnosis:
             layers: Whether the table of the layers is in it.
             most: How many findings of one rule are listed; None for all.
         """
-        return report_of(self.subject, self.layers, self.findings, self.left_out(), layers, most)
+        return report_of(
+            self.subject, self.layers, self.findings, self.left_out(), layers, most, self.measured
+        )
 
     def left_out(self) -> tuple[str, ...]:
         """Return in words what was not judged and what is not shown."""
@@ -70,6 +75,7 @@ class Diagnosis:
             "not_checked": dict(self.not_checked),
             "known": self.known,
             "layers": [plain(layer) for layer in self.layers],
+            "measured": [plain(layer) for layer in self.measured],
         }
 
     def to_json(self) -> str:

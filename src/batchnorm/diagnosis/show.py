@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from batchnorm.diagnosis.evidence import Layer
 from batchnorm.diagnosis.registry import rule_of
+from batchnorm.diagnosis.use import LayerUse
 from batchnorm.report.model import WHOLE, Block, Cell, Finding, Report, Section, Table, Text
 
 _COLUMNS = (
@@ -23,6 +24,15 @@ _NOTE = (
     "|γ| below a thousandth of the layer's largest. A dash: not stored, or not readable as a batch "
     "norm."
 )
+_MEASURED = (
+    "layer", "effect", "distance", "errors", "gap", "values", "independent", "steps",
+)  # fmt: skip
+_MEASURED_NOTE = (
+    "effect: how far the output moves, in its deviations, when this layer alone gets the true "
+    "statistics. distance: how far normalized values are off, in deviations; errors: the same in "
+    "standard errors. gap: difference of the layer's output between training and eval. "
+    "independent: what the values of a batch amount to."
+)
 _LIMITS = (
     "Seen: what the tensors alone say. Whether the statistics fit the data is seen with data only: "
     "bn.calibrate(model, data) tells how far they are off."
@@ -36,14 +46,18 @@ def report_of(
     left_out: Sequence[str],
     with_layers: bool,
     most: int | None,
+    measured: Sequence[LayerUse] = (),
 ) -> Report:
     """Return the report; ``Diagnosis.report`` says what the last two are."""
     sections = [_section(group, most) for group in _by_rule(findings)]
     if with_layers and layers:
         rows = tuple(map(_row, layers))
         sections.append(Section("Layers", (Table("", _COLUMNS, rows, _NOTE),)))
-    words = tuple(Text(text) for text in (*left_out, _LIMITS))
-    sections.append(Section("What was not seen", words))
+    if measured:
+        sections.append(Section("Layers by their effect on the output", (_ranked(measured, most),)))
+    words = tuple(Text(text) for text in (*left_out, *(() if measured else (_LIMITS,))))
+    if words:
+        sections.append(Section("What was not seen", words))
     return Report(printable(subject), (summary(layers, findings),), tuple(sections))
 
 
@@ -97,4 +111,32 @@ def _row(layer: Layer) -> tuple[Cell, ...]:
         None if a is None else a.most_weight,
         None if s is None else s.constant,
         None if a is None else a.negligible,
+    )
+
+
+def _ranked(measured: Sequence[LayerUse], most: int | None) -> Table:
+    """Return a row for each layer, those that matter most first."""
+
+    def weight(one: LayerUse) -> tuple[float, float]:
+        fit = one.fit
+        return (-1.0, 0.0) if fit is None else (fit.effect or 0.0, fit.distance)
+
+    ordered = sorted(measured, key=weight, reverse=True)
+    rows = tuple(map(_measured_row, ordered[:most]))
+    more = len(ordered) - len(rows)
+    note = _MEASURED_NOTE + (f" {more:,} more layers: --layers." if more else "")
+    return Table("", _MEASURED, rows, note)
+
+
+def _measured_row(one: LayerUse) -> tuple[Cell, ...]:
+    fit, feed = one.fit, one.feed
+    return (
+        printable(one.name) or WHOLE,
+        None if fit is None else fit.effect,
+        None if fit is None else fit.distance,
+        None if fit is None else fit.errors,
+        None if feed is None else feed.gap,
+        None if feed is None or not feed.batches else round(feed.values),
+        None if feed is None else feed.independent,
+        None if one.steps is None else int(one.steps),
     )

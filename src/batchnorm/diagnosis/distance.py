@@ -1,0 +1,49 @@
+r"""How far normalized values are off where statistics are not those of the data.
+
+With the stored mean m and variance v, values of mean μ and variance σ² become, in units of the
+deviation that they should have, :math:`z_s = r z + d` with
+
+.. math:: d = \frac{\mu - m}{\sqrt{v + \varepsilon}}, \qquad
+    r = \sqrt{\frac{\sigma^2 + \varepsilon}{v + \varepsilon}}
+
+where z has mean 0 and variance 1, so that :math:`E (z_s - z)^2 = d^2 + (r - 1)^2`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchnorm.calibration.measure import Statistics, usable
+
+# Of one channel; a single dead one would outweigh all others otherwise.
+MOST = 4.0
+
+
+class Distance(NamedTuple):
+    """How far off a layer is; ``diagnosis.use.Fit`` says what each is."""
+
+    distance: float
+    shift: float
+    stretch: float
+    spread: float
+
+
+def distance(stored: Statistics, true: Statistics, eps: float) -> Distance:
+    """Return how far off values of some statistics are when they are normalized by others.
+
+    Args:
+        stored: Mean and variance that normalize, (C,), float64.
+        true: Mean and variance of the values.
+        eps: ε.
+    """
+    mean, var = usable(stored)
+    d = (true.mean - mean) / (var + eps).sqrt()
+    r = ((true.var.clamp(min=0) + eps) / (var + eps)).sqrt()
+    off = (d.square() + (r - 1).square()).sqrt().clamp(max=MOST)
+    spread = float(r.log().std(correction=0))
+    return Distance(_rms(off), _rms(d.abs().clamp(max=MOST)), float(r.median()), spread)
+
+
+def _rms(values: Tensor) -> float:
+    return float(torch.nan_to_num(values, nan=MOST).square().mean().sqrt())

@@ -1,0 +1,143 @@
+"""Each rule on models finds its planted fault on real data, and healthy twins have no finding."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.errors import DiagnosisError, OptionError
+from support import faults, healthy
+
+# What is planted in one network in the fast lane; the long one has all, in three.
+FAST = {"BN501", "BN502", "BN506", "BN508", "BN601", "BN604", "BN702", "BN703", "BN705", "BN707"}
+ALL = [
+    pytest.param(rule, name, marks=() if name == "dense" and rule in FAST else pytest.mark.audit)
+    for rule in faults.RULES
+    for name in faults.BUILDERS
+]
+
+
+@pytest.mark.parametrize("name", faults.BUILDERS)
+def test_a_healthy_network_has_no_finding_and_is_as_before(name):
+    one = faults.case(name)
+    before = copy.deepcopy(one.model.state_dict())
+    random = torch.get_rng_state()
+    diagnosis, found = one.found()
+    assert not found
+    assert [layer.name for layer in diagnosis.measured] == one.layers
+    assert all(0 < layer.fit.effect < 0.5 and layer.feed.gap for layer in diagnosis.measured)
+    assert all(torch.equal(before[key], value) for key, value in one.model.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(module.training for module in one.model.modules())
+
+
+@pytest.mark.parametrize(("rule", "name"), ALL)
+def test_a_planted_fault_is_found_at_its_layer(rule, name):
+    one = faults.planted(rule, name)
+    found = one.found(graphs=rule in faults.GRAPHS)[1]
+    assert (rule, one.expected()) in found
+    assert {other for other, _ in found} <= {rule} | faults.CONSEQUENCES.get(rule, set())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "mlp" else pytest.mark.audit)
+        for name in healthy.NETWORKS
+    ],
+)
+def test_a_healthy_network_of_others_has_no_finding_above_info(name):
+    diagnosis, _ = healthy.case(name).found()
+    assert len(diagnosis.measured) >= 2
+    assert not diagnosis.at_least("warning")
+
+
+# --- comparisons of a model with itself
+
+
+class _Mixing(nn.Module):
+    """A network with one fault in eval mode; ``fault`` is "" for the healthy twin."""
+
+    def __init__(self, fault):
+        super().__init__()
+        torch.manual_seed(2)
+        self.fault, self.calls = fault, 0
+        self.first, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
+
+    def forward(self, x, mask):
+        x = self.norm(self.first(x).transpose(1, 2)).transpose(1, 2)
+        if self.fault == "repeated":
+            x = nn.functional.dropout(x, 0.1)
+        elif self.fault == "reordered":
+            x = x * torch.arange(1, len(x) + 1, device=x.device)[:, None, None]
+        elif self.fault == "split":
+            x = x - x.mean(0)
+        elif self.fault == "padded":
+            return x.mean(1)
+        compiled = self.fault == "compiled" and torch.compiler.is_dynamo_compiling()
+        if compiled or (self.fault == "exported" and torch.compiler.is_exporting()):
+            x = x + 1
+        return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+KINDS = {
+    "": set(),
+    "repeated": {"BN801", "BN802", "BN803", "BN804", "BN805"},
+    "reordered": {"BN802", "BN803", "BN804"},
+    "split": {"BN802", "BN804"},
+    "padded": {"BN805"},
+}
+GRAPHS = {"": set(), "compiled": {"BN806"}, "exported": {"BN807"}}
+
+
+def sequences():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 9, (6, 16), generator=generator)
+    masks = [torch.arange(8) < one[:, None] for one in lengths]
+    draw = (torch.randn(16, 8, 6, generator=generator) for _ in masks)
+    return [{"x": x, "mask": mask} for x, mask in zip(draw, masks, strict=True)]
+
+
+@pytest.mark.parametrize(("fault", "rules"), KINDS.items())
+def test_a_model_is_compared_with_itself(fault, rules):
+    diagnosis = bn.diagnose(_Mixing(fault), sequences(), select=["BN8"])
+    assert {one.rule for one in diagnosis.findings} == rules
+    assert set(diagnosis.not_checked) == {"BN806", "BN807"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "rules"), GRAPHS.items())
+def test_a_model_is_compared_with_what_is_compiled_and_exported_from_it(fault, rules):
+    diagnosis = bn.diagnose(_Mixing(fault), sequences(), select=["BN806", "BN807"], graphs=True)
+    assert {one.rule for one in diagnosis.findings} == rules
+    assert not diagnosis.not_checked
+
+
+# --- data and options that cannot be used
+
+
+def test_padding_in_statistics_is_found():
+    def masked(model, batch):
+        return model((batch["x"] * batch["mask"][..., None]).transpose(1, 2))
+
+    model = nn.Sequential(nn.Conv1d(6, 8, 1), nn.BatchNorm1d(8), nn.Conv1d(8, 4, 1))
+    found = bn.diagnose(model, sequences(), forward=masked, select=["BN605"]).findings
+    assert [(one.rule, one.subject) for one in found] == [("BN605", "1")]
+    plain = bn.diagnose(model, [torch.randn(4, 6, 8)], select=["BN605"])
+    assert not plain.findings
+
+
+def test_what_cannot_be_used_is_told_and_the_rest_is_judged():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    for data in ([], [torch.ones(1, 3)], [torch.ones(2, 9)], None):
+        with pytest.raises(DiagnosisError) as raised:
+            bn.diagnose(model, data)
+        assert raised.value.diagnosis.not_checked["BN501"] == "no batch went through the model"
+    assert not bn.diagnose(nn.Linear(3, 4), [torch.ones(2, 3)]).measured
+    for wrong in ({"select": ["BN9"]}, {"optimizer": model}, {"max_batches": 0}):
+        with pytest.raises(OptionError):
+            bn.diagnose(model, [torch.ones(2, 3)], **wrong)
+    with pytest.raises(OptionError, match="torch.nn.Module"):
+        bn.diagnose(model.state_dict(), [])

@@ -1,0 +1,336 @@
+"""Three small networks trained on handwritten digits, and the faults that tests plant in them."""
+
+import functools
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import batchnorm as bn
+from support import trained
+
+
+def dense():
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(192, 24, bias=False), nn.BatchNorm1d(24), nn.ReLU(),
+        nn.Linear(24, 24, bias=False), nn.BatchNorm1d(24), nn.ReLU(),
+        nn.Linear(24, 20, bias=False), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 10),
+    )  # fmt: skip
+
+
+def convolutional():
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, bias=False), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.Conv2d(12, 12, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.Conv2d(12, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Flatten(), nn.Linear(72, 10),
+    )  # fmt: skip
+
+
+def residual():
+    model = trained.Residual()
+    model.head = nn.Linear(12, 10)
+    return model
+
+
+BUILDERS = {"dense": dense, "convolutional": convolutional, "residual": residual}
+
+
+@functools.cache
+def digits():
+    """Return images (1797, 3, 8, 8) with mean 0 and deviation 1, and labels, in random order."""
+    found = pytest.importorskip("sklearn.datasets").load_digits()
+    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(1))
+    images = torch.tensor(found.images, dtype=torch.float32)[order, None].expand(-1, 3, -1, -1)
+    return (images - images.mean()) / images.std(), torch.tensor(found.target)[order]
+
+
+@dataclass
+class Case:
+    """What is diagnosed."""
+
+    model: Any
+    data: Any
+    optimizer: Any = None
+    # The layers that a fault is planted in.
+    layers: list = field(default_factory=list)
+    # Where the finding should be; the first layer by default.
+    subject: str | None = None
+
+    @property
+    def first(self):
+        return self.model.get_submodule(self.layers[0])
+
+    def expected(self):
+        return self.layers[0] if self.subject is None else self.subject
+
+    def found(self, **options):
+        diagnosis = bn.diagnose(self.model, self.data, optimizer=self.optimizer, **options)
+        return diagnosis, {(one.rule, one.subject) for one in diagnosis.findings}
+
+
+def batches(size=32, number=12, change=lambda images: images):
+    return [change(part) for part in digits()[0].split(size)[:number]]
+
+
+def fit(model, steps=60, rate=0.02):
+    """Return the model after some steps on digits."""
+    images, labels = digits()
+    optimizer = torch.optim.SGD(model.parameters(), rate)
+    model.train()
+    for step in range(steps):
+        at = slice(step % 50 * 32, step % 50 * 32 + 32)
+        loss = nn.functional.cross_entropy(model(images[at]), labels[at])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+def case(name, before=lambda model: model):
+    """Return a healthy case; ``before`` changes the model before it is trained."""
+    torch.manual_seed(0)
+    model = fit(before(BUILDERS[name]()))
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    return Case(model, batches(), optimizer, layers)
+
+
+# --- faults in a trained model: each takes a healthy case and returns a sick one
+
+
+def _off(layer, share=1.0):
+    """Replace a part of the statistics by those of other data."""
+    torch.manual_seed(5)
+    sigma = layer.running_var.sqrt()
+    layer.running_mean += share * 2 * sigma * torch.randn_like(sigma)
+    layer.running_var *= torch.exp(share * torch.randn_like(sigma))
+
+
+def _lost(one):
+    _off(one.first)
+    return one
+
+
+def _few_steps(one):
+    """Give all layers the statistics that two steps would have left."""
+    for name in one.layers:
+        layer = one.model.get_submodule(name)
+        layer.running_mean.mul_(1 - 0.9**2)
+        layer.running_var.lerp_(torch.ones_like(layer.running_var), 0.9**2)
+        layer.num_batches_tracked.fill_(2)
+    return one
+
+
+def _slow(one):
+    _off(one.first)
+    one.first.momentum = 0.001
+    one.first.num_batches_tracked.fill_(20_000)
+    return one
+
+
+def _keras(one):
+    one.first.momentum = 0.99
+    return one
+
+
+def _small(one):
+    return replace(one, data=batches(3, 40))
+
+
+def _other_input(one):
+    return replace(one, data=batches(change=lambda images: images * 3 + 2))
+
+
+def _sorted(one):
+    images, labels = digits()
+    return replace(one, data=list(images[labels.argsort()].split(64)))
+
+
+def _swapped(one):
+    layers = [one.model.get_submodule(name) for name in one.layers]
+    a = layers[0]
+    b = next(m for m in layers[1:] if m.num_features == a.num_features)
+    for name in ("running_mean", "running_var"):
+        mine, other = a.get_buffer(name), b.get_buffer(name)
+        both = mine.clone(), other.clone()
+        mine.copy_(both[1])
+        other.copy_(both[0])
+    return one
+
+
+def _plain(one):
+    one.first.track_running_stats = False
+    one.first.running_mean = one.first.running_var = one.first.num_batches_tracked = None
+    return one
+
+
+def _other_class(one):
+    old = one.first
+    kind = bn.BatchNorm1d if isinstance(old, nn.BatchNorm1d) else bn.BatchNorm2d
+    new = kind(old.num_features, eps=1e-3)
+    new.load_state_dict(old.state_dict())
+    one.model.set_submodule(one.layers[0], new)
+    one.optimizer = torch.optim.SGD(one.model.parameters(), 0.1)
+    return one
+
+
+def _requires_grad_off(one):
+    one.first.requires_grad_(False)
+    return one
+
+
+def _asleep(one):
+    one.model.train()
+    one.first.eval()
+    return one
+
+
+def _awake(one):
+    one.first.train = lambda mode=True: one.first
+    return one
+
+
+def _still(one):
+    one.first.momentum = 0.0
+    return one
+
+
+def _forgotten(one):
+    own = {id(p) for p in one.first.parameters()}
+    one.optimizer = torch.optim.SGD([p for p in one.model.parameters() if id(p) not in own], 0.1)
+    return one
+
+
+def _decayed(one):
+    one.optimizer = torch.optim.SGD(one.model.parameters(), 0.1, weight_decay=0.01)
+    return replace(one, subject="")
+
+
+def _one_left(one):
+    images, labels = digits()
+    loader = DataLoader(TensorDataset(images[:353], labels[:353]), 32)
+    return replace(one, data=loader, subject="")
+
+
+AFTER = {
+    "BN501": _lost,
+    "BN502": _few_steps,
+    "BN503": _slow,
+    "BN504": _keras,
+    "BN505": _small,
+    "BN506": _other_input,
+    "BN507": _sorted,
+    "BN508": _swapped,
+    "BN606": _plain,
+    "BN607": _other_class,
+    "BN701": _requires_grad_off,
+    "BN702": _asleep,
+    "BN703": _awake,
+    "BN704": _still,
+    "BN705": _forgotten,
+    "BN706": _decayed,
+    "BN707": _one_left,
+}
+
+
+# --- faults in the model's structure, before it is trained
+
+
+class _With(nn.Module):
+    """A network with a batch norm that is not called."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.body, self.spare = model, nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def _names(model):
+    return [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def _shared(model):
+    """Call the first layer in the place of a later one of its size, too, behind a factor."""
+    names = _names(model)
+    first = model.get_submodule(names[0])
+    later = [n for n in names[1:] if model.get_submodule(n).num_features == first.num_features][-1]
+    model.set_submodule(later, nn.Sequential(_Scale(), first))
+    return model
+
+
+class _Scale(nn.Module):
+    def forward(self, x):
+        return x * 6 + 2
+
+
+def _biased(model):
+    name = _names(model)[0]
+    parent, _, number = name.rpartition(".")
+    before = f"{parent}.{int(number) - 1}" if parent else str(int(number) - 1)
+    old = model.get_submodule(before)
+    old.bias = nn.Parameter(torch.ones(old.weight.shape[0]))
+    return model
+
+
+def _dropped(model):
+    name = _names(model)[-1]
+    layer = model.get_submodule(name)
+    model.set_submodule(name, nn.Sequential(nn.Dropout(0.4), layer))
+    return model
+
+
+class _Around(nn.Module):
+    """A network whose output in eval mode something else is done to."""
+
+    def __init__(self, act, model):
+        super().__init__()
+        self.body, self.act = model, act
+
+    def forward(self, x):
+        y = self.body(x)
+        return y if self.training else self.act(y)
+
+
+def _in_graphs(is_one, y):
+    return y + 1 if is_one() else y
+
+
+ACTS = {
+    "BN801": lambda y: nn.functional.dropout(y, 0.1),
+    "BN802": lambda y: y - y.mean(0),
+    "BN803": lambda y: y * torch.arange(1, len(y) + 1)[:, None],
+    "BN804": lambda y: y * len(y),
+    "BN806": functools.partial(_in_graphs, torch.compiler.is_dynamo_compiling),
+    "BN807": functools.partial(_in_graphs, torch.compiler.is_exporting),
+}
+# Rules that are judged with graphs=True.
+GRAPHS = {"BN806", "BN807"}
+BEFORE = {"BN601": _shared, "BN602": _With, "BN603": _biased, "BN604": _dropped}
+BEFORE |= {rule: functools.partial(_Around, act) for rule, act in ACTS.items()}
+RULES = (*AFTER, *BEFORE)
+SUBJECTS = {"BN602": lambda names: "spare", "BN604": lambda names: names[-1]}
+SUBJECTS |= {rule: lambda names: "" for rule in ACTS}
+# Rules whose findings follow from a fault as well.
+_BESIDE = {"BN802", "BN803", "BN804"}
+CONSEQUENCES = {
+    "BN105": {"BN401"}, "BN207": {"BN206"}, "BN208": {"BN206"}, "BN201": {"BN206"},
+    "BN202": {"BN206"}, "BN205": {"BN206"}, "BN503": {"BN206"}, "BN601": {"BN206"},
+    "BN602": {"BN202"}, "BN606": {"BN802", "BN804"}, "BN703": {"BN802", "BN804"},
+    "BN801": _BESIDE, "BN802": _BESIDE, "BN803": _BESIDE, "BN804": _BESIDE,
+}  # fmt: skip
+
+
+def planted(rule, name):
+    """Return a case with the fault that a rule is for."""
+    if rule in BEFORE:
+        one = case(name, BEFORE[rule])
+        return replace(one, subject=SUBJECTS[rule](one.layers) if rule in SUBJECTS else None)
+    one = case(name)
+    with torch.no_grad():
+        return AFTER[rule](one)
