@@ -70,8 +70,8 @@ def of_models() -> Iterator[dict[str, str]]:
             findings = one.found(graphs=rule in faults.GRAPHS)[1]
             found = (rule, one.expected()) in findings
             mended = "–"
-            if rule in CALIBRATED:
-                layers = [sub for other, sub in findings if other == rule]
+            layers = [subject for other, subject in findings if other == rule]
+            if rule in CALIBRATED and layers:
                 bn.calibrate(one.model, one.data, layers=layers)
                 mended = _yes(rule not in {other for other, _ in one.found()[1]})
             yield _row(rule, name, found, {other for other, _ in findings}, mended)
