@@ -49,6 +49,7 @@ SAYS = {
     "benchmark": "make bench",
     "integrations": "Lightning, Hugging Face, opacus",
     "insertion": "bn.insert, bn.remove",
+    "porting": "bn.port",
     "cli": "the command batchnorm",
 }
 # The lowest level of each group, its colours and its name.

@@ -38,6 +38,7 @@ from batchnorm.nn.lazy import LazyBatchNorm3d as LazyBatchNorm3d
 from batchnorm.observation.observer import Observer as Observer
 from batchnorm.observation.observer import observe as observe
 from batchnorm.ops.backends.choice import use_backend as use_backend
+from batchnorm.porting.port import port as port
 from batchnorm.recycling import recycle_memory as recycle_memory
 from batchnorm.sources.base import Batch as Batch
 from batchnorm.sources.base import Frozen as Frozen

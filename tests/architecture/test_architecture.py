@@ -25,7 +25,7 @@ LEVELS = [
     {"models", "environment", "report"},
     {"graph", "memory", "comparison"},
     {"calibration", "surgery"},
-    {"folding", "diagnosis", "observation"},
+    {"folding", "diagnosis", "observation", "porting"},
     {"demo", "benchmark", "integrations", "insertion"},
     {"cli"},
 ]
