@@ -95,6 +95,19 @@ def test_every_option_means_what_it_means_in_torch(rank: int, options: dict[str,
     assert str(ours) == str(theirs)
 
 
+@pytest.mark.parametrize("route", ["eager", "masked", "compiled"])
+def test_a_layer_whose_statistics_were_set_to_none_counts_batches_as_torch_does(route):
+    ours, theirs = twins("2d")
+    x = torch.randn(SHAPES[4])
+    for layer in (ours, theirs):
+        layer.running_mean = layer.running_var = None
+    call = torch.compile(ours, backend="eager") if route == "compiled" else ours
+    given = {"mask": torch.ones(SHAPES[4]).bool()[:, 0]} if route == "masked" else {}
+    for training in (True, True, False):
+        torch.testing.assert_close(call.train(training)(x, **given), theirs.train(training)(x))
+    assert ours.num_batches_tracked == theirs.num_batches_tracked == 2
+
+
 @pytest.mark.parametrize("kind", PAIRS)
 def test_arguments_stand_in_the_same_positions_as_in_torch(kind: str) -> None:
     ours, theirs = (build(5, 1e-3, 0.2, False, False, "cpu", None) for build in PAIRS[kind])

@@ -12,7 +12,7 @@ import batchnorm as bn
 from batchnorm.errors import SurgeryError
 from support import third_party
 from support.combinations import pairs
-from support.twins import assert_identical, everything
+from support.twins import assert_identical, everything, refused
 
 
 class Functional(nn.Module):
@@ -295,3 +295,51 @@ def test_lbfgs_trains_the_normalization():
 
     optimizer.step(loss)
     assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def made_of_functional(**options):
+    model = Functional()
+    model.one.bias.requires_grad_(options.get("bias", True))
+    model.one.weight.requires_grad_(options.get("weight", True))
+    return bn.insert(model, torch.randn(32, 6))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "in_features"])
+def test_attributes_of_the_layer_inside_cannot_be_set_on_the_sequential(name):
+    model = made_of_functional()
+    with refused(AttributeError, f"{name}.*\\[0\\] is the layer", model):
+        setattr(model.one, name, nn.Parameter(torch.ones(8)))
+    model.one[0].weight = nn.Parameter(torch.ones(8, 6))
+    model.one.own = 3
+
+
+@pytest.mark.parametrize("weight", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gamma_is_trained_where_the_weight_was_and_beta_where_the_bias_was(weight, bias):
+    norm = made_of_functional(weight=weight, bias=bias).one[1]
+    assert (norm.weight.requires_grad, norm.bias.requires_grad) == (weight, bias)
+
+
+@pytest.mark.parametrize("gone", ["one.bias", "one.weight"])
+def test_what_a_state_dict_from_before_lacks_is_missing(gone):
+    state = Functional().state_dict()
+    del state[gone]
+    now = {"one.bias": "one.bias", "one.weight": "one.0.weight"}[gone]
+    assert made_of_functional().load_state_dict(state, strict=False).missing_keys == [now]
+    with pytest.raises(RuntimeError, match=f'Missing key.*"{now}"'):
+        made_of_functional().load_state_dict(state)
+
+
+def test_statistics_on_the_meta_device_are_missing_in_a_state_dict_from_before():
+    model = made_of_functional().to("meta")
+    found = model.load_state_dict(Functional().state_dict(), strict=False, assign=True)
+    assert {"one.1.running_mean", "one.1.weight"} <= set(found.missing_keys)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_layer_whose_weight_is_computed_before_each_call_is_copied_for_the_proof():
+    x = torch.randn(16, 3, 6, 6)
+    model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), nn.ReLU())
+    expected = model(x).detach()
+    torch.testing.assert_close(bn.insert(model, x).eval()(x), expected)
+    torch.testing.assert_close(bn.remove(model)(x), expected)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from batchnorm.compat.modules import tables
 from batchnorm.folding.change import Unfold, as_it_is, become, checksum_of
+from batchnorm.models.change import record_of
 from batchnorm.nn.base import Layer
 from batchnorm.nn.foreign import RECORD
 
@@ -37,22 +38,47 @@ class Inserted(nn.Sequential):
             raise AttributeError(GONE.format(name=name))
         return super().__getattr__(name)
 
-    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raise for an attribute of the layer inside, which would not change here."""
+        inner = vars(self).get("_modules", {}).get("0")
+        own = name in vars(self) or hasattr(type(self), name)
+        if inner is not None and not own and hasattr(inner, name):
+            raise AttributeError(GONE.format(name=name))
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(
+        self,
+        state: dict[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        *rest: Any,
+    ) -> None:
         layer, norm = self[0], self[1]
         old = [key for key in state if _is_of_layer(key[len(prefix) :])]
         if old:
-            known = {f"{prefix}1.{key}": value for key, value in norm.state_dict().items()}
+            had = norm.state_dict()
+            # What has no values, on the meta device, is missing; torch says so.
+            known = {f"{prefix}1.{key}": value for key, value in had.items() if not value.is_meta}
             shift = state.get(f"{prefix}bias")
+            if shift is None and self._had_bias():
+                missing.append(f"{prefix}bias")
             fits = shift is None or shift.shape == norm.running_mean.shape
             # A bias of another size is loaded as it is, for torch's error about sizes.
             gamma, beta = preserving(norm, shift) if fits else (shift, shift)
-            known |= {f"{prefix}1.weight": gamma, f"{prefix}1.bias": beta}
+            if not norm.running_mean.is_meta:
+                known |= {f"{prefix}1.weight": gamma, f"{prefix}1.bias": beta}
             for key in old:
                 value = state.pop(key)
                 if key != f"{prefix}bias" or tables(layer)[0].get("bias") is not None:
                     state[f"{prefix}0.{key[len(prefix) :]}"] = value
             state.update({key: value for key, value in known.items() if key not in state})
-        super()._load_from_state_dict(state, prefix, *rest)
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, *rest)
+
+    def _had_bias(self) -> bool:
+        """Return whether the layer had a bias before ``bn.insert``."""
+        return any("bias" in one.edit.keys for one in record_of(self) if one.edit.verb == "insert")
 
 
 def _is_of_layer(key: str) -> bool:

@@ -74,8 +74,9 @@ class Place(NamedTuple):
             norm = BatchNorm(channels, axis=-1, **options)
         else:
             norm = _BY_RANK[layer.weight.ndim](channels, **options)
-        for parameter in norm.parameters():
-            parameter.requires_grad_(layer.weight.requires_grad)
+        bias = layer.weight if layer.bias is None else layer.bias
+        norm.weight.requires_grad_(layer.weight.requires_grad)
+        norm.bias.requires_grad_(bias.requires_grad)  # it goes on as the bias
         norm.training = layer.training
         return norm
 

@@ -84,9 +84,21 @@ class Work:
 
     def _copied(self) -> nn.Module:
         try:
-            return copy.deepcopy(self._model)
+            with self._settled():
+                return copy.deepcopy(self._model)
         except Exception as error:  # whatever a model's tensors or attributes raise
             raise SurgeryError(UNCOPIED.format(error=error)) from error
+
+    @contextmanager
+    def _settled(self) -> Iterator[None]:
+        """Let attributes that a pass computes, such as a normed weight, be without a gradient.
+
+        Tensors with one cannot be copied.
+        """
+        with evaluating(self._model):
+            with torch.no_grad():
+                self._model(*self._examples[0].args, **self._examples[0].kwargs)
+            yield
 
     def _insert(self, place: Place, moments: Any) -> None:
         norm: Any = place.normalization()
@@ -143,7 +155,8 @@ class Work:
 
     def _prove(self, original: nn.Module | None) -> None:
         assert original is not None
-        result = same(original, self._model, self._examples, names={n: n for n in self._made})
+        with self._settled():
+            result = same(original, self._model, self._examples, names={n: n for n in self._made})
         if not result:
             raise SurgeryError(UNPROVED.format(why=result.first and result.first.message))
 

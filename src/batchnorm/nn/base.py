@@ -149,8 +149,7 @@ class Layer(Attributes):
             y, moments = freezing.step(self, call)
         else:
             y, moments = functional.by_source(call, self.statistics if self.training else BATCH)
-        tracks = self.training and self.track_running_stats and call.mean is not None
-        if tracks and moments is not None:
+        if self.training and self.track_running_stats and moments is not None:
             tracking.step(self, moments)
         return y
 

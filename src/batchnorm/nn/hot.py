@@ -48,6 +48,8 @@ def forward(layer: Attributes, x: Tensor, residual: Tensor | None) -> Tensor | N
     if (mean is None) is not (var is None):
         return None
     running = None
+    if mean is None and plan == "batch" and buffers.get("num_batches_tracked") is not None:
+        return None  # the general path counts the batch
     if mean is not None and var is not None and (plan == "stored" or moves(layer)):
         counter = buffers.get("num_batches_tracked")
         if counter is None and plan == "batch":

@@ -55,7 +55,7 @@ def forward(layer: Attributes, x: Tensor, residual: Tensor | None) -> Tensor | N
             y = F.batch_norm(*given)
     else:
         y = F.batch_norm(*given)
-    if training and mean is not None and layer.num_batches_tracked is not None:
+    if training and moves(layer) and layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
     if residual is not None:
         y = y + residual

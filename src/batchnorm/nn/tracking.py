@@ -27,12 +27,16 @@ are lost. Restore it with layer.{name} = layer.{name}.float()."""
 def step(layer: Attributes, batch: Moments) -> None:
     """Update ``running_mean``, ``running_var`` and ``num_batches_tracked`` in place.
 
-    Of groups of samples, (groups, C), they take the Moments of all together.
+    Of groups of samples, (groups, C), they take the Moments of all together. A layer whose running
+    statistics are None counts its batches, as in ``torch.nn``.
 
     Skipped for an empty batch, and in the recomputation of activation checkpointing, which calls
     forward a second time inside of backward.
     """
     if nothing(batch) or is_recomputing():
+        return
+    if layer.running_mean is None:
+        _count(layer, batch)
         return
     if batch.mean.ndim == 2:
         if isinstance(layer.statistics, Grouped):
@@ -46,8 +50,13 @@ def step(layer: Attributes, batch: Moments) -> None:
         layer.bank.states = states
     else:
         _move(layer, batch)
+    _count(layer, batch)
+
+
+def _count(layer: Attributes, batch: Moments) -> None:
     if layer.num_batches_tracked is not None:
-        one = (batch.count > 0).long() if isinstance(batch.count, Tensor) else 1
+        count = batch.count.sum() if isinstance(batch.count, Tensor) else batch.count
+        one = (count > 0).long() if isinstance(count, Tensor) else 1
         layer.num_batches_tracked.add_(one)
 
 
