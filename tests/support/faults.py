@@ -116,12 +116,13 @@ def _lost(one):
 
 
 def _few_steps(one):
-    """Give all layers the statistics that two steps would have left."""
+    """Give the first layer inputs of another scale, and the statistics that two steps would leave."""
+    before = next(m for m in one.model.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+    before.weight *= 6
+    one.first.running_mean.mul_(6 * (1 - 0.9**2))
+    one.first.running_var.mul_(36).lerp_(torch.ones_like(one.first.running_var), 0.9**2)
     for name in one.layers:
-        layer = one.model.get_submodule(name)
-        layer.running_mean.mul_(1 - 0.9**2)
-        layer.running_var.lerp_(torch.ones_like(layer.running_var), 0.9**2)
-        layer.num_batches_tracked.fill_(2)
+        one.model.get_submodule(name).num_batches_tracked.fill_(2)
     return one
 
 
@@ -138,7 +139,9 @@ def _keras(one):
 
 
 def _small(one):
-    return replace(one, data=batches(3, 40))
+    """Give batches of three images, each of one brightness: positions are no further values."""
+    change = lambda images: images.mean((2, 3), keepdim=True).expand_as(images)
+    return replace(one, data=batches(3, 40, change))
 
 
 def _other_input(one):
@@ -320,7 +323,7 @@ SUBJECTS |= {rule: lambda names: "" for rule in ACTS}
 _BESIDE = {"BN802", "BN803", "BN804"}
 CONSEQUENCES = {
     "BN105": {"BN401"}, "BN207": {"BN206"}, "BN208": {"BN206"}, "BN201": {"BN206"},
-    "BN202": {"BN206"}, "BN205": {"BN206"}, "BN503": {"BN206"}, "BN601": {"BN206"},
+    "BN202": {"BN206"}, "BN205": {"BN206"}, "BN503": {"BN206"}, "BN505": {"BN501", "BN506"}, "BN601": {"BN206", "BN501"},
     "BN602": {"BN202"}, "BN606": {"BN802", "BN804"}, "BN703": {"BN802", "BN804"},
     "BN801": _BESIDE, "BN802": _BESIDE, "BN803": _BESIDE, "BN804": _BESIDE,
 }  # fmt: skip

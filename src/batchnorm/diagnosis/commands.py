@@ -161,7 +161,7 @@ class Fixed(NamedTuple):
 # Rules whose remedy is to calibrate.
 CALIBRATED = {
     "BN101", "BN102", "BN104", "BN201", "BN205", "BN402",
-    "BN501", "BN502", "BN503", "BN504", "BN506", "BN508",
+    "BN501", "BN502", "BN503", "BN506", "BN508",
 }  # fmt: skip
 
 
