@@ -30,6 +30,7 @@ from pathlib import Path
 import inline
 import layers
 import tables
+import tables_of_doctor
 import tables_of_folding
 import tables_of_freezing
 import tables_of_networks
@@ -50,6 +51,7 @@ BLOCKS: dict[str, Callable[[Rows], str]] = {
     **tables_of_use.BLOCKS,
     **tables_of_folding.BLOCKS,
     **tables_of_freezing.BLOCKS,
+    **tables_of_doctor.BLOCKS,
 }
 REPAIR = "run `python benchmarks/figures.py`"
 
