@@ -13,7 +13,7 @@ import copy
 import sys
 from collections.abc import Iterator
 
-from copies import ROOT, copied, fails
+from copies import ROOT, copied, fails, passes
 
 # File -> the tests that are about it, the quickest first; a mutant that they miss survives. The first
 # test that fails ends a run.
@@ -91,15 +91,17 @@ def mutants(source: str) -> Iterator[tuple[str, str]]:
 def main() -> None:
     only, part, parts = [*sys.argv[1:], *("", "0", "1")[len(sys.argv) - 1 :]]
     with copied() as source:
-        for name, tests in TARGETS.items():
+        for name, targets in TARGETS.items():
             if only not in ("", name):
                 continue
             text = (ROOT / "src" / "batchnorm" / name).read_text()
+            tests = [f"tests/{test}" for test in targets]
+            passes(source, tests)
             counts = {True: 0, False: 0}
             for number, (told, mutant) in enumerate(mutants(text)):
                 if number % int(parts) == int(part):
                     (source / "batchnorm" / name).write_text(mutant)
-                    how = fails(source, [f"tests/{test}" for test in tests])
+                    how = fails(source, tests)
                     counts[bool(how)] += 1
                     print(f"{'noticed' if how else 'SURVIVED'}: {name}:{told}", flush=True)
             (source / "batchnorm" / name).write_text(text)
