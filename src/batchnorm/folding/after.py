@@ -1,4 +1,4 @@
-"""What stays of a folded batch normalization: nothing, or what it did behind its result."""
+"""What stays of a folded batch normalization: what it did behind its result, zeros, or nothing."""
 
 from typing import Any
 
@@ -70,7 +70,15 @@ class Rest(nn.Module):
         return "" if self.activation == IDENTITY else f"activation={str(self.activation)!r}"
 
 
-def rest_of(module: nn.Module, *, contiguous: bool) -> nn.Module:
+class Zeros(nn.Module):
+    """A batch normalization that was folded into a convolution beside it: adds nothing any more."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return zeros in the shape of the input, in the memory of one."""
+        return input.new_zeros(()).expand_as(input)
+
+
+def rest_of(module: nn.Module, *, contiguous: bool, zeros: bool = False) -> nn.Module:
     """Return a new module that does what a batch normalization does behind its result.
 
     Children that it has for that stay its children.
@@ -78,11 +86,14 @@ def rest_of(module: nn.Module, *, contiguous: bool) -> nn.Module:
     Args:
         module: The batch normalization.
         contiguous: Whether its result was laid out in another order than its input.
+        zeros: Whether what it made is now made by a convolution beside it.
     """
     layer: Any = module
     children = {name: child for name, child in module.named_children() if name in ("drop", "act")}
     rest: nn.Module
-    if isinstance(module, Layer) or contiguous:
+    if zeros:
+        rest = Zeros()
+    elif isinstance(module, Layer) or contiguous:
         rest = Rest(getattr(layer, "activation", IDENTITY), contiguous=contiguous)
     elif children:
         rest = nn.Sequential()

@@ -149,7 +149,7 @@ def apply(
         if not fold.instance.functional:
             layer = model.get_submodule(fold.name)
             change.modules[_below(group.owner, fold.name)] = as_it_is(layer)
-            become(layer, rest_of(layer, contiguous=fold.restrided))
+            become(layer, rest_of(layer, contiguous=fold.restrided, zeros=fold.way == "beside"))
     return change
 
 

@@ -31,7 +31,7 @@ def _convolution_back(step: Step, out: Map) -> list[list[Demand]]:
     else:
         on_weight = where.view(-1, 1)
     scaled = out.without_shift().at(on_weight.reshape(*on_weight.shape, *[1] * (rank - 2)))
-    return [[Demand(weight.number, scaled), *_on_bias(step, "bias", out.at(where))]]
+    return [[Demand(weight.number, scaled), *to_bias(step, "bias", out.at(where))]]
 
 
 def _convolution_forth(step: Step, operand: int, given: Map, current: Current) -> list[Demand]:
@@ -55,7 +55,7 @@ def _convolution_forth(step: Step, operand: int, given: Map, current: Current) -
     if given.shifts:
         kernel = current(weight.number)
         added = kernel.flatten(2).sum(2) * given.shift[on_weight]
-        demands += _on_bias(step, "bias", _shift(added.sum(1)))
+        demands += to_bias(step, "bias", _shift(added.sum(1)))
     return demands
 
 
@@ -70,9 +70,9 @@ def _matrices_back(step: Step, out: Map) -> list[list[Demand]]:
         on_right = scaled._replace(where=where)
         # A bias that a layer is to get has one number for each column.
         new = out._replace(where=where.reshape(-1)) if varies in ((), (rank - 1,)) else None
-        return [[Demand(right, on_right), *_on_bias(step, bias, out, new)]]
+        return [[Demand(right, on_right), *to_bias(step, bias, out, new)]]
     if rank - 1 not in varies and step.flow.values[left].origin == "parameter":
-        return [[Demand(left, scaled._replace(where=where)), *_on_bias(step, bias, out)]]
+        return [[Demand(left, scaled._replace(where=where)), *to_bias(step, bias, out)]]
     raise step.declined(AXIS.format(what="features"))
 
 
@@ -90,7 +90,7 @@ def _matrices_forth(step: Step, operand: int, given: Map, current: Current) -> l
             added = shift @ current(right)
             varied = added.shape[:-1].numel() > 1
             on_bias = _shift(added.reshape(-1)).at(torch.arange(added.numel()).view(added.shape))
-            demands += _on_bias(step, bias, on_bias, None if varied else _shift(added.reshape(-1)))
+            demands += to_bias(step, bias, on_bias, None if varied else _shift(added.reshape(-1)))
         return demands
     if operand == right and right != left and rank - 1 not in varies:
         if given.shifts:
@@ -101,7 +101,7 @@ def _matrices_forth(step: Step, operand: int, given: Map, current: Current) -> l
             on_bias = _shift(added.reshape(-1)).at(torch.arange(added.numel()).view(added.shape))
             return [
                 Demand(left, scaled._replace(where=where.transpose(-1, -2))),
-                *_on_bias(step, bias, on_bias),
+                *to_bias(step, bias, on_bias),
             ]
         return [Demand(left, scaled._replace(where=where.transpose(-1, -2)))]
     raise step.declined(AXIS.format(what="features"))
@@ -118,7 +118,7 @@ def _operands(step: Step) -> tuple[int, int, str | None]:
     return step.tensor("self").number, step.tensor("mat2").number, None
 
 
-def _on_bias(step: Step, name: str | None, found: Map, new: Map | None = None) -> list[Demand]:
+def to_bias(step: Step, name: str | None, found: Map, new: Map | None = None) -> list[Demand]:
     """Return what has to become of the bias.
 
     Args:
@@ -146,7 +146,7 @@ def _normalization_back(step: Step, out: Map) -> list[list[Demand]]:
     weight = step.tensor("weight")
     where = out.where.reshape(-1).expand(step.output.shape[1])
     demands = [Demand(weight.number, out.without_shift().at(where))]
-    return [[*demands, *_on_bias(step, "bias", out.at(where))]]
+    return [[*demands, *to_bias(step, "bias", out.at(where))]]
 
 
 _MATRICES = Rule(_matrices_back, _matrices_forth)

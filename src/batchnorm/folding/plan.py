@@ -1,5 +1,6 @@
 """Deciding for every batch normalization of a model, before anything is changed."""
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -8,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.compat.modules import weight_now
+from batchnorm.folding.branch import BranchWalk
 from batchnorm.folding.known import wide
 from batchnorm.folding.ledger import Affines, Changes, Leaf, Ledger
 from batchnorm.folding.maps import Declined
-from batchnorm.folding.proof import ULPS, error_of
+from batchnorm.folding.proof import ULPS, Way, error_of
 from batchnorm.folding.scene import Instance, Scene
 from batchnorm.folding.walk import Walk
 
+WAYS: tuple[Way, ...] = ("backward", "forward")
 BOTH = "{back}; and not into what follows: {forth}"
 SHARED = "it is called {count} times in one pass"
 DIFFERENT = "what it would be folded into is not the same in all calls"
@@ -31,7 +34,8 @@ class Fold(NamedTuple):
         name: Of the layer.
         instance: Its first call.
         changes: Leaf -> how it changes.
-        backward: Whether it goes into what makes its input.
+        way: Whether it goes into what makes its input, into what reads its result, or into a
+            convolution of the same input.
         error: The largest of its proof, in units in the last place.
         restrided: Whether its result lay in another order of memory than its input.
     """
@@ -39,7 +43,7 @@ class Fold(NamedTuple):
     name: str
     instance: Instance
     changes: Changes
-    backward: bool
+    way: Way
     error: float
     restrided: bool
 
@@ -81,13 +85,19 @@ class Planner:
         Args:
             names: In the order in which they are called.
         """
-        folds, left = [], {}
+        folds, left, waiting = [], {}, {}
         for name in names:
             calls = [(s, one) for s in self._scenes for one in s.instances if one.name == name]
             try:
                 folds.append(self._decide(name, calls))
             except Declined as why:
                 left[name] = str(why)
+                waiting[name] = calls
+        # A convolution beside it may have a normalization of its own, which is folded first.
+        for name, calls in waiting.items():
+            with contextlib.suppress(Declined):
+                folds.append(self._try(name, calls, "beside"))
+                del left[name]
         return Plan(folds, left, self._ledger)
 
     def _decide(self, name: str, calls: Sequence[tuple[Scene, Instance]]) -> Fold:
@@ -95,19 +105,19 @@ class Planner:
         if count > 1 and not self._agree:
             raise Declined(SHARED.format(count=count))
         reasons = []
-        for backward in (True, False):
+        for way in WAYS:
             try:
-                return self._try(name, calls, backward)
+                return self._try(name, calls, way)
             except Declined as why:  # noqa: PERF203 (two at most)
                 reasons.append(str(why))
         back, forth = reasons
         raise Declined(BOTH.format(back=back, forth=forth))
 
-    def _try(self, name: str, calls: Sequence[tuple[Scene, Instance]], backward: bool) -> Fold:
+    def _try(self, name: str, calls: Sequence[tuple[Scene, Instance]], way: Way) -> Fold:
         walks = []
         for scene, one in calls:
-            walk = Walk(scene, self._ledger, self._folded[scene], self._bias_takers)
-            (walk.backward if backward else walk.forward)(one)
+            walk = BranchWalk(scene, self._ledger, self._folded[scene], self._bias_takers)
+            getattr(walk, way)(one)
             scene.check_branches(walk.calls)
             walks.append(walk)
         changes = walks[0].changes
@@ -121,7 +131,7 @@ class Planner:
         then = self._ledger.with_changes(changes)
         self._check_range(changes, then)
         error = max(
-            error_of(scene, walk, one, backward, self._ledger, then)
+            error_of(scene, walk, one, way, self._ledger, then)
             for (scene, one), walk in zip(calls, walks, strict=True)
         )
         if not error <= ULPS:
@@ -129,7 +139,7 @@ class Planner:
         self._ledger = then
         for scene, one in calls:
             self._folded[scene].append(one)
-        return Fold(name, calls[0][1], changes, backward, error, _is_restrided(calls))
+        return Fold(name, calls[0][1], changes, way, error, _is_restrided(calls))
 
     def _check_uses(self, calls: Sequence[tuple[Scene, Instance]], walks: Sequence[Walk]) -> None:
         """Raise if what changes is also used where the normalization is not."""

@@ -6,11 +6,12 @@ the bound is 16 units in the last place of their dtype times the same computatio
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from batchnorm.folding.branch import BranchWalk
 from batchnorm.folding.ledger import Leaf, Ledger
 from batchnorm.folding.maps import per_channel, viewed
 from batchnorm.folding.scene import Instance, Scene
@@ -20,11 +21,14 @@ from batchnorm.models.flow import Value
 
 ULPS = 16
 
+# Into what makes the input, into what reads the result, or into a convolution of the same input:
+# the names of methods of the walk.
+Way = Literal["backward", "forward", "beside"]
 Values = Callable[[Leaf], Tensor]
 
 
 def error_of(
-    scene: Scene, walk: Walk, one: Instance, backward: bool, before: Ledger, then: Ledger
+    scene: Scene, walk: BranchWalk, one: Instance, way: Way, before: Ledger, then: Ledger
 ) -> float:
     """Return the largest error of a fold in units in the last place, times the magnitude.
 
@@ -32,7 +36,7 @@ def error_of(
         scene: The pass.
         walk: The way that was found in it.
         one: The normalization.
-        backward: Whether it is folded into what makes its input.
+        way: How it is folded.
         before: The parameters without it.
         then: The parameters with it.
     """
@@ -47,16 +51,17 @@ def error_of(
     sizes = _Replay(
         scene, walk, lambda leaf: then.rounded(leaf).abs(), noise, set(then), sizes=True
     )
-    if backward:
+    if way == "backward":
         expected = scale * as_it_was.value(one.x) + shift
         got, size = as_it_will_be.value(one.x), sizes.value(one.x)
     else:
         given = noise.of(x)
+        stays = given if way == "forward" else torch.zeros_like(given)
         last = max(walk.reached.values())
-        end = flow.calls[last].outputs[0]
+        end = flow.calls[last].outputs[0] if way == "forward" else walk.end
         as_it_was.give(one.y, scale * given + shift)
-        as_it_will_be.give(one.y, given)
-        sizes.give(one.y, given.abs())
+        as_it_will_be.give(one.y, stays)
+        sizes.give(one.y, stays.abs())
         expected, got = as_it_was.value(end), as_it_will_be.value(end)
         size = sizes.value(end)
     eps = max(torch.finfo(then.rounded(leaf).dtype).eps for leaf in walk.changes)
