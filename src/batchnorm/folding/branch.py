@@ -129,9 +129,9 @@ def _demands(step: Step, one: Instance) -> list[Demand]:
         raise Declined(NO_SUM)
     added = torch.zeros(weight.shape, dtype=torch.float64)
     channel = torch.arange(weight.shape[0])
-    centre = [size // 2 for size in weight.shape[2:]]
-    # In a group, the inputs are numbered from 0.
-    added[(channel, channel % weight.shape[1], *centre)] = affine.scale
+    taps = added.flatten(2)
+    # In a group, the inputs are numbered from 0. All sizes are odd: the centre is in the middle.
+    taps[channel, channel % weight.shape[1], taps.shape[2] // 2] = affine.scale
     return [
         Demand(weight.number, _plus(added)),
         *to_bias(step, "bias", _plus(affine.shift)),
