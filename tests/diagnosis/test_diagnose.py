@@ -51,7 +51,9 @@ def test_a_planted_fault_is_found_at_its_layer(rule, name):
 def test_a_healthy_network_of_others_has_no_finding_above_info(name):
     diagnosis, _ = healthy.case(name).found()
     assert len(diagnosis.measured) >= 2
-    assert not diagnosis.at_least("warning")
+    # transformers has the 0.997 of TensorFlow, a weight of the old, for torch's momentum.
+    true = {"BN504"} if name == "transformers mobilenet_v2" else set()
+    assert {one.rule for one in diagnosis.at_least("warning")} == true
 
 
 # --- comparisons of a model with itself

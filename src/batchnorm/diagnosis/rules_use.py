@@ -121,8 +121,8 @@ def _short_memory(layer: LayerUse) -> Judged:
         return None
     return (
         (
-            f"momentum is {layer.momentum:g}: the last batch alone weighs {layer.momentum:.0%} of "
-            "the average."
+            f"momentum is {layer.momentum:g}, which is what the last batch alone weighs in the "
+            "average."
         ),
         {"momentum": layer.momentum},
     )
