@@ -9,6 +9,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.errors import DiagnosisError, OptionError
 from support import faults, healthy
+from support.ranks import across_ranks
 
 # What is planted in one network in the fast lane; the long one has all, in three.
 FAST = {"BN501", "BN502", "BN506", "BN508", "BN601", "BN604", "BN702", "BN703", "BN705", "BN707"}
@@ -115,6 +116,24 @@ def test_a_model_is_compared_with_what_is_compiled_and_exported_from_it(fault, r
     diagnosis = bn.diagnose(_Mixing(fault), sequences(), select=["BN806", "BN807"], graphs=True)
     assert {one.rule for one in diagnosis.findings} == rules
     assert not diagnosis.not_checked
+
+
+def in_processes(rank, shift):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model[1].running_mean += rank * shift
+    data = [torch.randn(8, 3) for _ in range(2)]
+    found = bn.diagnose(model, data, group=None, select=["BN708"])
+    return [(one.subject, one.evidence["apart"]) for one in found.findings]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_processes_that_disagree_are_found():
+    assert across_ranks(in_processes, 2, 0.0) == [[], []]
+    for findings in across_ranks(in_processes, 2, 0.5):
+        ((subject, apart),) = findings
+        assert subject == "1" and apart == pytest.approx(0.5, rel=1e-4)
 
 
 # --- data and options that cannot be used

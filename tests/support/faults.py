@@ -219,6 +219,12 @@ def _one_left(one):
     return replace(one, data=loader, subject="")
 
 
+def _without_activation(one):
+    names = [name for name, module in one.model.named_modules() if isinstance(module, nn.ReLU)]
+    one.model.set_submodule(names[0], nn.Identity())
+    return one
+
+
 AFTER = {
     "BN501": _lost,
     "BN502": _few_steps,
@@ -230,6 +236,7 @@ AFTER = {
     "BN508": _swapped,
     "BN606": _plain,
     "BN607": _other_class,
+    "BN608": _without_activation,
     "BN701": _requires_grad_off,
     "BN702": _asleep,
     "BN703": _awake,
@@ -324,7 +331,7 @@ _BESIDE = {"BN802", "BN803", "BN804"}
 CONSEQUENCES = {
     "BN105": {"BN401"}, "BN207": {"BN206"}, "BN208": {"BN206"}, "BN201": {"BN206"},
     "BN202": {"BN206"}, "BN205": {"BN206"}, "BN503": {"BN206"}, "BN505": {"BN501", "BN506"}, "BN601": {"BN206", "BN501"},
-    "BN602": {"BN202"}, "BN606": {"BN802", "BN804"}, "BN703": {"BN802", "BN804"},
+    "BN602": {"BN202"}, "BN608": {"BN501"}, "BN606": {"BN802", "BN804"}, "BN703": {"BN802", "BN804"},
     "BN801": _BESIDE, "BN802": _BESIDE, "BN803": _BESIDE, "BN804": _BESIDE,
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ from batchnorm.diagnosis import probing, setup
 from batchnorm.diagnosis.checks import compared
 from batchnorm.diagnosis.evidence import Evidence, gather
 from batchnorm.diagnosis.judging import by_severity, judge
+from batchnorm.diagnosis.lost import lost
 from batchnorm.diagnosis.registry import ALL, CHECKPOINT, RUN, chosen
 from batchnorm.diagnosis.result import Diagnosis
 from batchnorm.diagnosis.use import Check, LayerUse, Use, Wiring
@@ -202,6 +203,7 @@ class Examination:
         self._stage("the flow of data", wired)
         self._stage("comparisons of the model with itself", checked)
         self._stage("true statistics in one layer at a time", functools.partial(self._compare, run))
+        self._stage("activations that were dropped", functools.partial(self._find_lost, run))
 
     def _stage(self, name: str, work: Callable[[], None]) -> None:
         """Run one stage, and note its failure; nothing after Ctrl-C."""
@@ -224,6 +226,13 @@ class Examination:
     def _compare(self, run: Any) -> None:
         with measured(self._model, self._chosen) as layers:
             probing.compare(self._seen, layers, run)
+
+    def _find_lost(self, run: Any) -> None:
+        with measured(self._model, self._chosen) as layers:
+            for name, (act, follower) in lost(self._seen, layers, run).items():
+                if name in self._wiring:
+                    known = self._wiring[name]
+                    self._wiring[name] = replace(known, lost=act, follower=follower)
 
     def reason(self) -> str:
         """Return in words what ended the run."""

@@ -83,6 +83,19 @@ def _odd_ones(use: Use) -> Iterator[Found]:
             )
 
 
+def _lost(layer: LayerUse) -> Judged:
+    wiring = layer.wiring
+    if wiring is None or not wiring.lost:
+        return None
+    return (
+        (
+            f"With {wiring.lost} behind it the stored statistics of {wiring.follower} fit, and "
+            "without they do not."
+        ),
+        {"activation": wiring.lost, "next layer": wiring.follower},
+    )
+
+
 def _moves_untrained(layer: LayerUse) -> Judged:
     training = layer.training
     if training.trained is not False or not training.moves:
@@ -271,6 +284,18 @@ MODEL: tuple[UseRule, ...] = (
         "bn.set_options(model, eps=..., momentum=...).",
         _odd_ones,
         lambda use: "" if use.layers else "no batch norm with stored statistics",
+    ),
+    Rule(
+        "BN608",
+        "error",
+        "An activation was dropped",
+        "The next layer was trained on inputs that went through an activation, which is not there "
+        "any more: classes that end in one (timm's BatchNormAct2d, this library's activation=) "
+        "were replaced by ones that do not, as torch's convert_sync_batchnorm does.",
+        "Convert from the original with bn.convert(model), which keeps activations, or put it "
+        "behind the layer.",
+        each(_lost),
+        _no_flow,
     ),
     Rule(
         "BN701",

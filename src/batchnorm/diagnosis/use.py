@@ -99,11 +99,16 @@ class Wiring:
         bias: The layer before, whose output enters this one alone and has a bias; "" for none.
         dropout: The active dropout before it with no other batch norm in between; "" for none.
         behind: Whether its input depends on the result of another batch norm.
+        lost: An activation behind it with which the statistics of ``follower`` fit, which do not
+            fit without; "" for none.
+        follower: The layer that is called next, where ``lost`` is not "".
     """
 
     bias: str = ""
     dropout: str = ""
     behind: bool = False
+    lost: str = ""
+    follower: str = ""
 
 
 @dataclass(frozen=True, slots=True)
