@@ -26,7 +26,8 @@ LEVELS = [
     {"graph", "memory", "comparison"},
     {"calibration", "surgery"},
     {"folding", "diagnosis", "observation", "porting"},
-    {"demo", "benchmark", "integrations", "insertion"},
+    {"benchmark", "integrations", "insertion"},
+    {"demo"},
     {"cli"},
 ]
 # Other packages import report/__init__; cli and benchmark import inside of functions to start quickly.

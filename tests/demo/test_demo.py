@@ -16,6 +16,7 @@ from batchnorm.demo.data import DataError, load_digits, load_idx
 from batchnorm.demo.estimates import WHOLE_SET, kept_estimators
 from batchnorm.demo.modes import compare_modes
 from batchnorm.demo.networks import WATCHED, build
+from batchnorm.demo.repeats import ends
 from batchnorm.demo.run import run_demo, to_report, write_results
 from batchnorm.demo.shift import ShiftProbe, entering
 from batchnorm.demo.tour import take_tour
@@ -23,6 +24,7 @@ from batchnorm.demo.training import Curve, Options, batch_order, evaluate, one_t
 from batchnorm.errors import OptionError
 from batchnorm.estimators.running import Running
 from batchnorm.report.jsontext import to_json
+from batchnorm.report.model import Text
 from support.oracle import tolerance
 
 # Of means and deviations of float32 values of size 1, summed by torch.
@@ -233,6 +235,46 @@ def test_estimates_of_the_tour_are_all_named_and_whole_set_is_exact(tour):
         assert all(estimate.mean_off > 0 for estimate in study.estimates[:-1])
 
 
+def test_what_is_told_first_is_the_largest_difference_over_all_seeds(tour):
+    for study in tour.studies:
+        gaps = {trial.rate: trial.normalized.accuracy[-1] - trial.plain.accuracy[-1] for trial in study.trials}  # fmt: skip
+        assert gaps[study.fast.rate] == max(gaps.values())
+        for repeats in (study.fast, study.best):
+            assert repeats.seeds == (3, 4, 5)
+            assert len(set(repeats.plain)) == len(set(repeats.normalized)) == 3
+        assert study.best.plain[0] == study.plain.curve
+        assert study.best.normalized[0] == study.normalized.curve
+    study = tour.studies[0]
+    last = [curve.accuracy[-1] for curve in study.fast.normalized]
+    first, *_ = to_report(tour, ("w",)).summary
+    assert f"{study.fast.rate:g}" in first
+    assert ends(study.fast.normalized) == (sorted(last)[1], min(last), max(last))
+    assert f"{min(last):.1%}" in first and f"{max(last):.1%}" in first
+
+
+def test_every_contender_has_one_colour_and_every_paragraph_a_second_language(tour):
+    colours = {}
+    for section in to_report(tour, ("w",)).sections:
+        assert "·" in section.title
+        for block in section.blocks:
+            if isinstance(block, Text):
+                assert block.other and not block.other.isascii(), block.words
+            for series in getattr(block, "series", ()):
+                colours.setdefault(series.name, set()).add(series.colour)
+    assert colours["with BN"] == {0} and colours["without BN"] == {1}
+
+
+def test_a_unit_before_and_after_normalization_and_an_inserted_one(tour):
+    for study in tour.studies:
+        assert len(study.unit_before) == len(study.unit_after) == 100
+        before, after = (torch.tensor(v, dtype=torch.float64) for v in (study.unit_before, study.unit_after))  # fmt: skip
+        correlation = torch.corrcoef(torch.stack([before, after]))[0, 1]
+        assert abs(abs(correlation) - 1) < SCALED  # an affine map of one unit
+    assert tour.inserted.layers == 5
+    assert tour.inserted.difference < SCALED
+    assert len(tour.pictures) == len(tour.labels) == 16
+
+
 def test_companions_matter_in_train_mode_only(digits):
     network = normalized(activation="relu")
     train(network, digits, Options(steps=10), 0.1, 10)
@@ -272,7 +314,7 @@ def test_demo_on_idx_files_writes_weights_that_torch_loads(tmp_path):
     tour, files = run_demo(data, tmp_path / "a" / "b", Options(0, 10, 8, 2, epochs=1), silent)
     assert tour.options.steps == 5
     assert [file.name for file in files[:2]] == ["report.html", "report.json"]
-    assert json.loads(files[1].read_text("utf-8"))["title"].endswith("on data")
+    assert "at work on data" in json.loads(files[1].read_text("utf-8"))["title"]
     weights = load_file(files[2])
     layer = nn.BatchNorm1d(64)
     layer.load_state_dict(

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import batchnorm as bn
 from batchnorm.errors import OptionError
+from batchnorm.report.html import to_html
 from batchnorm.report.jsontext import to_json
 from batchnorm.report.markdown import to_markdown
 from support.oracle import tolerance
@@ -260,6 +261,54 @@ def test_only_training_steps_count_and_a_failed_one_leaves_no_trace():
         assert not observer.observations
         train(model, batches(2))
     assert [one.step for one in observer.observations] == [2] * 4 + [3] * 4
+
+
+class Interrupted(nn.Module):
+    """Interrupts every second call."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls % 2:
+            raise KeyboardInterrupt
+        return x
+
+
+def test_an_interrupt_ends_a_step_and_the_next_one_is_observed():
+    model = nn.Sequential(nn.BatchNorm1d(3), Interrupted())
+    x = torch.randn(8, 3)
+    with bn.observe(model, every=1) as observer:
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                model(x)
+            model(x)
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+    assert [one.step for one in observer.observations] == [2, 4]
+    assert not any("forward" in vars(module) for module in model)
+
+
+def test_two_observers_of_a_model_see_the_same_and_leave_nothing():
+    model, data = ready(), batches(5)
+    with bn.observe(model, every=2) as one, bn.observe(model, every=2) as two:
+        train(model, data)
+        one.close()
+        train(model, data[:1])
+    assert two.observations[: len(one.observations)] == one.observations
+    assert [o.step for o in two.observations[len(one.observations) :]] == [6] * 4
+    assert not any("forward" in vars(module) for module in model)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 1e38, float("inf")])
+def test_numbers_that_are_not_finite_end_neither_the_training_nor_the_report(bad):
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.GELU())
+    with bn.observe(model, every=2) as observer:
+        for _ in range(6):
+            model(torch.randn(8, 3) * bad)
+    assert "6 training steps" in str(observer)
+    json.loads(to_json(observer.report()))
+    assert "magenta" in to_html(observer.report())
 
 
 def test_copies_of_an_observed_model_are_not_observed(tmp_path):

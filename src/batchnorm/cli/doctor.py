@@ -15,9 +15,11 @@ from batchnorm.cli.inspection import (
     Form,
     Format,
     Ignore,
+    Language,
     Layers,
     Out,
     Select,
+    Tongue,
     reports,
     spaced,
     words,
@@ -56,6 +58,7 @@ def doctor(
     baseline: Baseline = None,
     fail_on: Fail = FailOn.WARNING,
     form: Form = Format.TEXT,
+    language: Tongue = Language.EN,
     out: Out = None,
     force: Force = False,
     layers: Layers = False,
@@ -82,7 +85,7 @@ def doctor(
             check_fix(job, out, force)
         elif out is not None:
             check_output(out, force)
-        status = _examine(job, _Shown(form, out, layers, fix), fail_on, debug)
+        status = _examine(job, _Shown(form, language, out, layers, fix), fail_on, debug)
     except KeyboardInterrupt:
         complain("interrupted; nothing was measured")
         status = INTERRUPTED
@@ -98,6 +101,7 @@ class _Shown(NamedTuple):
     """How findings are shown, and whether ``out`` is for a mended checkpoint."""
 
     form: Format
+    language: Language
     out: Path | None
     layers: bool
     fix: bool
@@ -139,8 +143,8 @@ def _tell(found: "list[Diagnosis]", job: "Job", how: _Shown) -> None:
 
     rules = chosen(job.plan.select, job.plan.ignore, ALL)
     if how.out is not None and not how.fix:
-        write_atomically(how.out, written(found, how.form, how.layers, rules))
+        write_atomically(how.out, written(found, how.form, how.layers, rules, how.language))
     elif how.form is Format.TEXT:
         show(*spaced(reports(found, how.layers)))
     else:
-        show(written(found, how.form, how.layers, rules).rstrip("\n"))
+        show(written(found, how.form, how.layers, rules, how.language).rstrip("\n"))

@@ -26,6 +26,14 @@ class Format(enum.Enum):
     JSON = "json"
     MARKDOWN = "markdown"
     SARIF = "sarif"
+    HTML = "html"
+
+
+class Language(enum.Enum):
+    """The languages of a page."""
+
+    EN = "en"
+    ZH = "zh"
 
 
 class FailOn(enum.Enum):
@@ -67,6 +75,10 @@ Baseline = Annotated[
 ]
 Fail = Annotated[FailOn, typer.Option(help="The least severity that makes the exit status 1.")]
 Form = Annotated[Format, typer.Option("--format", help="How findings are written.")]
+Tongue = Annotated[
+    Language,
+    typer.Option("--language", help="Of a page: English or Chinese, but for rules' texts."),
+]
 Out = Annotated[Path | None, typer.Option(help="File to write instead of printing.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]
 Layers = Annotated[
@@ -90,6 +102,7 @@ def inspect(
     baseline: Baseline = None,
     fail_on: Fail = FailOn.WARNING,
     form: Form = Format.TEXT,
+    language: Tongue = Language.EN,
     out: Out = None,
     force: Force = False,
     layers: Layers = False,
@@ -114,12 +127,14 @@ def inspect(
         rules = choose(chosen["select"], chosen["ignore"])
         done = [_judged(path, baseline, chosen) for path in checkpoints]
         usable = [one for one in done if one is not None]
-        if out is not None:
-            write_atomically(out, written(usable, form, layers, rules))
+        if not usable and form is Format.HTML:
+            pass  # why has been said of each checkpoint
+        elif out is not None:
+            write_atomically(out, written(usable, form, layers, rules, language))
         elif form is Format.TEXT:
             show(*spaced(reports(usable, layers)))
         elif usable:
-            show(written(usable, form, layers, rules).rstrip("\n"))
+            show(written(usable, form, layers, rules, language).rstrip("\n"))
     except (BatchNormError, OSError) as error:
         complain(str(error))
         raise typer.Exit(UNUSABLE) from error
@@ -143,9 +158,17 @@ def _judged(path: Path, baseline: Path | None, chosen: dict[str, list[str]]) -> 
 
 
 def written(
-    done: "list[Diagnosis]", form: Format, layers: bool, rules: "Sequence[Rule[Any]]"
+    done: "list[Diagnosis]",
+    form: Format,
+    layers: bool,
+    rules: "Sequence[Rule[Any]]",
+    language: Language = Language.EN,
 ) -> str:
-    """Return all diagnoses as text of a format."""
+    """Return all diagnoses as text of a format; a page is of one.
+
+    Raises:
+        OptionError: If a page is asked for, and there are several diagnoses.
+    """
     from batchnorm.diagnosis.result import to_json
     from batchnorm.diagnosis.sarif import to_sarif
     from batchnorm.report.markdown import to_markdown
@@ -155,10 +178,29 @@ def written(
         return to_json(done)
     if form is Format.SARIF:
         return to_sarif(done, rules)
+    if form is Format.HTML:
+        return _page(done, language)
     shown = reports(done, layers)
     if form is Format.MARKDOWN:
         return "\n".join(map(to_markdown, shown))
     return "\n\n".join(map(to_text, shown)) + "\n"
+
+
+def _page(done: "list[Diagnosis]", language: Language) -> str:
+    from batchnorm.diagnosis.channels import page_of
+    from batchnorm.errors import MissingExtraError, OptionError
+
+    if len(done) != 1:
+        raise OptionError(f"expected one diagnosis for a page, got {len(done)}")
+    try:
+        from batchnorm.report.html import to_html
+    except ImportError as error:
+        raise MissingExtraError(
+            f"a page needs the package {error.name}; pip install 'batchnorm[demo]'"
+        ) from error
+    (found,) = done
+    path = Path(found.subject)
+    return to_html(page_of(found, path if path.exists() else None, language.value))
 
 
 def reports(done: "list[Diagnosis]", layers: bool) -> "list[Report]":

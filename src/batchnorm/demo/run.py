@@ -6,6 +6,9 @@ from pathlib import Path
 from safetensors.torch import save
 
 from batchnorm.demo.data import load_images
+from batchnorm.demo.repeats import ends
+from batchnorm.demo.section_data import data_section, statistics_section
+from batchnorm.demo.section_insert import insert_section
 from batchnorm.demo.section_race import NAME, race_section
 from batchnorm.demo.section_shift import shift_section
 from batchnorm.demo.section_use import estimates_section, modes_section
@@ -23,32 +26,55 @@ LEVELS_TO_TELL = (0.8, 0.9, 0.95, 0.97)
 def to_report(tour: Tour, weight_files: tuple[str, ...]) -> Report:
     """The whole page. ``weight_files`` are the names of the files beside it."""
     return Report(
-        f"Batch normalization at work on {tour.data_name}",
+        f"Batch normalization at work on {tour.data_name} · 批归一化实验",
         (
+            *_fast(tour.studies[0]),
+            *(words for study in tour.studies for words in _outcome(study)),
             _counts(tour),
-            *(_outcome(study) for study in tour.studies),
         ),
         (
             race_section(tour),
+            data_section(tour),
+            statistics_section(tour),
             shift_section(tour),
             estimates_section(tour),
             modes_section(tour),
+            insert_section(tour),
             _files_section(tour, weight_files),
         ),
     )
 
 
+def _fast(study: Study) -> tuple[str, str]:
+    """The strongest result: the rate at which only the normalized network learns."""
+    fast = study.fast
+    without, with_bn = ends(fast.plain), ends(fast.normalized)
+    name = NAME[study.activation]
+    english = (
+        f"With {name}, at learning rate {fast.rate:g}: after {fast.plain[0].steps[-1]} steps the "
+        f"network without batch normalization is right for {without.spread} of the held-out "
+        f"images, with it for {with_bn.spread} ({len(fast.seeds)} seeds)."
+    )
+    chinese = (
+        f"学习率 {fast.rate:g}（{name}）：无 BN 的留出准确率为 {without.spread}，"
+        f"有 BN 为 {with_bn.spread}（{len(fast.seeds)} 个种子）。"
+    )
+    return english, chinese
+
+
 def _counts(tour: Tour) -> str:
     learn, held_out = tour.train_count, tour.test_count
-    return f"{learn} images to learn from, {held_out} held out, seed {tour.options.seed}."
+    return f"{learn} images to learn from, {held_out} held out, seeds from {tour.options.seed}."
 
 
-def _outcome(study: Study) -> str:
-    """What the long trainings showed, at two levels: one network may be ahead early, one late."""
+def _outcome(study: Study) -> tuple[str, str]:
+    """What the long trainings showed, at two levels, in English and Chinese."""
     plain, normalized = study.plain.curve, study.normalized.curve
+    without, with_bn = ends(study.best.plain), ends(study.best.normalized)
+    name = NAME[study.activation]
     opening = (
-        f"With {NAME[study.activation]}, at the learning rate that suits the network without BN "
-        f"best ({study.rate:g}): "
+        f"With {name}, at the learning rate that suits the network without BN best "
+        f"({study.rate:g}): "
     )
     both = [
         f"{level:.0%} is reached in {slow} steps without and {quick} with batch normalization"
@@ -56,23 +82,32 @@ def _outcome(study: Study) -> str:
         if (slow := plain.steps_to(level)) is not None
         and (quick := normalized.steps_to(level)) is not None
     ]
-    end = f"the end is {plain.accuracy[-1]:.1%} without and {normalized.accuracy[-1]:.1%} with."
-    return opening + "; ".join([*both[:1], *both[1:][-1:], end])
+    end = f"the end is {without.spread} without and {with_bn.spread} with."
+    chinese = (
+        f"在最适合无 BN 网络的学习率 {study.rate:g}（{name}）下："
+        f"结束时无 BN 为 {without.spread}，有 BN 为 {with_bn.spread}。"
+    )
+    return opening + "; ".join([*both[:1], *both[1:][-1:], end]), chinese
 
 
 def _files_section(tour: Tour, weight_files: tuple[str, ...]) -> Section:
     options = tour.options
     return Section(
-        "Files, and how to get these numbers again",
+        "Files, and how to get these numbers again · 文件与重现",
         (
             Text(
                 "Beside this page lie the trained weights, "
                 + ", ".join(weight_files)
                 + ", and report.json with every number of this page. The weights load into a "
-                "network of torch.nn as well as into one of batchnorm:"
+                "network of torch.nn as well as into one of batchnorm:",
+                "本页旁边有训练好的权重，以及包含本页全部数字的 report.json。"
+                "权重既可载入 torch.nn 的网络，也可载入 batchnorm 的网络：",
             ),
             Formula(f"safetensors.torch.load_file('{weight_files[0]}')"),
-            Text("The same command gives the same numbers on the same machine:"),
+            Text(
+                "The same command gives the same numbers on the same machine:",
+                "同一命令在同一机器上给出相同的数字：",
+            ),
             Formula(
                 f"batchnorm demo --seed {options.seed} --steps {options.steps} "
                 f"--batch-size {options.batch_size} --k {options.k}"

@@ -1,46 +1,79 @@
 """The first section of the page: who learns faster."""
 
+import statistics
 from collections.abc import Iterable
 
 from batchnorm.demo.networks import Activation
+from batchnorm.demo.repeats import SEEDS, Repeats, ends
 from batchnorm.demo.tour import RATES, Study, Tour
 from batchnorm.demo.training import Curve
-from batchnorm.report.model import Cell, Formula, Plot, Section, Series, Table, Text
+from batchnorm.report.model import Cell, Plot, Section, Series, Table, Text
 
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.97)
 NAME: dict[Activation, str] = {"sigmoid": "sigmoid", "relu": "ReLU"}
-WITHOUT, WITH = "without BN", "with BN"
+WITHOUT, WITH, INSERTED = "without BN", "with BN", "BN inserted"
+# Numbers of the colours of both, in every plot of the page.
+WITH_COLOUR, WITHOUT_COLOUR = 0, 1
 
 
 def race_section(tour: Tour) -> Section:
-    """Loss and accuracy per step, and the steps to the same accuracy."""
+    """Accuracy and loss per step, and the steps to the same accuracy."""
     options = tour.options
     return Section(
-        "The same network, without and with batch normalization",
+        "Who learns faster · 谁学得更快",
         (
             Text(
-                "The network has two convolutions and three dense layers. Batch normalization "
-                "(BN) stands between each of these layers and its activation. It subtracts the "
-                "mean of the batch and divides by its deviation, then lets the network choose a "
-                "new scale and a new centre, which are learned like weights:"
+                "The network has two convolutions and three dense layers; BN stands between each "
+                "of them and its activation. Without and with it, the network starts from the "
+                f"same weights and sees the same batches of {options.batch_size} images in the "
+                f"same order. Each comparison is made from {SEEDS} seeds: lines are medians, "
+                "bands reach from the lowest to the highest.",
+                "网络有两个卷积层和三个全连接层，BN 位于每层与其激活函数之间。"
+                f"有无 BN 的网络初始权重相同，每批 {options.batch_size} 张图像及其顺序也相同。"
+                f"每项比较用 {SEEDS} 个随机种子：线为中位数，带为最低到最高。",
             ),
-            Formula("BN(x) = γ · (x − μ) / √(σ² + ε) + β"),
+            *(_fast_plot(study) for study in tour.studies),
             Text(
-                "μ and σ² are taken per neuron over the images of a batch in dense layers, and "
-                "per channel over all images and all pixels in convolutions."
-            ),
-            Text(
-                f"Both networks start from the same weights and see the same batches of "
-                f"{options.batch_size} images in the same order, {options.steps} steps of plain "
-                f"gradient descent. The accuracy is that on {tour.test_count} images held out from "
-                "training. The start weights, and the learning rate of the plots, are those that "
-                "suit the network without BN best; the last table shows all rates that were tried."
+                "At a learning rate that is too high for the network without BN, it does not "
+                "learn. That is the strongest effect, and no fair comparison: the plots below use "
+                "the rate, and the start weights, that suit the network without BN best.",
+                "学习率对无 BN 的网络过高时，它学不到东西。这是最明显的效果，但并不是公平的比较："
+                "下面的图使用最适合无 BN 网络的学习率和初始权重。",
             ),
             *(plot for study in tour.studies for plot in _plots(study)),
             steps_table(tour),
             _rates_table(tour),
         ),
     )
+
+
+def _fast_plot(study: Study) -> Plot:
+    fast = study.fast
+    without, with_bn = ends(fast.plain), ends(fast.normalized)
+    return Plot(
+        f"Accuracy at learning rate {fast.rate:g}, {NAME[study.activation]}",
+        "bands",
+        bands(fast, "accuracy"),
+        "training step",
+        "accuracy, held out",
+        f"After {fast.plain[0].steps[-1]} steps: {without.spread} without BN, {with_bn.spread} "
+        "with.",
+        (0.0, 1.0),
+    )
+
+
+def bands(repeats: Repeats, part: str) -> tuple[Series, ...]:
+    """Median, lowest and highest over the seeds, without and with BN."""
+    found = []
+    for name, curves, colour in (
+        (WITHOUT, repeats.plain, WITHOUT_COLOUR),
+        (WITH, repeats.normalized, WITH_COLOUR),
+    ):
+        columns = list(zip(*(getattr(curve, part) for curve in curves), strict=True))
+        middle = tuple(float(statistics.median(column)) for column in columns)
+        low, high = tuple(map(min, columns)), tuple(map(max, columns))
+        found.append(Series(name, curves[0].steps, middle, low, high, colour))
+    return tuple(found)
 
 
 def steps_table(tour: Tour) -> Table:
@@ -58,7 +91,8 @@ def steps_table(tour: Tour) -> Table:
     )
     losses: tuple[Cell, ...] = ("loss at the end", *(curve.loss[-1] for curve in curves))
     note = (
-        f"On held-out images, measured every {tour.options.every} steps. A dash: not reached. "
+        f"The first seed, on held-out images, measured every {tour.options.every} steps. A dash: "
+        "not reached. "
         "Learning rates: "
         + ", ".join(f"{study.rate:g} ({NAME[study.activation]})" for study in tour.studies)
         + "."
@@ -69,32 +103,26 @@ def steps_table(tour: Tour) -> Table:
 def _plots(study: Study) -> tuple[Plot, Plot]:
     name = NAME[study.activation]
     plain, normalized = _both(study)
+    without, with_bn = ends(study.best.plain), ends(study.best.normalized)
     return (
         Plot(
-            f"Accuracy, {name}",
-            "lines",
-            _series(study, "accuracy"),
+            f"Accuracy at learning rate {study.rate:g}, {name}",
+            "bands",
+            bands(study.best, "accuracy"),
             "training step",
             "accuracy, held out",
-            f"Ends at {plain.accuracy[-1]:.1%} without BN and {normalized.accuracy[-1]:.1%} with.",
+            f"Ends at {without.spread} without BN and {with_bn.spread} with.",
             (0.0, 1.0),
         ),
         Plot(
-            f"Loss, {name}",
-            "lines",
-            _series(study, "loss"),
+            f"Loss at learning rate {study.rate:g}, {name}",
+            "bands",
+            bands(study.best, "loss"),
             "training step",
             "loss, held out",
-            "Cross-entropy; guessing among ten classes costs ln 10 ≈ 2.3. "
-            f"Ends at {plain.loss[-1]:.3f} without BN and {normalized.loss[-1]:.3f} with.",
+            "Cross-entropy; guessing among ten classes costs ln 10 ≈ 2.3. The first seed ends at "
+            f"{plain.loss[-1]:.3f} without BN and {normalized.loss[-1]:.3f} with.",
         ),
-    )
-
-
-def _series(study: Study, part: str) -> tuple[Series, ...]:
-    return tuple(
-        Series(name, curve.steps, getattr(curve, part))
-        for name, curve in zip((WITHOUT, WITH), _both(study), strict=True)
     )
 
 
@@ -113,8 +141,8 @@ def _rates_table(tour: Tour) -> Table:
         "Held-out accuracy by learning rate, %",
         tuple(columns),
         tuple(rows),
-        f"After {max(1, tour.options.steps // 2)} steps. The plots above use the rate with the "
-        "highest accuracy without BN, averaged over these steps.",
+        f"The first seed, after {max(1, tour.options.steps // 2)} steps. The plots above use the "
+        "rate with the highest accuracy without BN, averaged over these steps.",
     )
 
 

@@ -1,6 +1,6 @@
 """The second section of the page: the internal covariate shift."""
 
-from batchnorm.demo.section_race import NAME, WITH, WITHOUT
+from batchnorm.demo.section_race import NAME, WITH, WITH_COLOUR, WITHOUT, WITHOUT_COLOUR
 from batchnorm.demo.shift import Band, Shift
 from batchnorm.demo.tour import PROBE_IMAGES, Study, Tour
 from batchnorm.report.model import Plot, Section, Series, Table, Text
@@ -15,7 +15,7 @@ def shift_section(tour: Tour) -> Section:
     """How the values entering the last hidden activation move, without and with normalization."""
     count = min(PROBE_IMAGES, tour.train_count)
     return Section(
-        "Internal covariate shift",
+        "Internal covariate shift · 内部协变量偏移",
         (
             Text(
                 "When the weights of the first layers change, what later layers receive changes "
@@ -23,12 +23,17 @@ def shift_section(tour: Tour) -> Section:
                 "covariate shift. Here the same "
                 f"{count} images are passed again and again while the network learns, and the "
                 "values that enter the last hidden activation are recorded. All movement comes "
-                "from the weights."
+                "from the weights.",
+                "前面各层的权重变化时，后面的层收到的输入也随之变化，中间层越多变化越大，"
+                f"这就是内部协变量偏移。这里在训练中反复输入同样的 {count} 张图像，"
+                "记录进入最后一个隐藏激活函数的值，所以一切变化都来自权重。",
             ),
             Text(
                 "The line is the median; the band reaches from the 15th to the 85th percentile. "
                 "The single unit is not picked by hand: of all 64 it is the one whose median "
-                "moves the middling way."
+                "moves the middling way.",
+                "线为中位数，带为第 15 到第 85 百分位数。单个神经元不是挑选的："
+                "它是 64 个神经元中移动程度居中的一个。",
             ),
             *(plot for study in tour.studies for plot in _bands_of(study)),
             *(_flat_plot(study) for study in tour.studies),
@@ -37,7 +42,10 @@ def shift_section(tour: Tour) -> Section:
                 "That BN holds the distribution is its arithmetic: the centre can only be β and "
                 "the deviation only γ. Whether this is also why the network learns faster is "
                 "disputed (Santurkar and others, 2018); the plots show the one and the section "
-                "before shows the other."
+                "before shows the other.",
+                "BN 保持分布不变是其算式决定的：中心只能是 β，标准差只能是 γ。"
+                "这是否就是网络学得更快的原因尚有争议（Santurkar 等，2018）；"
+                "这里的图说明前者，上一节说明后者。",
             ),
         ),
     )
@@ -49,10 +57,12 @@ def _bands_of(study: Study) -> tuple[Plot, ...]:
     units = _common_range(plain.one_unit, normalized.one_unit)
     everything = _common_range(plain.all_units, normalized.all_units)
     return (
-        _bands(f"One unit, {name}, {WITHOUT}", plain, plain.one_unit, units),
-        _bands(f"One unit, {name}, {WITH}", normalized, normalized.one_unit, units),
-        _bands(f"All units, {name}, {WITHOUT}", plain, plain.all_units, everything),
-        _bands(f"All units, {name}, {WITH}", normalized, normalized.all_units, everything),
+        _bands(f"One unit, {name}, {WITHOUT}", plain, plain.one_unit, units, WITHOUT_COLOUR),
+        _bands(f"One unit, {name}, {WITH}", normalized, normalized.one_unit, units, WITH_COLOUR),
+        _bands(f"All units, {name}, {WITHOUT}", plain, plain.all_units, everything, WITHOUT_COLOUR),
+        _bands(
+            f"All units, {name}, {WITH}", normalized, normalized.all_units, everything, WITH_COLOUR
+        ),
     )
 
 
@@ -63,8 +73,11 @@ def _flat_plot(study: Study) -> Plot:
         f"Where the activation is flat, {NAME[study.activation]}",
         "lines",
         tuple(
-            Series(label, shift.steps, shift.saturated)
-            for label, shift in ((WITHOUT, plain), (WITH, normalized))
+            Series(label, shift.steps, shift.saturated, colour=colour)
+            for label, shift, colour in (
+                (WITHOUT, plain, WITHOUT_COLOUR),
+                (WITH, normalized, WITH_COLOUR),
+            )
         ),
         "training step",
         FLAT[study.activation],
@@ -74,8 +87,10 @@ def _flat_plot(study: Study) -> Plot:
     )
 
 
-def _bands(title: str, shift: Shift, band: Band, ends: tuple[float, float]) -> Plot:
-    series = Series("15th to 85th percentile", shift.steps, band.middle, band.low, band.high)
+def _bands(title: str, shift: Shift, band: Band, ends: tuple[float, float], colour: int) -> Plot:
+    series = Series(
+        "15th to 85th percentile", shift.steps, band.middle, band.low, band.high, colour
+    )
     return Plot(
         title,
         "bands",

@@ -11,25 +11,34 @@ from batchnorm.report.model import Cell, Formula, Plot, Section, Series, Table, 
 def estimates_section(tour: Tour) -> Section:
     """Each estimate of mean and variance for evaluation, measured on held-out images."""
     return Section(
-        "Which mean and variance to use afterwards",
+        "Which mean and variance to use afterwards · 使用阶段的均值与方差",
         (
             Text(
                 "A trained network must answer for a single image, which has no batch to take μ "
                 "and σ² from. Fixed values are used instead, and there are several ways to get "
                 "them. With batches of m values and the variance σᵢ² of batch i (divided by m), "
-                "the last K batches give"
+                "the last K batches give",
+                "训练好的网络要能回答单张图像，"
+                "而单张图像没有可供估算 μ 和 σ² 的批。因此改用固定值，"
+                "其得法有几种。设每批有 m 个值，第 i 批的方差为 σᵢ²（除以 m），则最后 K 批给出",
             ),
             Formula(
                 "μ = (1/K) · Σ μᵢ\nσ² = m/(m−1) · (1/K) · Σ σᵢ²\n"
                 "pooled: σ² = 1/(Km−1) · Σ over all Km values of (x − μ)²"
             ),
-            Text("and the running average, PyTorch's way, takes one step with every batch:"),
+            Text(
+                "and the running average, PyTorch's way, takes one step with every batch:",
+                "而 PyTorch 的滑动平均随每一批更新一步：",
+            ),
             Formula("μ ← 0.9 μ + 0.1 μᵢ\nσ² ← 0.9 σ² + 0.1 · m/(m−1) · σᵢ²"),
             Text(
                 "“Decayed” weighs batches like the running average and also counts the spread "
                 "between them; “all batches so far” averages since the first step; “whole training "
                 "set” passes all training images once more through the finished network. The "
-                "weights are the same in every row."
+                "weights are the same in every row.",
+                "“decayed”按滑动平均的权重合并各批，并计入批与批之间的差异；"
+                "“all batches so far”从第一步起平均；"
+                "“whole training set”用训练好的网络把全部训练图像再过一遍。各行的权重都相同。",
             ),
             estimates_table(tour),
             _distance_table(tour),
@@ -101,24 +110,32 @@ def modes_section(tour: Tour) -> Section:
     study = tour.studies[0]
     modes = study.modes
     return Section(
-        "train() and eval()",
+        "train() and eval() · 训练状态与评估状态",
         (
             Text(
                 "In train() a layer normalizes with the mean and variance of the present batch, "
                 "so what the network says of an image depends on the images beside it. In eval() "
-                "it uses the fixed values, and the companions do not matter."
+                "it uses the fixed values, and the companions do not matter.",
+                "train() 状态下每层用当前批的均值和方差归一化，"
+                "所以网络对一张图像的回答取决于同批的其它图像。"
+                "eval() 状态下用固定值，同批图像没有影响。",
             ),
             Text(
                 f"Held-out image number {modes.image}, of class {modes.label}, is the one most "
                 f"dependent on company. Among {len(modes.companies)} random companies its class "
                 f"gets between {min(modes.companies):.1%} and {max(modes.companies):.1%} in "
-                f"train(); in eval() {modes.alone:.1%}, alone and in the same companies."
+                f"train(); in eval() {modes.alone:.1%}, alone and in the same companies.",
+                f"第 {modes.image} 张留出图像（类别 {modes.label}）最受同批图像影响。"
+                f"在 {len(modes.companies)} 组随机同伴中，train() 给它的类别的概率在 "
+                f"{min(modes.companies):.1%} 到 {max(modes.companies):.1%} 之间；"
+                f"eval() 始终为 {modes.alone:.1%}。",
             ),
             _companies_plot(study),
             *(_batch_plot(each) for each in tour.studies),
             _modes_table(tour),
             Text(
-                f"A single image is refused by train(), for it has no variance: “{modes.refusal}”"
+                f"A single image is refused by train(), for it has no variance: “{modes.refusal}”",
+                "train() 拒绝单张图像，因为它没有方差。",
             ),
         ),
     )

@@ -1,5 +1,6 @@
 """The tour: everything the demo measures, as plain values. Nothing here prints or draws."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,9 +14,11 @@ from batchnorm.demo.estimates import (
     judge_estimates,
     kept_estimators,
 )
+from batchnorm.demo.inserting import Inserted, insert_and_train
 from batchnorm.demo.modes import Modes, compare_modes
 from batchnorm.demo.networks import WATCHED, Activation, build
-from batchnorm.demo.shift import Shift, ShiftProbe
+from batchnorm.demo.repeats import Repeats, repeat
+from batchnorm.demo.shift import Shift, ShiftProbe, entering
 from batchnorm.demo.training import Curve, Options, one_thread, train
 from batchnorm.estimators.bank import is_state
 from batchnorm.estimators.base import Estimator
@@ -26,6 +29,7 @@ ACTIVATIONS: tuple[Activation, ...] = ("sigmoid", "relu")
 RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 # So many training images pass the probe for the shift; held-out ones would do as well.
 PROBE_IMAGES = 256
+PICTURES = 16
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,11 @@ class Study:
         estimates: The normalized network with each way of estimating mean and variance.
         estimate_curves: The same while it trained.
         modes: The normalized network in `train()` and `eval()`.
+        best: The two long trainings, from several seeds.
+        fast: Short trainings from several seeds, at the rate with the greatest difference between
+            the accuracies at the end.
+        unit_before: What enters the last normalization of the trained network, of one unit.
+        unit_after: What leaves it and enters the activation.
     """
 
     activation: Activation
@@ -70,17 +79,27 @@ class Study:
     estimates: tuple[Estimate, ...]
     estimate_curves: tuple[EstimateCurve, ...]
     modes: Modes
+    best: Repeats
+    fast: Repeats
+    unit_before: tuple[float, ...]
+    unit_after: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Tour:
-    """All that was measured, on which data and with which options."""
+    """All that was measured, on which data and with which options.
+
+    ``pictures`` are some held-out images, rows of pixels, and ``labels`` their classes.
+    """
 
     data_name: str
     train_count: int
     test_count: int
     options: Options
     studies: tuple[Study, ...]
+    inserted: Inserted
+    pictures: tuple[tuple[tuple[float, ...], ...], ...]
+    labels: tuple[str, ...]
 
 
 def take_tour(images: Images, options: Options, watch: Watch) -> Tour:
@@ -96,8 +115,23 @@ def take_tour(images: Images, options: Options, watch: Watch) -> Tour:
     """
     with one_thread():
         studies = tuple(_study(images, options, activation, watch) for activation in ACTIVATIONS)
+        first = studies[0]
+        watch("insert", 0, 1)
+        inserted = insert_and_train(
+            images, options, first.activation, first.fast.rate, _short(options)
+        )
+        watch("insert", 1, 1)
     counts = len(images.train_labels), len(images.test_labels)
-    return Tour(images.name, *counts, options, studies)
+    pictures = tuple(
+        tuple(tuple(row) for row in image[0].tolist()) for image in images.test_images[:PICTURES]
+    )
+    labels = tuple(str(int(label)) for label in images.test_labels[:PICTURES])
+    return Tour(images.name, *counts, options, studies, inserted, pictures, labels)
+
+
+def _short(options: Options) -> int:
+    """Half as many steps as the long trainings have."""
+    return max(1, options.steps // 2)
 
 
 def _study(images: Images, options: Options, activation: Activation, watch: Watch) -> Study:
@@ -121,13 +155,42 @@ def _study(images: Images, options: Options, activation: Activation, watch: Watc
     watch(stage, 1, 2)
     modes = compare_modes(network, images, options.batch_size, options.seed)
     watch(stage, 2, 2)
-    curves = probe.result()
-    return Study(activation, tuple(trials), rate, plain_run, run, estimates, curves, modes)
+    long = plain_run.curve, run.curve
+    best = repeat(images, options, activation, rate, options.steps, long, watch)
+    gap = max(trials, key=lambda trial: trial.normalized.accuracy[-1] - trial.plain.accuracy[-1])
+    short = gap.plain, gap.normalized
+    return Study(
+        activation,
+        tuple(trials),
+        rate,
+        plain_run,
+        run,
+        estimates,
+        probe.result(),
+        modes,
+        best,
+        repeat(images, options, activation, gap.rate, _short(options), short, watch),
+        *_one_unit(network, images, run.shift.unit),
+    )
+
+
+def _one_unit(
+    network: nn.Module, images: Images, unit: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What enters and what leaves the last normalization in training mode, of one unit."""
+    # A copy, for a pass in training mode moves the running statistics.
+    passed = copy.deepcopy(network).train()
+    norm = WATCHED.replace("_act", "_bn")
+    before, after = (
+        entering(passed, layer, images.train_images[:PROBE_IMAGES])[:, unit].tolist()
+        for layer in (norm, WATCHED)
+    )
+    return tuple(before), tuple(after)
 
 
 def _trial(images: Images, options: Options, activation: Activation, rate: float) -> Trial:
     """Train half as long as the long trainings, at one rate."""
-    steps = max(1, options.steps // 2)
+    steps = _short(options)
     networks = (
         _network(images, activation, options, None),
         _network(images, activation, options, {"running": Running(0.1)}),

@@ -51,8 +51,8 @@ class Options:
 
     @property
     def every(self) -> int:
-        """Held-out data are measured each time after so many steps, about 120 times in all."""
-        return max(1, self.steps // 120)
+        """Held-out data are measured each time after so many steps, about 60 times in all."""
+        return max(1, self.steps // 60)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,8 @@ class Observer:
         if hooks:
             self._hooks = [
                 model.register_forward_pre_hook(Hook(self._before)),
-                model.register_forward_hook(Hook(self._after), always_call=True),
+                # Before those of other observers: what each replaces it restores in reverse order.
+                model.register_forward_hook(Hook(self._after), always_call=True, prepend=True),
             ]
 
     @property
@@ -151,8 +152,10 @@ class Observer:
         return to_text(self.report())
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
-        if torch.compiler.is_compiling() or self._open is not None:
+        if torch.compiler.is_compiling():
             return
+        # Ctrl-C ends a forward pass without its hooks.
+        self._end(complete=False)
         if module.training and torch.is_grad_enabled() and not (is_traced() or is_transformed()):
             self.begin_step()
 

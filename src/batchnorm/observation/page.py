@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
+from batchnorm.models.walk import unwrapped
 from batchnorm.observation.observation import Observation
+from batchnorm.observation.points import Point, points
+from batchnorm.report.channels import Channels, details_of, heat_of
 from batchnorm.report.model import WHOLE, Block, Cell, Plot, Report, Section, Series, Table, Text
 
 # Curves of so many layers are drawn in one plot: the ones that differ most over the training.
@@ -57,6 +60,7 @@ def report_of(
         Section(f"Step {kept[-1][0].step:,}", tuple(_now(kept[-1], unseen))),
         Section("What enters activations", tuple(_bands(curves))),
         Section("Over the training", tuple(_lines(curves))),
+        *_channels(model, curves),
     ]
     return Report(title, (summary,), tuple(part for part in sections if part.blocks))
 
@@ -72,7 +76,7 @@ def _nothing(steps: int) -> str:
 
 
 def _now(last: Sequence[Observation], unseen: Sequence[str]) -> list[Block]:
-    blocks: list[Block] = [Table("", COLUMNS, tuple(map(_row, last)), NOTE)]
+    blocks: list[Block] = [Table("", COLUMNS, tuple(map(_row, last)), NOTE, sortable=True)]
     if unseen:
         blocks.append(Text(f"Not seen, for torch.jit compiled them: {', '.join(unseen)}."))
     return blocks
@@ -139,6 +143,32 @@ def _lines(curves: dict[str, list[Observation]]) -> list[Block]:
 def _series(layer: str, field: str, seen: Sequence[Observation]) -> Series:
     pairs = [(one.step, value) for one in seen if (value := getattr(one, field)) is not None]
     return Series(layer or WHOLE, tuple(x for x, _ in pairs), tuple(y for _, y in pairs))
+
+
+def _channels(model: nn.Module, curves: dict[str, list[Observation]]) -> list[Section]:
+    """γ, β, μ and σ² of all channels as they are now, and the curves of each layer."""
+    found = [_of_layer(point, curves) for point in points(unwrapped(model))[0]]
+    norms = [one for one in found if one.weight or one.var]
+    heat: list[Block] = [heat_of(norms)] if norms else []
+    return [Section("Channels now", tuple(heat)), Section("Each layer", details_of(found))]
+
+
+def _of_layer(point: Point, curves: dict[str, list[Observation]]) -> Channels:
+    small = []
+    for field, title, label in QUANTITIES:
+        calls = [name for name in curves if name.split(" (call ")[0] == point.name]
+        series = tuple(_series(name, field, curves[name]) for name in calls)
+        drawn = tuple(one for one in series if len(one.y) > 1)
+        if drawn:
+            small.append(Plot(title, "lines", drawn, "training step", label, "", small=True))
+    names = ("weight", "bias", "running_mean", "running_var")
+    vectors = (getattr(point.module, name, None) for name in names)
+    weight, bias, mean, var = map(_numbers, vectors) if point.norm else ((),) * 4
+    return Channels(point.name, weight, bias, mean, var, curves=tuple(small))
+
+
+def _numbers(vector: object) -> tuple[float, ...]:
+    return tuple(vector.detach().flatten().tolist()) if isinstance(vector, Tensor) else ()
 
 
 def _steps(seen: Sequence[Observation]) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from batchnorm.report.model import Grid, Plot, Series
 from batchnorm.report.plots import COLOURS, colour_of
-from batchnorm.report.terminal import finite
+from batchnorm.report.terminal import finite, share_of
 
 # Cells of a row of a heat map; of channels that share one, the most extreme is shown.
 CELLS = 256
@@ -39,7 +39,7 @@ class Scale(NamedTuple):
         low, high = self.low, self.high
         if self.log:
             low, high, value = math.log(low), math.log(high), math.log(max(value, self.low))
-        return min(max((value - low) / (high - low), 0.0), 1.0) if high > low else 0.5
+        return min(max(_share(value, low, high), 0.0), 1.0)
 
 
 def scale_of(rows: Sequence[Sequence[float]]) -> Scale | None:
@@ -196,7 +196,7 @@ def _lines(drawn: Sequence[Series]) -> list[str]:
 
 def _share(value: float, low: float, high: float) -> float:
     """Return where a value lies between two ends, from 0 to 1; 0.5 if both are one."""
-    return (value - low) / (high - low) if high > low else 0.5
+    return share_of(value, low, high) if high > low else 0.5
 
 
 def grid_width(grid: Grid) -> int:

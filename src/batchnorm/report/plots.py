@@ -6,6 +6,7 @@ is imported where something is drawn: ``import batchnorm`` neither needs nor loa
 """
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from os import PathLike
@@ -182,7 +183,7 @@ def _bars(axes: "Axes", plot: Plot) -> None:
 
 def _histogram(axes: "Axes", plot: Plot) -> None:
     for index, series in enumerate(plot.series):
-        values = [float(value) for value in series.x]
+        values = [value for value in map(float, series.x) if math.isfinite(value)]
         colour = _colour(series, index)
         axes.hist(values, bins=30, label=series.name, color=colour, alpha=0.75)
 

@@ -43,8 +43,8 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
     known = finite(chosen)
     if not known:
         return " " * len(chosen)
-    low, spread = min(known), max(known) - min(known)
-    return "".join(_block(value, low, spread) for value in chosen)
+    low, high = min(known), max(known)
+    return "".join(_block(value, low, high) for value in chosen)
 
 
 def plot_lines(plot: Plot) -> list[str]:
@@ -69,14 +69,20 @@ def _series_line(plot: Plot, series: Series) -> str:
 
 
 def _counts(series: Series, bins: int = 20) -> tuple[float, ...]:
-    values = [float(value) for value in series.x]
+    values = finite([float(value) for value in series.x])
     if not values:
         return ()
-    low, spread = min(values), max(values) - min(values)
-    counts = [0.0] * bins
+    low, high, counts = min(values), max(values), [0.0] * bins
     for value in values:
-        counts[min(int((value - low) / spread * bins), bins - 1) if spread else 0] += 1
+        counts[min(int(share_of(value, low, high) * bins), bins - 1)] += 1
     return tuple(counts)
+
+
+def share_of(value: float, low: float, high: float) -> float:
+    """Return where a value lies between two ends, from 0 to 1; 0 if both are one."""
+    spread = high - low
+    # Two quotients: the difference of the ends of float64 overflows, and inf / inf is NaN.
+    return value / spread - low / spread if spread > 0 else 0.0
 
 
 def finite(values: Sequence[float]) -> list[float]:
@@ -90,11 +96,10 @@ def _thin(values: Sequence[float], width: int) -> list[float]:
     return [values[round(i * (len(values) - 1) / (width - 1))] for i in range(width)]
 
 
-def _block(value: float, low: float, spread: float) -> str:
+def _block(value: float, low: float, high: float) -> str:
     if not math.isfinite(value):
         return " "
-    share = (value - low) / spread if spread else 0.0
-    return BLOCKS[round(share * (len(BLOCKS) - 1))]
+    return BLOCKS[round(share_of(value, low, high) * (len(BLOCKS) - 1))]
 
 
 # Between columns; the narrowest column that a table is squeezed to; the length of a line of a note

@@ -1,0 +1,48 @@
+"""``bn.insert`` on the network without normalization: what it computes, and how it trains then."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+
+from batchnorm.demo.data import Images
+from batchnorm.demo.networks import Activation, build
+from batchnorm.demo.training import Curve, Options, train
+from batchnorm.insertion.insert import insert
+
+
+@dataclass(frozen=True)
+class Inserted:
+    """What ``bn.insert`` did to the plain network.
+
+    Attributes:
+        activation: What follows each hidden layer.
+        rate: The learning rate of the training.
+        layers: How many normalizations were put in.
+        difference: The largest difference of an output in `eval()`, over the largest output.
+        curve: The training that followed, from the weights of the plain network.
+    """
+
+    activation: Activation
+    rate: float
+    layers: int
+    difference: float
+    curve: Curve
+
+
+def insert_and_train(
+    images: Images, options: Options, activation: Activation, rate: float, steps: int
+) -> Inserted:
+    """Insert normalizations into a fresh plain network, and train it."""
+    height, width = images.train_images.shape[2:]
+    plain = build((height, width), images.classes, activation, options.seed, None).eval()
+    network = copy.deepcopy(plain)
+    before = len(list(network.modules()))
+    insert(network, images.train_images[:256])
+    # Each is a Sequential of the layer, which stays, and the normalization.
+    layers = (len(list(network.modules())) - before) // 2
+    with torch.no_grad():
+        expected, got = (model(images.test_images).double() for model in (plain, network))
+    difference = float((got - expected).abs().max() / expected.abs().max())
+    curve = train(network.train(), images, options, rate, steps)
+    return Inserted(activation, rate, layers, difference, curve)

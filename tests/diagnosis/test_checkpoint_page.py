@@ -1,0 +1,80 @@
+"""`batchnorm inspect --format html`: the page of a checkpoint, in English and in Chinese."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.diagnosis import show
+from batchnorm.diagnosis.channels import page_of
+from batchnorm.errors import OptionError
+from batchnorm.report import Details, Heat, Report, Table, Text
+from batchnorm.report.chinese import BEGINNINGS, CATALOGUE, translated
+from batchnorm.report.html import to_html
+from support.command import run
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.BatchNorm1d(6) for _ in range(5)))
+    model(torch.randn(16, 6) * 3)
+    model[1].running_var[2] = -1.0
+    path = tmp_path / "model.safetensors"
+    save_file(model.state_dict(), path)
+    return path, model
+
+
+def blocks(report, kind):
+    return [one for section in report.sections for one in section.blocks if isinstance(one, kind)]
+
+
+def test_the_page_has_the_vectors_of_the_file(checkpoint):
+    path, model = checkpoint
+    report = page_of(bn.inspect(path), path)
+    (heat,) = blocks(report, Heat)
+    assert [row.name for row in heat.rows] == ["0", "1", "2", "3", "4"]
+    for layer, row in zip(model, heat.rows, strict=True):
+        for got, vector in zip(row.values, (layer.weight, layer.bias, layer.running_var)):
+            assert got == tuple(vector.tolist())
+    details = blocks(report, Details)
+    assert [one.summary for one in details] == [f"{i} · 6 channels" for i in range(5)]
+    means = next(plot for plot in details[3].blocks if plot.title == "μ")
+    assert means.series[0].x == tuple(model[3].running_mean.tolist())
+    assert any(table.sortable for table in blocks(report, Table))
+
+
+def test_everything_but_names_and_rules_is_in_chinese(checkpoint):
+    path, _ = checkpoint
+    report = page_of(bn.inspect(path), path, "zh")
+    assert report.language == "zh" and report.title == str(path)
+    for table in blocks(report, Table):
+        assert not any(column.isascii() for column in table.columns)
+    for text in blocks(report, Text):
+        assert not text.words.isascii()
+    assert not any(section.title.isascii() for section in report.sections)
+    counts = (("1 batch norm; nothing found", "1 个批归一化层；没有发现问题"), ("5 batch norms; 1 error, 2 infos", "5 个批归一化层；1 个错误，2 个提示"))  # fmt: skip
+    for english, chinese in counts:
+        assert translated(Report("", (english,), ()), "zh").summary == (chinese,)
+    assert report.summary == ("5 个批归一化层；1 个错误",)
+    assert "筛选行" in to_html(report)
+    with pytest.raises(OptionError, match="language of en, zh"):
+        page_of(bn.inspect(path), path, "fr")
+
+
+def test_the_catalogue_has_the_headings_and_notes_of_a_diagnosis():
+    for words in (*show._COLUMNS, show._NOTE, show._LIMITS):
+        assert words in CATALOGUE
+    assert all(not words.isascii() for words in (*CATALOGUE.values(), *BEGINNINGS.values()))
+
+
+@pytest.mark.slow
+def test_the_command_writes_one_page(checkpoint, tmp_path):
+    path, _ = checkpoint
+    out = tmp_path / "page.html"
+    done = run("inspect", path, "--format", "html", "--language", "zh", "--out", out)
+    assert done.returncode == 1, done.stderr
+    assert '<html lang="zh">' in out.read_text("utf-8")
+    done = run("inspect", path, path, "--format", "html")
+    assert done.returncode == 2 and "expected one diagnosis for a page, got 2" in done.stderr
