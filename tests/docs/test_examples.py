@@ -36,3 +36,11 @@ def test_the_example_with_a_pruned_model(example):
 def test_the_example_with_a_quantized_model(example):
     found = example("quantized").main(steps=100)
     assert found["2 bits, calibrated"] > found["2 bits"] + 0.1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_example_that_quantizes_by_pt2e(example):
+    pytest.importorskip("torchao")
+    trained, frozen, folded, quantized = example("quantized_by_export").main(steps=100).values()
+    assert frozen == folded
+    assert min(frozen, quantized) > trained - 0.02 > 0.9

@@ -169,6 +169,59 @@ def test_hugging_face_within_an_epoch(tmp_path):
     assert_exact(model, model.state_dict(), [X])
 
 
+class Labelled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x, labels=None):
+        y = self.net(x)
+        return {"loss": nn.functional.cross_entropy(y, labels), "logits": y}
+
+
+def train_by_hugging_face(transformers, model, callbacks, folder, epochs=1):
+    pytest.importorskip("accelerate")
+    args = transformers.TrainingArguments(
+        str(folder), num_train_epochs=epochs, per_device_train_batch_size=16, use_cpu=True,
+        report_to=[], save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    data = [{"x": x, "labels": y} for x, y in zip(X, Y)]
+    transformers.Trainer(model, args, train_dataset=data, callbacks=callbacks).train()
+
+
+@pytest.mark.parametrize("library", ["lightning", "huggingface"])
+def test_statistics_are_frozen_at_an_epoch_and_folded_at_the_end(library, lightning, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours = importlib.import_module(f"batchnorm.integrations.{library}")
+    seen = []
+
+    class Watch(lightning.Callback if library == "lightning" else transformers.TrainerCallback):
+        def on_train_epoch_end(self, trainer, module):
+            seen.append(copy.deepcopy(module.net))
+
+        def on_epoch_end(self, *_, **given):
+            if "model" in given:
+                seen.append(copy.deepcopy(given["model"].net))
+
+    x = (X[:8],) if library == "lightning" else {"x": X[:8], "labels": Y[:8]}
+    callback = ours.FreezeCallback(1, x)
+    if library == "lightning":
+        model = lightning_module(lightning)
+        fit(lightning, model, [Watch(), callback], tmp_path)
+    else:
+        model = Labelled()
+        train_by_hugging_face(transformers, model, [Watch(), callback], tmp_path, epochs=2)
+    first, last = seen
+    assert not bn.frozen(first)
+    assert torch.equal(first[1].running_var, last[1].running_var)
+    assert not torch.equal(first[1].weight, last[1].weight)
+    assert not callback.folded.report.left
+    assert not any("BatchNorm" in type(layer).__name__ for layer in model.modules())
+    torch.testing.assert_close(model.net(X), last.eval()(X), rtol=1e-4, atol=1e-5)
+    with pytest.raises(OptionError, match="number of the first frozen epoch.*got -1"):
+        ours.FreezeCallback(-1)
+
+
 def test_the_trainers_observe_every_batch_and_leave_no_hook(lightning, tmp_path):
     transformers = pytest.importorskip("transformers")
     from batchnorm.integrations import huggingface
@@ -180,23 +233,8 @@ def test_the_trainers_observe_every_batch_and_leave_no_hook(lightning, tmp_path)
     seen = {(one.step, one.layer) for one in callback.observer.observations}
     assert seen == {(step, f"net.{at}") for step in (1, 3, 6) for at in (1, 2, 3)}
 
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = net()
-
-        def forward(self, x, labels=None):
-            y = self.net(x)
-            return {"loss": nn.functional.cross_entropy(y, labels), "logits": y}
-
-    pytest.importorskip("accelerate")
-    model, callback = Model(), huggingface.ObserveCallback(every=2)
-    args = transformers.TrainingArguments(
-        str(tmp_path), num_train_epochs=1, per_device_train_batch_size=16, use_cpu=True,
-        report_to=[], save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
-    data = [{"x": x, "labels": y} for x, y in zip(X, Y)]
-    transformers.Trainer(model, args, train_dataset=data, callbacks=[callback]).train()
+    model, callback = Labelled(), huggingface.ObserveCallback(every=2)
+    train_by_hugging_face(transformers, model, [callback], tmp_path)
     assert {one.step for one in callback.observer.observations} == {1, 2, 4}
     for one in (module, model):
         assert not any(m._forward_pre_hooks or "forward" in vars(m) for m in one.modules())

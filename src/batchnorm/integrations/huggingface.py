@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: calibration at the end of every epoch; observation of the training."""
+"""Hugging Face Trainer: calibration, freezing and folding by schedule, and observation."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,6 +8,8 @@ from torch import nn
 from batchnorm.calibration.calibrate import calibrate
 from batchnorm.calibration.result import Calibration
 from batchnorm.errors import MissingExtraError
+from batchnorm.folding.result import Folded
+from batchnorm.integrations.schedule import Schedule
 from batchnorm.observation.observer import Observer, observe
 
 try:
@@ -49,6 +51,33 @@ class CalibrateCallback(TrainerCallback):
 
     def _calibrate(self, model: nn.Module, data: Iterable[Any]) -> None:
         self.calibration = calibrate(model, data, **self._options)
+
+
+class FreezeCallback(TrainerCallback):
+    """Calls ``bn.freeze`` at the beginning of an epoch, and ``bn.fold`` when training is over.
+
+        trainer = Trainer(model, args, callbacks=[FreezeCallback(8, {"pixel_values": x})], ...)
+
+    Args:
+        epoch: The first epoch, from 0, that normalizes by stored statistics.
+        example_inputs: Of the model, for ``bn.fold``; without them nothing is folded.
+        options: Of ``bn.freeze``; ``affine=False`` unless given: γ and β go on training.
+
+    Attributes:
+        folded: What ``bn.fold`` returned; None before, and without example inputs.
+    """
+
+    def __init__(self, epoch: int, example_inputs: Any = None, **options: Any) -> None:
+        self._schedule = Schedule(epoch, example_inputs, options)
+        self.folded: Folded[Any] | None = None
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
+        """Freeze."""
+        self._schedule.begin_epoch(given["model"], round(state.epoch or 0))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
+        """Fold."""
+        self.folded = self._schedule.end(given["model"])
 
 
 class ObserveCallback(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Lightning: calibration before every validation and at the end; observation of the training."""
+"""Lightning: calibration, freezing and folding by schedule, and observation of the training."""
 
 import sys
 from collections.abc import Iterable
@@ -10,6 +10,8 @@ from torch import nn
 from batchnorm.calibration.calibrate import calibrate
 from batchnorm.calibration.result import Calibration
 from batchnorm.errors import MissingExtraError
+from batchnorm.folding.result import Folded
+from batchnorm.integrations.schedule import Schedule
 from batchnorm.models.walk import walk
 from batchnorm.observation.observer import Observer, observe
 
@@ -71,6 +73,33 @@ class CalibrateCallback(Callback):
         with torch.inference_mode(mode=False):
             self.calibration = calibrate(module, data, **options)
         self._stale = False
+
+
+class FreezeCallback(Callback):
+    """Calls ``bn.freeze`` at the beginning of an epoch, and ``bn.fold`` when training is over.
+
+        trainer = Trainer(callbacks=[FreezeCallback(epoch=8, example_inputs=x)])
+
+    Args:
+        epoch: The first epoch, from 0, that normalizes by stored statistics.
+        example_inputs: Of the module, for ``bn.fold``; without them nothing is folded.
+        options: Of ``bn.freeze``; ``affine=False`` unless given: γ and β go on training.
+
+    Attributes:
+        folded: What ``bn.fold`` returned; None before, and without example inputs.
+    """
+
+    def __init__(self, epoch: int, example_inputs: Any = None, **options: Any) -> None:
+        self._schedule = Schedule(epoch, example_inputs, options)
+        self.folded: Folded[Any] | None = None
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Freeze."""
+        self._schedule.begin_epoch(pl_module, trainer.current_epoch)
+
+    def on_fit_end(self, _: Any, pl_module: nn.Module) -> None:
+        """Fold."""
+        self.folded = self._schedule.end(pl_module)
 
 
 class ObserveCallback(Callback):

@@ -1,0 +1,35 @@
+"""What the callbacks of trainers share: freezing at an epoch, and folding at the end."""
+
+from typing import Any
+
+from torch import nn
+
+from batchnorm.errors import OptionError
+from batchnorm.folding.result import Folded
+from batchnorm.folding.verb import fold
+from batchnorm.surgery.freeze import freeze
+
+EPOCH = "expected epoch= to be the number of the first frozen epoch, from 0, got {got!r}"
+
+
+class Schedule:
+    """When a model is frozen, and with what it is folded."""
+
+    def __init__(self, epoch: int, example_inputs: Any, options: dict[str, Any]) -> None:
+        if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0:
+            raise OptionError(EPOCH.format(got=epoch))
+        self._epoch, self._example_inputs = epoch, example_inputs
+        self._options = {"affine": False, **options}
+        self._is_frozen = False
+
+    def begin_epoch(self, model: nn.Module, epoch: int) -> None:
+        """Freeze the model where its time has come; also in a training that is resumed later."""
+        if epoch >= self._epoch and not self._is_frozen:
+            freeze(model, **self._options)
+            self._is_frozen = True
+
+    def end(self, model: nn.Module) -> Folded[Any] | None:
+        """Fold the model, which is in evaluation from then on."""
+        if self._example_inputs is None:
+            return None
+        return fold(model.eval(), self._example_inputs)
