@@ -16,6 +16,7 @@ from support.calibrated import images, received
 from support.combinations import pairs
 from support.oracle import POOLED, STORED
 from support.oracle import assert_close as close
+from support.threads import assert_same_bits
 from support.twins import Calls, assert_unchanged, refused, snapshot
 
 
@@ -46,15 +47,9 @@ def assert_exact(moments, tensors, rtol=POOLED):
 )
 def test_blocks_are_exact_in_every_shape_and_for_any_number_of_threads(shape, dtype):
     x = (torch.randn(shape, dtype=torch.float64) + 1000).to(dtype)
-    found = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        found.append(blocks.moments(x))
-    torch.set_num_threads(1)
-    assert torch.equal(found[0].mean, found[1].mean)
-    assert torch.equal(found[0].m2, found[1].m2)
+    assert_same_bits(lambda: blocks.moments(x), 1, 2)
     if shape[0] > 1:
-        assert_exact(found[0], [x.double()], rtol=10 * POOLED)  # a mean of 1000
+        assert_exact(blocks.moments(x), [x.double()], rtol=10 * POOLED)  # a mean of 1000
 
 
 def test_blocks_of_views_of_another_axis_and_of_empty_input():

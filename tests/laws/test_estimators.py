@@ -83,6 +83,7 @@ def test_one_running_estimator_is_torchs_momentum():
         for x in batches(UNEQUAL):
             ours(torch.from_numpy(x).float()), theirs(torch.from_numpy(x).float())
         torch.testing.assert_close(ours.running_var, theirs.running_var)
+        assert list(ours.state_dict()) == list(theirs.state_dict())
 
 
 def test_estimators_start_again_after_a_reset_and_after_a_checkpoint_without_them():

@@ -222,10 +222,12 @@ def test_moments_with_counts_of_any_kind_are_scaled_and_finished_exactly(kind):
     assert float(bn.merge(part, tiny).merge(part.scale(0)).mean) == 1
 
 
-def test_a_decayed_count_that_is_a_plain_number_is_finished_exactly():
+def test_statistics_of_moments_with_a_plain_number_as_count_are_exact():
     mean = torch.ones(1).double()
     _, var = known(bn.Moments(1.1, mean, mean))
     assert var.item() == 1 / (1.1 - 1)
+    nan = mean * torch.nan
+    assert [one.item() for one in known(bn.Moments(0, nan, nan))] == [0, 1]
 
 
 def test_errors_of_a_calibration_take_eps_as_it_is():
