@@ -71,10 +71,11 @@ def test_evaluation_is_by_the_selected_one_of_several_estimates():
         outputs.append(y)
 
 
-def test_one_running_estimator_is_torchs_momentum():
+def test_one_running_estimator_is_torchs_momentum_and_defaults_are_those_of_the_docs():
     assert bn.BatchNorm1d(3, estimator=bn.Running(0.3)).momentum == 0.3
     assert bn.BatchNorm1d(3, estimator=bn.Cumulative()).momentum is None
     assert bn.Running().momentum == nn.BatchNorm1d(3).momentum == bn.Decayed().alpha
+    assert bn.LastBatches().k == 10
     for momentum in (0.3, None):
         ours = bn.BatchNorm1d(
             3, estimator=bn.Cumulative() if momentum is None else bn.Running(momentum)

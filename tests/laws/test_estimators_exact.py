@@ -226,6 +226,7 @@ def test_statistics_of_moments_with_a_plain_number_as_count_are_exact():
     mean = torch.ones(1).double()
     _, var = known(bn.Moments(1.1, mean, mean))
     assert var.item() == 1 / (1.1 - 1)
+    assert [one.item() for one in known(bn.Moments(1, mean, 0 * mean))] == [1, 1]
     nan = mean * torch.nan
     assert [one.item() for one in known(bn.Moments(0, nan, nan))] == [0, 1]
 
