@@ -160,5 +160,8 @@ def test_what_cannot_be_used_is_told_and_the_rest_is_judged():
     for wrong in ({"select": ["BN9"]}, {"optimizer": model}, {"max_batches": 0}):
         with pytest.raises(OptionError):
             bn.diagnose(model, [torch.ones(2, 3)], **wrong)
+    for unusable in (nn.LazyBatchNorm1d(), nn.BatchNorm1d(3, device="meta")):
+        with pytest.raises(OptionError, match=r"lazy|meta"):
+            bn.diagnose(unusable, [torch.ones(2, 3)])
     with pytest.raises(OptionError, match="torch.nn.Module"):
         bn.diagnose(model.state_dict(), [])

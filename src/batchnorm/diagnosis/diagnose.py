@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from batchnorm.calibration.batches import Batches, Forward, Options, device_of, feed
@@ -120,6 +121,7 @@ class Examination:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise OptionError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
+        _check_values(model)
         if optimizer is not None and not isinstance(optimizer, Optimizer):
             raise OptionError(
                 "expected optimizer to be a torch.optim.Optimizer or None, got "
@@ -308,3 +310,19 @@ class Examination:
 
 def _checkpoint(model: nn.Module) -> Evidence:
     return gather(of_state(model.state_dict(), type(model).__name__))
+
+
+def _check_values(model: nn.Module) -> None:
+    """Refuse tensors without values.
+
+    Raises:
+        OptionError: Naming the first.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise OptionError(f"{name!r} is lazy: pass one batch through the model first")
+        if tensor.is_meta:
+            raise OptionError(
+                f"{name!r} is on the device 'meta', where tensors have no values: build the model "
+                "on a real device and load its weights first"
+            )

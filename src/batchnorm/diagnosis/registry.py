@@ -9,6 +9,7 @@ from batchnorm.diagnosis.rules_checks import CHECKS
 from batchnorm.diagnosis.rules_history import HISTORY
 from batchnorm.diagnosis.rules_model import MODEL
 from batchnorm.diagnosis.rules_scale import SCALE
+from batchnorm.diagnosis.rules_training import TRAINING
 from batchnorm.diagnosis.rules_use import USE, UseRule
 from batchnorm.diagnosis.rules_values import VALUES
 from batchnorm.errors import OptionError
@@ -18,7 +19,9 @@ CHECKPOINT: tuple[Rule[Evidence], ...] = tuple(
     sorted((*VALUES, *HISTORY, *SCALE), key=lambda rule: rule.id)
 )
 # Rules on a model that is run on data, which `batchnorm doctor` uses besides.
-RUN: tuple[UseRule, ...] = tuple(sorted((*USE, *MODEL, *CHECKS), key=lambda rule: rule.id))
+RUN: tuple[UseRule, ...] = tuple(
+    sorted((*USE, *MODEL, *TRAINING, *CHECKS), key=lambda rule: rule.id)
+)
 ALL: tuple[Rule[Any], ...] = (*CHECKPOINT, *RUN)
 
 _HEAD = """\

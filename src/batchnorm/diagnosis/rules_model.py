@@ -1,4 +1,4 @@
-"""Rules on what lies around layers in a model, and on how they behave in training and eval."""
+"""Rules on what lies around layers in a model, and on what enters them."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -96,112 +96,17 @@ def _lost(layer: LayerUse) -> Judged:
     )
 
 
-def _moves_untrained(layer: LayerUse) -> Judged:
-    training = layer.training
-    if training.trained is not False or not training.moves:
-        return None
-    return "γ and β have requires_grad=False, but a pass in training mode moved its statistics.", {}
-
-
-def _woken(use: Use) -> Iterator[Found]:
-    for layer in use.layers:
-        if use.mode and not layer.training.mode and layer.training.woken:
-            yield Found(
-                layer.name,
-                "It is in eval mode in a model in training mode: the next model.train() puts it "
-                "in training mode.",
-            )
-
-
-def _moves_in_eval(layer: LayerUse) -> Judged:
-    training = layer.training
-    if training.moves_in_eval:
-        return "A pass after model.eval() moved its statistics.", {}
-    if not training.asleep:
-        return "It stays in training mode after model.eval().", {}
-    return None
-
-
-def _stands(layer: LayerUse) -> Judged:
-    training = layer.training
-    if training.moves is not False or not training.woken or not training.trained:
-        return None
-    return (
-        "It is in training mode and γ or β is trained, but a pass did not move its statistics.",
-        {"momentum": layer.momentum},
-    )
-
-
-def _unknown(layer: LayerUse) -> Judged:
-    if layer.training.known is not False:
-        return None
-    return "γ or β has requires_grad=True and is not in the optimizer.", {}
-
-
-def _decay(use: Use) -> Iterator[Found]:
-    layers = [one for one in use.layers if one.training.decay]
-    if layers:
-        most = max(one.training.decay or 0.0 for one in layers)
-        yield Found(
-            "" if len(layers) > 1 else layers[0].name,
-            f"γ or β of {len(layers)} of {len(use.layers)} layers has weight decay, up to "
-            f"{most:g}.",
-            {"layers": len(layers), "weight decay": most, "first": layers[0].name},
-        )
-
-
-def _last_of_one(use: Use) -> Iterator[Found]:
-    if use.leftover == 1:
-        yield Found("", "The last batch of each epoch has one sample.")
-    elif use.refused:
-        yield Found("", "A batch has one value per channel in some layer.")
-
-
-def _ranks(layer: LayerUse) -> Judged:
-    if not layer.ranks:
-        return None
-    return (
-        f"Processes have different statistics, up to {layer.ranks:.2g} deviations apart.",
-        {"apart": layer.ranks},
-    )
-
-
-def _one_process(use: Use) -> str:
-    some = any(layer.ranks is not None for layer in use.layers)
-    return "" if some else "a single process, or group= was not given"
+def why(use: Use, stage: str, words: str) -> str:
+    """Return words, with the error that ended a stage."""
+    error = dict(use.failed).get(stage, "").partition("\n")[0]
+    return f"{words}: {error[:200]}" if error else words
 
 
 def _no_flow(use: Use) -> str:
     some = any(layer.wiring is not None for layer in use.layers)
-    return no_run(use) or ("" if some else "the flow of data could not be recorded")
-
-
-def _no_pass(use: Use) -> str:
-    some = any(layer.training.moves is not None for layer in use.layers)
-    return no_run(use) or ("" if some else "no pass in training mode could be made")
-
-
-def _no_eval(use: Use) -> str:
-    some = any(layer.training.moves_in_eval is not None for layer in use.layers)
-    return no_run(use) or ("" if some else "no pass in eval mode could be made")
-
-
-def _no_optimizer(use: Use) -> str:
-    if not use.layers:
-        return "no batch norm with stored statistics"
-    return "" if use.optimizer else "no optimizer was given"
-
-
-def _no_loader(use: Use) -> str:
-    return (
-        ""
-        if use.leftover is not None or use.refused
-        else "the data are no DataLoader with a length"
+    return no_run(use) or (
+        "" if some else why(use, "the flow of data", "the flow of data could not be recorded")
     )
-
-
-def _not_training(use: Use) -> str:
-    return no_run(use) or ("" if use.mode else "the model was given in eval mode")
 
 
 def _nothing(use: Use) -> str:
@@ -296,89 +201,5 @@ MODEL: tuple[UseRule, ...] = (
         "behind the layer.",
         each(_lost),
         _no_flow,
-    ),
-    Rule(
-        "BN701",
-        "warning",
-        "Frozen parameters, moving statistics",
-        "requires_grad=False keeps γ and β, and not the running statistics: in training mode the "
-        "layer normalizes by the batch and its statistics follow the new data.",
-        "Freeze all of it: bn.freeze(model, filter=...).",
-        each(_moves_untrained),
-        _no_pass,
-    ),
-    Rule(
-        "BN702",
-        "warning",
-        "model.train() wakes a frozen layer",
-        "eval() on a layer lasts until the next train() of a module around it, which most training "
-        "loops call in each epoch.",
-        "bn.freeze(model, filter=...) lasts through train().",
-        _woken,
-        _not_training,
-    ),
-    Rule(
-        "BN703",
-        "error",
-        "Statistics move in eval mode",
-        "The layer normalizes by the batch and updates its statistics although the model is in "
-        "eval mode: each prediction changes the next.",
-        "Look for train(), a forward that sets training=True, or a train() without effect around "
-        "the layer; bn.freeze(model) keeps statistics in any mode.",
-        each(_moves_in_eval),
-        _no_eval,
-    ),
-    Rule(
-        "BN704",
-        "warning",
-        "Statistics do not move in training",
-        "momentum=0.0 or a forward without the buffers: the layer is trained with the statistics "
-        "of batches, and used with those of its start.",
-        "bn.set_options(model, momentum=0.1); if it should be frozen, freeze all of it: "
-        "bn.freeze(model, filter=...).",
-        each(_stands),
-        _no_pass,
-    ),
-    Rule(
-        "BN705",
-        "warning",
-        "γ or β is unknown to the optimizer",
-        "The parameters want gradients, and no step changes them: they were replaced or added "
-        "after the optimizer was made.",
-        'Add them: optimizer.add_param_group({"params": [layer.weight, layer.bias]}).',
-        each(_unknown),
-        _no_optimizer,
-    ),
-    Rule(
-        "BN706",
-        "info",
-        "Weight decay on γ or β",
-        "Decay of γ and β does not keep the function small, as that of weights between "
-        "normalizations does not either; common recipes leave them out.",
-        "optimizer = torch.optim.SGD(bn.no_weight_decay(model), ...).",
-        _decay,
-        _no_optimizer,
-    ),
-    Rule(
-        "BN707",
-        "warning",
-        "The last batch has one sample",
-        "With one value per channel the variance is 0 and torch raises; with few values the step "
-        "is normalized by noise, and enters the running average like all others.",
-        "DataLoader(..., drop_last=True).",
-        _last_of_one,
-        _no_loader,
-    ),
-    Rule(
-        "BN708",
-        "warning",
-        "Processes disagree",
-        "Each process of DistributedDataParallel with broadcast_buffers=False averages the "
-        "statistics of its own batches, and the checkpoint has those of the process that writes "
-        "it.",
-        "Statistics of all: bn.convert(model, statistics=bn.Synced()), or bn.calibrate(model, "
-        "data) in all processes before saving.",
-        each(_ranks),
-        _one_process,
     ),
 )
