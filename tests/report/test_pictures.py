@@ -137,6 +137,7 @@ def test_a_page_in_chinese_says_its_own_words_in_chinese():
         to_html(report(language="xx"))
 
 
+@pytest.mark.slow
 def test_200_layers_of_256_channels_stay_below_2_mb():
     values = tuple((i * 7919 % 1000) / 999 for i in range(256))
     rows = tuple(Row(f"backbone.layer{i}.bn", (values, values[::-1], values)) for i in range(200))

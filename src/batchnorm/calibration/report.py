@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm.report.channels import Channels, details_of
 from batchnorm.report.model import WHOLE, Cell, Plot, Report, Section, Series, Table, Text
 
 COLUMNS = {
@@ -90,7 +91,27 @@ def report(calibration: Any) -> Report:
     words = _words(calibration)
     _, *blocks = tables(calibration).blocks
     pictures = Section("Pictures", plots(calibration))
-    return Report("Calibration", (words,), (Section("Layers", tuple(blocks)), pictures))
+    sections = (Section("Layers", tuple(blocks)), pictures, _each_layer(calibration))
+    return Report("Calibration", (words,), sections)
+
+
+def _each_layer(calibration: Any) -> Section:
+    """Histograms over the channels of each layer: what was stored, and what was measured."""
+    layers = [
+        Channels(
+            name or WHOLE,
+            mean=_numbers(layer.old[0]),
+            var=_numbers(layer.old[1]),
+            true_mean=_numbers(layer.new[0]),
+            true_var=_numbers(layer.new[1]),
+        )
+        for name, layer in calibration.layers.items()
+    ]
+    return Section("Stored and measured, each layer", details_of(layers))
+
+
+def _numbers(vector: Tensor) -> tuple[float, ...]:
+    return tuple(vector.flatten().tolist())
 
 
 def _cells(row: dict[str, Any]) -> tuple[Cell, ...]:

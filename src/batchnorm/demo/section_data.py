@@ -4,6 +4,9 @@ from batchnorm.demo.section_race import NAME, WITH_COLOUR, WITHOUT_COLOUR
 from batchnorm.demo.tour import Study, Tour
 from batchnorm.report.model import Formula, Grid, Images, Plot, Section, Series, Text
 
+# Of three neurons or channels, in each of three images; colours that no contender has.
+GROUPS = ((3, 4, 5),) * 3
+
 
 def data_section(tour: Tour) -> Section:
     """The images, and how many there are."""
@@ -48,14 +51,14 @@ def statistics_section(tour: Tour) -> Section:
                 "Dense: per neuron · 全连接层：按神经元",
                 images,
                 ("neuron 1", "neuron 2", "neuron 3"),
-                ((0, 1, 2),) * 3,
+                GROUPS,
                 "One value per image and neuron; n values for each μ.",
             ),
             Grid(
                 "Convolution: per channel · 卷积层：按通道",
                 images,
                 ("channel 1", "channel 2", "channel 3"),
-                ((0, 1, 2),) * 3,
+                GROUPS,
                 "h × w values per image and channel; n × h × w values for each μ.",
                 pixels=4,
             ),

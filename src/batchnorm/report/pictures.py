@@ -24,7 +24,7 @@ NOT_FINITE = (226, 0, 200)
 WIDTH, HEIGHT = 200, 60
 BINS = 24
 # Of a grid, in pixels: a cell, and between cells.
-SIDE, GAP = 62, 6
+SIDE, GAP = 64, 10
 
 
 class Scale(NamedTuple):
