@@ -40,10 +40,13 @@ from batchnorm.observation.observer import observe as observe
 from batchnorm.ops.backends.choice import use_backend as use_backend
 from batchnorm.porting.port import port as port
 from batchnorm.recycling import recycle_memory as recycle_memory
+from batchnorm.scopes.groups import groups as groups
+from batchnorm.scopes.masked import masked as masked
 from batchnorm.sources.base import Batch as Batch
 from batchnorm.sources.base import Frozen as Frozen
 from batchnorm.sources.grouped import Ghost as Ghost
 from batchnorm.sources.grouped import Grouped as Grouped
+from batchnorm.sources.renorm import Renorm as Renorm
 from batchnorm.sources.synced import Synced as Synced
 from batchnorm.surgery.convert import convert as convert
 from batchnorm.surgery.freeze import freeze as freeze

@@ -1,6 +1,7 @@
 """Batch normalization as functions: pure ``normalize``, and ``batch_norm`` as in ``torch.nn``."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from batchnorm.ops.activations import ActivationLike, activation
 from batchnorm.ops.autograd.shared import normalize_shared
 from batchnorm.ops.call import Arguments
 from batchnorm.selection import WHOLE, Selection
-from batchnorm.sources.base import Batch, Context, Source
+from batchnorm.sources.base import Batch, Context, Recalled, Source
 
 STORED = """\
 statistics={source} normalizes by stored statistics, but there are none \
@@ -149,8 +150,22 @@ def batch_norm(
     return y
 
 
-def by_source(call: Arguments, source: Source) -> tuple[Tensor, Moments]:
+def _no_state(batch: Moments) -> Recalled:  # noqa: ARG001
+    raise OptionError(
+        "a source of statistics that keeps a state needs a layer to keep it in; use "
+        "bn.BatchNorm2d(..., statistics=...)"
+    )
+
+
+def by_source(
+    call: Arguments, source: Source, recall: Callable[[Moments], Recalled] = _no_state
+) -> tuple[Tensor, Moments]:
     """Normalize a training step by the statistics that a source chooses.
+
+    Args:
+        call: The arguments.
+        source: The source.
+        recall: The Moments of a batch -> the state of the source that is to normalize it.
 
     Returns:
         y, and the Moments for the estimators: of count 0 if the source takes stored statistics.
@@ -169,8 +184,8 @@ def by_source(call: Arguments, source: Source) -> tuple[Tensor, Moments]:
     sharing = None
     if source.plan == "own":
         samples = call.x.shape[0 if call.axis else 1]
-        about = (call.mean, call.var, call.counter, call.selection, samples, call.x.device)
-        sharing = source.share(Context(*about))
+        known = (call.mean, call.var, call.counter, call.selection)
+        sharing = source.share(Context(*known, samples, call.x.device, call.eps, recall))
     if sharing is not None and sharing.selection is not None:
         call = call._replace(selection=sharing.selection)
     # Of parts of a batch, or of a tensor on another device, this is not known here.

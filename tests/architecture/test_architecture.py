@@ -23,7 +23,7 @@ LEVELS = [
     {"functional"},
     {"nn"},
     {"models", "environment", "report"},
-    {"graph", "memory", "comparison"},
+    {"graph", "memory", "comparison", "scopes"},
     {"calibration", "surgery"},
     {"folding", "diagnosis", "observation", "porting"},
     {"benchmark", "integrations", "insertion"},

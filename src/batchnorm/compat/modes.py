@@ -13,6 +13,8 @@ Private names, and what happens without them:
 - ``torch._C._functorch.peek_interpreter_stack``, ``CInterpreter``, ``is_legacy_batchedtensor``: no
   public form. Without them kernels would read the memory of wrappers of ``torch.func``.
 - ``torch.autograd.forward_ad._current_level``: no public form. Without it tangents would be lost.
+- ``torch._C._autograd._top_saved_tensors_default_hooks``: no public form. Without it what a
+  recomputation needs would be kept for every training step.
 - ``torch._C._current_graph_task_id``: no public form. Without it checkpointing would step the
   running statistics twice.
 """
@@ -72,3 +74,14 @@ def is_dynamo_loaded() -> bool:
 def is_recomputing() -> bool:
     """Return whether this is the second forward of activation checkpointing, inside backward."""
     return not is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def may_be_recomputed() -> bool:
+    """Return whether a forward pass may be one of activation checkpointing.
+
+    It then has hooks on saved tensors (``use_reentrant=False``), or no gradients (``True``).
+    """
+    if is_compiling():
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None or not torch.is_grad_enabled()

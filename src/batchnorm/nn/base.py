@@ -18,7 +18,18 @@ from batchnorm.errors import BatchNormError, LayoutError, OptionError
 from batchnorm.estimators.bank import Bank, EstimatorLike, named
 from batchnorm.estimators.running import Cumulative, Running, check_momentum
 from batchnorm.moments import Moments
-from batchnorm.nn import casting, common, folded, foreign, freezing, groups, hot, traced, tracking
+from batchnorm.nn import (
+    casting,
+    common,
+    folded,
+    foreign,
+    freezing,
+    groups,
+    hot,
+    states,
+    traced,
+    tracking,
+)
 from batchnorm.nn.common import Attributes
 from batchnorm.ops.activations import IDENTITY, ActivationLike, activation
 from batchnorm.ops.call import Arguments
@@ -147,10 +158,14 @@ class Layer(Attributes):
         moments: Moments | None
         if self.training and self.frozen is not None:
             y, moments = freezing.step(self, call)
+        elif self.training:
+            y, moments = states.by_source(self, call)
         else:
-            y, moments = functional.by_source(call, self.statistics if self.training else BATCH)
-        if self.training and self.track_running_stats and moments is not None:
-            tracking.step(self, moments)
+            return functional.by_source(call, BATCH)[0]
+        if moments is not None:
+            if self.track_running_stats:
+                tracking.step(self, moments)
+            states.step(self, moments, self.eps)
         return y
 
     def call_of(
@@ -197,6 +212,7 @@ class Layer(Attributes):
         """Set mean to 0, variance to 1, the counter to 0, and restart all estimators."""
         super().reset_running_stats()
         groups.restart(self)
+        self.memory = None
         if getattr(self, "bank", None) is not None and self.running_mean is not None:
             tracking.restart(self)
 
@@ -228,9 +244,9 @@ class Layer(Attributes):
         self, destination: dict[str, object], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.bank is not None:
-            for name, tensor in self.bank.tensors().items():
-                destination[prefix + name] = tensor if keep_vars else tensor.detach()
+        own = {} if self.bank is None else self.bank.tensors()
+        for name, tensor in {**own, **states.tensors(self)}.items():
+            destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
     def _load_from_state_dict(  # type: ignore[override]
         self,
@@ -245,6 +261,7 @@ class Layer(Attributes):
         rest = (metadata, strict, missing, unexpected, errors)
         groups.complete(self, state, prefix)
         super()._load_from_state_dict(state, prefix, *rest)
+        states.load(self, state, prefix, unexpected, errors)
         if self.bank is not None and self.running_mean is not None:
             tracking.restart(self, known=True)
             tracking.load(self, state, prefix, unexpected, errors)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm.compat.modules import buffers
+from batchnorm.nn import states
 from batchnorm.nn.common import Attributes
 
 STATISTICS = ("running_mean", "running_var")
@@ -44,9 +45,11 @@ def statistics_kept_wide(layer: Attributes, fn: Callable[[Tensor], Tensor]) -> I
         buffers(layer).update(kept)
         raise
     buffers(layer).update(moved)
-    if layer.bank is not None and moved["running_mean"] is not None:
+    if moved["running_mean"] is not None:
         device = moved["running_mean"].device
-        layer.bank.apply(lambda tensor: _carry(tensor, device))
+        if layer.bank is not None:
+            layer.bank.apply(lambda tensor: _carry(tensor, device))
+        states.move(layer, device)
 
 
 def _carry(state: Tensor, device: torch.device) -> Tensor:

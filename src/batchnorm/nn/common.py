@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.estimators.bank import Bank
 from batchnorm.ops.activations import Activation
-from batchnorm.sources.base import Source
+from batchnorm.sources.base import Recalled, Source, State
 
 
 class Switches(NamedTuple):
@@ -41,6 +41,20 @@ def without_gradient(parameter: Tensor | None) -> Tensor | None:
     return parameter.detach() if parameter is not None and parameter.requires_grad else parameter
 
 
+class Memory(NamedTuple):
+    """What a layer keeps for its source.
+
+    Attributes:
+        source: The source, whose state it is.
+        state: The state, before the next step.
+        steps: The means of the last batches, and what normalized them.
+    """
+
+    source: Source
+    state: State
+    steps: tuple[tuple[Tensor, Recalled], ...] = ()
+
+
 class Attributes(_BatchNorm):
     """The attributes of a layer besides those of ``torch.nn``'s; ``Layer`` derives from it.
 
@@ -52,6 +66,7 @@ class Attributes(_BatchNorm):
         bank: The states of ``estimator=``; None if ``running_mean`` and ``running_var`` are the
             only state.
         frozen: The switches of ``bn.freeze``; None if nothing is frozen.
+        memory: The state of ``statistics=``, kept by ``nn/states.py``; None if the source has none.
         warned: Whether the warning about 16-bit running statistics was given.
     """
 
@@ -63,8 +78,10 @@ class Attributes(_BatchNorm):
         statistics: Source
         bank: Bank | None
         frozen: Switches | None
+        memory: Memory | None
     else:
         frozen = None
+        memory = None
 
 
 def plan_of(layer: Attributes) -> Literal["batch", "stored"] | None:

@@ -1,15 +1,33 @@
 """The protocol of a source of statistics, the value of ``statistics=``, and the two simplest."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from batchnorm.moments import Moments
 from batchnorm.ops.autograd.shared import Sharing
 from batchnorm.selection import Selection
 
 SourcePlan = Literal["batch", "stored", "own"]
+
+
+# Of a source in a layer: field -> tensor.
+State = Mapping[str, Tensor]
+
+
+class Recalled(NamedTuple):
+    """What normalized a batch, or is to normalize it.
+
+    Attributes:
+        state: The source's state before the step.
+        counter: ``num_batches_tracked`` before the step, or None.
+    """
+
+    state: State
+    counter: Tensor | None
 
 
 class Context(NamedTuple):
@@ -22,6 +40,9 @@ class Context(NamedTuple):
         selection: The weights and groups of samples that the call gave.
         samples: The number of samples of the input.
         device: The device of the input.
+        eps: Added to the variance.
+        recall: The Moments of a batch -> what is to normalize it, for a ``StatefulSource``. In a
+            recomputation of activation checkpointing that is what normalized it before.
     """
 
     mean: Tensor | None
@@ -30,6 +51,8 @@ class Context(NamedTuple):
     selection: Selection
     samples: int
     device: torch.device
+    eps: float
+    recall: Callable[[Moments], Recalled]
 
 
 class Source(Protocol):
@@ -48,6 +71,17 @@ class Source(Protocol):
 
         Called at every training step if plan is ``"own"``. None means the statistics of the input.
         """
+
+
+@runtime_checkable
+class StatefulSource(Source, Protocol):
+    """A source that keeps a state in each layer: named tensors, which the state dict has too."""
+
+    def init(self, mean: Tensor, var: Tensor) -> State:
+        """Return the state before the first step, from the running statistics, or 0 and 1."""
+
+    def update(self, state: State, batch: Moments, eps: float) -> State:
+        """Return the state after one more batch, of Moments (C,) that were not adjusted."""
 
 
 @dataclass(frozen=True)

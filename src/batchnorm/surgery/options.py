@@ -88,7 +88,7 @@ class Options(NamedTuple):
                 new |= {"affine": True, "track_running_stats": False}
         has = {**layer.__dict__, **new}
         if self.statistics not in (None, has["statistics"]) and "statistics" not in refused:
-            new["statistics"] = self.statistics
+            new |= {"statistics": self.statistics, "memory": None}
         if self.estimator is not None and "estimator" not in refused:
             momentum, bank = estimation(MOMENTUM, self.estimator, track_running_stats=True)
             if momentum != has["momentum"] or not _are_alike(bank, has["bank"]):
