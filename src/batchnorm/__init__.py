@@ -2,6 +2,7 @@
 
 from batchnorm import functional as functional
 from batchnorm import graph as graph
+from batchnorm.calibration.agreement import check_ranks as check_ranks
 from batchnorm.calibration.averaging import merge_states as merge_states
 from batchnorm.calibration.calibrate import calibrate as calibrate
 from batchnorm.calibration.result import Calibration as Calibration

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import batch_norm as _torch_batch_norm
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -158,7 +158,10 @@ def _no_state(batch: Moments) -> Recalled:  # noqa: ARG001
 
 
 def by_source(
-    call: Arguments, source: Source, recall: Callable[[Moments], Recalled] = _no_state
+    call: Arguments,
+    source: Source,
+    recall: Callable[[Moments], Recalled] = _no_state,
+    layer: nn.Module | None = None,
 ) -> tuple[Tensor, Moments]:
     """Normalize a training step by the statistics that a source chooses.
 
@@ -166,6 +169,7 @@ def by_source(
         call: The arguments.
         source: The source.
         recall: The Moments of a batch -> the state of the source that is to normalize it.
+        layer: The layer, for sources that compare layers over processes.
 
     Returns:
         y, and the Moments for the estimators: of count 0 if the source takes stored statistics.
@@ -185,7 +189,7 @@ def by_source(
     if source.plan == "own":
         samples = call.x.shape[0 if call.axis else 1]
         known = (call.mean, call.var, call.counter, call.selection)
-        sharing = source.share(Context(*known, samples, call.x.device, call.eps, recall))
+        sharing = source.share(Context(*known, samples, call.x.device, call.eps, recall, layer))
     if sharing is not None and sharing.selection is not None:
         call = call._replace(selection=sharing.selection)
     # Of parts of a batch, or of a tensor on another device, this is not known here.

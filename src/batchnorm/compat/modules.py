@@ -5,7 +5,7 @@ Private names, and what happens without them:
 - ``Module._parameters``, ``Module._buffers``: the tables behind the attributes. Reading them costs
   a small layer less than ``__getattr__``; writing to ``_buffers`` replaces a buffer without the
   checks of the attribute.
-- ``Module._modules``: the table of children, in order.
+- ``Module._modules``: the table of children, in order; also where the owner of a module is found.
 - ``Module._forward_hooks``, ``_forward_pre_hooks``, ``_forward_hooks_always_called``,
   ``_backward_hooks``, ``_backward_pre_hooks`` and the global
   ``_global_forward_hooks``, ``_global_forward_pre_hooks``: no public form tells whether there are
@@ -15,6 +15,7 @@ Private names, and what happens without them:
 - ``OptimizedModule._orig_mod``: what ``torch.compile`` was given. No public form.
 """
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -102,3 +103,39 @@ def load_from_state_dict(module: nn.Module, *args: Any) -> None:
     ``_BatchNorm``'s own would ask for ``num_batches_tracked``.
     """
     nn.Module._load_from_state_dict(module, *args)
+
+
+def path_of(module: nn.Module) -> str:
+    """Return the path of a module in the model that owns it, such as ``layer1.0.bn1``.
+
+    Modules do not know their owners, so the objects that refer to them are searched: for messages
+    of errors, since it takes a good part of a second. The path of a module that nothing owns is
+    its class.
+    """
+    parts: list[str] = []
+    seen = {id(module)}
+    current: nn.Module | None = module
+    while current is not None:
+        name, current = _owner(current)
+        if current is None or id(current) in seen:
+            break
+        parts.append(name)
+        seen.add(id(current))
+    return ".".join(reversed(parts)) or type(module).__name__
+
+
+def _owner(module: nn.Module) -> tuple[str, nn.Module | None]:
+    for table in gc.get_referrers(module):
+        if not isinstance(table, dict):
+            continue
+        name = next((k for k, v in table.items() if v is module and isinstance(k, str)), None)
+        if name is None:
+            continue
+        for fields in gc.get_referrers(table):
+            if isinstance(fields, nn.Module) and fields._modules is table:
+                return name, fields
+            if isinstance(fields, dict) and fields.get("_modules") is table:
+                for one in gc.get_referrers(fields):
+                    if isinstance(one, nn.Module) and one.__dict__ is fields:
+                        return name, one
+    return "", None

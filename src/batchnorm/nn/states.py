@@ -35,7 +35,7 @@ def by_source(layer: Attributes, call: Arguments) -> tuple[Tensor, Moments]:
     """Normalize a training step by what the layer's source chooses; the state is not updated."""
     source = layer.statistics
     if not isinstance(source, StatefulSource):
-        return functional.by_source(call, source)
+        return functional.by_source(call, source, layer=layer)
     if layer.memory is None or layer.memory.source != source:
         layer.memory = Memory(source, source.init(*_known(layer, call.x.device)))
 
@@ -55,7 +55,7 @@ def by_source(layer: Attributes, call: Arguments) -> tuple[Tensor, Moments]:
             layer.memory = memory._replace(steps=steps)
         return used
 
-    return functional.by_source(call, source, recall)
+    return functional.by_source(call, source, recall, layer)
 
 
 def step(layer: Attributes, batch: Moments, eps: float) -> None:

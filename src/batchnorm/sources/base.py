@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from batchnorm.moments import Moments
 from batchnorm.ops.autograd.shared import Sharing
@@ -43,6 +43,7 @@ class Context(NamedTuple):
         eps: Added to the variance.
         recall: The Moments of a batch -> what is to normalize it, for a ``StatefulSource``. In a
             recomputation of activation checkpointing that is what normalized it before.
+        layer: The layer, or None for a function.
     """
 
     mean: Tensor | None
@@ -53,6 +54,7 @@ class Context(NamedTuple):
     device: torch.device
     eps: float
     recall: Callable[[Moments], Recalled]
+    layer: nn.Module | None = None
 
 
 class Source(Protocol):

@@ -3,9 +3,14 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from torch import Tensor
+
 from batchnorm.collective import Group, Ranks
+from batchnorm.errors import OptionError
+from batchnorm.moments import Moments
 from batchnorm.ops.autograd.shared import Sharing
 from batchnorm.sources.base import Context, SourcePlan
+from batchnorm.sources.lockstep import lockstep
 
 
 @dataclass(frozen=True)
@@ -18,22 +23,50 @@ class Synced:
     With masks or weights, an element has the same weight whatever its rank. With groups of samples,
     each group is merged over the ranks, which must have the same number of groups.
 
+    Each layer sends one message of 8 kB in the forward pass and one in the backward pass, and a
+    second one where it has more values than fit: more than 341 channels forward, 512 backward. The
+    message says which layer it is of, so that a process that skips a layer or has other channels is
+    an error in every process. The messages have a process group of their own.
+
     Args:
         group: A process group; None for all processes.
+        timeout: Seconds to wait for the other processes; None for the default of
+            ``torch.distributed``, 30 minutes.
 
     Raises:
-        CollectiveError: At the call, if a process is gone.
+        OptionError: If the timeout is no positive number.
+        CollectiveError: At the call or in backward, naming the layer: if a process is gone, does
+            not answer in time, or is at another layer. No statistic has changed then.
     """
 
     plan: ClassVar[SourcePlan] = "own"
 
     group: Group = field(default=None, repr=False)
+    timeout: float | None = None
+
+    def __repr__(self) -> str:
+        return "Synced()" if self.timeout is None else f"Synced(timeout={self.timeout})"
+
+    def __post_init__(self) -> None:
+        if self.timeout is not None and not self.timeout > 0:
+            raise OptionError(f"expected a timeout > 0 in seconds, or None, got {self.timeout!r}")
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Synced":
         # A process group cannot be copied; copies of a model share it.
         return self
 
-    def share(self, context: Context) -> Sharing | None:  # noqa: ARG002
+    def share(self, context: Context) -> Sharing | None:
         """Return the merge over the processes; None if there is one process."""
-        ranks = Ranks(self.group)
-        return None if ranks.size == 1 else Sharing(ranks.merge, ranks.add)
+        ranks, layer = Ranks(self.group), context.layer
+        if ranks.size == 1:
+            return None
+        if layer is None:  # a function, which has no identity to compare
+            return Sharing(ranks.merge, ranks.add)
+
+        def merge(moments: Moments) -> Moments:
+            return lockstep(self.group, self.timeout).merge(layer, moments)
+
+        def add(sums: Tensor) -> Tensor:
+            return lockstep(self.group, self.timeout).add(layer, sums)
+
+        return Sharing(merge, add)

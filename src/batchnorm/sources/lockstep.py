@@ -1,0 +1,132 @@
+"""Exchanges of layers in the same order in every process, in messages of one size.
+
+A collective of gloo whose processes send tensors of different sizes ends the process without a
+Python error. So every message has the same size: a header that says what is exchanged, and as much
+of the values as fits; longer values follow in a second message, once the headers were found equal.
+A process that skips a layer, or has other channels, is thereby told apart before its values mix
+with others. The messages have a process group of their own, so that they never meet those of
+DistributedDataParallel.
+"""
+
+import weakref
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, distributed, nn
+
+from batchnorm.collective import Group, Ranks
+from batchnorm.compat.modules import path_of
+from batchnorm.errors import CollectiveError
+from batchnorm.moments import Moments, merge
+
+FORWARD, BACKWARD = 0, 1
+# Values in the first message, float64: 8 kB. Three rows of 340 channels fit.
+FITS = 1024
+
+DIFFERENT = """\
+the processes are at different layers, whose statistics cannot be merged: {each}. Every process \
+must call the same layers in the same order, with the same channels"""
+
+SILENT = """\
+a process of the group is gone or did not answer in the {passed} pass of layer {layer} ({reason}). \
+Every process must call the same layers equally often, also with an empty batch"""
+
+
+class Header(NamedTuple):
+    """What a process exchanges.
+
+    Attributes:
+        passed: FORWARD or BACKWARD.
+        number: The layer, by the order of first calls.
+        size: Number of values.
+    """
+
+    passed: int
+    number: int
+    size: int
+
+
+class Lockstep:
+    """The exchanges of the layers over one group of processes.
+
+    Args:
+        group: A process group; None for all processes.
+        timeout: Seconds to wait for the others; None for the default of torch.distributed.
+    """
+
+    def __init__(self, group: Group, timeout: float | None) -> None:
+        own = distributed.new_group(
+            distributed.get_process_group_ranks(group or distributed.group.WORLD),
+            timeout=None if timeout is None else timedelta(seconds=timeout),
+            backend=distributed.get_backend(group),
+            use_local_synchronization=True,
+        )
+        self._ranks = Ranks(own)
+        self._numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+    def merge(self, layer: nn.Module, moments: Moments) -> Moments:
+        """Return the Moments of all processes, merged in the order of ranks.
+
+        ``count`` may be a number, of shape () or of the shape of ``mean``.
+        """
+        count = torch.as_tensor(moments.count, dtype=moments.mean.dtype).expand_as(moments.mean)
+        packed = torch.stack([count, moments.mean, moments.m2])
+        first, *others = (Moments(*one) for one in self._gather(layer, FORWARD, packed))
+        return merge(first, *others)
+
+    def add(self, layer: nn.Module, sums: Tensor) -> Tensor:
+        """Return the sum over all processes, added in the order of ranks."""
+        first, *others = self._gather(layer, BACKWARD, sums)
+        for other in others:
+            first = first + other
+        return first
+
+    def _gather(self, layer: nn.Module, passed: int, values: Tensor) -> list[Tensor]:
+        number = self._numbers.setdefault(layer, len(self._numbers))
+        header = Header(passed, number, values.numel())
+        flat = values.detach().flatten().to("cpu", torch.float64)
+        message = torch.zeros(len(header) + FITS, dtype=torch.float64)
+        message[: len(header)] = torch.tensor(header, dtype=torch.float64)
+        if len(flat) <= FITS:
+            message[len(header) : len(header) + len(flat)] = flat
+        found = self._all(layer, passed, message)
+        headers = [Header(*map(int, one[: len(header)].tolist())) for one in found]
+        if any(one != header for one in headers):
+            raise CollectiveError(DIFFERENT.format(each=self._described(headers)))
+        if len(flat) <= FITS:
+            parts = [one[len(header) : len(header) + len(flat)] for one in found]
+        else:
+            parts = self._all(layer, passed, flat)
+        return [part.view(values.shape).to(values) for part in parts]
+
+    def _all(self, layer: nn.Module, passed: int, message: Tensor) -> list[Tensor]:
+        try:
+            return self._ranks.gather(message)
+        except CollectiveError as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            said = {"passed": _PASSES[passed], "layer": repr(path_of(layer)), "reason": reason}
+            raise CollectiveError(SILENT.format(**said)) from error
+
+    def _described(self, headers: list[Header]) -> str:
+        """Name what each process is at, by the names that its layers have here."""
+        names = {number: path_of(layer) for layer, number in self._numbers.items()}
+        return "; ".join(
+            f"rank {rank} is in the {_PASSES[one.passed]} pass of layer number {one.number} in the "
+            f"order of first calls ({names.get(one.number, 'not called here')!r} here) with "
+            f"{one.size} values"
+            for rank, one in enumerate(headers)
+        )
+
+
+_PASSES = ("forward", "backward")
+_known: dict[tuple[int, float | None], tuple[object, Lockstep]] = {}
+
+
+def lockstep(group: Group, timeout: float | None) -> Lockstep:
+    """Return the exchanges of a group, made at the first call, as in all its processes."""
+    parent = group or distributed.group.WORLD
+    key = id(parent), timeout
+    if key not in _known or _known[key][0] is not parent:
+        _known[key] = parent, Lockstep(group, timeout)
+    return _known[key][1]
