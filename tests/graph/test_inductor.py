@@ -9,7 +9,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.graph import inner
-from support.captured import step
+from support.captured import before_inductor, step
 from support.twins import assert_close
 
 
@@ -71,6 +71,13 @@ def test_steps_compiled_by_inductor_equal_eager(kind):
     plain.eval(), other.eval()
     assert_close(other(x), plain(x), size=64)
     assert bn.fused(other)["bn"].partners[0] == "add"
+
+
+def test_evaluation_by_the_operations_for_inductor_equals_eager():
+    plain, x = Block(F.silu, dense=False).eval(), inputs(dense=False, small=True)
+    torch.compiler.reset()
+    other = torch.compile(copy.deepcopy(plain), backend=before_inductor, fullgraph=True)
+    assert_close(other(x), plain(x), size=16)
 
 
 def test_graph_for_inductor_holds_one_call_for_each_normalization():

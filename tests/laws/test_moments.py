@@ -189,6 +189,7 @@ def test_merging_along_an_axis_is_merging_two_at_a_time(number, channels_of_coun
     count = torch.randint(0, 4, (7, channels_of_count), generator=generator).double()
     mean = 1e3 + torch.randn(7, 3, generator=generator, dtype=torch.float64)
     m2 = torch.rand(7, 3, generator=generator, dtype=torch.float64)
+    mean, m2 = (torch.where(count > 0, one, torch.nan) for one in (mean, m2))
     found = merge_runs(Moments(count, mean, m2), number)
     for i, start in enumerate(range(0, 7, number)):
         run = [Moments(count[k], mean[k], m2[k]) for k in range(start, min(start + number, 7))]
