@@ -206,3 +206,14 @@ def test_without_the_states_of_estimators_a_state_dict_has_the_keys_of_torch():
         rest = [name for name in state if not is_state(name, state)]
         assert rest == list(b.state_dict())
         assert len(rest) < len(state)
+
+
+def test_a_checkpoint_without_states_gives_its_count_to_the_cumulative_estimate():
+    theirs = nn.BatchNorm1d(3, momentum=None)
+    ours = bn.BatchNorm1d(3, estimator=[bn.Cumulative(), bn.LastBatches(2)])
+    for x in torch.randn(3, 6, 3):
+        theirs(x)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(6, 3) + 1
+    ours(x), theirs(x)
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
