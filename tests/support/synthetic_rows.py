@@ -158,6 +158,34 @@ def freeze_matrix():
         yield {**row, "version": "1", **AROUND}
 
 
+def doctor_faults():
+    for rule, found in (("BN201", "yes"), ("BN501", "no")):
+        words = {"false": "BN204", "mended": found, "torch-audit": "TA101"}
+        yield {"rule": rule, "network": "mlp", "found": found, **words, **AROUND}
+
+
+def doctor_healthy():
+    said = {"layers": "20", "above info": "–", "info": "BN204", "torch-audit": "TA101 TA102"}
+    yield {"network": "ResNet-18", **said, **AROUND}
+
+
+def doctor_published():
+    file = {"package": "one", "version": "1", "file": "one.pth", "megabytes": "2.0"}
+    yield {**file, "layers": "6", "findings": "info BN204 (1)", **AROUND}
+
+
+def port_parity():
+    errors = dict.fromkeys(("outputs", "after_training", "after_training_unbiased"), "1e-7")
+    for library in ("keras", "flax"):
+        yield {"library": library, "version": "1", "network": "plain", **errors, **AROUND}
+
+
+def insertion():
+    for inserted, steps in itertools.product((False, True), ("", "40")):
+        cell = {"network": "MLP", "rate": "0.1", "inserted": inserted, "seed": len(steps)}
+        yield {**cell, "steps": steps, "same": "True", **AROUND}
+
+
 FILES = {
     "networks/rows.csv": networks,
     "networks/inside.csv": inside,
@@ -172,6 +200,11 @@ FILES = {
     "fold/peers.csv": fold_peers,
     "fold/time.csv": fold_time,
     "freeze/matrix.csv": freeze_matrix,
+    "doctor/faults.csv": doctor_faults,
+    "doctor/healthy.csv": doctor_healthy,
+    "doctor/published.csv": doctor_published,
+    "port/parity.csv": port_parity,
+    "insert/steps.csv": insertion,
 }
 
 
