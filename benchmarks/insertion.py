@@ -193,7 +193,7 @@ def plot() -> None:
     for axis, network in zip(axes, NETWORKS, strict=True):
         for inserted, color in ((False, "#b0413e"), (True, "#2b6cb0")):
             some = [r for r in rows if (r["network"], r["inserted"]) == (network, str(inserted))]
-            rate = min(RATES, key=lambda one: median_steps(some, one))
+            rate = min(RATES, key=lambda one: rank(some, one))
             curves = [
                 [float(one) for one in row["accuracies"].split()]
                 for row in some
@@ -207,18 +207,18 @@ def plot() -> None:
                               color=color, alpha=0.2, linewidth=0)  # fmt: skip
         axis.axhline(GOAL, color="0.6", linewidth=0.8, linestyle="--")
         axis.set(title=network, xlabel="training steps", ylim=(0, 1.02), xlim=(0, STEPS))
-        axis.legend(loc="lower right", fontsize=8)
+        axis.legend(loc="best", fontsize=8)
     axes[0].set_ylabel("test accuracy")
     figure.tight_layout()
     figure.savefig(PLOT, dpi=120, metadata={"Software": None})
     print(PLOT)
 
 
-def median_steps(rows: list[dict[str, str]], rate: float) -> float:
-    """Return the median of the steps to the goal; one more than all where it was not reached."""
-    return statistics.median(
-        int(row["steps"] or STEPS + EVERY) for row in rows if float(row["rate"]) == rate
-    )
+def rank(rows: list[dict[str, str]], rate: float) -> tuple[float, float]:
+    """Return the median of the steps to the goal, and of the last accuracies, negative."""
+    own = [row for row in rows if float(row["rate"]) == rate]
+    steps = statistics.median(int(row["steps"] or STEPS + EVERY) for row in own)
+    return steps, -statistics.median(float(row["last"]) for row in own)
 
 
 def main() -> None:
