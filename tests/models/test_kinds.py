@@ -81,3 +81,12 @@ def test_a_parametrized_layer_is_no_exact_type():
     layer = nn.BatchNorm2d(3)
     nn.utils.parametrize.register_parametrization(layer, "weight", nn.Softplus())
     assert kind_of(layer) == Kind("foreign")
+
+
+def test_a_block_that_holds_a_batch_normalization_is_none_itself():
+    class BatchNormBlock(nn.Sequential):
+        pass
+
+    model = nn.Sequential(BatchNormBlock(nn.Conv1d(2, 2, 1), nn.BatchNorm1d(2)))
+    assert kind_of(model[0]) is None
+    assert [found.name for found in walk(model)] == ["0.1"]

@@ -59,7 +59,8 @@ def kind_of(module: nn.Module) -> Kind | None:
     """Return the kind of a batch normalization, or None for any other module.
 
     An unknown class that does not derive from torch's ``_BatchNorm`` is ``"foreign"`` if its name
-    contains ``BatchNorm``, like detectron2's ``FrozenBatchNorm2d``.
+    contains ``BatchNorm``, like detectron2's ``FrozenBatchNorm2d``; a block that has batch
+    normalizations in it, like transformers' ``FastSpeech2ConformerBatchNormConvLayer``, is none.
     """
     if isinstance(module, Layer):
         return Kind("ours", frozen=isinstance(module, FrozenBatchNorm2d | FrozenBatchNormAct2d))
@@ -67,9 +68,13 @@ def kind_of(module: nn.Module) -> Kind | None:
         named = "BatchNorm" in module.original_name
         return Kind("scripted", derived=False) if named else None
     derived = isinstance(module, _BatchNorm)
-    if not derived and "BatchNorm" not in type(module).__name__:
+    if not derived and ("BatchNorm" not in type(module).__name__ or _holds_one(module)):
         return None
     return _EXACT.get(class_name(module), Kind("foreign", derived))
+
+
+def _holds_one(module: nn.Module) -> bool:
+    return any(isinstance(inner, _BatchNorm) for inner in module.modules())
 
 
 def class_name(module: nn.Module) -> str:
