@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ class Masked(Scope):
         self._used: dict[tuple[nn.Module, torch.Size], Tensor | str | None] = {}
         self._observers: list[RemovableHandle] = []
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Masked":  # noqa: PYI034 (typing has Self from Python 3.11 on)
         super().__enter__()
         for module in self.model.modules():
             if module in self._parts:

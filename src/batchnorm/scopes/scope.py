@@ -11,7 +11,7 @@ ordinary forward pass after it, and give a recomputation the same arguments.
 
 from contextvars import ContextVar, Token
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ class Scope:
         """Return the arguments for the recomputation of a call of a layer."""
         return self.arguments(layer, x)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Scope":  # noqa: PYI034 (typing has Self from Python 3.11 on)
         if self.token is not None or self._handles:
             raise OptionError(f"expected a new {self.verb}(...) for each block")
         for layer in self.layers:

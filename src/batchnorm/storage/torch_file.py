@@ -62,7 +62,8 @@ def open_legacy(path: Path, size: int) -> Checkpoint:
 
 def _opened(path: Path, options: dict[str, Any]) -> Checkpoint:
     try:
-        with warnings.catch_warnings(action="ignore"):  # the error says it all
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the error says it all
             loaded = torch.load(path, map_location="cpu", weights_only=True, **options)
     except OSError:
         raise
