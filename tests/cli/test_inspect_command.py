@@ -50,7 +50,8 @@ def inspected(*arguments):
         ("wrong.pt --baseline wrong.pt", 2),
         ("healthy.pt --out gone/x.json", 2),
         ("healthy.pt --out wrong.pt", 2),
-        ("healthy.pt --format html", 2),
+        ("healthy.pt --format html", 0),
+        ("healthy.pt --format xml", 2),
         ("", 2),
     ],
 )
