@@ -74,7 +74,7 @@ def test_the_command_writes_one_page(checkpoint, tmp_path):
     path, _ = checkpoint
     out = tmp_path / "page.html"
     done = run("inspect", path, "--format", "html", "--language", "zh", "--out", out)
-    assert done.returncode == 1, done.stderr
+    assert done.exit_code == 1, done.stderr
     assert '<html lang="zh">' in out.read_text("utf-8")
     done = run("inspect", path, path, "--format", "html")
-    assert done.returncode == 2 and "expected one diagnosis for a page, got 2" in done.stderr
+    assert done.exit_code == 2 and "expected one diagnosis for a page, got 2" in done.stderr
