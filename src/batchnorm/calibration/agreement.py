@@ -21,7 +21,7 @@ def check_ranks(model: nn.Module, *, pool: bool = False, group: Group = None) ->
     differ, as those of ``bn.Batch()`` do under data parallelism; how far is the result.
 
     With ``pool`` they become the same in every process: the Moments of the processes merged, each
-    with its number of batches n as weight (1 where nobody has counted any),
+    with its ``num_batches_tracked`` n as weight (1 without counters, or if all are 0),
 
     .. math:: \hat\mu = \frac{\sum n_i \mu_i}{\sum n_i}, \qquad
         \hat\sigma^2 = \frac{\sum n_i \big(\sigma_i^2 + (\mu_i - \hat\mu)^2\big)}{\sum n_i}

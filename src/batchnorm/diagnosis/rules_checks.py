@@ -65,8 +65,8 @@ CHECKS: tuple[UseRule, ...] = (
         "reordered",
         "The batch in another order",
         "A sample's result depends on its place in the batch",
-        "Something in the model goes by position along the batch axis: a reshape that mixes "
-        "samples with another axis, or groups of neighbouring samples.",
+        "What the model computes for a sample depends on its index in the batch: a reshape mixes "
+        "samples with another axis, or neighbouring samples form groups.",
         "Look for views and reshapes that do not keep the batch axis first.",
     ),
     _rule(
