@@ -1,10 +1,10 @@
-"""The tables of docs/doctor.md and docs/inspect.md: faults, healthy networks, published files."""
+"""The tables of docs/doctor.md, inspect.md and observe.md: faults, networks, files, costs."""
 
 from collections.abc import Callable
 
 from batchnorm.diagnosis.registry import rule_of
 from cited import Row, Rows
-from tables import around, markdown
+from tables import around, markdown, seconds
 
 
 def faults(rows: Rows) -> str:
@@ -81,8 +81,24 @@ def published(rows: Rows) -> str:
     return f"{around(everything)}\n\n{markdown(head, 2, lines)}"
 
 
+def observing(rows: Rows) -> str:
+    """Return what ``bn.observe`` costs a training step, as ratios to the step without it."""
+    everything = rows.every("observe/steps", {})
+    columns = ("between", "window", "sampled", "default")
+    lines = [
+        [
+            row["network"], f"{row['batch']} of {row['image']}²", seconds(row, "step_s"),
+            *(f"{row.number(column):.2f}" for column in columns),
+        ]
+        for row in everything
+    ]  # fmt: skip
+    head = ["network", "batch", "step without", "other steps", "steps of a window", "sampled step"]
+    return f"{around(everything)}\n\n{markdown([*head, 'all, by default'], 2, lines)}"
+
+
 BLOCKS: dict[str, Callable[[Rows], str]] = {
     "doctor-faults": faults,
     "doctor-healthy": healthy,
     "doctor-published": published,
+    "observing": observing,
 }

@@ -174,6 +174,12 @@ def doctor_published():
     yield {**file, "layers": "6", "findings": "info BN204 (1)", **AROUND}
 
 
+def observing():
+    ratios = {"between": "1.0", "window": "1.1", "sampled": "1.2", "default": "1.03"}
+    cell = {"network": "resnet18", "image": "32", "batch": "128"}
+    yield {**cell, "step_s": "0.2", **ratios, **AROUND}
+
+
 def port_parity():
     errors = dict.fromkeys(("outputs", "after_training", "after_training_unbiased"), "1e-7")
     for library in ("keras", "flax"):
@@ -203,6 +209,7 @@ FILES = {
     "doctor/faults.csv": doctor_faults,
     "doctor/healthy.csv": doctor_healthy,
     "doctor/published.csv": doctor_published,
+    "observe/steps.csv": observing,
     "port/parity.csv": port_parity,
     "insert/steps.csv": insertion,
 }

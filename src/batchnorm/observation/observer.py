@@ -44,11 +44,35 @@ class Hook:
 
 
 class Observer:
-    """What was seen of a training; made by ``bn.observe``, and a context manager.
+    """Follow what enters the activations and batch normalizations of a model while it trains.
+
+    A training step is a call of the model in training mode with gradients enabled. The first step
+    and each ``every``-th are sampled; before a sampled step, the Moments of the inputs of
+    ``batches - 1`` steps are taken as well. Between these steps only the call is counted. The model
+    computes what it computes without an observer; if it is compiled, measured steps run eagerly.
+    ``bn.observe`` is this class, which is a context manager: leave its block, or call ``close()``,
+    to remove its two hooks.
+
+    Args:
+        model: The model that the training calls; it may be compiled, converted, or
+            DistributedDataParallel, of which each process sees its own batches.
+        every: Steps from one sampled step to the next.
+        batches: How many last batches, the sampled one included, the running statistics are
+            compared with; at most ``every``.
+        jsonl: A file to which each observation is appended as a line of JSON; of several processes
+            the first one writes.
+        tensorboard: An object with ``add_scalar(name, value, step)``, such as a ``SummaryWriter``.
+        hooks: Whether a step is a call of the model. With False a step is what lies between
+            ``begin_step()`` and ``end_step()``, for trainings that call parts of the model.
 
     Attributes:
         steps: How many training steps there were.
         unseen: Names of scripted layers, whose calls cannot be seen.
+
+    Raises:
+        OptionError: If a number is below 1, the model has nothing to observe, or it is
+            ``DataParallel``.
+        OSError: If the file cannot be opened.
     """
 
     def __init__(
@@ -184,42 +208,5 @@ class Observer:
             sink.write(found)
 
 
-def observe(
-    model: nn.Module,
-    every: int = 20,
-    *,
-    batches: int = 5,
-    jsonl: str | PathLike[str] | None = None,
-    tensorboard: Writer | None = None,
-    hooks: bool = True,
-) -> Observer:
-    """Follow what enters the activations and batch normalizations of a model while it trains.
-
-    A training step is a call of the model in training mode with gradients enabled. The first step
-    and each ``every``-th are sampled; before a sampled step, the Moments of the inputs of
-    ``batches - 1`` steps are taken as well. Between these steps only the call is counted. The model
-    computes what it computes without an observer; if it is compiled, measured steps run eagerly.
-
-    Args:
-        model: The model that the training calls; it may be compiled, converted, or
-            DistributedDataParallel, of which each process sees its own batches.
-        every: Steps from one sampled step to the next.
-        batches: How many last batches, the sampled one included, the running statistics are
-            compared with; at most ``every``.
-        jsonl: A file to which each observation is appended as a line of JSON; of several processes
-            the first one writes.
-        tensorboard: An object with ``add_scalar(name, value, step)``, such as a ``SummaryWriter``.
-        hooks: Whether a step is a call of the model. With False a step is what lies between
-            ``begin_step()`` and ``end_step()``, for trainings that call parts of the model.
-
-    Returns:
-        An ``Observer``. Leave its ``with`` block, or call ``close()``, to remove its two hooks.
-
-    Raises:
-        OptionError: If a number is below 1, the model has nothing to observe, or it is
-            ``DataParallel``.
-        OSError: If the file cannot be opened.
-    """
-    return Observer(
-        model, every, batches=batches, jsonl=jsonl, tensorboard=tensorboard, hooks=hooks
-    )
+# The verb of the package's interface: ``bn.observe(model)`` makes an ``Observer``.
+observe = Observer
