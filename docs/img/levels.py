@@ -35,6 +35,7 @@ SAYS = {
     "functional": "normalize, batch_norm",
     "nn": "the layers",
     "comparison": "bn.same",
+    "training": "attach to an optimizer",
     "models": "walk, undo stack, recorded passes",
     "environment": "bn.env",
     "report": "tables and plots as values",

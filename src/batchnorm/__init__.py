@@ -47,6 +47,7 @@ from batchnorm.sources.base import Batch as Batch
 from batchnorm.sources.base import Frozen as Frozen
 from batchnorm.sources.grouped import Ghost as Ghost
 from batchnorm.sources.grouped import Grouped as Grouped
+from batchnorm.sources.pooled import Pooled as Pooled
 from batchnorm.sources.renorm import Renorm as Renorm
 from batchnorm.sources.synced import Synced as Synced
 from batchnorm.surgery.convert import convert as convert
@@ -58,4 +59,5 @@ from batchnorm.surgery.settings import no_weight_decay as no_weight_decay
 from batchnorm.surgery.settings import reset_statistics as reset_statistics
 from batchnorm.surgery.settings import set_options as set_options
 from batchnorm.surgery.unfreeze import unfreeze as unfreeze
+from batchnorm.training.attach import attach as attach
 from batchnorm.version import __version__ as __version__

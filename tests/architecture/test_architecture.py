@@ -25,7 +25,7 @@ LEVELS = [
     {"models", "environment", "report"},
     {"graph", "memory", "comparison", "scopes"},
     {"calibration", "surgery"},
-    {"folding", "diagnosis", "observation", "porting"},
+    {"folding", "diagnosis", "observation", "porting", "training"},
     {"benchmark", "integrations", "insertion"},
     {"demo"},
     {"cli"},

@@ -10,9 +10,9 @@ import batchnorm as bn
 from support import processes
 
 NAMES = [
-    "Batch", "BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Calibration",
+    "attach", "Batch", "BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Calibration",
     "Cumulative", "Decayed", "Diagnosis", "Frozen", "Ghost", "Grouped", "LastBatches", "LazyBatchNorm1d",
-    "LazyBatchNorm2d", "LazyBatchNorm3d", "Moments", "Renorm", "Running", "Same", "Synced", "calibrate", "check_ranks",
+    "LazyBatchNorm2d", "LazyBatchNorm3d", "Moments", "Pooled", "Renorm", "Running", "Same", "Synced", "calibrate", "check_ranks",
     "convert", "diagnose", "fold", "Folded", "edits", "env", "forget", "freeze", "frozen", "functional", "fused",
     "graph", "groups", "insert", "inspect", "keep_undo", "masked", "merge", "merge_states", "no_weight_decay", "observe", "Observer", "port", "prepare_for_export", "recycle_memory", "remove",
     "repair", "reset_statistics", "same", "save_memory", "set_options", "undo", "unfreeze",

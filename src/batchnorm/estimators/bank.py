@@ -1,14 +1,14 @@
 """The estimators of a layer with their states; evaluation uses the selected one."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from batchnorm.errors import OptionError
 from batchnorm.estimators.base import Estimator, Statistics
-from batchnorm.estimators.running import Averages
+from batchnorm.estimators.running import OPTIMIZER, Accumulated, Averages, Running
 from batchnorm.moments import Moments
 
 # Prefix of the states in a state dict, after that of the layer.
@@ -74,16 +74,30 @@ class Bank:
         """Set all states to their initial values; running averages to ``known`` if given."""
         for name, estimator in self.estimators.items():
             state = estimator.init(channels, device)
-            if known is not None and isinstance(state, Averages):
-                state = Averages(
-                    *(t.to(old, copy=True) for t, old in zip(known, state, strict=True))
-                )
+            if known is not None and isinstance(state, Averages | Accumulated):
+                seen = known.batches
+                if isinstance(estimator, Running) and isinstance(estimator.every, int):
+                    seen = seen // estimator.every
+                own = zip(state, (known.mean, known.var, seen), strict=False)
+                state = type(state)(*(t.to(old, copy=True) for old, t in own), *state[3:])
             self.states[name] = state
 
     def updated(self, batch: Moments) -> dict[str, Any]:
         """Return the states after one more batch."""
         return {
             name: estimator.update(self.states[name], batch)
+            for name, estimator in self.estimators.items()
+        }
+
+    @property
+    def waits(self) -> bool:
+        """Whether an estimator makes its steps with those of an optimizer."""
+        return any(_waits(one) for one in self.estimators.values())
+
+    def after_optimizer(self) -> dict[str, Any]:
+        """Return the states after a step of the optimizer."""
+        return {
+            name: estimator.step(self.states[name]) if _waits(estimator) else self.states[name]
             for name, estimator in self.estimators.items()
         }
 
@@ -139,3 +153,7 @@ class Bank:
         """Replace every tensor of the states by ``move(tensor)``."""
         for name, state in self.states.items():
             self.states[name] = type(state)(*(move(tensor) for tensor in state))
+
+
+def _waits(estimator: Estimator) -> TypeGuard[Running]:
+    return isinstance(estimator, Running) and estimator.every == OPTIMIZER

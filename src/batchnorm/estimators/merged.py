@@ -71,6 +71,10 @@ class Window(NamedTuple):
     means: Tensor
     m2s: Tensor
 
+    def batches(self) -> list[Moments]:
+        """Return the Moments of each batch, oldest first."""
+        return [Moments(*(rows[i] for rows in self)) for i in range(len(self.counts) - 1, -1, -1)]
+
 
 @dataclass(frozen=True)
 class LastBatches:
@@ -127,8 +131,7 @@ class LastBatches:
     def statistics(self, state: Window) -> Statistics:
         """Return mean and variance of the window; 0 and 1 while they are unknown."""
         if self.pooled:
-            oldest_first = range(self.k - 1, -1, -1)
-            return known(merge(*(Moments(*(rows[i] for rows in state)) for i in oldest_first)))
+            return known(merge(*state.batches()))
         filled = (state.counts > 0).to(state.means.dtype)
         batches = filled.sum()
         mean = (state.means * filled[:, None]).sum(0) / batches.clamp_min(1)

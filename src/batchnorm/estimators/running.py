@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from batchnorm.estimators.base import (
     variance,
 )
 from batchnorm.layout import wide
-from batchnorm.moments import Moments
+from batchnorm.moments import Moments, merge
 from batchnorm.ops.backends.choice import is_torchs_device
+
+OPTIMIZER = "optimizer"
 
 
 class Averages(NamedTuple):
@@ -26,6 +28,39 @@ class Averages(NamedTuple):
     mean: Tensor
     var: Tensor
     batches: Tensor
+
+
+class Accumulated(NamedTuple):
+    """The state of ``Running(every=...)``: the averages, and what is to enter them next.
+
+    Attributes:
+        mean: Averaged mean, (C,).
+        var: Averaged variance.
+        batches: Steps of the average so far, ().
+        pending: Batches since the last step, ().
+        pooled_count: Values per channel in these batches, (): with the next two their merged
+            Moments.
+        pooled_mean: Their mean, (C,).
+        pooled_m2: Their sum of squared deviations.
+    """
+
+    mean: Tensor
+    var: Tensor
+    batches: Tensor
+    pending: Tensor
+    pooled_count: Tensor
+    pooled_mean: Tensor
+    pooled_m2: Tensor
+
+    @property
+    def averages(self) -> Averages:
+        """What evaluation uses."""
+        return Averages(self.mean, self.var, self.batches)
+
+    @property
+    def pooled(self) -> Moments:
+        """The merged Moments of the batches since the last step."""
+        return Moments(self.pooled_count, self.pooled_mean, self.pooled_m2)
 
 
 def check_momentum(momentum: float | None) -> None:
@@ -102,14 +137,21 @@ class Running:
     with ``debias`` they have none: the average is divided by :math:`1-(1-a)^t`, the weight of the
     batches, after the initial values were subtracted.
 
+    With ``every`` the Moments of several batches are merged first, and batch i is then these as one
+    set: with gradient accumulation, the statistics of the large batch at the cost of a few numbers
+    per channel. ``num_batches_tracked`` counts the small ones.
+
     Args:
         momentum: Weight of the newest batch.
         correction: 1: the unbiased variance, as in ``torch.nn``. 0: the biased one, as in Keras and
             Flax.
         debias: Whether to remove the initial values from the average. Needs a momentum in (0, 1].
+        every: How many batches make one step of the average; ``"optimizer"``: those between two
+            steps of the optimizer that ``bn.attach(model, optimizer)`` is given.
 
     Raises:
-        OptionError: If momentum is None or not finite, or correction is neither 0 nor 1.
+        OptionError: If momentum is None or not finite, correction is neither 0 nor 1, or every is
+            no number >= 1 and not ``"optimizer"``.
 
     Reference:
         Kingma and Ba 2015, "Adam", section 3, for the division by the weight.
@@ -118,6 +160,7 @@ class Running:
     momentum: float = 0.1
     correction: int = 1
     debias: bool = False
+    every: int | Literal["optimizer"] = 1
 
     def __post_init__(self) -> None:
         if self.momentum is None:
@@ -129,6 +172,12 @@ class Running:
             )
         if self.debias:
             check_weight(self.momentum, "momentum with debias=True")
+        number = isinstance(self.every, int) and not isinstance(self.every, bool)
+        if self.every != OPTIMIZER and not (number and self.every >= 1):  # type: ignore[operator]
+            raise OptionError(
+                f"expected every >= 1, the number of batches of one step of the average, or "
+                f'"optimizer", got {self.every!r}'
+            )
 
     @property
     def name(self) -> str:
@@ -138,17 +187,40 @@ class Running:
     @property
     def is_torchs(self) -> bool:
         """Whether this is the rule of ``torch.nn``, whose only state are the running statistics."""
-        return self.correction == 1 and not self.debias
+        return self.correction == 1 and not self.debias and self.every == 1
 
-    def init(self, channels: int, device: torch.device | str | None = None) -> Averages:
+    def init(
+        self, channels: int, device: torch.device | str | None = None
+    ) -> Averages | Accumulated:
         """Return mean 0, variance 1, no batches."""
-        return _start(channels, device)
+        start = _start(channels, device)
+        if self.every == 1:
+            return start
+        zero, empty = torch.zeros_like(start.batches), torch.zeros_like(start.mean)
+        return Accumulated(*start, zero, zero.clone(), empty, empty.clone())
 
-    def update(self, state: Averages, batch: Moments) -> Averages:
-        """Return the averages with one more batch."""
+    def update(self, state: Any, batch: Moments) -> Averages | Accumulated:
+        """Return the averages with one more batch, or with the batch kept for their next step."""
         if nothing(batch):
-            return state
-        return _step(state, batch, self.weight_after(state.batches), self.correction)
+            return state  # type: ignore[no-any-return]
+        if self.every == 1:
+            return _step(state, batch, self.weight_after(state.batches), self.correction)
+        pending = keep_if_empty(batch, state.pending, state.pending + 1)
+        count, mean, m2 = merge(state.pooled, batch)
+        kept: Accumulated = state._replace(
+            pending=pending, pooled_count=count, pooled_mean=mean, pooled_m2=m2
+        )
+        if isinstance(self.every, str):
+            return kept
+        due = pending >= self.every
+        stepped = zip(self.step(kept), kept, strict=True)
+        return Accumulated(*(torch.where(due, new, old) for new, old in stepped))
+
+    def step(self, state: Accumulated) -> Accumulated:
+        """Return the averages after a step by the pooled batches, and none kept."""
+        weight = self.weight_after(state.batches)
+        moved = _step(state.averages, state.pooled, weight, self.correction)
+        return Accumulated(*moved, *map(torch.zeros_like, state[3:]))
 
     def weight_after(self, batches: Tensor) -> float | Tensor:
         """Return the weight of the newest batch after so many others."""
@@ -157,7 +229,7 @@ class Running:
         # The same recurrence on the divided average: the first batch replaces 0 and 1.
         return self.momentum / (1 - (1 - self.momentum) ** (batches.to(wide(batches.device)) + 1))
 
-    def statistics(self, state: Averages) -> Statistics:
+    def statistics(self, state: Averages | Accumulated) -> Statistics:
         """Return the averages."""
         return state.mean, state.var
 

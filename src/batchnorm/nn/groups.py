@@ -24,6 +24,10 @@ LATE = """\
 statistics={source} needs buffers that this layer was not made with; give it to the constructor: \
 bn.{kind}(..., statistics={source})"""
 
+POOLED = """\
+statistics={source} keeps running statistics for each group, which move at every batch; expected \
+an estimator with every=1, got {estimator}"""
+
 
 def arrange(layer: Attributes, source: Grouped) -> None:
     """Give a new layer what it has per group.
@@ -81,6 +85,8 @@ def step(layer: Attributes, batch: Moments) -> None:
     if alpha is None:
         alpha = share_of_next(batches)[:, None]
     elif isinstance(first, Running):
+        if first.every != 1:
+            raise OptionError(POOLED.format(source=layer.statistics, estimator=first))
         alpha, correction = first.weight_after(batches[:, None]), first.correction
     move(mean, var, batch, alpha, correction)
     batches.add_(counted.long())

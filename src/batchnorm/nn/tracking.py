@@ -1,11 +1,13 @@
 """Updates of a layer's running statistics, by Moments of a training batch."""
 
 import warnings
+import weakref
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from batchnorm.compat.modes import is_recomputing
 from batchnorm.estimators import bank
@@ -22,6 +24,16 @@ NARROW = """\
 {name} of a batch normalization layer is {dtype}: something cast it past torch.nn.Module's own \
 .to()/.half(). Its updates are computed in float32 and rounded to {dtype}, in which small updates \
 are lost. Restore it with layer.{name} = layer.{name}.float()."""
+
+ALONE = """\
+a batch normalization layer with bn.Running(every="optimizer") keeps the statistics of its \
+training batches until an optimizer steps, and none is attached to it: running_mean and \
+running_var stay as they are. Call bn.attach(model, optimizer) once, before the training; a copy \
+of the model, and estimators given by bn.convert later, need a call of their own."""
+
+# The optimizer after whose steps a layer's estimators make theirs; not in copies of the layer.
+_optimizers: weakref.WeakKeyDictionary[bank.Bank, weakref.ref[Optimizer]]
+_optimizers = weakref.WeakKeyDictionary()
 
 
 def step(layer: Attributes, batch: Moments) -> None:
@@ -43,14 +55,41 @@ def step(layer: Attributes, batch: Moments) -> None:
             groups.step(layer, batch)
         batch = pooled(batch)
     if layer.bank is not None:
-        # Assigned after the buffers were written: torch refuses that write in torch.func.grad, and
-        # the states must then be unchanged as well.
-        states = layer.bank.updated(batch)
-        publish(layer, states)
-        layer.bank.states = states
+        if not torch.compiler.is_compiling() and layer.bank.waits and optimizer_of(layer) is None:
+            warnings.warn(ALONE, stacklevel=6)
+        _replace(layer, layer.bank.updated(batch))
     else:
         _move(layer, batch)
     _count(layer, batch)
+
+
+def optimizer_of(layer: Attributes) -> Optimizer | None:
+    """Return the optimizer that ``attach`` gave to a layer, if it still exists."""
+    known = None if layer.bank is None else _optimizers.get(layer.bank)
+    return None if known is None else known()
+
+
+def attach(layer: Attributes, optimizer: Optimizer | None) -> None:
+    """Let the estimators of a layer step with an optimizer, or with none."""
+    assert layer.bank is not None
+    if optimizer is None:
+        _optimizers.pop(layer.bank, None)
+    else:
+        _optimizers[layer.bank] = weakref.ref(optimizer)
+
+
+def step_with(layer: Attributes, optimizer: Optimizer) -> None:
+    """Make the step of the estimators that wait for this optimizer."""
+    if layer.bank is not None and optimizer_of(layer) is optimizer:
+        _replace(layer, layer.bank.after_optimizer())
+
+
+def _replace(layer: Attributes, states: dict[str, object]) -> None:
+    assert layer.bank is not None
+    # Assigned after the buffers were written: torch refuses that write in torch.func.grad, and the
+    # states must then be unchanged as well.
+    publish(layer, states)
+    layer.bank.states = states
 
 
 def _count(layer: Attributes, batch: Moments) -> None:

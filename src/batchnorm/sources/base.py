@@ -7,12 +7,17 @@ from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from batchnorm.errors import ChannelError
 from batchnorm.moments import Moments
 from batchnorm.ops.autograd.shared import Sharing
 from batchnorm.selection import Selection
 
 SourcePlan = Literal["batch", "stored", "own"]
 
+
+OTHER_CHANNELS = """\
+statistics={source} keeps statistics of {kept} channels in this layer, and the batch has {came}; \
+layer.reset_running_stats() forgets them"""
 
 # Of a source in a layer: field -> tensor.
 State = Mapping[str, Tensor]
@@ -108,3 +113,14 @@ class Frozen:
 
     def share(self, context: Context) -> None:
         """Return None: there are no others."""
+
+
+def expect_channels(source: Source, kept: Tensor, batch: Moments) -> None:
+    """Raise if a state, (..., C), is not of as many channels as a batch.
+
+    Raises:
+        ChannelError: If it is of others.
+    """
+    sizes = kept.shape[-1], batch.mean.shape[-1]
+    if sizes[0] != sizes[1]:
+        raise ChannelError(OTHER_CHANNELS.format(source=source, kept=sizes[0], came=sizes[1]))

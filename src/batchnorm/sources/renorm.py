@@ -14,7 +14,14 @@ from batchnorm.estimators.running import average
 from batchnorm.layout import wide
 from batchnorm.moments import Moments
 from batchnorm.ops.autograd.shared import Sharing, variance_of
-from batchnorm.sources.base import Batch, Context, Source, SourcePlan, State
+from batchnorm.sources.base import (
+    Batch,
+    Context,
+    Source,
+    SourcePlan,
+    State,
+    expect_channels,
+)
 from batchnorm.sources.grouped import Ghost
 from batchnorm.sources.synced import Synced
 
@@ -98,6 +105,7 @@ class Renorm:
     def _corrected(self, batch: Moments, context: Context) -> Moments:
         """Return the Moments by which to normalize: mean - d std / r and (std / r)^2 - eps."""
         state, counter = context.recall(batch)
+        expect_channels(self, state["mean"], batch)
         mean, std = state["mean"], state["std"].clamp_min(math.sqrt(context.eps))
         r_max, d_max = (self._limit(name, counter, std) for name in ("r_max", "d_max"))
         own = (variance_of(batch).to(wide(std.device)) + context.eps).sqrt()

@@ -81,7 +81,9 @@ class Adjusted:
         """
         rstd = rstd.to(self._mean.dtype)
         down = (-rstd * sums[0], -0.5 * rstd * rstd * sums[1])
-        through = [(made, one) for made, one in zip(self._made, down, strict=True) if made.grad_fn]
+        through = [
+            (made, one) for made, one in zip(self._made, down, strict=True) if made.requires_grad
+        ]
         if not through:
             return torch.zeros_like(sums)
         made, cotangents = zip(*through, strict=True)
