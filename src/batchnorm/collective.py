@@ -1,4 +1,4 @@
-"""Exchanges between the processes of a job: the only user of ``torch.distributed``.
+"""Exchanges between the processes of a job, with the gradient through them.
 
 Every process makes the same exchanges in the same order, however much data it has. A process that
 fails sends the failure in its next exchange, so the others raise instead of waiting for it.
@@ -6,7 +6,7 @@ fails sends the failure in its next exchange, so the others raise instead of wai
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -91,11 +91,15 @@ class Ranks:
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Return the tensors of all processes, of one shape and dtype, in the order of ranks.
 
+        Differentiable any number of times if the tensor requires a gradient, in every process.
+
         Raises:
             CollectiveError: If a process is gone.
         """
         if self.size == 1:
             return [tensor]
+        if tensor.requires_grad and torch.is_grad_enabled():
+            return gather_differentiably(tensor, self.gather, self.rank)
         home = tensor.device
         sent = tensor.to(self._device()).contiguous()
         received = [torch.empty_like(sent) for _ in range(self.size)]
@@ -143,6 +147,53 @@ class Ranks:
         if distributed.get_backend(self._group) == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
+
+
+def gather_differentiably(
+    tensor: Tensor, gather: Callable[[Tensor], list[Tensor]], rank: int
+) -> list[Tensor]:
+    """Return ``gather(tensor)``, differentiable any number of times with respect to all tensors.
+
+    The loss is the sum of the losses of all processes, so a backward pass is an exchange too, in
+    which every process must take part.
+
+    Args:
+        tensor: The tensor of this process.
+        gather: Returns the tensors of all processes, of one shape, in the order of ranks.
+        rank: The number of this process among them.
+    """
+    parts: Tensor = _Gather.apply(tensor, gather, rank)  # type: ignore[no-untyped-call]
+    return list(parts.unbind())
+
+
+class _Gather(torch.autograd.Function):
+    """(...) of each process -> (size, ...), the same in all."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, gather: Callable[..., Any], rank: int) -> Tensor:
+        """Return the tensors of all processes."""
+        ctx.rest = gather, rank
+        return torch.stack(gather(own))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        """Return the gradient of the own tensor, of the losses of all processes."""
+        return _Adjoint.apply(grad, *ctx.rest), None, None  # type: ignore[no-untyped-call]
+
+
+class _Adjoint(torch.autograd.Function):
+    """(size, ...) of each process -> (...): the sum over the processes of the row of this one."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gather: Callable[..., Any], rank: int) -> Tensor:
+        """Return the sum, added in the order of ranks."""
+        ctx.rest = gather, rank
+        return torch.stack([one[rank] for one in gather(rows)]).sum(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        """Return the gradient of the rows: row r is the gradient that process r has."""
+        return _Gather.apply(grad, *ctx.rest), None, None  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager

@@ -10,17 +10,18 @@ DistributedDataParallel.
 
 import weakref
 from datetime import timedelta
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
 
-from batchnorm.collective import Group, Ranks
+from batchnorm.collective import Group, Ranks, gather_differentiably
 from batchnorm.compat.modules import path_of
 from batchnorm.errors import CollectiveError
 from batchnorm.moments import Moments, merge
 
-FORWARD, BACKWARD = 0, 1
+FORWARD, BACKWARD, TWICE = 0, 1, 2
 # Values in the first message, float64: 8 kB. Three rows of 340 channels fit.
 FITS = 1024
 
@@ -37,7 +38,7 @@ class Header(NamedTuple):
     """What a process exchanges.
 
     Attributes:
-        passed: FORWARD or BACKWARD.
+        passed: FORWARD, BACKWARD, or TWICE: in a backward pass that is differentiated again.
         number: The layer, by the order of first calls.
         size: Number of values.
     """
@@ -68,11 +69,17 @@ class Lockstep:
     def merge(self, layer: nn.Module, moments: Moments) -> Moments:
         """Return the Moments of all processes, merged in the order of ranks.
 
-        ``count`` may be a number, of shape () or of the shape of ``mean``.
+        ``count`` may be a number, of shape () or of the shape of ``mean``. Differentiable any
+        number of times where mean and m2 require a gradient.
         """
         count = torch.as_tensor(moments.count, dtype=moments.mean.dtype).expand_as(moments.mean)
         packed = torch.stack([count, moments.mean, moments.m2])
-        first, *others = (Moments(*one) for one in self._gather(layer, FORWARD, packed))
+        if packed.requires_grad:
+            again = partial(self._gather, layer, TWICE)
+            parts = gather_differentiably(packed, again, self._ranks.rank)
+        else:
+            parts = self._gather(layer, FORWARD, packed)
+        first, *others = (Moments(*one) for one in parts)
         return merge(first, *others)
 
     def add(self, layer: nn.Module, sums: Tensor) -> Tensor:
@@ -119,7 +126,7 @@ class Lockstep:
         )
 
 
-_PASSES = ("forward", "backward")
+_PASSES = ("forward", "backward", "differentiated backward")
 _known: dict[tuple[int, float | None], tuple[object, Lockstep]] = {}
 
 

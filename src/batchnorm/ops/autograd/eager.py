@@ -83,7 +83,7 @@ class BatchNormalize(torch.autograd.Function):
                 rstd = reference.reciprocal_std(m2, count, eps)
                 return reference.affine(x, mean, rstd, weight, bias, axis, selection)
 
-            return *_graph(ctx, again, dy, act, axis, adds, bias_dtype, selection), None
+            return *graph(ctx, again, dy, act, axis, adds, bias_dtype, selection), None
         saved = ForBackward(x, stats, beside, act, axis)
         if not (adds or ctx.needs_input_grad[0]):
             dx = dresidual = None
@@ -131,7 +131,7 @@ class Normalize(torch.autograd.Function):
             def again(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
                 return reference.affine(x, stats[0], stats[2:4], weight, bias, axis, selection)
 
-            dx, *others = _graph(ctx, again, dy, act, axis, adds, bias_dtype, selection)
+            dx, *others = graph(ctx, again, dy, act, axis, adds, bias_dtype, selection)
             if dx is not None and x.requires_grad and not dx.requires_grad:
                 dx = _Constant.apply(dx, x)  # type: ignore[no-untyped-call]
             return dx, None, *others, None, None, None
@@ -205,7 +205,7 @@ def _as(gradient: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     return gradient.to(dtype)
 
 
-def _graph(
+def graph(
     ctx: Context[Rest],
     again: Callable[[Tensor, Tensor, Tensor], Tensor],
     dy: Tensor,

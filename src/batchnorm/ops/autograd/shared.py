@@ -11,12 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from batchnorm.moments import Moments
+from batchnorm.moments import Moments, centered
 from batchnorm.ops.activations import IDENTITY, Activation
 from batchnorm.ops.autograd.eager import (
     Context,
     Gradients,
     dtype_of,
+    graph,
     kept_beside,
     to_parameters,
     with_edge,
@@ -25,12 +26,12 @@ from batchnorm.ops.backends import reference
 from batchnorm.ops.backends.base import Backend
 from batchnorm.ops.backends.choice import select
 from batchnorm.ops.call import Arguments, Epilogue, ForBackward
-from batchnorm.selection import Selection
+from batchnorm.selection import WHOLE, Selection
 
 TWICE = """\
-statistics that are merged over processes, or adjusted, have no second derivative; a loss of \
-gradients (create_graph=True) can be differentiated with statistics=bn.Batch(), bn.Ghost(size), \
-bn.Grouped(count) or bn.Frozen()"""
+statistics that are adjusted (bn.Renorm), or merged by a source whose merge() records no \
+gradient, have no second derivative; a loss of gradients (create_graph=True) can be differentiated \
+with statistics=bn.Batch(), bn.Synced(), bn.Ghost(size), bn.Grouped(count) or bn.Frozen()"""
 
 
 class Sharing(NamedTuple):
@@ -38,6 +39,7 @@ class Sharing(NamedTuple):
 
     Attributes:
         merge: Moments of this part -> Moments of all; counts per channel, (C,). None: of this part.
+            Where mean and m2 require a gradient, torch must record it, for second derivatives.
         add: Sums of this part -> sums of all, for the gradient. None: of this part.
         adjust: Moments of all -> Moments that normalize, each channel (and group) from its own
             count, mean and m2 alone. Gradients flow through what torch records of it; detached
@@ -103,11 +105,34 @@ class Reach(NamedTuple):
         values: In all parts: a number, or (groups, 1).
         add: Sums of this part -> sums of all.
         adjusted: What the batch's moments became, where they were adjusted.
+        merge: Moments of this part -> Moments of all, differentiable.
+        eps: Added to the variance.
     """
 
     values: float | Tensor
     add: Callable[[Tensor], Tensor] | None
     adjusted: Adjusted | None
+    merge: Callable[[Moments], Moments] | None
+    eps: float
+
+    @property
+    def is_twice_differentiable(self) -> bool:
+        """Whether backward can be differentiated."""
+        return self.adjusted is None and self.merge is not None
+
+    def again(self, x: Tensor, axis: int, selection: Selection) -> tuple[Tensor, Tensor]:
+        """Return mean and rstd of all parts, from this part by differentiable operations.
+
+        Raises:
+            RuntimeError: If the merge is not differentiable.
+        """
+        assert self.merge is not None
+        own = Moments(*centered(x, axis, selection))
+        merged = self.merge(own)
+        if own.mean.requires_grad and not merged.mean.requires_grad:
+            raise RuntimeError(TWICE)
+        count = _one_count(merged.count, selection)
+        return merged.mean, reference.reciprocal_std(merged.m2, count, self.eps)
 
     def of(self, sums: Tensor, stats: Tensor) -> Tensor:
         """Return what ``backward_input`` takes for the sums of this part."""
@@ -156,12 +181,27 @@ class SharedNormalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: SharedContext, *grads: Tensor) -> Gradients:
         """Return the gradients of x, weight, bias and residual."""
+        reach = ctx.rest[4]
+        if torch.is_grad_enabled() and reach.is_twice_differentiable:
+            return *SharedNormalize._graph(ctx, *grads), None, None, None, None, None
         with torch.no_grad():
             found = SharedNormalize._gradients(ctx, *grads)
         if not torch.is_grad_enabled():
             return found
         given = (*ctx.saved_tensors, ctx.bias, *grads)
         return tuple(None if one is None else _Once.apply(one, *given) for one in found)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def _graph(ctx: SharedContext, dy: Tensor) -> Gradients:
+        """Return the gradients of x, weight, bias and residual by differentiable operations."""
+        act, axis, backend, adds, reach, dtypes = ctx.rest
+        selection = backend.selection or WHOLE
+
+        def again(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            mean, rstd = reach.again(x, axis, selection)
+            return reference.affine(x, mean, rstd, weight, bias, axis, selection)
+
+        return graph(ctx, again, dy, act, axis, adds, dtypes[1], selection)
 
     @staticmethod
     def _gradients(ctx: SharedContext, *grads: Tensor) -> Gradients:
@@ -218,7 +258,7 @@ def normalize_shared(call: Arguments, sharing: Sharing) -> tuple[Tensor, Moments
     rstd = reference.stored_rstd(var, call.eps)
     affine = (call.weight, call.bias)
     stats = reference.known_stats(x, by.mean, var, rstd, *affine)
-    reach = Reach(count, sharing.add, adjusted)
+    reach = Reach(count, sharing.add, adjusted, sharing.merge, call.eps)
     y = SharedNormalize.apply(  # type: ignore[no-untyped-call]
         x, *affine, call.residual, stats, call.act, axis, backend, reach
     )
