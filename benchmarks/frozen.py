@@ -6,7 +6,8 @@
     python benchmarks/frozen.py --what bytes          # print the bytes, write nothing
 
 Networks are ResNet-50 and a backbone of a detector: ResNet-50 with a feature pyramid whose
-convolutions have normalizations. Contenders, each in a process of its own and in turns:
+convolutions have normalizations. Contenders, step by step in turns within one process, and that in
+several processes:
 
 ``without``: the same network with every normalization left out: the base of ratios.
 ``eval``: torch's layers in evaluation while the rest trains, γ and β with gradients.
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import batchnorm as bn
-from batchnorm.benchmark.measure import in_turn, interval, quantiles
+from batchnorm.benchmark.measure import interval, quantiles
 from batchnorm.benchmark.processes import processes
 from batchnorm.benchmark.rows import circumstances
 from row_files import append, read
@@ -48,7 +49,7 @@ NETWORKS = {"resnet50": (4, 160), "resnet50_fpn": (4, 160)}
 REGIMES = ("kept", "default")
 CONTENDERS = ("without", "eval", "frozen", "folded", "graph")
 MMENGINE = "mmengine"
-STEPS, SEEDS = 3, 9
+WARM, ROUNDS, SEEDS = 2, 7, 9
 
 
 class Pyramid(nn.Module):
@@ -161,17 +162,26 @@ def saved_bytes(name: str, network: str, layout: str) -> int:
     return sum(found.values())
 
 
-def seconds_of_a_step(name: str, network: str, layout: str) -> float:
-    """Return the median of some steps."""
-    _, step = prepared(name, network, layout)
-    for _ in range(2):
-        step()
-    taken = []
-    for _ in range(STEPS):
-        started = time.perf_counter()
-        step()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
+def seconds_of_steps(names: tuple[str, ...], network: str, layout: str) -> dict[str, float]:
+    """Return the median step time over that of ``names[0]`` in the same round; its own in seconds.
+
+    Each round starts with another contender.
+    """
+    steps = {name: prepared(name, network, layout)[1] for name in names}
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-WARM, ROUNDS):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            started = time.perf_counter()
+            steps[name]()
+            if turn >= 0:
+                taken[name].append(time.perf_counter() - started)
+    base = taken[names[0]]
+    medians = {
+        name: statistics.median(one / other for one, other in zip(own, base, strict=True))
+        for name, own in taken.items()
+    }
+    return medians | {names[0]: statistics.median(base)}
 
 
 def gradients(name: str, network: str, seed: int) -> dict[str, Tensor]:
@@ -229,16 +239,17 @@ def measure(network: str, layout: str, regime: str, pairs: int) -> None:
         if (network, layout, regime, around["code"]) in had:
             return
         kept = {name: call(saved_bytes, name, network, layout) for name in names}
-        found = in_turn(names, pairs, lambda name: call(seconds_of_a_step, name, network, layout))
-    for name, taken in found.items():
-        ratios = [own / other for own, other in zip(taken, found["without"], strict=True)]
+        found = [call(seconds_of_steps, names, network, layout) for _ in range(pairs)]
+    base = [one[names[0]] for one in found]
+    for name in names:
+        ratios = [1.0 if name == names[0] else one[name] for one in found]
         low, high = interval(ratios)
-        times = quantiles(taken)
+        times = quantiles([ratio * seconds for ratio, seconds in zip(ratios, base, strict=True)])
         row = {
             "network": network, "layout": layout, "batch": batch, "size": size,
-            "contender": name, "base": "without",
+            "contender": name, "base": names[0],
             **{key: round(getattr(times, key), 5) for key in ("median", "p20", "p80")},
-            "pairs": len(taken), "ratio": round(statistics.median(ratios), 4),
+            "pairs": pairs, "ratio": round(statistics.median(ratios), 4),
             "low": round(low, 4), "high": round(high, 4), "saved_bytes": kept[name],
             "regime": regime, **around,
         }  # fmt: skip
@@ -252,7 +263,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--pairs", type=int, default=7, help="processes of each contender")
+    parser.add_argument("--pairs", type=int, default=7, help="processes, each with every contender")
     parser.add_argument("--only", nargs="+", default=[], help="words of a cell's name")
     parser.add_argument("--what", choices=("times", "gradients", "bytes"), default="times")
     options = parser.parse_args()
