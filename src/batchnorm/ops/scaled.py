@@ -4,9 +4,11 @@ With s = γ / sqrt(σ² + ε), the normalization of W ∗ x + b by stored statis
 
     (W ∗ x + b - μ) · s + β  =  (s · W) ∗ x + (b - μ) · s + β
 
-so the output of W ∗ x need not be computed, nor kept for backward.
+so the output of W ∗ x is not kept for backward. Scaled is W, or the output in place, whichever has
+fewer elements: with small images a convolution has more weights than outputs.
 """
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -50,11 +52,10 @@ class Map(NamedTuple):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the gradients of x, weight and bias, where wanted."""
         if self.kind == "linear":
-            flat = dy.flatten(0, -2)
             return (
                 dy @ weight if wanted[0] else None,
-                flat.t() @ x.flatten(0, -2) if wanted[1] else None,
-                flat.sum(0) if wanted[2] else None,
+                dy.flatten(0, -2).t() @ x.flatten(0, -2) if wanted[1] else None,
+                self.per_channel(dy) if wanted[2] else None,
             )
         channels = dy.shape[1]
         found: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward.default(
@@ -62,6 +63,23 @@ class Map(NamedTuple):
         )
         dx, dweight, dbias = found
         return dx, dweight, dbias
+
+    def has_fewer_outputs(self, x: Tensor, weight: Tensor) -> bool:
+        """Return whether the output has fewer elements than the weights; padding is left out."""
+        if self.kind == "linear":
+            return x.numel() // x.shape[-1] < weight.shape[1]
+        values, strides = x.numel() // x.shape[1], math.prod(self.stride)
+        if self.transposed:
+            return values * strides * self.groups < weight.numel() // weight.shape[1]
+        return values // strides < weight.numel() // weight.shape[0]
+
+    def over_channels(self, scale: Tensor, y: Tensor) -> Tensor:
+        """Return a number per output channel in a shape that broadcasts against the output."""
+        return scale if self.kind == "linear" else scale.view(-1, *[1] * (y.ndim - 2))
+
+    def per_channel(self, y: Tensor) -> Tensor:
+        """Sum what has the shape of the output to a number per output channel."""
+        return y.flatten(0, -2).sum(0) if self.kind == "linear" else y.sum((0, *range(2, y.ndim)))
 
     def over_outputs(self, scale: Tensor, weight: Tensor) -> Tensor:
         """Return a number per output channel in a shape that broadcasts against the weights."""
@@ -75,13 +93,17 @@ class Map(NamedTuple):
     def per_output(self, product: Tensor) -> Tensor:
         """Sum what has the shape of the weights to a number per output channel."""
         if not self.transposed:
-            return product.flatten(1).sum(1)
+            return product.sum(tuple(range(1, product.ndim)))
         rows: Tensor = product.flatten(2).sum(2).unflatten(0, (self.groups, -1))
         return rows.sum(1).flatten()
 
 
+# With a smaller scale backward scales the weights: dividing by it, a gradient could have underflowed.
+TINY = 1e-15
+
+
 class Scaled(torch.autograd.Function):
-    """The map of x by scaled weights; saves x, the weights and the scale, and no scaled weights."""
+    """The map of x, scaled and shifted; saves x, the weights and the scale, and nothing scaled."""
 
     @staticmethod
     def forward(
@@ -90,26 +112,78 @@ class Scaled(torch.autograd.Function):
         """Return the map."""
         ctx.save_for_backward(x, weight, scale)
         ctx.given, ctx.shift = given, shift.dtype
-        scaled = (weight * given.over_outputs(scale, weight)).to(x.dtype)
-        return given(x, scaled, shift.to(x.dtype))
+        ctx.by_output = _scales_output(x, weight, scale, given)
+        if not ctx.by_output:
+            scaled = (weight * given.over_outputs(scale, weight)).to(x.dtype)
+            return given(x, scaled, shift.to(x.dtype))
+        y = given(x, weight, None)
+        channels = (given.over_channels(one, y) for one in (shift, scale))
+        return torch.addcmul(next(channels), y, next(channels), out=y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, weight, scale and shift; differentiable again."""
         x, weight, scale = ctx.saved_tensors
-        given: Map = ctx.given
-        wants_x, wants_weight, wants_scale, wants_shift, _ = ctx.needs_input_grad
-        over = given.over_outputs(scale, weight)
-        scaled = (weight * over).to(x.dtype)
-        wanted = (wants_x, wants_weight or wants_scale, wants_shift)
-        dx, dscaled, dshift = given.backward(grads[0], x, scaled, wanted)
-        dweight = dscale = None
-        if dscaled is not None:
-            dscaled = dscaled.to(scale.dtype)
-            dscale = given.per_output(dscaled * weight) if wants_scale else None
-            dweight = (dscaled * over).to(weight.dtype) if wants_weight else None
-        dshift = None if dshift is None else dshift.to(ctx.shift)
-        return dx, dweight, dscale, dshift, None
+        wanted = Wanted(*ctx.needs_input_grad[:4])
+        tiny = ctx.by_output and wanted.scale and float(scale.detach().abs().min()) < TINY
+        way = _by_output if ctx.by_output and not tiny else _by_weights
+        dx, dweight, dscale, dshift = way(grads[0], x, weight, scale, ctx.given, wanted)
+        dweight = None if dweight is None else dweight.to(weight.dtype)
+        return dx, dweight, dscale, None if dshift is None else dshift.to(ctx.shift), None
+
+
+class Wanted(NamedTuple):
+    """Which gradients are computed."""
+
+    x: bool
+    weight: bool
+    scale: bool
+    shift: bool
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _by_weights(
+    dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, given: Map, wanted: Wanted
+) -> Gradients:
+    """Return the gradients of x, weight, scale and shift, by scaled weights."""
+    over = given.over_outputs(scale, weight)
+    asked = (wanted.x, wanted.weight or wanted.scale, wanted.shift)
+    dx, dscaled, dshift = given.backward(dy, x, (weight * over).to(x.dtype), asked)
+    dweight = dscale = None
+    if dscaled is not None:
+        dscaled = dscaled.to(scale.dtype)
+        dscale = given.per_output(dscaled * weight) if wanted.scale else None
+        dweight = dscaled * over if wanted.weight else None
+    return dx, dweight, dscale, dshift
+
+
+def _by_output(
+    dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, given: Map, wanted: Wanted
+) -> Gradients:
+    """Return the same by the scaled gradient of the output.
+
+    The gradient of the scaled weights is that of the weights, divided by the scale.
+    """
+    dshift = given.per_channel(dy) if wanted.shift else None
+    dz = dy * given.over_channels(scale, dy)
+    asked = (wanted.x, wanted.weight or wanted.scale, False)
+    dx, dweight, _ = given.backward(dz, x, weight, asked)
+    dscale = None
+    if dweight is not None and wanted.scale:
+        dscale = given.per_output(dweight * weight) / scale
+    return dx, dweight if wanted.weight else None, dscale, dshift
+
+
+def _scales_output(x: Tensor, weight: Tensor, scale: Tensor, given: Map) -> bool:
+    """Return whether to scale the output instead of the weights.
+
+    Not in 16 bits, where the output would be rounded twice, nor on a GPU, where backward would wait
+    for a value of the scale.
+    """
+    alike = x.dtype == weight.dtype == scale.dtype
+    return alike and x.device.type == "cpu" and given.has_fewer_outputs(x, weight)
 
 
 def normalized(
