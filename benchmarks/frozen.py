@@ -9,7 +9,8 @@ Networks are ResNet-50 and a backbone of a detector: ResNet-50 with a feature py
 convolutions have normalizations. Contenders, step by step in turns within one process, and that in
 several processes:
 
-``without``: the same network with every normalization left out: the base of ratios.
+``without``: the same network with biases in convolutions in place of normalizations, as networks
+that never had any are written: the base of ratios.
 ``eval``: torch's layers in evaluation while the rest trains, γ and β with gradients.
 ``frozen``: ``bn.freeze(model, affine=False)``.
 ``folded``: ``bn.freeze(model, affine=False, folded=True)``, in eager mode.
@@ -111,6 +112,9 @@ def contender(name: str, model: nn.Module) -> nn.Module:
         for path, _ in norms:
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, nn.Identity())
+        for layer in model.modules():
+            if isinstance(layer, nn.Conv2d) and layer.bias is None:
+                layer.bias = nn.Parameter(torch.zeros(layer.out_channels))
     elif name in ("eval", MMENGINE):
         for _, norm in norms:
             norm.eval()

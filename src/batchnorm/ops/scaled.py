@@ -98,7 +98,7 @@ class Map(NamedTuple):
         return rows.sum(1).flatten()
 
 
-# With a smaller scale backward scales the weights: dividing by it, a gradient could have underflowed.
+# With a smaller scale, backward scales the weights: a gradient divided by it could underflow.
 TINY = 1e-15
 
 
