@@ -4,8 +4,9 @@ With s = γ / sqrt(σ² + ε), the normalization of W ∗ x + b by stored statis
 
     (W ∗ x + b - μ) · s + β  =  (s · W) ∗ x + (b - μ) · s + β
 
-so the output of W ∗ x is not kept for backward. Scaled is W, or the output in place, whichever has
-fewer elements: with small images a convolution has more weights than outputs.
+so the output of W ∗ x need not be computed, nor kept for backward. W is then read and written some
+ten times in a training step, an output to be normalized five times: where W is not much smaller, as
+with small images, the output is normalized.
 """
 
 import math
@@ -17,6 +18,10 @@ from torch import Tensor
 
 Convolve = torch.ops.aten.convolution.default
 Sizes = tuple[int, ...]
+
+
+# Outputs per weight below which the output is normalized. Time breaks even at 8, and memory loses.
+SMALL = 4
 
 
 class Map(NamedTuple):
@@ -64,18 +69,14 @@ class Map(NamedTuple):
         dx, dweight, dbias = found
         return dx, dweight, dbias
 
-    def has_fewer_outputs(self, x: Tensor, weight: Tensor) -> bool:
-        """Return whether the output has fewer elements than the weights; padding is left out."""
+    def outputs_per_weight(self, x: Tensor, weight: Tensor) -> float:
+        """Return the elements of the output over those of the weights; padding is left out."""
         if self.kind == "linear":
-            return x.numel() // x.shape[-1] < weight.shape[1]
-        values, strides = x.numel() // x.shape[1], math.prod(self.stride)
+            return x.numel() / x.shape[-1] / weight.shape[1]
+        values, strides = x.numel() / x.shape[1], math.prod(self.stride)
         if self.transposed:
-            return values * strides * self.groups < weight.numel() // weight.shape[1]
-        return values // strides < weight.numel() // weight.shape[0]
-
-    def over_channels(self, scale: Tensor, y: Tensor) -> Tensor:
-        """Return a number per output channel in a shape that broadcasts against the output."""
-        return scale if self.kind == "linear" else scale.view(-1, *[1] * (y.ndim - 2))
+            return values * strides * weight.shape[1] * self.groups / weight.numel()
+        return values / strides * weight.shape[0] / weight.numel()
 
     def per_channel(self, y: Tensor) -> Tensor:
         """Sum what has the shape of the output to a number per output channel."""
@@ -98,92 +99,47 @@ class Map(NamedTuple):
         return rows.sum(1).flatten()
 
 
-# With a smaller scale, backward scales the weights: a gradient divided by it could underflow.
-TINY = 1e-15
-
-
 class Scaled(torch.autograd.Function):
-    """The map of x, scaled and shifted; saves x, the weights and the scale, and nothing scaled."""
+    """The normalization of a map of x, by scaled weights; saves no scaled ones."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, given: Map
-    ) -> Tensor:
-        """Return the map."""
-        ctx.save_for_backward(x, weight, scale)
-        ctx.given, ctx.shift = given, shift.dtype
-        ctx.by_output = _scales_output(x, weight, scale, given)
-        if not ctx.by_output:
-            scaled = (weight * given.over_outputs(scale, weight)).to(x.dtype)
-            return given(x, scaled, shift.to(x.dtype))
-        y = given(x, weight, None)
-        channels = (given.over_channels(one, y) for one in (shift, scale))
-        return torch.addcmul(next(channels), y, next(channels), out=y)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        """Return the normalization; rest: bias, mean, var, gamma, beta, eps, the map."""
+        bias, mean, var, gamma, beta, eps, given = rest
+        ctx.save_for_backward(x, weight, bias, mean, var, gamma)
+        ctx.eps, ctx.given = eps, given
+        ctx.dtypes = [None if one is None else one.dtype for one in (bias, gamma, beta)]
+        scale, shift = factors(bias, mean, var, gamma, beta, eps)
+        scaled = (weight * given.over_outputs(scale, weight)).to(x.dtype)
+        y: Tensor = given(x, scaled, shift.to(x.dtype))
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, weight, scale and shift; differentiable again."""
-        x, weight, scale = ctx.saved_tensors
-        wanted = Wanted(*ctx.needs_input_grad[:4])
-        tiny = ctx.by_output and wanted.scale and float(scale.detach().abs().min()) < TINY
-        way = _by_output if ctx.by_output and not tiny else _by_weights
-        dx, dweight, dscale, dshift = way(grads[0], x, weight, scale, ctx.given, wanted)
-        dweight = None if dweight is None else dweight.to(weight.dtype)
-        return dx, dweight, dscale, None if dshift is None else dshift.to(ctx.shift), None
-
-
-class Wanted(NamedTuple):
-    """Which gradients are computed."""
-
-    x: bool
-    weight: bool
-    scale: bool
-    shift: bool
-
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-
-
-def _by_weights(
-    dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, given: Map, wanted: Wanted
-) -> Gradients:
-    """Return the gradients of x, weight, scale and shift, by scaled weights."""
-    over = given.over_outputs(scale, weight)
-    asked = (wanted.x, wanted.weight or wanted.scale, wanted.shift)
-    dx, dscaled, dshift = given.backward(dy, x, (weight * over).to(x.dtype), asked)
-    dweight = dscale = None
-    if dscaled is not None:
-        dscaled = dscaled.to(scale.dtype)
-        dscale = given.per_output(dscaled * weight) if wanted.scale else None
-        dweight = dscaled * over if wanted.weight else None
-    return dx, dweight, dscale, dshift
-
-
-def _by_output(
-    dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, given: Map, wanted: Wanted
-) -> Gradients:
-    """Return the same by the scaled gradient of the output.
-
-    The gradient of the scaled weights is that of the weights, divided by the scale.
-    """
-    dshift = given.per_channel(dy) if wanted.shift else None
-    dz = dy * given.over_channels(scale, dy)
-    asked = (wanted.x, wanted.weight or wanted.scale, False)
-    dx, dweight, _ = given.backward(dz, x, weight, asked)
-    dscale = None
-    if dweight is not None and wanted.scale:
-        dscale = given.per_output(dweight * weight) / scale
-    return dx, dweight if wanted.weight else None, dscale, dshift
-
-
-def _scales_output(x: Tensor, weight: Tensor, scale: Tensor, given: Map) -> bool:
-    """Return whether to scale the output instead of the weights.
-
-    Not in 16 bits, where the output would be rounded twice, nor on a GPU, where backward would wait
-    for a value of the scale.
-    """
-    alike = x.dtype == weight.dtype == scale.dtype
-    return alike and x.device.type == "cpu" and given.has_fewer_outputs(x, weight)
+        """Return the gradients of x, weight, bias, gamma and beta; differentiable again."""
+        x, weight, bias, mean, var, gamma = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, _, _, wants_gamma, wants_beta, *_ = ctx.needs_input_grad
+        given: Map = ctx.given
+        rstd = (var + ctx.eps).rsqrt()
+        scale = rstd if gamma is None else rstd * gamma
+        over = given.over_outputs(scale, weight)
+        wanted = (wants_x, wants_weight or wants_gamma, wants_bias or wants_gamma or wants_beta)
+        dx, dscaled, dshift = given.backward(grads[0], x, (weight * over).to(x.dtype), wanted)
+        dweight = dgamma = None
+        if dscaled is not None:
+            dscaled = dscaled.to(scale.dtype)
+            dweight = (dscaled * over).to(weight.dtype) if wants_weight else None
+        if dshift is not None:
+            dshift = dshift.to(scale.dtype)
+        if wants_gamma:
+            before = given.per_output(dscaled * weight)
+            dgamma = (before + dshift * (-mean if bias is None else bias - mean)) * rstd
+        small = (dshift * scale if wants_bias else None, dgamma, dshift if wants_beta else None)
+        dbias, dgamma, dbeta = (
+            None if one is None else one.to(dtype)
+            for one, dtype in zip(small, ctx.dtypes, strict=True)
+        )
+        return dx, dweight, dbias, None, None, dgamma, dbeta, None, None
 
 
 def normalized(
@@ -213,12 +169,14 @@ def normalized(
         traced: Whether a tracer of graphs differentiates it, operation by operation; else the
             scaled weights are computed again in backward, and not saved.
     """
-    scale, shift = factors(bias, mean, var, gamma, beta, eps)
     x = _as_autocast(x)
+    if not traced and _is_better_apart(x, weight, mean, gamma, given):
+        return _apart(x, weight, bias, mean, var, gamma, beta, eps, given)
     if traced:
+        scale, shift = factors(bias, mean, var, gamma, beta, eps)
         scaled = (weight * given.over_outputs(scale, weight)).to(x.dtype)
         return given(x, scaled, shift.to(x.dtype))
-    y: Tensor = Scaled.apply(x, weight, scale, shift, given)
+    y: Tensor = Scaled.apply(x, weight, bias, mean, var, gamma, beta, eps, given)
     return y
 
 
@@ -236,6 +194,38 @@ def factors(
         scale = scale * gamma
     shift = (-mean if bias is None else bias - mean) * scale
     return scale, shift if beta is None else shift + beta
+
+
+def _is_better_apart(
+    x: Tensor, weight: Tensor, mean: Tensor, gamma: Tensor | None, given: Map
+) -> bool:
+    """Return whether to normalize the output: it is small, and F.batch_norm takes it."""
+    if given.kind == "linear" and x.ndim != 2:  # whose channels F.batch_norm does not expect last
+        return False
+    alike = x.dtype == weight.dtype == mean.dtype and (gamma is None or gamma.dtype == x.dtype)
+    return alike and given.outputs_per_weight(x, weight) < SMALL
+
+
+def _apart(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    given: Map,
+) -> Tensor:
+    """Return the normalization of the output."""
+    if gamma is not None and gamma.requires_grad:
+        return F.batch_norm(given(x, weight, bias), mean, var, gamma, beta, eps=eps)
+    y = given(x, weight, None)
+    # Without a gradient of the scale, autograd keeps no output.
+    scale, shift = (
+        one.view(-1, *[1] * (y.ndim - 2)) for one in factors(bias, mean, var, gamma, beta, eps)
+    )
+    return torch.addcmul(shift, y, scale)
 
 
 def _as_autocast(x: Tensor) -> Tensor:
