@@ -1,4 +1,4 @@
-"""The table of docs/freeze.md: what freezing survives."""
+"""The tables of docs/freeze.md: what freezing survives, and what tune mode costs."""
 
 from collections.abc import Callable
 
@@ -22,4 +22,52 @@ def matrix(rows: Rows) -> str:
     return f"{around(everything)}\n\n{markdown(head, len(head), lines)}"
 
 
-BLOCKS: dict[str, Callable[[Rows], str]] = {"freeze": matrix}
+NETWORKS = {"resnet50": "ResNet-50", "resnet50_fpn": "ResNet-50 with a feature pyramid"}
+CONTENDERS = {
+    "without": "no normalization, biases",
+    "eval": "`torch.nn` in evaluation",
+    "frozen": "`bn.freeze(affine=False)`",
+    "folded": "the same, `folded=True`",
+    "graph": 'the same, backend `"batchnorm"`',
+    "mmengine": "mmengine `efficient_conv_bn_eval`",
+}
+KINDS = {"weight": "weights", "gamma": "γ", "beta": "β"}
+
+
+def tune(rows: Rows) -> str:
+    """Return step times over those of a network without normalizations, and bytes kept."""
+    times = rows.every("freeze/tune", {})
+    cells = list(dict.fromkeys((row["regime"], row["layout"]) for row in times))
+    lines = []
+    for network, name in dict.fromkeys((row["network"], row["contender"]) for row in times):
+        found = [
+            rows.one(
+                "freeze/tune",
+                {"network": network, "contender": name, "regime": regime, "layout": layout},
+            )
+            for regime, layout in cells
+        ]
+        ratios = ["{ratio} [{low}, {high}]".format(**row.values) for row in found]
+        megabytes = f"{int(found[0]['saved_bytes']) / 1e6:.0f} MB"
+        lines.append([NETWORKS[network], CONTENDERS[name], *ratios, megabytes])
+    head = ["network", "normalization", *(f"{regime}, {layout}" for regime, layout in cells)]
+    return f"{around(times)}\n\n{markdown([*head, 'kept for backward'], 2, lines)}"
+
+
+def gradients(rows: Rows) -> str:
+    """Return the errors of gradients, and how many times those of evaluation they are."""
+    every = rows.every("freeze/gradients", {})
+    lines = []
+    for network, name in dict.fromkeys((row["network"], row["contender"]) for row in every):
+        key = {"network": network, "contender": name}
+        kinds = [rows.one("freeze/gradients", key | {"of": of}) for of in KINDS]
+        errors = [f"{row['error']} ({float(row['ratio']):.2f}×)" for row in kinds]
+        lines.append([NETWORKS[network], CONTENDERS[name], *errors])
+    return f"{around(every)}\n\n{markdown(['network', 'normalization', *KINDS.values()], 2, lines)}"
+
+
+BLOCKS: dict[str, Callable[[Rows], str]] = {
+    "freeze": matrix,
+    "tune": tune,
+    "tune_gradients": gradients,
+}

@@ -158,6 +158,19 @@ def freeze_matrix():
         yield {**row, "version": "1", **AROUND}
 
 
+def freeze_tune():
+    for contender in ("without", "folded"):
+        row = {"network": "resnet50", "layout": "nchw", "batch": "4", "size": "160"}
+        row |= {"contender": contender, "regime": "kept", "saved_bytes": "1000000"}
+        yield {**row, "ratio": "1.0", "low": "0.9", "high": "1.1", **AROUND}
+
+
+def freeze_gradients():
+    for of in ("weight", "gamma", "beta"):
+        row = {"network": "resnet50", "contender": "folded", "of": of}
+        yield {**row, "error": "1e-6", "ratio": "1.0", **AROUND}
+
+
 def doctor_faults():
     for rule, found in (("BN201", "yes"), ("BN501", "no")):
         words = {"false": "BN204", "mended": found, "torch-audit": "TA101"}
@@ -206,6 +219,8 @@ FILES = {
     "fold/peers.csv": fold_peers,
     "fold/time.csv": fold_time,
     "freeze/matrix.csv": freeze_matrix,
+    "freeze/tune.csv": freeze_tune,
+    "freeze/gradients.csv": freeze_gradients,
     "doctor/faults.csv": doctor_faults,
     "doctor/healthy.csv": doctor_healthy,
     "doctor/published.csv": doctor_published,
