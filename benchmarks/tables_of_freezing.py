@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from cited import Rows
+from cited import Row, Rows
 from tables import around, markdown
 
 
@@ -47,11 +47,17 @@ def tune(rows: Rows) -> str:
             )
             for regime, layout in cells
         ]
-        ratios = ["{ratio} [{low}, {high}]".format(**row.values) for row in found]
+        ratios = [
+            f"{_two(row, 'ratio')} [{_two(row, 'low')}, {_two(row, 'high')}]" for row in found
+        ]
         megabytes = f"{int(found[0]['saved_bytes']) / 1e6:.0f} MB"
         lines.append([NETWORKS[network], CONTENDERS[name], *ratios, megabytes])
     head = ["network", "normalization", *(f"{regime}, {layout}" for regime, layout in cells)]
     return f"{around(times)}\n\n{markdown([*head, 'kept for backward'], 2, lines)}"
+
+
+def _two(row: Row, column: str) -> str:
+    return f"{float(row[column]):.2f}"
 
 
 def gradients(rows: Rows) -> str:
