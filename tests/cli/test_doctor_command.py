@@ -68,6 +68,18 @@ def one(model):
     return 1
 
 
+def loss(output, batch):
+    return output.square().mean()
+
+
+def wrong_loss(output, batch):
+    return output.argmax(1)
+
+
+def stopped_loss(output, batch):
+    raise KeyboardInterrupt
+
+
 def optimizer(model):
     return torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1)
 """
@@ -98,6 +110,11 @@ def doctor(arguments):
         ("--model patient:small --data patient:data --ignore BN701", 0, ""),
         ("--model patient:model --data patient:data --optimizer patient:optimizer", 0, ""),
         ("--model patient:model --data patient:data --optimizer patient:optimizer --fail-on info", 1, ""),
+        ("--model patient:model --data patient:data --loss patient:loss --steps 3", 0, ""),
+        ("--model patient:model --data patient:data --steps 3", 2, "got steps alone"),
+        ("--model patient:model --data patient:data --loss torch:pi --steps 3", 2, "loss(output, batch)"),
+        ("--model patient:model --data patient:data --loss patient:wrong_loss --steps 3", 2, "(32,)"),
+        ("--model patient:model --data patient:data --loss patient:stopped_loss --steps 3", 130, "interrupted"),
         ("--model patient:gone --data patient:data", 2, "cannot be imported"),
         ("--model patient:data --data patient:data", 2, "expected 'patient:data' to give a Module"),
         ("--model patient:model --data patient:raises", 2, "raised ValueError: no such file"),
@@ -109,7 +126,7 @@ def doctor(arguments):
         ("--model patient:model --data patient:stops", 130, "interrupted after 5 batches"),
         ("--model patient:model --data patient:wide", 2, "(4x13 and 12x8)"),
         ("--model patient:model --data patient:data --checkpoint gone.pt", 2, "gone.pt"),
-        ("--model patient:model --data patient:data --select BN9", 2, "no rule 'BN9'"),
+        ("--model patient:model --data patient:data --select BN99", 2, "no rule 'BN99'"),
         ("--model patient:model --data patient:data --out patient.py", 2, "patient.py"),
         ("--model patient:model --data patient:data --device nowhere", 2, "nowhere"),
     ],

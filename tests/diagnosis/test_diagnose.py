@@ -13,6 +13,7 @@ from support.ranks import across_ranks
 
 # What is planted in one network in the fast lane; the long one has all, in three.
 FAST = {"BN501", "BN502", "BN506", "BN508", "BN601", "BN604", "BN702", "BN703", "BN705", "BN707"}
+FAST |= {*faults.STEPPED}
 ALL = [
     pytest.param(rule, name, marks=() if name == "dense" and rule in FAST else pytest.mark.audit)
     for rule in faults.RULES
@@ -24,13 +25,18 @@ ALL = [
 def test_a_healthy_network_has_no_finding_and_is_as_before(name):
     one = faults.case(name)
     before = copy.deepcopy(one.model.state_dict())
-    random = torch.get_rng_state()
-    diagnosis, found = one.found()
+    gradients = [(parameter, parameter.grad) for parameter in one.model.parameters()]
+    random, state = torch.get_rng_state(), copy.deepcopy(one.optimizer.state_dict())
+    diagnosis, found = one.found(**faults.STEPS)
     assert not found
+    assert not {rule for rule in diagnosis.not_checked if rule.startswith("BN9")}
+    assert all(layer.stepped.calls == layer.stepped.updates == 8 for layer in diagnosis.measured)
     assert [layer.name for layer in diagnosis.measured] == one.layers
     assert all(0 < layer.fit.effect < 0.5 and layer.feed.gap for layer in diagnosis.measured)
     assert all(torch.equal(before[key], value) for key, value in one.model.state_dict().items())
     assert torch.equal(random, torch.get_rng_state())
+    assert state == one.optimizer.state_dict()
+    assert all(parameter.grad is grad for parameter, grad in gradients)
     assert all(module.training for module in one.model.modules())
 
 
@@ -55,6 +61,48 @@ def test_a_healthy_network_of_others_has_no_finding_above_info(name):
     # transformers has the 0.997 of TensorFlow, a weight of the old, for torch's momentum.
     true = {"BN504"} if name == "transformers mobilenet_v2" else set()
     assert {one.rule for one in diagnosis.at_least("warning")} == true
+
+
+# --- training steps on a copy
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "words"),
+    [
+        ({"steps": 2}, OptionError, "steps alone"),
+        ({"loss": faults.loss}, OptionError, "loss alone"),
+        ({"steps": -1, "loss": faults.loss}, OptionError, "integer >= 0, got -1"),
+        ({"steps": 2, "loss": 3}, OptionError, "got int"),
+        ({"steps": 2, "loss": lambda out, batch: out}, DiagnosisError, r"shape \(32, 10\)"),
+        ({"steps": 2, "loss": lambda out, batch: out.sum().detach()}, DiagnosisError, "gradient"),
+        ({"steps": 2, "loss": lambda out, batch: out.no}, DiagnosisError, "AttributeError"),
+    ],
+)
+def test_a_loss_or_steps_that_cannot_be_used_are_told(wrong, error, words):
+    one = faults.case("dense")
+    before = copy.deepcopy(one.model.state_dict())
+    with pytest.raises(error, match=words) as raised:
+        one.found(**wrong)
+    if error is DiagnosisError:
+        diagnosis = raised.value.diagnosis
+        assert "no training steps" in diagnosis.not_checked["BN901"]
+        assert all(layer.fit.effect for layer in diagnosis.measured)
+    assert all(torch.equal(before[key], value) for key, value in one.model.state_dict().items())
+
+
+def test_steps_take_a_momentum_a_model_in_eval_mode_and_more_rounds_than_one():
+    one = faults.case("dense")
+    one.optimizer = torch.optim.AdamW(one.model.parameters(), 1e-4)
+    one.model.eval()
+    one.data = [*one.data[:2], one.data[0][:1]]  # of one sample no step can be made
+    diagnosis, found = one.found(loss=faults.loss, steps=7)
+    assert {rule for rule, _ in found} == {"BN706", "BN707"}
+    assert [layer.stepped.updates for layer in diagnosis.measured] == [7] * 3
+    one.optimizer = None
+    assert set(one.found(**faults.STEPS)[0].not_checked) >= {"BN906"}
+    one.data = iter(one.data)
+    with pytest.raises(DiagnosisError, match="read again for training steps"):
+        one.found(**faults.STEPS)
 
 
 # --- comparisons of a model with itself
@@ -157,7 +205,7 @@ def test_what_cannot_be_used_is_told_and_the_rest_is_judged():
             bn.diagnose(model, data)
         assert raised.value.diagnosis.not_checked["BN501"] == "no batch went through the model"
     assert not bn.diagnose(nn.Linear(3, 4), [torch.ones(2, 3)]).measured
-    for wrong in ({"select": ["BN9"]}, {"optimizer": model}, {"max_batches": 0}):
+    for wrong in ({"select": ["BN99"]}, {"optimizer": model}, {"max_batches": 0}):
         with pytest.raises(OptionError):
             bn.diagnose(model, [torch.ones(2, 3)], **wrong)
     for unusable in (nn.LazyBatchNorm1d(), nn.BatchNorm1d(3, device="meta")):

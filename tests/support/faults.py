@@ -59,6 +59,8 @@ class Case:
     layers: list = field(default_factory=list)
     # Where the finding should be; the first layer by default.
     subject: str | None = None
+    # Of bn.diagnose.
+    options: dict = field(default_factory=dict)
 
     @property
     def first(self):
@@ -68,7 +70,8 @@ class Case:
         return self.layers[0] if self.subject is None else self.subject
 
     def found(self, **options):
-        diagnosis = bn.diagnose(self.model, self.data, optimizer=self.optimizer, **options)
+        options = {"optimizer": self.optimizer, **self.options, **options}
+        diagnosis = bn.diagnose(self.model, self.data, **options)
         return diagnosis, {(one.rule, one.subject) for one in diagnosis.findings}
 
 
@@ -225,6 +228,102 @@ def _without_activation(one):
     return one
 
 
+# --- faults that show in training steps alone
+
+
+def loss(output, batch):
+    return nn.functional.cross_entropy(output, torch.arange(len(output)) % 10)
+
+
+STEPS = {"loss": loss, "steps": 8}
+
+
+def _diverging(one):
+    one.optimizer.param_groups[0]["lr"] = 1e30
+    return one
+
+
+def _switched_on(one):
+    _asleep(one)
+
+    def switch(model, args, name=one.layers[0]):
+        if torch.is_grad_enabled():
+            model.get_submodule(name).train()
+
+    one.model.register_forward_pre_hook(switch)
+    return one
+
+
+def _inside(kind, one):
+    """Put the model into another one."""
+    layers = [f"body.{name}" for name in one.layers]
+    return replace(one, model=kind(one.model), layers=layers)
+
+
+class _Elsewhere(nn.Module):
+    """Trains with copies of the buffers."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        if not torch.is_grad_enabled():
+            return self.body(x)
+        buffers = {name: buffer.clone() for name, buffer in self.body.named_buffers()}
+        return torch.func.functional_call(
+            self.body, (dict(self.body.named_parameters()), buffers), (x,)
+        )
+
+
+class _Checkpointed(_Elsewhere):
+    def forward(self, x):
+        if not torch.is_grad_enabled():
+            return self.body(x)
+        return torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False)
+
+
+class _Skipping(_Elsewhere):
+    """Has a layer that training steps leave out."""
+
+    def __init__(self, body):
+        super().__init__(body)
+        self.spare = nn.BatchNorm1d(10)
+
+    def forward(self, x):
+        y = self.body(x)
+        if not torch.is_grad_enabled():
+            self.spare(y)
+        return y
+
+
+def _skipped(one):
+    one = replace(_inside(_Skipping, one), subject="spare")
+    bn.calibrate(one.model, one.data, layers=["spare"])
+    one.optimizer = torch.optim.SGD(one.model.parameters(), 0.1)
+    return one
+
+
+def _detached(one):
+    one.first.register_forward_hook(lambda layer, args, out: out.detach())
+    return one
+
+
+def _lagging(one):
+    one.first.momentum = 0.01
+    one.optimizer.param_groups[0]["lr"] = 2.0
+    return one
+
+
+STEPPED = {
+    "BN901": _diverging,
+    "BN902": _switched_on,
+    "BN903": functools.partial(_inside, _Elsewhere),
+    "BN904": _detached,
+    "BN905": _skipped,
+    "BN906": _lagging,
+    "BN907": functools.partial(_inside, _Checkpointed),
+}
 AFTER = {
     "BN501": _lost,
     "BN502": _few_steps,
@@ -323,7 +422,7 @@ ACTS = {
 GRAPHS = {"BN806", "BN807"}
 BEFORE = {"BN601": _shared, "BN602": _With, "BN603": _biased, "BN604": _dropped}
 BEFORE |= {rule: functools.partial(_Around, act) for rule, act in ACTS.items()}
-RULES = (*AFTER, *BEFORE)
+RULES = (*AFTER, *BEFORE, *STEPPED)
 SUBJECTS = {"BN602": lambda names: "spare", "BN604": lambda names: names[-1]}
 SUBJECTS |= {rule: lambda names: "" for rule in ACTS}
 # Rules whose findings follow from a fault as well.
@@ -332,6 +431,7 @@ CONSEQUENCES = {
     "BN105": {"BN401"}, "BN207": {"BN206"}, "BN208": {"BN206"}, "BN201": {"BN206"},
     "BN202": {"BN206"}, "BN205": {"BN206"}, "BN503": {"BN206"}, "BN505": {"BN501", "BN506"}, "BN601": {"BN206", "BN501"},
     "BN602": {"BN202"}, "BN608": {"BN501"}, "BN606": {"BN802", "BN804"}, "BN703": {"BN802", "BN804"},
+    "BN902": {"BN702"}, "BN905": {"BN206"},
     "BN801": _BESIDE, "BN802": _BESIDE, "BN803": _BESIDE, "BN804": _BESIDE,
 }  # fmt: skip
 
@@ -342,5 +442,7 @@ def planted(rule, name):
         one = case(name, BEFORE[rule])
         return replace(one, subject=SUBJECTS[rule](one.layers) if rule in SUBJECTS else None)
     one = case(name)
+    if rule in STEPPED:
+        return replace(STEPPED[rule](one), options=STEPS)
     with torch.no_grad():
         return AFTER[rule](one)

@@ -48,6 +48,10 @@ def doctor(
     forward: Annotated[
         str | None, typer.Option(help="forward(model, batch).", metavar=THING)
     ] = None,
+    loss: Annotated[
+        str | None, typer.Option(help="loss(output, batch), for --steps.", metavar=THING)
+    ] = None,
+    steps: Annotated[int, typer.Option(min=0, help="Training steps of a copy, for rules BN9.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
     max_batches: Annotated[int, typer.Option(min=1, help="Most batches that are read.")] = 64,
     graphs: Annotated[
@@ -78,8 +82,8 @@ def doctor(
     from batchnorm.diagnosis.diagnose import Plan
     from batchnorm.files import check_output
 
-    plan = Plan(tuple(words(select)), tuple(words(ignore)), max_batches, graphs)
-    job = Job(model, data, checkpoint, forward, optimizer, device, baseline, plan)
+    plan = Plan(tuple(words(select)), tuple(words(ignore)), max_batches, graphs, steps=steps)
+    job = Job(model, data, checkpoint, forward, optimizer, loss, device, baseline, plan)
     try:
         if fix:
             check_fix(job, out, force)

@@ -33,6 +33,7 @@ class Job:
         checkpoint: File with the weights; None for the model as it is built.
         forward: The same of ``forward(model, batch)``.
         optimizer: The same of an optimizer, or of a function of the model that returns one.
+        loss: The same of ``loss(output, batch)``, for training steps.
         device: Where model and batches go.
         baseline: JSON of an earlier run, whose findings are left out.
         plan: Which rules judge, and what is done for them.
@@ -43,6 +44,7 @@ class Job:
     checkpoint: Path | None = None
     forward: str | None = None
     optimizer: str | None = None
+    loss: str | None = None
     device: str | None = None
     baseline: Path | None = None
     plan: Plan = field(default_factory=Plan)
@@ -64,11 +66,15 @@ class Doctor:
         self._known = frozenset() if job.baseline is None else read_baseline(job.baseline)
         device = None if job.device is None else usable_device(job.device)
         model, self._data = named(job.model), named(job.data)
-        forward, optimizer = (
-            None if path is None else named(path) for path in (job.forward, job.optimizer)
+        forward, optimizer, loss = (
+            None if path is None else named(path) for path in (job.forward, job.optimizer, job.loss)
         )
         if forward is not None and not callable(forward):
             raise OptionError(f"expected {job.forward!r} to be forward(model, batch)")
+        if loss is not None and not callable(loss):
+            raise OptionError(f"expected {job.loss!r} to be loss(output, batch)")
+        self._plan = replace(job.plan, loss=loss)
+        self._plan.check()
         self._forward: Any = forward
         self.model = _made(job.model, lambda: built(model, nn.Module, job.model))
         self.state, self.prefix = self._loaded()
@@ -90,7 +96,7 @@ class Doctor:
         return cast("Iterable[Any]", made)
 
     def _prepared(self) -> Examination:
-        return Examination(self.model, self.data(), self._forward, self._optimizer, self._job.plan)
+        return Examination(self.model, self.data(), self._forward, self._optimizer, self._plan)
 
     def diagnosis(self) -> Diagnosis:
         """Return what was found so far, without what the baseline has."""

@@ -18,7 +18,7 @@ from batchnorm.calibration.batches import Batches, Forward, Options, device_of, 
 from batchnorm.calibration.layers import choose
 from batchnorm.calibration.measure import measured
 from batchnorm.collective import Group, Ranks
-from batchnorm.diagnosis import probing, setup
+from batchnorm.diagnosis import probing, setup, stepping
 from batchnorm.diagnosis.checks import compared
 from batchnorm.diagnosis.evidence import Evidence, gather
 from batchnorm.diagnosis.judging import by_severity, judge
@@ -36,6 +36,10 @@ from batchnorm.storage.checkpoint import of_state
 
 STOPPED = """\
 {reason}. What was measured before is in this error's attribute diagnosis; the model is as before"""
+ONCE = """\
+expected data that can be read again for training steps, got {kind}, which can be read once; pass \
+a list or a DataLoader"""
+STEPS = "training steps"
 # Rules on statistics alone that say that a layer's are of no use: no data are needed to see it.
 SPOILED = ("BN101", "BN102", "BN104", "BN105", "BN106", "BN107", "BN201", "BN203", "BN205")
 
@@ -46,6 +50,8 @@ def diagnose(
     *,
     forward: Forward | None = None,
     optimizer: Optimizer | None = None,
+    loss: stepping.Loss | None = None,
+    steps: int = 0,
     select: Sequence[str] = (),
     ignore: Sequence[str] = (),
     max_batches: int | None = 64,
@@ -59,13 +65,17 @@ def diagnose(
     its mean and variance are what the stored statistics should be (as ``bn.calibrate`` computes
     them). On the first 32 samples follow: the output with these statistics in one layer at a time,
     the gap between training and eval, which statistics move in which mode, and the flow of data.
-    The rules of ``bn.inspect`` judge the state dict as well.
+    The rules of ``bn.inspect`` judge the state dict as well. With ``steps`` a copy of the model is
+    trained, and what shows only then is judged.
 
     Args:
         model: A model, in the mode in which it would be used next; it is as before afterwards.
         data: Batches as it is trained on, as ``bn.calibrate`` takes them.
         forward: ``forward(model, batch)``, for batches of any other kind.
-        optimizer: The optimizer that trains it, for rules on γ and β.
+        optimizer: The optimizer that trains it, for rules on γ and β, and for ``steps``.
+        loss: ``loss(output, batch)`` of what the model returns, one number; for ``steps``.
+        steps: How many training steps a copy of the model makes on the data, with a copy of the
+            optimizer (its settings and state) or, without one, SGD with a learning rate of 0.01.
         select: Rules to judge by: identifiers or their beginnings. All by default.
         ignore: Rules to leave out.
         max_batches: Most batches that are read; None for all.
@@ -81,7 +91,7 @@ def diagnose(
         OptionError: An option is wrong, or the model is none.
         DiagnosisError: The data or the model fail; ``error.diagnosis`` has what was found before.
     """
-    plan = Plan(tuple(select), tuple(ignore), max_batches, graphs, group)
+    plan = Plan(tuple(select), tuple(ignore), max_batches, graphs, group, loss, steps)
     examination = Examination(model, data, forward, optimizer, plan)
     examination.run(progress)
     if examination.error is None:
@@ -102,6 +112,26 @@ class Plan:
     max_batches: int | None = 64
     graphs: bool = False
     group: Group = False
+    loss: stepping.Loss | None = None
+    steps: int = 0
+
+    def check(self) -> None:
+        """Refuse a loss without steps, and steps without a loss.
+
+        Raises:
+            OptionError: Naming the option.
+        """
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
+            raise OptionError(f"expected steps to be an integer >= 0, got {self.steps!r}")
+        if self.loss is not None and not callable(self.loss):
+            raise OptionError(
+                f"expected loss to be loss(output, batch), got {type(self.loss).__name__}"
+            )
+        if bool(self.steps) is not (self.loss is not None):
+            raise OptionError(
+                f"expected both loss=loss(output, batch) and steps=N, or neither, got "
+                f"{'steps alone' if self.steps else 'loss alone'}"
+            )
 
 
 class Examination:
@@ -127,6 +157,7 @@ class Examination:
                 "expected optimizer to be a torch.optim.Optimizer or None, got "
                 f"{type(optimizer).__name__}"
             )
+        plan.check()
         self._plan, self._rules = plan, chosen(plan.select, plan.ignore, ALL)
         self._options = Options(max_batches=plan.max_batches)
         self._options.check()
@@ -139,6 +170,7 @@ class Examination:
         self._failed: dict[str, str] = {}
         self._checks: list[Check] = []
         self._ranks: dict[str, float] = {}
+        self._stepped = stepping.Seen()
         self._chosen: list[Found] = []
         self._plain: tuple[str, ...] = ()
         self.error: BaseException | None = None
@@ -172,6 +204,8 @@ class Examination:
                 self.error = self._seen.refused or nothing
             else:
                 self._first(run)
+                if self._plan.steps:
+                    self._stage(STEPS, functools.partial(self._train, batches))
 
     def _first(self, run: Callable[[Any], Any]) -> None:
         """Look at the first batch from all sides."""
@@ -218,12 +252,20 @@ class Examination:
             self.error = error
         except Exception as error:  # noqa: BLE001 (whatever a model raises)
             self._failed[name] = f"{type(error).__name__}: {error}"
-            if name == "a pass in eval mode":
+            if name in (STEPS, "a pass in eval mode"):
                 self.error = error
 
     def _measure(self, batches: Batches, run: Any, tell: Any) -> None:
         with measured(self._model, self._chosen) as layers:
             probing.measure(self._seen, layers, batches, run, self._options, tell)
+
+    def _train(self, batches: Batches) -> None:
+        if iter(self._data) is self._data:
+            raise CalibrationError(ONCE.format(kind=type(self._data).__name__))
+        loss = self._plan.loss
+        assert loss is not None
+        steps = stepping.Stepping(self._model, self._optimizer, self._chosen, self._forward, loss)
+        steps.run(self._stepped, batches, self._options, self._plan.steps)
 
     def _compare(self, run: Any) -> None:
         with measured(self._model, self._chosen) as layers:
@@ -244,7 +286,8 @@ class Examination:
             return f"interrupted{after}"
         if isinstance(error, CalibrationError):
             return str(error)
-        return f"the data or the model failed{after}: {type(error).__name__}: {error}"
+        what = STEPS if STEPS in self._failed else "the data or the model"
+        return f"{what} failed{after}: {type(error).__name__}: {error}"
 
     def use(self) -> Use:
         """Return all evidence."""
@@ -270,6 +313,7 @@ class Examination:
                 training[name],
                 self._wiring.get(name),
                 self._ranks.get(name),
+                self._stepped.layers.get(name),
             )
             for name, layer in layers.items()
         )
@@ -285,6 +329,7 @@ class Examination:
             seen.refused is not None,
             tuple(self._checks),
             tuple(self._failed.items()),
+            self._stepped.steps,
         )
 
     def _spoiled(self) -> set[str]:

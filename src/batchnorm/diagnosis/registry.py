@@ -9,6 +9,7 @@ from batchnorm.diagnosis.rules_checks import CHECKS
 from batchnorm.diagnosis.rules_history import HISTORY
 from batchnorm.diagnosis.rules_model import MODEL
 from batchnorm.diagnosis.rules_scale import SCALE
+from batchnorm.diagnosis.rules_steps import STEPS
 from batchnorm.diagnosis.rules_training import TRAINING
 from batchnorm.diagnosis.rules_use import USE, UseRule
 from batchnorm.diagnosis.rules_values import VALUES
@@ -20,7 +21,7 @@ CHECKPOINT: tuple[Rule[Evidence], ...] = tuple(
 )
 # Rules on a model that is run on data, which `batchnorm doctor` uses besides.
 RUN: tuple[UseRule, ...] = tuple(
-    sorted((*USE, *MODEL, *TRAINING, *CHECKS), key=lambda rule: rule.id)
+    sorted((*USE, *MODEL, *TRAINING, *CHECKS, *STEPS), key=lambda rule: rule.id)
 )
 ALL: tuple[Rule[Any], ...] = (*CHECKPOINT, *RUN)
 
@@ -28,9 +29,10 @@ _HEAD = """\
 # Rules
 
 Each finding of [`batchnorm inspect`](inspect.md) and [`batchnorm doctor`](doctor.md) names the rule
-that it is from. BN0 to BN4 judge a checkpoint; BN5 to BN8 need the model and data, and only the
-doctor has them. `--explain BN101` prints one of them, `--select` and `--ignore` choose among them.
-An identifier is never given to another rule.
+that it is from. BN0 to BN4 judge a checkpoint; BN5 to BN9 need the model and data, and only the
+doctor has them; BN9 judges training steps on a copy of the model (`--steps`). `--explain BN101`
+prints one of them, `--select` and `--ignore` choose among them. An identifier
+is never given to another rule.
 
 This page is written from the rules themselves: `python -m batchnorm.diagnosis.page docs/rules.md`.
 

@@ -50,12 +50,14 @@ def _no_errors(use: Use) -> str:
 
 def is_far(layer: LayerUse) -> Fit | None:
     """Return how far the stored statistics are from the data where that is too far."""
-    fit = layer.fit
-    if fit is None or layer.known_wrong or fit.errors is None:
-        return None
-    if fit.distance <= FAR or fit.errors < CHANCE:
-        return None
-    return None if fit.effect is not None and fit.effect < NOTICED else fit
+    return None if layer.known_wrong or not too_far(layer.fit) else layer.fit
+
+
+def too_far(fit: Fit | None) -> bool:
+    """Whether statistics are off by more than chance allows, so that the output notices."""
+    if fit is None or fit.errors is None or fit.distance <= FAR or fit.errors < CHANCE:
+        return False
+    return fit.effect is None or fit.effect >= NOTICED
 
 
 def _cause(layer: LayerUse, use: Use) -> str:

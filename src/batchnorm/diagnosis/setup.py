@@ -42,16 +42,21 @@ def moved(
 ) -> dict[str, bool]:
     """Run a model in a mode, and return which layers' statistics changed; in ``preserved``."""
     model.train(training)
-    before = _copies(layers)
+    before = copies(layers)
     run()
-    after = _copies(layers)
+    return changed(before, copies(layers))
+
+
+def changed(before: Statistics, after: Statistics) -> dict[str, bool]:
+    """Return which layers have other statistics than before."""
     return {
         name: any(not torch.equal(a, b) for a, b in zip(before[name], after[name], strict=True))
-        for name in layers
+        for name in before
     }
 
 
-def _copies(layers: Mapping[str, _BatchNorm]) -> Statistics:
+def copies(layers: Mapping[str, _BatchNorm]) -> Statistics:
+    """Return copies of the running statistics of layers, with 0.5 for NaN."""
     buffers = ("running_mean", "running_var")
     return {
         name: tuple(layer.get_buffer(one).nan_to_num(nan=0.5).clone() for one in buffers)  # type: ignore[misc]

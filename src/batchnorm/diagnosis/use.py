@@ -112,6 +112,42 @@ class Wiring:
 
 
 @dataclass(frozen=True, slots=True)
+class Stepped:
+    """What training steps on a copy of the model did to a layer.
+
+    Attributes:
+        calls: How often it was called in the forward passes of all steps.
+        moved: Whether its running statistics moved.
+        updates: By how much its counter went up; None where it has none.
+        gradient: The largest absolute gradient of γ in all steps, or of β where that is smaller;
+            negative where no gradient reached one of them; None where neither is trained.
+        fit: How far the running statistics were from those of the data at the weights of the end;
+            None where that was not measured.
+    """
+
+    calls: int
+    moved: bool
+    updates: int | None
+    gradient: float | None
+    fit: Fit | None
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Training steps on a copy of the model.
+
+    Attributes:
+        done: How many.
+        layer: The layer in which the last one found a number that is not finite; "" for none.
+        wrong: Which number that was, in words; "" where all were finite.
+    """
+
+    done: int
+    layer: str = ""
+    wrong: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class LayerUse:
     """One batch norm of a model, with what was measured of it; None where something was not.
 
@@ -125,6 +161,7 @@ class LayerUse:
         known_wrong: Whether a rule on the statistics alone is about it: no data are needed then.
         ranks: The largest difference of its statistics between processes, as ``Fit.distance``;
             None in a single process.
+        stepped: What training steps did to it; None where none were made.
     """
 
     name: str
@@ -139,6 +176,7 @@ class LayerUse:
     training: Training
     wiring: Wiring | None
     ranks: float | None = None
+    stepped: Stepped | None = None
 
     @property
     def start(self) -> float:
@@ -182,6 +220,7 @@ class Use:
         refused: Whether a batch could not be normalized by itself: it had one value per channel.
         checks: Comparisons of the model with itself.
         failed: What went wrong while it was measured, by what was measured.
+        steps: Training steps on a copy of the model; None where none were made.
     """
 
     checkpoint: Evidence
@@ -195,3 +234,4 @@ class Use:
     refused: bool
     checks: tuple[Check, ...]
     failed: tuple[tuple[str, str], ...]
+    steps: Steps | None = None

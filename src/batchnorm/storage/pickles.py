@@ -8,6 +8,7 @@ the square of the length. The names that a state dict needs are fewer than those
 import io
 import pickletools
 import re
+import warnings
 from typing import IO
 
 from batchnorm.errors import CheckpointError
@@ -60,8 +61,11 @@ def check(file: IO[bytes], size: int, path: str, pickles: int = 1) -> None:
     data = file.read(MOST_DESCRIPTION + 1)
     stream = io.BytesIO(data)
     left = FREE + size // BYTES_PER_OPCODE
-    for _ in range(pickles):
-        left -= _check_one(stream, left, path, len(data) > MOST_DESCRIPTION)
+    with warnings.catch_warnings():
+        # Python warns of unknown escapes in the texts of a pickle, which damage makes.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for _ in range(pickles):
+            left -= _check_one(stream, left, path, len(data) > MOST_DESCRIPTION)
 
 
 def _check_one(stream: io.BytesIO, most: int, path: str, cut: bool) -> int:
