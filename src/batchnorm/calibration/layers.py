@@ -10,6 +10,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from batchnorm.errors import CalibrationError, OptionError
 from batchnorm.models.walk import Found, walk
 from batchnorm.nn.base import Layer
+from batchnorm.report.said import say
 
 # A name or pattern, a module, several of them, or a question.
 LayersLike = str | nn.Module | Iterable[str | nn.Module] | Callable[[str, nn.Module], bool] | None
@@ -50,7 +51,11 @@ def choose(model: nn.Module, layers: LayersLike) -> tuple[list[Found], dict[str,
     chosen, skipped = [], {}
     for one in found:
         reason = _unable(one) or (
-            _frozen(one, trains) if asked is None else "" if one.name in asked else "not asked for"
+            _frozen(one, trains)
+            if asked is None
+            else ""
+            if one.name in asked
+            else say("not asked for")
         )
         if reason:
             skipped[one.name] = reason
@@ -72,7 +77,7 @@ def _unable(found: Found) -> str:
             "first"
         )
     if layer.running_mean is None or layer.running_var is None:
-        return "keeps no statistics (track_running_stats=False)"
+        return say("keeps no statistics (track_running_stats=False)")
     if layer.running_mean.is_meta:
         raise CalibrationError(
             f"layer {found.name!r} is on the device 'meta', where tensors have no values: build "
@@ -84,11 +89,11 @@ def _unable(found: Found) -> str:
 def _frozen(found: Found, trains: bool) -> str:
     layer = found.layer
     if isinstance(layer, Layer) and layer.statistics.plan == "stored":
-        return f"frozen (statistics={layer.statistics})"
+        return say("frozen (statistics={source})", source=str(layer.statistics))
     if isinstance(layer, Layer) and layer.frozen is not None and layer.frozen.statistics:
-        return f"frozen ({layer.frozen}); bn.unfreeze(model) first"
+        return say("frozen ({what}); bn.unfreeze(model) first", what=str(layer.frozen))
     if trains and not layer.training:
-        return "frozen (in eval while the model trains)"
+        return say("frozen (in eval while the model trains)")
     return ""
 
 

@@ -1,13 +1,17 @@
 """A calibration as plain numbers, and as tables and plots that any renderer of ``report`` shows."""
 
+import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from batchnorm.calibration.chinese import CHINESE
 from batchnorm.report.channels import Channels, details_of
+from batchnorm.report.chinese import translated
 from batchnorm.report.model import WHOLE, Cell, Plot, Report, Section, Series, Table, Text
+from batchnorm.report.said import say
 
 COLUMNS = {
     "layer": "layer",
@@ -65,7 +69,7 @@ def plots(calibration: Any) -> tuple[Plot, ...]:
     names = tuple(row["layer"] or WHOLE for row in some)
 
     def series(key: str) -> Series:
-        return Series(key, names, tuple(row[key] for row in some))
+        return Series(say(key), names, tuple(row[key] for row in some))
 
     moved = Plot(
         "How far the statistics moved",
@@ -86,13 +90,13 @@ def plots(calibration: Any) -> tuple[Plot, ...]:
     return (moved,) if all(math.isnan(row["error"]) for row in some) else (moved, error)
 
 
-def report(calibration: Any) -> Report:
-    """Return all of it, for a page or a file."""
+def report(calibration: Any, language: str = "en") -> Report:
+    """Return all of it, for a page or a file, in a language."""
     words = _words(calibration)
     _, *blocks = tables(calibration).blocks
     pictures = Section("Pictures", plots(calibration))
     sections = (Section("Layers", tuple(blocks)), pictures, _each_layer(calibration))
-    return Report("Calibration", (words,), sections)
+    return translated(Report("Calibration", (words,), sections), language, CHINESE)
 
 
 def _each_layer(calibration: Any) -> Section:
@@ -129,16 +133,18 @@ def _cells(row: dict[str, Any]) -> tuple[Cell, ...]:
 
 
 def _words(calibration: Any) -> str:
-    parts = [f"calibrated on {calibration.batches} batches"]
-    if calibration.samples:
-        parts.append(f"{calibration.samples:,} samples")
-    if calibration.upstream != "batch":
-        parts.append(f"upstream={calibration.upstream}, {calibration.passes} passes")
-    if calibration.rejected:
-        parts.append(f"{calibration.rejected} batches rejected (NaN or infinite)")
-    if calibration.reached is not None:
-        parts.append("target error " + ("reached" if calibration.reached else "NOT reached"))
-    return ", ".join(parts)
+    one = calibration
+    parts = [say("calibrated on {batches} batches", batches=one.batches)]
+    if one.samples:
+        parts.append(say("{samples:,} samples", samples=one.samples))
+    if one.upstream != "batch":
+        words = "upstream={upstream}, {passes} passes"
+        parts.append(say(words, upstream=one.upstream, passes=one.passes))
+    if one.rejected:
+        parts.append(say("{batches} batches rejected (NaN or infinite)", batches=one.rejected))
+    if one.reached is not None:
+        parts.append(say("target error reached" if one.reached else "target error NOT reached"))
+    return functools.reduce(lambda a, b: say("{a}, {b}", a=a, b=b), parts)
 
 
 def _rms(values: Tensor) -> float:

@@ -193,13 +193,19 @@ class Calibration:
         """Return one line of plain numbers per calibrated layer, for tables and plots."""
         return report.rows(self)
 
-    def report(self) -> Report:
+    def report(self, language: str = "en") -> Report:
         """Return tables and plots as plain values, for the renderers of ``batchnorm.report``.
 
         ``batchnorm.report.html.to_html(result.report())`` is a page, ``jsontext.to_json`` and
         ``markdown.to_markdown`` are text.
+
+        Args:
+            language: ``"en"`` or ``"zh"``.
+
+        Raises:
+            OptionError: If the language is another one.
         """
-        return report.report(self)
+        return report.report(self, language)
 
     def plot(self, path: str | PathLike[str] | None = None) -> Any:
         """Draw error and change of every layer; return the matplotlib figure.

@@ -149,6 +149,6 @@ def _tell(found: "list[Diagnosis]", job: "Job", how: _Shown) -> None:
     if how.out is not None and not how.fix:
         write_atomically(how.out, written(found, how.form, how.layers, rules, how.language))
     elif how.form is Format.TEXT:
-        show(*spaced(reports(found, how.layers)))
+        show(*spaced(reports(found, how.layers, how.language)))
     else:
         show(written(found, how.form, how.layers, rules, how.language).rstrip("\n"))

@@ -30,7 +30,7 @@ class Format(enum.Enum):
 
 
 class Language(enum.Enum):
-    """The languages of a page."""
+    """The languages of reports."""
 
     EN = "en"
     ZH = "zh"
@@ -77,7 +77,7 @@ Fail = Annotated[FailOn, typer.Option(help="The least severity that makes the ex
 Form = Annotated[Format, typer.Option("--format", help="How findings are written.")]
 Tongue = Annotated[
     Language,
-    typer.Option("--language", help="Of a page: English or Chinese, but for rules' texts."),
+    typer.Option("--language", help="Of text, Markdown and pages: English or Chinese."),
 ]
 Out = Annotated[Path | None, typer.Option(help="File to write instead of printing.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]
@@ -132,7 +132,7 @@ def inspect(
         elif out is not None:
             write_atomically(out, written(usable, form, layers, rules, language))
         elif form is Format.TEXT:
-            show(*spaced(reports(usable, layers)))
+            show(*spaced(reports(usable, layers, language)))
         elif usable:
             show(written(usable, form, layers, rules, language).rstrip("\n"))
     except (BatchNormError, OSError) as error:
@@ -180,7 +180,7 @@ def written(
         return to_sarif(done, rules)
     if form is Format.HTML:
         return _page(done, language)
-    shown = reports(done, layers)
+    shown = reports(done, layers, language)
     if form is Format.MARKDOWN:
         return "\n".join(map(to_markdown, shown))
     return "\n\n".join(map(to_text, shown)) + "\n"
@@ -203,9 +203,10 @@ def _page(done: "list[Diagnosis]", language: Language) -> str:
     return to_html(page_of(found, path if path.exists() else None, language.value))
 
 
-def reports(done: "list[Diagnosis]", layers: bool) -> "list[Report]":
+def reports(done: "list[Diagnosis]", layers: bool, language: Language) -> "list[Report]":
     """Return a report of each diagnosis, shortened where the layers are not asked for."""
-    return [one.report(layers, None if layers else MOST_OF_A_RULE) for one in done]
+    most = None if layers else MOST_OF_A_RULE
+    return [one.report(layers, most, language.value) for one in done]
 
 
 def spaced(things: "list[Report]") -> "list[Report | str]":

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+from batchnorm.diagnosis.chinese import CHINESE
 from batchnorm.diagnosis.result import Diagnosis
 from batchnorm.diagnosis.show import printable
 from batchnorm.report.channels import MOST_ROWS, Channels, details_of, heat_of
@@ -20,7 +21,7 @@ def page_of(diagnosis: Diagnosis, path: Path | None, language: str = "en") -> Re
     Args:
         diagnosis: What ``bn.inspect`` found in the checkpoint.
         path: The checkpoint, of which the vectors are read once more; None for a model.
-        language: ``"en"`` or ``"zh"``, of all but names and the texts of rules.
+        language: ``"en"`` or ``"zh"``, of all but names.
 
     Raises:
         OptionError: If the language is another one.
@@ -33,11 +34,11 @@ def page_of(diagnosis: Diagnosis, path: Path | None, language: str = "en") -> Re
             layers = tuple(_channels(checkpoint, diagnosis))
     sections = tuple(_sortable(section) for section in report.sections)
     extra = [
-        Section("Channels", (heat_of(layers, language),)),
-        Section("Each layer", details_of(layers, language)),
+        Section("Channels", (heat_of(layers),)),
+        Section("Each layer", details_of(layers)),
     ]
     whole = dataclasses.replace(report, sections=(*sections, *(extra if layers else [])))
-    return translated(whole, language)
+    return translated(whole, language, CHINESE)
 
 
 def _channels(checkpoint: Checkpoint, diagnosis: Diagnosis) -> Iterator[Channels]:

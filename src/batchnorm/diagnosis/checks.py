@@ -24,6 +24,7 @@ from batchnorm.diagnosis.use import Check
 from batchnorm.errors import CalibrationError
 from batchnorm.models.examples import call_of
 from batchnorm.models.trees import mapped, tensors_in, tensors_within
+from batchnorm.report.said import say
 
 ROUNDING = 64.0
 Run = Callable[[Any], Any]
@@ -50,7 +51,7 @@ def compared(model: nn.Module, batch: Any, run: Run, plain: bool, graphs: bool) 
         if graphs:
             yield _made(check, checks.allowed)
         else:
-            yield Check(check.__name__, None, reason="graphs=True was not given")
+            yield Check(check.__name__, None, reason=say("graphs=True was not given"))
 
 
 class _Checks:
@@ -129,7 +130,7 @@ def _made(check: Callable[[], float], allowed: float) -> Check:
     try:
         return Check(name, check(), allowed)
     except _CannotError as error:
-        return Check(name, None, reason=str(error))
+        return Check(name, None, reason=say(str(error)))
     except Exception as error:  # noqa: BLE001 (whatever a model raises)
         first = str(error).partition("\n")[0][:200]
         return Check(name, None, reason=f"{type(error).__name__}: {first}")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.diagnosis.copies import Copy, find_copies
+from batchnorm.report.said import say
 from batchnorm.storage.checkpoint import Checkpoint, Group, Vector
 from batchnorm.storage.groups import batch_norms
 
@@ -174,12 +175,16 @@ def _problem(checkpoint: Checkpoint, group: Group) -> str:
     assert group.mean is not None
     channels = checkpoint.length(group.mean)
     if not channels:
-        return f"{group.mean} has the shape {checkpoint.shape(group.mean)}"
+        shape = checkpoint.shape(group.mean)
+        return say("{name} has the shape {shape}", name=group.mean, shape=shape)
     for name in (group.var, group.weight, group.bias):
         if name is not None and checkpoint.length(name) != channels:
-            return f"{name} has the shape {checkpoint.shape(name)} beside {channels} means"
+            shape = checkpoint.shape(name)
+            words = "{name} has the shape {shape} beside {channels} means"
+            return say(words, name=name, shape=shape, channels=channels)
     if group.counter is not None and checkpoint.length(group.counter) != 1:
-        return f"{group.counter} has the shape {checkpoint.shape(group.counter)}, not ()"
+        shape = checkpoint.shape(group.counter)
+        return say("{name} has the shape {shape}, not ()", name=group.counter, shape=shape)
     return ""
 
 

@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from batchnorm.diagnosis.chinese import CHINESE
 from batchnorm.diagnosis.evidence import Layer
 from batchnorm.diagnosis.judging import SEVERITIES
 from batchnorm.diagnosis.show import report_of
 from batchnorm.diagnosis.use import LayerUse
+from batchnorm.report.chinese import translated
 from batchnorm.report.jsontext import plain
 from batchnorm.report.model import Finding, Report, Severity
+from batchnorm.report.said import say
 from batchnorm.report.terminal import to_text
 
 # Raised when a field of to_json() is renamed, removed or changes its meaning.
@@ -43,25 +46,34 @@ class Diagnosis:
         counted = SEVERITIES[: SEVERITIES.index(severity) + 1]
         return tuple(finding for finding in self.findings if finding.severity in counted)
 
-    def report(self, layers: bool = True, most: int | None = None) -> Report:
+    def report(self, layers: bool = True, most: int | None = None, language: str = "en") -> Report:
         """Return the findings by rule, and a table of the layers, for any renderer.
 
         Args:
             layers: Whether the table of the layers is in it.
             most: How many findings of one rule are listed; None for all.
+            language: ``"en"`` or ``"zh"``.
+
+        Raises:
+            OptionError: If the language is another one.
         """
-        return report_of(
+        report = report_of(
             self.subject, self.layers, self.findings, self.left_out(), layers, most, self.measured
         )
+        return translated(report, language, CHINESE)
 
     def left_out(self) -> tuple[str, ...]:
         """Return in words what was not judged and what is not shown."""
         reasons: dict[str, list[str]] = {}
         for rule, reason in self.not_checked.items():
             reasons.setdefault(reason, []).append(rule)
-        words = [f"Not checked: {', '.join(ids)} ({reason})." for reason, ids in reasons.items()]
+        words = [
+            say("Not checked: {rules} ({reason}).", rules=", ".join(ids), reason=reason)
+            for reason, ids in reasons.items()
+        ]
         if self.known:
-            words.append(f"{self.known} findings that the baseline has are not shown.")
+            known = "{known} findings that the baseline has are not shown."
+            words.append(say(known, known=self.known))
         return tuple(words)
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from functools import partial
 from batchnorm.diagnosis.rule import Found, Rule
 from batchnorm.diagnosis.rules_use import UseRule, no_run
 from batchnorm.diagnosis.use import Check, Use
+from batchnorm.report.said import say
 
 
 def _check(name: str, use: Use) -> Check | None:
@@ -17,8 +18,13 @@ def _differs(name: str, words: str, use: Use) -> Iterator[Found]:
     if check is not None and check.difference is not None and check.difference > check.allowed:
         yield Found(
             "",
-            f"{words}: outputs differ by {check.difference:.3g}, where rounding explains "
-            f"{check.allowed:.1g}.",
+            say(
+                "{what}: outputs differ by {difference:.3g}, where rounding explains "
+                "{allowed:.1g}.",
+                what=say(words),
+                difference=check.difference,
+                allowed=check.allowed,
+            ),
             {"difference": check.difference, "allowed": check.allowed},
         )
 
@@ -26,7 +32,7 @@ def _differs(name: str, words: str, use: Use) -> Iterator[Found]:
 def _lacks(name: str, use: Use) -> str:
     check = _check(name, use)
     if check is None:
-        return no_run(use) or "the model could not be run in eval mode"
+        return no_run(use) or say("the model could not be run in eval mode")
     return check.reason
 
 

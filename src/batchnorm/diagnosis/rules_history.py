@@ -8,6 +8,7 @@ from batchnorm.diagnosis.evidence import Evidence, Layer
 from batchnorm.diagnosis.rule import Found, Rule
 from batchnorm.diagnosis.rules_values import CALIBRATE, Judged, LayerRule, each, no_layers
 from batchnorm.report.model import Table
+from batchnorm.report.said import say
 
 # An averaged copy whose means are off by a whole deviation, or whose variances by a factor of 4
 # (deviations by 2), normalizes to something else than its weights were trained with.
@@ -30,7 +31,7 @@ def _never_updated(layer: Layer) -> Judged:
     if not _at_start(layer) or _counted(layer) or not _trained(layer):
         return None
     return (
-        (
+        say(
             "γ and β are trained, but every mean is 0 and every variance 1: the statistics were "
             "never updated."
         ),
@@ -43,7 +44,10 @@ def _counted_not_moved(layer: Layer) -> Judged:
         return None
     assert layer.counter is not None
     return (
-        f"{layer.counter.value:.0f} steps are counted, but every mean is 0 and every variance 1.",
+        say(
+            "{steps:.0f} steps are counted, but every mean is 0 and every variance 1.",
+            steps=layer.counter.value,
+        ),
         {"counter": layer.counter.value},
     )
 
@@ -65,8 +69,11 @@ def _alone_at_start(evidence: Evidence) -> Iterator[Found]:
     for layer in quiet:
         yield Found(
             layer.name,
-            f"Its statistics, γ and β are as in a new layer, beside {others} other layers that "
-            "were trained: no training step went through it.",
+            say(
+                "Its statistics, γ and β are as in a new layer, beside {others} other layers that "
+                "were trained: no training step went through it.",
+                others=others,
+            ),
             {"channels": layer.channels, "other layers": others},
         )
 
@@ -76,7 +83,7 @@ def _all_at_start(evidence: Evidence) -> Iterator[Found]:
     if quiet and len(quiet) == len(evidence.layers):
         yield Found(
             "",
-            f"All {len(quiet)} batch norms are as in a new model.",
+            say("All {layers} batch norms are as in a new model.", layers=len(quiet)),
             {"layers": len(quiet)},
         )
 
@@ -94,8 +101,12 @@ def _not_counted(evidence: Evidence) -> Iterator[Found]:
     if found:
         yield Found(
             "" if len(found) > 1 else found[0].name,
-            f"The counter of {len(found)} of {len(evidence.layers)} layers is 0, though their "
-            "statistics have moved.",
+            say(
+                "The counter of {some} of {layers} layers is 0, though their statistics have "
+                "moved.",
+                some=len(found),
+                layers=len(evidence.layers),
+            ),
             {"layers": len(found), "of": len(evidence.layers), "first": found[0].name},
         )
 
@@ -116,8 +127,13 @@ def _different_counts(evidence: Evidence) -> Iterator[Found]:
     rows = tuple((int(c), n, first[c]) for c, n in counts.most_common(8) if math.isfinite(c))
     yield Found(
         "",
-        f"Layers have counted {len(counts)} different numbers of steps, from {min(counts):.0f} to "
-        f"{max(counts):.0f}.",
+        say(
+            "Layers have counted {numbers} different numbers of steps, from {least:.0f} to "
+            "{most:.0f}.",
+            numbers=len(counts),
+            least=min(counts),
+            most=max(counts),
+        ),
         Table("", ("steps", "layers", "first layer"), rows),
     )
 
@@ -127,7 +143,9 @@ def _impossible_count(layer: Layer) -> Judged:
     if counter is None or 0 <= counter.value < math.inf:
         return None
     return (
-        f"The counter is {counter.value:g}, of dtype {counter.dtype}.",
+        say(
+            "The counter is {value:g}, of dtype {dtype}.", value=counter.value, dtype=counter.dtype
+        ),
         {"counter": counter.value, "dtype": counter.dtype},
     )
 
@@ -137,9 +155,11 @@ def _full_count(layer: Layer) -> Judged:
     if counter is None or not counter.most <= counter.value < math.inf:
         return None
     return (
-        (
-            f"The counter stands at {counter.value:.0f}; {counter.dtype} counts no further than "
-            f"{counter.most:.0f}."
+        say(
+            "The counter stands at {value:.0f}; {dtype} counts no further than {most:.0f}.",
+            value=counter.value,
+            dtype=counter.dtype,
+            most=counter.most,
         ),
         {"counter": counter.value, "dtype": counter.dtype, "most": counter.most},
     )
@@ -150,8 +170,13 @@ def _another_age(evidence: Evidence) -> Iterator[Found]:
         if one.shift > MOST_SHIFT or one.stretch > MOST_STRETCH:
             yield Found(
                 one.copy,
-                f"Its statistics are far from those of {one.layer}, of which it is an average: "
-                f"means by {one.shift:.3g} deviations, variances by a factor of {one.stretch:.3g}.",
+                say(
+                    "Its statistics are far from those of {layer}, of which it is an average: "
+                    "means by {shift:.3g} deviations, variances by a factor of {stretch:.3g}.",
+                    layer=one.layer,
+                    shift=one.shift,
+                    stretch=one.stretch,
+                ),
                 {
                     "shift": one.shift,
                     "stretch": one.stretch,
@@ -164,11 +189,12 @@ def _another_age(evidence: Evidence) -> Iterator[Found]:
 
 def _no_counter(evidence: Evidence) -> str:
     some = any(layer.counter is not None for layer in evidence.layers)
-    return "" if some else "no layer has a counter (num_batches_tracked)"
+    return "" if some else say("no layer has a counter (num_batches_tracked)")
 
 
 def _no_copy(evidence: Evidence) -> str:
-    return "" if evidence.copies else "no averaged copy (ema, teacher, swa, ...) beside a layer"
+    none = say("no averaged copy (ema, teacher, swa, ...) beside a layer")
+    return "" if evidence.copies else none
 
 
 HISTORY: tuple[LayerRule, ...] = (

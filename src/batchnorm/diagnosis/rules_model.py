@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Iterator
 
 from batchnorm.diagnosis.rule import Found, Rule
-from batchnorm.diagnosis.rules_use import Judged, UseRule, each, no_run
+from batchnorm.diagnosis.rules_use import Judged, UseRule, each, no_batch_norm, no_run
 from batchnorm.diagnosis.use import LayerUse, Use
+from batchnorm.report.said import say
 
 # Inputs of one call are off from those of all by half of a deviation.
 APART = 0.5
@@ -17,9 +18,11 @@ def _apart(layer: LayerUse) -> Judged:
     if feed is None or feed.calls < 2 or feed.apart <= APART:
         return None
     return (
-        (
-            f"It is called {feed.calls} times in a pass, with inputs that are off by "
-            f"{feed.apart:.2g} deviations from their common statistics."
+        say(
+            "It is called {calls} times in a pass, with inputs that are off by {apart:.2g} "
+            "deviations from their common statistics.",
+            calls=feed.calls,
+            apart=feed.apart,
         ),
         {"calls": feed.calls, "apart": feed.apart},
     )
@@ -28,7 +31,9 @@ def _apart(layer: LayerUse) -> Judged:
 def _unused(use: Use) -> Iterator[Found]:
     for layer in use.layers:
         if layer.feed is not None and not layer.feed.batches:
-            yield Found(layer.name, f"None of {use.batches} batches reached it.")
+            yield Found(
+                layer.name, say("None of {batches} batches reached it.", batches=use.batches)
+            )
 
 
 def _bias(layer: LayerUse) -> Judged:
@@ -36,18 +41,17 @@ def _bias(layer: LayerUse) -> Judged:
         return None
     if layer.training.moves is False:
         return None
-    return f"{layer.wiring.bias} adds a bias that the layer subtracts again.", {
-        "before": layer.wiring.bias
-    }
+    before = layer.wiring.bias
+    words = say("{before} adds a bias that the layer subtracts again.", before=before)
+    return words, {"before": before}
 
 
 def _dropout(layer: LayerUse) -> Judged:
     if layer.wiring is None or not layer.wiring.dropout:
         return None
-    return (
-        f"{layer.wiring.dropout} drops values before it, in training only.",
-        {"dropout": layer.wiring.dropout},
-    )
+    dropout = layer.wiring.dropout
+    words = say("{dropout} drops values before it, in training only.", dropout=dropout)
+    return words, {"dropout": dropout}
 
 
 def _padding(layer: LayerUse) -> Judged:
@@ -55,14 +59,17 @@ def _padding(layer: LayerUse) -> Judged:
     if feed is None or feed.repeats <= PADDED:
         return None
     return (
-        f"{feed.repeats:.0%} of its positions repeat the one before in every channel.",
+        say(
+            "{share:.0%} of its positions repeat the one before in every channel.",
+            share=feed.repeats,
+        ),
         {"repeated": feed.repeats},
     )
 
 
 def _plain(use: Use) -> Iterator[Found]:
     for name in use.plain:
-        yield Found(name, "It keeps no statistics and normalizes by the batch in eval, too.")
+        yield Found(name, say("It keeps no statistics and normalizes by the batch in eval, too."))
 
 
 def _odd_ones(use: Use) -> Iterator[Found]:
@@ -77,8 +84,17 @@ def _odd_ones(use: Use) -> Iterator[Found]:
         if layer.kind != main and (layer.eps, layer.momentum) != (eps, momentum):
             yield Found(
                 layer.name,
-                f"{layer.kind} with ε {layer.eps:g} and momentum {layer.momentum} among "
-                f"{kinds[main]} {main} with {eps:g} and {momentum}.",
+                say(
+                    "{kind} with ε {eps:g} and momentum {momentum} among {count} {other} with "
+                    "{their_eps:g} and {their_momentum}.",
+                    kind=layer.kind,
+                    eps=layer.eps,
+                    momentum=layer.momentum,
+                    count=kinds[main],
+                    other=main,
+                    their_eps=eps,
+                    their_momentum=momentum,
+                ),
                 {"ε": layer.eps, "momentum": layer.momentum, "others' ε": eps},
             )
 
@@ -88,9 +104,11 @@ def _lost(layer: LayerUse) -> Judged:
     if wiring is None or not wiring.lost:
         return None
     return (
-        (
-            f"With {wiring.lost} behind it the stored statistics of {wiring.follower} fit, and "
-            "without they do not."
+        say(
+            "With {activation} behind it the stored statistics of {follower} fit, and without they "
+            "do not.",
+            activation=wiring.lost,
+            follower=wiring.follower,
         ),
         {"activation": wiring.lost, "next layer": wiring.follower},
     )
@@ -99,7 +117,9 @@ def _lost(layer: LayerUse) -> Judged:
 def why(use: Use, stage: str, words: str) -> str:
     """Return words, with the error that ended a stage."""
     error = dict(use.failed).get(stage, "").partition("\n")[0]
-    return f"{words}: {error[:200]}" if error else words
+    if not error:
+        return say(words)
+    return say("{reason}: {error}", reason=say(words), error=error[:200])
 
 
 def _no_flow(use: Use) -> str:
@@ -110,7 +130,7 @@ def _no_flow(use: Use) -> str:
 
 
 def _nothing(use: Use) -> str:
-    return "" if use.layers or use.plain else "no batch norm"
+    return "" if use.layers or use.plain else say("no batch norm")
 
 
 MODEL: tuple[UseRule, ...] = (
@@ -188,7 +208,7 @@ MODEL: tuple[UseRule, ...] = (
         "Convert from the original with bn.convert(model), which keeps them, or set them: "
         "bn.set_options(model, eps=..., momentum=...).",
         _odd_ones,
-        lambda use: "" if use.layers else "no batch norm with stored statistics",
+        no_batch_norm,
     ),
     Rule(
         "BN608",

@@ -11,6 +11,7 @@ from batchnorm.diagnosis.rules_values import (
     no_affine,
     no_layers,
 )
+from batchnorm.report.said import say
 
 # See docs/decisions on these bounds.
 MOST_WEIGHT = 100.0
@@ -21,7 +22,8 @@ def _large_weight(layer: Layer) -> Judged:
     a = layer.affine
     if a is None or a.most_weight <= MOST_WEIGHT:
         return None
-    return f"|γ| goes up to {a.most_weight:.3g}.", {"largest |γ|": a.most_weight}
+    words = say("|γ| goes up to {most:.3g}.", most=a.most_weight)
+    return words, {"largest |γ|": a.most_weight}
 
 
 def _large_gain(layer: Layer) -> Judged:
@@ -29,7 +31,10 @@ def _large_gain(layer: Layer) -> Judged:
     if a is None or a.gain <= MOST_GAIN or a.most_weight > MOST_WEIGHT:
         return None
     return (
-        f"|γ| / sqrt(σ² + ε) goes up to {a.gain:.3g} in channels that are not constant.",
+        say(
+            "|γ| / sqrt(σ² + ε) goes up to {gain:.3g} in channels that are not constant.",
+            gain=a.gain,
+        ),
         {"largest gain": a.gain, "largest |γ|": a.most_weight, "ε": layer.eps},
     )
 
@@ -41,9 +46,13 @@ def _constant(layer: Layer, mostly: bool) -> Judged:
     if (2 * s.constant >= layer.channels) is not mostly:
         return None
     return (
-        (
-            f"{s.constant} of {layer.channels} channels have a variance below {CONSTANT:.0e}, "
-            f"{s.zero} of them exactly 0."
+        say(
+            "{constant} of {channels} channels have a variance below {bound:.0e}, {zero} of them "
+            "exactly 0.",
+            constant=s.constant,
+            channels=layer.channels,
+            bound=CONSTANT,
+            zero=s.zero,
         ),
         {"constant": s.constant, "zero": s.zero, "first": listed(s.channels)},
     )
@@ -62,9 +71,10 @@ def _negligible(layer: Layer) -> Judged:
     if a is None or not a.negligible:
         return None
     return (
-        (
-            f"|γ| of {a.negligible} of {layer.channels} channels is below a thousandth of "
-            "the layer's largest."
+        say(
+            "|γ| of {small} of {channels} channels is below a thousandth of the layer's largest.",
+            small=a.negligible,
+            channels=layer.channels,
         ),
         {"prunable": a.negligible, "first": listed(a.channels)},
     )
@@ -74,7 +84,7 @@ def _all_weights_zero(layer: Layer) -> Judged:
     a, s = layer.affine, layer.statistics
     if a is None or s is None or not a.zero or s.at_start:
         return None
-    return "Every γ is 0, though the statistics have moved.", {
+    return say("Every γ is 0, though the statistics have moved."), {
         "counter": None if layer.counter is None else layer.counter.value
     }
 
@@ -84,20 +94,23 @@ def _beyond_float16(layer: Layer) -> Judged:
     if s is None or max(s.most_mean, s.most_var) <= FLOAT16_MOST or s.dtype == "float16":
         return None
     return (
-        (
-            f"The largest |μ| is {s.most_mean:.3g}, the largest σ² {s.most_var:.3g}; float16 ends "
-            f"at {FLOAT16_MOST:.0f}."
+        say(
+            "The largest |μ| is {mean:.3g}, the largest σ² {var:.3g}; float16 ends at {most:.0f}.",
+            mean=s.most_mean,
+            var=s.most_var,
+            most=FLOAT16_MOST,
         ),
         {"largest |μ|": s.most_mean, "largest σ²": s.most_var},
     )
 
 
 def _normalizes_by_batch(layer: Layer) -> Judged:
-    return ("The node has training_mode=1.", {"training_mode": 1}) if layer.training else None
+    words = say("The node has training_mode=1.")
+    return (words, {"training_mode": 1}) if layer.training else None
 
 
 def _no_graph(evidence: Evidence) -> str:
-    return "" if evidence.graph else "no ONNX model; a state dict does not say it"
+    return "" if evidence.graph else say("no ONNX model; a state dict does not say it")
 
 
 SCALE: tuple[LayerRule, ...] = (

@@ -4,15 +4,17 @@ from collections.abc import Iterator
 
 from batchnorm.diagnosis.rule import Found, Rule
 from batchnorm.diagnosis.rules_model import why
-from batchnorm.diagnosis.rules_use import Judged, UseRule, each, no_run
+from batchnorm.diagnosis.rules_use import Judged, UseRule, each, no_batch_norm, no_run
 from batchnorm.diagnosis.use import LayerUse, Use
+from batchnorm.report.said import say
 
 
 def _moves_untrained(layer: LayerUse) -> Judged:
     training = layer.training
     if training.trained is not False or not training.moves:
         return None
-    return "γ and β have requires_grad=False, but a pass in training mode moved its statistics.", {}
+    words = "γ and β have requires_grad=False, but a pass in training mode moved its statistics."
+    return say(words), {}
 
 
 def _woken(use: Use) -> Iterator[Found]:
@@ -20,17 +22,19 @@ def _woken(use: Use) -> Iterator[Found]:
         if use.mode and not layer.training.mode and layer.training.woken:
             yield Found(
                 layer.name,
-                "It is in eval mode in a model in training mode: the next model.train() puts it "
-                "in training mode.",
+                say(
+                    "It is in eval mode in a model in training mode: the next model.train() puts "
+                    "it in training mode."
+                ),
             )
 
 
 def _moves_in_eval(layer: LayerUse) -> Judged:
     training = layer.training
     if training.moves_in_eval:
-        return "A pass after model.eval() moved its statistics.", {}
+        return say("A pass after model.eval() moved its statistics."), {}
     if not training.asleep:
-        return "It stays in training mode after model.eval().", {}
+        return say("It stays in training mode after model.eval()."), {}
     return None
 
 
@@ -39,7 +43,9 @@ def _stands(layer: LayerUse) -> Judged:
     if training.moves is not False or not training.woken or not training.trained:
         return None
     return (
-        "It is in training mode and γ or β is trained, but a pass did not move its statistics.",
+        say(
+            "It is in training mode and γ or β is trained, but a pass did not move its statistics."
+        ),
         {"momentum": layer.momentum},
     )
 
@@ -47,7 +53,7 @@ def _stands(layer: LayerUse) -> Judged:
 def _unknown(layer: LayerUse) -> Judged:
     if layer.training.known is not False:
         return None
-    return "γ or β has requires_grad=True and is not in the optimizer.", {}
+    return say("γ or β has requires_grad=True and is not in the optimizer."), {}
 
 
 def _decay(use: Use) -> Iterator[Found]:
@@ -56,31 +62,38 @@ def _decay(use: Use) -> Iterator[Found]:
         most = max(one.training.decay or 0.0 for one in layers)
         yield Found(
             "" if len(layers) > 1 else layers[0].name,
-            f"γ or β of {len(layers)} of {len(use.layers)} layers has weight decay, up to "
-            f"{most:g}.",
+            say(
+                "γ or β of {some} of {layers} layers has weight decay, up to {most:g}.",
+                some=len(layers),
+                layers=len(use.layers),
+                most=most,
+            ),
             {"layers": len(layers), "weight decay": most, "first": layers[0].name},
         )
 
 
 def _last_of_one(use: Use) -> Iterator[Found]:
     if use.leftover == 1:
-        yield Found("", "The last batch of each epoch has one sample.")
+        yield Found("", say("The last batch of each epoch has one sample."))
     elif use.refused:
-        yield Found("", "A batch has one value per channel in some layer.")
+        yield Found("", say("A batch has one value per channel in some layer."))
 
 
 def _ranks(layer: LayerUse) -> Judged:
     if not layer.ranks:
         return None
     return (
-        f"Processes have different statistics, up to {layer.ranks:.2g} deviations apart.",
+        say(
+            "Processes have different statistics, up to {apart:.2g} deviations apart.",
+            apart=layer.ranks,
+        ),
         {"apart": layer.ranks},
     )
 
 
 def _one_process(use: Use) -> str:
     some = any(layer.ranks is not None for layer in use.layers)
-    return "" if some else "a single process, or group= was not given"
+    return "" if some else say("a single process, or group= was not given")
 
 
 def _no_pass(use: Use) -> str:
@@ -100,21 +113,19 @@ def _no_eval(use: Use) -> str:
 
 
 def _no_optimizer(use: Use) -> str:
-    if not use.layers:
-        return "no batch norm with stored statistics"
-    return "" if use.optimizer else "no optimizer was given"
+    return no_batch_norm(use) or ("" if use.optimizer else say("no optimizer was given"))
 
 
 def _no_loader(use: Use) -> str:
     return (
         ""
         if use.leftover is not None or use.refused
-        else "the data are no DataLoader with a length"
+        else say("the data are no DataLoader with a length")
     )
 
 
 def _not_training(use: Use) -> str:
-    return no_run(use) or ("" if use.mode else "the model was given in eval mode")
+    return no_run(use) or ("" if use.mode else say("the model was given in eval mode"))
 
 
 TRAINING: tuple[UseRule, ...] = (

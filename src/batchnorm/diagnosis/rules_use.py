@@ -7,6 +7,7 @@ from batchnorm.diagnosis.rule import Found, Rule
 from batchnorm.diagnosis.rules_values import CALIBRATE
 from batchnorm.diagnosis.use import Fit, LayerUse, Use
 from batchnorm.report.model import Cell
+from batchnorm.report.said import say
 
 UseRule = Rule[Use]
 Judged = tuple[str, dict[str, Cell]] | None
@@ -38,14 +39,17 @@ def _each(judge: Callable[[LayerUse], Judged], use: Use) -> Iterator[Found]:
 
 def no_run(use: Use) -> str:
     """Return what lacks where no batch went through the model."""
-    if not use.layers:
-        return "no batch norm with stored statistics"
-    return "" if use.batches else "no batch went through the model"
+    return no_batch_norm(use) or ("" if use.batches else say("no batch went through the model"))
+
+
+def no_batch_norm(use: Use) -> str:
+    """Return what lacks where there is no batch norm."""
+    return "" if use.layers else say("no batch norm with stored statistics")
 
 
 def _no_errors(use: Use) -> str:
     some = any(one.fit is not None and one.fit.errors is not None for one in use.layers)
-    return no_run(use) or ("" if some else "fewer than two batches: no standard errors")
+    return no_run(use) or ("" if some else say("fewer than two batches: no standard errors"))
 
 
 def is_far(layer: LayerUse) -> Fit | None:
@@ -95,14 +99,29 @@ def _caused(rule: str, use: Use) -> Iterator[Found]:
 
 
 def _words(layer: LayerUse, fit: Fit) -> str:
-    words = f"Normalized values are off by {fit.distance:.2g} of their deviation"
+    words = say(
+        "Normalized values are off by {distance:.2g} of their deviation", distance=fit.distance
+    )
     if fit.effect is not None:
-        words += f", which moves the output by {fit.effect:.2g} of its deviation"
+        words = say(
+            "{off}, which moves the output by {effect:.2g} of its deviation",
+            off=words,
+            effect=fit.effect,
+        )
     if fit.fits:
-        words += f"; its statistics fit the inputs of {fit.fits}, and the other way round"
+        words = say(
+            "{off}; its statistics fit the inputs of {other}, and the other way round",
+            off=words,
+            other=fit.fits,
+        )
     elif layer.start > START:
-        words += f"; after {layer.steps:.0f} steps the start still weighs {layer.start:.0%}"
-    return words + "."
+        words = say(
+            "{off}; after {steps:.0f} steps the start still weighs {share:.0%}",
+            off=words,
+            steps=layer.steps,
+            share=layer.start,
+        )
+    return say("{sentence}.", sentence=words)
 
 
 def _numbers(layer: LayerUse, fit: Fit) -> dict[str, Cell]:
@@ -122,9 +141,9 @@ def _short_memory(layer: LayerUse) -> Judged:
     if layer.momentum is None or layer.momentum <= SHORT_MEMORY:
         return None
     return (
-        (
-            f"momentum is {layer.momentum:g}, which is what the last batch alone weighs in the "
-            "average."
+        say(
+            "momentum is {momentum:g}, which is what the last batch alone weighs in the average.",
+            momentum=layer.momentum,
         ),
         {"momentum": layer.momentum},
     )
@@ -137,9 +156,11 @@ def _few_values(layer: LayerUse) -> Judged:
     if not layer.training.moves and not layer.training.mode:
         return None  # frozen: it does not normalize by the batch
     return (
-        (
-            f"A batch has {feed.values:.0f} values per channel, as much as {feed.independent:.2g} "
-            "independent ones."
+        say(
+            "A batch has {values:.0f} values per channel, as much as {independent:.2g} independent "
+            "ones.",
+            values=feed.values,
+            independent=feed.independent,
         ),
         {"values": feed.values, "independent": feed.independent},
     )
@@ -159,15 +180,18 @@ def _unshuffled(use: Use) -> Iterator[Found]:
     if found > 1 + 6 * (2 / (batches - 1)) ** 0.5:
         yield Found(
             name,
-            f"The means of batches vary {found:.3g} times as much as those of batches drawn at "
-            "random from the same samples.",
+            say(
+                "The means of batches vary {ratio:.3g} times as much as those of batches drawn at "
+                "random from the same samples.",
+                ratio=found,
+            ),
             {"ratio": found, "batches": batches},
         )
 
 
 def _no_scatter(use: Use) -> str:
     some = any(one.feed is not None and one.feed.scatter is not None for one in use.layers)
-    return no_run(use) or ("" if some else "fewer than four batches of several samples")
+    return no_run(use) or ("" if some else say("fewer than four batches of several samples"))
 
 
 def _far(identifier: str, title: str, why: str, remedy: str, severity: str = "warning") -> UseRule:
@@ -207,7 +231,7 @@ USE: tuple[UseRule, ...] = (
         "here. Above 0.5 the statistics are those of one batch or two.",
         "bn.set_options(model, momentum=0.1), then " + CALIBRATE[0].lower() + CALIBRATE[1:],
         each(_short_memory),
-        lambda use: "" if use.layers else "no batch norm with stored statistics",
+        no_batch_norm,
     ),
     Rule(
         "BN505",

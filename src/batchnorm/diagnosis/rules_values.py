@@ -6,6 +6,7 @@ from functools import partial
 from batchnorm.diagnosis.evidence import Evidence, Layer
 from batchnorm.diagnosis.rule import Found, Rule
 from batchnorm.report.model import Cell
+from batchnorm.report.said import say
 
 Judged = tuple[str, dict[str, Cell]] | None
 LayerRule = Rule[Evidence]
@@ -31,13 +32,13 @@ def _each(judge: Callable[[Layer], Judged], evidence: Evidence) -> Iterator[Foun
 
 def no_layers(evidence: Evidence) -> str:
     """Return what lacks where there is no batch norm."""
-    return "" if evidence.layers else "no batch norm with stored statistics"
+    return "" if evidence.layers else say("no batch norm with stored statistics")
 
 
 def no_affine(evidence: Evidence) -> str:
     """Return what lacks where no layer has γ."""
     some = any(layer.affine is not None for layer in evidence.layers)
-    return "" if some else "no batch norm with γ"
+    return "" if some else say("no batch norm with γ")
 
 
 def listed(channels: tuple[int, ...]) -> str:
@@ -47,7 +48,8 @@ def listed(channels: tuple[int, ...]) -> str:
 
 def _none_found(evidence: Evidence) -> Iterator[Found]:
     if not evidence.layers:
-        yield Found("", "No tensor is named as the running mean or variance of a batch norm.")
+        words = say("No tensor is named as the running mean or variance of a batch norm.")
+        yield Found("", words)
 
 
 def _not_finite(layer: Layer) -> Judged:
@@ -55,7 +57,11 @@ def _not_finite(layer: Layer) -> Judged:
     if s is None or not s.not_finite:
         return None
     return (
-        f"Mean or variance of {s.not_finite} of {layer.channels} channels is NaN or infinite.",
+        say(
+            "Mean or variance of {some} of {channels} channels is NaN or infinite.",
+            some=s.not_finite,
+            channels=layer.channels,
+        ),
         {"not finite": s.not_finite, "first": listed(s.channels)},
     )
 
@@ -65,9 +71,11 @@ def _negative(layer: Layer) -> Judged:
     if s is None or not s.negative:
         return None
     return (
-        (
-            f"The variance of {s.negative} of {layer.channels} channels is negative, down to "
-            f"{s.least_var:.3g}."
+        say(
+            "The variance of {some} of {channels} channels is negative, down to {least:.3g}.",
+            some=s.negative,
+            channels=layer.channels,
+            least=s.least_var,
         ),
         {"negative": s.negative, "least variance": s.least_var, "first": listed(s.channels)},
     )
@@ -78,7 +86,11 @@ def _affine_not_finite(layer: Layer) -> Judged:
     if a is None or not a.not_finite:
         return None
     return (
-        f"γ or β of {a.not_finite} of {layer.channels} channels is NaN or infinite.",
+        say(
+            "γ or β of {some} of {channels} channels is NaN or infinite.",
+            some=a.not_finite,
+            channels=layer.channels,
+        ),
         {"not finite": a.not_finite},
     )
 
@@ -87,33 +99,35 @@ def _all_zero(layer: Layer) -> Judged:
     s = layer.statistics
     if s is None or not s.all_zero:
         return None
-    return "Every mean and every variance is 0: the buffers were made and never filled.", {}
+    return say("Every mean and every variance is 0: the buffers were made and never filled."), {}
 
 
 def _odd_dtype(layer: Layer) -> Judged:
     if not layer.odd:
         return None
-    return f"The statistics are stored as {layer.odd}, not as floating-point numbers.", {
-        "dtype": layer.odd
-    }
+    words = "The statistics are stored as {dtype}, not as floating-point numbers."
+    return say(words, dtype=layer.odd), {"dtype": layer.odd}
 
 
 def _sizes(layer: Layer) -> Judged:
-    return (f"Its tensors do not fit together: {layer.problem}.", {}) if layer.problem else None
+    if not layer.problem:
+        return None
+    return say("Its tensors do not fit together: {problem}.", problem=layer.problem), {}
 
 
 def _half_of_a_pair(layer: Layer) -> Judged:
     if not layer.missing:
         return None
-    other = "variance" if layer.missing == "mean" else "mean"
-    return f"The {other} is stored, but not the {layer.missing}.", {"missing": layer.missing}
+    if layer.missing == "mean":
+        return say("The variance is stored, but not the mean."), {"missing": "mean"}
+    return say("The mean is stored, but not the variance."), {"missing": "variance"}
 
 
 def _sixteen_bits(layer: Layer) -> Judged:
     s = layer.statistics
     if s is None or s.dtype not in ("float16", "bfloat16"):
         return None
-    return f"The statistics are stored as {s.dtype}.", {"dtype": s.dtype}
+    return say("The statistics are stored as {dtype}.", dtype=s.dtype), {"dtype": s.dtype}
 
 
 VALUES: tuple[LayerRule, ...] = (

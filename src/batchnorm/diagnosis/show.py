@@ -1,12 +1,24 @@
 """A diagnosis as a report: findings by rule, and a table of the layers."""
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 
 from batchnorm.diagnosis.evidence import Layer
 from batchnorm.diagnosis.registry import rule_of
 from batchnorm.diagnosis.use import LayerUse
-from batchnorm.report.model import WHOLE, Block, Cell, Finding, Report, Section, Table, Text
+from batchnorm.report.model import (
+    WHOLE,
+    Block,
+    Cell,
+    Finding,
+    Report,
+    Section,
+    Severity,
+    Table,
+    Text,
+)
+from batchnorm.report.said import Said, say
 
 _COLUMNS = (
     "layer",
@@ -33,6 +45,11 @@ _MEASURED_NOTE = (
     "standard errors. gap: difference of the layer's output between training and eval. "
     "independent: what the values of a batch amount to."
 )
+_COUNTED: dict[Severity, tuple[str, str]] = {
+    "error": ("{count:,} error", "{count:,} errors"),
+    "warning": ("{count:,} warning", "{count:,} warnings"),
+    "info": ("{count:,} info", "{count:,} info"),
+}
 _LIMITS = (
     "Seen: what the tensors alone say. Whether the statistics fit the data is seen with data only: "
     "bn.calibrate(model, data) tells how far they are off."
@@ -65,16 +82,28 @@ def summary(layers: Sequence[Layer], findings: Sequence[Finding]) -> str:
     """Return in one sentence how many layers there are and what was found."""
     counts = Counter(finding.severity for finding in findings)
     found = [
-        f"{counts[severity]} {severity}{'' if counts[severity] == 1 or severity == 'info' else 's'}"
-        for severity in ("error", "warning", "info")
+        say(words[counts[severity] > 1], count=counts[severity])
+        for severity, words in _COUNTED.items()
         if counts[severity]
     ]
-    batch_norms = "1 batch norm" if len(layers) == 1 else f"{len(layers):,} batch norms"
-    return f"{batch_norms}; {', '.join(found) or 'nothing found'}"
+    number = len(layers)
+    words = "{number:,} batch norm" if number == 1 else "{number:,} batch norms"
+    return say(
+        "{layers}; {found}",
+        layers=say(words, number=number),
+        found=functools.reduce(lambda a, b: say("{a}, {b}", a=a, b=b), found)
+        if found
+        else say("nothing found"),
+    )
 
 
 def printable(text: str) -> str:
     """Return a name as it may be shown: characters that steer a terminal are written as codes."""
+    if isinstance(text, Said):
+        values = text.values.items()
+        return say(
+            text.template, **{n: printable(v) if isinstance(v, str) else v for n, v in values}
+        )
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -92,11 +121,17 @@ def _section(findings: Sequence[Finding], most: int | None) -> Section:
         for finding in findings[:most]
     )
     more = len(findings) - len(rows)
-    note = f"and {more:,} more; --format json has all" if more else ""
+    note = say("and {more:,} more; --format json has all", more=more) if more else ""
     blocks: list[Block] = [Table("", ("layer", "found"), rows, note)]
     blocks += [finding.evidence for finding in findings[:1] if isinstance(finding.evidence, Table)]
-    blocks.append(Text(f"Remedy: {first.remedy}"))
-    return Section(f"{first.severity} {first.rule}: {rule_of(first.rule).title}", tuple(blocks))
+    blocks.append(Text(say("Remedy: {remedy}", remedy=say(first.remedy))))
+    title = say(
+        "{severity} {rule}: {title}",
+        severity=say(first.severity),
+        rule=first.rule,
+        title=say(rule_of(first.rule).title),
+    )
+    return Section(title, tuple(blocks))
 
 
 def _row(layer: Layer) -> tuple[Cell, ...]:
@@ -124,7 +159,9 @@ def _ranked(measured: Sequence[LayerUse], most: int | None) -> Table:
     ordered = sorted(measured, key=weight, reverse=True)
     rows = tuple(map(_measured_row, ordered[:most]))
     more = len(ordered) - len(rows)
-    note = _MEASURED_NOTE + (f" {more:,} more layers: --layers." if more else "")
+    note = say(_MEASURED_NOTE)
+    if more:
+        note = say("{note} {more:,} more layers: --layers.", note=note, more=more)
     return Table("", _MEASURED, rows, note)
 
 

@@ -13,11 +13,13 @@ from torch.utils.hooks import RemovableHandle
 from batchnorm.compat.modes import is_dynamo_loaded, is_traced, is_transformed
 from batchnorm.errors import OptionError
 from batchnorm.models.walk import unwrapped
+from batchnorm.observation.chinese import CHINESE
 from batchnorm.observation.observation import Observation
 from batchnorm.observation.page import report_of
 from batchnorm.observation.points import points
 from batchnorm.observation.sinks import JsonLines, Scalars, Sink, Writer
 from batchnorm.observation.window import Tracks
+from batchnorm.report.chinese import translated
 from batchnorm.report.model import Report
 from batchnorm.report.terminal import to_text
 
@@ -127,9 +129,17 @@ class Observer:
         """Return what is in memory, by step, in the order of the layers."""
         return tuple(one for step in self._kept for one in step)
 
-    def report(self) -> Report:
-        """Return tables and curves, for any renderer of ``batchnorm.report``."""
-        return report_of(self.model, self.steps, self._kept, self.unseen)
+    def report(self, language: str = "en") -> Report:
+        """Return tables and curves, for any renderer of ``batchnorm.report``.
+
+        Args:
+            language: ``"en"`` or ``"zh"``.
+
+        Raises:
+            OptionError: If the language is another one.
+        """
+        report = report_of(self.model, self.steps, self._kept, self.unseen)
+        return translated(report, language, CHINESE)
 
     def close(self) -> None:
         """Remove the hooks; what was seen stays. May be called again."""

@@ -9,6 +9,7 @@ from batchnorm.observation.observation import Observation
 from batchnorm.observation.points import Point, points
 from batchnorm.report.channels import Channels, details_of, heat_of
 from batchnorm.report.model import WHOLE, Block, Cell, Plot, Report, Section, Series, Table, Text
+from batchnorm.report.said import say
 
 # Curves of so many layers are drawn in one plot: the ones that differ most over the training.
 CURVES = 6
@@ -45,19 +46,23 @@ def report_of(
     model: nn.Module, steps: int, kept: Sequence[tuple[Observation, ...]], unseen: Sequence[str]
 ) -> Report:
     """Return the report of an observer."""
-    title = f"{type(model).__name__}, observed while it trained"
+    title = say("{kind}, observed while it trained", kind=type(model).__name__)
     layers = list(dict.fromkeys(one.layer for step in kept for one in step))
     if not layers:
         return Report(title, (_nothing(steps),), ())
-    summary = (
-        f"{steps:,} training steps, {len(kept):,} of them sampled, the last one at step "
-        f"{kept[-1][0].step:,}; {len(layers):,} layers"
+    summary = say(
+        "{steps:,} training steps, {sampled:,} of them sampled, the last one at step {last:,}; "
+        "{layers:,} layers",
+        steps=steps,
+        sampled=len(kept),
+        last=kept[-1][0].step,
+        layers=len(layers),
     )
     curves = {
         layer: [one for step in kept for one in step if one.layer == layer] for layer in layers
     }
     sections = [
-        Section(f"Step {kept[-1][0].step:,}", tuple(_now(kept[-1], unseen))),
+        Section(say("Step {step:,}", step=kept[-1][0].step), tuple(_now(kept[-1], unseen))),
         Section("What enters activations", tuple(_bands(curves))),
         Section("Over the training", tuple(_lines(curves))),
         *_channels(model, curves),
@@ -67,8 +72,9 @@ def report_of(
 
 def _nothing(steps: int) -> str:
     if steps:
-        return f"{steps:,} training steps, in which no layer was called with an input to measure"
-    return (
+        words = "{steps:,} training steps, in which no layer was called with an input to measure"
+        return say(words, steps=steps)
+    return say(
         "No training step was seen. A step is a call of the observed model, in training mode and "
         "with gradients enabled; observe the module that is called, and torch.compile(model) "
         "rather than a model whose compiled form is called"
@@ -78,7 +84,8 @@ def _nothing(steps: int) -> str:
 def _now(last: Sequence[Observation], unseen: Sequence[str]) -> list[Block]:
     blocks: list[Block] = [Table("", COLUMNS, tuple(map(_row, last)), NOTE, sortable=True)]
     if unseen:
-        blocks.append(Text(f"Not seen, for torch.jit compiled them: {', '.join(unseen)}."))
+        words = "Not seen, for torch.jit compiled them: {names}."
+        blocks.append(Text(say(words, names=", ".join(unseen))))
     return blocks
 
 
@@ -87,7 +94,7 @@ def _row(one: Observation) -> tuple[Cell, ...]:
     return (
         one.layer or WHOLE,
         some[2] if some else None,
-        f"{some[1]:.3g} to {some[3]:.3g}" if some else None,
+        say("{low:.3g} to {high:.3g}", low=some[1], high=some[3]) if some else None,
         None if one.flat is None else 100 * one.flat,
         one.mean_change,
         one.deviation_change,
@@ -108,10 +115,22 @@ def _bands(curves: dict[str, list[Observation]]) -> list[Block]:
         if len(seen) < 2:
             continue
         columns = list(zip(*(one.percentiles for one in seen), strict=True))
-        series = Series("15th to 85th percentile", _steps(seen), columns[2], columns[1], columns[3])
-        words = f"Median from {columns[2][0]:.3g} to {columns[2][-1]:.3g}; all channels together."
+        name = say("15th to 85th percentile")
+        series = Series(name, _steps(seen), columns[2], columns[1], columns[3])
+        words = say(
+            "Median from {first:.3g} to {last:.3g}; all channels together.",
+            first=columns[2][0],
+            last=columns[2][-1],
+        )
         blocks.append(
-            Plot(layer or WHOLE, "bands", (series,), "training step", "value entering", words)
+            Plot(
+                say("{layer}", layer=layer or WHOLE),
+                "bands",
+                (series,),
+                "training step",
+                "value entering",
+                words,
+            )
         )
     return blocks
 
@@ -131,11 +150,10 @@ def _lines(curves: dict[str, list[Observation]]) -> list[Block]:
         full.sort(key=lambda series: max(series.y) - min(series.y), reverse=True)
         if not full:
             continue
-        words = f"{len(full):,} layers" + (
-            f"; drawn are the {CURVES} that differ most over the training."
-            if len(full) > CURVES
-            else "."
-        )
+        words = "{layers:,} layers."
+        if len(full) > CURVES:
+            words = "{layers:,} layers; drawn are the {most} that differ most over the training."
+        words = say(words, layers=len(full), most=CURVES)
         blocks.append(Plot(title, "lines", tuple(full[:CURVES]), "training step", label, words))
     return blocks
 

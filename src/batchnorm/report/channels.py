@@ -4,8 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from batchnorm.report.model import Block, Details, Heat, Plot, Row, Series, Text
-from batchnorm.report.words import of_language
+from batchnorm.report.said import say
 
+HEAT = (
+    "Each row is a layer, its channels from left to right. Of channels that share a place, the "
+    "most extreme one is shown; NaN and infinity are magenta. The ends of a scale leave out the "
+    "outermost hundredth of the values."
+)
 # Of more layers a page would be hard to read and slow to open.
 MOST_ROWS, MOST_LAYERS = 400, 200
 
@@ -35,29 +40,27 @@ class Channels:
     curves: tuple[Plot, ...] = ()
 
 
-def heat_of(layers: Sequence[Channels], language: str = "en") -> Heat:
+def heat_of(layers: Sequence[Channels]) -> Heat:
     """Return γ, β and σ² of all channels as colours; of the first ``MOST_ROWS`` layers."""
-    words = of_language(language)
     rows = tuple(Row(one.name, (one.weight, one.bias, one.var)) for one in layers[:MOST_ROWS])
-    cut = _cut(len(layers), MOST_ROWS, language)
-    return Heat("", ("γ", "β", "σ²"), rows, words["heat"] + cut)
+    words, cut = say(HEAT), _cut(len(layers), MOST_ROWS)
+    return Heat("", ("γ", "β", "σ²"), rows, say("{a} {b}", a=words, b=cut) if cut else words)
 
 
-def details_of(layers: Sequence[Channels], language: str = "en") -> tuple[Block, ...]:
+def details_of(layers: Sequence[Channels]) -> tuple[Block, ...]:
     """Return one folded part for each layer, of the first ``MOST_LAYERS`` layers."""
-    cut = _cut(len(layers), MOST_LAYERS, language)
-    parts: list[Block] = [Text(cut.strip())] if cut else []
+    cut = _cut(len(layers), MOST_LAYERS)
+    parts: list[Block] = [Text(cut)] if cut else []
     for one in layers[:MOST_LAYERS]:
-        plots = _histograms(one, language) + list(one.curves)
+        plots = (*_histograms(one), *one.curves)
         if plots:
             count = max(map(len, (one.weight, one.mean, one.var)))
-            channels = f" · {count:,} {of_language(language)['channels']}" if count else ""
-            parts.append(Details(f"{one.name}{channels}", tuple(plots)))
+            title = say("{name} · {count:,} channels", name=one.name, count=count)
+            parts.append(Details(title if count else one.name, plots))
     return tuple(parts)
 
 
-def _histograms(one: Channels, language: str) -> list[Plot]:
-    words = of_language(language)
+def _histograms(one: Channels) -> list[Plot]:
     pairs = (
         ("γ", one.weight, ()),
         ("β", one.bias, ()),
@@ -66,14 +69,14 @@ def _histograms(one: Channels, language: str) -> list[Plot]:
     )
     found = []
     for title, stored, true in pairs:
-        both = [(words["stored"], stored), (words["measured"], true)]
+        both = [(say("stored"), stored), (say("measured"), true)]
         series = tuple(Series(name, values) for name, values in both if values)
         if series:
-            found.append(Plot(title, "histogram", series, title, words["channels"], "", small=True))
+            found.append(Plot(title, "histogram", series, title, "channels", "", small=True))
     return found
 
 
-def _cut(count: int, most: int, language: str) -> str:
+def _cut(count: int, most: int) -> str:
     if count <= most:
         return ""
-    return of_language(language)["cut"].format(most=f"{most:,}", count=f"{count:,}")
+    return say("Shown are the first {most:,} of {count:,} layers.", most=most, count=count)

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from batchnorm.errors import OptionError
+from batchnorm.report.said import say
 
 Cell = str | int | float | None
 PlotKind = Literal["lines", "bands", "bars", "histogram"]
 Severity = Literal["error", "warning", "info"]
 # The name of the layer that is the model itself, whose name in torch is "".
-WHOLE = "(the model)"
+WHOLE = say("(the model)")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ and the widest columns of a table are narrowed until it fits. A plot is one line
 import math
 import re
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 from functools import singledispatch
 from itertools import zip_longest
@@ -195,12 +196,31 @@ def _(block: Finding, width: int | None) -> str:
     return "\n".join([_wrapped(head, width), *(textwrap.indent(line, "  ") for line in lines)])
 
 
+def columns_of(text: str) -> int:
+    """Return how many columns of a terminal a text takes: Chinese characters take two."""
+    if text.isascii():
+        return len(text)
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+
+
 def _underlined(title: str, stroke: str) -> str:
-    return f"{title}\n{stroke * len(title)}"
+    return f"{title}\n{stroke * columns_of(title)}"
 
 
 def _wrapped(words: str, width: int | None) -> str:
-    return words if width is None else textwrap.fill(words, max(width, NARROWEST))
+    return words if width is None else "\n".join(_lines(words, max(width, NARROWEST)))
+
+
+def _lines(words: str, width: int) -> list[str]:
+    """Return words in lines of a width; between Chinese characters a line may end anywhere."""
+    if columns_of(words) == len(words):
+        return textwrap.wrap(words, width) or [""]
+    lines = [""]
+    for part in re.findall(r"[!-~]+|\s|[^!-~\s]", words):
+        if columns_of(lines[-1] + part) > width and lines[-1]:
+            lines.append("")
+        lines[-1] += part if lines[-1] or not part.isspace() else ""
+    return [line.rstrip() for line in lines]
 
 
 def _widths(
@@ -210,7 +230,7 @@ def _widths(
 
     They are narrowed to their longest words at first, then to ``NARROWEST``; numbers stay whole.
     """
-    widths = [max(map(len, cells)) for cells in columns]
+    widths = [max(map(columns_of, cells)) for cells in columns]
     room = math.inf if total is None else total - len(GAP) * (len(widths) - 1)
     words = [max(map(_longest_word, cells)) for cells in columns]
     least = [
@@ -225,17 +245,15 @@ def _widths(
 
 
 def _longest_word(cell: str) -> int:
-    return max(map(len, re.split(r"\s|(?<=-)", cell)))
+    return max(map(columns_of, re.split(r"\s|(?<=-)", cell)))
 
 
 def _row(cells: Sequence[str], widths: Sequence[int], numbers: Sequence[bool]) -> str:
     """Return the lines of one row of a table; cells wider than their column are wrapped."""
-    columns = [
-        textwrap.wrap(cell, max(w, 1)) or [""] for cell, w in zip(cells, widths, strict=True)
-    ]
+    columns = [_lines(cell, max(w, 1)) for cell, w in zip(cells, widths, strict=True)]
     lines = [
         GAP.join(
-            cell.rjust(w) if right else cell.ljust(w)
+            " " * (w - columns_of(cell)) + cell if right else cell + " " * (w - columns_of(cell))
             for cell, w, right in zip(line, widths, numbers, strict=True)
         )
         for line in zip_longest(*columns, fillvalue="")
