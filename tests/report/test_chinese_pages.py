@@ -22,6 +22,7 @@ from batchnorm.errors import OptionError
 from batchnorm.observation.chinese import CHINESE as OF_OBSERVATIONS
 from batchnorm.report import Report, Section, Table, Text
 from batchnorm.report.chinese import COMMON, translated
+from batchnorm.report.html import to_html
 from batchnorm.report.said import say
 from batchnorm.report.terminal import columns_of, to_text
 from support import faults, trained
@@ -138,6 +139,7 @@ def test_pages_of_calibrations_and_observations_are_in_chinese():
     for report in (empty, observer.report("zh"), calibration.report("zh")):
         assert report.language == "zh"
         assert not english_in(report)
+        assert "</html>" in to_html(report)
     assert english_in(observer.report()) and english_in(calibration.report())
     for made in (observer, calibration):
         with pytest.raises(OptionError, match="language of en, zh"):

@@ -34,29 +34,34 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 
+Data = Annotated[str, typer.Option(help="Batches, or a function that returns them.", metavar=THING)]
+Maker = Annotated[
+    str | None,
+    typer.Option(help="Optimizer, or a function of the model that makes it.", metavar=THING),
+]
+Forward = Annotated[str | None, typer.Option(help="forward(model, batch).", metavar=THING)]
+Loss = Annotated[str | None, typer.Option(help="loss(output, batch), for --steps.", metavar=THING)]
+Steps = Annotated[int, typer.Option(min=0, help="Training steps of a copy, for rules BN9.")]
+Graphs = Annotated[
+    bool, typer.Option("--graphs", help="Compile and export the model, and compare.")
+]
+Fix = Annotated[
+    bool,
+    typer.Option("--fix", help="Mend what a checkpoint can carry, and write one to --out."),
+]
+
 
 def doctor(
     model: Model,
-    data: Annotated[
-        str, typer.Option(help="Batches, or a function that returns them.", metavar=THING)
-    ],
+    data: Data,
     checkpoint: Checkpoint = None,
-    optimizer: Annotated[
-        str | None,
-        typer.Option(help="Optimizer, or a function of the model that makes it.", metavar=THING),
-    ] = None,
-    forward: Annotated[
-        str | None, typer.Option(help="forward(model, batch).", metavar=THING)
-    ] = None,
-    loss: Annotated[
-        str | None, typer.Option(help="loss(output, batch), for --steps.", metavar=THING)
-    ] = None,
-    steps: Annotated[int, typer.Option(min=0, help="Training steps of a copy, for rules BN9.")] = 0,
+    optimizer: Maker = None,
+    forward: Forward = None,
+    loss: Loss = None,
+    steps: Steps = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
     max_batches: Annotated[int, typer.Option(min=1, help="Most batches that are read.")] = 64,
-    graphs: Annotated[
-        bool, typer.Option("--graphs", help="Compile and export the model, and compare.")
-    ] = False,
+    graphs: Graphs = False,
     select: Select = None,
     ignore: Ignore = None,
     baseline: Baseline = None,
@@ -66,10 +71,7 @@ def doctor(
     out: Out = None,
     force: Force = False,
     layers: Layers = False,
-    fix: Annotated[
-        bool,
-        typer.Option("--fix", help="Mend what a checkpoint can carry, and write one to --out."),
-    ] = False,
+    fix: Fix = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")] = False,
     explain: Explain = None,  # noqa: ARG001 (its callback answers before anything else is done)
 ) -> None:

@@ -8,6 +8,7 @@ is imported where something is drawn: ``import batchnorm`` neither needs nor loa
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,10 @@ def to_svg(plot: Plot, prefix: str) -> str:
     with _style():
         _draw(figure, [plot])
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata=NO_METADATA)
+        with warnings.catch_warnings():
+            # The text stays text, and the browser has the characters that matplotlib's font lacks.
+            warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+            figure.savefig(buffer, format="svg", transparent=True, metadata=NO_METADATA)
     return _inline(buffer.getvalue(), prefix)
 
 
