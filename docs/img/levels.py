@@ -38,6 +38,7 @@ SAYS = {
     "training": "attach to an optimizer",
     "models": "walk, undo stack, recorded passes",
     "environment": "bn.env",
+    "verification": "bn.verify",
     "report": "tables and plots as values",
     "graph": "torch.compile backend",
     "memory": "recipes for save_memory",

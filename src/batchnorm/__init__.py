@@ -60,4 +60,5 @@ from batchnorm.surgery.settings import reset_statistics as reset_statistics
 from batchnorm.surgery.settings import set_options as set_options
 from batchnorm.surgery.unfreeze import unfreeze as unfreeze
 from batchnorm.training.attach import attach as attach
+from batchnorm.verification.verify import verify as verify
 from batchnorm.version import __version__ as __version__

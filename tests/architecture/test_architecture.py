@@ -23,7 +23,7 @@ LEVELS = [
     {"functional"},
     {"nn"},
     {"models", "environment", "report"},
-    {"graph", "memory", "comparison", "scopes"},
+    {"graph", "memory", "comparison", "scopes", "verification"},
     {"calibration", "surgery"},
     {"folding", "diagnosis", "observation", "porting", "training"},
     {"benchmark", "integrations", "insertion"},

@@ -75,9 +75,20 @@ def demo(
 
 
 @app.command()
-def env() -> None:
+def env(
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Also compare every backend with float64 on a device; exit status 1 where an "
+            "error is larger than allowed.",
+        ),
+    ] = False,
+    device: Annotated[str, typer.Option(help="The device to check: cpu, cuda:0, mps.")] = "cpu",
+) -> None:
     """Print versions, devices and backends, and why a backend is not there."""
     from batchnorm.environment import env as environment
+    from batchnorm.verification.verify import verify
 
     rows = [
         (name, key, str(found))
@@ -85,6 +96,11 @@ def env() -> None:
         for key, found in (value.items() if isinstance(value, dict) else [("", value)])
     ]
     show(Table("", ("what", "name", "found"), tuple(rows)))
+    if check:
+        with told_in_one_line():
+            verification = verify(device)
+        show("", verification.report())
+        raise typer.Exit(0 if verification.passed else 1)
 
 
 app.command()(bench)

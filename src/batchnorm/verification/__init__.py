@@ -1,0 +1,1 @@
+"""Checks of an installation on a device."""
