@@ -15,7 +15,7 @@ NAMES = [
     "LazyBatchNorm2d", "LazyBatchNorm3d", "Moments", "Pooled", "Renorm", "Running", "Same", "Synced", "calibrate", "check_ranks",
     "convert", "diagnose", "fold", "Folded", "edits", "env", "forget", "freeze", "frozen", "functional", "fused",
     "graph", "groups", "insert", "inspect", "keep_undo", "masked", "merge", "merge_states", "no_weight_decay", "observe", "Observer", "port", "prepare_for_export", "recycle_memory", "remove",
-    "repair", "reset_statistics", "same", "save_memory", "set_options", "undo", "unfreeze",
+    "repair", "reset_statistics", "same", "save_memory", "set_options", "undo", "unfreeze", "verify",
     "use_backend", "use_estimate",
 ]  # fmt: skip
 
