@@ -35,7 +35,7 @@ SAYS = {
     "functional": "normalize, batch_norm",
     "nn": "the layers",
     "comparison": "bn.same",
-    "training": "attach to an optimizer",
+    "training": "bn.attach, bn.guard",
     "models": "walk, undo stack, recorded passes",
     "environment": "bn.env",
     "verification": "bn.verify",

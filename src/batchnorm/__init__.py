@@ -50,6 +50,7 @@ from batchnorm.sources.grouped import Grouped as Grouped
 from batchnorm.sources.pooled import Pooled as Pooled
 from batchnorm.sources.renorm import Renorm as Renorm
 from batchnorm.sources.synced import Synced as Synced
+from batchnorm.surgery.adapt import adapt as adapt
 from batchnorm.surgery.convert import convert as convert
 from batchnorm.surgery.freeze import freeze as freeze
 from batchnorm.surgery.freeze import frozen as frozen
@@ -60,5 +61,6 @@ from batchnorm.surgery.settings import reset_statistics as reset_statistics
 from batchnorm.surgery.settings import set_options as set_options
 from batchnorm.surgery.unfreeze import unfreeze as unfreeze
 from batchnorm.training.attach import attach as attach
+from batchnorm.training.guard import guard as guard
 from batchnorm.verification.verify import verify as verify
 from batchnorm.version import __version__ as __version__

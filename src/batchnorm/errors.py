@@ -22,6 +22,14 @@ class LayoutError(BatchNormError, ValueError):
     """A tensor has the wrong rank, a mask does not fit, or a channel has too few values."""
 
 
+class SingleValueError(LayoutError):
+    """A training batch has one value per channel, of which there is no variance."""
+
+
+class NonFiniteError(BatchNormError, FloatingPointError):
+    """The statistics of a training batch are NaN or infinite, and ``on_nonfinite="error"``."""
+
+
 class ChannelError(BatchNormError, RuntimeError):
     """The number of channels of the input differs from that of the statistics or parameters."""
 

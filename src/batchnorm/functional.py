@@ -16,7 +16,7 @@ from batchnorm.estimators.running import check_momentum, move
 from batchnorm.moments import Moments
 from batchnorm.ops import routes
 from batchnorm.ops.activations import ActivationLike, activation
-from batchnorm.ops.autograd.shared import normalize_shared
+from batchnorm.ops.autograd.shared import Sharing, normalize_shared
 from batchnorm.ops.call import Arguments
 from batchnorm.selection import WHOLE, Selection
 from batchnorm.sources.base import Batch, Context, Recalled, Source
@@ -143,7 +143,8 @@ def batch_norm(
     call = prepare(input, weight, bias, mean=running_mean, var=running_var, eps=eps)
     if not training:
         return evaluate(call)
-    check_source(call, Batch())
+    check_eps(call)
+    layout.check_enough_values(call.x, call.axis)
     y, moments = routes.normalize_batch(call)
     if running_mean is not None and running_var is not None:
         move(running_mean, running_var, moments, momentum)
@@ -176,10 +177,10 @@ def by_source(
 
     Raises:
         OptionError: If the source takes stored statistics and there are none, or eps <= 0.
-        LayoutError: If a batch with one value per channel is normalized by its own statistics.
+        SingleValueError: If a batch with one value per channel is normalized by its own statistics.
         CollectiveError: If another process of a synchronized step is gone.
     """
-    check_source(call, source)
+    check_eps(call)
     if source.plan == "stored":
         if call.mean is None or call.var is None:
             raise OptionError(STORED.format(source=source))
@@ -194,10 +195,21 @@ def by_source(
         call = call._replace(selection=sharing.selection)
     # Of parts of a batch, or of a tensor on another device, this is not known here.
     alone = sharing is None or sharing.merge is None
+    if alone:
+        layout.check_enough_values(call.x, call.axis)
     if alone and not call.selection.is_whole and call.x.device.type == "cpu" and is_calm():
         selecting.check_enough(call.x, call.axis, call.selection)
     if sharing is None or sharing.is_own:
         return routes.normalize_batch(call)
+    return by_sharing(call, sharing)
+
+
+def by_sharing(call: Arguments, sharing: Sharing) -> tuple[Tensor, Moments]:
+    """Normalize by statistics that are merged over parts of a batch, or adjusted.
+
+    Returns:
+        y, and the Moments of all parts, before they were adjusted.
+    """
     # Collectives are not captured: the graph breaks here.
     over = torch.compiler.disable(normalize_shared)
     shared: tuple[Tensor, Moments] = over(call, sharing)
@@ -259,15 +271,11 @@ def prepare(
     )
 
 
-def check_source(call: Arguments, source: Source) -> None:
-    """Check eps and the number of values of a training step.
+def check_eps(call: Arguments) -> None:
+    """Check the eps of a training step.
 
     Raises:
-        OptionError: If eps <= 0, infinite or NaN.
-        LayoutError: If a batch with one value per channel is normalized by its own statistics.
+        OptionError: If it is <= 0, infinite or NaN.
     """
     if not 0 < call.eps < math.inf:
         raise OptionError(f"batch_norm eps must be positive during training, but got {call.eps}")
-    if source.plan == "stored":
-        return
-    layout.check_enough_values(call.x, call.axis)

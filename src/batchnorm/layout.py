@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from batchnorm.errors import ChannelError, DeviceError, DtypeError, LayoutError
+from batchnorm.errors import ChannelError, DeviceError, DtypeError, LayoutError, SingleValueError
 
 TOO_FEW_VALUES = """\
 Expected more than 1 value per channel when training, got input size {shape} (channel axis \
@@ -181,10 +181,10 @@ def check_enough_values(x: Tensor, axis: int) -> None:
     """Raise if each channel has exactly one value, whose variance would be 0.
 
     Raises:
-        LayoutError: If each channel has exactly one value.
+        SingleValueError: If each channel has exactly one value.
     """
     if values_per_channel(x.shape, axis) == 1:
-        raise LayoutError(TOO_FEW_VALUES.format(shape=tuple(x.shape), axis=axis))
+        raise SingleValueError(TOO_FEW_VALUES.format(shape=tuple(x.shape), axis=axis))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

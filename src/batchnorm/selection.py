@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import layout
-from batchnorm.errors import LayoutError, OptionError
+from batchnorm.errors import LayoutError, OptionError, SingleValueError
 
 ONE_VALUE = """\
 expected no value or more than one per channel in each group of samples when training, got one in \
@@ -180,15 +180,15 @@ def check_enough(x: Tensor, axis: int, selection: Selection) -> None:
     """Refuse to normalize a single value by its own statistics; a group of none is welcome.
 
     Raises:
-        LayoutError: If exactly one value per channel counts, in a group or in the whole.
+        SingleValueError: If exactly one value per channel counts, in a group or in the whole.
     """
     values = torch.as_tensor(selection._replace(weights=selection.counted).counts(x, axis))
     alone = (values.flatten() == 1).nonzero()
     if alone.numel() and selection.ids is None:
-        raise LayoutError(layout.TOO_FEW_VALUES.format(shape=tuple(x.shape), axis=axis))
+        raise SingleValueError(layout.TOO_FEW_VALUES.format(shape=tuple(x.shape), axis=axis))
     if alone.numel():
         group = int(alone[0])
-        raise LayoutError(ONE_VALUE.format(group=group, shape=tuple(x.shape), axis=axis))
+        raise SingleValueError(ONE_VALUE.format(group=group, shape=tuple(x.shape), axis=axis))
 
 
 def _element_weights(x: Tensor, axis: int, mask: Tensor | None, weights: Tensor | None) -> Tensor:

@@ -10,11 +10,11 @@ import batchnorm as bn
 from support import processes
 
 NAMES = [
-    "attach", "Batch", "BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Calibration",
+    "adapt", "attach", "Batch", "BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Calibration",
     "Cumulative", "Decayed", "Diagnosis", "Frozen", "Ghost", "Grouped", "LastBatches", "LazyBatchNorm1d",
     "LazyBatchNorm2d", "LazyBatchNorm3d", "Moments", "Pooled", "Renorm", "Running", "Same", "Synced", "calibrate", "check_ranks",
     "convert", "diagnose", "fold", "Folded", "edits", "env", "forget", "freeze", "frozen", "functional", "fused",
-    "graph", "groups", "insert", "inspect", "keep_undo", "masked", "merge", "merge_states", "no_weight_decay", "observe", "Observer", "port", "prepare_for_export", "recycle_memory", "remove",
+    "graph", "groups", "guard", "insert", "inspect", "keep_undo", "masked", "merge", "merge_states", "no_weight_decay", "observe", "Observer", "port", "prepare_for_export", "recycle_memory", "remove",
     "repair", "reset_statistics", "same", "save_memory", "set_options", "undo", "unfreeze", "verify",
     "use_backend", "use_estimate",
 ]  # fmt: skip

@@ -41,4 +41,7 @@ CHINESE = {
     "frozen (statistics={source})": "已冻结（statistics={source}）",
     "frozen ({what}); bn.unfreeze(model) first": "已冻结（{what}）；请先调用 bn.unfreeze(model)",
     "frozen (in eval while the model trains)": "已冻结（模型在训练模式，而该层在评估模式）",
+    'it mixes its statistics with those of a batch; bn.undo(model, "adapt") first': (
+        '它把自身的统计量与批次的统计量混合；请先调用 bn.undo(model, "adapt")'
+    ),
 }

@@ -10,6 +10,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from batchnorm.errors import CalibrationError, OptionError
 from batchnorm.models.walk import Found, walk
 from batchnorm.nn.base import Layer
+from batchnorm.nn.common import adapts
 from batchnorm.report.said import say
 
 # A name or pattern, a module, several of them, or a question.
@@ -92,6 +93,8 @@ def _frozen(found: Found, trains: bool) -> str:
         return say("frozen (statistics={source})", source=str(layer.statistics))
     if isinstance(layer, Layer) and layer.frozen is not None and layer.frozen.statistics:
         return say("frozen ({what}); bn.unfreeze(model) first", what=str(layer.frozen))
+    if adapts(layer):
+        return say('it mixes its statistics with those of a batch; bn.undo(model, "adapt") first')
     if trains and not layer.training:
         return say("frozen (in eval while the model trains)")
     return ""

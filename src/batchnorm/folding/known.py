@@ -8,12 +8,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.compat.modules import has_hooks
 from batchnorm.models.walk import kind_of
+from batchnorm.nn.common import adapts
 from batchnorm.ops.activations import IDENTITY
 from batchnorm.sources.grouped import Grouped
 from batchnorm.surgery.freezing import is_frozen_class, measured_eps
 
 TRAINING = "it is in training mode, and normalizes by the batch; call model.eval() first"
 BATCH = "it keeps no statistics, and normalizes by the batch in eval mode too"
+ADAPTED = 'it mixes its statistics with those of the batch; bn.undo(model, "adapt") first'
 HOOKS = "hooks on it would no longer see what it is given or what it makes"
 OWN = "it is a class of its own, and what it computes is not known"
 SCRIPTED = "it is scripted or traced; fold the model before torch.jit sees it"
@@ -82,13 +84,15 @@ def affine_of(module: nn.Module) -> Affine | str | None:
 
 
 def unusable(module: nn.Module) -> str | None:
-    """Return why the tensors of a module cannot be computed with."""
+    """Return why what a module computes in use does not follow from its tensors."""
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for name, tensor in named.items():
         if tensor.is_meta:
             return META
         if type(tensor) not in (Tensor, nn.Parameter):
             return SHARDED.format(name=name, kind=type(tensor).__name__)
+    if adapts(module):
+        return ADAPTED
     source = getattr(module, "statistics", None)
     return SEPARATE if isinstance(source, Grouped) and source.affine == "separate" else None
 

@@ -13,8 +13,15 @@ from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import functional, layout
-from batchnorm.compat.modules import buffers
-from batchnorm.errors import BatchNormError, LayoutError, OptionError
+from batchnorm.compat.modes import is_dynamo_loaded
+from batchnorm.compat.modules import buffers, path_of
+from batchnorm.errors import (
+    BatchNormError,
+    LayoutError,
+    NonFiniteError,
+    OptionError,
+    SingleValueError,
+)
 from batchnorm.estimators.bank import Bank, EstimatorLike, named
 from batchnorm.estimators.running import Cumulative, Running, check_momentum
 from batchnorm.moments import Moments
@@ -26,11 +33,12 @@ from batchnorm.nn import (
     freezing,
     groups,
     hot,
+    policies,
     states,
     traced,
     tracking,
 )
-from batchnorm.nn.common import Attributes
+from batchnorm.nn.common import Attributes, policy_of
 from batchnorm.ops.activations import IDENTITY, ActivationLike, activation
 from batchnorm.ops.call import Arguments
 from batchnorm.selection import WHOLE, Selection
@@ -43,6 +51,7 @@ class _Default(float):
 
 
 MOMENTUM = _Default(0.1)
+NO_STORED = 'on_single_value="stored" needs running statistics, and track_running_stats is False'
 BATCH = Batch()
 
 
@@ -65,13 +74,20 @@ class Layer(Attributes):
         activation: ActivationLike = None,
         statistics: Source = BATCH,
         estimator: EstimatorLike | None = None,
+        on_single_value: str = "error",
+        on_nonfinite: str = "propagate",
     ) -> None:
+        policy = policy_of(None, on_single_value=on_single_value, on_nonfinite=on_nonfinite)
+        if on_single_value == "stored" and not track_running_stats:
+            raise OptionError(NO_STORED)
         momentum, bank = estimation(momentum, estimator, track_running_stats)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
         casting.widen_statistics(self)
         self._configure(activation, statistics, bank)
+        if policy is not None:
+            self.policy = policy
 
     def _configure(self, act: ActivationLike, statistics: Source, bank: Bank | None) -> None:
         self.activation = activation(act)
@@ -149,17 +165,24 @@ class Layer(Attributes):
             selection = functional.selected(input, axis, **chosen, count=count)
             return self._normalize(self.call_of(input, residual, selection))
         except BatchNormError as error:
-            error.args = (f"{error} [in {self}]",)
+            named = isinstance(error, SingleValueError | NonFiniteError) and not is_compiling()
+            where = ""
+            if named:  # Dynamo would trace the search
+                find = torch.compiler.disable(path_of) if is_dynamo_loaded() else path_of
+                where = f"{find(self)!r}: "
+            error.args = (f"{error} [in {where}{self}]",)
             raise
 
     def _normalize(self, call: Arguments) -> Tensor:
         if not self.training and call.mean is not None:
+            if self.policy is not None and self.policy.prior is not None:
+                return policies.adapted(call, self.policy.prior)
             return functional.evaluate(call)
         moments: Moments | None
         if self.training and self.frozen is not None:
             y, moments = freezing.step(self, call)
         elif self.training:
-            y, moments = states.by_source(self, call)
+            y, moments = policies.by_source(self, call)
         else:
             return functional.by_source(call, BATCH)[0]
         if moments is not None:
@@ -226,6 +249,8 @@ class Layer(Attributes):
         if self.bank is not None:
             parts.append(f"estimator={list(self.bank.estimators.values())}")
             parts.append(f"in_use={self.bank.selected!r}")
+        if self.policy is not None:
+            parts.append(str(self.policy))
         if self.frozen is not None:
             parts.append(f"frozen=({self.frozen})")
         return ", ".join(parts)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.errors import OptionError
 from batchnorm.estimators.bank import Bank
 from batchnorm.ops.activations import Activation
 from batchnorm.sources.base import Recalled, Source, State
@@ -34,6 +35,48 @@ class Switches(NamedTuple):
     def on(self) -> Iterator[str]:
         """Yield the names of the switches that are on."""
         return (name for name, value in self._asdict().items() if value)
+
+
+class Policy(NamedTuple):
+    """What a layer does with inputs that batch normalization is not made for, and at use.
+
+    Attributes:
+        on_single_value: A training batch with one value per channel is an error (``"error"``), is
+            normalized by the running statistics (``"stored"``), or has xhat = 0 (``"skip"``).
+        on_nonfinite: A training batch with NaN or infinite statistics enters the running statistics
+            (``"propagate"``), does not (``"skip"``), or is an error (``"error"``).
+        prior: In evaluation, the stored statistics count as so many samples and are mixed with the
+            batch's; None: they are used alone.
+    """
+
+    on_single_value: str = "error"
+    on_nonfinite: str = "propagate"
+    prior: float | None = None
+
+    def __str__(self) -> str:
+        usual = Policy._field_defaults
+        given = self._asdict().items()
+        return ", ".join(f"{name}={value!r}" for name, value in given if value != usual[name])
+
+
+CHOICES = {
+    "on_single_value": ("error", "stored", "skip"),
+    "on_nonfinite": ("propagate", "skip", "error"),
+}
+
+
+def policy_of(policy: Policy | None, **given: object) -> Policy | None:
+    """Return a policy with some options replaced; None where all are at their defaults.
+
+    Raises:
+        OptionError: If a value is none of ``CHOICES``.
+    """
+    for name, value in given.items():
+        if name in CHOICES and value not in CHOICES[name]:
+            known = ", ".join(map(repr, CHOICES[name]))
+            raise OptionError(f"expected {name}= one of {known}, got {value!r}")
+    new = (policy or Policy())._replace(**given)  # type: ignore[arg-type]
+    return None if new == Policy() else new
 
 
 def without_gradient(parameter: Tensor | None) -> Tensor | None:
@@ -66,6 +109,7 @@ class Attributes(_BatchNorm):
         bank: The states of ``estimator=``; None if ``running_mean`` and ``running_var`` are the
             only state.
         frozen: The switches of ``bn.freeze``; None if nothing is frozen.
+        policy: What happens to unusual batches, and ``bn.adapt``; None if all is at its default.
         memory: The state of ``statistics=``, kept by ``nn/states.py``; None if the source has none.
         warned: Whether the warning about 16-bit running statistics was given.
     """
@@ -78,21 +122,31 @@ class Attributes(_BatchNorm):
         statistics: Source
         bank: Bank | None
         frozen: Switches | None
+        policy: Policy | None
         memory: Memory | None
     else:
         frozen = None
+        policy = None
         memory = None
+
+
+def adapts(layer: object) -> bool:
+    """Return whether ``bn.adapt`` mixes the stored statistics of a layer with the batch's."""
+    policy = getattr(layer, "policy", None)
+    return isinstance(policy, Policy) and policy.prior is not None
 
 
 def plan_of(layer: Attributes) -> Literal["batch", "stored"] | None:
     """Return which statistics normalize: the batch's, or the stored ones.
 
     None if the general path in ``base`` must compute the call: for other sources of statistics, for
-    estimators, for the cumulative average (``momentum=None``), for stored statistics that move, and
-    for an eps that it refuses.
+    estimators, for the cumulative average (``momentum=None``), for stored statistics that move or
+    are mixed with the batch's, for policies, and for an eps that it refuses.
     """
     if not layer.training:
-        return "stored" if layer.eps >= 0 else None
+        policy = layer.policy
+        adapts = policy is not None and policy.prior is not None
+        return "stored" if layer.eps >= 0 and not adapts else None
     if not 0 < layer.eps < torch.inf:
         return None
     frozen = layer.frozen
@@ -100,7 +154,8 @@ def plan_of(layer: Attributes) -> Literal["batch", "stored"] | None:
         return "stored" if frozen.statistics else None
     plan = layer.statistics.plan
     if plan == "batch":
-        return plan if layer.bank is None and layer.momentum is not None else None
+        usual = layer.bank is None and layer.momentum is not None and layer.policy is None
+        return plan if usual else None
     return plan if plan == "stored" else None
 
 

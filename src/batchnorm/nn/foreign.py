@@ -74,6 +74,8 @@ def _beyond_torch(layer: Attributes) -> str | None:
             "it has an estimator= besides the running average; build the layer with momentum= for "
             "the model to script"
         )
+    if layer.policy is not None:
+        return f"it has {layer.policy}; build the layer without, or call bn.undo(model)"
     if layer.axis != 1:
         return f"it has axis={layer.axis}; build the layer with axis=1 and move the channels there"
     if any(is_lazy(tensor) for tensor in (*layer.parameters(), *layer.buffers())):

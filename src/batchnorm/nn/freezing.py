@@ -9,7 +9,7 @@ from torch import Tensor
 
 from batchnorm import functional
 from batchnorm.moments import Moments
-from batchnorm.nn import states
+from batchnorm.nn import policies
 from batchnorm.nn.common import Attributes
 from batchnorm.ops.activations import IDENTITY
 from batchnorm.ops.call import Arguments
@@ -27,7 +27,7 @@ def step(layer: Attributes, call: Arguments) -> tuple[Tensor, Moments | None]:
     frozen = layer.frozen
     assert frozen is not None
     if not frozen.mode:
-        y, moments = states.by_source(layer, call)
+        y, moments = policies.by_source(layer, call)
         return y, None if frozen.statistics else moments
     if frozen.statistics or call.mean is None or call.var is None:
         y, _ = functional.by_source(call, STORED)  # raises where nothing is stored
@@ -37,5 +37,5 @@ def step(layer: Attributes, call: Arguments) -> tuple[Tensor, Moments | None]:
     y, _ = functional.by_source(fixed, STORED)
     with torch.no_grad():
         bare = call._replace(residual=None, act=IDENTITY)
-        _, moments = states.by_source(layer, bare)
+        _, moments = policies.by_source(layer, bare)
     return y, moments

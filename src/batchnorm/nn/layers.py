@@ -35,9 +35,16 @@ class BatchNorm1d(Layer, nn.BatchNorm1d):
         estimator: How the statistics for evaluation are estimated: one estimator, several, or a
             mapping name -> estimator; evaluation uses the first until ``bn.use_estimate`` selects
             another.
+        on_single_value: A training batch with one value per channel, whose variance is 0:
+            ``"error"`` raises; ``"stored"`` normalizes it by the running statistics; ``"skip"``
+            takes it as it is, so y = act(bias + residual) and the input's gradient is 0. Neither of
+            the two moves the running statistics or the counter.
+        on_nonfinite: A training batch whose mean or variance is NaN or infinite: ``"propagate"``
+            lets it into the running statistics, ``"skip"`` leaves them and the counter as they are,
+            ``"error"`` raises and names the layer. The output is the same in all of them.
 
     Raises:
-        OptionError: NaN momentum, momentum and estimator together, an unknown activation.
+        OptionError: NaN momentum, momentum and estimator together, an unknown activation or policy.
 
     Reference:
         Ioffe and Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by
@@ -89,6 +96,8 @@ class BatchNorm(Layer):
         activation: ActivationLike = None,
         statistics: Source = BATCH,
         estimator: EstimatorLike | None = None,
+        on_single_value: str = "error",
+        on_nonfinite: str = "propagate",
     ) -> None:
         super().__init__(
             num_features,
@@ -102,6 +111,8 @@ class BatchNorm(Layer):
             activation=activation,
             statistics=statistics,
             estimator=estimator,
+            on_single_value=on_single_value,
+            on_nonfinite=on_nonfinite,
         )
         self.axis = axis
 

@@ -30,8 +30,11 @@ class Lazy(LazyModuleMixin, Layer):  # type: ignore[misc]
         activation: ActivationLike = None,
         statistics: Source = BATCH,
         estimator: EstimatorLike | None = None,
+        on_single_value: str = "error",
+        on_nonfinite: str = "propagate",
     ) -> None:
-        options = {"bias": bias, "activation": activation, "statistics": statistics}
+        options = {"bias": bias, "activation": activation, "statistics": statistics,
+                   "on_single_value": on_single_value, "on_nonfinite": on_nonfinite}  # fmt: skip
         super().__init__(0, eps, momentum, affine, track_running_stats, device, dtype,
                          estimator=estimator, **options)  # fmt: skip
         dtype = dtype or torch.get_default_dtype()

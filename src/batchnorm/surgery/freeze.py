@@ -11,7 +11,7 @@ from batchnorm.models.change import Edit, Entry, Model
 from batchnorm.models.stack import Done, newest, record
 from batchnorm.nn.adopted import BatchNormAct2d, FrozenBatchNorm2d, FrozenBatchNormAct2d
 from batchnorm.nn.base import Layer
-from batchnorm.nn.common import Switches
+from batchnorm.nn.common import Switches, adapts
 from batchnorm.surgery import layers, pairing, rules, unfreeze
 from batchnorm.surgery.freezing import Freeze, is_frozen_class
 from batchnorm.surgery.freezing import freeze as freeze_layer
@@ -34,6 +34,7 @@ Nothing was changed"""
 
 BOTH = "expected switches= or statistics=, affine=, mode=, folded=, got both"
 
+ADAPTED = 'folded=True, and in use it mixes its statistics; bn.undo(model, "adapt") first'
 NOT_STORED = "it keeps no statistics to normalize by (track_running_stats=False); use mode=False"
 
 
@@ -195,6 +196,8 @@ def _plan(name: str, layer: nn.Module, switches: Switches) -> FreezePlan:
     verdict = rules.decide(name, layer)
     if isinstance(verdict, rules.Left) or verdict is None:
         raise layers.refuse(_VERB, name, layer, verdict.reason if verdict else "it is none")
+    if switches.folded and adapts(layer):
+        raise layers.refuse(_VERB, name, layer, ADAPTED)
     if switches.mode and (layer.running_mean is None or layer.running_var is None):
         raise layers.refuse(_VERB, name, layer, NOT_STORED)
     return FreezePlan(

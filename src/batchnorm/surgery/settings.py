@@ -14,6 +14,7 @@ from batchnorm.models.edits import expect_model
 from batchnorm.models.stack import Done, newest, record
 from batchnorm.models.walk import kind_of
 from batchnorm.nn.base import Layer
+from batchnorm.nn.common import CHOICES, policy_of
 from batchnorm.surgery import layers
 from batchnorm.surgery.exchange import Exchange, exchange
 from batchnorm.surgery.options import Filter
@@ -24,6 +25,11 @@ _RESET = "reset_statistics"
 
 SEVERAL = "it has estimator=, whose estimators have numbers of their own; use bn.convert"
 STORED = "it has no running average that a momentum moves"
+STORED_ALONE = "its class normalizes by stored statistics alone, whatever the batch"
+NOT_OURS = "it is not this library's and has no such option; bn.convert(model) first"
+NO_STATISTICS = "it keeps no statistics to normalize by (track_running_stats=False)"
+NOTHING = """\
+expected momentum=, eps=, on_single_value= or on_nonfinite= to set, got neither"""
 UNKNOWN = "its class is not known to read eps from an attribute"
 FROZEN = "its statistics are frozen; bn.unfreeze(model) first"
 
@@ -33,9 +39,11 @@ def set_options(
     *,
     momentum: float | EllipsisType | None = ...,
     eps: float | EllipsisType = ...,
+    on_single_value: str | EllipsisType = ...,
+    on_nonfinite: str | EllipsisType = ...,
     filter: Filter | None = None,
 ) -> Model:
-    """Set momentum and epsilon of the batch normalizations of a model, of any library, in place.
+    """Set options of the batch normalizations of a model, in place; the first two of any library.
 
     ``bn.undo(model, "set_options")`` gives back what they were before the first call.
 
@@ -44,16 +52,47 @@ def set_options(
         momentum: Weight of the newest batch in the running average, from 0 to 1; None for the
             cumulative average; as it is by default.
         eps: Added to the variance, > 0; as it is by default. It changes what evaluation computes.
+        on_single_value: ``"error"``, ``"stored"`` or ``"skip"``, as of ``bn.BatchNorm1d``.
+        on_nonfinite: ``"propagate"``, ``"skip"`` or ``"error"``, alike.
         filter: ``filter(name, module)`` says whether a layer is changed; all by default.
 
     Returns:
         The model.
 
     Raises:
-        OptionError: If nothing is to be set, or a number is out of range.
+        OptionError: If nothing is to be set, or a value is out of range.
         SurgeryError: If there is no batch normalization, or one that has no such option: momentum
-            of a frozen class or of a layer with ``estimator=``. Nothing is changed then.
+            of a frozen class or of a layer with ``estimator=``, the last two options of a layer
+            that is not this library's. Nothing is changed then.
     """
+    new = _numbers(momentum, eps)
+    given = {"on_single_value": on_single_value, "on_nonfinite": on_nonfinite}
+    policies = {name: one for name, one in given.items() if not isinstance(one, EllipsisType)}
+    policy_of(None, **policies)
+    asked = {**new, **policies}
+    if not asked:
+        raise OptionError(NOTHING)
+    some = layers.chosen(layers.found(model, _VERB), filter)
+    for name, layer in some:
+        if reason := _unable(layer, asked):
+            raise layers.refuse(_VERB, name, layer, reason)
+    before, stood_on = newest(model, _VERB, Exchange)
+    note = ", ".join(f"{option}={value}" for option, value in asked.items())
+    done = []
+    for name, layer in some:
+        entry = before[layer].entry if layer in before and layer not in stood_on else None
+        older = entry.change if entry is not None else None
+        assert older is None or isinstance(older, Exchange)
+        edit = Edit((name,), _VERB, shown(layer), shown(layer), note)
+        known: Any = layer
+        both = {**new, "policy": policy_of(known.policy, **policies)} if policies else new
+        done.append(Done(edit, exchange(layer, both, older=older), name, entry))
+    record(model, done)
+    return model
+
+
+def _numbers(momentum: float | EllipsisType | None, eps: float | EllipsisType) -> dict[str, Any]:
+    """Return those of the two that are given, checked."""
     new: dict[str, Any] = {}
     if not isinstance(momentum, EllipsisType):
         check_momentum(momentum)
@@ -63,23 +102,7 @@ def set_options(
         if not number or not 0 < eps < math.inf:
             raise OptionError(f"expected eps > 0, a finite number, got {eps!r}")
         new["eps"] = float(eps)
-    if not new:
-        raise OptionError("expected momentum= or eps= to set, got neither")
-    some = layers.chosen(layers.found(model, _VERB), filter)
-    for name, layer in some:
-        if reason := _unable(layer, new):
-            raise layers.refuse(_VERB, name, layer, reason)
-    before, stood_on = newest(model, _VERB, Exchange)
-    note = ", ".join(f"{option}={value}" for option, value in new.items())
-    done = []
-    for name, layer in some:
-        entry = before[layer].entry if layer in before and layer not in stood_on else None
-        older = entry.change if entry is not None else None
-        assert older is None or isinstance(older, Exchange)
-        edit = Edit((name,), _VERB, shown(layer), shown(layer), note)
-        done.append(Done(edit, exchange(layer, new, older=older), name, entry))
-    record(model, done)
-    return model
+    return new
 
 
 def reset_statistics(model: Model, *, filter: Filter | None = None) -> Model:
@@ -120,6 +143,13 @@ def _unable(layer: Any, new: dict[str, Any]) -> str:
             return SEVERAL
         if kind.frozen or not kind.derived:
             return STORED
+    if CHOICES.keys() & new.keys():
+        if not isinstance(layer, Layer):
+            return NOT_OURS
+        if kind.frozen:
+            return STORED_ALONE
+        if new.get("on_single_value") == "stored" and layer.running_mean is None:
+            return NO_STATISTICS
     return "" if kind.derived or kind.frozen else UNKNOWN
 
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from batchnorm import layout
+from batchnorm.errors import SingleValueError
 from batchnorm.moments import Moments, centered
 from batchnorm.ops.activations import IDENTITY, Activation
 from batchnorm.ops.autograd.eager import (
@@ -29,9 +31,10 @@ from batchnorm.ops.call import Arguments, Epilogue, ForBackward
 from batchnorm.selection import WHOLE, Selection
 
 TWICE = """\
-statistics that are adjusted (bn.Renorm), or merged by a source whose merge() records no \
-gradient, have no second derivative; a loss of gradients (create_graph=True) can be differentiated \
-with statistics=bn.Batch(), bn.Synced(), bn.Ghost(size), bn.Grouped(count) or bn.Frozen()"""
+statistics that are adjusted (bn.Renorm, bn.Pooled, bn.adapt), or merged by a source whose merge() \
+records no gradient, have no second derivative; a loss of gradients (create_graph=True) can be \
+differentiated with statistics=bn.Batch(), bn.Synced(), bn.Ghost(size), bn.Grouped(count) or \
+bn.Frozen()"""
 
 
 class Sharing(NamedTuple):
@@ -251,6 +254,8 @@ def normalize_shared(call: Arguments, sharing: Sharing) -> tuple[Tensor, Moments
     own = Moments(call.selection.counts(x, axis), *backend.moments(x.detach(), axis))
     merged = own if sharing.merge is None else sharing.merge(own)
     count = _one_count(merged.count, call.selection)
+    if sharing.merge is not None and count == 1 and call.selection.is_whole:
+        raise SingleValueError(layout.TOO_FEW_VALUES.format(shape=tuple(x.shape), axis=axis))
     batch = Moments(count, merged.mean, merged.m2)
     adjusted = None if sharing.adjust is None else Adjusted(batch, sharing.adjust)
     by = batch if adjusted is None else adjusted.moments
