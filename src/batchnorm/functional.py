@@ -210,7 +210,9 @@ def by_sharing(call: Arguments, sharing: Sharing) -> tuple[Tensor, Moments]:
     Returns:
         y, and the Moments of all parts, before they were adjusted.
     """
-    # Collectives are not captured: the graph breaks here.
+    if sharing.is_captured:
+        return normalize_shared(call, sharing)
+    # Other collectives are not captured: the graph breaks here.
     over = torch.compiler.disable(normalize_shared)
     shared: tuple[Tensor, Moments] = over(call, sharing)
     return shared

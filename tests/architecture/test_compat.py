@@ -223,3 +223,27 @@ def test_arguments_that_an_operator_writes_to_are_named(way):
         assert [tensors.base(one) is x for one in seen.found] == [True, True]
     else:
         assert same == [True] * bool(expected)
+
+
+def test_an_ordered_operation_stays_in_a_graph_that_does_not_use_its_result():
+    library = torch.library.Library("batchnorm_of_a_test", "FRAGMENT")
+    called = []
+    for name in ("ordered", "free"):
+        library.define(f"{name}(Tensor x) -> Tensor")
+
+        def run(x, name=name):
+            called.append(name)
+            return x + 1
+
+        library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"batchnorm_of_a_test::{name}", torch.empty_like, lib=library)
+    operators.ordered("batchnorm_of_a_test::ordered", library)
+
+    def both(x):
+        torch.ops.batchnorm_of_a_test.free(x)
+        torch.ops.batchnorm_of_a_test.ordered(x)
+        return x * 2
+
+    torch.compiler.reset()
+    torch.compile(both, backend="aot_eager", fullgraph=True)(torch.ones(3))
+    assert called == ["ordered"]

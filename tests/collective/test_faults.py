@@ -1,6 +1,8 @@
 """A process that goes out of step with the others: what every process is told, and how soon."""
 
+import os
 import re
+import signal
 import time
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.errors import OptionError
+from batchnorm.errors import CollectiveError, OptionError
 from support.ranks import across_ranks
 
 TIMEOUT = 4.0
@@ -113,6 +115,34 @@ def test_every_survivor_ends_in_an_error_that_names_the_layer():
             assert re.search(words, told.replace("\n", " ")), (name, rank, told)
             assert took < TIMEOUT + 3, (name, rank, took)
             assert same, (name, rank)
+
+
+def _killed(rank, passed):
+    """What the others are told where rank 1 is killed before a pass, and whether all is as it was."""
+    model = model_of()
+    x = torch.randn(5, 3, 6)
+    loss_of(model(x)).backward()
+    y = model(x) if passed == "backward" else None
+    before = [b.clone() for b in model.buffers()]
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    start, told = time.monotonic(), ""
+    try:
+        loss_of(model(x) if y is None else y).backward()
+    except CollectiveError as error:
+        told = str(error)
+    return told, time.monotonic() - start, all(map(torch.equal, model.buffers(), before))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("passed", ["forward", "backward"])
+def test_a_killed_process_is_an_error_in_all_others(passed):
+    first, _, last = across_ranks(_killed, 3, passed, lost=1)
+    layer = {"forward": "'1'", "backward": "'3'"}[passed]
+    for told, took, same in (first, last):
+        assert f"did not answer in the {passed} pass of layer {layer}" in told
+        assert took < TIMEOUT + 3 and same
 
 
 def test_a_timeout_is_a_positive_number():

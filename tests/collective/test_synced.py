@@ -141,6 +141,27 @@ def test_synced_in_one_process_is_the_batch():
     assert repr(bn.Synced()) == "Synced()"
 
 
+def test_there_and_back_between_plain_layers_torch_s_synchronized_ones_and_ours():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
+    keys = list(plain.state_dict())
+    x = torch.randn(5, 3, 2, 2)
+    for net in (plain, bn.convert(model)):  # torch's does not run on the CPU; ours does
+        net(x).square().sum().backward()
+    assert model[1].statistics == bn.Synced()
+    bn.convert(model, statistics=bn.Batch())
+    for net in (plain, model):
+        net(x)
+    assert type(bn.undo(bn.undo(model))[1]) is nn.SyncBatchNorm
+    other = copy.deepcopy(plain)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[name])
+    assert list(model.state_dict()) == keys
+    other.load_state_dict(model.state_dict())
+    assert not vars(model[1]).keys() - vars(nn.SyncBatchNorm(4)).keys()
+
+
 def test_convert_and_undo_torch_s_and_timm_s():
     timm = third_party.timm()
     plain = timm.layers.norm_act.BatchNormAct2d(3, act_layer=nn.SiLU)

@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 import batchnorm as bn
 from batchnorm.graph import operations
-from batchnorm.ops.activations import NAMES
+from batchnorm.ops.activations import IDENTITY, NAMES
 from support.combinations import each
 
 
@@ -163,3 +163,12 @@ def test_step_under_vmap_is_plain_operations():
     layer = bn.BatchNorm1d(3, track_running_stats=False)
     function = torch.func.vmap(lambda x: layer(x))
     assert not any("batch_norm" in name for name in captured(function, torch.randn(1, 4, 3)))
+
+
+def test_what_a_small_step_returns_may_be_written_to():
+    x, dy = torch.randn(4, 3, 5, requires_grad=True), torch.randn(4, 3, 5)
+    found = []
+    for write in (False, True):
+        y, *_ = operations.SmallForward.apply(x, None, None, None, IDENTITY, 1e-5, 1)
+        found += torch.autograd.grad(y.add_(1.0) if write else y, x, dy)
+    assert torch.equal(*found)

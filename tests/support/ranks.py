@@ -12,8 +12,13 @@ import torch.distributed
 import torch.multiprocessing
 
 
-def across_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
-    """Return ``function(rank, *args)`` of every rank; it must be at module level."""
+def across_ranks(
+    function: Callable[..., Any], size: int, *args: Any, lost: int | None = None
+) -> list[Any]:
+    """Return ``function(rank, *args)`` of every rank; it must be at module level.
+
+    Rank ``lost`` ends without a result: its entry is None.
+    """
     # One server imports torch and this package; each rank is a fork of it, which takes no time.
     torch.multiprocessing.set_forkserver_preload(["torch", "batchnorm"])
     with tempfile.TemporaryDirectory() as folder:
@@ -25,12 +30,17 @@ def across_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[An
             start_method="forkserver",
         )
         try:
-            while not context.join():
-                pass
+            if lost is None:
+                while not context.join():
+                    pass
+            else:
+                for process in context.processes:
+                    process.join()
         finally:
             for process in context.processes:
                 process.kill()
-        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(size)]
+        ranks = [None if rank == lost else Path(folder) / f"{rank}.pt" for rank in range(size)]
+        return [None if path is None else torch.load(path) for path in ranks]
 
 
 def _one(rank: int, function: Callable[..., Any], size: int, folder: str, args: Any) -> None:

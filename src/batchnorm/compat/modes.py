@@ -15,11 +15,18 @@ Private names, and what happens without them:
 - ``torch.autograd.forward_ad._current_level``: no public form. Without it tangents would be lost.
 - ``torch._C._autograd._top_saved_tensors_default_hooks``: no public form. Without it what a
   recomputation needs would be kept for every training step.
+- ``_dynamo_marked_constant``, what ``torch.compiler.assume_constant_result`` sets; that imports
+  ``torch._dynamo``, which takes seconds.
+- ``torch._dynamo.symbolic_convert.InstructionTranslator.current_tx``, ``is_root_tracer``: no public
+  form. Without them a layer with an ordered operation (``compat.operators``) in a region of
+  activation checkpointing would be captured, which AOTAutograd does not support.
 - ``torch._C._current_graph_task_id``: no public form. Without it checkpointing would step the
   running statistics twice.
 """
 
 import sys
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +34,8 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+
+Result = TypeVar("Result")
 
 
 def is_calm() -> bool:
@@ -69,6 +78,19 @@ def is_transformed() -> bool:
 def is_dynamo_loaded() -> bool:
     """Return whether something has imported ``torch._dynamo``, which takes seconds."""
     return "torch._dynamo" in sys.modules
+
+
+def constant_in_graphs(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Make Dynamo call a function while it captures, and put the result into the graph."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_in_graphs
+def is_region() -> bool:
+    """Return whether Dynamo captures a graph inside a graph, as that of a checkpointed region."""
+    translator = sys.modules["torch._dynamo.symbolic_convert"].InstructionTranslator
+    return not translator.current_tx().output.is_root_tracer()
 
 
 def is_recomputing() -> bool:

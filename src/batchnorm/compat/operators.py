@@ -1,19 +1,36 @@
-"""Which arguments an ATen operator writes to, and the mode that intercepts operators.
+"""Which arguments an operator writes to, the mode that intercepts operators, and their order.
 
 Private names, and what happens without them:
 
 - ``OpOverload._schema``: the names of an operator's arguments, and which it writes to. ``Tag``
   has no tag for operators with ``out=``, and none that names the arguments. Without it writes in
   place could not be told from reads.
+- ``torch.library._register_effectful_op``, ``torch._library.effects.EffectType``: keep calls of
+  operations in their order in graphs of AOTAutograd. No public form; without it Inductor drops an
+  operation on an empty batch, and nothing keeps two in order whose results do not depend on each
+  other: processes with batches of other sizes could call collectives in another order.
 - ``torch.utils._python_dispatch.TorchDispatchMode``: sees every operator that runs. No public form.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+from torch._library.effects import EffectType
+from torch.library import _register_effectful_op
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 
-__all__ = ["DispatchMode", "named", "written"]
+__all__ = ["DispatchMode", "named", "ordered", "written"]
+
+
+def ordered(name: str, library: torch.library.Library) -> None:
+    """Make compiled graphs call an operation as often as written, and in the order as written.
+
+    Args:
+        name: Of the operation, with its namespace.
+        library: That defined it.
+    """
+    _register_effectful_op(name, EffectType.ORDERED, lib=library)
 
 
 def named(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

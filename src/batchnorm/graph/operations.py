@@ -8,7 +8,6 @@ generated loops; the Python of a custom operation would take as long as the laye
 are taken in float64, as in ``reference``, everything else in the compute dtype.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,28 +22,7 @@ from batchnorm.ops.backends import reference
 from batchnorm.ops.backends.base import Backend
 from batchnorm.ops.backends.choice import likely, select
 from batchnorm.ops.call import Epilogue, ForBackward
-
-# Inductor prefers channels-last images. Without flexible_layout it would copy inputs to the layout
-# of the example inputs, and results back.
-TAGS = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
-
-LIBRARY = torch.library.Library("batchnorm", "FRAGMENT")
-
-
-def in_graphs(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Register a function and its fake kernel as an operation ``batchnorm::name``.
-
-    Without ``torch.library.custom_op``, whose wrappers cost as much as a small layer.
-    """
-
-    def register(function: Callable[..., Any]) -> Any:
-        schema = torch.library.infer_schema(function, mutates_args=())
-        LIBRARY.define(name + schema, tags=TAGS)
-        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"batchnorm::{name}", fake, lib=LIBRARY)
-        return getattr(torch.ops.batchnorm, name).default
-
-    return register
+from batchnorm.ops.registered import LIBRARY, in_graphs, like, wanted
 
 
 def _fake_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -84,23 +62,6 @@ def _checked(
     return select(x, epilogue, axis)
 
 
-def _like(x: Tensor, result: Tensor) -> Tensor:
-    """Return a result with the strides that the fake kernel returned."""
-    if result.stride() == x.stride():
-        return result
-    expected = torch.empty_like(x)
-    return result if result.stride() == expected.stride() else expected.copy_(result)
-
-
-def _wanted(x: Tensor, dresidual: Tensor | None, dy: Tensor) -> Tensor:
-    """Return dresidual for an operation, which must return a tensor: an empty one for None."""
-    if dresidual is None:
-        return x.new_empty(0)
-    dresidual = _like(x, dresidual)
-    # A custom operation must not return one of its inputs.
-    return dresidual.clone() if dresidual.data_ptr() == dy.data_ptr() else dresidual
-
-
 def _forward(
     x: Tensor,
     weight: Tensor | None,
@@ -116,7 +77,7 @@ def _forward(
     given = (x, epilogue, eps, axis)
     found = _quick(x, "forward", *given)
     y, stats = found or _checked(x, axis, epilogue).forward(*given)
-    return _like(x, y), stats
+    return like(x, y), stats
 
 
 # ``forward`` is differentiable in y. A graph after AOTAutograd contains ``forward_alone``.
@@ -141,7 +102,7 @@ def backward(
     if found is None:
         found = _checked(x, axis, stats=stats).backward(dy, saved, want_residual)
     dx, dresidual, sum_dz, sum_dz_xhat = found
-    return _like(x, dx), _wanted(x, dresidual, dy), sum_dz, sum_dz_xhat
+    return like(x, dx), wanted(x, dresidual, dy), sum_dz, sum_dz_xhat
 
 
 class ForwardFunction(torch.autograd.Function):
@@ -216,7 +177,9 @@ class SmallForward(torch.autograd.Function):
         y = act(z).to(x.dtype)
         # Save the product: the weight itself may be written to before backward.
         scale = rstd if weight is None else rstd * weight.to(dtype)
-        ctx.save_for_backward(deviation, rstd, scale, y if act.from_output else z)
+        # The caller may write to y, which is z without an activation: a residual is added in place.
+        source = None if act == IDENTITY else y if act.from_output else z
+        ctx.save_for_backward(deviation, rstd, scale, source)
         ctx.rest = act, axis, count, dtype_of(weight), dtype_of(bias)
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
@@ -227,7 +190,7 @@ class SmallForward(torch.autograd.Function):
         deviation, rstd, scale, source = ctx.saved_tensors
         act, axis, count, weight_dtype, bias_dtype = ctx.rest
         dtype, view = deviation.dtype, layout.per_channel_shape(deviation.ndim, axis)
-        dz = act.backward(dy.to(dtype), source.to(dtype))
+        dz = dy.to(dtype) if source is None else act.backward(dy.to(dtype), source.to(dtype))
         sum_dz, dot = (_summed(part, axis) for part in (dz, dz * deviation))
         sum_dz_xhat = dot * rstd
         mean, slope = sum_dz * (1 / count), sum_dz_xhat * rstd * (1 / count)

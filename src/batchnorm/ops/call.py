@@ -110,8 +110,11 @@ class Arguments(NamedTuple):
         assert residual is not None
         if self.selection.weights is None:
             return residual
-        # A 0-d tensor does not promote; expanded to a tensor it would.
-        return self.selection.clean(residual.to(torch.result_type(self.x, residual)))
+        # A 0-d tensor does not promote; expanded to a tensor it would. Dynamo does not know
+        # torch.result_type.
+        own, other = self.x.dtype, residual.dtype
+        promoted = torch.promote_types(own, other) if residual.ndim else own
+        return self.selection.clean(residual.to(promoted))
 
     def per_group(self) -> "Arguments":
         """Return the call with a row of weight, bias, mean and var for each group of samples."""

@@ -8,6 +8,7 @@ with others. The messages have a process group of their own, so that they never 
 DistributedDataParallel.
 """
 
+import itertools
 import weakref
 from datetime import timedelta
 from functools import partial
@@ -64,9 +65,9 @@ class Lockstep:
             use_local_synchronization=True,
         )
         self._ranks = Ranks(own)
-        self._numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self._numbers: dict[int, int] = {}
 
-    def merge(self, layer: nn.Module, moments: Moments) -> Moments:
+    def merge(self, place: int, moments: Moments) -> Moments:
         """Return the Moments of all processes, merged in the order of ranks.
 
         ``count`` may be a number, of shape () or of the shape of ``mean``. Differentiable any
@@ -75,49 +76,49 @@ class Lockstep:
         count = torch.as_tensor(moments.count, dtype=moments.mean.dtype).expand_as(moments.mean)
         packed = torch.stack([count, moments.mean, moments.m2])
         if packed.requires_grad:
-            again = partial(self._gather, layer, TWICE)
+            again = partial(self._gather, place, TWICE)
             parts = gather_differentiably(packed, again, self._ranks.rank)
         else:
-            parts = self._gather(layer, FORWARD, packed)
+            parts = self._gather(place, FORWARD, packed)
         first, *others = (Moments(*one) for one in parts)
         return merge(first, *others)
 
-    def add(self, layer: nn.Module, sums: Tensor) -> Tensor:
+    def add(self, place: int, sums: Tensor) -> Tensor:
         """Return the sum over all processes, added in the order of ranks."""
-        first, *others = self._gather(layer, BACKWARD, sums)
+        first, *others = self._gather(place, BACKWARD, sums)
         for other in others:
             first = first + other
         return first
 
-    def _gather(self, layer: nn.Module, passed: int, values: Tensor) -> list[Tensor]:
-        number = self._numbers.setdefault(layer, len(self._numbers))
+    def _gather(self, place: int, passed: int, values: Tensor) -> list[Tensor]:
+        number = self._numbers.setdefault(place, len(self._numbers))
         header = Header(passed, number, values.numel())
         flat = values.detach().flatten().to("cpu", torch.float64)
         message = torch.zeros(len(header) + FITS, dtype=torch.float64)
         message[: len(header)] = torch.tensor(header, dtype=torch.float64)
         if len(flat) <= FITS:
             message[len(header) : len(header) + len(flat)] = flat
-        found = self._all(layer, passed, message)
+        found = self._all(place, passed, message)
         headers = [Header(*map(int, one[: len(header)].tolist())) for one in found]
         if any(one != header for one in headers):
             raise CollectiveError(DIFFERENT.format(each=self._described(headers)))
         if len(flat) <= FITS:
             parts = [one[len(header) : len(header) + len(flat)] for one in found]
         else:
-            parts = self._all(layer, passed, flat)
+            parts = self._all(place, passed, flat)
         return [part.view(values.shape).to(values) for part in parts]
 
-    def _all(self, layer: nn.Module, passed: int, message: Tensor) -> list[Tensor]:
+    def _all(self, place: int, passed: int, message: Tensor) -> list[Tensor]:
         try:
             return self._ranks.gather(message)
         except CollectiveError as error:
             reason = str(error.__cause__ or error).splitlines()[0]
-            said = {"passed": _PASSES[passed], "layer": repr(path_of(layer)), "reason": reason}
+            said = {"passed": _PASSES[passed], "layer": repr(_name(place)), "reason": reason}
             raise CollectiveError(SILENT.format(**said)) from error
 
     def _described(self, headers: list[Header]) -> str:
         """Name what each process is at, by the names that its layers have here."""
-        names = {number: path_of(layer) for layer, number in self._numbers.items()}
+        names = {number: _name(place) for place, number in self._numbers.items()}
         return "; ".join(
             f"rank {rank} is in the {_PASSES[one.passed]} pass of layer number {one.number} in the "
             f"order of first calls ({names.get(one.number, 'not called here')!r} here) with "
@@ -127,6 +128,10 @@ class Lockstep:
 
 
 _PASSES = ("forward", "backward", "differentiated backward")
+# A layer has a number of this process, its place, so that a graph can name it in an argument.
+_places: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_layers: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+_new = itertools.count()
 _known: dict[tuple[int, float | None], tuple[object, Lockstep]] = {}
 
 
@@ -137,3 +142,16 @@ def lockstep(group: Group, timeout: float | None) -> Lockstep:
     if key not in _known or _known[key][0] is not parent:
         _known[key] = parent, Lockstep(group, timeout)
     return _known[key][1]
+
+
+def place_of(layer: nn.Module) -> int:
+    """Return the number of a layer in this process, other than that of any other layer, or copy."""
+    if layer not in _places:
+        _places[layer] = next(_new)
+        _layers[_places[layer]] = layer
+    return _places[layer]
+
+
+def _name(place: int) -> str:
+    layer = _layers.get(place)
+    return "a layer that is gone" if layer is None else path_of(layer)

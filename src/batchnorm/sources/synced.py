@@ -9,8 +9,10 @@ from batchnorm.collective import Group, Ranks
 from batchnorm.errors import OptionError
 from batchnorm.moments import Moments
 from batchnorm.ops.autograd.shared import Sharing
+from batchnorm.ops.call import Arguments
 from batchnorm.sources.base import Context, SourcePlan
-from batchnorm.sources.lockstep import lockstep
+from batchnorm.sources.captured import normalize
+from batchnorm.sources.lockstep import lockstep, place_of
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,12 @@ class Synced:
             return Sharing(ranks.merge, ranks.add)
 
         def merge(moments: Moments) -> Moments:
-            return lockstep(self.group, self.timeout).merge(layer, moments)
+            return lockstep(self.group, self.timeout).merge(place_of(layer), moments)
 
         def add(sums: Tensor) -> Tensor:
-            return lockstep(self.group, self.timeout).add(layer, sums)
+            return lockstep(self.group, self.timeout).add(place_of(layer), sums)
 
-        return Sharing(merge, add)
+        def captured(call: Arguments) -> tuple[Tensor, Moments]:
+            return normalize(call, layer, self.group, self.timeout)
+
+        return Sharing(merge, add, captured=captured)

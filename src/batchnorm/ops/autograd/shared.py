@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from batchnorm import layout
+from batchnorm.compat.modes import is_region
 from batchnorm.errors import SingleValueError
 from batchnorm.moments import Moments, centered
 from batchnorm.ops.activations import IDENTITY, Activation
@@ -48,12 +50,23 @@ class Sharing(NamedTuple):
             count, mean and m2 alone. Gradients flow through what torch records of it; detached
             factors are constants. What the estimators see is what came in. None: as they are.
         selection: In place of the call's: the source's own weights or groups.
+        captured: What computes a call, where each group has its row of weight and bias, while a
+            graph is captured and nothing is adjusted: by operations of the graph. None: the graph
+            breaks, as it does in a region of activation checkpointing.
     """
 
     merge: Callable[[Moments], Moments] | None = None
     add: Callable[[Tensor], Tensor] | None = None
     adjust: Callable[[Moments], Moments] | None = None
     selection: Selection | None = None
+    captured: Callable[[Arguments], tuple[Tensor, Moments]] | None = None
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether a graph is captured, which can take the call."""
+        if self.captured is None or self.adjust is not None:
+            return False
+        return is_compiling() and not is_region()
 
     @property
     def is_own(self) -> bool:
@@ -134,7 +147,7 @@ class Reach(NamedTuple):
         merged = self.merge(own)
         if own.mean.requires_grad and not merged.mean.requires_grad:
             raise RuntimeError(TWICE)
-        count = _one_count(merged.count, selection)
+        count = one_count(merged.count, selection)
         return merged.mean, reference.reciprocal_std(merged.m2, count, self.eps)
 
     def of(self, sums: Tensor, stats: Tensor) -> Tensor:
@@ -210,12 +223,20 @@ class SharedNormalize(torch.autograd.Function):
     def _gradients(ctx: SharedContext, *grads: Tensor) -> Gradients:
         x, stats, _, beside = ctx.saved_tensors
         act, axis, backend, adds, reach, dtypes = ctx.rest
-        given = (grads[0], ForBackward(x, stats, beside, act, axis))
-        sum_dz, sum_dz_xhat = backend.backward_sums(*given)
-        merged = reach.of(torch.stack([sum_dz, sum_dz_xhat]), stats)
-        dx, dresidual = backend.backward_input(*given, merged[0], merged[1], reach.values, adds)
+        saved = ForBackward(x, stats, beside, act, axis)
+        dx, dresidual, sum_dz, sum_dz_xhat = gradients(grads[0], saved, backend, reach, adds)
         affine = to_parameters(dtypes[0], sum_dz_xhat, dtypes[1], sum_dz)
         return dx, *affine, dresidual, None, None, None, None, None
+
+
+def gradients(
+    dy: Tensor, saved: ForBackward, backend: Backend, reach: Reach, adds: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Return dx, dresidual, and of this part sum(dz) and sum(dz * xhat)."""
+    sum_dz, sum_dz_xhat = backend.backward_sums(dy, saved)
+    merged = reach.of(torch.stack([sum_dz, sum_dz_xhat]), saved.stats)
+    dx, dresidual = backend.backward_input(dy, saved, merged[0], merged[1], reach.values, adds)
+    return dx, dresidual, sum_dz, sum_dz_xhat
 
 
 class _Once(torch.autograd.Function):
@@ -249,28 +270,42 @@ def normalize_shared(call: Arguments, sharing: Sharing) -> tuple[Tensor, Moments
         y, merged = normalize_shared(alone, sharing)
         return call.selection.clean(call.act(y + call.clean_residual())), merged
     call = call.per_group()
-    x, axis = call.x, call.axis
-    backend = select(x, call.epilogue, axis, selection=call.selection)
-    own = Moments(call.selection.counts(x, axis), *backend.moments(x.detach(), axis))
-    merged = own if sharing.merge is None else sharing.merge(own)
-    count = _one_count(merged.count, call.selection)
-    if sharing.merge is not None and count == 1 and call.selection.is_whole:
-        raise SingleValueError(layout.TOO_FEW_VALUES.format(shape=tuple(x.shape), axis=axis))
-    batch = Moments(count, merged.mean, merged.m2)
-    adjusted = None if sharing.adjust is None else Adjusted(batch, sharing.adjust)
-    by = batch if adjusted is None else adjusted.moments
-    var = variance_of(by)
-    rstd = reference.stored_rstd(var, call.eps)
-    affine = (call.weight, call.bias)
-    stats = reference.known_stats(x, by.mean, var, rstd, *affine)
-    reach = Reach(count, sharing.add, adjusted, sharing.merge, call.eps)
+    if sharing.is_captured:
+        assert sharing.captured is not None
+        return sharing.captured(call)
+    backend, batch, adjusted = measured(call, sharing)
+    stats = stats_of(call, batch if adjusted is None else adjusted.moments)
+    reach = Reach(batch.count, sharing.add, adjusted, sharing.merge, call.eps)
     y = SharedNormalize.apply(  # type: ignore[no-untyped-call]
-        x, *affine, call.residual, stats, call.act, axis, backend, reach
+        *(call.x, call.weight, call.bias, call.residual),
+        *(stats, call.act, call.axis, backend, reach),
     )
     return y, batch
 
 
-def _one_count(count: float | Tensor, selection: Selection) -> float | Tensor:
+def measured(call: Arguments, sharing: Sharing) -> tuple[Backend, Moments, Adjusted | None]:
+    """Return the backend of a call, the Moments of all parts, and what was made of them."""
+    backend = select(call.x, call.epilogue, call.axis, selection=call.selection)
+    count = call.selection.counts(call.x, call.axis)
+    own = Moments(count, *backend.moments(call.x.detach(), call.axis))
+    merged = own if sharing.merge is None else sharing.merge(own)
+    count = one_count(merged.count, call.selection)
+    if sharing.merge is not None and count == 1 and call.selection.is_whole:
+        shape = tuple(call.x.shape)
+        raise SingleValueError(layout.TOO_FEW_VALUES.format(shape=shape, axis=call.axis))
+    batch = merged._replace(count=count)
+    adjusted = None if sharing.adjust is None else Adjusted(batch, sharing.adjust)
+    return backend, batch, adjusted
+
+
+def stats_of(call: Arguments, by: Moments) -> Tensor:
+    """Return ``stats`` (6, C) of a call that is normalized by given Moments."""
+    var = variance_of(by)
+    rstd = reference.stored_rstd(var, call.eps)
+    return reference.known_stats(call.x, by.mean, var, rstd, call.weight, call.bias)
+
+
+def one_count(count: float | Tensor, selection: Selection) -> float | Tensor:
     """Return the count of each group, (groups, 1), or of all; every channel has the same.
 
     A number where nothing but the parts was counted.
