@@ -198,6 +198,54 @@ def test_padding_in_statistics_is_found():
     assert not plain.findings
 
 
+class _Detector(nn.Module):
+    """A network on images with masks; ``given`` hands the mask to the layer."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.conv, self.norm, self.given = nn.Conv2d(3, 4, 1), bn.BatchNorm2d(4), given
+
+    def forward(self, pixels, pixel_mask):
+        x = self.conv(pixels)
+        return self.norm(x, mask=pixel_mask[:, None] > 0) if self.given else self.norm(x)
+
+
+@pytest.mark.parametrize(
+    ("case", "found"),
+    [("padded", True), ("inverse", True), ("full", False), ("objects", False), ("given", False)],
+)
+def test_padding_of_images_is_found_by_a_mask_of_the_batch(case, found):
+    generator = torch.Generator().manual_seed(0)
+    heights = torch.tensor([8, 6, 4, 7, 5, 8])[:, None, None]
+    mask = (torch.arange(8)[None, :, None] < heights).expand(6, 8, 8)
+    mask = torch.ones_like(mask) if case == "full" else mask
+    images = [torch.randn(6, 3, 8, 8, generator=generator) for _ in range(3)]
+    if case != "objects":
+        images = [image * mask[:, None] for image in images]
+    mask = ~mask if case == "inverse" else mask
+    batches = [{"pixels": image, "pixel_mask": mask.long()} for image in images]
+    findings = bn.diagnose(_Detector(case == "given"), batches, select=["BN605"]).findings
+    assert [one.subject for one in findings] == (["norm"] if found else [])
+    if found:
+        assert findings[0].evidence["padded"] == pytest.approx(10 / 48)
+
+
+def test_values_normalized_by_the_stored_statistics_are_counted():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    data = [torch.randn(8, 3) for _ in range(64)]  # of larger batches some samples are taken
+    bn.calibrate(model, data)
+    (one,) = bn.diagnose(model, data).measured
+    assert (one.feed.mean, one.feed.deviation) == pytest.approx((0, 1), abs=2e-3)
+    z = model.eval()[:2](torch.cat(data)).detach().double()
+    expected = torch.histc(z.float().clamp(-8, 8), 64, -8, 8)
+    off = (expected - torch.tensor(one.feed.histogram)).abs().sum()
+    assert sum(one.feed.histogram) == 64 * 8 * 4 and off <= 4  # at ends of parts by rounding
+    model[1].running_mean -= 3 * (model[1].running_var + 1e-5).sqrt()
+    (one,) = bn.diagnose(model, data).measured
+    assert (one.feed.mean, one.feed.deviation) == pytest.approx((3, 1), abs=2e-3)
+
+
 def test_what_cannot_be_used_is_told_and_the_rest_is_judged():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     for data in ([], [torch.ones(1, 3)], [torch.ones(2, 9)], None):

@@ -139,6 +139,9 @@ MESSAGES = {
     "{share:.0%} of its positions repeat the one before in every channel.": (
         "{share:.0%} 的位置在所有通道上都与前一个位置相同。"
     ),
+    "{share:.0%} of the pixels are padding by a mask of the batch, which it does not get.": (
+        "按批次中的掩码，{share:.0%} 的像素是填充，而该层没有得到掩码。"
+    ),
     "It keeps no statistics and normalizes by the batch in eval, too.": (
         "它不保存统计量，在评估模式下也用当前批次归一化。"
     ),
@@ -222,6 +225,16 @@ PAGE = {
     "Channels": "通道",
     "What was not seen": "没有检查到的",
     "What enters each layer": "各层的输入",
+    "Values that enter a layer, of all channels, normalized by the stored statistics: where these "
+    "fit, the mean is 0 and the deviation 1. Bars: mean ± deviation, by the stored statistics and "
+    "as measured; values beyond ±8 are counted at the ends.": (
+        "进入各层的值，所有通道合在一起，按存储的统计量归一化：统计量相符时，均值为 0，标准差为 1。"
+        "横条：均值 ± 标准差，分别按存储值和测得值；超出 ±8 的值计入两端。"
+    ),
+    "mean {mean:.2g}, deviation {deviation:.2g}": "均值 {mean:.2g}，标准差 {deviation:.2g}",
+    "values, normalized": "归一化后的值",
+    "number": "个数",
+    "entered": "输入值",
     "found": "发现",
     "dtype": "数据类型",
     "least σ²": "最小 σ²",

@@ -2,11 +2,13 @@
 
 import math
 import statistics
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from batchnorm.calibration.measure import Statistics
+from batchnorm.calibration.measure import Statistics, usable
 from batchnorm.diagnosis.distance import distance
 from batchnorm.diagnosis.use import Feed
 from batchnorm.layout import channel_axis
@@ -15,6 +17,8 @@ from batchnorm.moments import Moments, merge
 
 # Batches of which more than the Moments is looked at: enough for a variance between batches.
 LOOKED_AT = 64
+# Of the histogram of normalized values: its parts, its ends, and how many values of a call it has.
+BINS, REACH, SOME = 64, 8.0, 16_384
 # Batches that are needed for one.
 FEWEST = 4
 
@@ -22,8 +26,13 @@ FEWEST = 4
 class Fed:
     """What entered one layer."""
 
-    def __init__(self, eps: float) -> None:
-        self._eps = eps
+    def __init__(self, eps: float, stored: Statistics) -> None:
+        self._eps, self._stored = eps, usable(stored)
+        self._counts = torch.zeros(BINS)
+        # Of the values that were counted, normalized by the stored statistics.
+        self._normalized = Moments.zero(1)
+        self._sees_images = False
+        self._padded: list[float] = []
         self.batches, self._now, self._most = 0, 0, 0
         self._values: list[float] = []
         self._calls: list[Moments] = []
@@ -42,6 +51,9 @@ class Fed:
             return
         axis = channel_axis(x.ndim, given.axis)
         self._values.append(x.numel() / x.shape[axis])
+        if given.selection.is_whole and axis > 0:
+            self._sees_images |= x.ndim == 4
+            self._count(x, axis)
         found = given.moments()
         one = Moments(float(found.count), found.mean.cpu(), found.m2.cpu())
         if number < len(self._calls):
@@ -65,10 +77,23 @@ class Fed:
         if x.ndim <= 3 and x.shape[1] > 1:
             self._repeats.append(_repeats(x))
 
-    def next(self) -> None:
-        """End a batch."""
+    def _count(self, x: Tensor, axis: int) -> None:
+        """Count values of 8 to 15 samples at evenly spaced positions, some 16,000 of a call."""
+        some = x[:: max(1, len(x) // 8)].movedim(axis, -1).flatten(0, -2)
+        some = some[:: max(1, some.numel() // SOME)].double().cpu()
+        mean, var = self._stored
+        z = ((some - mean) / (var + self._eps).sqrt()).flatten()
+        z = z[z.isfinite()]
+        self._counts += torch.histc(z.clamp(-REACH, REACH).float(), BINS, -REACH, REACH)
+        if len(z):
+            self._normalized = merge(self._normalized, Moments.of(z[:, None]))
+
+    def next(self, padding: float) -> None:
+        """End a batch, of whose images a mask leaves out a share."""
         self.batches += self._now > 0
-        self._now = 0
+        if self._now and self._sees_images:
+            self._padded.append(padding)
+        self._now, self._sees_images = 0, False
 
     def feed(self) -> Feed:
         """Return what was found."""
@@ -80,7 +105,17 @@ class Fed:
             self._scatter(),
             self._apart(),
             statistics.fmean(self._repeats) if self._repeats else 0.0,
+            statistics.fmean(self._padded) if self._padded else 0.0,
+            *self._entered(),
         )
+
+    def _entered(self) -> tuple[tuple[int, ...], float | None, float | None]:
+        """Return the histogram, the mean and the deviation of normalized values."""
+        if not float(self._normalized.count):
+            return (), None, None
+        deviation = self._normalized.variance().sqrt()
+        counts = tuple(map(int, self._counts.tolist()))
+        return counts, float(self._normalized.mean), float(deviation)
 
     def _scatter(self) -> float | None:
         if len(self._means) < FEWEST:
@@ -95,6 +130,32 @@ class Fed:
             return 0.0
         whole = _statistics(merge(*self._calls))
         return max(distance(whole, _statistics(one), self._eps).distance for one in self._calls)
+
+
+def padding_of(batch: Any) -> float:
+    """Return which share of the pixels of a batch's images a mask of the batch leaves out.
+
+    A mask is a tensor of shape (N, H, W) with "mask" in its name, beside images (N, C, H, W) that
+    have one value wherever it leaves pixels out, in another number for each sample: others, such as
+    masks of objects, are no masks of padding. Without one nothing tells padding from background.
+    """
+    items = batch.items() if isinstance(batch, Mapping) else ()
+    tensors = [(str(name), one) for name, one in items if isinstance(one, Tensor)]
+    images = [one for _, one in tensors if one.ndim == 4 and one.is_floating_point()]
+    for name, mask in tensors:
+        if "mask" not in name or mask.ndim != 3:
+            continue
+        for image in images:
+            if image.shape[0] != mask.shape[0] or image.shape[2:] != mask.shape[1:]:
+                continue
+            # Libraries mark with 1 what counts, or what does not.
+            for outside in (mask == 0, mask != 0):
+                number = outside.flatten(1).sum(1)
+                values = image.movedim(1, -1)[outside]
+                differs = bool((number != number[0]).any()) and len(values) < outside.numel()
+                if differs and bool((values == values[0]).all()):
+                    return float(outside.double().mean())
+    return 0.0
 
 
 def _statistics(found: Moments) -> Statistics:

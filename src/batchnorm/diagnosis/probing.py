@@ -16,7 +16,7 @@ from batchnorm.calibration.measure import MeasuredLayers, Statistics, read, usab
 from batchnorm.calibration.passes import Measured, Passes
 from batchnorm.collective import Ranks
 from batchnorm.diagnosis.distance import distance
-from batchnorm.diagnosis.feeding import Fed
+from batchnorm.diagnosis.feeding import Fed, padding_of
 from batchnorm.diagnosis.use import Fit
 from batchnorm.errors import LayoutError
 from batchnorm.models.inputs import Forward, entering, replaced_forward
@@ -76,7 +76,7 @@ class _Reading:
 
     def run(self, batch: Any) -> None:
         """Run a batch; where that fails, what was measured of it is dropped."""
-        seen = self._seen
+        seen, padding = self._seen, padding_of(batch)
         try:
             self._run(batch)
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (told by the examination)
@@ -88,7 +88,7 @@ class _Reading:
         else:
             seen.batches += 1
         for fed in seen.fed.values():
-            fed.next()
+            fed.next(padding)
 
 
 def measure(
@@ -96,7 +96,7 @@ def measure(
 ) -> None:
     """Read the data once, and fill ``fed``, ``true``, ``fits`` and ``first``."""
     stored = {name: read(layer) for name, layer in layers.by_name.items()}
-    seen.fed = {name: Fed(layer.eps) for name, layer in layers.by_name.items()}
+    seen.fed = {name: Fed(layer.eps, stored[name]) for name, layer in layers.by_name.items()}
     reading = _Reading(seen, data, run, layers)
     passes = Passes(layers, data, reading.run, Ranks(False), options, tell)
     layers.configure(passes.names)

@@ -56,8 +56,13 @@ def _dropout(layer: LayerUse) -> Judged:
 
 def _padding(layer: LayerUse) -> Judged:
     feed = layer.feed
-    if feed is None or feed.repeats <= PADDED:
+    if feed is None or max(feed.repeats, feed.padded) <= PADDED:
         return None
+    if feed.padded > PADDED:
+        words = (
+            "{share:.0%} of the pixels are padding by a mask of the batch, which it does not get."
+        )
+        return say(words, share=feed.padded), {"padded": feed.padded}
     return (
         say(
             "{share:.0%} of its positions repeat the one before in every channel.",
@@ -183,7 +188,8 @@ MODEL: tuple[UseRule, ...] = (
         "Padding counts in the statistics",
         "Positions that repeat the one before in every channel, in another number for each "
         "sample, are padding. They pull the mean to its value and make results depend on the "
-        "lengths of other samples.",
+        "lengths of other samples. In images a border of one value may be background as well: "
+        "there a mask of the batch, (N, H, W), has to tell.",
         "Tell the layer what counts: layer(x, mask=mask) or lengths=lengths of this library's "
         "layers, bn.convert(model) makes them.",
         each(_padding),

@@ -1,6 +1,7 @@
 """A diagnosis as a report: findings by rule, and a table of the layers."""
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -149,14 +150,18 @@ def _row(layer: Layer) -> tuple[Cell, ...]:
     )
 
 
-def _ranked(measured: Sequence[LayerUse], most: int | None) -> Table:
-    """Return a row for each layer, those that matter most first."""
+def by_effect(measured: Sequence[LayerUse]) -> list[LayerUse]:
+    """Return the layers, those that matter most first."""
 
     def weight(one: LayerUse) -> tuple[float, float]:
         fit = one.fit
         return (-1.0, 0.0) if fit is None else (fit.effect or 0.0, fit.distance)
 
-    ordered = sorted(measured, key=weight, reverse=True)
+    return sorted(measured, key=weight, reverse=True)
+
+
+def _ranked(measured: Sequence[LayerUse], most: int | None) -> Table:
+    ordered = by_effect(measured)
     rows = tuple(map(_measured_row, ordered[:most]))
     more = len(ordered) - len(rows)
     note = say(_MEASURED_NOTE)
@@ -165,15 +170,20 @@ def _ranked(measured: Sequence[LayerUse], most: int | None) -> Table:
     return Table("", _MEASURED, rows, note)
 
 
+def _whole(number: float | None) -> float | None:
+    """Return a number of three digits and more without a fraction."""
+    return round(number) if number is not None and 100 <= number < math.inf else number
+
+
 def _measured_row(one: LayerUse) -> tuple[Cell, ...]:
     fit, feed = one.fit, one.feed
     return (
         printable(one.name) or WHOLE,
         None if fit is None else fit.effect,
         None if fit is None else fit.distance,
-        None if fit is None else fit.errors,
+        None if fit is None else _whole(fit.errors),
         None if feed is None else feed.gap,
         None if feed is None or not feed.batches else round(feed.values),
-        None if feed is None else feed.independent,
+        None if feed is None else _whole(feed.independent),
         None if one.steps is None else int(one.steps),
     )

@@ -52,6 +52,12 @@ class Feed:
             those of all; 0 for one call.
         repeats: Share of the positions whose values equal those of the position before in every
             channel, where their number differs between samples: padding. 0 for images.
+        padded: Share of the pixels of the batches' images that a mask of the batch leaves out, of
+            which the layer knows nothing; 0 where there is no mask.
+        histogram: How many of some values fall into each of 64 parts of [-8, 8], after they were
+            normalized by the stored statistics; what lies beyond counts in the outermost ones.
+        mean: Mean of these normalized values: 0 where the stored statistics fit.
+        deviation: Their standard deviation: about 1 where the stored statistics fit.
         gap: Root mean square of the difference between the layer's output in training, without
             dropout, and in eval, over that in training; None where it is not known.
     """
@@ -63,6 +69,10 @@ class Feed:
     scatter: float | None = None
     apart: float = 0.0
     repeats: float = 0.0
+    padded: float = 0.0
+    histogram: tuple[int, ...] = ()
+    mean: float | None = None
+    deviation: float | None = None
     gap: float | None = None
 
 

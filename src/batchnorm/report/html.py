@@ -1,5 +1,6 @@
 """A report as one self-contained HTML file, with inline pictures, styles and script."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from functools import singledispatch
@@ -8,7 +9,7 @@ from typing import Any
 
 import matplotlib as mpl  # noqa: F401 (plots import it when they are drawn: missing, it is told here)
 from jinja2 import Environment, FunctionLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from batchnorm.report import pictures
 from batchnorm.report.model import (
@@ -30,6 +31,8 @@ from batchnorm.report.model import (
 from batchnorm.report.plots import COLOURS, colour_of, to_svg
 from batchnorm.report.words import of_language
 
+# Options of commands, in which no line is broken.
+OPTION = re.compile(r"(--[a-z][\w-]*)")
 # Of the page that is rendered: a renderer of a block gets the block and its place alone.
 LANGUAGE: ContextVar[str] = ContextVar("LANGUAGE", default="en")
 
@@ -84,7 +87,9 @@ def _(block: Plot, place: str) -> Markup:
         for at, series in enumerate(block.series)
     ]
     svg = Markup(pictures.small_svg(block))  # noqa: S704
-    return _macro("small", block, svg, pictures.ends(block), legend)
+    # The ends of a histogram lie below its picture's; those of curves are their lowest and highest.
+    arrows = ("", "") if block.kind == "histogram" else ("↓ ", "↑ ")
+    return _macro("small", block, svg, pictures.ends(block), legend, arrows)
 
 
 @render.register
@@ -158,5 +163,6 @@ PAGES = Environment(
     loader=FunctionLoader(_source),
 )
 PAGES.filters["cell"] = cell_text
+PAGES.filters["whole"] = lambda words: OPTION.sub(r'<span class="whole">\1</span>', escape(words))
 PAGES.filters["render"] = render
 PAGES.tests["number"] = is_number

@@ -77,7 +77,9 @@ class Series:
     """A named sequence of numbers to draw.
 
     ``x`` are positions, shape (P,); words for bars; the values to be counted for a histogram.
-    ``y`` has one number for each ``x`` (none for a histogram). ``low`` and ``high`` bound a band.
+    ``y`` has one number for each ``x``. ``low`` and ``high`` bound a band. In a histogram a series
+    with ``y`` is counted already: ``x`` are the middles of equal parts; and one with ``low`` and
+    ``high`` is a mark, a bar from one to the other with a stroke at ``x``.
     ``colour`` is a number of a colour, the same in all plots; None for that of its position.
     """
 

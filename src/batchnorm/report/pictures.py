@@ -25,6 +25,8 @@ WIDTH, HEIGHT = 200, 60
 BINS = 24
 # Of a grid, in pixels: a cell, and between cells.
 SIDE, GAP = 64, 10
+# Height of the mark of a mean and deviation above a histogram.
+MARK = 7
 
 
 class Scale(NamedTuple):
@@ -132,12 +134,43 @@ def small_svg(plot: Plot) -> str:
 def ends(plot: Plot) -> tuple[float, float] | None:
     """Return the lowest and the highest value of a small plot; None where there is none."""
     counted = plot.kind == "histogram"
-    parts = [[float(x) for x in s.x] if counted else s.y for s in plot.series]
-    values = [value for part in parts for value in finite(part)]
+    drawn = [one for one in plot.series if not (counted and one.low)]
+    parts = [_edges(one) if counted and one.y else one.x if counted else one.y for one in drawn]
+    values = [value for part in parts for value in finite([*map(float, part)])]
     return (min(values), max(values)) if values else None
 
 
+def _edges(series: Series) -> tuple[float, float]:
+    """Return the ends of a counted series."""
+    first, last = float(series.x[0]), float(series.x[-1])
+    half = (last - first) / (len(series.x) - 1) / 2
+    return first - half, last + half
+
+
+def _counted(drawn: Sequence[Series]) -> list[str]:
+    """Return the shapes of a series that is counted, and of marks above it."""
+    series, *marks = drawn
+    (low, high), top = _edges(series), (MARK * len(marks) + 2) if marks else 0
+    step, most = WIDTH / len(series.y), max(series.y) or 1.0
+    tops = [f"V{HEIGHT - (HEIGHT - top) * count / most:.1f}h{step:.2f}" for count in series.y]
+    colour = COLOURS[colour_of(series, 0) % len(COLOURS)]
+    shapes = [
+        f'<path d="M0 {HEIGHT}{"".join(tops)}V{HEIGHT}Z" fill="{colour}" fill-opacity="0.6"/>'
+    ]
+    for at, mark in enumerate(marks, 1):
+        ends = (float(mark.x[0]), mark.low[0], mark.high[0])
+        middle, left, right = (min(max(_share(one, low, high), 0.0), 1.0) * WIDTH for one in ends)
+        y, colour = MARK * (at - 0.5), COLOURS[colour_of(mark, at) % len(COLOURS)]
+        shapes.append(
+            f'<path d="M{left:.1f} {y}H{right:.1f}M{middle:.1f} {y - MARK / 2}V{HEIGHT}" '
+            f'fill="none" stroke="{colour}" stroke-width="2" vector-effect="non-scaling-stroke"/>'
+        )
+    return shapes
+
+
 def _histogram(drawn: Sequence[Series]) -> list[str]:
+    if drawn and drawn[0].y:
+        return _counted(drawn)
     values = [finite([float(x) for x in series.x]) for series in drawn]
     everything = [v for some in values for v in some]
     if not everything:

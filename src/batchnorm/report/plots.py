@@ -189,6 +189,13 @@ def _histogram(axes: "Axes", plot: Plot) -> None:
     for index, series in enumerate(plot.series):
         values = [value for value in map(float, series.x) if math.isfinite(value)]
         colour = _colour(series, index)
+        if series.low:
+            axes.axvspan(series.low[0], series.high[0], color=colour, alpha=0.15)
+            axes.axvline(values[0], color=colour, label=series.name)
+            continue
+        if series.y:
+            axes.bar(values, series.y, values[1] - values[0], label=series.name, color=colour)
+            continue
         axes.hist(values, bins=30, label=series.name, color=colour, alpha=0.75)
 
 

@@ -62,7 +62,10 @@ def heat_lines(block: Heat, names: int = 0) -> list[str]:
 
 
 def _series_line(plot: Plot, series: Series) -> str:
-    values = _counts(series) if plot.kind == "histogram" else series.y
+    if plot.kind == "histogram" and series.low:
+        return f"{series.name}: {series.x[0]:.3g} ({series.low[0]:.3g} … {series.high[0]:.3g})"
+    counted = plot.kind == "histogram" and not series.y
+    values = _counts(series) if counted else series.y
     if not values:
         return f"{series.name}: no values"
     ends = "" if plot.kind == "histogram" else f"  {values[0]:.3g} → {values[-1]:.3g}"
