@@ -43,7 +43,7 @@ def page_of(diagnosis: Diagnosis, path: Path | None, language: str = "en") -> Re
             layers = tuple(_channels(checkpoint, diagnosis))
     sections = [_sortable(section) for section in report.sections]
     if diagnosis.measured:
-        sections.append(_entered(diagnosis))
+        sections.insert(-1, _entered(diagnosis))  # before what was not seen
     extra = [
         Section("Channels", (heat_of(layers),)),
         Section("Each layer", details_of(layers)),
