@@ -45,7 +45,7 @@ audit: $(READY)
 test-integrations: $(READY)
 	@echo "Installing requirements/integrations.txt"
 	$(PIP) --constraint $(TORCH) --requirement requirements/integrations.txt
-	$(PY) -m pytest tests/interop tests/diagnosis tests/surgery tests/docs -k "trainers or onnx or keras or pt2e" -m "not cuda and not audit"
+	$(PY) -m pytest tests/interop tests/diagnosis tests/surgery tests/docs -k "trainers or onnx or keras or pt2e or schedule_free" -m "not cuda and not audit"
 
 # The pages in a browser, which Debian has as chromium; without it they are skipped, and it is said.
 test-pages: $(READY)

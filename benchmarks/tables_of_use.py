@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable
 
 from cited import CitationError, Row, Rows
-from tables import TITLES, WORDS, around, markdown, ratio, seconds
+from tables import TITLES, WORDS, around, markdown, megabytes, ratio, seconds
 
 
 def calibration(rows: Rows) -> str:
@@ -68,8 +68,23 @@ def throughput(rows: Rows) -> str:
     return f"{around(everything)}\n\n{markdown(head, 3, lines)}"
 
 
+def accumulation(rows: Rows) -> str:
+    """Return what a large batch costs whole and as micro-batches, and what its statistics are."""
+    everything = rows.every("use/accumulation", {})
+    lines = [
+        [
+            row["way"], seconds(row, "step_s"), ratio(row), megabytes(row, "peak_bytes"),
+            *(f"{row.number(column):.1g}" for column in ("first_off", "median_off")),
+        ]
+        for row in everything
+    ]  # fmt: skip
+    head = ["way", "step", "relative", "peak", "σ², first layer", "σ², all layers"]
+    return f"{around(everything)}\n\n{markdown(head, 1, lines)}"
+
+
 BLOCKS: dict[str, Callable[[Rows], str]] = {
     "calibration": calibration,
     "accuracy": accuracy,
     "throughput": throughput,
+    "accumulation": accumulation,
 }

@@ -38,6 +38,17 @@ def test_the_example_with_a_quantized_model(example):
     assert found["2 bits, calibrated"] > found["2 bits"] + 0.1
 
 
+def test_the_example_with_a_merged_adapter(example):
+    found = example("merged_adapter").main(steps=100)
+    assert found["merged, calibrated"] > found["merged"] + 0.3
+
+
+def test_the_example_with_a_schedule_free_optimizer(example):
+    pytest.importorskip("schedulefree")
+    found = example("schedule_free").main()
+    assert found["calibrate"] > found["as the optimizer leaves it"] + 0.1
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_example_that_quantizes_by_pt2e(example):
     pytest.importorskip("torchao")

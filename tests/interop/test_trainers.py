@@ -97,6 +97,27 @@ def test_lightning_validates_with_exact_statistics(lightning, tmp_path):
     assert not any(buffer.is_inference() for buffer in module.buffers())
 
 
+def test_lightning_calibrates_the_weights_of_a_schedule_free_optimizer(lightning, tmp_path):
+    from batchnorm.integrations.lightning import CalibrateCallback
+
+    schedulefree = pytest.importorskip("schedulefree")
+    module = lightning_module(lightning)
+    optimizer = schedulefree.AdamWScheduleFree(module.net.parameters(), 0.05, betas=(0.5, 0.99))
+    module.configure_optimizers = lambda: optimizer
+    module.on_train_epoch_start = optimizer.train
+    module.on_validation_start = optimizer.eval  # after the callback's
+    module.on_validation_end = optimizer.train
+    callback = CalibrateCallback(upstream="population", target_error=0.001)
+    fit(lightning, module, [callback], tmp_path)
+    for states in module.seen[1:]:
+        model = net()
+        model.load_state_dict(states)
+        bn.calibrate(model, [X], upstream="population")
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(states[name], value, rtol=1e-5, atol=1e-6)
+    assert optimizer.param_groups[0]["train_mode"]
+
+
 def test_lightning_in_the_midst_of_an_epoch_and_frozen_layers(lightning, tmp_path):
     from batchnorm.integrations.lightning import CalibrateCallback
 

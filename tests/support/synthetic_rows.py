@@ -124,6 +124,14 @@ def throughput():
         yield timed(cell) | {"plain_seconds": 0.07, "calibrate_seconds": 0.11}
 
 
+def accumulation():
+    errors = {"first_off": "0.3", "median_off": "0.2"}
+    for way in ("whole, torch.nn", "micro-batches, torch.nn"):
+        cell = {"network": "resnet18", "image": "64", "batch": "64", "way": way, "regime": "kept"}
+        times = {"step_s": "0.5", "ratio": "1.0", "low": "0.9", "high": "1.1"}
+        yield {**cell, "rounds": "7", **times, "peak_bytes": "2e8", **errors, **AROUND}
+
+
 def fold_networks():
     for name, left in (("ResNet-50", "0"), ("LeViT", "fails")):
         peers = {"left_fx": left, "left_onnxruntime": "wrong"}
@@ -214,6 +222,7 @@ FILES = {
     "calibration/rows.csv": calibration,
     "use/statistics.csv": statistics_of_use,
     "use/throughput.csv": throughput,
+    "use/accumulation.csv": accumulation,
     "fold/networks.csv": fold_networks,
     "fold/graphs.csv": fold_graphs,
     "fold/peers.csv": fold_peers,

@@ -1,15 +1,13 @@
 """Hugging Face Trainer: calibration, freezing and folding by schedule, and observation."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
-
-from torch import nn
 
 from batchnorm.calibration.calibrate import calibrate
 from batchnorm.calibration.result import Calibration
 from batchnorm.errors import MissingExtraError
 from batchnorm.folding.result import Folded
-from batchnorm.integrations.schedule import Schedule
+from batchnorm.integrations.schedule import Schedule, evaluated_weights
 from batchnorm.observation.observer import Observer, observe
 
 try:
@@ -26,10 +24,13 @@ class CalibrateCallback(TrainerCallback):
 
         trainer = Trainer(model, args, callbacks=[CalibrateCallback(max_samples=10_000)], ...)
 
+    Of a schedule-free optimizer the weights that evaluation uses are calibrated.
+
     Args:
         data: Batches; by default the trainer's training data, with their labels as the model's
             ``forward`` takes them. With data also before evaluations and saves within an epoch.
-        options: Of ``bn.calibrate``, such as ``forward``, ``upstream``, ``max_samples``.
+        options: Of ``bn.calibrate``, such as ``upstream``, or ``target_error`` to stop at a
+            standard error.
 
     Attributes:
         calibration: The last result; None before.
@@ -42,15 +43,17 @@ class CalibrateCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
         """Calibrate before an evaluation or a save within an epoch."""
         if self._data is not None and (control.should_evaluate or control.should_save):
-            self._calibrate(given["model"], self._data)
+            self._calibrate(given, self._data)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
         """Calibrate."""
         data = given["train_dataloader"] if self._data is None else self._data
-        self._calibrate(given["model"], data)
+        self._calibrate(given, data)
 
-    def _calibrate(self, model: nn.Module, data: Iterable[Any]) -> None:
-        self.calibration = calibrate(model, data, **self._options)
+    def _calibrate(self, given: Mapping[str, Any], data: Iterable[Any]) -> None:
+        optimizer = given.get("optimizer")
+        with evaluated_weights([] if optimizer is None else [optimizer]):
+            self.calibration = calibrate(given["model"], data, **self._options)
 
 
 class FreezeCallback(TrainerCallback):

@@ -11,7 +11,7 @@ from batchnorm.calibration.calibrate import calibrate
 from batchnorm.calibration.result import Calibration
 from batchnorm.errors import MissingExtraError
 from batchnorm.folding.result import Folded
-from batchnorm.integrations.schedule import Schedule
+from batchnorm.integrations.schedule import Schedule, evaluated_weights
 from batchnorm.models.walk import walk
 from batchnorm.observation.observer import Observer, observe
 
@@ -35,10 +35,13 @@ class CalibrateCallback(Callback):
 
         trainer = Trainer(callbacks=[CalibrateCallback(max_samples=10_000)])
 
+    Of a schedule-free optimizer the weights that evaluation uses are calibrated.
+
     Args:
         data: Batches; by default the trainer's training data. Validations in the midst of an epoch
             are only preceded by a calibration if data are given: the trainer still reads its own.
-        options: Of ``bn.calibrate``, such as ``forward``, ``upstream``, ``max_samples``.
+        options: Of ``bn.calibrate``, such as ``upstream``, or ``target_error`` to stop at a
+            standard error.
 
     Attributes:
         calibration: The last result; None before.
@@ -70,7 +73,7 @@ class CalibrateCallback(Callback):
         options = {"layers": self._trained, **self._options}
         data = trainer.train_dataloader if self._data is None else self._data
         # Validation runs in inference mode; what is computed here outlives it.
-        with torch.inference_mode(mode=False):
+        with torch.inference_mode(mode=False), evaluated_weights(trainer.optimizers):
             self.calibration = calibrate(module, data, **options)
         self._stale = False
 

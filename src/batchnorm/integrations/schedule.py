@@ -1,5 +1,7 @@
-"""What the callbacks of trainers share: freezing at an epoch, and folding at the end."""
+"""What the callbacks of trainers share: freezing at an epoch, and weights of evaluation."""
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -10,6 +12,23 @@ from batchnorm.folding.verb import fold
 from batchnorm.surgery.freeze import freeze
 
 EPOCH = "expected epoch= to be the number of the first frozen epoch, from 0, got {got!r}"
+
+
+@contextlib.contextmanager
+def evaluated_weights(optimizers: Iterable[Any]) -> Iterator[None]:
+    """Give a model the weights that evaluation uses, in this block.
+
+    A schedule-free optimizer that is in training mode has others in the parameters: its ``eval()``
+    and ``train()`` exchange them.
+    """
+    training = [one for one in optimizers if any(g.get("train_mode") for g in one.param_groups)]
+    for one in training:
+        one.eval()
+    try:
+        yield
+    finally:
+        for one in training:
+            one.train()
 
 
 class Schedule:
