@@ -35,6 +35,7 @@ import tables_of_folding
 import tables_of_freezing
 import tables_of_networks
 import tables_of_surgery
+import tables_of_synced
 import tables_of_use
 import typed
 from batchnorm.benchmark.rows import code_hash
@@ -54,6 +55,7 @@ BLOCKS: dict[str, Callable[[Rows], str]] = {
     **tables_of_freezing.BLOCKS,
     **tables_of_doctor.BLOCKS,
     **tables_of_surgery.BLOCKS,
+    **tables_of_synced.BLOCKS,
 }
 REPAIR = "run `python benchmarks/figures.py`"
 

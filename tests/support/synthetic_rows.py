@@ -201,6 +201,22 @@ def observing():
     yield {**cell, "step_s": "0.2", **ratios, **AROUND}
 
 
+def synced_errors():
+    errors = dict.fromkeys(("y", "dx", "dweight", "dbias", "running_mean", "running_var"), "1e-7")
+    for dtype, share in itertools.product(
+        ("float64", "float32", "bfloat16", "float16"), ("equal", "unequal", "subgroups")
+    ):
+        for contender in ("batchnorm", "pytorchvideo"):
+            cell = {"contender": contender, "processes": "4", "share": share, "dtype": dtype}
+            yield {**cell, **errors, **AROUND}
+
+
+def synced_steps():
+    sent = {"image": "32", "batch": "64", "layers": "20", "messages": "40", "bytes": "200000"}
+    for kind in ("torch", "batch", "synced"):
+        yield {"kind": kind, **sent, "rounds": "15", "step_s": "0.2", "ratio": "1.1", **AROUND}
+
+
 def port_parity():
     errors = dict.fromkeys(("outputs", "after_training", "after_training_unbiased"), "1e-7")
     for library in ("keras", "flax"):
@@ -235,6 +251,8 @@ FILES = {
     "doctor/published.csv": doctor_published,
     "observe/steps.csv": observing,
     "port/parity.csv": port_parity,
+    "synced/errors.csv": synced_errors,
+    "synced/steps.csv": synced_steps,
     "insert/steps.csv": insertion,
 }
 
