@@ -114,7 +114,8 @@ def test_lightning_calibrates_the_weights_of_a_schedule_free_optimizer(lightning
         model.load_state_dict(states)
         bn.calibrate(model, [X], upstream="population")
         for name, value in model.state_dict().items():
-            torch.testing.assert_close(states[name], value, rtol=1e-5, atol=1e-6)
+            if "running" in name:
+                torch.testing.assert_close(states[name], value, rtol=1e-5, atol=1e-6)
     assert optimizer.param_groups[0]["train_mode"]
 
 
