@@ -32,6 +32,8 @@ IDENTITY: dict[str, tuple[str, ...]] = {
     "doctor/faults": ("rule", "network"),
     "doctor/healthy": ("network",),
     "doctor/published": ("package", "file"),
+    "variants/times": ("shape", "contender"),
+    "variants/padding": ("model", "mode", "padded"),
     "freeze/matrix": ("action", "contender"),
     "freeze/tune": ("network", "layout", "batch", "size", "contender", "regime", "machine"),
     "freeze/gradients": ("network", "contender", "of"),

@@ -37,6 +37,7 @@ import tables_of_networks
 import tables_of_surgery
 import tables_of_synced
 import tables_of_use
+import tables_of_variants
 import typed
 from batchnorm.benchmark.rows import code_hash
 from batchnorm.files import write_atomically
@@ -56,6 +57,7 @@ BLOCKS: dict[str, Callable[[Rows], str]] = {
     **tables_of_doctor.BLOCKS,
     **tables_of_surgery.BLOCKS,
     **tables_of_synced.BLOCKS,
+    **tables_of_variants.BLOCKS,
 }
 REPAIR = "run `python benchmarks/figures.py`"
 

@@ -66,7 +66,11 @@ struct Args {
     double slope = 0;  // of leaky_relu, alpha of elu
     Activation activation = Activation::identity;
     int threads = 1;
+    int64_t elements = 0;        // of the tensor of which this is a part
     const Part* part = nullptr;  // null: all elements, of weight 1. Otherwise `outer` is the number of rows or planes of the part.
+
+    // Elements of the whole tensor: what is larger than the caches does not depend on groups.
+    int64_t whole() const { return elements > 0 ? elements : outer * channels * inner; }
 
     // Values of a channel, or the sum of their weights.
     double values() const { return part ? part->count : double(outer) * double(inner); }

@@ -49,6 +49,7 @@ class Groups {
     Args args_of(int64_t g, int threads) const {
         const Group& group = groups_[size_t(g)];
         Args a = a_;
+        a.elements = a_.whole();
         a.outer = group.outer;
         a.threads = threads;
         a.part = group.part.order || group.part.weights || group.part.runs ? &group.part : nullptr;

@@ -71,7 +71,7 @@ class Planes {
     }
 
     bool streams(const void* out) const {
-        const int64_t bytes = a.outer * stride * int64_t(sizeof(T));
+        const int64_t bytes = a.whole() * int64_t(sizeof(T));
         return bytes >= stream_bytes && out != a.x && lines_aligned(out, a.inner * int64_t(sizeof(T)));
     }
 

@@ -34,7 +34,7 @@ class Rows {
     int threads() const { return shared(a) ? a.threads : 1; }
 
     bool streams(const void* out) const {
-        const int64_t bytes = a.outer * a.channels * int64_t(sizeof(T));
+        const int64_t bytes = a.whole() * int64_t(sizeof(T));
         return bytes >= stream_bytes && out != a.x && lines_aligned(out, width * int64_t(sizeof(T)));
     }
 

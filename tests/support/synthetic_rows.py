@@ -179,6 +179,18 @@ def freeze_gradients():
         yield {**row, "error": "1e-6", "ratio": "1.0", **AROUND}
 
 
+def variants_times():
+    for shape, contender in (("(64, 64, 32, 32)", "plain"), ("(4096, 256)", "mask")):
+        row = {"shape": shape, "contender": contender, "regime": "kept"}
+        yield {**row, "ratio": "1.0", "low": "0.9", "high": "1.1", **AROUND}
+
+
+def variants_padding():
+    for padded in ("0", "10"):
+        row = {"model": "Wav2Vec2Conformer", "mode": "train", "padded": padded}
+        yield {**row, "change": "0.1", "version": "5", **AROUND}
+
+
 def doctor_faults():
     for rule, found in (("BN201", "yes"), ("BN501", "no")):
         words = {"false": "BN204", "mended": found, "torch-audit": "TA101"}
@@ -244,6 +256,8 @@ FILES = {
     "fold/peers.csv": fold_peers,
     "fold/time.csv": fold_time,
     "freeze/matrix.csv": freeze_matrix,
+    "variants/times.csv": variants_times,
+    "variants/padding.csv": variants_padding,
     "freeze/tune.csv": freeze_tune,
     "freeze/gradients.csv": freeze_gradients,
     "doctor/faults.csv": doctor_faults,

@@ -1,0 +1,48 @@
+"""The tables of docs/statistics.md: what groups and masks cost, and what padding changes."""
+
+from collections.abc import Callable
+
+from cited import Rows
+from tables import around, markdown
+
+MODES = {
+    "train": "training",
+    "train, masked": "training, `bn.masked`",
+    "eval": "batch normalization in evaluation",
+}
+
+
+def times(rows: Rows) -> str:
+    """Return forward and backward over the plain layer's, a column for each shape."""
+    every = rows.every("variants/times", {})
+    shapes = list(dict.fromkeys(row["shape"] for row in every))
+    had = {(row["shape"], row["contender"]) for row in every}
+    lines = []
+    for name in dict.fromkeys(row["contender"] for row in every):
+        cells = []
+        for shape in shapes:
+            if (shape, name) not in had:
+                cells.append("–")
+                continue
+            row = rows.one("variants/times", {"shape": shape, "contender": name})
+            ratio, low, high = (float(row[one]) for one in ("ratio", "low", "high"))
+            cells.append(f"{ratio:.2f} [{low:.2f}, {high:.2f}]")
+        lines.append([name, *cells])
+    return f"{around(every)}\n\n{markdown(['', *shapes], 1, lines)}"
+
+
+def padding(rows: Rows) -> str:
+    """Return the relative change of valid outputs for numbers of padded frames."""
+    every = rows.every("variants/padding", {})
+    counts = list(dict.fromkeys(row["padded"] for row in every))
+    lines = []
+    for model, mode in dict.fromkeys((row["model"], row["mode"]) for row in every):
+        key = {"model": model, "mode": mode}
+        found = [rows.one("variants/padding", key | {"padded": count}) for count in counts]
+        lines.append([model, MODES[mode], *(row["change"] for row in found)])
+    head = ["model", "mode", *(f"{count} frames" for count in counts)]
+    version = every[0]["version"]
+    return f"transformers {version}; {around(every)}\n\n{markdown(head, 2, lines)}"
+
+
+BLOCKS: dict[str, Callable[[Rows], str]] = {"variants": times, "padding": padding}
