@@ -39,19 +39,18 @@ def tune(rows: Rows) -> str:
     times = rows.every("freeze/tune", {})
     cells = list(dict.fromkeys((row["regime"], row["layout"]) for row in times))
     lines = []
+    had = {(row["network"], row["regime"], row["layout"]) for row in times}
     for network, name in dict.fromkeys((row["network"], row["contender"]) for row in times):
-        found = [
-            rows.one(
-                "freeze/tune",
-                {"network": network, "contender": name, "regime": regime, "layout": layout},
-            )
-            for regime, layout in cells
-        ]
-        ratios = [
-            f"{_two(row, 'ratio')} [{_two(row, 'low')}, {_two(row, 'high')}]" for row in found
-        ]
-        megabytes = f"{int(found[0]['saved_bytes']) / 1e6:.0f} MB"
-        lines.append([NETWORKS[network], CONTENDERS[name], *ratios, megabytes])
+        ratios, kept = [], "–"
+        for regime, layout in cells:
+            key = {"network": network, "regime": regime, "layout": layout, "contender": name}
+            if (network, regime, layout) not in had:
+                ratios.append("–")
+                continue
+            row = rows.one("freeze/tune", key)
+            ratios.append(f"{_two(row, 'ratio')} [{_two(row, 'low')}, {_two(row, 'high')}]")
+            kept = f"{int(row['saved_bytes']) / 1e6:.0f} MB"
+        lines.append([NETWORKS[network], CONTENDERS[name], *ratios, kept])
     head = ["network", "normalization", *(f"{regime}, {layout}" for regime, layout in cells)]
     return f"{around(times)}\n\n{markdown([*head, 'kept for backward'], 2, lines)}"
 
