@@ -211,23 +211,28 @@ def gradients(name: str, network: str, seed: int) -> dict[str, Tensor]:
     return {kind: torch.cat([g.flatten().double() for g in some]) for kind, some in found.items()}
 
 
+def errors(names: tuple[str, ...], network: str, seed: int) -> dict[tuple[str, str], float]:
+    """Return the errors of the gradients of one batch, by contender and kind."""
+    exact = gradients("exact", network, seed)
+    found = {}
+    for name in names:
+        for kind, got in gradients(name, network, seed).items():
+            found[name, kind] = float((got - exact[kind]).norm() / exact[kind].norm())
+    return found
+
+
 def compare_gradients(network: str) -> None:
     """Append the error of every contender's gradients: the median over some batches.
 
     A single batch says little: most of the error comes from the few values whose sign differs in
     float32 in front of a relu.
     """
-    errors: dict[tuple[str, str], list[float]] = {}
+    names = contenders()[1:]
     with processes("default", 1) as call:
         around = call(circumstances)
-        for seed in range(SEEDS):
-            exact = call(gradients, "exact", network, seed)
-            for name in contenders()[1:]:
-                for kind, found in call(gradients, name, network, seed).items():
-                    error = (found - exact[kind]).norm() / exact[kind].norm()
-                    errors.setdefault((name, kind), []).append(float(error))
-    for (name, kind), some in errors.items():
-        error, base = statistics.median(some), statistics.median(errors["eval", kind])
+        found = [call(errors, names, network, seed) for seed in range(SEEDS)]
+    for name, kind in found[0]:
+        error, base = (statistics.median(one[of, kind] for one in found) for of in (name, "eval"))
         row = {"network": network, "contender": name, "of": kind, "batches": SEEDS}
         append(GRADIENTS, row | {"error": f"{error:.3g}", "ratio": round(error / base, 3)} | around)
         print(network, name, kind, f"{error:.2g}", f"{error / base:.2f}", flush=True)
