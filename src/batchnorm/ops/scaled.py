@@ -170,14 +170,20 @@ def normalized(
             scaled weights are computed again in backward, and not saved.
     """
     x = _as_autocast(x)
-    if not traced and _is_better_apart(x, weight, mean, gamma, given):
-        return _apart(x, weight, bias, mean, var, gamma, beta, eps, given)
-    if traced:
+    apart = not traced and _is_better_apart(x, weight, mean, gamma, given)
+    if apart and gamma is not None and gamma.requires_grad:
+        return F.batch_norm(given(x, weight, bias), mean, var, gamma, beta, eps=eps)
+    if apart or traced:
         scale, shift = factors(bias, mean, var, gamma, beta, eps)
+    if apart:  # without a gradient of the scale, autograd keeps no output
+        y = given(x, weight, None)
+        over = (-1, *[1] * (y.ndim - 2))
+        return torch.addcmul(shift.view(over), y, scale.view(over))
+    if traced:
         scaled = (weight * given.over_outputs(scale, weight)).to(x.dtype)
         return given(x, scaled, shift.to(x.dtype))
-    y: Tensor = Scaled.apply(x, weight, bias, mean, var, gamma, beta, eps, given)
-    return y
+    folded: Tensor = Scaled.apply(x, weight, bias, mean, var, gamma, beta, eps, given)
+    return folded
 
 
 def factors(
@@ -204,28 +210,6 @@ def _is_better_apart(
         return False
     alike = x.dtype == weight.dtype == mean.dtype and (gamma is None or gamma.dtype == x.dtype)
     return alike and given.outputs_per_weight(x, weight) < SMALL
-
-
-def _apart(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
-    given: Map,
-) -> Tensor:
-    """Return the normalization of the output."""
-    if gamma is not None and gamma.requires_grad:
-        return F.batch_norm(given(x, weight, bias), mean, var, gamma, beta, eps=eps)
-    y = given(x, weight, None)
-    # Without a gradient of the scale, autograd keeps no output.
-    scale, shift = (
-        one.view(-1, *[1] * (y.ndim - 2)) for one in factors(bias, mean, var, gamma, beta, eps)
-    )
-    return torch.addcmul(shift, y, scale)
 
 
 def _as_autocast(x: Tensor) -> Tensor:
