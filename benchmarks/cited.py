@@ -33,6 +33,7 @@ IDENTITY: dict[str, tuple[str, ...]] = {
     "doctor/healthy": ("network",),
     "doctor/published": ("package", "file"),
     "variants/times": ("shape", "contender"),
+    "variants/small_batches": ("data", "batch", "source", "seed"),
     "variants/padding": ("model", "mode", "padded"),
     "freeze/matrix": ("action", "contender"),
     "freeze/tune": ("network", "layout", "batch", "size", "contender", "regime", "machine"),

@@ -1,5 +1,6 @@
 """The tables of docs/statistics.md: what groups and masks cost, and what padding changes."""
 
+import statistics
 from collections.abc import Callable
 
 from cited import Rows
@@ -45,4 +46,26 @@ def padding(rows: Rows) -> str:
     return f"transformers {version}; {around(every)}\n\n{markdown(head, 2, lines)}"
 
 
-BLOCKS: dict[str, Callable[[Rows], str]] = {"variants": times, "padding": padding}
+def small_batches(rows: Rows) -> str:
+    """Return the last test accuracies: median and range over seeds."""
+    every = rows.every("variants/small_batches", {})
+    cells = list(dict.fromkeys((row["data"], row["batch"]) for row in every))
+    lines = []
+    for source in dict.fromkeys(row["source"] for row in every):
+        line = [f"`{source}`"]
+        for data, batch in cells:
+            key = (data, batch, source)
+            same = [r for r in every if (r["data"], r["batch"], r["source"]) == key]
+            found = [100 * float(row["last"]) for row in same]
+            middle = statistics.median(found) if found else 0
+            line.append(f"{middle:.1f} [{min(found):.1f}, {max(found):.1f}]" if found else "–")
+        lines.append(line)
+    head = ["source", *(f"{data}, {batch}" for data, batch in cells)]
+    return f"{around(every)}\n\n{markdown(head, 1, lines)}"
+
+
+BLOCKS: dict[str, Callable[[Rows], str]] = {
+    "variants": times,
+    "padding": padding,
+    "small_batches": small_batches,
+}

@@ -185,6 +185,12 @@ def variants_times():
         yield {**row, "ratio": "1.0", "low": "0.9", "high": "1.1", **AROUND}
 
 
+def variants_small_batches():
+    for source in ("Batch", "Renorm"):
+        row = {"data": "digits", "batch": "2", "source": source, "seed": "0", "last": "0.9"}
+        yield {**row, **AROUND}
+
+
 def variants_padding():
     for padded in ("0", "10"):
         row = {"model": "Wav2Vec2Conformer", "mode": "train", "padded": padded}
@@ -257,6 +263,7 @@ FILES = {
     "fold/time.csv": fold_time,
     "freeze/matrix.csv": freeze_matrix,
     "variants/times.csv": variants_times,
+    "variants/small_batches.csv": variants_small_batches,
     "variants/padding.csv": variants_padding,
     "freeze/tune.csv": freeze_tune,
     "freeze/gradients.csv": freeze_gradients,
