@@ -70,6 +70,11 @@ def test_markup_in_text_is_escaped(report, page):
     assert "<script" not in to_markdown(report).replace("\\<", "")
 
 
+def test_an_option_of_a_command_stays_on_one_line():
+    text = to_html(Report("", (), (Section("", (Text("run it with --out FILE & <b>"),)),)))
+    assert 'with <span class="whole">--out</span> FILE &amp; &lt;b&gt;' in text
+
+
 def test_json_keeps_numbers_whole_and_has_no_nan(report):
     data = json.loads(to_json(report))
     table = data["sections"][0]["blocks"][2]

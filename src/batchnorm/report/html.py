@@ -155,6 +155,11 @@ def _source(name: str) -> str:
     return files("batchnorm.report").joinpath(name).read_text("utf-8")
 
 
+def options_unbroken(words: str) -> Markup:
+    """Return words escaped, with each option of a command, such as --out, kept on one line."""
+    return Markup(OPTION.sub(r'<span class="whole">\1</span>', str(escape(words))))  # noqa: S704 (escaped)
+
+
 PAGES = Environment(
     autoescape=True,
     undefined=StrictUndefined,
@@ -163,6 +168,6 @@ PAGES = Environment(
     loader=FunctionLoader(_source),
 )
 PAGES.filters["cell"] = cell_text
-PAGES.filters["whole"] = lambda words: OPTION.sub(r'<span class="whole">\1</span>', escape(words))
+PAGES.filters["whole"] = options_unbroken
 PAGES.filters["render"] = render
 PAGES.tests["number"] = is_number
