@@ -275,14 +275,14 @@ def test_a_unit_before_and_after_normalization_and_an_inserted_one(tour):
     assert len(tour.pictures) == len(tour.labels) == 16
 
 
-def test_companions_matter_in_train_mode_only(digits):
+def test_other_images_of_the_batch_matter_in_train_mode_only(digits):
     network = normalized(activation="relu")
     train(network, digits, Options(steps=10), 0.1, 10)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     modes = compare_modes(network, small(digits), 16, seed=0)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    assert max(modes.companies) > min(modes.companies)
-    assert modes.in_company == pytest.approx((modes.alone, modes.alone), abs=SCALED)
+    assert max(modes.in_batches) > min(modes.in_batches)
+    assert modes.in_eval == pytest.approx((modes.alone, modes.alone), abs=SCALED)
     assert modes.fickle > 0
     assert modes.fickle_in_eval == 0
     assert modes.moved_by_train > 0

@@ -68,7 +68,7 @@ def test_scale_and_shift_can_undo_the_normalization():
     assert_close(layer(x), x, ratio=4, size=5)
 
 
-def test_in_use_a_result_does_not_depend_on_its_companions():
+def test_in_evaluation_a_result_does_not_depend_on_the_rest_of_the_batch():
     model = dense(bn.BatchNorm1d)
     x = torch.randn(8, 4)
     model(x)

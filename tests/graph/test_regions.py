@@ -1,4 +1,4 @@
-"""Captured graphs in company: checkpointing, save_memory, breaks, DDP, hooks of modules."""
+"""Captured graphs with checkpointing, save_memory, graph breaks, DDP and hooks of modules."""
 
 import copy
 

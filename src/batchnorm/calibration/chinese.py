@@ -27,9 +27,7 @@ CHINESE = {
         "短横：只有一个批次，无从得知。"
     ),
     "How far the statistics moved": "统计量改变了多少",
-    "deviations (shift); share of the variance (stretch)": (
-        "标准差的倍数（平移）；占方差的比例（伸缩）"
-    ),
+    "deviations; share of the variance": "标准差的倍数；占方差的比例",
     "Root mean square over the channels of each layer.": "每层各通道的均方根。",
     "How far off they may be": "统计量可能有多大误差",
     "relative standard error": "相对标准误差",

@@ -75,7 +75,7 @@ def plots(calibration: Any) -> tuple[Plot, ...]:
         "How far the statistics moved",
         "bars",
         (series("shift"), series("stretch")),
-        "deviations (shift); share of the variance (stretch)",
+        "deviations; share of the variance",
         "",
         "Root mean square over the channels of each layer.",
     )

@@ -11,8 +11,8 @@ from batchnorm.demo.training import evaluate, score
 from batchnorm.nn.base import Layer
 
 BATCH_SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
-# One image is shown among so many different companies.
-COMPANIES = 100
+# In so many random batches one image is passed through the network.
+RANDOM_BATCHES = 100
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Modes:
         train_accuracy: Held-out accuracy in `train()` by batch size, with batches of mixed classes
             and with batches sorted by class.
         image: Number of the held-out image that is looked at: the one whose prediction depends
-            most on its companions.
+            most on the other images of its batch.
         label: Its class.
-        companies: Predicted probability of its class in `train()`, among different companions.
+        in_batches: Predicted probability of its class in `train()`, in random batches.
         alone: The same in `eval()`, alone.
-        in_company: The same in `eval()`, lowest and highest among the same companions.
-        fickle: Share of held-out images whose predicted class in `train()` depends on companions.
+        in_eval: The same in `eval()`, lowest and highest of the same batches.
+        fickle: Share of held-out images whose predicted class in `train()` depends on the batch.
         fickle_in_eval: The same share in `eval()`.
         moved_by_train: Largest change of a running mean by one forward pass in `train()`.
         moved_by_eval: The same in `eval()`.
@@ -49,9 +49,9 @@ class Modes:
     train_accuracy: tuple[ModeScore, ...]
     image: int
     label: int
-    companies: tuple[float, ...]
+    in_batches: tuple[float, ...]
     alone: float
-    in_company: tuple[float, float]
+    in_eval: tuple[float, float]
     fickle: float
     fickle_in_eval: float
     moved_by_train: float
@@ -71,10 +71,10 @@ def compare_modes(network: nn.Module, images: Images, batch_size: int, seed: int
     outputs = torch.stack([_in_batches(work, test, size, order) for order in orders])
     eval_outputs = torch.stack([_in_batches(network.eval(), test, size, order) for order in orders])
     image = _most_dependent(outputs, labels)
-    companies = [_company(len(test), image, size, generator) for _ in range(COMPANIES)]
+    batches = [_batch_with(image, len(test), size, generator) for _ in range(RANDOM_BATCHES)]
     label = int(labels[image])
-    in_train = tuple(_probability(work, test[rows], label) for rows in companies)
-    in_eval = [_probability(network.eval(), test[rows], label) for rows in companies]
+    in_train = tuple(_probability(work, test[rows], label) for rows in batches)
+    in_eval = [_probability(network.eval(), test[rows], label) for rows in batches]
     return Modes(
         evaluate(network, test, labels).accuracy,
         tuple(
@@ -144,7 +144,7 @@ def _fickle(outputs: Tensor) -> float:
     return (predicted != predicted[0]).any(0).double().mean().item()
 
 
-def _company(count: int, image: int, size: int, generator: torch.Generator) -> Tensor:
+def _batch_with(image: int, count: int, size: int, generator: torch.Generator) -> Tensor:
     """The image, first, and ``size`` - 1 others."""
     others = torch.randperm(count, generator=generator)
     return torch.cat([torch.tensor([image]), others[others != image][: size - 1]])

@@ -114,23 +114,23 @@ def modes_section(tour: Tour) -> Section:
         (
             Text(
                 "In train() a layer normalizes with the mean and variance of the present batch, "
-                "so what the network says of an image depends on the images beside it. In eval() "
-                "it uses the fixed values, and the companions do not matter.",
+                "so what the network says of an image depends on the other images of the batch. In "
+                "eval() it uses the fixed values, and the other images do not matter.",
                 "train() 状态下每层用当前批的均值和方差归一化，"
                 "所以网络对一张图像的回答取决于同批的其它图像。"
                 "eval() 状态下用固定值，同批图像没有影响。",
             ),
             Text(
                 f"Held-out image number {modes.image}, of class {modes.label}, is the one most "
-                f"dependent on company. Among {len(modes.companies)} random companies its class "
-                f"gets between {min(modes.companies):.1%} and {max(modes.companies):.1%} in "
-                f"train(); in eval() {modes.alone:.1%}, alone and in the same companies.",
+                f"dependent on its batch. In {len(modes.in_batches)} random batches its class "
+                f"gets between {min(modes.in_batches):.1%} and {max(modes.in_batches):.1%} in "
+                f"train(); in eval() {modes.alone:.1%}, alone and in the same batches.",
                 f"第 {modes.image} 张留出图像（类别 {modes.label}）最受同批图像影响。"
-                f"在 {len(modes.companies)} 组随机同伴中，train() 给它的类别的概率在 "
-                f"{min(modes.companies):.1%} 到 {max(modes.companies):.1%} 之间；"
+                f"在 {len(modes.in_batches)} 个随机批中，train() 给它的类别的概率在 "
+                f"{min(modes.in_batches):.1%} 到 {max(modes.in_batches):.1%} 之间；"
                 f"eval() 始终为 {modes.alone:.1%}。",
             ),
-            _companies_plot(study),
+            _batches_plot(study),
             *(_batch_plot(each) for each in tour.studies),
             _modes_table(tour),
             Text(
@@ -141,16 +141,16 @@ def modes_section(tour: Tour) -> Section:
     )
 
 
-def _companies_plot(study: Study) -> Plot:
+def _batches_plot(study: Study) -> Plot:
     modes = study.modes
-    low, high = modes.in_company
+    low, high = modes.in_eval
     return Plot(
-        f"One image, many companies, {NAME[study.activation]}",
+        f"One image in many batches, {NAME[study.activation]}",
         "histogram",
-        (Series("train()", modes.companies),),
+        (Series("train()", modes.in_batches),),
         f"probability of class {modes.label} in train()",
-        f"of {len(modes.companies)} companies",
-        f"In eval() these companies give between {low:.4f} and {high:.4f}, and the image alone "
+        f"of {len(modes.in_batches)} batches",
+        f"In eval() these batches give between {low:.4f} and {high:.4f}, and the image alone "
         f"{modes.alone:.4f}.",
     )
 
@@ -186,7 +186,7 @@ def _modes_table(tour: Tour) -> Table:
         ("", *(NAME[study.activation] for study in tour.studies)),
         (
             (
-                "images whose class depends on company in train(), %",
+                "images whose class depends on the batch in train(), %",
                 *(100 * m.fickle for m in modes),
             ),
             ("the same in eval(), %", *(100 * m.fickle_in_eval for m in modes)),

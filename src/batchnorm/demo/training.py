@@ -148,7 +148,7 @@ def evaluate(network: nn.Module, images: Tensor, labels: Tensor, chunk: int = 10
     was_training = network.training
     network.eval()
     try:
-        # In eval() an image's output does not depend on its companions: chunks only save memory.
+        # In eval() an image's output does not depend on the other images: chunks only save memory.
         outputs = torch.cat([network(part) for part in images.split(chunk)])
     finally:
         network.train(was_training)
