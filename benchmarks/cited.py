@@ -34,6 +34,7 @@ IDENTITY: dict[str, tuple[str, ...]] = {
     "doctor/published": ("package", "file"),
     "variants/times": ("shape", "contender"),
     "variants/small_batches": ("data", "batch", "source", "seed"),
+    "variants/renorm": ("library",),
     "variants/padding": ("model", "mode", "padded"),
     "freeze/matrix": ("action", "contender"),
     "freeze/tune": ("network", "layout", "batch", "size", "contender", "regime", "machine"),

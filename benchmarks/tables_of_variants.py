@@ -64,8 +64,17 @@ def small_batches(rows: Rows) -> str:
     return f"{around(every)}\n\n{markdown(head, 1, lines)}"
 
 
+def renorm(rows: Rows) -> str:
+    """Return how far each library's outputs are from the paper's formula."""
+    every = rows.every("variants/renorm", {})
+    lines = [[f"{row['library']} {row['version']}", row["error"]] for row in every]
+    head = ["library", f"largest difference over {every[0]['steps']} steps"]
+    return f"{around(every)}\n\n{markdown(head, 1, lines)}"
+
+
 BLOCKS: dict[str, Callable[[Rows], str]] = {
     "variants": times,
     "padding": padding,
     "small_batches": small_batches,
+    "renorm": renorm,
 }

@@ -191,6 +191,10 @@ def variants_small_batches():
         yield {**row, **AROUND}
 
 
+def variants_renorm():
+    yield {"library": "keras", "version": "3", "steps": "40", "error": "1e-6", **AROUND}
+
+
 def variants_padding():
     for padded in ("0", "10"):
         row = {"model": "Wav2Vec2Conformer", "mode": "train", "padded": padded}
@@ -264,6 +268,7 @@ FILES = {
     "freeze/matrix.csv": freeze_matrix,
     "variants/times.csv": variants_times,
     "variants/small_batches.csv": variants_small_batches,
+    "variants/renorm.csv": variants_renorm,
     "variants/padding.csv": variants_padding,
     "freeze/tune.csv": freeze_tune,
     "freeze/gradients.csv": freeze_gradients,
