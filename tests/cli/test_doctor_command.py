@@ -33,6 +33,17 @@ def sick():
     return net
 
 
+class TrainsOnly(nn.Sequential):
+    def forward(self, x):
+        if not self.training:
+            raise ValueError("no labels in evaluation")
+        return super().forward(x)
+
+
+def trains_only():
+    return TrainsOnly(*model())
+
+
 def small():
     return model().requires_grad_(False)
 
@@ -115,6 +126,7 @@ def doctor(arguments):
         ("--model patient:model --data patient:data --loss torch:pi --steps 3", 2, "loss(output, batch)"),
         ("--model patient:model --data patient:data --loss patient:wrong_loss --steps 3", 2, "(32,)"),
         ("--model patient:model --data patient:data --loss patient:stopped_loss --steps 3", 130, "interrupted"),
+        ("--model patient:trains_only --data patient:data", 2, "no labels in evaluation"),
         ("--model patient:gone --data patient:data", 2, "cannot be imported"),
         ("--model patient:data --data patient:data", 2, "expected 'patient:data' to give a Module"),
         ("--model patient:model --data patient:raises", 2, "raised ValueError: no such file"),
