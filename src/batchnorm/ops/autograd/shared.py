@@ -290,7 +290,7 @@ def measured(call: Arguments, sharing: Sharing) -> tuple[Backend, Moments, Adjus
     own = Moments(count, *backend.moments(call.x.detach(), call.axis))
     merged = own if sharing.merge is None else sharing.merge(own)
     count = one_count(merged.count, call.selection)
-    if sharing.merge is not None and count == 1 and call.selection.is_whole:
+    if sharing.merge is not None and call.selection.is_whole and count == 1:
         shape = tuple(call.x.shape)
         raise SingleValueError(layout.TOO_FEW_VALUES.format(shape=shape, axis=call.axis))
     batch = merged._replace(count=count)
