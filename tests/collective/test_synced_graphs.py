@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from batchnorm.errors import CollectiveError
+from support.lanes import lanes
 from support.ranks import across_ranks
 
 BACKENDS = {
@@ -66,7 +67,8 @@ def step(model, run, x, dy, more):
 SIZES = ((2, 3, 4), (0, 2, 3), (4, 0, 0))
 # name -> backends, whether rank 1 is by itself, whether there is a mask
 KINDS = {
-    "all": (tuple(BACKENDS), False, False),
+    "run eagerly": (("eager", "aot_eager", "batchnorm"), False, False),
+    "compiled": (("inductor", "batchnorm, inductor"), False, False),
     "subgroups": (("batchnorm", "aot_eager"), True, False),
     "masked": (("batchnorm", "aot_eager"), False, True),
 }
@@ -99,7 +101,7 @@ def _steps(rank, kind):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", lanes(list(KINDS), slow=["run eagerly", "subgroups", "masked"]))
 def test_a_graph_has_the_bits_and_the_messages_of_eager_mode(kind):
     for rank, found in enumerate(across_ranks(_steps, 3, kind)):
         for backend, ((compiled, sent), (eager, expected)) in found:
