@@ -152,7 +152,10 @@ def _cases(device: torch.device, rounded: bool) -> Iterator[_Case]:
         one = _Case(*case, rounded)
         narrow = one.dtype in (torch.bfloat16, torch.float16)
         # In 16 bits a mean of 1000 leaves no deviations; relu's gradient jumps at 0.
-        if not (one.ratio and (narrow or one.act == "relu")):
+        if one.ratio and (narrow or one.act == "relu"):
+            continue
+        # (N, C) has one memory order: it would be computed twice.
+        if not one.last or len(SHAPES[one.shape]) > 2:
             yield one
 
 
