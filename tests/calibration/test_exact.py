@@ -339,7 +339,7 @@ def test_random_numbers_and_every_other_buffer_are_as_before(error, options):
 
 def test_an_interrupt_while_the_buffers_are_written_takes_all_of_it_back(monkeypatch):
     model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
-    copies, copy, real = [], torch.Tensor.copy_, bn.calibration.calibrate.write
+    copies, copy, real = [], torch.Tensor.copy_, bn.calibration.result.write
 
     def interrupted(self, other, *args):
         copies.append(self)
@@ -352,7 +352,7 @@ def test_an_interrupt_while_the_buffers_are_written_takes_all_of_it_back(monkeyp
             patch.setattr(torch.Tensor, "copy_", interrupted)
             real(*args)
 
-    monkeypatch.setattr("batchnorm.calibration.calibrate.write", write)
+    monkeypatch.setattr("batchnorm.calibration.result.write", write)
     with refused(KeyboardInterrupt, "", model):
         bn.calibrate(model, images())
     assert len(copies) >= 4

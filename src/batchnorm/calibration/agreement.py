@@ -1,11 +1,9 @@
 """``bn.check_ranks``: whether the batch normalizations of all processes are the same."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.calibration.stored import Statistics, places, write
 from batchnorm.collective import Group, Ranks
 from batchnorm.layout import wide
 from batchnorm.models.walk import Found, walk
@@ -21,7 +19,8 @@ def check_ranks(model: nn.Module, *, pool: bool = False, group: Group = None) ->
     differ, as those of ``bn.Batch()`` do under data parallelism; how far is the result.
 
     With ``pool`` they become the same in every process: the Moments of the processes merged, each
-    with its ``num_batches_tracked`` n as weight (1 without counters, or if all are 0),
+    with its ``num_batches_tracked`` n as weight (1 without counters, or if all are 0). Those of the
+    groups of ``bn.Grouped`` are merged apart, with ``group_batches`` as weights.
 
     .. math:: \hat\mu = \frac{\sum n_i \mu_i}{\sum n_i}, \qquad
         \hat\sigma^2 = \frac{\sum n_i \big(\sigma_i^2 + (\mu_i - \hat\mu)^2\big)}{\sum n_i}
@@ -34,7 +33,8 @@ def check_ranks(model: nn.Module, *, pool: bool = False, group: Group = None) ->
     Returns:
         Name -> largest distance between a process's running statistics and the pooled ones: of the
         mean in standard deviations, of the standard deviation as a ratio minus 1. NaN where a
-        statistic is. Layers without running statistics are left out.
+        statistic is. Layers without running statistics are left out. Group 2 of a layer with
+        ``bn.Grouped`` is ``"name[2]"``.
 
     Raises:
         CollectiveError: If layers differ, naming the first; nothing is changed.
@@ -43,26 +43,18 @@ def check_ranks(model: nn.Module, *, pool: bool = False, group: Group = None) ->
     with ranks.together():
         found = walk(model)
         ranks.agree("batch normalizations", [_described(one) for one in found])
+        stores = {one.name: one.layer for one in found if one.layer.running_mean is not None}
+        where = places(stores)
         gaps, merged = {}, {}
-        for name, _, layer in found:
-            mean, var = layer.running_mean, layer.running_var
-            if mean is None or var is None:
-                continue
-            merged[layer], gaps[name] = _compared(ranks, mean, var, layer.num_batches_tracked)
+        for name, place in where.items():
+            pooled, gaps[name] = _compared(ranks, *place.buffers, place.batches)
+            merged[name] = Statistics(pooled.mean, pooled.variance())
     if pool and ranks.size > 1:
-        _write(merged)
+        write(where, merged, None)
+        for layer in stores.values():
+            if isinstance(layer, Layer) and layer.bank is not None:
+                tracking.restart(layer, known=True)
     return gaps
-
-
-def _write(merged: Mapping[_BatchNorm, Moments]) -> None:
-    for layer, pooled in merged.items():
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        with torch.no_grad():
-            layer.running_mean.copy_(pooled.mean)
-            layer.running_var.copy_(pooled.variance())
-        if isinstance(layer, Layer) and layer.bank is not None:
-            tracking.restart(layer, known=True)
 
 
 def _described(found: Found) -> tuple[object, ...]:

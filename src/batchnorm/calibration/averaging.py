@@ -13,7 +13,9 @@ from batchnorm.estimators.bank import is_state
 from batchnorm.layout import wide
 from batchnorm.moments import Moments, merge
 
-MEAN, VAR, COUNTER = "running_mean", "running_var", "num_batches_tracked"
+# Mean, variance and counter: of all samples, and of each group of ``bn.Grouped``.
+OF_ALL = ("running_mean", "running_var", "num_batches_tracked")
+OF_GROUPS = ("group_mean", "group_var", "group_batches")
 
 DIFFERENT = """\
 expected state dicts of one architecture, but {name!r} {what}; average states of the same model \
@@ -30,8 +32,10 @@ def merge_states(
     .. math:: \hat\mu = \frac{\sum w_i \mu_i}{\sum w_i}, \qquad
         \hat\sigma^2 = \frac{\sum w_i \big(\sigma_i^2 + (\mu_i - \hat\mu)^2\big)}{\sum w_i}
 
-    For moving averages (counts ``[1 - a, a]``), SWA, model soups and federated rounds. With data,
-    ``calibrate`` gives the statistics that belong to the averaged weights.
+    Those of the groups of ``bn.Grouped`` are pooled group by group, over the states that have seen
+    the group (``group_batches`` > 0). For moving averages (counts ``[1 - a, a]``), SWA, model soups
+    and federated rounds. With data, ``calibrate`` gives the statistics that belong to the averaged
+    weights.
 
     Args:
         states: State dicts with the same keys and shapes, of any model.
@@ -39,7 +43,7 @@ def merge_states(
 
     Returns:
         A new state dict that shares no memory with the given ones: other floating tensors are
-        averaged (in float64), ``num_batches_tracked`` is the largest, other integers and objects
+        averaged (in float64), counters of batches are the largest, other integers and objects
         are those of the state with the largest count. States of ``estimator=``, of which there is
         no average, are left out.
 
@@ -53,17 +57,14 @@ def merge_states(
     for name in states[0]:
         values = [state[name] for state in states]
         leaf = name.rpartition(".")[2]
-        sibling = name.removesuffix(leaf) + (VAR if leaf == MEAN else MEAN)
         if is_state(name, states[0]):
             continue
-        if leaf in (MEAN, VAR) and sibling in states[0]:
-            pairs = [(values[i], s[sibling]) for i, s in enumerate(states)]
-            means_vars = [pair if leaf == MEAN else pair[::-1] for pair in pairs]
-            pooled = _pooled(means_vars, weights)
-            merged[name] = pooled[leaf == VAR].to(values[0])
+        pooled = _statistic(name.removesuffix(leaf), leaf, states, weights)
+        if pooled is not None:
+            merged[name] = pooled.to(values[0])
         elif not isinstance(values[0], Tensor):
             merged[name] = heaviest[name]
-        elif leaf == COUNTER:
+        elif leaf in (OF_ALL[2], OF_GROUPS[2]):
             merged[name] = torch.stack([value.to(values[0]) for value in values]).amax(0)
         elif values[0].is_floating_point() or values[0].is_complex():
             merged[name] = _average(values, weights)
@@ -72,18 +73,38 @@ def merge_states(
     return merged
 
 
-def _pooled(
-    pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """Return mean and variance of all states as one set."""
-    first = pairs[0][0]
-    dtype = wide(first.device)
+def _statistic(
+    prefix: str, leaf: str, states: Sequence[Mapping[str, Any]], weights: Sequence[float]
+) -> Tensor | None:
+    """Return the mean or variance of all states as one set; None for any other entry."""
+    names = OF_GROUPS if leaf in OF_GROUPS else OF_ALL
+    needed = names if names is OF_GROUPS else names[:2]
+    if leaf not in names[:2] or any(prefix + name not in states[0] for name in needed):
+        return None
+    place = states[0][prefix + leaf].device
+    each: Sequence[float | Tensor] = weights
+    if names is OF_GROUPS:
+        each = _of_groups([s[prefix + names[2]].to(place) for s in states], weights)
     parts = []
-    for (mean, var), weight in zip(pairs, weights, strict=True):
-        mean, var = (t.detach().to(first.device, dtype) for t in (mean, var))  # noqa: PLW2901
+    for state, weight in zip(states, each, strict=True):
+        both = (state[prefix + name].detach() for name in names[:2])
+        mean, var = (tensor.to(place, wide(place)) for tensor in both)
         parts.append(Moments(weight, mean, var * weight))
-    all_of_them = merge(*parts)
-    return all_of_them.mean.clone(), all_of_them.variance()
+    pooled = merge(*parts)
+    return pooled.mean.clone() if leaf == names[0] else pooled.variance()
+
+
+def _of_groups(batches: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
+    """Return the weights of the groups, (groups, 1): 0 in states that have not seen a group.
+
+    Where none has, they are those of the states.
+    """
+    seen = [(one > 0) & (weight > 0) for one, weight in zip(batches, weights, strict=True)]
+    none = ~torch.stack(seen).any(0)
+    return [
+        ((one | none).to(wide(one.device)) * weight)[:, None]
+        for one, weight in zip(seen, weights, strict=True)
+    ]
 
 
 def _average(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

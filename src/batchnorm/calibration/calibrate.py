@@ -21,19 +21,27 @@ from torch import nn
 
 from batchnorm.calibration.batches import Batches, Forward, Options, device_of, feed, usable_device
 from batchnorm.calibration.layers import LayersLike, choose
-from batchnorm.calibration.measure import Statistics, measured, read, write
+from batchnorm.calibration.measure import measured
 from batchnorm.calibration.passes import Passes
 from batchnorm.calibration.population import Population
 from batchnorm.calibration.result import Calibration, LayerStatistics
+from batchnorm.calibration.stored import Statistics, places, read
 from batchnorm.collective import Group, Ranks
 from batchnorm.errors import CalibrationError
 from batchnorm.models.preserve import preserved
 from batchnorm.models.walk import unwrapped
 from batchnorm.progress import meter
+from batchnorm.report.said import say
 
 FAILED = """\
 the input of layer {layer!r} has NaN or infinite values in {which}, and so would its statistics; \
 the model is unchanged. allow_nan=True includes them"""
+
+NO_IDS = """\
+layer {layer!r} stores statistics for each group of samples (statistics={source}), and was called \
+without groups=; the model is unchanged. Expected forward= that gives the ids of a batch, such as \
+forward=lambda model, batch: model(batch[0], groups=batch[1]), or a function with a block of \
+bn.groups(model, ids)."""
 
 
 def calibrate(
@@ -55,7 +63,8 @@ def calibrate(
 ) -> Calibration:
     """Set ``running_mean`` and ``running_var`` to those of everything that enters each layer.
 
-    Exact in float64 for any batches, shares and processes; the module says what is computed.
+    Exact in float64 for any batches, shares and processes; the module says what is computed. Layers
+    with ``bn.Grouped`` get the statistics of each group too; groups without samples keep theirs.
 
     Args:
         model: Changed in place, at the end; on any exception it is unchanged.
@@ -98,11 +107,12 @@ def _calibrate(
     progress: bool,
 ) -> Calibration:
     chosen, skipped = choose(model, layers)
-    ranks.agree("layers to calibrate", [(one.name, one.layer.num_features) for one in chosen])
+    where = places({one.name: one.layer for one in chosen})
+    ranks.agree("layers to calibrate", [(n, one.layer.num_features) for n, one in where.items()])
     ranks.agree("options", options)
     place = device_of(model) if device is None else usable_device(device)
     batches = Batches(data, options, ranks, place)
-    before = {found.name: read(found.layer) for found in chosen}
+    before = {name: read(one) for name, one in where.items()}
     with (
         preserved(model),
         torch.no_grad(),
@@ -119,7 +129,7 @@ def _calibrate(
         else:
             passes.repeat(options.passes)
     result = _result(passes, before, skipped, options)
-    write(measuring.by_name, {n: one.new for n, one in result.layers.items()}, result.accepted)
+    result.write(where)
     return result
 
 
@@ -130,18 +140,19 @@ def _result(
     options: Options,
 ) -> Calibration:
     _check(passes, options.allow_nan)
+    where = passes.layers.places
     layers = {
         name: LayerStatistics(
-            passes.found[name].moments,
-            passes.found[name].groups,
-            before[name],
-            layer.eps,
-            passes.remaining.get(name, 0.0),
+            *passes.found[name], before[name], place.layer.eps, passes.remaining.get(name, 0.0)
         )
-        for name, layer in passes.layers.by_name.items()
+        for name, place in where.items()
         if name in passes.found
     }
-    unused = {name: "not called" for name in passes.names if name not in layers}
+    unused = {
+        name: say("not called" if place.group is None else "no samples of this group")
+        for name, place in where.items()
+        if name not in layers and (place.group is None or place.name in layers)
+    }
     tallies = [result.tally for result in passes.results]
     rejected = max(tally.rejected for tally in tallies)
     if rejected:
@@ -176,6 +187,10 @@ def _check(passes: Passes, allow_nan: bool) -> None:
             "no layer to calibrate was called: the model's forward does not use them, or the data "
             "were all empty; the model is unchanged"
         )
+    for name, layer in passes.layers.by_name.items():
+        _, *groups = passes.layers.keys([name])
+        if groups and name in passes.found and passes.found.keys().isdisjoint(groups):
+            raise CalibrationError(NO_IDS.format(layer=name, source=layer.statistics))
     for name, one in passes.found.items():
         if float(one.moments.count) < 2 and not allow_nan:
             raise CalibrationError(

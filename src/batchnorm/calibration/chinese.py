@@ -12,6 +12,8 @@ CHINESE = {
     "change": "变化",
     "Unchanged": "未改动的层",
     "reason": "原因",
+    "not called": "未被调用",
+    "no samples of this group": "没有这一组的样本",
     "calibrated on {batches} batches": "用 {batches} 个批次校准",
     "{samples:,} samples": "{samples:,} 个样本",
     "upstream={upstream}, {passes} passes": "upstream={upstream}，{passes} 遍",

@@ -15,7 +15,7 @@ from batchnorm.storage.safetensors_file import safetensors
 # What a layer has, in order; the names of its tensors are "layer:key".
 KEYS = ("count", "mean", "m2", "groups.count", "groups.mean", "groups.m2", "old.mean", "old.var")
 PLAIN = ("batches", "samples", "rejected", "upstream", "passes", "reached")
-FORMAT = "batchnorm-calibration-1"
+FORMAT = "batchnorm-calibration-2"
 
 NOT_ONE = """\
 expected a calibration that Calibration.save has written, got {path}, {what}"""

@@ -3,12 +3,12 @@
 Every chosen layer runs its own forward in eval mode, whatever its class, with the statistics that
 it should normalize by in its buffers: the batch's own, or given ones. So the input is read once
 for its Moments and once to be normalized, as in training. Where the forward is torch's own, our
-kernel runs in its place. ``write`` puts the new statistics of all layers into the buffers.
+kernel runs in its place. A call with groups of samples is measured, and normalized, group by group.
 """
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,69 +16,32 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import blocks
 from batchnorm.calibration.collect import BatchMoments
+from batchnorm.calibration.stored import (
+    BUFFERS,
+    GROUP_BUFFERS,
+    Statistics,
+    groups_of,
+    key_of,
+    places,
+    read,
+    usable,
+)
 from batchnorm.compat.modes import is_transformed
 from batchnorm.compat.modules import buffers, check_input_dim
-from batchnorm.errors import BatchNormError, CalibrationError, LayoutError
-from batchnorm.layout import TOO_FEW_VALUES
+from batchnorm.errors import BatchNormError, CalibrationError, SingleValueError
 from batchnorm.models.inputs import entered, replaced_forward
 from batchnorm.models.walk import Found, walk
+from batchnorm.moments import Moments, pooled
 from batchnorm.ops.backends import choice
 from batchnorm.ops.call import Epilogue
-
-BUFFERS = ("running_mean", "running_var")
-
-
-class Statistics(NamedTuple):
-    """Mean and variance for evaluation, (C,)."""
-
-    mean: Tensor
-    var: Tensor
-
-
-def read(layer: _BatchNorm) -> Statistics:
-    """Return copies of a layer's running statistics, in float64 on the CPU."""
-    mean, var = (layer.get_buffer(name).double().cpu() for name in BUFFERS)
-    return Statistics(mean.clone(), var.clone())
-
-
-def usable(statistics: Statistics) -> Statistics:
-    """Return statistics with 0 and 1 in the channels that are not finite or have a variance < 0."""
-    mean, var = statistics
-    good = mean.isfinite() & var.isfinite() & (var >= 0)
-    return Statistics(torch.where(good, mean, 0.0), torch.where(good, var, 1.0))
-
-
-@torch.no_grad()
-def write(layers: Mapping[str, _BatchNorm], new: Mapping[str, Statistics], batches: int) -> None:
-    """Write new statistics into the layers' buffers; if that is interrupted, restore all of them.
-
-    Args:
-        layers: Name -> layer.
-        new: Name -> statistics, of some or all layers.
-        batches: What ``num_batches_tracked`` becomes.
-    """
-    values = []
-    for name, statistics in new.items():
-        layer = layers[name]
-        for buffer, value in zip(BUFFERS, statistics, strict=True):
-            old = layer.get_buffer(buffer)
-            values.append((old, value.to(old.device, old.dtype)))
-        counter = layer.num_batches_tracked
-        if counter is not None:
-            values.append((counter, torch.full_like(counter, batches)))
-    before = [old.clone() for old, _ in values]
-    try:
-        for old, value in values:
-            old.copy_(value)
-    except BaseException:
-        for (old, _), copy in zip(values, before, strict=True):
-            old.copy_(copy)
-        raise
-
+from batchnorm.selection import check_enough
 
 TRANSFORMED = """\
 layer {name!r} is called inside of a transform of torch.func (vmap, grad, ...), where its \
 input cannot be measured; pass forward= that calls the model without it"""
+
+ANY_SIZE = """
+upstream="population" needs no statistics of a batch, and takes batches of any size."""
 
 _WIDE = (torch.float32, torch.float64)
 
@@ -88,6 +51,8 @@ class MeasuredLayers:
 
     Attributes:
         by_name: Name -> layer.
+        places: Name -> where statistics are stored, of all samples and of each group.
+        stored: Name -> what was stored there at first, made usable.
         batch: Takes the Moments of the present batch.
         before_call: Called with the name of each layer before it runs; may raise to end the
             forward pass.
@@ -96,6 +61,8 @@ class MeasuredLayers:
 
     def __init__(self, chosen: Iterable[Found]) -> None:
         self.by_name = {found.name: found.layer for found in chosen}
+        self.places = places(self.by_name)
+        self.stored = {name: usable(read(place)) for name, place in self.places.items()}
         self.batch = BatchMoments({})
         self.before_call: Callable[[str], None] | None = None
         self.each = [MeasuredLayer(self, name, one) for name, one in self.by_name.items()]
@@ -107,10 +74,16 @@ class MeasuredLayers:
 
         Args:
             measured: Names of the layers to measure.
-            given: Name -> statistics, for every layer; None for those of each batch.
+            given: Name -> statistics, for every layer; of groups that it lacks, those that were
+                stored. None for those of each batch.
         """
+        known = None if given is None else {**self.stored, **given}
         for layer in self.each:
-            layer.configure(layer.name in measured, None if given is None else given[layer.name])
+            layer.configure(layer.name in measured, known)
+
+    def keys(self, names: Collection[str]) -> list[str]:
+        """Return the names of all places of some layers."""
+        return [key for key, place in self.places.items() if place.name in names]
 
 
 @contextlib.contextmanager
@@ -141,19 +114,24 @@ class MeasuredLayer:
         own = getattr(self._forward, "__func__", None)
         # torch's forward does nothing but normalize: our kernel needs no statistics in buffers.
         self._is_torch = own is _BatchNorm.forward
+        self._groups = groups_of(layer)
         self._measured = False
         self._given: Statistics | None = None
         # Buffers for a batch's statistics; None where the layer computes them by itself.
         self._own: Statistics | None = None
 
-    def configure(self, is_measured: bool, given: Statistics | None) -> None:
+    def configure(self, is_measured: bool, known: Mapping[str, Statistics] | None) -> None:
         """Set whether the input is measured, and what it is normalized by; None for the batch."""
+        given = None if known is None else known[self.name]
         self._measured, self._given, self._own, layer = is_measured, given, None, self.layer
         # A layer that something cast to half precision would round what is put in its buffers.
         own_path = given is None and layer.get_buffer("running_mean").dtype not in _WIDE
         layer.training, layer.track_running_stats = own_path, not own_path
-        if given is not None:
-            self._put(*given)
+        if given is not None and known is not None:
+            self._put(BUFFERS, *given)
+            if self._groups:
+                rows = (known[key_of(self.name, group)] for group in range(self._groups))
+                self._put(GROUP_BUFFERS, *map(torch.stack, zip(*rows, strict=True)))
         elif not own_path:
             old = (layer.get_buffer(name) for name in BUFFERS)
             self._own = Statistics(*(torch.empty_like(buffer) for buffer in old))
@@ -199,27 +177,33 @@ class MeasuredLayer:
         return self._forward(x)
 
     def _measure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Measure any input, with or without a mask, in any call of a batch."""
+        """Measure any input, with or without a mask or groups, in any call of a batch."""
         given = entered(self.layer, args, kwargs)
-        found = given.moments()
-        count = float(found.count)
-        if count == 1 and self._measured and self._given is None:
-            shape = tuple(given.x.shape)
-            raise LayoutError(
-                TOO_FEW_VALUES.format(shape=shape, axis=self._axis)
-                + '\nupstream="population" needs no statistics of a batch, and takes '
-                "batches of any size."
-            )
-        if not count:
+        found = given.by_group()
+        whole = pooled(found) if found.mean.ndim == 2 else found
+        if self._measured and self._given is None:
+            try:
+                check_enough(given.x, given.axis % given.x.ndim, given.grouped)
+            except SingleValueError as error:
+                error.args = (f"{error}{ANY_SIZE}",)
+                raise
+        if not float(whole.count):
             return
         if self._measured:
-            self._layers.batch.put(self.name, found)
+            self._layers.batch.put(self.name, whole)
+        if self._measured and self._groups and found is not whole:
+            for group, count in enumerate(torch.as_tensor(found.count).flatten().tolist()):
+                if count:
+                    one = Moments(count, found.mean[group], found.m2[group])
+                    self._layers.batch.put(key_of(self.name, group), one)
         if self._own is not None:
-            # In new tensors: results of an earlier call may not have been read yet.
-            self._put(found.mean, found.m2 / count)
+            # In new tensors: results of an earlier call may not have been read yet. A layer that
+            # stores nothing for groups takes rows in the place of its one mean and variance.
+            rows = self._groups and found is not whole
+            self._put(GROUP_BUFFERS if rows else BUFFERS, found.mean, found.variance())
 
-    def _put(self, mean: Tensor, var: Tensor) -> None:
+    def _put(self, names: tuple[str, ...], mean: Tensor, var: Tensor) -> None:
         """Put statistics in the place of the layer's buffers, which ``preserved`` keeps."""
-        for name, new in zip(BUFFERS, (mean, var), strict=True):
+        for name, new in zip(names, (mean, var), strict=True):
             old = self.layer.get_buffer(name)
             buffers(self.layer)[name] = new.to(old.device, old.dtype)

@@ -4,15 +4,17 @@ Each process reads its own share, of any size. They exchange what they have foun
 are read, and with a target error also in between.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
 from batchnorm.calibration.batches import Batches, Options
 from batchnorm.calibration.collect import GROUPS, Collected, largest_error, standard_errors
-from batchnorm.calibration.measure import MeasuredLayers, Statistics, read, usable
+from batchnorm.calibration.measure import MeasuredLayers
+from batchnorm.calibration.stored import Statistics
 from batchnorm.collective import Ranks
 from batchnorm.moments import Moments
 from batchnorm.progress import Tell
@@ -33,26 +35,37 @@ class Tally:
         samples: How many samples.
         rejected: How many batches were left out for values that are not finite.
         where: The first layer with such values in its input.
+        used: Name of a layer, or of a group of samples of one -> in how many batches that counted
+            it had values.
     """
 
     batches: int = 0
     samples: int = 0
     rejected: int = 0
     where: str | None = None
+    used: Counter[str] = field(default_factory=Counter)
 
 
 class Measured(NamedTuple):
-    """What was measured for one layer: Moments of everything, and of groups of batches (K, C)."""
+    """What was measured for one layer, or for one group of samples of it.
+
+    Attributes:
+        moments: Moments of everything.
+        groups: Those of groups of batches, (K, C).
+        batches: In how many batches it had values.
+    """
 
     moments: Moments
     groups: Moments
+    batches: int
 
 
 class PassResult(NamedTuple):
     """What a pass found, of all processes together.
 
     Attributes:
-        layers: Layer name -> what was measured; without layers that were not called.
+        layers: Name of a layer, or of a group of samples of one -> what was measured; without
+            layers that were not called and groups without samples.
         tally: What was read.
         reached: Whether the target error was reached; False where there is none.
     """
@@ -75,9 +88,10 @@ class Passes:
 
     Attributes:
         names: Of all layers.
-        current: Layer name -> the present estimate; what is stored, before there is any.
-        found: Layer name -> what was measured last.
-        remaining: Layer name -> by how many standard errors that moved the estimate.
+        current: Name of a layer, or of a group of samples of one -> the present estimate; what is
+            stored, before there is any.
+        found: Name -> what was measured last.
+        remaining: Name -> by how many standard errors that moved the estimate.
         results: Of every pass.
     """
 
@@ -93,7 +107,7 @@ class Passes:
         self.layers, self.batches, self.run, self.ranks = layers, batches, run, ranks
         self.options, self.tell = options, tell
         self.names = list(layers.by_name)
-        self.current = {name: usable(read(layer)) for name, layer in layers.by_name.items()}
+        self.current = dict(layers.stored)
         self.found: dict[str, Measured] = {}
         self.remaining: dict[str, float] = {}
         self.results: list[PassResult] = []
@@ -122,6 +136,11 @@ class Passes:
             var = one.moments.m2 / max(float(one.moments.count) - 1, 1)
             self.current[name] = Statistics(one.moments.mean, var)
 
+    def forget(self, names: Collection[str]) -> None:
+        """Drop what was measured for some layers."""
+        for key in self.layers.keys(names):
+            self.found.pop(key, None)
+
     def compare(self, before: Mapping[str, Statistics]) -> None:
         """Note by how many standard errors the last pass has moved the estimates."""
         for name, measured in self.results[-1].layers.items():
@@ -138,7 +157,8 @@ class _Pass:
     """One pass over the data, which measures some layers."""
 
     def __init__(self, passes: Passes, names: Collection[str]) -> None:
-        layers = {n: layer for n, layer in passes.layers.by_name.items() if n in names}
+        where = passes.layers.places
+        layers = {key: where[key].layer for key in passes.layers.keys(names)}
         self._collected = Collected({name: one.num_features for name, one in layers.items()})
         eps = [one.eps for one in layers.values() for _ in range(one.num_features)]
         self._eps = torch.tensor(eps, dtype=torch.float64)
@@ -167,6 +187,7 @@ class _Pass:
         batch.fetch()
         tally.batches += 1
         if self._allow_nan or batch.is_finite():
+            tally.used.update(batch.counts.keys())
             collected.add()
             tally.samples += samples
         else:
@@ -210,10 +231,13 @@ class _Pass:
             sum(one.samples for one in tallies),
             sum(one.rejected for one in tallies),
             next((one.where for one in tallies if one.where is not None), None),
+            sum((one.used for one in tallies), Counter()),
         )
-        return PassResult(self._split(total, self._groups()), tally, reached)
+        return PassResult(self._split(total, self._groups(), tally.used), tally, reached)
 
-    def _split(self, total: Moments, groups: Moments) -> dict[str, Measured]:
+    def _split(
+        self, total: Moments, groups: Moments, batches: Mapping[str, int]
+    ) -> dict[str, Measured]:
         """Cut the Moments of all channels into those of the layers that were called."""
         split = self._collected.split
         of_all, of_groups = ([split(part) for part in one] for one in (total, groups))  # type: ignore[arg-type]
@@ -226,5 +250,6 @@ class _Pass:
                 found[name] = Measured(
                     Moments(float(count[0]), mean.clone(), m2.clone()),
                     Moments(counts[used, :1], means[used], m2s[used]),
+                    batches[name],
                 )
         return found

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from batchnorm.calibration.cache import ResultCache
-from batchnorm.calibration.measure import Statistics
 from batchnorm.calibration.passes import Passes
+from batchnorm.calibration.stored import Statistics
 from batchnorm.models.following import follow
 
 
@@ -112,8 +112,7 @@ class Population:
                 pairs = zip(done, plan, strict=False)
                 right = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
                 # Another batch showed that a layer depends on more than was known.
-                for name in itertools.chain(*done[right:]):
-                    self._passes.found.pop(name, None)
+                self._passes.forget(frozenset().union(*done[right:]))
                 done = done[:right]
                 if right == len(plan):
                     break
@@ -149,7 +148,7 @@ class Population:
             if not circular:
                 return
             passes.compare(before)
-            if all(self._moved(name, before[name]) < SETTLED for name in wanted):
+            if all(self._moved(k, before[k]) < SETTLED for k in passes.layers.keys(wanted)):
                 return
 
     def _run(self, batch: Any, wanted: frozenset[str]) -> None:
@@ -201,7 +200,7 @@ class Population:
             self._levels, self._circular = levels(merged)
 
     def _moved(self, name: str, old: Statistics) -> float:
-        new, eps = self._passes.current[name], self._passes.layers.by_name[name].eps
+        new, eps = self._passes.current[name], self._passes.layers.places[name].layer.eps
         spread = new.var + eps
         shift, stretch = (new.mean - old.mean) / spread.sqrt(), (new.var - old.var) / spread
         return float(torch.maximum(shift.abs(), stretch.abs()).max())

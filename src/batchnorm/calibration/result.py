@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from batchnorm.calibration import files, report
 from batchnorm.calibration.collect import GROUPS, Errors, largest_error, standard_errors
-from batchnorm.calibration.measure import Statistics, write
+from batchnorm.calibration.stored import Place, Statistics, places, write
 from batchnorm.errors import CalibrationError
 from batchnorm.models.walk import unwrapped, walk
 from batchnorm.moments import Moments, merge, merge_runs
@@ -22,11 +22,12 @@ from batchnorm.report.terminal import to_text
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """The statistics of one layer; everything per channel, (C,), float64.
+    """The statistics of one layer, or of one group of its samples; per channel, (C,), float64.
 
     Attributes:
         moments: Moments of all inputs of the layer; ``count`` is the number of values per channel.
         groups: Moments of consecutive groups of batches: count (K, 1), mean and m2 (K, C).
+        batches: In how many batches the layer, or the group, had values.
         old: Mean and variance of the layer before.
         eps: The layer's ``eps``.
         remaining: With ``upstream="population"``, the change of the statistics in the last pass, in
@@ -35,6 +36,7 @@ class LayerStatistics:
 
     moments: Moments
     groups: Moments
+    batches: int
     old: Statistics
     eps: float
     remaining: float = 0.0
@@ -66,8 +68,9 @@ class Calibration:
     """The statistics of the inputs of each layer, with standard errors.
 
     Attributes:
-        layers: Layer name -> its statistics.
-        skipped: Layer name -> why its statistics were not changed.
+        layers: Layer name -> its statistics. Of a layer with ``bn.Grouped`` also
+            ``"name[2]"`` -> those of group 2, for groups that had samples.
+        skipped: Layer name -> why its statistics were not changed; groups likewise.
         batches: Number of batches that all processes read.
         samples: Number of samples in accepted batches.
         rejected: Number of batches left out because a layer's input had NaN or infinities.
@@ -129,24 +132,32 @@ class Calibration:
         Raises:
             CalibrationError: If a layer is missing, has another number of channels, or no buffers.
         """
-        layers = {
+        known = places({
             name: found.layer for found in walk(unwrapped(model))
             for name in (found.name, *found.aliases)
-        }  # fmt: skip
+        })  # fmt: skip
         for name, found in self.layers.items():
-            layer = layers.get(name)
-            has = None if layer is None else layer.running_mean
-            if layer is None or has is None or has.shape != found.new.mean.shape:
-                came = "no such layer" if layer is None else (
+            place = known.get(name)
+            has = None if place is None else place.layer.running_mean
+            if place is None or has is None or has.shape != found.new.mean.shape:
+                came = "no such layer" if place is None else (
                     "one that keeps no statistics" if has is None else f"{has.numel()} channels"
                 )  # fmt: skip
                 raise CalibrationError(
                     f"expected a layer {name!r} of {found.new.mean.numel()} channels in "
                     f"{type(model).__name__}, got {came}; the model is unchanged"
                 )
-        new = {name: found.new for name, found in self.layers.items()}
-        write({name: layers[name] for name in new}, new, self.accepted)
+        self.write(known)
         return model
+
+    def write(self, where: Mapping[str, Place]) -> None:
+        """Put the statistics in buffers, all of them or, on error, none.
+
+        Args:
+            where: Name of each of the layers and groups -> its buffers.
+        """
+        new = {name: one.new for name, one in self.layers.items()}
+        write(where, new, {name: one.batches for name, one in self.layers.items()})
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a safetensors file, in one step; needs the package safetensors.
@@ -176,17 +187,18 @@ class Calibration:
             parts: Any = (count, *found.moments[1:], *found.groups, *found.old)
             tensors |= {f"{name}:{key}": t for key, t in zip(files.KEYS, parts, strict=True)}
         plain = {key: getattr(self, key) for key in files.PLAIN}
-        layers = {name: [found.eps, found.remaining] for name, found in self.layers.items()}
+        layers = {name: [one.eps, one.remaining, one.batches] for name, one in self.layers.items()}
         return tensors, {**plain, "skipped": dict(self.skipped), "layers": layers}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> "Calibration":
         """Invert ``to_tensors``."""
         layers = {}
-        for name, (eps, remaining) in plain["layers"].items():
+        for name, (eps, remaining, batches) in plain["layers"].items():
             count, mean, m2, counts, means, m2s, *old = (tensors[f"{name}:{k}"] for k in files.KEYS)
             moments, groups = Moments(float(count), mean, m2), Moments(counts, means, m2s)
-            layers[name] = LayerStatistics(moments, groups, Statistics(*old), eps, remaining)
+            stored = Statistics(*old)
+            layers[name] = LayerStatistics(moments, groups, batches, stored, eps, remaining)
         return cls(layers, plain["skipped"], **{key: plain[key] for key in files.PLAIN})
 
     def rows(self) -> list[dict[str, Any]]:
@@ -259,8 +271,13 @@ def _merge_layer(name: str, a: LayerStatistics, b: LayerStatistics) -> LayerStat
     groups = Moments(*(torch.cat([x, y]) for x, y in zip(a.groups, b.groups, strict=True)))  # type: ignore[list-item]
     while len(groups.mean) > GROUPS:
         groups = merge_runs(groups, 2)
-    remaining = max(a.remaining, b.remaining)
-    return replace(a, moments=merge(a.moments, b.moments), groups=groups, remaining=remaining)
+    return replace(
+        a,
+        moments=merge(a.moments, b.moments),
+        groups=groups,
+        batches=a.batches + b.batches,
+        remaining=max(a.remaining, b.remaining),
+    )
 
 
 def _in_units(change: Tensor, unit: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from batchnorm.calibration.measure import Statistics, usable
+from batchnorm.calibration.stored import Statistics, usable
 
 # Of one channel; a single dead one would outweigh all others otherwise.
 MOST = 4.0

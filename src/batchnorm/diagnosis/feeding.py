@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.calibration.measure import Statistics, usable
+from batchnorm.calibration.stored import Statistics, usable
 from batchnorm.diagnosis.distance import distance
 from batchnorm.diagnosis.use import Feed
 from batchnorm.layout import channel_axis

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.calibration.measure import MeasuredLayers, Statistics, read
+from batchnorm.calibration.measure import MeasuredLayers
+from batchnorm.calibration.stored import Place, Statistics, read
 from batchnorm.diagnosis.distance import distance
 from batchnorm.diagnosis.probing import FAR, Run, Seen
 from batchnorm.models.inputs import Forward, entering, replaced_forward
@@ -36,7 +37,7 @@ def lost(seen: Seen, layers: MeasuredLayers, run: Run) -> dict[str, tuple[str, s
     """
     order: dict[str, None] = {}
     # Before the layers get statistics of batches in their buffers.
-    stored = {name: read(layer) for name, layer in layers.by_name.items()}
+    stored = {name: read(Place(name, layer)) for name, layer in layers.by_name.items()}
     layers.configure((), None)
     with entering(layers.by_name, lambda name, _: order.setdefault(name)):
         run(seen.first)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from batchnorm.calibration.batches import Batches, Options, cut
 from batchnorm.calibration.collect import standard_errors
-from batchnorm.calibration.measure import MeasuredLayers, Statistics, read, usable
+from batchnorm.calibration.measure import MeasuredLayers
 from batchnorm.calibration.passes import Measured, Passes
+from batchnorm.calibration.stored import Place, Statistics, read, usable
 from batchnorm.collective import Ranks
 from batchnorm.diagnosis.distance import distance
 from batchnorm.diagnosis.feeding import Fed, padding_of
@@ -95,15 +96,16 @@ def measure(
     seen: Seen, layers: MeasuredLayers, data: Batches, run: Run, options: Options, tell: Any
 ) -> None:
     """Read the data once, and fill ``fed``, ``true``, ``fits`` and ``first``."""
-    stored = {name: read(layer) for name, layer in layers.by_name.items()}
+    stored = {name: read(Place(name, layer)) for name, layer in layers.by_name.items()}
     seen.fed = {name: Fed(layer.eps, stored[name]) for name, layer in layers.by_name.items()}
     reading = _Reading(seen, data, run, layers)
     passes = Passes(layers, data, reading.run, Ranks(False), options, tell)
     layers.configure(passes.names)
     with entering(layers.by_name, lambda name, given: seen.fed[name].see(given)):
         passes.measure(passes.names, reading.round(), reading.run)
-    for name, found in passes.found.items():
-        if float(found.moments.count) > 1:
+    for name in passes.names:
+        found = passes.found.get(name)
+        if found is not None and float(found.moments.count) > 1:
             eps = layers.by_name[name].eps
             seen.true[name] = Statistics(found.moments.mean, found.moments.variance(correction=1))
             seen.fits[name] = _fit(stored[name], seen.true[name], found, eps)
@@ -149,7 +151,7 @@ def _swapped(seen: Seen, stored: Mapping[str, Statistics], layers: MeasuredLayer
 
 def compare(seen: Seen, layers: MeasuredLayers, run: Run) -> None:
     """Run the first batch with true statistics in one layer at a time; fill effects and gaps."""
-    stored = {name: usable(read(layer)) for name, layer in layers.by_name.items()}
+    stored = {name: usable(read(Place(name, layer))) for name, layer in layers.by_name.items()}
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str, out: Tensor) -> None:
@@ -167,11 +169,9 @@ def compare(seen: Seen, layers: MeasuredLayers, run: Run) -> None:
     with _leaving(layers.by_name, look):
         used = run(seen.first)
     seen.gap = apart(used, trained)
-    swapped = {one.name: one for one in layers.each}
     for name, true in seen.true.items():
-        swapped[name].configure(False, true)
+        layers.configure((), {**stored, name: true})
         effect = apart(run(seen.first), used)
-        swapped[name].configure(False, stored[name])
         seen.fits[name] = replace(seen.fits[name], effect=effect)
 
 

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader
 
-from batchnorm.calibration.measure import read, usable
+from batchnorm.calibration.stored import Place, read, usable
 from batchnorm.collective import Ranks
 from batchnorm.diagnosis.distance import distance
 from batchnorm.diagnosis.use import Training
@@ -97,7 +97,7 @@ def training(
 
 def between(ranks: Ranks, layers: Mapping[str, _BatchNorm]) -> dict[str, float]:
     """Return how far each layer's statistics on any process are from those on the first."""
-    own = {name: usable(read(layer)) for name, layer in layers.items()}
+    own = {name: usable(read(Place(name, layer))) for name, layer in layers.items()}
     first, *others = ranks.exchange(own)
     return {
         name: max(distance(first[name], other[name], layers[name].eps).distance for other in others)

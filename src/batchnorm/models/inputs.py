@@ -18,6 +18,7 @@ from batchnorm.errors import LayoutError, SurgeryError
 from batchnorm.moments import Moments, centered
 from batchnorm.nn.base import Layer
 from batchnorm.selection import WHOLE, Selection
+from batchnorm.sources.grouped import Grouped
 
 # Layers of any class take any arguments.
 Forward = Callable[..., object]  # type: ignore[explicit-any]
@@ -38,19 +39,28 @@ class Entered(NamedTuple):
         x: The input tensor, not a copy.
         axis: Its channel axis.
         selection: Which elements count, and how much: layers of this library take a mask, lengths
-            or weights. The statistics for use are of all groups of samples together.
+            or weights.
+        grouped: The same with the groups of samples that the call gives.
     """
 
     x: Tensor
     axis: int
     selection: Selection = WHOLE
+    grouped: Selection = WHOLE
 
     def moments(self) -> Moments:
-        """Return count, mean and m2 per channel, float64."""
-        if self.selection.is_whole:
+        """Return count, mean and m2 per channel of all samples, float64, (C,)."""
+        return self._of(self.selection)
+
+    def by_group(self) -> Moments:
+        """Return those of each group, (groups, C); without groups, of all samples, (C,)."""
+        return self._of(self.grouped)
+
+    def _of(self, selection: Selection) -> Moments:
+        if selection.is_whole:
             return blocks.moments(self.x, self.axis)
         axis = layout.channel_axis(self.x.ndim, self.axis)
-        return Moments(*centered(self.x.detach(), axis, self.selection))
+        return Moments(*centered(self.x.detach(), axis, selection))
 
 
 def entered(layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Entered:
@@ -63,14 +73,17 @@ def entered(layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, obj
         raise LayoutError(UNNAMED.format(names=list(kwargs)))
     x = cast("Tensor", args[0] if args else kwargs["input"])
     axis = getattr(layer, "axis", 1)
-    names = ("mask", "lengths", "weights")
-    chosen = dict(zip(names, (*args[2:5], None, None, None), strict=False))
+    names = ("mask", "lengths", "weights", "groups")
+    chosen = dict(zip(names, (*args[2:6], None, None, None, None), strict=False))
     chosen |= {name: kwargs[name] for name in names if name in kwargs}
     if not isinstance(layer, Layer) or all(one is None for one in chosen.values()):
         return Entered(x, axis)
-    mask, lengths, weights = (cast("Tensor | None", chosen[name]) for name in names)
+    mask, lengths, weights, ids = (cast("Tensor | None", chosen[name]) for name in names)
+    count = layer.statistics.count if isinstance(layer.statistics, Grouped) else None
+    count = None if ids is None else count
     axis_of_x = layout.channel_axis(x.ndim, axis)
-    return Entered(x, axis, functional.selected(x, axis_of_x, mask, lengths, weights))
+    grouped = functional.selected(x, axis_of_x, mask, lengths, weights, ids, count)
+    return Entered(x, axis, Selection(grouped.weights), grouped)
 
 
 @contextlib.contextmanager

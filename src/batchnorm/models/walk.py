@@ -16,6 +16,7 @@ from batchnorm.models.change import Model
 from batchnorm.nn import tracking
 from batchnorm.nn.adopted import FrozenBatchNorm2d, FrozenBatchNormAct2d
 from batchnorm.nn.base import Layer
+from batchnorm.sources.grouped import Grouped
 
 Family = Literal["ours", "torch", "timm", "torchvision", "scripted", "foreign"]
 
@@ -119,7 +120,8 @@ def use_estimate(model: Model, name: str) -> Model:
         The model.
 
     Raises:
-        EstimateError: If a layer does not keep that estimate; nothing is changed then.
+        EstimateError: If a layer does not keep that estimate, as layers with ``bn.Grouped``, whose
+            groups have that of the first estimator alone; nothing is changed then.
     """
     layers = [found for found in walk(model) if found.layer.track_running_stats]
     if not layers:
@@ -144,7 +146,8 @@ def use_estimate(model: Model, name: str) -> Model:
 def _kept(layer: _BatchNorm) -> list[str]:
     bank = layer.bank if isinstance(layer, Layer) else None
     if bank is not None:
-        return list(bank.estimators)
+        grouped = isinstance(layer, Layer) and isinstance(layer.statistics, Grouped)
+        return list(bank.estimators)[: 1 if grouped else None]
     return ["cumulative" if layer.momentum is None else "running"]
 
 

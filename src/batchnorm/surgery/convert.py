@@ -66,7 +66,7 @@ def convert(
 
     Raises:
         SurgeryError: If the model is scripted or traced, or none; it is then as it was.
-        OptionError: If an option is wrong; likewise.
+        OptionError: If an option is wrong, or ``bn.Grouped``, which layers are made with; likewise.
     """
     expect_model(model, _VERB)
     options = Options(statistics, estimator)
@@ -93,6 +93,7 @@ def _plan(model: nn.Module, options: Options, wanted: Filter | None) -> Iterator
         if not isinstance(verdict, rules.Left) and wanted is not None and not wanted(name, module):
             yield Step(name, module, NOT_WANTED, {})
             continue
+        options.expect_tensors(name, module, verdict)
         refused = options.refused(module, verdict)
         if isinstance(verdict, rules.Becomes) and refused.get("estimator") == NO_STATISTICS:
             verdict = NOT_ESTIMATED

@@ -12,6 +12,7 @@ from batchnorm.estimators.bank import Bank, EstimatorLike, named
 from batchnorm.nn.base import BATCH, MOMENTUM, estimation
 from batchnorm.ops.activations import IDENTITY
 from batchnorm.sources.base import Frozen, Source
+from batchnorm.sources.grouped import Grouped
 from batchnorm.sources.synced import Synced
 from batchnorm.surgery import rules
 
@@ -27,6 +28,15 @@ expected a source such as statistics=bn.Batch(), bn.Frozen() or bn.Synced(), got
 FILTER = "expected filter=function of (name, module), true for those to convert, got {got!r}"
 
 REFUSED = "bn.convert did not apply %s= to %d of the layers: %s"
+
+GROUPED = """\
+bn.convert cannot give statistics={source} to {name!r}, which has no buffers for these groups; \
+nothing was changed. Build the layer with it, bn.{kind}(..., statistics={source}), and load the \
+state dict; filter= leaves layers out"""
+
+SEPARATE = """\
+bn.convert cannot give statistics={source} to {name!r}, which has a weight and a bias for each \
+group of samples (statistics={old}); nothing was changed. filter= leaves layers out"""
 
 FROZEN = "its class normalizes by stored statistics alone"
 NO_STATISTICS = "it keeps no statistics"
@@ -58,6 +68,21 @@ class Options(NamedTuple):
             raise OptionError(FILTER.format(got=wanted))
         if self.estimator is not None:
             named(self.estimator)
+
+    def expect_tensors(self, name: str, layer: nn.Module, verdict: Any) -> None:
+        """Raise for a source whose tensors of groups a layer has not, or has for another source.
+
+        Raises:
+            OptionError: Naming the layer.
+        """
+        new, old = self.statistics, getattr(layer, "statistics", None)
+        if isinstance(verdict, rules.Left) or verdict.frozen or new in (None, old):
+            return
+        kind = verdict.cls.__name__ if isinstance(verdict, rules.Becomes) else type(layer).__name__
+        if isinstance(new, Grouped):
+            raise OptionError(GROUPED.format(source=new, name=name, kind=kind))
+        if isinstance(old, Grouped) and old.affine == "separate":
+            raise OptionError(SEPARATE.format(source=new, name=name, old=old))
 
     def refused(self, layer: Any, verdict: Any) -> dict[str, str]:
         """Return the options that a layer cannot have: option -> reason."""

@@ -10,6 +10,8 @@ from torch import Tensor
 from batchnorm.errors import OptionError
 
 MEAN, VAR, COUNTER = "running_mean", "running_var", "num_batches_tracked"
+# Of a layer with bn.Grouped, a row for each group of samples.
+GROUP_MEAN, GROUP_VAR, GROUP_COUNTER = "group_mean", "group_var", "group_batches"
 # More batches than integers that float64 holds exactly.
 MOST = 2**53
 
@@ -46,6 +48,7 @@ def repair(state: Mapping[str, Any]) -> Repaired:
     Channels whose mean or variance is NaN or infinite, or whose variance is negative, get mean 0
     and variance 1. A counter that is missing, negative, above 2**53, not finite or no whole number
     becomes 0; a whole number of another dtype or shape keeps its value, as an int64 of shape ().
+    What ``bn.Grouped`` layers have for each group of samples is repaired alike, value by value.
     What the values should be, ``bn.calibrate(model, data)`` computes.
 
     Args:
@@ -66,31 +69,37 @@ def repair(state: Mapping[str, Any]) -> Repaired:
     for name in state:
         stem, dot, leaf = name.rpartition(".")
         if leaf == MEAN:
-            repairs += _statistics(repaired, stem + dot)
+            repairs += _statistics(repaired, stem + dot, MEAN, VAR)
             repairs += _counter(repaired, stem + dot)
+        elif leaf == GROUP_MEAN and stem + dot + MEAN in state:
+            repairs += _statistics(repaired, stem + dot, GROUP_MEAN, GROUP_VAR)
+            repairs += _group_counters(repaired, stem + dot)
     return Repaired(repaired, tuple(repairs))
 
 
-def _statistics(state: MutableMapping[str, Any], prefix: str) -> list[Repair]:
-    """Repair mean and variance of one layer."""
-    mean, var = (state.get(prefix + name) for name in (MEAN, VAR))
+def _statistics(
+    state: MutableMapping[str, Any], prefix: str, of_mean: str, of_var: str
+) -> list[Repair]:
+    """Repair mean and variance of one layer, or their rows for groups."""
+    mean, var = (state.get(prefix + name) for name in (of_mean, of_var))
     if not isinstance(mean, Tensor) or not isinstance(var, Tensor) or mean.shape != var.shape:
         raise OptionError(
-            f"expected tensors {prefix + MEAN!r} and {prefix + VAR!r} of one shape, got "
+            f"expected tensors {prefix + of_mean!r} and {prefix + of_var!r} of one shape, got "
             f"{_shape(mean)} and {_shape(var)}"
         )
     wrong_mean, wrong_var = ~mean.isfinite(), ~(var.isfinite() & (var >= 0))
     wrong = wrong_mean | wrong_var
     if not bool(wrong.any()):
         return []
-    state[prefix + MEAN] = torch.where(wrong, torch.zeros_like(mean), mean)
-    state[prefix + VAR] = torch.where(wrong, torch.ones_like(var), var)
-    channels = tuple(wrong.nonzero().flatten().tolist())
+    state[prefix + of_mean] = torch.where(wrong, torch.zeros_like(mean), mean)
+    state[prefix + of_var] = torch.where(wrong, torch.ones_like(var), var)
+    channels = tuple(wrong.reshape(-1, wrong.shape[-1]).any(0).nonzero().flatten().tolist())
     found = []
-    for leaf, part, bad, new in ((MEAN, mean, wrong_mean, 0), (VAR, var, wrong_var, 1)):
+    for leaf, part, bad, new in ((of_mean, mean, wrong_mean, 0), (of_var, var, wrong_var, 1)):
         if bool(bad.any()):
             examples = ", ".join(f"{value:g}" for value in part[bad].flatten()[:3].tolist())
-            where = f"{int(bad.sum())} of {part.numel()} channels"
+            kind = "channels" if part.ndim == 1 else "channels of groups"
+            where = f"{int(bad.sum())} of {part.numel()} {kind}"
             found.append(Repair(prefix + leaf, f"{examples} in {where}; {new} there now", channels))
     return found
 
@@ -112,6 +121,22 @@ def _counter(state: MutableMapping[str, Any], prefix: str) -> list[Repair]:
     new = int(number) if usable else 0
     state[name] = torch.tensor(new, device=value.device)
     return [Repair(name, f"{number:g}, {value.dtype}, shape {tuple(value.shape)}; {new} now")]
+
+
+def _group_counters(state: MutableMapping[str, Any], prefix: str) -> list[Repair]:
+    """Repair the counters of one layer's groups; a missing one is filled in when it is loaded."""
+    name, groups = prefix + GROUP_COUNTER, len(state[prefix + GROUP_MEAN])
+    value = state.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, Tensor) or value.shape != (groups,):
+        state[name] = torch.zeros(groups, dtype=torch.int64)
+        return [Repair(name, f"{_shape(value)} where {groups} numbers belong; 0 now")]
+    usable = (value >= 0) & (value <= MOST) & (value.double() == value.double().trunc())
+    if bool(usable.all()) and value.dtype == torch.int64:
+        return []
+    state[name] = torch.where(usable, value, torch.zeros_like(value)).to(torch.int64)
+    return [Repair(name, f"{value.tolist()}, {value.dtype}; {state[name].tolist()} now")]
 
 
 def _shape(value: Any) -> str:

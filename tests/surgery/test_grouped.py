@@ -1,0 +1,87 @@
+"""Verbs of whole models and of state dicts, on layers with ``bn.Grouped``."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.errors import BatchNormError
+from support.twins import refused
+
+IDS = torch.tensor([2, 0, 0, 2, 1, 1, 2, 0, 1])
+
+
+def trained(ids=IDS, **options):
+    layer = bn.BatchNorm1d(4, statistics=bn.Grouped(4, **options))
+    for _ in range(3):
+        layer(torch.randn(9, 4) * 2 + ids[:, None], groups=ids)
+    return layer
+
+
+def test_state_dicts_are_merged_group_by_group_over_those_that_have_seen_it():
+    layers = [trained(IDS), trained(IDS.clamp_max(1)), trained(IDS.clamp_min(1))]
+    weights, states = np.array([1.0, 2.0, 5.0]), [one.state_dict() for one in layers]
+    merged = bn.merge_states(states, list(weights))
+    for group in range(4):
+        seen = np.array([float(s["group_batches"][group] > 0) for s in states])
+        w = (weights * (seen if seen.any() else 1))[:, None] / (
+            weights * (seen if seen.any() else 1)
+        ).sum()
+        mean, var = (
+            np.stack([s[f"group_{what}"][group].double().numpy() for s in states])
+            for what in ("mean", "var")
+        )
+        expected = (w * mean).sum(0)
+        between = (w * (mean - expected) ** 2).sum(0)
+        np.testing.assert_allclose(merged["group_mean"][group], expected, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(
+            merged["group_var"][group], (w * var).sum(0) + between, rtol=1e-6
+        )
+    assert merged["group_batches"].tolist() == [3, 3, 3, 0]
+    trained().load_state_dict(merged)
+
+
+def test_broken_rows_of_groups_are_repaired_value_by_value():
+    state = {name: value.clone() for name, value in trained().state_dict().items()}
+    state["group_mean"][1, 2], state["group_var"][0, 3] = torch.nan, -1.0
+    state["group_batches"][2] = -5
+    whole, repairs = bn.repair(state)
+    wrong = torch.zeros(4, 4, dtype=torch.bool)
+    wrong[1, 2] = wrong[0, 3] = True
+    for name, new in (("group_mean", 0.0), ("group_var", 1.0)):
+        assert torch.equal(whole[name], torch.where(wrong, new, state[name]))
+    assert whole["group_batches"].tolist() == [3, 3, 0, 0]
+    assert [one.name for one in repairs] == ["group_mean", "group_var", "group_batches"]
+    assert repairs[0].channels == (2, 3) and "-1 in 1 of 16 channels of groups" in str(repairs[1])
+    assert bn.repair(whole).repairs == ()
+    del state["group_var"]
+    with pytest.raises(BatchNormError, match="'group_mean' and 'group_var'"):
+        bn.repair(state)
+
+
+CONVERTED = {
+    "of torch": (lambda: nn.BatchNorm1d(4), bn.Grouped(4), r"bn.BatchNorm1d\(\.\.\., statistics="),
+    "with others": (trained, bn.Grouped(3), "no buffers for groups|Build the layer"),
+    "with weights": (lambda: trained(affine="separate"), bn.Batch(), "weight and a bias for each"),
+}
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_convert_refuses_sources_whose_tensors_of_groups_a_layer_lacks(name):
+    make, source, message = CONVERTED[name]
+    model = nn.Sequential(nn.BatchNorm1d(4), make())
+    with refused(BatchNormError, message, model):
+        bn.convert(model, statistics=source, filter=lambda name, _: name != "0")
+    own = getattr(model[1], "statistics", bn.Batch())
+    bn.convert(model, statistics=own, filter=lambda name, _: name == "1")
+
+
+def test_groups_have_the_estimate_of_the_first_estimator_alone():
+    model = bn.BatchNorm1d(
+        4, statistics=bn.Grouped(4), estimator={"a": bn.Running(0.1), "b": bn.Cumulative()}
+    )
+    model(torch.randn(9, 4), groups=IDS)
+    with refused(BatchNormError, "keeps \\['a'\\]", model):
+        bn.use_estimate(model, "b")
+    bn.use_estimate(model, "a")
