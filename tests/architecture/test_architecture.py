@@ -53,15 +53,19 @@ def room_of(path):
 
 @functools.cache
 def parsed(path):
-    """The nodes of a file, outermost first."""
-    return list(ast.walk(ast.parse(path.read_text())))
+    """The statements of a file, outermost first: of expressions no test here asks."""
+    found = [ast.parse(path.read_text())]
+    for node in found:  # which grows meanwhile
+        parts = ast.iter_child_nodes(node)
+        found += [p for p in parts if isinstance(p, ast.stmt | ast.excepthandler | ast.match_case)]
+    return found
 
 
 @functools.cache
 def imports(path):
     """Modules of ours that a file imports, as dotted names, and whether inside a function."""
     functions = [node for node in parsed(path) if isinstance(node, ast.FunctionDef)]
-    inside = {node for function in functions for node in ast.walk(function)}
+    lines = {line for node in functions for line in range(node.lineno, node.end_lineno + 1)}
     found = []
     for node in parsed(path):
         if isinstance(node, ast.Import):
@@ -71,7 +75,9 @@ def imports(path):
             names = [_module(node.module, alias.name) for alias in node.names]
         else:
             continue
-        found += [(name, node in inside) for name in names if name.split(".")[0] == "batchnorm"]
+        found += [
+            (name, node.lineno in lines) for name in names if name.split(".")[0] == "batchnorm"
+        ]
     return found
 
 

@@ -52,6 +52,7 @@ print(bn.__version__, bn.env()["packages"]["batchnorm"])
 """
 
 
+@pytest.mark.slow
 def test_importing_changes_nothing_loads_no_optional_package_and_knows_an_uninstalled_version():
     done = processes.run([sys.executable, "-W", "error", "-c", IMPORTED])
     assert (done.returncode, done.stderr) == (0, "")
