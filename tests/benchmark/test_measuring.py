@@ -120,6 +120,7 @@ def test_interval_of_few_values_is_all_of_them():
     assert interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
 
 
+@pytest.mark.slow
 def test_rows_of_a_cell_hold_both_regimes_pairs_and_circumstances(tmp_path):
     case = Case("bn+relu", "train", "fp32", (32, 64), False)
     told = []

@@ -234,6 +234,7 @@ def dying(rank, folder):
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_a_dead_process_is_an_error_in_the_others_and_changes_nothing(tmp_path):
     torch.multiprocessing.set_forkserver_preload(["torch", "batchnorm"])
     context = torch.multiprocessing.get_context("forkserver")

@@ -290,6 +290,7 @@ def test_other_images_of_the_batch_matter_in_train_mode_only(digits):
     assert "more than 1 value" in modes.refusal
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers(digits, tour):
     again = take_tour(small(digits), TINY, silent)
     assert to_json(to_report(again, ("w",))) == to_json(to_report(tour, ("w",)))
@@ -307,6 +308,7 @@ def test_the_tour_leaves_the_number_of_threads_alone(digits):
     assert threads == 2
 
 
+@pytest.mark.slow
 def test_demo_on_idx_files_writes_weights_that_torch_loads(tmp_path):
     data = tmp_path / "data"
     data.mkdir()

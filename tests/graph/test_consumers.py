@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
+from support.lanes import lanes
 
 # Of what crosses a break Dynamo asks for .grad.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -210,11 +211,14 @@ def compare(uses, training, fullgraph):
                 )
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["in training", "in evaluation"])
+@pytest.mark.parametrize("training", lanes([True, False], fast=[True], slow=[False]))
 def test_uses_of_results_in_one_graph_equal_eager(training):
     compare(CAPTURED, training, fullgraph=True)
 
 
-@pytest.mark.parametrize("name", BREAKING)
+USUAL = ("printed", "with a hook", "in a reentrant checkpoint", "with a new parameter", "by vmap")
+
+
+@pytest.mark.parametrize("name", lanes(BREAKING, fast=USUAL, slow=BREAKING))
 def test_use_of_a_result_that_breaks_the_graph_equals_eager(name):
     compare({name: BREAKING[name]}, training=True, fullgraph=False)

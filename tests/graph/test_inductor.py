@@ -10,6 +10,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.graph import inner
 from support.captured import before_inductor, step
+from support.lanes import lanes
 from support.twins import assert_close
 
 
@@ -54,8 +55,7 @@ KINDS = {
 
 
 # A step takes Inductor ten seconds to compile; what it is given is run in backends/test_accuracy_bounds.
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", lanes(KINDS, slow=[*KINDS][2:4]))
 def test_steps_compiled_by_inductor_equal_eager(kind):
     dense, act, convert, small = KINDS[kind]
     plain, x = Block(act, dense), inputs(dense, small)

@@ -11,14 +11,7 @@ from support.lanes import lanes
 from support.networks import CAPTURED, NETWORKS, without_dropout
 
 QUICK = {"mlp"}
-SLOW = {
-    "torchvision densenet",
-    "transformers resnet",
-    "torchvision resnet18",
-    "timm mobilenetv3",
-    "segmentation unet",
-    "monai densenet",
-}
+SLOW = {"torchvision densenet", "torchvision resnet18"}
 BUILDERS = {name: build for name, (build, *_) in (NETWORKS | CAPTURED).items()}
 
 
@@ -40,7 +33,7 @@ def test_steps_in_float64_equal_eager(name, convert):
         assert sum(one.state == "fused" for one in found.values()) >= NETWORKS[name][1]
 
 
-@pytest.mark.parametrize("name", lanes(CAPTURED, fast=["mlp"], slow=SLOW))
+@pytest.mark.parametrize("name", lanes(CAPTURED, fast=["mlp"], slow=["timm resnet26d"]))
 def test_normalizations_activations_and_additions_of_a_network(name):
     build, *expected = CAPTURED[name]
     other = compiled(build(), fullgraph=True)

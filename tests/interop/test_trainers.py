@@ -141,6 +141,7 @@ def test_lightning_in_the_midst_of_an_epoch_and_frozen_layers(lightning, tmp_pat
     assert torch.equal(frozen.running_mean, torch.zeros(8))
 
 
+@pytest.mark.slow
 def test_hugging_face_evaluates_with_exact_statistics(tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")

@@ -10,6 +10,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.estimators.merged import known
 from support.combinations import pairs
+from support.lanes import lanes
 
 SIZES = [3, 7, 5, 3, 6, 11, 9]
 CHANNELS = 2
@@ -141,15 +142,7 @@ def test_layers_are_exact_in_float64(masked):
     assert_layers_are_exact(batches(), masks() if masked else [None] * len(SIZES))
 
 
-def test_compiled_layers_are_exact_in_float64():
-    """Batches of one size: each other one would be captured again."""
-    torch.compiler.reset()
-    compiled = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
-    assert_layers_are_exact(batches([6] * 5), masks([6] * 5), compiled)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", lanes([False, True], slow=[True]))
 def test_layers_compiled_by_inductor_are_exact_in_float64(masked):
     torch.compiler.reset()
     kept = masks() if masked else [None] * len(SIZES)

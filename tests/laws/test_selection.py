@@ -259,6 +259,7 @@ def test_transforms_of_torch_func_give_the_gradient_of_autograd(kind):
 
 
 # Masks alone: routes/test_routes.
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["weights and groups"])
 def test_a_compiled_layer_computes_what_the_eager_one_does(kind):
     torch.compiler.reset()

@@ -40,6 +40,7 @@ print(json.dumps([told, *found]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_large_tensors_need_no_fresh_pages_and_all_is_given_back():
     out = subprocess.run([sys.executable, "-c", LOOP], capture_output=True, text=True, check=True)

@@ -37,7 +37,9 @@ class Followed(NamedTuple):
     trained: Flow
 
 
-@pytest.fixture(scope="module", params=lanes(NETWORKS, fast=NETWORKS.keys() - LARGE, slow=LARGE))
+@pytest.fixture(
+    scope="module", params=lanes(NETWORKS, fast=NETWORKS.keys() - LARGE, slow=["densenet121"])
+)
 def network(request):
     torch.manual_seed(1)
     model = torchvision().models.get_model(request.param, weights=None, **NETWORKS[request.param])

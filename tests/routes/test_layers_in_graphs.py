@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
+from support.lanes import lanes
 from support.twins import assert_close
 
 
@@ -72,7 +73,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", lanes(REFUSED, fast=["a rank", "integers"], slow=REFUSED))
 def test_errors_are_those_of_eager_mode_and_change_nothing(name):
     layer, x, error, text = REFUSED[name]
     layer = copy.deepcopy(layer)

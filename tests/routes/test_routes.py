@@ -272,6 +272,7 @@ class Added(nn.Module):
         return self.norm(x, residual)
 
 
+@pytest.mark.slow
 def test_exported_and_traced_evaluations_of_every_kind_travel_alone_with_any_batch_size(tmp_path):
     batch = {0: torch.export.Dim("batch", min=2, max=64)}
     kinds = {

@@ -10,6 +10,8 @@ def lanes(
     values: Iterable[Any], *, fast: Collection[Any] = (), slow: Collection[Any] = ()
 ) -> list[Any]:
     """Return the values as parameters: those of ``slow`` are marked so, others are for the audit."""
+    values = list(values)
+    assert all(v in values for v in (*fast, *slow)), f"expected some of {values}, got {fast} {slow}"
     return [
         v
         if v in fast

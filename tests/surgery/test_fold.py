@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import batchnorm as bn
 from batchnorm.models.walk import kind_of
+from support.combinations import each
 from support.twins import (
     Calls,
     assert_identical,
@@ -98,8 +99,7 @@ def channels(layer):
     return getattr(layer, "out_channels", None) or layer.out_features
 
 
-@pytest.mark.parametrize("kind", CONVOLUTIONS)
-@pytest.mark.parametrize("ours", [False, True])
+@each(kind=CONVOLUTIONS, ours=[False, True, True])
 def test_into_the_layer_that_makes_the_tensor(kind, ours):
     build, shape = CONVOLUTIONS[kind]
     layer = build()

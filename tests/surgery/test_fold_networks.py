@@ -8,18 +8,14 @@ import torch
 import batchnorm as bn
 from batchnorm.models.trees import tensors_in
 from networks_to_fold import NETWORKS, build
-
-pytestmark = pytest.mark.slow
+from support.lanes import lanes
 
 # Behind a concatenation that others read.
 LEFT = {"DenseNet-121": 62}
 
 
 @pytest.mark.filterwarnings("ignore")
-# The slowest by far is for the audit.
-@pytest.mark.parametrize(
-    "name", [pytest.param(one, marks=[pytest.mark.audit] * (one == "VGG-BN")) for one in NETWORKS]
-)
+@pytest.mark.parametrize("name", lanes(NETWORKS, slow=["MobileNetV3", "DenseNet-121", "YOLO"]))
 def test_bn_fold_leaves_what_is_known_of_a_network_and_is_as_exact(name):
     model, x = build(name)
     exact = list(tensors_in(copy.deepcopy(model).double()(x.double())))

@@ -23,7 +23,7 @@ def test_the_generator_draws_the_same_again():
     assert graph(3).source == graph(3).source != graph(4).source
 
 
-@pytest.mark.parametrize("first", lanes(range(0, 1100, 100), fast=[0], slow=range(1100)))
+@pytest.mark.parametrize("first", lanes(range(0, 1100, 100), fast=[0], slow=[100]))
 def test_random_graphs_are_folded_as_their_construction_says(first):
     count = 100 if first else 8
     bad, legal, illegal = verdicts(range(first, first + count))

@@ -311,6 +311,7 @@ def test_a_second_derivative_is_that_of_plain_operations():
     torch.autograd.gradcheck(lambda x: run(x), x)
 
 
+@pytest.mark.slow
 def test_a_resnet_keeps_three_quarters_of_the_bytes_at_most():
     model = torchvision().models.resnet18()
     twin = copy.deepcopy(model).eval()

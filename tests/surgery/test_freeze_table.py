@@ -20,7 +20,7 @@ SWITCHES = list(itertools.product((False, True), repeat=3))
 IDS = ["".join(c if on else "-" for c, on in zip("sam", switches)) for switches in SWITCHES]
 C, EPS, MOMENTUM = 5, 1e-3, 0.2
 X = (6, C, 4, 3)
-ROUTES = ["hot", "general", "float64", "compiled"]
+OTHER_ROUTES = ["general", "float64", "compiled"]
 
 
 def expected(layer, x, dy, statistics, affine, mode):
@@ -55,8 +55,10 @@ def step(layer, x, dy, route):
     return y
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("switches", SWITCHES, ids=IDS)
+@pytest.mark.parametrize(
+    ("switches", "route"),
+    [(s, route) for i, s in enumerate(SWITCHES) for route in ("hot", OTHER_ROUTES[i % 3])],
+)
 def test_a_training_step_is_what_the_table_says(switches, route):
     statistics, affine, mode = switches
     dtype = torch.float64 if route == "float64" else torch.float32

@@ -16,6 +16,7 @@ import batchnorm as bn
 from support import third_party
 from support.combinations import each
 from support.compared import Net, settled
+from support.lanes import lanes
 from support.oracle import POOLED, STORED
 
 
@@ -147,12 +148,7 @@ def test_pairs_that_compute_and_train_the_same(pair, name):
 
 
 # Most that can be folded, compiled or exported is in the network of images.
-OTHERS = itertools.cycle([name for name in SMALL if name != "images"])
-
-
-@pytest.mark.parametrize(
-    ("how", "name"), [*((how, "images") for how in IN_USE), *zip(IN_USE, OTHERS)]
-)
+@each(how=IN_USE, name=["tokens", "sound", "images", "volume", "images"])
 def test_pairs_that_are_used_alike(how, name):
     model, data = built(name)
     found = bn.same(model, IN_USE[how](model, data), data)
@@ -223,8 +219,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", lanes(NETWORKS, slow=["resnet18", "efficientnet"]))
 def test_networks_of_others_in_every_form(name):
     torch.manual_seed(4)
     model = settled(NETWORKS[name](), 8, 3, 64, 64, steps=3)

@@ -256,10 +256,8 @@ def test_values_whose_sum_exceeds_float32_have_a_mean():
 
 
 @pytest.mark.parametrize("simd", lanes(SETS, slow=SETS[:1]), indirect=True)
-@pytest.mark.parametrize("kind", lanes(KINDS, slow=[outlier, drift, narrow]))
-@pytest.mark.parametrize(
-    "layout", lanes(MILLIONS, slow=["rows", "wide rows", "planes", "short planes"])
-)
+@pytest.mark.parametrize("kind", lanes(KINDS, slow=[outlier]))
+@pytest.mark.parametrize("layout", lanes(MILLIONS, slow=["rows", "planes"]))
 def test_bounds_hold_for_millions_of_values(simd, layout, kind):
     rng, shape = np.random.default_rng(6), MILLIONS[layout]
     check(tensor(kind(shape, rng), shape), *affine(shape[1], rng))

@@ -189,6 +189,7 @@ def test_a_compiled_layer_served_by_torch_is_torchs_own_graph(torch_serves):
     assert not any("batchnorm." in name for name in called), called
 
 
+@pytest.mark.slow
 def test_without_the_native_module_torchs_kernels_serve_networks_and_save_memory_without_a_word():
     done = blocked("""
         import contextlib, copy, warnings
@@ -231,6 +232,7 @@ def test_without_the_native_module_torchs_kernels_serve_networks_and_save_memory
     assert "a C++17 compiler builds it" in done.stdout
 
 
+@pytest.mark.slow
 def test_importing_without_the_native_module_warns_once_with_the_remedy_and_how_to_silence_it():
     done = blocked("import batchnorm, batchnorm.ops.backends.choice")
     assert done.stderr.count("RuntimeWarning: batchnorm has no native module") == 1

@@ -38,6 +38,7 @@ assert len(loaded) <= 1, loaded
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_there_is_one_openmp_runtime_and_a_forked_child_runs_serially_and_does_not_hang():
     result = processes.run([sys.executable, "-c", ALONE])

@@ -37,7 +37,7 @@ def planes():
 
 
 # The widest set here with every run of the tests, the others with the long ones.
-@pytest.fixture(params=[SETS[0], *(pytest.param(one, marks=pytest.mark.slow) for one in SETS[1:])])
+@pytest.fixture(params=lanes(SETS, fast=SETS[:1], slow=SETS[-1:]))
 def simd(request):
     _native.use_simd(request.param)
     _native.spoil(True)
@@ -120,8 +120,8 @@ def check(shape, dtype):
         assert ((ours - exact).abs() <= allowed).all(), (shape, name)
 
 
-@pytest.mark.parametrize("dtype", lanes(UNIT, fast=[torch.float32], slow=UNIT), ids=str)
-@pytest.mark.parametrize("shapes", [dense, planes])
+@pytest.mark.parametrize("dtype", lanes(UNIT, fast=[torch.float32], slow=[torch.bfloat16]), ids=str)
+@pytest.mark.parametrize("shapes", lanes([dense, planes], fast=[planes], slow=[dense]))
 def test_rows_of_any_width_and_planes_of_any_size(simd, shapes, dtype):
     for shape in shapes():
         check(shape, dtype)
