@@ -1,15 +1,19 @@
 """Synchronized statistics over gloo processes: errors against the oracle, messages, step times.
 
     python benchmarks/synced.py errors
+    python benchmarks/synced.py flax
     python benchmarks/synced.py steps
 
 ``errors``: outputs, gradients and running statistics of one step, against the float64 oracle of the
 tests on the concatenated batch, relative to the largest exact value; beside pytorchvideo's
-``NaiveSyncBatchNorm2d`` where it can be imported. ``steps``: training steps of ResNet-18 in two
+``NaiveSyncBatchNorm2d`` where it can be imported. ``flax``: the same errors of
+``flax.linen.BatchNorm(axis_name=...)``, with one mapped share in the place of each process
+(``flax_synced.py``). ``steps``: training steps of ResNet-18 in two
 processes of one thread each under DistributedDataParallel, in a random order in every round.
 """
 
 import argparse
+import itertools
 import random
 import statistics
 import sys
@@ -25,6 +29,7 @@ from torch import Tensor, distributed, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import batchnorm as bn
+import flax_synced
 from batchnorm.benchmark.rows import circumstances
 from row_files import append
 from support import oracle, third_party
@@ -138,10 +143,30 @@ def measure_errors(rows: Path) -> None:
                 )
                 for team in teams
             ]  # fmt: skip
-            worst = {name: f"{max(one[name] for one in found):.2g}" for name in QUANTITIES}
-            cell = {"contender": contender, "processes": size, "share": share, "dtype": dtype}
-            append(rows / "errors.csv", {**cell, **worst, **circumstances(), "threads": 1})
-            print(cell, worst, flush=True)
+            worst = {name: max(one[name] for one in found) for name in QUANTITIES}
+            add_errors(rows, contender, size, share, dtype, worst)
+
+
+def measure_flax(rows: Path) -> None:
+    for size, share, dtype in itertools.product(
+        SHARES, ("equal", "unequal", "empty", "masked"), ("float64", "float32")
+    ):
+        sizes = SHARES[size][share]
+        layer = layer_of(bn.BatchNorm2d, dtype)
+        shares = zip(*(t.split(sizes) for t in batch(sizes, share, dtype)), strict=True)
+        parts = flax_synced.step(list(shares), layer.weight, layer.bias)
+        found = errors_of(sizes, share, dtype, parts, list(range(size)))
+        add_errors(rows, "flax", size, share, dtype, found)
+
+
+def add_errors(
+    rows: Path, contender: str, size: int, share: str, dtype: str, worst: dict[str, float]
+) -> None:
+    """Append a row of errors, and print it."""
+    cell = {"contender": contender, "processes": size, "share": share, "dtype": dtype}
+    errors = {name: f"{worst[name]:.2g}" for name in QUANTITIES}
+    append(rows / "errors.csv", {**cell, **errors, **circumstances(), "threads": 1})
+    print(cell, errors, flush=True)
 
 
 def train_rank(rank: int, rounds: int, size: int, image: int) -> dict[str, Any]:  # noqa: ARG001
@@ -212,12 +237,14 @@ def measure_steps(rows: Path, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["errors", "steps"])
+    parser.add_argument("what", choices=["errors", "flax", "steps"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rows", type=Path, default=ROWS)
     options = parser.parse_args()
     if options.what == "errors":
         measure_errors(options.rows)
+    elif options.what == "flax":
+        measure_flax(options.rows)
     else:
         measure_steps(options.rows, options.rounds)
 

@@ -1,6 +1,7 @@
 """The tables of docs/synced.md: errors against the oracle, messages and step times."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 
 from cited import Rows
 from tables import around, markdown, seconds
@@ -19,26 +20,31 @@ def errors(rows: Rows) -> str:
     everything = rows.every("synced/errors", {})
     lines = []
     for dtype in ("float64", "float32", "bfloat16", "float16"):
-        for contender in ("batchnorm", "pytorchvideo"):
+        for contender in ("batchnorm", "pytorchvideo", "flax"):
             some = [
                 row for row in everything if (row["dtype"], row["contender"]) == (dtype, contender)
             ]
             worst = {
-                share: max(
-                    (
-                        row.number(name)
-                        for row in some
-                        if row["share"] == share
-                        for name in QUANTITIES
-                    ),
-                    default=None,
+                share: _worst(
+                    row.number(name) for row in some if row["share"] == share for name in QUANTITIES
                 )
                 for share in SHARES
             }
             if some:
-                cells = ("–" if one is None else f"{one:.1e}" for one in worst.values())
+                cells = (_shown(one) for one in worst.values())
                 lines.append([dtype, contender, *cells])
     return f"{around(everything)}\n\n{markdown(['dtype', 'library', *SHARES], 2, lines)}"
+
+
+def _worst(errors: Iterable[float]) -> float | None:
+    """Return the largest error; NaN where one is, None of none."""
+    return max(errors, key=lambda one: math.inf if math.isnan(one) else one, default=None)
+
+
+def _shown(error: float | None) -> str:
+    if error is None:
+        return "–"
+    return "NaN" if math.isnan(error) else f"{error:.1e}"
 
 
 def steps(rows: Rows) -> str:

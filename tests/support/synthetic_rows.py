@@ -208,10 +208,16 @@ FILES = {
     "port/parity.csv": lambda: rows(
         library=("keras", "flax"), version="1", network="plain", **PARITY
     ),
-    "synced/errors.csv": lambda: rows(
-        dtype=("float64", "float32", "bfloat16", "float16"),
-        share=("equal", "unequal", "subgroups"), contender=("batchnorm", "pytorchvideo"),
-        processes="4", **ERRORS,
+    "synced/errors.csv": lambda: itertools.chain(
+        rows(
+            dtype=("float64", "float32", "bfloat16", "float16"),
+            share=("equal", "unequal", "subgroups"), contender=("batchnorm", "pytorchvideo"),
+            processes="4", **ERRORS,
+        ),
+        rows(
+            dtype="float32", share="empty", contender="flax", processes="4",
+            **{**ERRORS, "y": "nan"},
+        ),
     ),
     "synced/steps.csv": lambda: rows(
         kind=("torch", "batch", "synced"), image="32", batch="64", layers="20", messages="40",
