@@ -30,6 +30,8 @@ class Tolerance(NamedTuple):
 SAME = Tolerance(0.0, 0.0)
 # A float32 buffer that was rounded once: one unit in the last place, as docs/calibrate.md promises.
 STORED = Tolerance(2.0**-24, 2.0**-23)
+# Of a variance in float32, relative (docs/statistics.md, accuracy).
+VARIANCE = 1e-6
 # Moments in float64, relative: two roundings of each of 10 000 terms at worst (docs/calibrate.md).
 POOLED = 1e-12
 

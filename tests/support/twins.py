@@ -164,7 +164,13 @@ def refused(
 
 
 def assert_close(
-    got: Any, expected: Any, what: str = "", *, exact: bool = False, **spread: float
+    got: Any,
+    expected: Any,
+    what: str = "",
+    *,
+    exact: bool = False,
+    dtype: torch.dtype | None = None,
+    **spread: float,
 ) -> None:
     """Compare tensors within ``oracle.tolerance`` of the dtype of ``got``, integers exactly.
 
@@ -176,22 +182,23 @@ def assert_close(
         expected: As many.
         what: Name in the message.
         exact: Whether all numbers must be equal.
+        dtype: In which parameters or values were rounded on the way; that of ``got`` by default.
         spread: ``count``, ``ratio`` and ``size`` of ``oracle.tolerance``.
     """
     if isinstance(expected, dict):
         assert list(got) == list(expected), what
         for name, one in expected.items():
-            assert_close(got[name], one, f"{what} {name}", exact=exact, **spread)
+            assert_close(got[name], one, f"{what} {name}", exact=exact, dtype=dtype, **spread)
     elif isinstance(expected, list | tuple):
         for number, (one, other) in enumerate(zip(got, expected, strict=True)):
-            assert_close(one, other, f"{what} {number}", exact=exact, **spread)
+            assert_close(one, other, f"{what} {number}", exact=exact, dtype=dtype, **spread)
     elif expected is None:
         assert got is None, what
     else:
         assert expected.dtype in (got.dtype, torch.float64), what
         allowed = oracle.SAME
         if got.is_floating_point() and not exact:
-            allowed = oracle.tolerance(got.dtype, **spread)
+            allowed = oracle.tolerance(dtype or got.dtype, **spread)
             if expected.dtype == got.dtype:
                 allowed = oracle.Tolerance(2 * allowed.atol, 2 * allowed.rtol)
         oracle.assert_close(_wide(got), _wide(expected), allowed, what)

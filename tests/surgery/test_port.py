@@ -10,7 +10,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.errors import OptionError, SurgeryError
-from support.twins import refused
+from support.twins import assert_close, refused
 
 X = np.random.default_rng(3).normal(size=(4, 6, 5, 3))
 
@@ -106,7 +106,7 @@ def evaluated(x, eps):
 def test_outputs_and_the_biased_average_are_those_of_the_other_library(state, source, head, eps):
     net, x = Net(), torch.from_numpy(X).permute(0, 3, 1, 2)
     assert bn.port(net, state(), source=source, flatten={head: (3, 3)}) is net
-    np.testing.assert_allclose(net.eval()(x).detach(), evaluated(X, eps), rtol=1e-9, atol=1e-9)
+    assert_close(net.eval()(x), torch.from_numpy(evaluated(X, eps)), dtype=torch.float32, size=16)
     net.train()(x)
     seen, before = convolved(X, layers(keras=False)[0]["kernel"]), layers(keras=False)[1]
     for one in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):

@@ -9,7 +9,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.errors import OptionError, SurgeryError
 from support.combinations import pairs
-from support.twins import assert_identical, everything, randomize, refused
+from support.twins import assert_close, assert_identical, everything, randomize, refused
 
 MODES = ["fold", "freeze", "explicit"]
 OPERATORS = ("batch_norm", "BatchNormalization")
@@ -60,10 +60,7 @@ def expected(model, x):
 
 
 def close(got, exact, dtype=torch.float32):
-    error = 200 * torch.finfo(dtype).eps
-    torch.testing.assert_close(
-        got.double(), exact, rtol=error, atol=error * float(exact.abs().max())
-    )
+    assert_close(got.double(), exact, dtype=dtype, size=32 * float(exact.abs().max()))
 
 
 @pairs(mode=MODES, stored=[True, False], dtype=[torch.float32, torch.float64])

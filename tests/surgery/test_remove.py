@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import batchnorm as bn
 from batchnorm.errors import OptionError, SurgeryError
 from support.combinations import pairs
-from support.twins import assert_identical, everything, randomize, refused
+from support.twins import assert_close, assert_identical, everything, randomize, refused
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -64,8 +64,7 @@ def test_folding_keeps_what_evaluation_computes(dtype, inputs, pickled):
     assert [type(model.get_submodule(name)) for name in NAMES] == [
         nn.Conv2d, nn.ConvTranspose2d, nn.Linear,
     ]  # fmt: skip
-    error = 64 * torch.finfo(dtype).eps
-    torch.testing.assert_close(exact(model, x), expected, rtol=error, atol=error)
+    assert_close(exact(model, x), expected, dtype=dtype, size=16)
     assert all(module.training for module in model.modules())
 
 
@@ -95,7 +94,7 @@ def test_stripping_right_after_insertion_gives_back_the_function(inputs):
     bn.remove(model, x if inputs else None, how="strip")
     assert (model.conv.bias, model.tokens.bias) == biases
     assert model.up.bias is None
-    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    assert torch.equal(model(x), expected)
 
 
 @pytest.mark.parametrize("how", ["fold", "strip"])
@@ -117,10 +116,10 @@ def test_a_filter_keeps_some():
     bn.remove(model, filter=lambda name, _: name.startswith("up"))
     assert isinstance(model.conv, nn.Sequential)
     assert isinstance(model.up, nn.ConvTranspose2d)
-    torch.testing.assert_close(exact(model, x), expected, rtol=1e-5, atol=1e-5)
+    assert_close(exact(model, x), expected, dtype=torch.float32, size=16)
     bn.remove(model)
     assert isinstance(model.conv, nn.Conv2d)
-    torch.testing.assert_close(exact(model, x), expected, rtol=1e-5, atol=1e-5)
+    assert_close(exact(model, x), expected, dtype=torch.float32, size=16)
 
 
 def own():
@@ -138,14 +137,14 @@ def test_with_inputs_other_normalizations_are_removed_too():
     bn.remove(model, x)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     assert {edit.verb for edit in bn.edits(model)} == {"remove"}
-    torch.testing.assert_close(exact(model, x), expected, rtol=1e-5, atol=1e-5)
+    assert_close(exact(model, x), expected, dtype=torch.float32, size=16)
 
 
 def test_stripped_layers_keep_their_activation():
     model, x = own(), torch.randn(X)
     first, second = model[0], model[3]
     bn.remove(model, x, how="strip")
-    torch.testing.assert_close(model(x), second(first(x).relu()).relu(), rtol=0, atol=0)
+    assert torch.equal(model(x), second(first(x).relu()).relu())
     bn.undo(model)
     assert isinstance(model[1], nn.BatchNorm2d)
 

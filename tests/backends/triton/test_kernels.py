@@ -33,6 +33,7 @@ from batchnorm.ops.call import Epilogue
 from support import oracle
 from support.cases import Case, check_gradients, plain
 from support.cases import run as step_of
+from support.twins import assert_close
 
 EPS = 1e-3
 
@@ -255,8 +256,8 @@ def test_the_step_keeps_the_digits_of_a_momentum_and_of_float64():
     with bn.use_backend("triton"):
         layer = bn.BatchNorm1d(3, momentum=0.3).double()
         layer(x)
-    torch.testing.assert_close(layer.running_mean, 0.3 * x.mean(0), rtol=1e-14, atol=1e-15)
-    torch.testing.assert_close(layer.running_var, 0.7 + 0.3 * x.var(0), rtol=1e-14, atol=0)
+    assert_close(layer.running_mean, 0.3 * x.mean(0), count=len(x))
+    assert_close(layer.running_var, 0.7 + 0.3 * x.var(0), count=len(x))
     assert int(layer.num_batches_tracked) == 1
 
 
@@ -328,10 +329,10 @@ def test_statistics_keep_the_bound_over_many_tiles():
         mean, m2 = cuda.moments(x, axis)
         n, exact, m2_exact = oracle.moments(x.double().numpy(), axis)
         assert np.abs(mean.double().numpy() / exact - 1).max() <= 2.0**-24
-        assert np.abs(m2.double().numpy() / m2_exact - 1).max() <= 1e-6
+        assert np.abs(m2.double().numpy() / m2_exact - 1).max() <= oracle.VARIANCE
     # A first tile that is unlike all that follows, which are constant but for one value.
     x = torch.full((200_000, 2), 3.0)
     x[:4096] = torch.randn(4096, 2) * 1e3
     _, m2 = cuda.moments(x, 1)
     _, _, m2_exact = oracle.moments(x.double().numpy(), 1)
-    assert np.abs(m2.double().numpy() / m2_exact - 1).max() <= 1e-6
+    assert np.abs(m2.double().numpy() / m2_exact - 1).max() <= oracle.VARIANCE
