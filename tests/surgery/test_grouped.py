@@ -63,12 +63,12 @@ def test_broken_rows_of_groups_are_repaired_value_by_value():
 CONVERTED = {
     "of torch": (lambda: nn.BatchNorm1d(4), bn.Grouped(4), r"bn.BatchNorm1d\(\.\.\., statistics="),
     "with others": (trained, bn.Grouped(3), "no buffers for groups|Build the layer"),
-    "with weights": (lambda: trained(affine="separate"), bn.Batch(), "weight and a bias for each"),
+    "to one for all": (trained, bn.Frozen(), "would no longer normalize"),
 }
 
 
 @pytest.mark.parametrize("name", CONVERTED)
-def test_convert_refuses_sources_whose_tensors_of_groups_a_layer_lacks(name):
+def test_convert_neither_gives_groups_to_a_layer_nor_takes_them_away(name):
     make, source, message = CONVERTED[name]
     model = nn.Sequential(nn.BatchNorm1d(4), make())
     with refused(BatchNormError, message, model):
@@ -85,3 +85,12 @@ def test_groups_have_the_estimate_of_the_first_estimator_alone():
     with refused(BatchNormError, "keeps \\['a'\\]", model):
         bn.use_estimate(model, "b")
     bn.use_estimate(model, "a")
+
+
+def test_checkpoints_with_rows_of_groups_have_tensors_that_fit():
+    for affine in ("shared", "separate"):
+        found = bn.inspect(trained(affine=affine).state_dict())
+        assert [one.rule for one in found.findings] == []
+        assert found.layers[0].statistics is not None
+    broken = dict(trained(affine="separate").state_dict(), weight=torch.ones(3, 4))
+    assert "BN106" in [one.rule for one in bn.inspect(broken).findings]

@@ -66,7 +66,8 @@ def convert(
 
     Raises:
         SurgeryError: If the model is scripted or traced, or none; it is then as it was.
-        OptionError: If an option is wrong, or ``bn.Grouped``, which layers are made with; likewise.
+        OptionError: If an option is wrong, or ``bn.Grouped``, which layers are made with, would be
+            given or taken away; likewise.
     """
     expect_model(model, _VERB)
     options = Options(statistics, estimator)

@@ -34,9 +34,10 @@ bn.convert cannot give statistics={source} to {name!r}, which has no buffers for
 nothing was changed. Build the layer with it, bn.{kind}(..., statistics={source}), and load the \
 state dict; filter= leaves layers out"""
 
-SEPARATE = """\
-bn.convert cannot give statistics={source} to {name!r}, which has a weight and a bias for each \
-group of samples (statistics={old}); nothing was changed. filter= leaves layers out"""
+UNGROUPED = """\
+bn.convert cannot give statistics={source} to {name!r}, which stores statistics for each group of \
+samples (statistics={old}), by which evaluation would no longer normalize; nothing was changed. \
+filter= leaves layers out, and bn.freeze(model) freezes them as they are"""
 
 FROZEN = "its class normalizes by stored statistics alone"
 NO_STATISTICS = "it keeps no statistics"
@@ -70,7 +71,7 @@ class Options(NamedTuple):
             named(self.estimator)
 
     def expect_tensors(self, name: str, layer: nn.Module, verdict: Any) -> None:
-        """Raise for a source whose tensors of groups a layer has not, or has for another source.
+        """Raise for a source with groups that a layer has no tensors for, and in the place of one.
 
         Raises:
             OptionError: Naming the layer.
@@ -81,8 +82,8 @@ class Options(NamedTuple):
         kind = verdict.cls.__name__ if isinstance(verdict, rules.Becomes) else type(layer).__name__
         if isinstance(new, Grouped):
             raise OptionError(GROUPED.format(source=new, name=name, kind=kind))
-        if isinstance(old, Grouped) and old.affine == "separate":
-            raise OptionError(SEPARATE.format(source=new, name=name, old=old))
+        if isinstance(old, Grouped):
+            raise OptionError(UNGROUPED.format(source=new, name=name, old=old))
 
     def refused(self, layer: Any, verdict: Any) -> dict[str, str]:
         """Return the options that a layer cannot have: option -> reason."""
