@@ -197,6 +197,23 @@ def test_a_layer_without_statistics_of_groups_normalizes_each_group_by_its_own()
     np.testing.assert_allclose(net.bn2.running_var, var, rtol=10 * POOLED)
 
 
+def test_an_interrupt_while_rows_are_written_takes_all_of_it_back(monkeypatch):
+    net, other = Net(), Net()
+    found = bn.calibrate(other, batches(masked=False), forward=lambda model, batch: model(*batch))
+    copy, written = torch.Tensor.copy_, []
+
+    def interrupted(self, source):
+        written.append(self)
+        if len(written) == 20:  # in the rows of the second layer
+            raise KeyboardInterrupt
+        return copy(self, source)
+
+    with refused(KeyboardInterrupt, "", net), monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", interrupted)
+        found.apply(net)
+    assert len(written) > 20
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_groups_of_several_processes_are_merged_by_their_counts():

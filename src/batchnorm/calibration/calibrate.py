@@ -24,7 +24,7 @@ from batchnorm.calibration.layers import LayersLike, choose
 from batchnorm.calibration.measure import measured
 from batchnorm.calibration.passes import Passes
 from batchnorm.calibration.population import Population
-from batchnorm.calibration.result import Calibration, LayerStatistics
+from batchnorm.calibration.result import Calibration, LayerStatistics, store
 from batchnorm.calibration.stored import Statistics, places, read
 from batchnorm.collective import Group, Ranks
 from batchnorm.errors import CalibrationError
@@ -129,7 +129,7 @@ def _calibrate(
         else:
             passes.repeat(options.passes)
     result = _result(passes, before, skipped, options)
-    result.write(where)
+    store(result.layers, where)
     return result
 
 

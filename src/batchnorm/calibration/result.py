@@ -147,17 +147,8 @@ class Calibration:
                     f"expected a layer {name!r} of {found.new.mean.numel()} channels in "
                     f"{type(model).__name__}, got {came}; the model is unchanged"
                 )
-        self.write(known)
+        store(self.layers, known)
         return model
-
-    def write(self, where: Mapping[str, Place]) -> None:
-        """Put the statistics in buffers, all of them or, on error, none.
-
-        Args:
-            where: Name of each of the layers and groups -> its buffers.
-        """
-        new = {name: one.new for name, one in self.layers.items()}
-        write(where, new, {name: one.batches for name, one in self.layers.items()})
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a safetensors file, in one step; needs the package safetensors.
@@ -234,6 +225,17 @@ class Calibration:
     def __str__(self) -> str:
         """Return tables: a line per layer, and the layers that were left alone."""
         return to_text(report.tables(self))
+
+
+def store(layers: Mapping[str, LayerStatistics], where: Mapping[str, Place]) -> None:
+    """Put statistics in buffers, all of them or, on error, none.
+
+    Args:
+        layers: Name of a layer, or of a group of samples of one -> its statistics.
+        where: Name of each of them -> its buffers.
+    """
+    new = {name: one.new for name, one in layers.items()}
+    write(where, new, {name: one.batches for name, one in layers.items()})
 
 
 def _merge(several: list[Calibration]) -> Calibration:
