@@ -87,10 +87,17 @@ def test_groups_have_the_estimate_of_the_first_estimator_alone():
     bn.use_estimate(model, "a")
 
 
-def test_checkpoints_with_rows_of_groups_have_tensors_that_fit():
+def test_checkpoints_are_judged_by_the_rows_of_groups_too():
     for affine in ("shared", "separate"):
-        found = bn.inspect(trained(affine=affine).state_dict())
-        assert [one.rule for one in found.findings] == []
-        assert found.layers[0].statistics is not None
-    broken = dict(trained(affine="separate").state_dict(), weight=torch.ones(3, 4))
-    assert "BN106" in [one.rule for one in bn.inspect(broken).findings]
+        state = {k: v.clone() for k, v in trained(affine=affine).state_dict(prefix="a.").items()}
+        assert bn.inspect(state).findings == ()
+        state["a.group_mean"][1, 2], state["a.group_var"][0, 3] = torch.nan, -1.0
+        found = {one.rule: (one.subject, one.message) for one in bn.inspect(state).findings}
+        assert found == {
+            "BN101": ("a (groups)", "Mean or variance of 1 of 16 channels is NaN or infinite."),
+            "BN102": ("a (groups)", "The variance of 1 of 16 channels is negative, down to -1."),
+        }
+    for name, subject in (("a.group_var", "a (groups)"), ("a.weight", "a")):
+        state[name] = torch.ones(3, 4)
+        found = [(one.rule, one.subject) for one in bn.inspect(state).findings]
+        assert ("BN106", subject) in found

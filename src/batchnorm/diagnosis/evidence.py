@@ -101,6 +101,7 @@ class Layer:
         counter: None where there is none.
         eps: ε, as the checkpoint says or ``DEFAULT_EPS``.
         training: Whether it normalizes by the batch in use too; None where it isn't known.
+        rows: The statistics of groups of samples, (groups, C), flat as those of one layer.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Layer:
     counter: Counter | None = None
     eps: float = DEFAULT_EPS
     training: bool | None = None
+    rows: "Layer | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,17 @@ def _layer(checkpoint: Checkpoint, group: Group) -> Layer:
         counter=None if group.counter is None else _counter(checkpoint.vector(group.counter)),
         eps=eps,
         training=group.training,
+        rows=None if group.rows is None else _of_rows(checkpoint, group.layer, *group.rows),
     )
+
+
+def _of_rows(checkpoint: Checkpoint, layer: str, mean: str, var: str) -> Layer:
+    name, shapes = f"{layer} (groups)", [checkpoint.shape(one) for one in (mean, var)]
+    if shapes[0] is None or shapes[0] != shapes[1]:
+        words = "{name} has the shape {shape}"
+        return Layer(name, 0, say(words, name=var, shape=shapes[1]))
+    values = checkpoint.vector(mean).values
+    return Layer(name, len(values), statistics=_statistics(values, checkpoint.vector(var)))
 
 
 def _problem(checkpoint: Checkpoint, group: Group) -> str:

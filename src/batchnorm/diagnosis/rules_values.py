@@ -1,6 +1,7 @@
 """Rules on single values of a checkpoint: numbers that no batch norm can have, and odd storage."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 from batchnorm.diagnosis.evidence import Evidence, Layer
@@ -28,6 +29,17 @@ def _each(judge: Callable[[Layer], Judged], evidence: Evidence) -> Iterator[Foun
         if judged is not None:
             message, numbers = judged
             yield Found(layer.name, message, {"channels": layer.channels, **numbers})
+
+
+def with_rows(judge: Callable[[Layer], Judged]) -> Callable[[Evidence], Iterator[Found]]:
+    """Return a check that judges each layer, and the statistics of its groups of samples alike."""
+    return partial(_with_rows, judge)
+
+
+def _with_rows(judge: Callable[[Layer], Judged], evidence: Evidence) -> Iterator[Found]:
+    yield from _each(judge, evidence)
+    rows = tuple(layer.rows for layer in evidence.layers if layer.rows is not None)
+    yield from _each(judge, replace(evidence, layers=rows))
 
 
 def no_layers(evidence: Evidence) -> str:
@@ -150,7 +162,7 @@ VALUES: tuple[LayerRule, ...] = (
         "overflow of float16 spoils a running average for good: each later step keeps a part of "
         "it.",
         CALIBRATE,
-        each(_not_finite),
+        with_rows(_not_finite),
         no_layers,
     ),
     Rule(
@@ -161,7 +173,7 @@ VALUES: tuple[LayerRule, ...] = (
         "the buffer was written by something else, such as an extrapolation of weights, or "
         "damaged.",
         CALIBRATE,
-        each(_negative),
+        with_rows(_negative),
         no_layers,
     ),
     Rule(
@@ -202,7 +214,7 @@ VALUES: tuple[LayerRule, ...] = (
         "model cannot load them otherwise: they are of different networks, or a channel was "
         "pruned in some of them only.",
         "Write the checkpoint anew from the model; prune all tensors of a layer alike.",
-        each(_sizes),
+        with_rows(_sizes),
         no_layers,
     ),
     Rule(

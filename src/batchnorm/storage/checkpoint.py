@@ -31,6 +31,7 @@ class Group:
         mean: The names of its tensors, as those that follow.
         eps: ε, where the format says it.
         training: Whether the layer normalizes by the batch in use too, where the format says it.
+        rows: The names of mean and variance of each group of samples (``bn.Grouped``), (groups, C).
     """
 
     layer: str
@@ -41,6 +42,7 @@ class Group:
     counter: str | None = None
     eps: float | None = None
     training: bool | None = None
+    rows: tuple[str, str] | None = None
 
 
 class Vector(NamedTuple):

@@ -17,8 +17,8 @@ PLAIN = (("_mean", "_variance"), ("mean", "variance"), ("mean", "var"))
 WEIGHTS = ("weight", "gamma", "scale")
 BIASES = ("bias", "beta", "offset")
 COUNTER = "num_batches_tracked"
-# Means of layers of this library with bn.Grouped.
-OF_ALL, OF_GROUPS = "running_mean", "group_mean"
+# Of layers of this library with bn.Grouped: the mean of all samples, mean and variance of groups.
+OF_ALL, OF_GROUPS = "running_mean", ("group_mean", "group_var")
 # Each of the first table with those that it stands beside, and whether it is a mean.
 _WORDS = tuple(
     (word, tuple(pair[1 - at] for pair in STATISTICS if pair[at] == word), at == 0)
@@ -43,7 +43,7 @@ def _found(checkpoint: Checkpoint) -> Iterator[Group]:
             continue
         group = _group(name, names) or _plain(name, names, checkpoint)
         if group is not None and not _is_no_layer(group, checkpoint):
-            group = _without_rows(group, names, checkpoint)
+            group = _with_rows(group, names, checkpoint)
             taken.update(part for part in (group.mean, group.var) if part)
             yield group
 
@@ -87,17 +87,18 @@ def _with_rest(prefix: str, end: str, mean: str | None, var: str | None, names: 
     return Group(layer, mean, var, first(WEIGHTS), first(BIASES), first((COUNTER,)))
 
 
-def _without_rows(group: Group, names: set[str], checkpoint: Checkpoint) -> Group:
-    """Leave out γ and β that have a row for each group of samples (``bn.Grouped``)."""
-    rows = (group.mean or "").removesuffix(OF_ALL) + OF_GROUPS
-    if rows not in names:
+def _with_rows(group: Group, names: set[str], checkpoint: Checkpoint) -> Group:
+    """Add the rows of groups of samples (``bn.Grouped``), and leave out γ and β that have rows."""
+    prefix = (group.mean or "").removesuffix(OF_ALL)
+    mean, var = (prefix + one for one in OF_GROUPS)
+    if group.mean is None or mean not in names or var not in names:
         return group
-    shape = checkpoint.shape(rows)
+    shape = checkpoint.shape(mean)
     weight, bias = (
         None if name is None or checkpoint.shape(name) == shape else name
         for name in (group.weight, group.bias)
     )
-    return replace(group, weight=weight, bias=bias)
+    return replace(group, weight=weight, bias=bias, rows=(mean, var))
 
 
 def _is_no_layer(group: Group, checkpoint: Checkpoint) -> bool:
