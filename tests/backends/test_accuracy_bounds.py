@@ -319,14 +319,6 @@ def test_a_million_values_with_their_gradients_on_every_route(route, layout):
         check(route, torch.randn(1_000_000, 3) + ratio, layout)
 
 
-def test_torch_s_own_rows_miss_the_bound_by_far():
-    x = torch.randn(1_000_000, 3) + 1e3
-    mean, var = torch.zeros(3), torch.ones(3)
-    torch.nn.functional.batch_norm(x, mean, var, training=True, momentum=1.0)
-    true = x.double().var(0)
-    assert float(((var - true) / true).abs().max()) > 1
-
-
 @each(route=ROUTES, layout=["(N,C)", "NCHW"])
 def test_the_size_of_the_values_does_not_matter(route, layout):
     """Squares of 1e18 add up to more than float32 holds; 1 / std is taken before they are rounded."""

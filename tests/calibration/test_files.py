@@ -11,11 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import batchnorm as bn
 from batchnorm.errors import CalibrationError, MissingExtraError, OptionError
-from support.oracle import POOLED, STORED, Tolerance, tolerance
+from support.oracle import POOLED, STORED, Tolerance
 from support.oracle import assert_close as close
 from support.twins import assert_same_state, randomize, refused
 
@@ -227,24 +226,3 @@ def test_what_cannot_be_averaged_is_named(change, counts, words):
         bn.merge_states(both, counts)
     with pytest.raises(OptionError, match="at least one"):
         bn.merge_states([])
-
-
-@pytest.mark.parametrize("average", [None, get_ema_multi_avg_fn(0.9)])
-def test_the_recipe_for_averaged_weights(average):
-    """AveragedModel as it is; then one calibration of what it averaged."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
-    averaged = AveragedModel(model, multi_avg_fn=average)
-    optimizer = torch.optim.SGD(model.parameters(), 0.3)
-    batches = data(0, 20)
-    for x in batches:
-        loss = nn.functional.cross_entropy(model(x), (x[:, 0] > 0).long())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        averaged.update_parameters(model)
-    found = bn.calibrate(averaged, batches)
-    assert list(found.layers) == ["module.1"]
-    received = torch.cat([averaged.module[0](x) for x in batches]).detach().double()
-    close(averaged.module[1].running_var, received.var(0), tolerance("float32"))
-    assert int(averaged.n_averaged) == 20

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.optim.swa_utils import AveragedModel
 
 import batchnorm as bn
 from batchnorm.errors import CalibrationError, OptionError
@@ -172,15 +172,6 @@ def test_a_model_in_eval_inside_of_a_wrapper_is_calibrated_and_stays_in_eval(wra
     bn.calibrate(expected, images())
     (layer,) = (m for m in wrapped.modules() if isinstance(m, nn.BatchNorm2d))
     torch.testing.assert_close(layer.running_var, expected[1].running_var)
-
-
-def test_an_averaged_model_in_eval_gets_what_update_bn_gives_it():
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
-    ours, theirs = AveragedModel(network), AveragedModel(network)
-    equal = [images()[0], images()[0] * 2]
-    bn.calibrate(ours, equal)
-    update_bn(equal, theirs)
-    torch.testing.assert_close(ours.module[1].running_mean, theirs.module[1].running_mean)
 
 
 def test_a_layer_in_eval_beside_modules_that_train_stays_as_it_was_and_the_error_says_why():

@@ -17,12 +17,11 @@ from batchnorm.demo.estimates import WHOLE_SET, kept_estimators
 from batchnorm.demo.modes import compare_modes
 from batchnorm.demo.networks import WATCHED, build
 from batchnorm.demo.repeats import ends
-from batchnorm.demo.run import run_demo, to_report, write_results
+from batchnorm.demo.run import run_demo, to_report
 from batchnorm.demo.shift import ShiftProbe, entering
 from batchnorm.demo.tour import take_tour
 from batchnorm.demo.training import Curve, Options, batch_order, evaluate, one_thread, train
 from batchnorm.errors import OptionError
-from batchnorm.estimators.running import Running
 from batchnorm.report.jsontext import to_json
 from batchnorm.report.model import Text
 from support.oracle import tolerance
@@ -326,29 +325,10 @@ def test_demo_on_idx_files_writes_weights_that_torch_loads(tmp_path):
     assert torch.equal(layer.running_var, expected)
 
 
-@pytest.mark.slow
-def test_the_same_seed_writes_the_same_bytes(tour, tmp_path):
-    folders = [tmp_path / name for name in ("one", "two")]
-    for folder in folders:
-        folder.mkdir()
-    for first, second in zip(*(write_results(tour, folder) for folder in folders), strict=True):
-        assert first.read_bytes() == second.read_bytes()
-
-
 def test_a_file_in_the_way_of_the_folder_is_said_before_training(tmp_path):
     (tmp_path / "out").write_text("in the way")
     with pytest.raises(OptionError, match="cannot make the folder"):
         run_demo(None, Path(tmp_path / "out"), TINY, silent)
-
-
-def test_normalization_learns_sooner_with_the_sigmoid(digits):
-    options = Options(steps=60)
-    plain, with_bn = (
-        train(build((8, 8), 10, "sigmoid", 0, kept), digits, options, 0.3, 60)
-        for kept in (None, {"running": Running(0.1)})
-    )
-    assert with_bn.steps_to(0.8) < 60
-    assert plain.steps_to(0.8) is None
 
 
 @pytest.mark.slow

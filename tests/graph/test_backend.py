@@ -173,13 +173,6 @@ def test_normalization_stays_alone_where_its_model_would_compute_something_else(
     assert found.reason
 
 
-def test_a_residual_block_is_fused_with_its_addition_and_activation():
-    plain = Net(lambda m, x: m.bn2(m.conv2(F.relu(one(m, x)))).add_(x).relu_())
-    other = compiled(plain, fullgraph=True)
-    assert_same(plain, other, [images(seed=s) for s in range(2)])
-    assert partners(other) == {"bn1": ("relu",), "bn2": ("add", "relu")}
-
-
 def test_of_two_normalizations_that_are_added_one_takes_the_sum():
     plain = Net(lambda m, x: F.relu(m.bn1(m.conv1(x)) + m.bn2(m.conv2(x))))
     other = compiled(plain, fullgraph=True)

@@ -119,12 +119,6 @@ def test_arguments_stand_in_the_same_positions_as_in_torch(kind: str) -> None:
         PAIRS[kind][0](5, 1e-3, 0.2, True, True, None, None, True)
 
 
-def test_momentum_is_stored_as_torch_stores_it() -> None:
-    for momentum in (0.1, 0.25, 1, None):
-        assert bn.BatchNorm1d(2, momentum=momentum).momentum == momentum
-    assert type(bn.BatchNorm1d(2).momentum) is float
-
-
 CHANGES: list[dict[str, Any]] = [
     {"momentum": 0.5},
     {"momentum": None},

@@ -1,15 +1,12 @@
 """The third route: torch.func, forward AD, double backward, modes and odd tensors."""
 
-import copy
 import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
-from torch.utils.flop_counter import FlopCounterMode
 
 import batchnorm as bn
 from batchnorm.ops.activations import NAMES
@@ -73,19 +70,6 @@ def test_an_input_may_be_its_own_residual():
     assert gradgradcheck(function, (x, weight, bias), fast_mode=True)
 
 
-def test_residuals_broadcast_and_promote_as_in_an_addition():
-    x = torch.randn(4, 3, 2, 2)
-    plain = F.batch_norm(x, None, None, training=True)
-    for shape in [(3, 1, 1), (1, 3, 2, 2), (2,), (5, 4, 3, 2, 2)]:
-        residual = torch.randn(shape)
-        got = normalize(x, residual=residual, activation="relu")
-        torch.testing.assert_close(got, F.relu(plain + residual))
-    half = normalize(x.half(), residual=torch.randn(4, 3, 2, 2))
-    assert half.dtype == torch.float32
-    assert normalize(x, residual=torch.randn(4, 3, 2, 2).half()).dtype == torch.float32
-    assert gradcheck(lambda x, r: normalize(x, residual=r), (make(4, 3, 2), make(3, 1)))
-
-
 def test_constant_statistics_have_derivatives_of_all_orders_too():
     mean, var = torch.randn(3).double(), torch.rand(3).double() + 0.5
     inputs = make(5, 3), make(3), make(3), make(5, 3)
@@ -118,15 +102,10 @@ def test_functional_transforms_equal_the_textbook():
     torch.testing.assert_close(vmap(ours_normalize)(many), vmap(plain_normalize)(many))
 
 
-def test_a_jvp_of_a_jvp_equals_finite_differences():
+def test_a_jvp_of_a_jvp_equals_the_textbook():
     x, v, w = (torch.randn(5, 3).double() for _ in range(3))
     nested = lambda f: jvp(lambda x: jvp(f, (x,), (v,))[1], (x,), (w,))[1]
-    expected = nested(plain_normalize)
-    torch.testing.assert_close(nested(ours_normalize), expected)
-    step = 1e-5
-    first = lambda at: jvp(ours_normalize, (at,), (v,))[1]
-    differences = (first(x + step * w) - first(x - step * w)) / (2 * step)
-    torch.testing.assert_close(nested(ours_normalize), differences, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(nested(ours_normalize), nested(plain_normalize))
 
 
 def test_dual_numbers_through_a_layer():
@@ -155,23 +134,7 @@ def test_an_ensemble_of_layers_under_vmap():
     torch.testing.assert_close(buffers["1.running_mean"][1], models[1][1].running_mean)
 
 
-class Passing(torch.Tensor):
-    """A tensor subclass that adds nothing."""
-
-
-def test_dispatch_modes_and_tensor_subclasses_get_a_correct_result():
-    layer = bn.BatchNorm2d(3, activation="relu")
-    x = torch.randn(2, 3, 4, 4)
-    expected = copy.deepcopy(layer)(x)
-    with FlopCounterMode(display=False):
-        torch.testing.assert_close(copy.deepcopy(layer)(x), expected)
-    torch.testing.assert_close(
-        copy.deepcopy(layer)(x.as_subclass(Passing)).as_subclass(torch.Tensor), expected
-    )
-    with torch.inference_mode():
-        torch.testing.assert_close(copy.deepcopy(layer)(x), expected)
-    torch.testing.assert_close(copy.deepcopy(layer)(nn.Parameter(x)), expected)
+def test_a_layer_takes_tensors_without_memory():
+    layer, x = bn.BatchNorm2d(3, activation="relu").eval(), torch.randn(2, 3, 4, 4)
     with torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        assert layer.eval()(mode.from_tensor(x)).shape == x.shape
-    meta = bn.BatchNorm2d(3, device="meta")
-    assert meta(torch.empty(2, 3, 4, 4, device="meta")).shape == x.shape
+        assert layer(mode.from_tensor(x)).shape == x.shape

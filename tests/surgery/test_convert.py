@@ -105,23 +105,6 @@ def test_unusual_numbers_and_a_variance_of_zero_survive(eps, momentum):
             torch.testing.assert_close(buffer, theirs.get_buffer(name))
 
 
-def test_statistics_estimator_and_filter():
-    model = bn.convert(
-        network(),
-        statistics=bn.Frozen(),
-        estimator=[bn.Running(0.2), bn.LastBatches(3)],
-        filter=lambda name, _: name != "8",
-    )
-    assert model[1].statistics == bn.Frozen()
-    assert list(model[1].bank.estimators) == ["running", "last_batches"]
-    assert model[1].momentum == 0.2
-    assert type(model[8]) is nn.BatchNorm1d
-    assert bn.edits(model).skipped[0].reason == "filter= said no"
-    bn.undo(model)
-    assert model[1].momentum == 0.1
-    assert model[10].momentum is None
-
-
 def test_running_estimates_go_on_from_where_they_were():
     ours, theirs = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
     first, second = torch.randn(2, 8, 4)

@@ -162,20 +162,6 @@ def test_a_scripted_part_is_left():
     assert "scripted" in done.report.left["part.1"]
 
 
-def test_a_class_of_its_own_is_left():
-    class OwnBatchNorm(nn.Module):
-        def __init__(self):
-            super().__init__()
-            for name in ("weight", "bias", "running_mean", "running_var"):
-                self.register_buffer(name, torch.rand(3) + 0.5)
-
-        def forward(self, x):
-            return x * self.weight.view(1, -1, 1, 1)
-
-    model = net(lambda m, x: m.norm(m.conv(x)), norm=OwnBatchNorm())
-    assert "class of its own" in reason(model)
-
-
 @pytest.mark.parametrize(
     "chosen",
     [

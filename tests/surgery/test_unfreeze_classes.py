@@ -129,16 +129,3 @@ def test_new_parameters_join_the_first_group_of_the_optimizer_or_are_named(caplo
     assert any(p is model[1].weight for p in optimizer.param_groups[0]["params"])
     model(torch.randn(X)).square().mean().backward()
     optimizer.step(), scheduler.step()
-
-
-def test_timms_frozen_network_trains_again():
-    library = timm()
-    model = library.create_model("resnet18", num_classes=3)
-    frozen = library.layers.freeze_batch_norm_2d(copy.deepcopy(model))
-    assert len(bn.frozen(frozen)) == 20
-    optimizer = torch.optim.SGD(frozen.parameters(), lr=0.1)
-    bn.unfreeze(frozen, optimizer=optimizer)
-    assert not bn.frozen(frozen)
-    assert set(frozen.state_dict()) == set(model.state_dict())
-    held = sum(len(group["params"]) for group in optimizer.param_groups)
-    assert held == len(list(model.parameters()))

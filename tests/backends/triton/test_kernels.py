@@ -35,8 +35,6 @@ from support.cases import Case, check_gradients, plain
 from support.cases import run as step_of
 from support.twins import assert_close
 
-EPS = 1e-3
-
 
 @pytest.fixture
 def tiny_tiles(monkeypatch):
@@ -182,7 +180,6 @@ def test_64_bit_offsets_reach_the_same_values(tiny_tiles, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(expected[2], found[2]))
 
 
-HALF = 1 << 30
 TENSORS = [(1 << 26, 64, 1), (256, 64, 112 * 112), (1 << 20, 4096, 1), (32, 3, 1 << 26), (5, 1, 1)]
 TENSORS += [(3, 7, 1), (1, 1, 10**7), (64, 2048, 49), (12544, 2048, 1), (1, 5, 3), (2, 8, 10**9)]
 
