@@ -12,6 +12,7 @@ from torch import nn
 import batchnorm as bn
 from support import processes
 from support.command import environment, run
+from support.lanes import lanes
 from support.twins import assert_close
 
 RECIPE = """
@@ -99,9 +100,8 @@ def test_options_reach_the_library(folder):
     assert "20 samples, upstream=population, 2 passes" in done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("data", ["recipe:batches", "recipe:share"])
+@pytest.mark.parametrize("data", lanes(["recipe:batches", "recipe:share"], slow=["recipe:share"]))
 def test_under_torchrun_the_work_is_shared_and_one_file_written(data, folder):
     folder, expected = folder
     done = processes.run(

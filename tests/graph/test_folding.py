@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from support.third_party import torchvision
-from support.twins import assert_close, randomize
+from support.twins import Calls, assert_close, randomize
 
 
 def random(model):
@@ -57,8 +57,10 @@ def compiled(model, **options):
     return torch.compile(model, backend="batchnorm", fullgraph=True, **options)
 
 
-@pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize("inner", [None, pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("inner", "affine"),
+    [(None, False), (None, True), pytest.param("inductor", True, marks=pytest.mark.slow)],
+)
 def test_a_graph_folds_and_differentiates(inner, affine):
     torch.manual_seed(0)
     plain = random(Net())
@@ -87,22 +89,16 @@ def test_evaluation_and_other_frozen_layers_are_not_folded():
         assert not any("scaled" in one.reason for one in bn.fused(run).values())
 
 
-class Changing(nn.Module):
-    """Writes to the convolution's input before the normalization runs."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
-
-    def forward(self, x):
-        x = x + 1
-        y = self.conv(x)
-        x.zero_()
-        return self.bn(y) + x
+def writes_to_the_input(m, x):
+    x = x + 1
+    y = m.conv(x)
+    x.zero_()
+    return m.bn(y) + x
 
 
 def test_an_input_that_is_written_to_in_between_is_not_read_later():
-    model = bn.freeze(random(Changing()), folded=True)
+    model = Calls(writes_to_the_input, conv=nn.Conv2d(3, 3, 1), bn=nn.BatchNorm2d(3))
+    bn.freeze(random(model), folded=True)
     run = compiled(model)
     with torch.no_grad():
         torch.testing.assert_close(
@@ -110,17 +106,10 @@ def test_an_input_that_is_written_to_in_between_is_not_read_later():
         )
 
 
-class Region(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
-
-    def forward(self, x):
-        return checkpoint(self.inner, x, use_reentrant=False) + x
-
-
 def test_checkpointed_regions_are_folded():
-    model = random(Region())
+    inner = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
+    call = lambda m, x: checkpoint(m.inner, x, use_reentrant=False) + x
+    model = random(Calls(call, inner=inner))
     exact = bn.freeze(copy.deepcopy(model).double(), affine=False)
     bn.freeze(model, affine=False, folded=True)
     run = compiled(model)

@@ -13,24 +13,14 @@ import batchnorm as bn
 from support.captured import assert_same, assert_same_buffers, compiled, step
 from support.checkpointed import C, Checkpointed, block, images
 from support.ranks import across_ranks
-from support.twins import assert_close
-
-
-class Scaled(nn.Module):
-    """A model that is captured anew for every number that it is called with."""
-
-    def __init__(self):
-        super().__init__()
-        self.block, self.scale = block(), 1
-
-    def forward(self, x):
-        return F.relu(self.block(x) * self.scale)
+from support.twins import Calls, assert_close
 
 
 # Dynamo says once that it has given up.
 @pytest.mark.filterwarnings("ignore:.*recompile_limit")
 def test_beyond_the_limit_of_recompilations_the_model_runs_unfused():
-    plain = Scaled()
+    call = lambda m, x: F.relu(m.block(x) * m.scale)  # captured anew for every number
+    plain = Calls(call, block=block(), scale=1)
     other = compiled(plain)
     limit = torch._dynamo.config.recompile_limit
     for scale in range(1, limit + 4):

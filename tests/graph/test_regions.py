@@ -138,7 +138,7 @@ def distributed(rank):
     return [one.partners for one in bn.fused(model).values()]
 
 
-@pytest.mark.slow
+@pytest.mark.audit
 def test_compiled_model_inside_of_ddp():
     for found in across_ranks(distributed, 2):
         assert found == [("relu",), ("add", "relu")]

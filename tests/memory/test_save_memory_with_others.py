@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import batchnorm as bn
 from support.saving import check_bits, residual
+from support.twins import Calls
 
 pytestmark = pytest.mark.usefixtures("everything_has_a_recipe")
 
@@ -73,17 +74,12 @@ def test_a_block_inside_a_transform_changes_nothing():
 
 @pytest.mark.filterwarnings("ignore:Sparse", "ignore:The .grad attribute of a Tensor that is not")
 def test_sparse_tensors_saved_for_backward_have_the_same_bits():
-    class Graph(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.bn = nn.Linear(3, 8), nn.BatchNorm1d(8)
+    def graph(m, x):
+        edges = torch.eye(x.shape[0], dtype=x.dtype)
+        y = torch.sparse.mm(edges.to_sparse(), F.silu(m.bn(m.first(x))))
+        return edges.to_sparse_csr() @ y
 
-        def forward(self, x: Tensor) -> Tensor:
-            edges = torch.eye(x.shape[0], dtype=x.dtype)
-            y = torch.sparse.mm(edges.to_sparse(), F.silu(self.bn(self.first(x))))
-            return edges.to_sparse_csr() @ y
-
-    check_bits(Graph(), torch.randn(4, 3))
+    check_bits(Calls(graph, first=nn.Linear(3, 8), bn=nn.BatchNorm1d(8)), torch.randn(4, 3))
 
 
 def test_save_memory_holds_for_its_thread():

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import batchnorm as bn
 from batchnorm.errors import BatchNormError, LayoutError, OptionError
 from support.combinations import each
+from support.twins import Calls
 
 IDS = torch.tensor([0, 1, 0, 1, 1, 0])
 LENGTHS = torch.tensor([40, 31, 12, 40, 7, 2])
@@ -173,19 +174,12 @@ def test_the_time_axis_of_images_is_found_by_its_size():
     torch.testing.assert_close(y, other(model[0](x), mask=mask), rtol=0, atol=0)
 
 
-class Unseen(nn.Module):
-    """A time axis that no module makes, as of a decoder."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder, self.decoder = bn.BatchNorm1d(3), nn.Sequential(bn.BatchNorm1d(3))
-
-    def forward(self, x):
-        return self.decoder(self.encoder(x).repeat_interleave(2, 2)[:, :, 1:])
-
-
 def test_an_axis_that_is_not_known_is_named_and_can_be_given():
-    model, x, lengths = Unseen(), torch.randn(6, 3, 40), LENGTHS
+    # No module makes the time axis of the second layer.
+    call = lambda m, x: m.decoder(m.encoder(x).repeat_interleave(2, 2)[:, :, 1:])
+    decoder = nn.Sequential(bn.BatchNorm1d(3))
+    model = Calls(call, encoder=bn.BatchNorm1d(3), decoder=decoder)
+    x, lengths = torch.randn(6, 3, 40), LENGTHS
     before = copy.deepcopy(model.decoder.state_dict())
     known = bn.masked(model, mask=torch.arange(40) < lengths[:, None])
     with pytest.raises(LayoutError, match=r"axes of \[40\] steps are known.*'decoder.0'"), known:

@@ -1,7 +1,6 @@
 """What a layer carries: casts, state dicts, old checkpoints, copies, pickles, checkpointing."""
 
 import copy
-import io
 import pickle
 import warnings
 
@@ -19,6 +18,7 @@ from support.twins import (
     assert_unchanged,
     randomize,
     snapshot,
+    through_file,
     twins,
 )
 
@@ -317,15 +317,8 @@ def test_half_statistics_assigned_past_the_cast_warn_once_and_compute_in_float32
         layer.eval()(x)
 
 
-def _saved(layer):
-    stream = io.BytesIO()
-    torch.save(layer, stream)
-    stream.seek(0)
-    return torch.load(stream, weights_only=False)
-
-
 @each(
-    duplicate=[copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _saved],
+    duplicate=[copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), through_file],
     build=[
         lambda: bn.BatchNorm1d(3, estimator={str(i): e for i, e in enumerate(SEVERAL)}),
         lambda: bn.BatchNorm1d(3, momentum=None, activation="gelu", statistics=bn.Frozen()),
@@ -352,16 +345,6 @@ def test_a_duplicate_is_equal_and_independent(build, duplicate):
     ]
     assert torch.equal(*results)
     assert_same_state(again, layer, exact=True)
-
-
-def test_a_state_dict_passes_through_a_file_of_weights_only():
-    layer = trained()
-    stream = io.BytesIO()
-    torch.save(layer.state_dict(), stream)
-    stream.seek(0)
-    other = bn.BatchNorm1d(3, estimator=SEVERAL)
-    other.load_state_dict(torch.load(stream, weights_only=True))
-    assert_same_state(other, layer, exact=True)
 
 
 def test_estimator_states_move_with_the_layer_and_are_never_narrowed():

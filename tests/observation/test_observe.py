@@ -18,6 +18,7 @@ from batchnorm.report.html import to_html
 from batchnorm.report.jsontext import to_json
 from batchnorm.report.markdown import to_markdown
 from support.oracle import tolerance
+from support.twins import Calls
 
 WIDE = tolerance("float64", count=4096, ratio=16)
 
@@ -373,19 +374,9 @@ def test_inputs_without_moments_are_passed_on():
 
 
 def test_masked_layers_are_measured_where_the_mask_is():
-    layer = bn.BatchNorm1d(2)
-
-    class Masked(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x, mask):
-            return self.layer(x, mask=mask)
-
     x = torch.randn(3, 2, 5)
     mask = torch.arange(5) < torch.tensor([5, 2, 3])[:, None]
-    model = Masked()
+    model = Calls(lambda m, x, mask: m.layer(x, mask=mask), layer=bn.BatchNorm1d(2))
     with bn.observe(model, every=1) as observer:
         model(torch.where(mask[:, None], x, torch.nan), mask)
     (one,) = observer.observations

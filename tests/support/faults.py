@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import batchnorm as bn
 from support import trained
+from support.twins import Calls
 
 
 def dense():
@@ -349,15 +350,9 @@ AFTER = {
 # --- faults in the model's structure, before it is trained
 
 
-class _With(nn.Module):
-    """A network with a batch norm that is not called."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.body, self.spare = model, nn.BatchNorm1d(4)
-
-    def forward(self, x):
-        return self.body(x)
+def _with(model):
+    """Return a network with a batch norm that is not called."""
+    return Calls(lambda m, x: m.body(x), body=model, spare=nn.BatchNorm1d(4))
 
 
 def _names(model):
@@ -394,16 +389,10 @@ def _dropped(model):
     return model
 
 
-class _Around(nn.Module):
-    """A network whose output in eval mode something else is done to."""
-
-    def __init__(self, act, model):
-        super().__init__()
-        self.body, self.act = model, act
-
-    def forward(self, x):
-        y = self.body(x)
-        return y if self.training else self.act(y)
+def _around(act, model):
+    """Return a network to whose output in eval mode something else is done."""
+    call = lambda m, x: m.body(x) if m.training else m.act(m.body(x))
+    return Calls(call, body=model, act=act)
 
 
 def _in_graphs(is_one, y):
@@ -420,8 +409,8 @@ ACTS = {
 }
 # Rules that are judged with graphs=True.
 GRAPHS = {"BN806", "BN807"}
-BEFORE = {"BN601": _shared, "BN602": _With, "BN603": _biased, "BN604": _dropped}
-BEFORE |= {rule: functools.partial(_Around, act) for rule, act in ACTS.items()}
+BEFORE = {"BN601": _shared, "BN602": _with, "BN603": _biased, "BN604": _dropped}
+BEFORE |= {rule: functools.partial(_around, act) for rule, act in ACTS.items()}
 RULES = (*AFTER, *BEFORE, *STEPPED)
 SUBJECTS = {"BN602": lambda names: "spare", "BN604": lambda names: names[-1]}
 SUBJECTS |= {rule: lambda names: "" for rule in ACTS}

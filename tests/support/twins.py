@@ -1,6 +1,7 @@
 """A layer of ours and the layer of ``torch.nn`` that it must equal, in the same state."""
 
 import contextlib
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -69,6 +70,14 @@ class Calls(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.call(self, *args, **kwargs)
+
+
+def through_file(model: nn.Module) -> Any:
+    """Return what ``torch.load`` makes of what ``torch.save`` writes of a model."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """bn.freeze, bn.unfreeze and bn.frozen: what a frozen layer survives, and what comes back."""
 
 import copy
-import io
 import json
 import pickle
 
@@ -11,7 +10,7 @@ from torch import nn
 
 import batchnorm as bn
 from support import oracle
-from support.twins import randomize, unchanged
+from support.twins import randomize, through_file, unchanged
 
 X = (4, 3, 8, 8)
 ALL = {"statistics": True, "affine": True, "mode": True, "folded": False}
@@ -50,20 +49,13 @@ def stays(model):
     return all(torch.equal(t, before[name]) for name, t in values(model, "1", "4", "7").items())
 
 
-def saved(model):
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
 SURVIVED = {
     "nothing": lambda m: m,
     "train()": lambda m: m.eval().train(),
     "requires_grad_ of the model": lambda m: m.requires_grad_(True),
     "deepcopy": lambda m: copy.deepcopy(m).requires_grad_(True),
     "pickle": lambda m: pickle.loads(pickle.dumps(m)).requires_grad_(True),
-    "torch.save of the model": lambda m: saved(m).requires_grad_(True),
+    "torch.save of the model": lambda m: through_file(m).requires_grad_(True),
     "half and back": lambda m: m.half().float().requires_grad_(True),
     "to another dtype": lambda m: m.to(torch.float32),
     "convert": lambda m: bn.convert(m),

@@ -12,7 +12,7 @@ import batchnorm as bn
 from batchnorm.errors import SurgeryError
 from support import third_party
 from support.combinations import pairs
-from support.twins import assert_close, assert_identical, everything, refused
+from support.twins import Calls, assert_close, assert_identical, everything, refused
 
 
 class Functional(nn.Module):
@@ -226,21 +226,9 @@ def test_copies_and_pickles_compute_the_same_and_load_old_state_dicts(made):
     torch.testing.assert_close(other(x), model(x))
 
 
-class Tied(nn.Module):
-    """One layer under two names."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(4, 4)
-        self.second = nn.ModuleList([self.first])
-
-    def forward(self, x):
-        return self.second[0](x).relu()
-
-
 def test_a_layer_of_two_names_stays_one():
-    model = Tied()
-    x = torch.randn(8, 4)
+    first, x = nn.Linear(4, 4), torch.randn(8, 4)
+    model = Calls(lambda m, x: m.second[0](x).relu(), first=first, second=nn.ModuleList([first]))
     expected = model(x)
     bn.insert(model, x)
     assert model.first is model.second[0]

@@ -9,21 +9,14 @@ from torch.nn import functional as F
 
 import batchnorm as bn
 from batchnorm.errors import OptionError, SurgeryError
-from support.twins import assert_identical, everything, refused
+from support.twins import Calls, assert_identical, everything, refused
 
 X = torch.randn(8, 4)
 
 
-class Model(nn.Module):
+def model_of(run, a=None):
     """A layer "a", one "b", and what the case makes of them."""
-
-    def __init__(self, run, a=None):
-        super().__init__()
-        self.a, self.b = a or nn.Linear(4, 4), nn.Linear(4, 4)
-        self.run = run
-
-    def forward(self, x):
-        return self.run(self, x)
+    return Calls(run, a=a or nn.Linear(4, 4), b=nn.Linear(4, 4))
 
 
 def reads(m, x):
@@ -62,16 +55,16 @@ def replaced():
 
 
 LEFT = {
-    "attribute": (lambda: Model(reads), "reads .weight"),
-    "asked for": (lambda: Model(asks), "reads .in_features"),
-    "read elsewhere": (lambda: Model(elsewhere), "also read by"),
-    "returned": (lambda: Model(returned), "is returned"),
+    "attribute": (lambda: model_of(reads), "reads .weight"),
+    "asked for": (lambda: model_of(asks), "reads .in_features"),
+    "read elsewhere": (lambda: model_of(elsewhere), "also read by"),
+    "returned": (lambda: model_of(returned), "is returned"),
     "parametrized": (
-        lambda: Model(both, nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
+        lambda: model_of(both, nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
         "computed by modules",
     ),
-    "own class": (lambda: Model(both, Own(4, 4)), "forward of its own"),
-    "own forward": (lambda: Model(both, replaced()), "forward of its own"),
+    "own class": (lambda: model_of(both, Own(4, 4)), "forward of its own"),
+    "own forward": (lambda: model_of(both, replaced()), "forward of its own"),
 }
 
 
@@ -93,7 +86,7 @@ def twice(m, x):
 
 
 def meta():
-    return Model(both, nn.Linear(4, 4, device="meta"))
+    return model_of(both, nn.Linear(4, 4, device="meta"))
 
 
 def fails(m, x):
@@ -101,13 +94,13 @@ def fails(m, x):
 
 
 def compiled():
-    model = Model(both)
+    model = model_of(both)
     model.a = torch.compile(model.a)
     return model
 
 
 def linear():
-    return Model(both)
+    return model_of(both)
 
 
 NAN = torch.full((8, 4), torch.nan)
@@ -121,14 +114,14 @@ REFUSED = {
     "normalized": (
         lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()), X, {}, "found no",
     ),
-    "reached twice": (lambda: Model(twice), X, {}, "'a' .Linear.*2 times.*filter="),
+    "reached twice": (lambda: model_of(twice), X, {}, "'a' .Linear.*2 times.*filter="),
     "meta": (meta, X, {}, "'a.weight' on the meta device"),
-    "lazy": (lambda: Model(both, nn.LazyLinear(4)), X, {}, "'a.weight'"),
+    "lazy": (lambda: model_of(both, nn.LazyLinear(4)), X, {}, "'a.weight'"),
     "compiled": (compiled, X, {}, "compiled 'a'"),
     "compiled whole": (lambda: torch.compile(linear()), X, {}, "compiled"),
     "wrapped": (lambda: nn.DataParallel(linear()), X, {}, "inside of DataParallel"),
     "scripted": (lambda: torch.jit.script(nn.Linear(4, 4)), X, {}, "torch.jit"),
-    "raises": (lambda: Model(fails), X, {}, "three legs"),
+    "raises": (lambda: model_of(fails), X, {}, "three legs"),
     "nan": (linear, NAN, {}, "finite values behind 'a'"),
     "one sample": (linear, X[:1], {}, "2 values per channel or more behind 'a'"),
     "where": (linear, X, {"where": "after"}, "where='before_activation', got 'after'"),
@@ -149,22 +142,20 @@ def test_insert_refuses_and_changes_nothing(case):
 
 
 def test_a_filter_leaves_out_a_layer_that_is_reached_twice():
-    model = Model(twice)
+    model = model_of(twice)
     bn.insert(model, X, filter=lambda name, _: name != "a")
     assert [edit.names for edit in bn.edits(model).changed] == [("b",)]
 
 
-class Particular(Model):
+def particular(m, x):
     """Fails once a layer has been changed."""
-
-    def forward(self, x):
-        if isinstance(self.a, nn.Sequential):
-            raise TypeError("no Sequential, please")
-        return super().forward(x)
+    if isinstance(m.a, nn.Sequential):
+        raise TypeError("no Sequential, please")
+    return both(m, x)
 
 
 def test_a_model_that_fails_afterwards_is_as_before():
-    model = Particular(both)
+    model = model_of(particular)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     own = list(optimizer.param_groups[0]["params"])
     with refused(TypeError, "no Sequential", model):
@@ -172,15 +163,8 @@ def test_a_model_that_fails_afterwards_is_as_before():
     assert own == optimizer.param_groups[0]["params"]
 
 
-class Unlike(Model):
-    """Computes something else once a layer has been changed."""
-
-    def forward(self, x):
-        return super().forward(x) * (1 + isinstance(self.a, nn.Sequential))
-
-
 def test_what_bn_same_does_not_prove_is_taken_back():
-    model = Unlike(both)
+    model = model_of(lambda m, x: both(m, x) * (1 + isinstance(m.a, nn.Sequential)))
     before = everything(model)
     with pytest.raises(SurgeryError, match="changed what the model computes in evaluation"):
         bn.insert(model, X)

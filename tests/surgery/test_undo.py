@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import io
 import pickle
 import time
 import weakref
@@ -18,7 +17,7 @@ import batchnorm as bn
 from batchnorm.errors import OptionError, SurgeryError
 from batchnorm.models.change import Change, Edit
 from batchnorm.models.stack import Done, record
-from support.twins import Calls, everything, randomize, refused, unchanged
+from support.twins import Calls, everything, randomize, refused, through_file, unchanged
 
 X = (4, 3, 6, 6)
 TRAINED = "what training made of {name}"
@@ -259,14 +258,7 @@ def test_a_copy_has_its_own_stack():
     assert type(bn.undo(part)) is nn.BatchNorm2d
 
 
-def pickled(model: nn.Module) -> Any:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("through", [pickled, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("through", [through_file, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_pickle_has_the_log_and_not_the_tensors(through):
     model = bn.convert(network())
     replace(model, "2", nn.SiLU())
