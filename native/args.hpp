@@ -19,21 +19,15 @@ struct float16 { uint16_t bits; };
 struct Param {
     void* data = nullptr;
     DType dtype = DType::float32;
-};
-
-// Rows of the tensor that lie one after the other: `count` of them, from row `at` in memory; `first` of the rows of a part.
-struct Run {
-    int64_t first, at, count;
+    int64_t row = 0;  // elements from the row of a group to that of the next; 0 where all groups share one row
 };
 
 // The elements that a call computes, unless it computes all of them with weight 1: a group of samples, a mask, weights.
 // The weights are in the compute dtype, (outer, inner) as the whole tensor lies in memory.
 struct Part {
-    const int64_t* order = nullptr;  // inner > 1: which outer ones belong to it; null for all, in order
+    const int64_t* order = nullptr;  // which outer ones belong to it, of rows (inner = 1) those of weight > 0; null for all, in order
     const void* weights = nullptr;   // inner > 1: an element of weight 0 is left out of the statistics, and its output is 0
-    const Run* runs = nullptr;       // inner = 1: the rows of the group whose weight is not 0; null for all, in order
-    int64_t run_count = 0;
-    const void* row_weights = nullptr;  // inner = 1: null where every row of the runs has weight 1
+    const void* row_weights = nullptr;  // inner = 1: null where every row of the part has weight 1
     double count = 0;                // the sum of the weights
 };
 
@@ -85,6 +79,8 @@ using Kernel = void (*)(const Args&);
 // One set of kernels for one data type and one instruction set.
 struct Kernels {
     Kernel moments, normalize, forward, backward_sums, backward_input, backward;
+    // Updates args.running_mean and running_var by the Moments of all groups together, of which mean and var are in args.
+    void (*pool)(const Args& args, const double* counts, int64_t groups);
 };
 
 }  // namespace batchnorm

@@ -70,7 +70,7 @@ nb::object forward(Handle x, Handle residual, Handle weight, Handle bias, int ax
     call.select(selection);
     call.args.residual = call.like(residual, "residual");
     call.affine(weight, bias);
-    call.running(running_mean, running_var);
+    call.moved(running_mean, running_var);
     int64_t* count = batches.is_none() ? nullptr : counter(batches);
     call.in_order = call.in_order && (count || batches.is_none());
     call.activation(activation, slope);
@@ -80,9 +80,9 @@ nb::object forward(Handle x, Handle residual, Handle weight, Handle bias, int ax
     nb::object y = call.output(nb::none());
     const Made stats = call.stats();
     call.stats(stats.data);
-    call.run(kernels(call.x.dtype).forward);
+    const bool counts = call.run(kernels(call.x.dtype).forward);
     // After the kernel, so that a failed call changes nothing; an empty batch does not count as a step.
-    if (count && call.x.elements() > 0) ++*count;
+    if (count && counts) ++*count;
     return nb::make_tuple(y, stats.object);
 }
 

@@ -46,8 +46,11 @@ struct Call {
     Param param(nanobind::handle object, const char* name) {
         Tensor t;
         if (object.is_none() || !in_order) return {};
-        in_order = read(object, t) && is_rows(t, 1) && t.contiguous();
-        return in_order ? Param{checked(t, name), t.dtype} : Param{};
+        in_order = read(object, t) && is_rows(t, 1);
+        // Groups may share a row, which has no stride then.
+        const bool shared = in_order && grouped && t.strides[0] == 0 && (args.channels < 2 || t.strides[1] == 1);
+        in_order = in_order && (shared || t.contiguous());
+        return in_order ? Param{checked(t, name), t.dtype, shared || !grouped ? 0 : args.channels} : Param{};
     }
 
     // Rows of one value per channel in the dtype of the arithmetic; a single row has one axis.
@@ -104,8 +107,9 @@ struct Call {
 
     void kept(nanobind::handle object) {
         stats(rows(object, "stats", stats_rows));
-        args.weight = {args.kept_weight, wide()};
-        args.bias = {args.kept_bias, wide()};
+        const int64_t row = grouped ? args.channels : 0;
+        args.weight = {args.kept_weight, wide(), row};
+        args.bias = {args.kept_bias, wide(), row};
     }
 
     void affine(nanobind::handle weight, nanobind::handle bias) {
@@ -118,6 +122,18 @@ struct Call {
         args.running_var = param(var, "running_var");
         const bool both = mean.is_none() == var.is_none();
         in_order = in_order && both && args.running_mean.dtype == args.running_var.dtype && size_of(args.running_mean.dtype) >= 4;
+    }
+
+    // Running statistics of all groups together, which a training step updates.
+    void moved(nanobind::handle mean, nanobind::handle var) {
+        const bool rows = grouped;
+        grouped = false;
+        running(mean, var);
+        grouped = rows;
+        if (!selects) return;
+        selection.running_mean = args.running_mean;
+        selection.running_var = args.running_var;
+        args.running_mean = args.running_var = {};
     }
 
     void activation(int code, double slope) {
@@ -138,17 +154,19 @@ struct Call {
         return nanobind::borrow(given);
     }
 
-    void run(Kernel kernel) const {
+    // Returns whether any element counted.
+    bool run(Kernel kernel) const {
         constexpr int64_t gil_kept_below = 16384;  // elements
         if (x.elements() < gil_kept_below) return compute(kernel);
         nanobind::gil_scoped_release released;
-        compute(kernel);
+        return compute(kernel);
     }
 
   private:
-    void compute(Kernel kernel) const {
-        if (selects) run_selected(args, selection, x.dtype, kernel);
-        else kernel(args);
+    bool compute(Kernel kernel) const {
+        if (selects) return run_selected(args, selection, x.dtype, kernel) > 0;
+        kernel(args);
+        return x.elements() > 0;
     }
 
     void ids_of(nanobind::handle ids) {

@@ -83,11 +83,7 @@ inline void plain_moments(const Args& a, int64_t c, double& mean, double& m2) {
                 if (w > 0) sum += w * term(scalar(static_cast<const T*>(a.x)[(outer * a.channels + c) * a.inner + i]));
             }
         };
-        if (part.runs)
-            for (const Run* r = part.runs; r < part.runs + part.run_count; ++r)
-                for (int64_t i = 0; i < r->count; ++i) add(r->at + i);
-        else
-            for (int64_t o = 0; o < a.outer; ++o) add(part.order ? part.order[o] : o);
+        for (int64_t o = 0; o < a.outer; ++o) add(part.order ? part.order[o] : o);
         return sum;
     };
     mean = total([](double v) { return v; }) / a.values();
@@ -126,6 +122,21 @@ void finish_moments(const Args& a, int64_t first, int64_t last, double* mean, do
     });
 }
 
+template <class A>
+void move_by_groups(const Args& a, const double* counts, int64_t groups) {
+    for_channels(0, a.channels, [&](int64_t c, int n) {
+        Moments<D> all{0, {}, {}};
+        for (int64_t g = 0; g < groups; ++g) {
+            const int64_t at = g * a.channels + c;
+            const D var = numbers(static_cast<const A*>(a.var), at, n);
+            all = merge(all, Moments<D>{counts[g], numbers(static_cast<const A*>(a.mean), at, n), var * counts[g]});
+        }
+        if (!(all.count > 0)) return;
+        step_running(a.running_mean, c, n, a.momentum, all.mean);
+        step_running(a.running_var, c, n, a.momentum, all.m2 / (all.count - 1));
+    });
+}
+
 // The coefficients that normalize n channels. The pivot is subtracted before scaling. It is the mean where that is large, so that no
 // digits are cancelled, and 0 where the mean is small, so that the subtraction does not round the values.
 template <class A>
@@ -146,8 +157,20 @@ struct Normal {
 };
 
 // Splits a scale into two summands of its sign, neither of them 0 unless the scale is: an infinite deviation times 0, or a
-// sum of infinities of opposite signs, would be NaN.
+// sum of infinities of opposite signs, would be NaN. The first is the float next below the scale's magnitude: the bits of a
+// double less one, cut to a float's.
 inline void split(D scale, float* most, float* rest, int64_t c, int n) {
+    using Bits = Lanes<int64_t, together>;
+    const auto size = magnitude(scale);
+    const auto outside = (size < 2.4e-38) | (size > 3.4e38) | (scale != scale);
+    bool usual = true;
+    for (int i = 0; i < n; ++i) usual &= !outside[i];
+    if (usual) {
+        const D below = (D)(((Bits)scale - 1) & ~((int64_t(1) << 29) - 1));
+        put_numbers(most, c, n, below);
+        put_numbers(rest, c, n, scale - below);
+        return;
+    }
     float rounded[together];
     store_narrow(rounded, scale);
     for (int i = 0; i < n; ++i) {

@@ -4,9 +4,11 @@
 #include <atomic>
 #include <cstring>
 #include <new>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
+#include "dispatch.hpp"
 #include "parallel.hpp"
 
 namespace batchnorm {
@@ -14,28 +16,35 @@ namespace {
 
 // The part of the tensor that belongs to one group.
 struct Group {
-    std::vector<int64_t> order;
-    std::vector<Run> runs;
-    Part part;
-    int64_t outer = 0;  // what belongs to it
-    int64_t first = 0;  // where it begins, if it lies in one piece
+    int64_t* order = nullptr;  // its planes, or its rows of weight > 0
+    int64_t outer = 0;         // how many
+    int64_t first = 0;         // where it begins, if it lies in one piece
     bool scaled = false;
+    Part part;
 };
 
 class Groups {
   public:
     Groups(const Args& a, const Selection& s, DType dtype)
-        : a_(a), s_(s), dtype_(dtype), wide_(dtype == DType::float64 ? 8 : 4), groups_(static_cast<size_t>(s.groups)) {
-        const int64_t each = s.samples > 0 ? a.outer / s.samples : 0;
-        for (int64_t n = 0; n < s.samples; ++n) {
-            Group& group = groups_[size_t(s.ids ? s.ids[n] : 0)];
-            if (a.inner == 1 && !s.weights) {
-                if (each > 0) add_rows(group, n * each, each, double(each));
-                continue;
-            }
-            for (int64_t outer = n * each; outer < (n + 1) * each; ++outer) a.inner == 1 ? add_row(group, outer) : add_plane(group, outer);
+        : a_(a), s_(s), dtype_(dtype), wide_(dtype == DType::float64 ? 8 : 4), groups_(static_cast<size_t>(s.groups)), order_(static_cast<size_t>(a.outer)) {
+        each([&](Group& group, int64_t) { ++group.outer; });
+        int64_t* next = order_.data();
+        for (Group& group : groups_) {
+            group.order = next;
+            next += group.outer;
+            group.outer = 0;
         }
+        each([&](Group& group, int64_t outer) {
+            group.order[group.outer++] = outer;
+            a.inner == 1 ? count_row(group, outer) : count_plane(group, outer);
+        });
         for (Group& group : groups_) a.inner == 1 ? end_rows(group) : end_planes(group);
+    }
+
+    std::vector<double> counts() const {
+        std::vector<double> all;
+        for (const Group& group : groups_) all.push_back(group.part.count);
+        return all;
     }
 
     int64_t elements(int64_t g) const { return groups_[size_t(g)].outer * a_.channels * a_.inner; }
@@ -52,12 +61,12 @@ class Groups {
         a.elements = a_.whole();
         a.outer = group.outer;
         a.threads = threads;
-        a.part = group.part.order || group.part.weights || group.part.runs ? &group.part : nullptr;
+        a.part = group.part.order || group.part.weights ? &group.part : nullptr;
         const int64_t start = group.first * a.channels * a.inner * size_of(dtype_);
         for (const void** p : {&a.x, &a.dy, &a.residual, &a.y_saved}) shift(*p, start);
         for (void** p : {&a.y, &a.dx, &a.dresidual}) shift(*p, start);
         const int64_t row = g * a.channels;
-        for (Param* p : {&a.weight, &a.bias, &a.running_mean, &a.running_var}) shift(p->data, row * size_of(p->dtype));
+        for (Param* p : {&a.weight, &a.bias, &a.running_mean, &a.running_var}) shift(p->data, g * p->row * size_of(p->dtype));
         const bool as_doubles = a.m2 != nullptr;
         shift(a.mean, row * (as_doubles ? 8 : wide_));
         if (a.m2) a.m2 += row;
@@ -72,6 +81,7 @@ class Groups {
     const DType dtype_;
     const int64_t wide_;
     std::vector<Group> groups_;
+    std::vector<int64_t> order_;  // of all groups, one after the other
 
     template <class P>
     static void shift(P*& pointer, int64_t bytes) {
@@ -79,41 +89,37 @@ class Groups {
         if (pointer) pointer = static_cast<Byte*>(pointer) + bytes;
     }
 
-    void add_row(Group& group, int64_t row) const {
+    template <class Use>
+    void each(Use&& use) {
+        const int64_t of_sample = s_.samples > 0 ? a_.outer / s_.samples : 0;
+        for (int64_t n = 0; n < s_.samples; ++n)
+            for (int64_t outer = n * of_sample; outer < (n + 1) * of_sample; ++outer)
+                if (a_.inner > 1 || weight(outer) > 0) use(groups_[size_t(s_.ids ? s_.ids[n] : 0)], outer);
+    }
+
+    void count_row(Group& group, int64_t row) const {
         const double w = weight(row);
-        if (!(w > 0)) return;
         group.scaled = group.scaled || w != 1;
-        add_rows(group, row, 1, w);
+        group.part.count += w;
     }
 
-    static void add_rows(Group& group, int64_t row, int64_t count, double weight) {
-        group.part.count += weight;
-        if (!group.runs.empty() && group.runs.back().at + group.runs.back().count == row) group.runs.back().count += count;
-        else group.runs.push_back({group.outer, row, count});
-        group.outer += count;
-    }
-
-    void add_plane(Group& group, int64_t outer) const {
+    void count_plane(Group& group, int64_t outer) const {
         for (int64_t i = outer * a_.inner; s_.weights && i < (outer + 1) * a_.inner; ++i) group.part.count += weight(i);
         if (!s_.weights) group.part.count += double(a_.inner);
-        group.order.push_back(outer);
-        ++group.outer;
     }
 
     void end_rows(Group& group) const {
-        if (!group.scaled && group.runs.size() < 2) {
-            group.first = group.runs.empty() ? 0 : group.runs[0].at;
-            return;
-        }
-        group.part.runs = group.runs.data();
-        group.part.run_count = int64_t(group.runs.size());
+        if (group.scaled || !in_one_piece(group)) group.part.order = group.order;
+        else group.first = group.outer > 0 ? group.order[0] : 0;
         group.part.row_weights = group.scaled ? s_.weights : nullptr;
     }
 
+    static bool in_one_piece(const Group& group) { return group.outer == 0 || group.order[group.outer - 1] - group.order[0] + 1 == group.outer; }
+
     void end_planes(Group& group) const {
-        const bool in_one = group.outer == 0 || group.order.back() - group.order[0] + 1 == group.outer;
+        const bool in_one = in_one_piece(group);
         group.part.weights = s_.weights;
-        if (!in_one) group.part.order = group.order.data();
+        if (!in_one) group.part.order = group.order;
         else if (group.outer > 0) group.first = group.order[0];
         if (in_one) shift(group.part.weights, group.first * a_.inner * wide_);
     }
@@ -132,7 +138,7 @@ void clear_rows(const Args& a, const Groups& groups, DType dtype, int64_t first,
 }  // namespace
 
 // A group that is more than a thread's share is computed by all threads, the others by one each: which, shows in no bit.
-void run_selected(const Args& a, const Selection& s, DType dtype, Kernel kernel) {
+double run_selected(const Args& a, const Selection& s, DType dtype, Kernel kernel) {
     const Groups groups(a, s, dtype);
     const int64_t all = a.outer * a.channels * a.inner;
     const int threads = all < alone_below ? 1 : a.threads;
@@ -157,6 +163,14 @@ void run_selected(const Args& a, const Selection& s, DType dtype, Kernel kernel)
         common::for_each(team, 1, tasks, 1, clear);
     });
     if (failed.load()) throw std::bad_alloc();
+    const std::vector<double> counts = groups.counts();
+    if (s.running_mean.data) {
+        Args moved = a;
+        moved.running_mean = s.running_mean;
+        moved.running_var = s.running_var;
+        kernels(dtype).pool(moved, counts.data(), s.groups);
+    }
+    return std::accumulate(counts.begin(), counts.end(), 0.0);
 }
 
 }  // namespace batchnorm

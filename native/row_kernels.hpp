@@ -35,16 +35,9 @@ struct RowMoments {
         double *all_mean = mean + index * r.columns + column, *all_m2 = m2 + index * r.columns + column;
         if (r.weights) return weighted(index, first, rows, column, n, w);
         const T* x = static_cast<const T*>(r.a.x) + column;
-        const auto lift = [&](int64_t j, int64_t some) {
-            lift_rows<T>(rows, r.width, some, w.from(j), all_mean + j, all_m2 + j, [&](int64_t at, int64_t count, auto&& add) {
-                r.each_run(first + at, count, [&](int64_t row, int64_t together) { add(x + row * r.width + j, together); });
-            });
-        };
-        mean_of_rows<T>(rows, n, w, [&](int64_t at, int64_t step, int64_t some) {
-            if (!r.runs) return add_rows(x + (first + at) * r.width, some, step * r.width, n, w, false);
-            for (int64_t i = 0; i < some; ++i)
-                r.each_run(first + at + i * step, 1, [&](int64_t row, int64_t) { add_rows(x + row * r.width, 1, r.width, n, w, false); });
-        });
+        const RowNumbers numbers = r.numbers(first);
+        const auto lift = [&](int64_t j, int64_t some) { lift_rows<T>(x + j, numbers, rows, r.width, some, w.from(j), all_mean + j, all_m2 + j); };
+        mean_of_rows<T>(x, numbers, rows, r.width, n, w);
         lift(0, n);
         // By blocks of columns and not by panels, which depend on the number of threads.
         for (int64_t j = 0; j < n; j += column_block) {
@@ -59,19 +52,16 @@ struct RowMoments {
     // there are rows.
     void weighted(int64_t index, int64_t first, int64_t rows, int64_t column, int64_t n, const ColumnSums<A>& w) const {
         const T* x = static_cast<const T*>(r.a.x) + column;
+        const RowNumbers row = r.numbers(first);
         double sum = 0;
         int64_t heaviest = -1;
-        r.each_run(first, rows, [&](int64_t row, int64_t some) {
-            sum += sum_of_weights(r.weights + row, some);
-            for (int64_t i = row; i < row + some; ++i)
-                if (heaviest < 0 || r.weights[i] > r.weights[heaviest]) heaviest = i;
-        });
+        for (int64_t i = 0; i < rows; ++i) {
+            sum += double(r.weights[row(i)]);
+            if (heaviest < 0 || r.weights[row(i)] > r.weights[heaviest]) heaviest = row(i);
+        }
         for (int64_t i = 0; i < padded(n); ++i) w.ref[i] = sum > 0 && i < n ? A(scalar(x[heaviest * r.width + i])) : A(0);
         w.clear(n);
-        r.each_run(first, rows, [&](int64_t row, int64_t some) {
-            for (int64_t i = row; i < row + some; ++i)
-                if (r.weights[i] > 0) add_weighted_row(x + i * r.width, double(r.weights[i]), n, w);
-        });
+        for (int64_t i = 0; i < rows; ++i) add_weighted_row(x + row(i) * r.width, double(r.weights[row(i)]), n, w);
         for (int64_t i = 0; i < n; ++i) {
             const double about = double(w.ref[i]), off = sum > 0 ? w.sum[i] / sum : 0;
             const auto all = from_deviations<double>(sum, about + off, about, w.square[i]);
@@ -165,11 +155,9 @@ struct RowSums {
             const Coefs<A> here = k.from(column);
             for (int64_t j = 0; j < padded(n); ++j) all[j] = all_dot[j] = 0;
             for (int64_t at = 0; at < rows; at += row_block) {
-                r.each_run(first + at, rows - at < row_block ? rows - at : row_block, [&](int64_t row, int64_t count) {
-                    loop(r.block(whole, row, count, n, column), here, s, d);
-                    add_wide(all, s, n);
-                    add_wide(all_dot, d, n);
-                });
+                loop(r.block(whole, first + at, rows - at < row_block ? rows - at : row_block, n, column), here, s, d);
+                add_wide(all, s, n);
+                add_wide(all_dot, d, n);
             }
         });
     }
@@ -221,7 +209,7 @@ void backward_rows(const Args& a, bool sums, bool input) {
             here.c1 = of_row + team.id * 2 * r.columns;
             here.c0 = here.c1 + r.columns;
             for (int64_t i = 0; i < b.rows; ++i) {
-                const A weight = r.weights[row + i];
+                const A weight = r.weights[r.numbers(row)(i)];
                 for (int64_t j = 0; j < r.width; ++j) here.c1[j] = weight * k.c1[j], here.c0[j] = weight * k.c0[j];
                 step.input(r.block(step.second, row + i, 1, r.width), here, A(a.slope));
             }

@@ -20,13 +20,13 @@ class Rows {
     using A = Real<T>;
     static constexpr int64_t strip = 64;  // channels finished by one task
     const Args& a;
-    const Run* const runs;           // where the rows lie; null as they are
+    const int64_t* const order;      // which rows of memory they are; null as they lie
     const A* const weights;          // of the rows of the tensor, null for 1
     const int64_t repeat, width, rows, rest, columns, chunk_rows, chunks, panel, panels;
 
     explicit Rows(const Args& a, int64_t wanted = 1)
-        : a(a), runs(a.part ? a.part->runs : nullptr), weights(a.part ? static_cast<const A*>(a.part->row_weights) : nullptr),
-          repeat(a.channels > 0 && a.channels < 4 * lanes<A> && !runs ? wide(a) : 1), width(a.channels * repeat),
+        : a(a), order(a.part ? a.part->order : nullptr), weights(a.part ? static_cast<const A*>(a.part->row_weights) : nullptr),
+          repeat(a.channels > 0 && a.channels < 4 * lanes<A> && !order ? wide(a) : 1), width(a.channels * repeat),
           rows(a.outer / repeat), rest(a.outer % repeat), columns(padded(width > 0 ? width : 1)),
           chunk_rows(rows_of_chunk(rows, width, shared(a) ? wanted : 1)), chunks(rows > 0 ? (rows + chunk_rows - 1) / chunk_rows : 1),
           panel(columns_of_part()), panels(width ? (width + panel - 1) / panel : 0) {}
@@ -58,29 +58,14 @@ class Rows {
         return left < chunk_rows ? left : chunk_rows;
     }
 
-    // use(row in memory, how many) for rows that lie one after the other, in place of `count` rows from `first` on.
-    template <class Use>
-    void each_run(int64_t first, int64_t count, Use&& use) const {
-        if (!runs) return use(first, count);
-        int64_t low = 0, high = a.part->run_count;  // the last run that begins no later
-        while (high - low > 1) {
-            const int64_t middle = (low + high) / 2;
-            if (runs[middle].first <= first) low = middle;
-            else high = middle;
-        }
-        for (const Run* run = runs + low; count > 0; ++run) {
-            const int64_t skipped = first - run->first, some = run->count - skipped < count ? run->count - skipped : count;
-            use(run->at + skipped, some);
-            first += some;
-            count -= some;
-        }
-    }
+    RowNumbers numbers(int64_t first) const { return {order, first}; }
 
     // Rows in a chunk, or the sum of their weights.
     double count(int64_t chunk) const {
         if (!weights) return double(rows_in(chunk));
         double sum = 0;
-        each_run(chunk * chunk_rows, rows_in(chunk), [&](int64_t row, int64_t n) { sum += sum_of_weights(weights + row, n); });
+        const RowNumbers row = numbers(chunk * chunk_rows);
+        for (int64_t i = 0; i < rows_in(chunk); ++i) sum += double(weights[row(i)]);
         return sum;
     }
 
@@ -109,7 +94,8 @@ class Rows {
 
     Block<T> block(const Block<T>& whole, int64_t row, int64_t count, int64_t n, int64_t column = 0) const {
         Block<T> b = whole;
-        const int64_t at = row * width + column;
+        const int64_t at = (order ? 0 : row * width) + column;
+        b.order = order ? order + row : nullptr;
         b.x += at;
         if (b.dy) b.dy += at;
         if (b.extra) b.extra += at;
@@ -127,7 +113,7 @@ class Rows {
         if (rest && team.id == 0) use(block(whole, rows, 1, rest * a.channels), rows);
         const int64_t even = 1 + rows / (2 * threads()), most = 1 + 65536 / (width + 1), some = even < most ? even : most;
         const auto task = [&](int64_t i) {
-            each_run(i * some, rows - i * some < some ? rows - i * some : some, [&](int64_t row, int64_t n) { use(block(whole, row, n, width), row); });
+            use(block(whole, i * some, rows - i * some < some ? rows - i * some : some, width), i * some);
         };
         for_each(team, phase, (rows + some - 1) / some, 1, task, true);
         streaming_done();

@@ -25,6 +25,9 @@ struct Block {
     int64_t rows, stride, n;
     bool stream;
     const void* weights = nullptr;  // of the n elements, the same for every row; read by the loops that are Weighted
+    const int64_t* order = nullptr;  // which row of memory each row is; null: they lie one after the other
+
+    int64_t offset(int64_t row) const { return (order ? order[row] : row) * stride; }
 };
 
 template <class A>
@@ -106,7 +109,7 @@ BATCHNORM_INLINE inline void each(Function&& f) { each_of(f, std::make_integer_s
 template <class Act>
 constexpr bool selects = Act::from_y || !Act::uses_z;
 
-// Calls f(row, how many, how far apart) for the rows of a block whose columns are channels. Four rows go together, so that
+// Calls f(row, how many, their offsets) for the rows of a block whose columns are channels. Four rows go together, so that
 // what belongs to a column is read once for all of them, a quarter of the block apart: of neighbours several lie in a page,
 // where the hardware reads ahead for one run only. Runs of no more than a page are not worth it.
 template <class Act, class T, class Function>
@@ -116,11 +119,17 @@ BATCHNORM_INLINE inline void for_rows(const Block<T>& b, Function&& f) {
     if constexpr (selects<Act>) {
         const int64_t apart = b.rows / together;
         if (apart * b.stride * int64_t(sizeof(T)) > 4096) {
-            for (; r < apart; ++r) f(r, Whole<together>{}, apart);
+            for (; r < apart; ++r) {
+                const int64_t at[together] = {b.offset(r), b.offset(r + apart), b.offset(r + 2 * apart), b.offset(r + 3 * apart)};
+                f(r, Whole<together>{}, at);
+            }
             r = together * apart;
         }
     }
-    for (; r < b.rows; ++r) f(r, Whole<1>{}, int64_t(0));
+    for (; r < b.rows; ++r) {
+        const int64_t at = b.offset(r);
+        f(r, Whole<1>{}, &at);
+    }
 }
 
 // Calls f(coefficients, offset, left, element of the row) for every vector of a block.
@@ -128,10 +137,10 @@ template <class Act, bool Columns, class T, class Function>
 BATCHNORM_INLINE inline void for_block(const Block<T>& b, const Coefs<Real<T>>& k, Function&& f) {
     constexpr int W = lanes<Real<T>>;
     if constexpr (Columns) {
-        for_rows<Act>(b, [&](int64_t r, auto together, int64_t apart) BATCHNORM_INLINE {
+        for_rows<Act>(b, [&](int64_t, auto together, const int64_t* at) BATCHNORM_INLINE {
             for_vectors<W>(b.n, [&](int64_t i, auto left) BATCHNORM_INLINE {
                 const auto c = CoefVectors<T>::of_columns(k, i);
-                each<int(decltype(together){})>([&](int g) BATCHNORM_INLINE { f(c, (r + g * apart) * b.stride + i, left, i); });
+                each<int(decltype(together){})>([&](int g) BATCHNORM_INLINE { f(c, at[g] + i, left, i); });
             });
         });
     } else {
@@ -242,12 +251,12 @@ template <class T, class Act, Source S>
 void sums_columns(const Block<T>& block, const Coefs<Real<T>>& k, Real<T> slope, Real<T>* sum, Real<T>* dot) {
     using A = Real<T>;
     const Block<T> b = block;
-    for_rows<Act>(b, [&](int64_t r, auto together, int64_t apart) BATCHNORM_INLINE {
+    for_rows<Act>(b, [&](int64_t r, auto together, const int64_t* offsets) BATCHNORM_INLINE {
         for_vectors<lanes<A>>(b.n, [&](int64_t i, auto left) BATCHNORM_INLINE {
             const auto c = CoefVectors<T>::of_columns(k, i);
             Vec<A> all = r ? load(sum + i) : Vec<A>{}, all_dot = r ? load(dot + i) : Vec<A>{};
             each<int(decltype(together){})>([&](int g) BATCHNORM_INLINE {
-                const int64_t at = (r + g * apart) * b.stride + i;
+                const int64_t at = offsets[g] + i;
                 const Vec<A> deviation = get(b.x + at, left) - c.pivot;
                 const Vec<A> dz = dz_at<Act, S>(b, c, deviation, at, left, slope);
                 if (b.dz) put(b.dz + at, dz, left, false);

@@ -7,17 +7,18 @@
 
 namespace batchnorm::BATCHNORM_ISA {
 
-// Adds vectors `step` apart to a sum. Four numbers of half the digits add up in float exactly, or nearly so; doubles are
-// converted on their way from memory.
-template <int Count, class T, class Left>
-inline void add_vectors(WideSum<Real<T>>& sum, const T* p, int64_t step, Left left) {
+// Adds Count vectors to a sum; at(g) is where the g-th lies. Four numbers of half the digits add up in float exactly, or
+// nearly so; doubles are converted on their way from memory.
+template <int Count, class A, class At, class Left>
+inline void add_vectors(WideSum<A>& sum, At at, Left left) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(at(0))>>;
     if constexpr (sizeof(T) == 2 && Count % 4 == 0) {
-        for (int g = 0; g < Count; g += 4, p += 4 * step)
-            sum.add((get(p, left) + get(p + step, left)) + (get(p + 2 * step, left) + get(p + 3 * step, left)));
+        for (int g = 0; g < Count; g += 4)
+            sum.add((get(at(g), left) + get(at(g + 1), left)) + (get(at(g + 2), left) + get(at(g + 3), left)));
     } else {
         for (int g = 0; g < Count; ++g) {
-            if constexpr (sizeof(T) == 4 && int(Left{}) > 0) sum.add_from(p + g * step);
-            else sum.add(get(p + g * step, left));
+            if constexpr (sizeof(T) == 4 && int(Left{}) > 0) sum.add_from(at(g));
+            else sum.add(get(at(g), left));
         }
     }
 }
@@ -33,8 +34,8 @@ inline void add_span(const T* p, int64_t n, Vec<Real<T>> reference, double* to) 
     V q[U] = {};
     int64_t i = 0;
     for (; i + U * W <= n; i += U * W) {
-        add_vectors<U / 2>(sum[0], p + i, W, Whole<W>{});
-        add_vectors<U / 2>(sum[1], p + i + U / 2 * W, W, Whole<W>{});
+        add_vectors<U / 2>(sum[0], [&](int g) { return p + i + g * W; }, Whole<W>{});
+        add_vectors<U / 2>(sum[1], [&](int g) { return p + i + (U / 2 + g) * W; }, Whole<W>{});
         each<U>([&](auto u) {
             const V d = load(p + i + u * W) - reference;
             q[u] = fma(d, d, q[u]);
@@ -137,43 +138,58 @@ inline void add_wide(double* to, const A* from, int64_t n) {
     for (int64_t i = 0; i < n; i += lanes<double>) store(to + i, load(to + i) + load_wide(from + i));
 }
 
-// Adds x and (x - ref)^2 of `rows` <= square_block rows, `stride` apart, to sum and square.
-template <class T>
-void add_rows(const T* x, int64_t rows, int64_t stride, int64_t n, const ColumnSums<Real<T>>& to, bool more) {
+// Which row of memory the i-th of some rows is.
+struct RowNumbers {
+    const int64_t* order;  // null: as they lie
+    int64_t first, step = 1;
+    int64_t operator()(int64_t i) const { return order ? order[first + i * step] : first + i * step; }
+    RowNumbers from(int64_t i, int64_t apart = 1) const { return {order, first + i * step, step * apart}; }
+};
+
+// Adds x of `rows` <= square_block rows to sum, and with Squares (x - ref)^2 to square; `left` rows are there, counting these.
+template <class T, bool Squares = true>
+void add_rows(const T* x, const RowNumbers& numbers, int64_t rows, int64_t left_rows, int64_t stride, int64_t n, const ColumnSums<Real<T>>& to) {
     using A = Real<T>;
     using V = Vec<A>;
     constexpr int W = lanes<A>;
     const auto [ref, q, sum_of, square_of] = to;
     const auto group = [&, ref = ref, q = q, sum_of = sum_of](int64_t r, auto size) {
+        constexpr int count = int(decltype(size){});
+        const T *p[count], *later[count];
+        for (int g = 0; g < count; ++g) {
+            p[g] = x + numbers(r + g) * stride;
+            later[g] = rows + r + g < left_rows ? x + numbers(rows + r + g) * stride : nullptr;
+        }
         for_vectors<W>(n, [&](int64_t i, auto left) {
-            const T* p = x + r * stride + i;
-            const V reference = load(ref + i);
-            V square = r ? load(q + i) : V{};
+            V square = Squares && r ? load(q + i) : V{};
             auto sum = WideSum<A>::from(sum_of + i);
-            if (more && i % (64 / int64_t(sizeof(T))) == 0)
-                for (int g = 0; g < int(size); ++g) prefetch(p + (rows + g) * stride);
-            add_vectors<int(decltype(size){})>(sum, p, stride, left);
-            for (int g = 0; g < int(size); ++g) {
-                const V d = get(p + g * stride, left) - reference;
-                square = fma(d, d, square);
+            if (i % (64 / int64_t(sizeof(T))) == 0)
+                for (int g = 0; g < count; ++g)
+                    if (later[g]) prefetch(later[g] + i);
+            add_vectors<count>(sum, [&](int g) { return p[g] + i; }, left);
+            if constexpr (Squares) {
+                const V reference = load(ref + i);
+                for (int g = 0; g < count; ++g) {
+                    const V d = get(p[g] + i, left) - reference;
+                    square = fma(d, d, square);
+                }
+                store(q + i, square);
             }
             sum.to(sum_of + i);
-            store(q + i, square);
         });
     };
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4) group(r, Whole<4>{});
     for (; r < rows; ++r) group(r, Whole<1>{});
-    add_wide(square_of, q, n);
+    if constexpr (Squares) add_wide(square_of, q, n);
 }
 
 // A first reference: the mean of up to 16 rows spread over the chunk, since neighbouring rows are often alike.
-template <class T, class Add>
-void mean_of_rows(int64_t rows, int64_t n, const ColumnSums<Real<T>>& w, Add&& add) {
+template <class T>
+void mean_of_rows(const T* x, const RowNumbers& numbers, int64_t rows, int64_t stride, int64_t n, const ColumnSums<Real<T>>& w) {
     const int64_t some = rows < 8 ? rows : rows < 128 ? 8 : 16, step = some > 0 ? rows / some : 0;
-    for (int64_t i = 0; i < padded(n); ++i) w.ref[i] = 0;
     w.clear(n);
-    if (some > 0) add(step / 2, step, some);  // some rows, `step` apart
+    add_rows<T, false>(x, numbers.from(step / 2, step), some, 0, stride, n, w);
     for (int64_t i = 0; i < n; ++i) w.ref[i] = Real<T>(w.sum[i] / double(some > 0 ? some : 1));
 }
 
@@ -191,15 +207,14 @@ void add_weighted_row(const T* x, double weight, int64_t n, const ColumnSums<Rea
     }
 }
 
-// Moments of rows of n columns in one pass about a reference. `each(first, how many, f)` calls f(x, how many) for rows that
-// lie one after the other.
-template <class T, class Each>
-void lift_rows(int64_t rows, int64_t stride, int64_t n, const ColumnSums<Real<T>>& w, double* mean, double* m2, Each&& each) {
+// Moments of rows of n columns in one pass about a reference.
+template <class T>
+void lift_rows(const T* x, const RowNumbers& numbers, int64_t rows, int64_t stride, int64_t n, const ColumnSums<Real<T>>& w, double* mean, double* m2) {
     constexpr int H = lanes<double>;
     w.clear(n);
     for (int64_t at = 0; at < rows; at += square_block) {
-        const int64_t some = rows - at < square_block ? rows - at : square_block;
-        each(at, some, [&](const T* x, int64_t count) { add_rows(x, count, stride, n, w, at + square_block < rows); });
+        const int64_t left = rows - at;
+        add_rows<T>(x, numbers.from(at), left < square_block ? left : square_block, left, stride, n, w);
     }
     const double count = double(rows);
     for (int64_t i = 0; i < n; i += H) {

@@ -173,7 +173,8 @@ def by_source(
         layer: The layer, for sources that compare layers over processes.
 
     Returns:
-        y, and the Moments for the estimators: of count 0 if the source takes stored statistics.
+        y, and the Moments for the estimators: of count 0 if the source takes stored statistics, or
+        if the running statistics of ``call`` have been updated.
 
     Raises:
         OptionError: If the source takes stored statistics and there are none, or eps <= 0.

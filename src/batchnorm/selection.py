@@ -182,13 +182,27 @@ def check_enough(x: Tensor, axis: int, selection: Selection) -> None:
     Raises:
         SingleValueError: If exactly one value per channel counts, in a group or in the whole.
     """
-    values = torch.as_tensor(selection._replace(weights=selection.counted).counts(x, axis))
-    alone = (values.flatten() == 1).nonzero()
-    if alone.numel() and selection.ids is None:
+    counts = _counted(x, axis, selection)
+    if not bool((counts == 1).any()):
+        return
+    if selection.ids is None:
         raise SingleValueError(layout.TOO_FEW_VALUES.format(shape=tuple(x.shape), axis=axis))
-    if alone.numel():
-        group = int(alone[0])
-        raise SingleValueError(ONE_VALUE.format(group=group, shape=tuple(x.shape), axis=axis))
+    group = int((counts == 1).nonzero()[0])
+    raise SingleValueError(ONE_VALUE.format(group=group, shape=tuple(x.shape), axis=axis))
+
+
+def _counted(x: Tensor, axis: int, selection: Selection) -> Tensor:
+    """Return how many values per channel count, in each group, (groups,), or in all, (1,)."""
+    counted, ids = selection.counted, selection.ids
+    if counted is None:
+        values = layout.values_per_channel(x.shape, axis)
+        if ids is None:
+            return torch.tensor([values])
+        return ids.bincount(minlength=selection.groups) * (values // max(len(ids), 1))
+    if ids is None:
+        return counted.count_nonzero().view(1)
+    per_sample = counted.movedim(axis, 1).flatten(1).sum(1)
+    return per_sample.new_zeros(selection.groups).index_add(0, ids, per_sample)
 
 
 def _element_weights(x: Tensor, axis: int, mask: Tensor | None, weights: Tensor | None) -> Tensor:

@@ -274,3 +274,38 @@ def _synced_groups(rank):
     y = layer(x, groups=ids, weights=weights)
     y.backward(dy)
     return y.detach(), x.grad, layer.weight.grad, layer.running_var
+
+
+SELECTED = {
+    "Ghost": (bn.Ghost(4), {}),
+    "ids": (bn.Batch(), {"groups": IDS}),
+    "rows": (bn.Batch(), {"mask": torch.arange(9) % 3 > 0}),
+    "weights and ids": (bn.Batch(), {"weights": torch.arange(9.0) % 4, "groups": IDS}),
+}
+
+
+@each(case=list(SELECTED), shape=[(9, 4), (9, 4, 3, 5)], dtype=[torch.float32, torch.bfloat16])
+def test_running_statistics_updated_by_the_kernel_are_those_of_merged_moments(case, shape, dtype):
+    source, chosen = SELECTED[case]
+    chosen = {
+        name: t.view(-1, *[1] * (len(shape) - 2)) if name != "groups" else t
+        for name, t in chosen.items()
+    }
+    layer = bn.BatchNorm(4, statistics=source)
+    same = copy.deepcopy(layer)
+    version = layer.running_var._version
+    for _ in range(3):
+        x = (torch.randn(shape) * 3 + 1).to(dtype)
+        layer(x, **chosen)
+        with bn.use_backend("reference"):
+            same(x, **chosen)
+    assert layer.running_var._version == version + 3
+    for (name, got), want in zip(layer.named_buffers(), same.buffers(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_a_batch_that_is_masked_whole_is_not_counted():
+    layer = bn.BatchNorm1d(4)
+    layer(torch.randn(6, 4), mask=torch.zeros(6, dtype=torch.bool))
+    assert not layer.num_batches_tracked
+    assert not layer.running_mean.any()

@@ -182,7 +182,7 @@ class Layer(Attributes):
         if self.training and self.frozen is not None:
             y, moments = freezing.step(self, call)
         elif self.training:
-            y, moments = policies.by_source(self, call)
+            y, moments = policies.by_source(self, tracking.offered(self, call))
         else:
             return functional.by_source(call, BATCH)[0]
         if moments is not None:

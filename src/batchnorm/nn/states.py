@@ -21,7 +21,7 @@ from batchnorm.estimators.base import nothing
 from batchnorm.moments import Moments, pooled
 from batchnorm.nn.common import Attributes, Memory
 from batchnorm.ops.call import Arguments
-from batchnorm.sources.base import Recalled, StatefulSource
+from batchnorm.sources.base import Recalled, keeps_state
 
 PREFIX = "statistics."
 KEPT = 8
@@ -34,7 +34,7 @@ step is not among the last {KEPT} of the layer; call backward after fewer forwar
 def by_source(layer: Attributes, call: Arguments) -> tuple[Tensor, Moments]:
     """Normalize a training step by what the layer's source chooses; the state is not updated."""
     source = layer.statistics
-    if not isinstance(source, StatefulSource):
+    if not keeps_state(source):
         return functional.by_source(call, source, layer=layer)
     if layer.memory is None or layer.memory.source != source:
         layer.memory = Memory(source, source.init(*_known(layer, call.x.device)))
@@ -61,7 +61,7 @@ def by_source(layer: Attributes, call: Arguments) -> tuple[Tensor, Moments]:
 def step(layer: Attributes, batch: Moments, eps: float) -> None:
     """Update the state by a training batch; not by an empty one, nor in a recomputation."""
     source, memory = layer.statistics, layer.memory
-    if memory is None or not isinstance(source, StatefulSource):
+    if memory is None or not keeps_state(source):
         return
     if nothing(batch) or is_recomputing():
         return
@@ -95,7 +95,7 @@ def load(
     """
     layer.memory = None
     source, start = layer.statistics, prefix + PREFIX
-    if not isinstance(source, StatefulSource) or not any(key.startswith(start) for key in given):
+    if not keeps_state(source) or not any(key.startswith(start) for key in given):
         return
     if layer.running_mean is not None and is_lazy(layer.running_mean):
         return

@@ -16,6 +16,7 @@ from batchnorm.estimators.running import Averages, move, share_of_next, write
 from batchnorm.moments import Moments, pooled
 from batchnorm.nn import groups
 from batchnorm.nn.common import Attributes
+from batchnorm.ops.call import Arguments, RunningBuffers
 from batchnorm.sources.grouped import Grouped
 
 WIDE = (torch.float32, torch.float64)
@@ -61,6 +62,35 @@ def step(layer: Attributes, batch: Moments) -> None:
     else:
         _move(layer, batch)
     _count(layer, batch)
+
+
+def offered(layer: Attributes, call: Arguments) -> Arguments:
+    """Return the call with the running statistics, if a backend may update them in its own call.
+
+    They are then the only estimate, and nothing else is to be done with the Moments of the batch.
+    """
+    if torch.compiler.is_compiling() or (
+        call.selection.is_whole and layer.statistics.plan != "own"
+    ):
+        return call
+    mean, var, counter = layer.running_mean, layer.running_var, call.counter
+    if mean is None or var is None or counter is None or layer.momentum is None:
+        return call
+    more = layer.bank is not None or layer.policy is not None
+    if (
+        more
+        or isinstance(layer.statistics, Grouped)
+        or not layer.track_running_stats
+        or is_recomputing()
+    ):
+        return call
+    for buffer in (mean, var):
+        stands = type(buffer) is Tensor and buffer.is_cpu and buffer.is_contiguous()
+        if not stands or buffer.dtype not in WIDE or buffer.is_inference():
+            return call
+    if mean.dtype != var.dtype or type(counter) is not Tensor or counter.dtype != torch.int64:
+        return call
+    return call._replace(running=RunningBuffers(mean, var, counter, layer.momentum))
 
 
 def optimizer_of(layer: Attributes) -> Optimizer | None:

@@ -78,6 +78,8 @@ class Arguments(NamedTuple):
         var: Stored variance.
         counter: How many batches the stored statistics have seen, where it is known.
         portable: While a graph is captured, use aten operations only.
+        running: The running statistics of all samples, which a training step may update in the call
+            of the backend; None: they are updated afterwards, if at all.
     """
 
     x: Tensor
@@ -92,6 +94,7 @@ class Arguments(NamedTuple):
     var: Tensor | None = None
     counter: Tensor | None = None
     portable: bool = False
+    running: RunningBuffers | None = None
 
     @property
     def epilogue(self) -> Epilogue:

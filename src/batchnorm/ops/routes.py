@@ -31,7 +31,8 @@ def normalize_batch(call: Arguments) -> tuple[Tensor, Moments]:
     """Normalize by the statistics of the input; with groups of samples, of each group.
 
     Returns:
-        y, and the Moments that normalized it, without a gradient.
+        y, and the Moments that normalized it, without a gradient; of count 0 if the backend has
+        updated ``call.running``, so that nothing counts them again.
     """
     whole = call.selection.is_whole
     if not whole:
@@ -41,29 +42,34 @@ def normalize_batch(call: Arguments) -> tuple[Tensor, Moments]:
         return _added_behind(y, call), moments
     x, selection, rest = call.x, call.selection, (call.eps, call.axis)
     size = layout.values_per_channel(x.shape, call.axis)
-    count = size if whole else selection.counts(x, call.axis)
+    running = None
     if is_plain(call):
         if whole and size > 1 and is_torchs(x) and torch_norm.takes(x):
             return torch_norm.normalize_batch(call)
         backend = select(x, call.epilogue, call.axis, selection=selection)
+        running = call.running if not whole and backend.commits else None
         if call.needs_grad:
             found: list[Tensor] = []
             given = (x, call.weight, call.bias, call.residual)
-            y = eager.apply_batch(*given, (call.epilogue, *rest, backend, found, None))
-            return y, Moments.of_variance(count, found[0][0], found[0][1])
-        y, stats = backend.forward(x, call.epilogue, *rest)
+            y = eager.apply_batch(*given, (call.epilogue, *rest, backend, found, running))
+            (stats,) = found
+        else:
+            y, stats = backend.forward(x, call.epilogue, *rest, running)
     elif whole and is_traced() and call.portable:
         y = _aten(call, None, None)
         mean, m2 = reference.moments(x.detach(), call.axis)
-        return y, Moments(count, mean, m2)
+        return y, Moments(size, mean, m2)
     elif whole and is_traced() and not is_transformed():
         mean, var = torch.zeros(
             2, x.shape[call.axis], dtype=layout.compute_dtype(x), device=x.device
         )
         y = _aten(call, mean, var, 1.0)
-        return y, Moments.of_variance(count, mean, var, correction=1)
+        return y, Moments.of_variance(size, mean, var, correction=1)
     else:
         y, stats = reference.forward(x, call.epilogue, *rest, None, selection)
+    if running is not None:
+        return y, Moments(0.0, stats[0], stats[1])
+    count = size if whole else selection.counts(x, call.axis)
     return y, Moments.of_variance(count, stats[0], stats[1])
 
 

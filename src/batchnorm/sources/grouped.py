@@ -93,6 +93,7 @@ class Ghost:
             )
         whole, left = divmod(context.samples, self.size)
         count = max(whole + (left > 1), 1)
-        runs = torch.arange(context.samples, device=context.device) // self.size
-        chosen = context.selection._replace(ids=runs.clamp_max(count - 1), groups=count)
+        runs = torch.arange(whole + 1, device=context.device).repeat_interleave(self.size)
+        ids = runs[: context.samples].clamp_max(count - 1)
+        chosen = context.selection._replace(ids=ids, groups=count)
         return Sharing(selection=chosen)

@@ -68,7 +68,8 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Normalize by x's own mean and biased variance; return y and stats.
 
-        If ``commits``, the running statistics are updated by them, with the unbiased variance.
+        If ``commits``, the running statistics are updated by them, with the unbiased variance; with
+        groups by those of all samples together, the groups' Moments merged in their order.
 
         Raises:
             UnservedError: If shapes, dtypes or devices do not fit; nothing has been changed.
@@ -101,11 +102,11 @@ class Backend(Protocol):
 class _Selected:
     """The functions of a backend with a selection as their last argument."""
 
-    commits = False
     reads_output = False
 
     def __init__(self, kernels: Backend, selection: Selection) -> None:
         self._kernels, self.selection = kernels, selection
+        self.commits = kernels.commits
 
     def __getattr__(self, name: str) -> object:
         return functools.partial(getattr(self._kernels, name), selection=self.selection)
