@@ -49,12 +49,15 @@ def keep_if_empty(batch: Moments, old: Tensor, new: Tensor) -> Tensor:
     return new
 
 
-def variance(batch: Moments, correction: int = 1) -> Tensor:
-    """Return m2 / (n - correction); unbiased, 0 for a single value, which only a mask can leave."""
+def variance(batch: Moments, correction: int) -> Tensor:
+    """Return m2 / (n - correction), anything for an empty batch; see ``keep_if_empty``.
+
+    Unbiased, it is 0 for a single value, which only a mask can leave.
+    """
     count = batch.count - correction
-    if isinstance(count, Tensor):
-        return batch.m2 / (count.clamp_min(1) if correction else torch.where(count > 0, count, 1))
-    return batch.m2 / (max(count, 1) if correction else count or 1)
+    if correction:
+        count = count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)
+    return batch.m2 / count
 
 
 def check_weight(value: float, what: str) -> float:
