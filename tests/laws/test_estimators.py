@@ -209,11 +209,15 @@ def test_without_the_states_of_estimators_a_state_dict_has_the_keys_of_torch():
 
 
 def test_a_checkpoint_without_states_gives_its_count_to_the_cumulative_estimate():
-    theirs = nn.BatchNorm1d(3, momentum=None)
-    ours = bn.BatchNorm1d(3, estimator=[bn.Cumulative(), bn.LastBatches(2)])
-    for x in torch.randn(3, 6, 3):
+    theirs = nn.BatchNorm1d(3, momentum=None).double()
+    kept = [bn.Cumulative(), bn.LastBatches(2), bn.Running(every=2)]
+    ours = bn.BatchNorm1d(3, estimator=kept).double()
+    for x in torch.randn(3, 6, 3).double():
         theirs(x)
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(6, 3) + 1
+    assert ours.bank.states["running"].batches == 1  # of three batches, two have made a step
+    # Another estimate in the buffers leaves this one as it is.
+    bn.use_estimate(bn.use_estimate(ours, "last_batches"), "cumulative")
+    x = torch.randn(6, 3).double() + 1
     ours(x), theirs(x)
-    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+    assert_close(ours.running_mean, theirs.running_mean)

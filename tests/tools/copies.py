@@ -47,27 +47,38 @@ def passes(source: Path, tests: Sequence[str]) -> None:
         raise RuntimeError(f"without a change: {how}: {' '.join(tests)}")
 
 
-def fails(source: Path, tests: Sequence[str]) -> str:
+def fails(source: Path, tests: Sequence[str], plugins: Sequence[object] = ()) -> str:
     """Return how tests of the fast suite fail against a copy, or "" if they pass."""
     torch.set_num_threads(1)
     sys.stdout.flush()
     process = os.fork()
     if not process:
         try:
-            os._exit(_run(source, tests))
+            os._exit(_run(source, tests, plugins))
         finally:  # nothing that the parent has set up may be taken down here
             os._exit(pytest.ExitCode.INTERNAL_ERROR)
+    return outcome(process)
+
+
+def outcome(process: int) -> str:
+    """Wait for a process of pytest; return how tests failed in it, or "" if all passed."""
     status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     if status == pytest.ExitCode.NO_TESTS_COLLECTED:
-        raise RuntimeError(f"no tests: {' '.join(tests)}")
+        raise RuntimeError("no tests were collected")
     if status < 0:
         return f"ended by {signal.Signals(-status).name}"
     return {0: "", 1: "failed"}.get(status, "did not run")
 
 
-def _run(source: Path, tests: Sequence[str]) -> int:
+def limit() -> None:
+    """End this process when it has run for too long."""
     signal.alarm(SECONDS)
     resource.setrlimit(resource.RLIMIT_CPU, (OF_PROCESSOR, OF_PROCESSOR))
+
+
+def _run(source: Path, tests: Sequence[str], plugins: Sequence[object]) -> int:
+    if not plugins:
+        limit()
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)
     os.dup2(silent, 2)
@@ -75,10 +86,11 @@ def _run(source: Path, tests: Sequence[str]) -> int:
     sys.dont_write_bytecode = True
     sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in type(f).__module__]
     sys.path.insert(0, str(source))
+    os.environ["PYTHONPATH"] = str(source)  # of processes that tests start
     # That a test fails is enough: no smaller example is sought.
     phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
     hypothesis.settings.register_profile("first failure", phases=phases, database=None)
     hypothesis.settings.load_profile("first failure")
+    options = ["-x", "-q", "-n", "0", "--timeout", "0", "-W", "ignore:Module already imported"]
     marks = ["-m", "not slow and not audit and not cuda"]
-    loaded = ["-W", "ignore:Module already imported"]
-    return pytest.main(["-x", "-q", "-n", "0", "--timeout", "0", *loaded, *marks, *tests])
+    return pytest.main([*options, *marks, *tests], plugins=list(plugins))

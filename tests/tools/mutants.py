@@ -1,7 +1,8 @@
 """Which small changes of the code no test of the fast suite notices.
 
-    python tests/tools/mutants.py                    # every mutant of TARGETS: about an hour
-    python tests/tools/mutants.py moments.py 1 10    # of one file, those with number % 10 == 1
+    python tests/tools/mutants.py                        # every mutant of TARGETS: about an hour
+    python tests/tools/mutants.py moments.py nn/tracking.py    # of these files
+    python tests/tools/mutants.py moments.py 3 17              # those of these numbers
 
 An operator, a comparison or a number is changed, one at a time, in a copy of src. mutmut does the
 same with an installation of its own, in which the native module and an editable install's finder
@@ -13,20 +14,27 @@ import copy
 import sys
 from collections.abc import Iterator
 
-from copies import ROOT, copied, fails, passes
+from copies import copied, fails
+from trial import COUNTS, Mutant, Trial, differing, tell
 
-# File -> the tests that are about it, the quickest first; a mutant that they miss survives. The first
-# test that fails ends a run.
+# File -> the tests that are about it; a mutant that they miss survives. The first that fails ends a run.
 LAWS = ["laws/test_moments.py", "laws/test_estimators.py", "laws/test_estimators_exact.py"]
 ESTIMATORS = [*LAWS[1:], "nn/test_masks.py", "nn/test_state.py", "nn/test_bad_input.py"]
+STATES = [*ESTIMATORS, "training/test_accumulation.py", "surgery/test_convert_options.py"]
+GRAPHS = ["graph/test_backend.py", "graph/test_regions.py", "graph/test_consumers.py"]
 TARGETS = {
     "estimators/base.py": ESTIMATORS,
-    "estimators/running.py": ESTIMATORS,
+    "estimators/bank.py": STATES,
+    "graph/fuse.py": [*GRAPHS, "graph/test_folding.py", "graph/test_limits.py"],
+    "nn/tracking.py": [
+        *STATES,
+        "nn/test_layers.py",
+        "nn/test_groups.py",
+        "nn/test_unusual_state.py",
+    ],
+    "estimators/running.py": STATES,
     "estimators/merged.py": ESTIMATORS[:-1],
-    "estimators/bank.py": [*ESTIMATORS, "surgery/test_convert_options.py"],
-    "nn/tracking.py": [*ESTIMATORS, "nn/test_layers.py"],
     "moments.py": [*LAWS, "laws/test_selection.py", "calibration/test_collected.py"],
-    "graph/fuse.py": ["graph/test_backend.py", "graph/test_regions.py", "graph/test_consumers.py"],
 }
 SWAPS = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Div,
@@ -73,9 +81,9 @@ class Replace(ast.NodeTransformer):
         return self.new if node is self.old else self.generic_visit(node)
 
 
-def mutants(source: str) -> Iterator[tuple[str, str]]:
-    """Yield what was changed, and the source with the change."""
-    number = 0
+def mutants(source: str, path: str) -> Iterator[Mutant]:
+    """Yield every change of a file."""
+    code, number = compile(source, path, "exec"), 0
     while True:
         tree = ast.parse(source)
         nodes = [node for node in expressions(tree) if changed(node) is not None]
@@ -83,29 +91,31 @@ def mutants(source: str) -> Iterator[tuple[str, str]]:
             return
         old = nodes[number]
         new = changed(old)
-        told = f"{old.lineno}: {ast.unparse(old)} -> {ast.unparse(new)}"
-        yield told, ast.unparse(Replace(old, new).visit(tree))
+        told = f"{number}, line {old.lineno}: {ast.unparse(old)} -> {ast.unparse(new)}"
+        tree = Replace(old, new).visit(tree)
+        yield Mutant(told, tree, differing(code, compile(tree, path, "exec")))
         number += 1
 
 
 def main() -> None:
-    only, part, parts = [*sys.argv[1:], *("", "0", "1")[len(sys.argv) - 1 :]]
+    numbers = [given for given in sys.argv[1:] if given.isdigit()]
+    names = [given for given in sys.argv[1:] if not given.isdigit()] or list(TARGETS)
     with copied() as source:
-        for name, targets in TARGETS.items():
-            if only not in ("", name):
-                continue
-            text = (ROOT / "src" / "batchnorm" / name).read_text()
-            tests = [f"tests/{test}" for test in targets]
-            passes(source, tests)
-            counts = {True: 0, False: 0}
-            for number, (told, mutant) in enumerate(mutants(text)):
-                if number % int(parts) == int(part):
-                    (source / "batchnorm" / name).write_text(mutant)
-                    how = fails(source, tests)
-                    counts[bool(how)] += 1
-                    print(f"{'noticed' if how else 'SURVIVED'}: {name}:{told}", flush=True)
-            (source / "batchnorm" / name).write_text(text)
-            print(f"{name}: {counts[True]} noticed, {counts[False]} survived", flush=True)
+        for name in names:
+            path, tests = source / "batchnorm" / name, [f"tests/{test}" for test in TARGETS[name]]
+            text, COUNTS[:] = path.read_text(), [0, 0]
+            found = mutants(text, str(path))
+            chosen = [one for one in found if not numbers or one.told.split(",")[0] in numbers]
+            print(name, flush=True)
+            in_functions = [one for one in chosen if one.functions]
+            trial = Trial(path, in_functions, source.parent / "said.json")
+            if how := fails(source, tests, [trial]):
+                raise RuntimeError(f"the trial of {name} {how}")
+            for mutant in (one for one in chosen if not one.functions):
+                path.write_text(ast.unparse(mutant.tree))
+                tell(fails(source, tests), mutant, sys.stdout)
+            path.write_text(text)
+            print(f"{name}: {COUNTS[0]} noticed, {COUNTS[1]} survived", flush=True)
 
 
 if __name__ == "__main__":
