@@ -71,6 +71,10 @@ CASES = {
         lambda m, x: m.norm(m.conv(x)), {"norm": nn.BatchNorm2d(3, track_running_stats=False)},
         "keeps no statistics",
     ),
+    "a weight for each group": (
+        lambda m, x: m.norm(m.conv(x), groups=torch.zeros(len(x)).long()),
+        {"norm": bn.BatchNorm2d(3, statistics=bn.Grouped(2, affine="separate"))}, "for each group",
+    ),
     "a part of a tensor": (
         lambda m, x: m.norm(m.conv(x)[:, :2]), {"norm": nn.BatchNorm2d(2)}, "a part of the tensor"
     ),

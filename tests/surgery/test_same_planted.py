@@ -90,3 +90,11 @@ def test_momentum_is_told_in_eval_and_found_in_training(net):
     assert found and "momentum 0.1 and 0.11 in two.bn1" in str(found)
     found = bn.same(net, other, images(), mode="train")
     assert (found.first.layer, found.first.kind) == ("two.bn1", "statistic")
+
+
+def test_a_layer_that_was_folded_wrongly_is_named(net):
+    folded = bn.fold(copy.deepcopy(net), images()).model
+    with torch.no_grad():
+        folded.one.conv2.weight[0] *= 1.01
+    found = bn.same(net, folded, images())
+    assert (found.first.layer, found.first.kind) == ("one.conv2", "output"), str(found)
