@@ -187,6 +187,12 @@ def test_layer_that_is_called_twice_steps_twice():
     assert int(other.bn1.num_batches_tracked) == 4
 
 
+def test_a_counter_of_the_model_itself_is_none_of_a_layer():
+    plain = Net(lambda m, x: (m.steps.add_(2), F.relu(one(m, x)))[1])
+    plain.register_buffer("steps", torch.tensor(0))
+    assert_same(plain, compiled(plain, fullgraph=True), [images()])
+
+
 def test_autocast_that_ends_between_is_kept():
     def forward(m, x):
         with torch.autocast("cpu", torch.bfloat16):

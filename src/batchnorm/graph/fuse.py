@@ -82,7 +82,7 @@ def fuse(gm: fx.GraphModule, eager: bool = True) -> list[Normalization]:
 def _tensors(node: fx.Node) -> tuple[fx.Node, ...]:
     """Return the statistics, weight and bias of a call of ``step``, as far as it has them."""
     _, running, _, _, weight, bias, *_ = node.args
-    stored = running[:2] if isinstance(running, RunningBuffers) else ()
+    stored = (running.mean, running.var) if isinstance(running, RunningBuffers) else ()
     return tuple(one for one in (*stored, weight, bias) if isinstance(one, fx.Node))
 
 
