@@ -173,6 +173,13 @@ def test_normalization_stays_alone_where_its_model_would_compute_something_else(
     assert found.reason
 
 
+def test_a_result_that_is_added_to_another_in_place_is_fused():
+    plain = Net(lambda m, x: m.conv2(x).add_(one(m, x)).relu_())
+    other = compiled(plain, fullgraph=True)
+    assert_same(plain, other, [images()])
+    assert partners(other)["bn1"] == ("add", "relu")
+
+
 def test_of_two_normalizations_that_are_added_one_takes_the_sum():
     plain = Net(lambda m, x: F.relu(m.bn1(m.conv1(x)) + m.bn2(m.conv2(x))))
     other = compiled(plain, fullgraph=True)

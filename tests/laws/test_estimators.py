@@ -98,6 +98,12 @@ def test_estimators_start_again_after_a_reset_and_after_a_checkpoint_without_the
     layer.load_state_dict(nn.BatchNorm1d(3).state_dict())
     layer(x + 1)
     torch.testing.assert_close(layer.running_mean, x.mean(0) + 1)
+    counted = nn.BatchNorm1d(3)
+    counted.running_mean.fill_(7)
+    counted.num_batches_tracked = None
+    layer = bn.convert(counted, estimator=[bn.Cumulative(), bn.LastBatches(2)])
+    layer(x)
+    torch.testing.assert_close(layer.running_mean, x.mean(0))
 
 
 cuts = hypothesis.strategies.lists(hypothesis.strategies.integers(0, 6), min_size=1, max_size=9)

@@ -28,6 +28,8 @@ def test_all_masked_changes_nothing_and_all_true_is_no_mask():
     assert int(layer.num_batches_tracked) == 0 and layer.running_var.tolist() == [1] * 3
     torch.testing.assert_close(layer(x, mask=torch.ones(4, 5).bool()), plain(x))
     torch.testing.assert_close(layer.running_var, plain.running_var)
+    layer(x, weights=torch.full((4, 5), 0.01))  # their sum is below 1
+    assert int(layer.num_batches_tracked) == 2
 
 
 FULL = (3, 3, 4, 5)

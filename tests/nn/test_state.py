@@ -308,7 +308,7 @@ def test_half_statistics_assigned_past_the_cast_warn_once_and_compute_in_float32
         layer(x)
     assert "running_mean of a batch normalization layer is torch.float16" in str(seen[0].message)
     assert "layer.running_mean = layer.running_mean.float()" in str(seen[0].message)
-    assert len(seen) == 1
+    assert len(seen) == 1 and seen[0].filename == __file__
     assert y.dtype == torch.float32
     torch.testing.assert_close(y, nn.BatchNorm1d(3)(x))
     assert torch.equal(layer.running_mean, x.double().mean(0).float().half())

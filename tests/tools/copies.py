@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,10 +71,11 @@ def outcome(process: int) -> str:
     return {0: "", 1: "failed"}.get(status, "did not run")
 
 
-def limit() -> None:
-    """End this process when it has run for too long."""
+def limit(seconds: float = OF_PROCESSOR) -> None:
+    """End this process when it has run for too long, or for so many more seconds of a processor."""
     signal.alarm(SECONDS)
-    resource.setrlimit(resource.RLIMIT_CPU, (OF_PROCESSOR, OF_PROCESSOR))
+    most = int(time.process_time() + seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))
 
 
 def _run(source: Path, tests: Sequence[str], plugins: Sequence[object]) -> int:

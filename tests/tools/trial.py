@@ -2,6 +2,7 @@
 
 import ast
 import gc
+import importlib
 import inspect
 import json
 import multiprocessing
@@ -35,8 +36,7 @@ class Mutant(NamedTuple):
     functions: list[tuple[CodeType, CodeType]] | None
 
     def take(self) -> None:
-        """Change the functions in this process, which ends when the tests take too long."""
-        limit()
+        """Change the functions in this process."""
         loaded = [one for one in gc.get_objects() if type(one) is FunctionType]
         for old, new in self.functions or ():
             own = [one for one in loaded if one.__code__ == old]
@@ -84,7 +84,8 @@ class Trial:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep how long a test takes, and whether it fails."""
-        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+        if report.when == "call":
+            self.seconds[report.nodeid] = report.duration
         self.failed += [report.nodeid] * report.failed
 
     def pytest_sessionfinish(self) -> None:
@@ -93,9 +94,10 @@ class Trial:
         self.said.write_text(json.dumps([calls, self.seconds, self.failed]))
 
     def pytest_runtest_protocol(self, item: pytest.Item) -> None:
-        """Collect the functions of the file that are called by a test without a change."""
+        """Collect the functions of the file that a test calls; end one that has an endless loop."""
         self.item = item.nodeid
         self.calls[self.item] = set()
+        limit(10 + 10 * self.seconds.get(self.item, 10))
 
     def _called(self, frame: FrameType, event: str, value: object) -> None:
         if event == "call" and frame.f_code.co_filename == self.path:
@@ -110,17 +112,18 @@ class Trial:
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
         """Try every mutant; None in a fork, where pytest goes on to run the tests."""
+        importlib.import_module("torch._dynamo")  # seconds, once for all forks
         if (how := self._run(lambda: sys.setprofile(self._called))) is None:
             return None
-        calls, seconds, _ = json.loads(self.said.read_text())
         if how:
             raise RuntimeError(f"without a change: {how}")
+        calls, self.seconds, _ = json.loads(self.said.read_text())
         items, noticed = session.items[:], Counter[str]()
         for mutant in self.tried:
             names = {old.co_qualname for old, _ in mutant.functions or ()}
             session.items[:] = sorted(
                 (one for one in items if names & {*calls[one.nodeid]}),
-                key=lambda one: (-noticed[one.nodeid], seconds[one.nodeid]),
+                key=lambda one: (-noticed[one.nodeid], self.seconds.get(one.nodeid, 0.0)),
             )
             if (how := self._run(mutant.take)) is None:
                 return None

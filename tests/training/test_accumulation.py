@@ -101,7 +101,7 @@ def test_attach_makes_one_step_for_each_step_of_the_optimizer():
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     attached = bn.attach(model, optimizer)
     entered = []
-    model[1].register_forward_pre_hook(lambda _, args: entered.append(args[0].detach()))
+    model[0].register_forward_hook(lambda _, args, out: entered.append(out.detach()))
     steps = []
     for sizes in ([4, 2, 6], [3], [], [5, 5]):
         for size in sizes:
@@ -117,8 +117,9 @@ def test_attach_makes_one_step_for_each_step_of_the_optimizer():
     assert int(state["estimators.cumulative.batches"]) == 6
     attached.remove()
     before = model[1].running_mean.clone()
-    with pytest.warns(UserWarning, match=r"bn\.attach\(model, optimizer\)"):
-        model(torch.randn(4, C, dtype=torch.float64))
+    with pytest.warns(UserWarning, match=r"bn\.attach\(model, optimizer\)") as seen:
+        model[1](torch.randn(4, C, dtype=torch.float64))
+    assert seen[0].filename == __file__
     optimizer.step()
     assert torch.equal(model[1].running_mean, before)
     bn.attach(model, optimizer)
@@ -145,6 +146,12 @@ def test_copies_are_not_attached_and_the_optimizer_is_not_kept_alive():
     bn.attach(model, second)
     second.step()
     assert int(model.state_dict()["0.estimators.running.batches"]) == 1
+    bn.convert(model, estimator=bn.Running(0.5, every="optimizer"))
+    before = model[0].running_mean.clone()
+    with pytest.warns(UserWarning, match="estimators given by bn.convert later"):
+        model(torch.randn(4, C))
+    second.step()
+    assert torch.equal(model[0].running_mean, before)
 
 
 def test_what_cannot_be_attached_is_an_error_that_says_what_to_do():

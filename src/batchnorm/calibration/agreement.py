@@ -53,7 +53,7 @@ def check_ranks(model: nn.Module, *, pool: bool = False, group: Group = None) ->
         write(where, merged, None)
         for layer in stores.values():
             if isinstance(layer, Layer) and layer.bank is not None:
-                tracking.restart(layer, known=True)
+                tracking.restart(layer)
     return gaps
 
 

@@ -288,7 +288,7 @@ class Layer(Attributes):
         super()._load_from_state_dict(state, prefix, *rest)
         states.load(self, state, prefix, unexpected, errors)
         if self.bank is not None and self.running_mean is not None:
-            tracking.restart(self, known=True)
+            tracking.restart(self)
             tracking.load(self, state, prefix, unexpected, errors)
 
 

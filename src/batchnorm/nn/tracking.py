@@ -32,6 +32,9 @@ training batches until an optimizer steps, and none is attached to it: running_m
 running_var stay as they are. Call bn.attach(model, optimizer) once, before the training; a copy \
 of the model, and estimators given by bn.convert later, need a call of their own."""
 
+# From a warning in ``step`` to the line that calls the layer.
+CALLER = 7
+
 # The optimizer after whose steps a layer's estimators make theirs; not in copies of the layer.
 _optimizers: weakref.WeakKeyDictionary[bank.Bank, weakref.ref[Optimizer]]
 _optimizers = weakref.WeakKeyDictionary()
@@ -55,9 +58,10 @@ def step(layer: Attributes, batch: Moments) -> None:
         if isinstance(layer.statistics, Grouped):
             groups.step(layer, batch)
         batch = pooled(batch)
+    _warn_if_narrow(layer)
     if layer.bank is not None:
         if not torch.compiler.is_compiling() and layer.bank.waits and optimizer_of(layer) is None:
-            warnings.warn(ALONE, stacklevel=6)
+            warnings.warn(ALONE, stacklevel=CALLER)
         _replace(layer, layer.bank.updated(batch))
     else:
         _move(layer, batch)
@@ -138,8 +142,6 @@ def _move(layer: Attributes, batch: Moments) -> None:
         # As in torch, a layer without a counter does not update its cumulative average.
         seen = layer.num_batches_tracked
         alpha = 0.0 if seen is None else share_of_next(seen)
-    for name in ("running_mean", "running_var"):
-        _warn_if_narrow(layer, name)
     move(mean, var, batch, alpha)
 
 
@@ -149,7 +151,6 @@ def publish(layer: Attributes, states: Mapping[str, object]) -> None:
     names = ("running_mean", "running_var")
     for name, statistic in zip(names, layer.bank.statistics(states), strict=True):
         old = getattr(layer, name)
-        _warn_if_narrow(layer, name)
         with torch.no_grad():
             write(old, statistic)
 
@@ -182,21 +183,24 @@ def load(
     errors += layer.bank.load(found)
 
 
-def restart(layer: Attributes, known: bool = False) -> None:
-    """Restart all estimators; running averages start from the buffers if ``known``."""
-    mean, var = layer.running_mean, layer.running_var
+def restart(layer: Attributes) -> None:
+    """Restart all estimators; running averages start from the buffers, once these have values."""
+    mean, var, counter = layer.running_mean, layer.running_var, layer.num_batches_tracked
     assert layer.bank is not None
     assert mean is not None
     start = None
-    if known and var is not None and layer.num_batches_tracked is not None:
-        start = Averages(mean, var, layer.num_batches_tracked)
+    if not is_lazy(mean) and var is not None and counter is not None:
+        start = Averages(mean, var, counter)
     channels = layer.num_features if is_lazy(mean) else mean.numel()
     layer.bank.restart(channels, mean.device, start)
 
 
-def _warn_if_narrow(layer: Attributes, name: str) -> None:
+def _warn_if_narrow(layer: Attributes) -> None:
     """Warn once per layer if a running statistic has a 16-bit dtype."""
-    dtype = getattr(layer, name).dtype
-    if dtype not in WIDE and not torch.compiler.is_compiling() and not layer.warned:
-        layer.warned = True
-        warnings.warn(NARROW.format(name=name, dtype=dtype), stacklevel=6)
+    if torch.compiler.is_compiling() or layer.warned:
+        return
+    for name in ("running_mean", "running_var"):
+        dtype = getattr(layer, name).dtype
+        if dtype not in WIDE and not layer.warned:
+            layer.warned = True
+            warnings.warn(NARROW.format(name=name, dtype=dtype), stacklevel=CALLER + 1)

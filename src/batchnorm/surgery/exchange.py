@@ -45,7 +45,7 @@ class Exchange(Change):
         if bank is None or is_lazy(owner.running_mean):
             return
         if not bank.states or self.batches != _batches(owner):
-            tracking.restart(owner, known=True)
+            tracking.restart(owner)
         else:
             device = owner.running_mean.device
             bank.apply(lambda state: state.to(device))
@@ -87,7 +87,7 @@ def exchange(
     if cls is not None:
         layer.__class__ = cls
     if new.get("bank") is not None and not is_lazy(layer.running_mean):
-        tracking.restart(layer, known=True)
+        tracking.restart(layer)
     return Exchange(own, {**before.changed, **changed}, (*before.added, *added), batches)
 
 
