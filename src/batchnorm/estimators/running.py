@@ -106,7 +106,7 @@ def move(
     for old, new in ((mean, batch.mean), (var, variance(batch, correction))):
         dtype = torch.promote_types(old.dtype, torch.float32)
         before = old.detach().to(dtype)
-        moved = average(before, new if new.dtype == dtype else new.to(dtype), alpha)
+        moved = average(before, new.to(dtype), alpha)
         write(old, keep_if_empty(batch, before, moved))
 
 
