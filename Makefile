@@ -60,7 +60,7 @@ test-triton: $(READY) $(TRITON)/ready
 		TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(PY) -m pytest $(KERNELS)/test_kernels.py \
 			$(KERNELS)/test_hostile_shapes.py $(KERNELS)/test_session.py \
 	) & kernels=$$!; \
-	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(PY) -m pytest -m "not slow" -k "triton and not threads" \
+	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(PY) -m pytest -m "not slow and not audit" -k "triton and not threads" \
 		-n auto --maxprocesses 2 --dist worksteal \
 		tests/backends/test_contract.py tests/backends/test_accuracy_bounds.py; \
 	suite=$$?; wait $$kernels && exit $$suite

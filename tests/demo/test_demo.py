@@ -234,6 +234,12 @@ def test_estimates_of_the_tour_are_all_named_and_whole_set_is_exact(tour):
         assert all(estimate.mean_off > 0 for estimate in study.estimates[:-1])
 
 
+def test_weights_of_the_tour_are_those_of_torchs_layers(tour):
+    weights = tour.studies[0].normalized.weights
+    own = {name.split(".")[1]: value for name, value in weights.items() if "dense3_bn." in name}
+    nn.BatchNorm1d(64).load_state_dict(own)
+
+
 def test_what_is_told_first_is_the_largest_difference_over_all_seeds(tour):
     for study in tour.studies:
         gaps = {trial.rate: trial.normalized.accuracy[-1] - trial.plain.accuracy[-1] for trial in study.trials}  # fmt: skip

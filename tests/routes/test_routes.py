@@ -272,6 +272,12 @@ class Added(nn.Module):
         return self.norm(x, residual)
 
 
+def test_a_traced_evaluation_with_a_residual_takes_other_batch_sizes():
+    model, x = Added(bn.BatchNorm1d(3, activation="relu")).eval(), torch.randn(6, 3)
+    traced = torch.jit.trace(model, (x, x), check_trace=False)
+    torch.testing.assert_close(traced(x[:4], x[1:5]), model(x[:4], x[1:5]))
+
+
 @pytest.mark.slow
 def test_exported_and_traced_evaluations_of_every_kind_travel_alone_with_any_batch_size(tmp_path):
     batch = {0: torch.export.Dim("batch", min=2, max=64)}

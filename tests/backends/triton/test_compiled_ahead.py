@@ -19,6 +19,7 @@ from batchnorm.ops.activations import NAMES, Activation
 from batchnorm.ops.backends.triton import cuda
 from batchnorm.ops.backends.triton import plan as triton_plan
 from batchnorm.ops.call import Epilogue, ForBackward, RunningBuffers
+from support.combinations import each
 
 SHAPES = {
     "dense": ((64, 96), False),
@@ -57,8 +58,8 @@ def compiled(
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("layout", SHAPES)
+# Each layout with two of the dtypes: a kernel takes the third of a second to be compiled.
+@each(layout=[*SHAPES] * 2, dtype=[torch.bfloat16, torch.float32, torch.float16])
 def test_every_layout_compiles_for_hopper_and_spills_next_to_nothing(layout, dtype):
     for one in compiled(layout, dtype):
         assert one.spilled <= FEW, one
@@ -67,10 +68,9 @@ def test_every_layout_compiles_for_hopper_and_spills_next_to_nothing(layout, dty
         assert one.registers * one.warps * 32 <= 65536, (one.name, one.registers)
 
 
-@pytest.mark.parametrize("act", NAMES)
-def test_every_activation_compiles(act):
-    for adds in (False, True):
-        assert all(one.spilled <= FEW for one in compiled("dense", torch.float32, act, adds))
+@each(act=NAMES, adds=[False, True])
+def test_every_activation_compiles(act, adds):
+    assert all(one.spilled <= FEW for one in compiled("dense", torch.float32, act, adds))
 
 
 def test_float64_and_parameters_of_other_dtypes_compile():

@@ -23,6 +23,7 @@ from batchnorm.benchmark import cases
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.backends.triton import cuda
 from batchnorm.ops.call import Epilogue, ForBackward, RunningBuffers
+from support.combinations import each
 
 
 def tensor(shape, last=False, dtype=torch.bfloat16):
@@ -74,8 +75,7 @@ def test_launches_that_a_gpu_accepts(shape, last):
             assert 2 * one.registers * one.warps * 32 <= 65536, (one.name, one.registers)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("channels", [1, 8, 513, 8192])
+@each(channels=[1, 8, 513, 8192], dtype=[torch.bfloat16, torch.float32])
 def test_tiles_of_every_size_compile(channels, dtype):
     """From a single value up; Triton fails at some that look no different from others."""
     for samples in (1, 3, 8, 250):
