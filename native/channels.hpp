@@ -100,9 +100,12 @@ void finish_moments(const Args& a, int64_t first, int64_t last, double* mean, do
     using A = Real<T>;
     const double count = a.values();
     for_channels(first, last, [&](int64_t c, int n) {
-        for (int i = 0; i < n; ++i)
-            if (!is_finite(mean[c + i]) || !is_finite(m2[c + i])) plain_moments<T>(a, c + i, mean[c + i], m2[c + i]);
-        const D m = numbers(mean, c, n), q = numbers(m2, c, n);
+        D m = numbers(mean, c, n), q = numbers(m2, c, n);
+        if (horizontal((m - m) + (q - q)) != 0) {  // NaN, or the difference of infinities
+            for (int i = 0; i < n; ++i)
+                if (!is_finite(mean[c + i]) || !is_finite(m2[c + i])) plain_moments<T>(a, c + i, mean[c + i], m2[c + i]);
+            m = numbers(mean, c, n), q = numbers(m2, c, n);
+        }
         if (a.m2) {
             put_numbers(static_cast<double*>(a.mean), c, n, m);
             put_numbers(a.m2, c, n, q);

@@ -15,10 +15,11 @@ struct PlaneMoments {
     A* reference;
     double* counts = nullptr;       // of chunks, where there are weights
     int64_t* heaviest = nullptr;    // offset of the element of most weight in a chunk, -1 where all are 0
+    bool* masks = nullptr;          // whether a chunk's weights are 0 and 1
 
     static size_t need(const Planes<T>& p) {
         return 2 * Scratch::need<double>(p.a.channels * p.chunks) + Scratch::need<double>(2 * H * p.panel * p.threads()) +
-               Scratch::need<A>(p.panel * p.threads()) + (p.weights ? 2 * Scratch::need<double>(p.chunks) : 0);
+               Scratch::need<A>(p.panel * p.threads()) + (p.weights ? 3 * Scratch::need<double>(p.chunks) : 0);
     }
     PlaneMoments(const Planes<T>& p, Scratch& s)
         : p(p), mean(s.take<double>(p.a.channels * p.chunks)), m2(s.take<double>(p.a.channels * p.chunks)),
@@ -26,11 +27,12 @@ struct PlaneMoments {
         if (!p.weights) return;
         counts = s.take<double>(p.chunks);
         heaviest = s.take<int64_t>(p.chunks);
+        masks = s.take<bool>(p.chunks);
         for (int64_t i = 0; i < p.chunks; ++i) weigh(i);
     }
 
     void lift(const Team& team, int64_t chunk, int64_t c0, int64_t c1) const {
-        if (p.weights) return lift_weighted(team, chunk, c0, c1);
+        if (p.weights && !(masks[chunk] && heaviest[chunk] >= 0)) return lift_weighted(team, chunk, c0, c1);
         lift_plain(team, chunk, c0, c1);
     }
 
@@ -65,14 +67,17 @@ struct PlaneMoments {
     void weigh(int64_t chunk) const {
         double sum = 0;
         A most = 0;
+        int64_t others = 0;
         heaviest[chunk] = -1;
         p.each_position(chunk, [&](int64_t offset, int64_t n) {
             const A* w = p.weights_at(offset);
             sum += sum_of_weights(w, n);
-            for (int64_t i = 0; i < n; ++i)
+            for (int64_t i = 0; i < n; ++i) others += (w[i] != 0) & (w[i] != 1);
+            for (int64_t i = 0; i < n && !(most == 1 && others == 0); ++i)
                 if (w[i] > most) most = w[i], heaviest[chunk] = offset + i;
         });
         counts[chunk] = sum;
+        masks[chunk] = others == 0;
     }
 
     // About a value of most weight: the squares about it are then at most as many times those about the mean as there are
@@ -105,20 +110,29 @@ struct PlaneMoments {
         for (int64_t i = 1; many > 0 && i < steps; i += 2)
             p.position(first + i * many / steps, [&](int64_t offset, int64_t some) {
                 const int64_t within = many < samples ? i * many % steps : samples, taken = some < W ? some : W;
-                sum += pairs(load_part(static_cast<const T*>(p.a.x) + c * p.a.inner + offset + (some - taken) * within / steps, int(taken)));
-                n += taken;
+                const int64_t at = offset + (some - taken) * within / steps;
+                const T* x = static_cast<const T*>(p.a.x) + c * p.a.inner;
+                if (!p.weights) {
+                    sum += pairs(load_part(x + at, int(taken)));
+                    n += taken;
+                    return;
+                }
+                const auto counts = load_part(p.weights_at(at), int(taken)) > 0;
+                sum += pairs(counts ? load_part(x + at, int(taken)) : Vec<A>{});
+                for (int64_t l = 0; l < taken; ++l) n += counts[l] != 0;
             });
+        if (n == 0 && p.weights) return A(scalar(static_cast<const T*>(p.a.x)[heaviest[chunk] + c * p.a.inner]));
         return n > 0 ? A(horizontal(sum) / double(n)) : 0;
     }
 
     void add(int64_t chunk, int64_t c0, int64_t c1, const A* ref, double* sums) const {
         for (int64_t i = 0; i < 2 * H * (c1 - c0); ++i) sums[i] = 0;
         const T* x = static_cast<const T*>(p.a.x) + c0 * p.a.inner;
-        p.each_position(chunk, [&](int64_t offset, int64_t n) { add_planes(x + offset, c1 - c0, p.a.inner, n, ref, sums); });
+        p.each_position(chunk, [&](int64_t offset, int64_t n) { add_planes(x + offset, p.weights_at(offset), c1 - c0, p.a.inner, n, ref, sums); });
     }
 
     bool keep(int64_t chunk, int64_t c, A ref, const double* sums) const {
-        const double n = p.count(chunk), square = horizontal(load(sums + H));
+        const double n = count(chunk), square = horizontal(load(sums + H));
         const auto all = from_deviations<double>(n, n > 0 ? horizontal(load(sums)) / n : 0, double(ref), square);
         mean[chunk * p.a.channels + c] = all.mean;
         m2[chunk * p.a.channels + c] = all.m2;

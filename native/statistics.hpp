@@ -65,13 +65,43 @@ inline void add_span(const T* p, int64_t n, Vec<Real<T>> reference, double* to) 
     store(to + H, load(to + H) + pairs(((q[0] + q[1]) + (q[2] + q[3])) + ((q[4] + q[5]) + (q[6] + q[7]))));
 }
 
-// The same for rows of n values, each a part of another channel.
+// As add_span, of the values whose weight is not 0.
 template <class T>
-void add_planes(const T* x, int64_t rows, int64_t stride, int64_t n, const Real<T>* reference, double* to) {
+inline void add_masked_span(const T* p, const Real<T>* weights, int64_t n, Vec<Real<T>> reference, double* to) {
+    using A = Real<T>;
+    using V = Vec<A>;
+    constexpr int W = lanes<A>, H = lanes<double>, U = 8;
+    WideSum<A> sum[2];
+    V q[U] = {};
+    const auto step = [&](int64_t i, auto left, int u) BATCHNORM_INLINE {
+        const auto counts = get(weights + i, left) > 0;
+        const V v = get(p + i, left), d = v - reference;
+        sum[u & 1].add(counts ? v : V{});
+        q[u] = counts ? fma(d, d, q[u]) : q[u];
+    };
+    int64_t i = 0;
+    for (; i + U * W <= n; i += U * W) each<U>([&](auto u) BATCHNORM_INLINE { step(i + u * W, Whole<W>{}, u); });
+    each<U - 1>([&](auto u) {
+        if (i + W > n) return;
+        step(i, Whole<W>{}, u);
+        i += W;
+    });
+    if (i < n) step(i, int(n - i), U - 1);
+    sum[0].add(sum[1]);
+    store(to, load(to) + sum[0].folded());
+    store(to + H, load(to + H) + pairs(((q[0] + q[1]) + (q[2] + q[3])) + ((q[4] + q[5]) + (q[6] + q[7]))));
+}
+
+// The same for rows of n values, each a part of another channel; weights are null where all values count.
+template <class T>
+void add_planes(const T* x, const Real<T>* weights, int64_t rows, int64_t stride, int64_t n, const Real<T>* reference, double* to) {
     using A = Real<T>;
     for (int64_t r = 0; r < rows; ++r, to += 2 * lanes<double>)
-        for (int64_t i = 0; i < n; i += block_elements<A>)
-            add_span(x + r * stride + i, n - i < block_elements<A> ? n - i : block_elements<A>, splat<Vec<A>>(reference[r]), to);
+        for (int64_t i = 0; i < n; i += block_elements<A>) {
+            const int64_t some = n - i < block_elements<A> ? n - i : block_elements<A>;
+            if (weights) add_masked_span(x + r * stride + i, weights + i, some, splat<Vec<A>>(reference[r]), to);
+            else add_span(x + r * stride + i, some, splat<Vec<A>>(reference[r]), to);
+        }
 }
 
 // The same for elements with weights, all in double: sums of w * (x - reference), and of w * (x - reference)^2. The reference
@@ -190,7 +220,8 @@ void mean_of_rows(const T* x, const RowNumbers& numbers, int64_t rows, int64_t s
     const int64_t some = rows < 8 ? rows : rows < 128 ? 8 : 16, step = some > 0 ? rows / some : 0;
     w.clear(n);
     add_rows<T, false>(x, numbers.from(step / 2, step), some, 0, stride, n, w);
-    for (int64_t i = 0; i < n; ++i) w.ref[i] = Real<T>(w.sum[i] / double(some > 0 ? some : 1));
+    // To the end of the last vector: what lies there takes part in the question whether any reference is far.
+    for (int64_t i = 0; i < padded(n); ++i) w.ref[i] = Real<T>(w.sum[i] / double(some > 0 ? some : 1));
 }
 
 // Adds w * (x - reference) and w * (x - reference)^2 of a row of weight w, in double; the reference is one of the rows.

@@ -12,6 +12,7 @@ from batchnorm.errors import BatchNormError
 from batchnorm.functional import normalize
 from batchnorm.ops.activations import activation
 from batchnorm.ops.backends.choice import SELECTING
+from batchnorm.selection import Selection
 from support import oracle
 from support.combinations import each
 from support.threads import assert_same_bits
@@ -342,3 +343,18 @@ def test_bad_input_raises_and_says_what_was_expected(name):
     chosen, message = BAD[name]
     with pytest.raises(BatchNormError, match=message):
         normalize(torch.randn(3, 2), **chosen)
+
+
+@each(shape=[(2, 4, 70001), (16, 8, 17, 5), (500, 8)], share=[0.01, 0.9], mean=[0.0, 100.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_moments_of_few_counted_values_among_nan(shape, share, mean, backend):
+    x = torch.randn(shape) + mean
+    mask = torch.rand(shape[0], 1, *shape[2:]) < share
+    mask.view(-1)[:3] = True
+    chosen = Selection(mask.float())
+    found = SELECTING[backend].moments(torch.where(mask, x, torch.nan), 1, selection=chosen)
+    for channel in range(shape[1]):
+        values = x[:, channel][mask[:, 0]].double()
+        want = values.mean(), (values - values.mean()).square().sum()
+        for got, exact in zip(found, want, strict=True):
+            torch.testing.assert_close(got[channel], exact, rtol=2e-6, atol=1e-6)
