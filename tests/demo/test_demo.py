@@ -22,6 +22,7 @@ from batchnorm.demo.shift import ShiftProbe, entering
 from batchnorm.demo.tour import take_tour
 from batchnorm.demo.training import Curve, Options, batch_order, evaluate, one_thread, train
 from batchnorm.errors import OptionError
+from batchnorm.estimators.running import Running
 from batchnorm.report.jsontext import to_json
 from batchnorm.report.model import Text
 from support.oracle import tolerance
@@ -337,7 +338,17 @@ def test_a_file_in_the_way_of_the_folder_is_said_before_training(tmp_path):
         run_demo(None, Path(tmp_path / "out"), TINY, silent)
 
 
-@pytest.mark.slow
+def test_normalization_learns_sooner_with_the_sigmoid(digits):
+    options = Options(steps=60)
+    plain, with_bn = (
+        train(build((8, 8), 10, "sigmoid", 0, kept), digits, options, 0.3, 60)
+        for kept in (None, {"running": Running(0.1)})
+    )
+    assert with_bn.steps_to(0.8) < 60
+    assert plain.steps_to(0.8) is None
+
+
+@pytest.mark.audit
 def test_the_whole_demo_shows_what_the_article_claims(digits, tmp_path):
     tour, files = run_demo(None, tmp_path, Options(), silent)
     sigmoid = tour.studies[0]

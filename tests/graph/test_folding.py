@@ -59,7 +59,7 @@ def compiled(model, **options):
 
 @pytest.mark.parametrize(
     ("inner", "affine"),
-    [(None, False), (None, True), pytest.param("inductor", True, marks=pytest.mark.slow)],
+    [(None, False), (None, True), pytest.param("inductor", True, marks=pytest.mark.audit)],
 )
 def test_a_graph_folds_and_differentiates(inner, affine):
     torch.manual_seed(0)

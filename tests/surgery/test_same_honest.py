@@ -219,7 +219,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", lanes(NETWORKS, slow=["resnet18", "efficientnet"]))
+@pytest.mark.parametrize("name", lanes(NETWORKS, slow=["resnet18"]))
 def test_networks_of_others_in_every_form(name):
     torch.manual_seed(4)
     model = settled(NETWORKS[name](), 8, 3, 64, 64, steps=3)
