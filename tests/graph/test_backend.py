@@ -133,6 +133,7 @@ def _hooked(m, x):
 ALONE = {
     "residual is broadcast": (lambda y, x: y + x[:, :, :1, :1], "broadcast"),
     "residual is promoted": (lambda y, x: y + x.float(), "another dtype"),
+    "residual is larger": (lambda y, x: (y + x.expand(2, *x.shape)).sum(0), "changes shape"),
     "residual is a number": (lambda y, x: y + 1.0, "followed by add"),
     "scaled addition": (lambda y, x: torch.add(y, x, alpha=2), "followed by add"),
     "result is returned too": (lambda y, x: torch.cat([y, F.relu(y)], 1), "2 operations"),

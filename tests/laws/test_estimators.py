@@ -3,6 +3,8 @@
 ``test_estimators_exact`` compares each with its formula.
 """
 
+import copy
+
 import hypothesis
 import numpy as np
 import pytest
@@ -47,6 +49,11 @@ def test_before_the_first_batch_every_estimate_is_0_and_1():
     for estimator in ESTIMATORS:
         mean, var = estimator.statistics(estimator.init(2))
         assert mean.tolist() == [0, 0] and var.tolist() == [1, 1]
+
+
+def test_an_estimator_is_a_value_that_cannot_be_changed():
+    for estimator in ESTIMATORS:
+        assert {estimator, copy.copy(estimator)} == {estimator}
 
 
 def model():
