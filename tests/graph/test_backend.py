@@ -122,6 +122,13 @@ def _residual_in_place(m, x):
     return residual + other
 
 
+def _view_of_a_residual_in_place(m, x):
+    residual = m.conv2(x)
+    view = residual.view(residual.shape)
+    view += one(m, x)
+    return F.relu(view) + residual
+
+
 def _hooked(m, x):
     y = one(m, x)
     if y.requires_grad:
@@ -144,7 +151,7 @@ ALONE = {
 }
 ALONE_IN_A_MODEL = (
     _residual_written_between, _alias_written_between, _kept_by_the_model, _gradients_off_between,
-    _residual_in_place, _hooked,
+    _residual_in_place, _view_of_a_residual_in_place, _hooked,
 )  # fmt: skip
 
 
