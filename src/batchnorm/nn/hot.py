@@ -40,10 +40,14 @@ def forward(layer: Attributes, x: Tensor, residual: Tensor | None) -> Tensor | N
     if axis < 0:
         axis += rank
     parameters, buffers = tables(layer)
+    weight: Tensor | None
+    bias: Tensor | None
     try:
-        weight, bias = affine_of(layer, parameters["weight"], parameters["bias"])
+        weight, bias = parameters["weight"], parameters["bias"]
     except KeyError:  # a parametrized weight is a property and not in the table
         return None
+    if layer.frozen is not None:
+        weight, bias = affine_of(layer, weight, bias)
     mean, var = buffers.get("running_mean"), buffers.get("running_var")
     if (mean is None) is not (var is None):
         return None
@@ -68,6 +72,8 @@ def call(
     running statistics and the counter are updated.
     """
     if type(x) is not Tensor or x.layout is not torch.strided or x.dim() < 2 or not is_calm():
+        return None
+    if training and not 0 < eps < torch.inf:
         return None
     return _normalize(x, epilogue, running, training, eps, 1)
 
@@ -131,7 +137,7 @@ def _train(
     x: Tensor, epilogue: Epilogue, running: RunningBuffers | None, eps: float, axis: int
 ) -> Tensor | None:
     """Normalize by the batch; update the running statistics and the counter, if there are any."""
-    if not 0 < eps < torch.inf or x.numel() <= x.size(axis):
+    if x.numel() <= x.size(axis):
         return None
     backend = likely(x)
     if backend is None:

@@ -71,27 +71,34 @@ class BatchNormalize(torch.autograd.Function):
     def backward(ctx: BatchContext, *grads: Tensor) -> Gradients:
         """Return the gradients of x, weight, bias and residual."""
         x, stats, weight, beside = ctx.saved_tensors
-        act, eps, axis, backend, adds, bias_dtype = ctx.rest
+        act, _, axis, backend, adds, bias_dtype = ctx.rest
         dy = grads[0]
         if is_out_of_reach(dy):
             backend = meaning_of(backend)
         if torch.is_grad_enabled():
-            selection = backend.selection or WHOLE
-
-            def again(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-                count, mean, m2 = centered(x, axis, selection)
-                rstd = reference.reciprocal_std(m2, count, eps)
-                return reference.affine(x, mean, rstd, weight, bias, axis, selection)
-
-            return *graph(ctx, again, dy, act, axis, adds, bias_dtype, selection), None
+            return BatchNormalize._graph(ctx, dy, backend.selection or WHOLE)
         saved = ForBackward(x, stats, beside, act, axis)
         if not (adds or ctx.needs_input_grad[0]):
             dx = dresidual = None
             sum_dz, sum_dz_xhat = backend.backward_sums(dy, saved)
         else:
             dx, dresidual, sum_dz, sum_dz_xhat = backend.backward(dy, saved, adds)
+        if weight is not None and weight.dtype is bias_dtype is sum_dz.dtype:  # the common case
+            return dx, sum_dz_xhat, sum_dz, dresidual, None
         affine = to_parameters(dtype_of(weight), sum_dz_xhat, bias_dtype, sum_dz)
         return dx, *affine, dresidual, None
+
+    # Apart from backward, whose local variables a closure would make slower.
+    @staticmethod
+    def _graph(ctx: BatchContext, dy: Tensor, selection: Selection) -> Gradients:
+        act, eps, axis, _, adds, bias_dtype = ctx.rest
+
+        def again(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            count, mean, m2 = centered(x, axis, selection)
+            rstd = reference.reciprocal_std(m2, count, eps)
+            return reference.affine(x, mean, rstd, weight, bias, axis, selection)
+
+        return *graph(ctx, again, dy, act, axis, adds, bias_dtype, selection), None
 
 
 class Normalize(torch.autograd.Function):
