@@ -46,6 +46,8 @@ struct Args {
     // mean and m2 as doubles; forward writes all but m2: the variance is finite in float where m2 = count * variance is not.
     void* mean = nullptr;
     double* m2 = nullptr;
+    double* exact_mean = nullptr;  // forward writes mean and m2 here too, before they are rounded; null: nowhere
+    double* exact_m2 = nullptr;
     void* var = nullptr;
     void* rstd = nullptr;  // null, to normalize: taken from running_mean, running_var and eps, and mean with it
     void* rest = nullptr;  // the rounding error of rstd; null for zeros
@@ -79,7 +81,7 @@ using Kernel = void (*)(const Args&);
 // One set of kernels for one data type and one instruction set.
 struct Kernels {
     Kernel moments, normalize, forward, backward_sums, backward_input, backward;
-    // Updates args.running_mean and running_var by the Moments of all groups together, of which mean and var are in args.
+    // Updates args.running_mean and running_var by exact_mean and exact_m2 of all groups together.
     void (*pool)(const Args& args, const double* counts, int64_t groups);
 };
 

@@ -54,7 +54,7 @@ nb::object evaluate(Handle x, Handle residual, Handle weight, Handle bias, Handl
     call.select(selection);
     call.args.residual = call.like(residual, "residual");
     call.affine(weight, bias);
-    call.running(mean, var);
+    call.running(mean, var, call.grouped);
     call.activation(activation, slope);
     call.args.eps = eps;
     if (!call.in_order) return nb::none();

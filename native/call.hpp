@@ -43,14 +43,14 @@ struct Call {
     }
 
     // One value per channel, in any dtype; None where that is allowed.
-    Param param(nanobind::handle object, const char* name) {
+    Param param(nanobind::handle object, const char* name, bool by_group) {
         Tensor t;
         if (object.is_none() || !in_order) return {};
-        in_order = read(object, t) && is_rows(t, 1);
+        in_order = read(object, t) && is_rows(t, 1, by_group);
         // Groups may share a row, which has no stride then.
-        const bool shared = in_order && grouped && t.strides[0] == 0 && (args.channels < 2 || t.strides[1] == 1);
+        const bool shared = in_order && by_group && t.strides[0] == 0 && (args.channels < 2 || t.strides[1] == 1);
         in_order = in_order && (shared || t.contiguous());
-        return in_order ? Param{checked(t, name), t.dtype, shared || !grouped ? 0 : args.channels} : Param{};
+        return in_order ? Param{checked(t, name), t.dtype, shared || !by_group ? 0 : args.channels} : Param{};
     }
 
     // Rows of one value per channel in the dtype of the arithmetic; a single row has one axis.
@@ -113,23 +113,20 @@ struct Call {
     }
 
     void affine(nanobind::handle weight, nanobind::handle bias) {
-        args.weight = param(weight, "weight");
-        args.bias = param(bias, "bias");
+        args.weight = param(weight, "weight", grouped);
+        args.bias = param(bias, "bias", grouped);
     }
 
-    void running(nanobind::handle mean, nanobind::handle var) {
-        args.running_mean = param(mean, "running_mean");
-        args.running_var = param(var, "running_var");
+    void running(nanobind::handle mean, nanobind::handle var, bool by_group) {
+        args.running_mean = param(mean, "running_mean", by_group);
+        args.running_var = param(var, "running_var", by_group);
         const bool both = mean.is_none() == var.is_none();
         in_order = in_order && both && args.running_mean.dtype == args.running_var.dtype && size_of(args.running_mean.dtype) >= 4;
     }
 
     // Running statistics of all groups together, which a training step updates.
     void moved(nanobind::handle mean, nanobind::handle var) {
-        const bool rows = grouped;
-        grouped = false;
-        running(mean, var);
-        grouped = rows;
+        running(mean, var, false);
         if (!selects) return;
         selection.running_mean = args.running_mean;
         selection.running_var = args.running_var;
@@ -174,23 +171,24 @@ struct Call {
         selection.ids = integers(ids, size);
         selection.samples = size;
         // Groups need samples on the outermost axis; if channels are there, the call is not served.
-        in_order = in_order && selection.ids && (size == 0 || args.outer % size == 0);
+        // An empty tensor has no memory, and its ids no address.
+        in_order = in_order && (selection.ids ? size == 0 || args.outer % size == 0 : x.elements() == 0);
         for (int64_t i = 0; i < size && selection.ids; ++i)
             if (selection.ids[i] < 0 || selection.ids[i] >= selection.groups)
                 reject("group ids must be in 0.." + std::to_string(selection.groups - 1) + ", got " + std::to_string(selection.ids[i]));
     }
 
     // Whether a tensor has `count` rows of a number per channel (and group); a single row has no axis for it.
-    bool is_rows(const Tensor& t, int64_t count) const {
-        const int axes = (count > 1) + grouped + 1;
+    bool is_rows(const Tensor& t, int64_t count, bool by_group) const {
+        const int axes = (count > 1) + by_group + 1;
         if (t.rank != axes || t.shape[axes - 1] != args.channels) return false;
-        return (!grouped || t.shape[axes - 2] == selection.groups) && (count == 1 || t.shape[0] == count);
+        return (!by_group || t.shape[axes - 2] == selection.groups) && (count == 1 || t.shape[0] == count);
     }
 
     void* rows_of(DType dtype, nanobind::handle object, const char* name, int64_t count) {
         Tensor t;
         if (!in_order) return nullptr;
-        in_order = read(object, t) && t.dtype == dtype && is_rows(t, count) && t.contiguous();
+        in_order = read(object, t) && t.dtype == dtype && is_rows(t, count, grouped) && t.contiguous();
         return in_order ? checked(t, name) : nullptr;
     }
 

@@ -111,6 +111,10 @@ void finish_moments(const Args& a, int64_t first, int64_t last, double* mean, do
             put_numbers(a.m2, c, n, q);
             return;
         }
+        if (a.exact_mean) {
+            put_numbers(a.exact_mean, c, n, m);
+            put_numbers(a.exact_m2, c, n, q);
+        }
         const D var = count > 0 ? q / count : D{}, rstd = reciprocal_std(var, a.eps);
         put_numbers(static_cast<A*>(a.mean), c, n, m);
         put_numbers(static_cast<A*>(a.var), c, n, var);
@@ -125,18 +129,17 @@ void finish_moments(const Args& a, int64_t first, int64_t last, double* mean, do
     });
 }
 
-template <class A>
-void move_by_groups(const Args& a, const double* counts, int64_t groups) {
+// As an estimator does, the unbiased variance divides by at least 1: the sum of weights may be smaller.
+inline void move_by_groups(const Args& a, const double* counts, int64_t groups) {
     for_channels(0, a.channels, [&](int64_t c, int n) {
         Moments<D> all{0, {}, {}};
         for (int64_t g = 0; g < groups; ++g) {
             const int64_t at = g * a.channels + c;
-            const D var = numbers(static_cast<const A*>(a.var), at, n);
-            all = merge(all, Moments<D>{counts[g], numbers(static_cast<const A*>(a.mean), at, n), var * counts[g]});
+            all = merge(all, Moments<D>{counts[g], numbers(a.exact_mean, at, n), numbers(a.exact_m2, at, n)});
         }
         if (!(all.count > 0)) return;
         step_running(a.running_mean, c, n, a.momentum, all.mean);
-        step_running(a.running_var, c, n, a.momentum, all.m2 / (all.count - 1));
+        step_running(a.running_var, c, n, a.momentum, all.m2 / (all.count > 2 ? all.count - 1 : 1));
     });
 }
 

@@ -49,7 +49,6 @@ class Groups {
 
     int64_t elements(int64_t g) const { return groups_[size_t(g)].outer * a_.channels * a_.inner; }
 
-    // Rows of which the weight is 0 belong to no run.
     double weight(int64_t i) const {
         if (!s_.weights) return 1;
         return wide_ == 8 ? static_cast<const double*>(s_.weights)[i] : double(static_cast<const float*>(s_.weights)[i]);
@@ -69,7 +68,8 @@ class Groups {
         for (Param* p : {&a.weight, &a.bias, &a.running_mean, &a.running_var}) shift(p->data, g * p->row * size_of(p->dtype));
         const bool as_doubles = a.m2 != nullptr;
         shift(a.mean, row * (as_doubles ? 8 : wide_));
-        if (a.m2) a.m2 += row;
+        for (double** p : {&a.m2, &a.exact_mean, &a.exact_m2})
+            if (*p) *p += row;
         for (void** p : {&a.var, &a.rstd, &a.rest, &a.kept_weight, &a.kept_bias, &a.sum_dz, &a.sum_dz_xhat}) shift(*p, row * wide_);
         if (s_.counts) a.count = s_.counts[g] > 0 ? s_.counts[g] : 1;
         return a;
@@ -89,6 +89,7 @@ class Groups {
         if (pointer) pointer = static_cast<Byte*>(pointer) + bytes;
     }
 
+    // Rows of weight 0 belong to no group.
     template <class Use>
     void each(Use&& use) {
         const int64_t of_sample = s_.samples > 0 ? a_.outer / s_.samples : 0;
@@ -139,7 +140,15 @@ void clear_rows(const Args& a, const Groups& groups, DType dtype, int64_t first,
 
 // A group that is more than a thread's share is computed by all threads, the others by one each: which, shows in no bit.
 double run_selected(const Args& a, const Selection& s, DType dtype, Kernel kernel) {
-    const Groups groups(a, s, dtype);
+    Args whole = a;
+    std::vector<double> exact;
+    if (s.running_mean.data) {
+        const auto size = static_cast<size_t>(s.groups * a.channels);
+        exact.resize(2 * size);
+        whole.exact_mean = exact.data();
+        whole.exact_m2 = exact.data() + size;
+    }
+    const Groups groups(whole, s, dtype);
     const int64_t all = a.outer * a.channels * a.inner;
     const int threads = all < alone_below ? 1 : a.threads;
     std::vector<int64_t> shared;
@@ -165,10 +174,9 @@ double run_selected(const Args& a, const Selection& s, DType dtype, Kernel kerne
     if (failed.load()) throw std::bad_alloc();
     const std::vector<double> counts = groups.counts();
     if (s.running_mean.data) {
-        Args moved = a;
-        moved.running_mean = s.running_mean;
-        moved.running_var = s.running_var;
-        kernels(dtype).pool(moved, counts.data(), s.groups);
+        whole.running_mean = s.running_mean;
+        whole.running_var = s.running_var;
+        kernels(dtype).pool(whole, counts.data(), s.groups);
     }
     return std::accumulate(counts.begin(), counts.end(), 0.0);
 }

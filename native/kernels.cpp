@@ -39,6 +39,6 @@ void backward(const Args& a) { backward_any(a, true, true); }
 }  // namespace
 
 extern const Kernels BATCHNORM_NAME;
-const Kernels BATCHNORM_NAME{moments, normalize, forward, backward_sums, backward_input, backward, move_by_groups<Real<T>>};
+const Kernels BATCHNORM_NAME{moments, normalize, forward, backward_sums, backward_input, backward, move_by_groups};
 
 }  // namespace batchnorm::BATCHNORM_ISA

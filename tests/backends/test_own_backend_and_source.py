@@ -122,3 +122,25 @@ def test_adjusted_statistics_have_a_first_derivative_and_refuse_a_second(wanted)
     of = x if wanted == "x" else getattr(layer, wanted)
     with pytest.raises(RuntimeError, match="no second derivative; a loss of gradients"):
         torch.autograd.grad(dx.square().sum() + of.square().sum(), of)
+
+
+class Seen:
+    """A source that normalizes by the batch and keeps the sum of the means that it saw."""
+
+    plan = "own"
+
+    def share(self, context):
+        return None
+
+    def init(self, mean, var):
+        return {"sum": torch.zeros_like(mean)}
+
+    def update(self, state, batch, eps):
+        return {"sum": state["sum"] + batch.mean}
+
+
+@pytest.mark.parametrize("chosen", [{}, {"mask": torch.ones(8, dtype=torch.bool)}])
+def test_a_source_that_keeps_a_state_sees_every_batch(chosen):
+    layer, x = bn.BatchNorm1d(4, statistics=Seen()), torch.randn(8, 4)
+    layer(x, **chosen)
+    assert_close(layer.memory.state["sum"].float(), x.double().mean(0))

@@ -281,6 +281,7 @@ SELECTED = {
     "ids": (bn.Batch(), {"groups": IDS}),
     "rows": (bn.Batch(), {"mask": torch.arange(9) % 3 > 0}),
     "weights and ids": (bn.Batch(), {"weights": torch.arange(9.0) % 4, "groups": IDS}),
+    "a sum of weights below 1": (bn.Batch(), {"weights": torch.arange(9.0) / 60}),
 }
 
 
@@ -309,3 +310,23 @@ def test_a_batch_that_is_masked_whole_is_not_counted():
     layer(torch.randn(6, 4), mask=torch.zeros(6, dtype=torch.bool))
     assert not layer.num_batches_tracked
     assert not layer.running_mean.any()
+
+
+@pytest.mark.parametrize(
+    ("source", "chosen"),
+    [(bn.Ghost(4), {}), (bn.Batch(), {"groups": IDS}), (bn.Grouped(3), {"groups": IDS})],
+)
+def test_the_variance_of_all_groups_is_exact_for_a_large_mean(source, chosen):
+    layer = bn.BatchNorm2d(4, momentum=1.0, statistics=source)
+    x = torch.randn(9, 4, 16, 16) + 1e5
+    layer(x, **chosen)
+    exact = x.double().var((0, 2, 3))
+    torch.testing.assert_close(layer.running_var.double(), exact, rtol=1e-6, atol=0)
+
+
+@each(options=[{"statistics": bn.Ghost(2)}, {}], training=[True, False])
+def test_an_empty_batch_has_an_empty_result_and_counts_nothing(options, training):
+    layer = bn.BatchNorm1d(4, **options).train(training)
+    y = layer(torch.randn(0, 4), groups=None if options else torch.zeros(0, dtype=torch.long))
+    assert y.shape == (0, 4)
+    assert not layer.num_batches_tracked

@@ -178,3 +178,10 @@ def test_options_and_conversion_are_undone_apart(verbs):
     assert type(layer) is nn.BatchNorm1d
     assert layer.momentum == 0.1
     model(torch.randn(5, 3))
+
+
+def test_statistics_of_a_single_number_are_repaired():
+    state = {"running_mean": torch.tensor(torch.nan), "running_var": torch.tensor(1.0)}
+    repaired, repairs = bn.repair(state | {"num_batches_tracked": torch.tensor(1)})
+    assert repaired["running_mean"] == 0
+    assert [one.channels for one in repairs] == [(0,)]

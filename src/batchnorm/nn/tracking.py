@@ -17,6 +17,7 @@ from batchnorm.moments import Moments, pooled
 from batchnorm.nn import groups
 from batchnorm.nn.common import Attributes
 from batchnorm.ops.call import Arguments, RunningBuffers
+from batchnorm.sources.base import keeps_state
 from batchnorm.sources.grouped import Grouped
 
 WIDE = (torch.float32, torch.float64)
@@ -73,20 +74,15 @@ def offered(layer: Attributes, call: Arguments) -> Arguments:
 
     They are then the only estimate, and nothing else is to be done with the Moments of the batch.
     """
-    if torch.compiler.is_compiling() or (
-        call.selection.is_whole and layer.statistics.plan != "own"
-    ):
+    source = layer.statistics
+    if torch.compiler.is_compiling() or (call.selection.is_whole and source.plan != "own"):
         return call
     mean, var, counter = layer.running_mean, layer.running_var, call.counter
     if mean is None or var is None or counter is None or layer.momentum is None:
         return call
-    more = layer.bank is not None or layer.policy is not None
-    if (
-        more
-        or isinstance(layer.statistics, Grouped)
-        or not layer.track_running_stats
-        or is_recomputing()
-    ):
+    if layer.bank is not None or layer.policy is not None or not layer.track_running_stats:
+        return call
+    if isinstance(source, Grouped) or keeps_state(source) or is_recomputing():
         return call
     for buffer in (mean, var):
         stands = type(buffer) is Tensor and buffer.is_cpu and buffer.is_contiguous()

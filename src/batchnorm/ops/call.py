@@ -27,7 +27,7 @@ class Epilogue(NamedTuple):
 
 
 class RunningBuffers(NamedTuple):
-    """RunningBuffers statistics, which a training step updates in place.
+    """The running statistics, which a training step updates in place.
 
     mean and var become (1 - momentum) * old + momentum * new, var with the unbiased variance, and
     the counter, if there is one, is increased by 1.

@@ -55,6 +55,10 @@ def normalize_batch(call: Arguments) -> tuple[Tensor, Moments]:
             (stats,) = found
         else:
             y, stats = backend.forward(x, call.epilogue, *rest, running)
+        if running is None and selection.ids is not None:
+            # Means that were rounded for stats would make the variance of all groups inexact.
+            count = selection.counts(x, call.axis)
+            return y, Moments(count, *backend.moments(x.detach(), call.axis))
     elif whole and is_traced() and call.portable:
         y = _aten(call, None, None)
         mean, m2 = reference.moments(x.detach(), call.axis)

@@ -93,12 +93,13 @@ def _statistics(
         return []
     state[prefix + of_mean] = torch.where(wrong, torch.zeros_like(mean), mean)
     state[prefix + of_var] = torch.where(wrong, torch.ones_like(var), var)
-    channels = tuple(wrong.reshape(-1, wrong.shape[-1]).any(0).nonzero().flatten().tolist())
+    rows = wrong.flatten(0, -2) if wrong.ndim > 1 else wrong.reshape(1, -1)
+    channels = tuple(rows.any(0).nonzero().flatten().tolist())
     found = []
     for leaf, part, bad, new in ((of_mean, mean, wrong_mean, 0), (of_var, var, wrong_var, 1)):
         if bool(bad.any()):
             examples = ", ".join(f"{value:g}" for value in part[bad].flatten()[:3].tolist())
-            kind = "channels" if part.ndim == 1 else "channels of groups"
+            kind = "channels" if part.ndim < 2 else "channels of groups"
             where = f"{int(bad.sum())} of {part.numel()} {kind}"
             found.append(Repair(prefix + leaf, f"{examples} in {where}; {new} there now", channels))
     return found

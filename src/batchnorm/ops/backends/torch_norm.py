@@ -35,7 +35,7 @@ def forward(
 ) -> Tensor:
     """Normalize by the input's own statistics; update ``running`` by them, with the unbiased var.
 
-    RunningBuffers statistics have the compute dtype. The caller increases their counter.
+    Running statistics have the compute dtype. The caller increases their counter.
 
     As in ``torch.nn``, the update does not increment the tensors' versions: autograd saves them
     without reading them in backward, and an update before backward must not be an error.
