@@ -166,7 +166,8 @@ std::vector<Bytes> run(Inputs& in, Activation activation, bool residual, int thr
     a.y = out[0].data(), a.dx = out[1].data(), a.dresidual = residual ? out[2].data() : nullptr;
     Bytes weight, bias;  // a row for each group
     for (int64_t i = 0; i < rows; ++i) weight.insert(weight.end(), in.weight.begin(), in.weight.end()), bias.insert(bias.end(), in.bias.begin(), in.bias.end());
-    a.weight = {weight.data(), DType::float32}, a.bias = {bias.data(), DType::bfloat16};
+    const int64_t row = in.selection.ids ? s.channels : 0;
+    a.weight = {weight.data(), DType::float32, row}, a.bias = {bias.data(), DType::bfloat16};  // the bias shared by the groups
     a.mean = out[3].data(), a.var = out[4].data(), a.rstd = out[5].data(), a.rest = out[6].data();
     a.kept_weight = out[7].data(), a.kept_bias = out[8].data();
     a.sum_dz = out[9].data(), a.sum_dz_xhat = out[10].data();
@@ -176,11 +177,19 @@ std::vector<Bytes> run(Inputs& in, Activation activation, bool residual, int thr
     a.activation = activation, a.threads = threads;
     const Kernels& k = kernels(in.dtype);
     const bool whole = !in.selection.ids && !in.selection.weights;
-    const auto compute = [&](Kernel kernel) { whole ? kernel(a) : run_selected(a, in.selection, in.dtype, kernel); };
-    if (!whole) a.running_mean = a.running_var = {};
+    Selection selection = in.selection;
+    const auto compute = [&](Kernel kernel) {
+        if (whole) kernel(a);
+        else run_selected(a, selection, in.dtype, kernel);
+    };
+    if (!whole) {
+        selection.running_mean = a.running_mean, selection.running_var = a.running_var;
+        a.running_mean = a.running_var = {};
+    }
     compute(k.forward);
+    selection.running_mean = selection.running_var = {};
     compute(k.normalize);
-    a.weight = {a.kept_weight, wide}, a.bias = {a.kept_bias, wide};
+    a.weight = {a.kept_weight, wide, row}, a.bias = {a.kept_bias, wide, row};
     compute(k.backward_sums);
     compute(k.backward_input);
     compute(k.backward);
