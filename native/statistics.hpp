@@ -176,7 +176,7 @@ struct RowNumbers {
     RowNumbers from(int64_t i, int64_t apart = 1) const { return {order, first + i * step, step * apart}; }
 };
 
-// Adds x of `rows` <= square_block rows to sum, and with Squares (x - ref)^2 to square; `left` rows are there, counting these.
+// Adds x of `rows` <= square_block rows to sum, and with Squares (x - ref)^2 to square; `left_rows` are there, counting these.
 template <class T, bool Squares = true>
 void add_rows(const T* x, const RowNumbers& numbers, int64_t rows, int64_t left_rows, int64_t stride, int64_t n, const ColumnSums<Real<T>>& to) {
     using A = Real<T>;

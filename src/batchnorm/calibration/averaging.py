@@ -12,10 +12,11 @@ from batchnorm.errors import OptionError
 from batchnorm.estimators.bank import is_state
 from batchnorm.layout import wide
 from batchnorm.moments import Moments, merge
+from batchnorm.nn.groups import NAMES
 
 # Mean, variance and counter: of all samples, and of each group of ``bn.Grouped``.
 OF_ALL = ("running_mean", "running_var", "num_batches_tracked")
-OF_GROUPS = ("group_mean", "group_var", "group_batches")
+OF_GROUPS = NAMES
 
 DIFFERENT = """\
 expected state dicts of one architecture, but {name!r} {what}; average states of the same model \

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import OptionError
+from batchnorm.nn.groups import NAMES
 
 MEAN, VAR, COUNTER = "running_mean", "running_var", "num_batches_tracked"
 # Of a layer with bn.Grouped, a row for each group of samples.
-GROUP_MEAN, GROUP_VAR, GROUP_COUNTER = "group_mean", "group_var", "group_batches"
+GROUP_MEAN, GROUP_VAR, GROUP_COUNTER = NAMES
 # More batches than integers that float64 holds exactly.
 MOST = 2**53
 
