@@ -17,7 +17,7 @@ from batchnorm.compat.modules import tables
 from batchnorm.errors import UnservedError
 from batchnorm.layout import compute_dtype
 from batchnorm.nn.common import Attributes, affine_of, moves, plan_of
-from batchnorm.nn.tracking import WIDE
+from batchnorm.nn.tracking import fit_kernels
 from batchnorm.ops.autograd import eager
 from batchnorm.ops.backends import reference, torch_norm
 from batchnorm.ops.backends.choice import is_torchs, likely, select
@@ -218,14 +218,4 @@ def _fits(x: Tensor, epilogue: Epilogue, running: RunningBuffers | None, axis: i
         return False
     if counter is not None and not (counter.dtype is torch.int64 and counter.device == x.device):
         return False
-    return mean is None or var is None or _stands(mean, var, x)
-
-
-def _stands(mean: Tensor, var: Tensor, x: Tensor) -> bool:
-    return (
-        mean.dtype in WIDE
-        and mean.dtype == var.dtype
-        and mean.device == var.device == x.device
-        and mean.is_contiguous()
-        and var.is_contiguous()
-    )
+    return mean is None or var is None or fit_kernels(mean, var, x.device)

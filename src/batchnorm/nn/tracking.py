@@ -84,13 +84,24 @@ def offered(layer: Attributes, call: Arguments) -> Arguments:
         return call
     if isinstance(source, Grouped) or keeps_state(source) or is_recomputing():
         return call
-    for buffer in (mean, var):
-        stands = type(buffer) is Tensor and buffer.is_cpu and buffer.is_contiguous()
-        if not stands or buffer.dtype not in WIDE or buffer.is_inference():
-            return call
-    if mean.dtype != var.dtype or type(counter) is not Tensor or counter.dtype != torch.int64:
+    if any(type(buffer) is not Tensor for buffer in (mean, var, counter)):
+        return call
+    if mean.is_inference() or var.is_inference() or counter.dtype != torch.int64:
+        return call
+    if not (mean.is_cpu and fit_kernels(mean, var, mean.device)):
         return call
     return call._replace(running=RunningBuffers(mean, var, counter, layer.momentum))
+
+
+def fit_kernels(mean: Tensor, var: Tensor, device: torch.device) -> bool:
+    """Return whether kernels for a device may read and update running statistics in place."""
+    return (
+        mean.dtype in WIDE
+        and mean.dtype == var.dtype
+        and mean.device == var.device == device
+        and mean.is_contiguous()
+        and var.is_contiguous()
+    )
 
 
 def optimizer_of(layer: Attributes) -> Optimizer | None:
