@@ -1,6 +1,7 @@
 """A layer of ours and the layer of ``torch.nn`` that it must equal, in the same state."""
 
 import contextlib
+import copy
 import io
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -59,6 +60,25 @@ def step(layer: nn.Module, x: Tensor, dy: Tensor | None = None, **more: Any) -> 
     return {name: tensor.detach().clone() for name, tensor in found.items()}
 
 
+def in_float64(model: nn.Module, *args: Tensor) -> Any:
+    """Return what a copy of a model computes in float64, in the mode of the model."""
+    with torch.no_grad():
+        return copy.deepcopy(model).double()(
+            *(a.double() if a.is_floating_point() else a for a in args)
+        )
+
+
+def optimized(optimizer: torch.optim.Optimizer) -> list[list[int]]:
+    """Return the identities of the parameters in each group of an optimizer."""
+    return [[*map(id, group["params"])] for group in optimizer.param_groups]
+
+
+def assert_optimizes(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Check that an optimizer has each parameter of a model once, and no others."""
+    found = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(found) == sorted(map(id, model.parameters()))
+
+
 class Calls(nn.Module):
     """Modules by name, and the function that is their ``forward``."""
 
@@ -87,7 +107,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             has_values = tensor is not None and not without_values(tensor)
             found[f"{path}.{name}"] = tensor.detach().clone() if has_values else None
-            found[f"{path}.{name} itself"] = id(tensor)
+            found[f"{path}.{name} itself"] = id(tensor), getattr(tensor, "requires_grad", None)
         for name in ("momentum", "eps", "track_running_stats", "training", "num_features"):
             found[f"{path}.{name}"] = getattr(module, name, None)
         found[f"{path}.hooks"] = (len(module._forward_pre_hooks), len(module._forward_hooks))

@@ -206,3 +206,12 @@ def test_plain_compiled_models_recompile(folded):
     bn.unfreeze(model)
     run(x)
     assert not torch.equal(model[1].running_mean, before)
+
+
+def test_a_frozen_layer_is_not_scripted():
+    model = bn.freeze(nn.Sequential(bn.BatchNorm2d(3)))
+    with pytest.raises(bn.errors.SurgeryError, match="bn.freeze changed the model"):
+        torch.jit.script(model)
+    del model[0]._batchnorm_edits
+    with pytest.raises(bn.errors.SurgeryError, match="it is frozen"):
+        torch.jit.script(copy.deepcopy(model[0]))
