@@ -1,4 +1,4 @@
-"""Averaged weights (SWA): torch averages the parameters, calibrate finds their statistics."""
+"""Averaged weights (SWA): AveragedModel averages parameters; bn.calibrate computes statistics."""
 
 import digits
 import torch
@@ -8,7 +8,7 @@ import batchnorm as bn
 
 
 def main(steps: int = 60, checkpoints: int = 5) -> dict[str, float]:
-    """Return the test accuracy with statistics of three kinds."""
+    """Return the test accuracy with three kinds of statistics."""
     model = digits.network()
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     digits.train(model, optimizer, steps)
@@ -17,12 +17,12 @@ def main(steps: int = 60, checkpoints: int = 5) -> dict[str, float]:
         digits.train(model, optimizer, steps // 3)
         averaged.update_parameters(model)
         states.append({name: value.clone() for name, value in model.state_dict().items()})
-    # AveragedModel leaves the statistics of the model that it was made of.
+    # AveragedModel still has the statistics of the model at construction.
     found = {"as AveragedModel leaves it": digits.accuracy(averaged)}
-    # Without data: the statistics of the checkpoints, pooled with the spread between them.
+    # Without data: pool the statistics of the checkpoints, with the variance between them.
     averaged.module.load_state_dict(bn.merge_states(states))
     found["merge_states"] = digits.accuracy(averaged)
-    # With data: those of the averaged weights themselves.
+    # With data: compute the statistics of the averaged weights.
     bn.calibrate(averaged, digits.batches(), upstream="population")
     found["calibrate"] = digits.accuracy(averaged)
     for name, accuracy in found.items():

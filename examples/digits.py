@@ -1,4 +1,4 @@
-"""What the examples share: scikit-learn's handwritten digits, a small CNN, and its training."""
+"""Shared by the examples: scikit-learn's handwritten digits, a small CNN, and its training."""
 
 import torch
 from torch import Tensor, nn
@@ -6,18 +6,18 @@ from torch.nn import functional as F
 
 from batchnorm.demo.data import load_digits
 
-# So small a network gains nothing from more.
+# More threads do not speed up so small a network.
 torch.set_num_threads(1)
 IMAGES = load_digits()
 
 
 def batches(size: int = 64) -> list[Tensor]:
-    """The training images, for calibration."""
+    """Return batches of the training images, for calibration."""
     return list(IMAGES.train_images.split(size))
 
 
 def network() -> nn.Module:
-    """Three convolutions with batch normalization, and a linear layer."""
+    """Return a network of three convolutions with batch normalization, and a linear layer."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     for before, width in ((1, 16), (16, 32), (32, 32)):
@@ -27,7 +27,7 @@ def network() -> nn.Module:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, size: int = 8) -> None:
-    """Train a model for some steps."""
+    """Train a model on random batches for a number of steps."""
     model.train()
     for _ in range(steps):
         chosen = torch.randint(len(IMAGES.train_images), (size,))
@@ -39,6 +39,6 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, size: 
 
 @torch.no_grad()
 def accuracy(model: nn.Module) -> float:
-    """The share of test images that are recognized."""
+    """Return the accuracy on the test images."""
     found = model.eval()(IMAGES.test_images).argmax(1)
     return float((found == IMAGES.test_labels).double().mean())

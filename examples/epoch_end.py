@@ -14,7 +14,7 @@ def main(epochs: int = 3, steps: int = 60) -> list[tuple[float, float]]:
     for epoch in range(epochs):
         digits.train(model, optimizer, steps)
         before = digits.accuracy(model)
-        # Modes, random numbers and gradients are as they were; training goes on from here.
+        # calibrate restores modes and random number generators, so training can continue.
         bn.calibrate(model.train(), digits.batches())
         seen.append((before, digits.accuracy(model)))
         print(f"epoch {epoch}: accuracy {seen[-1][0]:.3f}, calibrated {seen[-1][1]:.3f}")

@@ -1,4 +1,4 @@
-"""A low-rank adapter (LoRA) merged into its base: the adapter has no statistics, calibrate has."""
+"""A low-rank adapter (LoRA) merged into its base model, which needs new running statistics."""
 
 import copy
 
@@ -12,7 +12,7 @@ import batchnorm as bn
 
 
 class LowRank(nn.Module):
-    """Adds a product of two matrices, B A, to a weight."""
+    """Parametrization that adds a product of two low-rank matrices, B A, to a weight."""
 
     def __init__(self, weight: Tensor, rank: int = 4) -> None:
         super().__init__()
@@ -20,12 +20,12 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(torch.zeros(len(weight), rank))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the weight with the adapter."""
+        """Return the sum of weight and adapter."""
         return weight + (self.up @ self.down).view_as(weight)
 
 
 def with_adapters(base: nn.Module) -> nn.Module:
-    """Return a copy of which the adapters alone are trained."""
+    """Return a copy with adapters, in which only the adapters require gradients."""
     model = copy.deepcopy(base).requires_grad_(False)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -34,19 +34,19 @@ def with_adapters(base: nn.Module) -> nn.Module:
 
 
 def negatives(images: Tensor) -> Tensor:
-    """The other domain: dark on light."""
+    """Return images of the adapter's domain: dark on light."""
     return -images
 
 
 def accuracy(model: nn.Module) -> float:
-    """The share of negative test images that are recognized."""
+    """Return the accuracy on negative test images."""
     with torch.no_grad():
         found = model.eval()(negatives(digits.IMAGES.test_images)).argmax(1)
     return float((found == digits.IMAGES.test_labels).double().mean())
 
 
 def main(steps: int = 150) -> dict[str, float]:
-    """Return the accuracy on the other domain with statistics of the base, and calibrated ones."""
+    """Return the accuracy on the adapter's domain, with the base's and calibrated statistics."""
     base = digits.network()
     digits.train(base, torch.optim.SGD(base.parameters(), 0.05, momentum=0.9), steps)
     adapted = with_adapters(base).train()
@@ -58,7 +58,7 @@ def main(steps: int = 150) -> dict[str, float]:
         optimizer.zero_grad()
         F.cross_entropy(y, digits.IMAGES.train_labels[chosen]).backward()
         optimizer.step()
-    # What an adapter's file has: its parameters, and no running statistics.
+    # An adapter's file contains its parameters and no running statistics.
     adapter = {name: one for name, one in adapted.named_parameters() if one.requires_grad}
     merged = with_adapters(base)
     merged.load_state_dict(adapter, strict=False)

@@ -1,4 +1,4 @@
-"""Pruned weights: the layers receive something else now, and calibrate says what."""
+"""Pruned weights change the inputs of later layers, so bn.calibrate recomputes statistics."""
 
 import digits
 import torch
@@ -9,7 +9,7 @@ import batchnorm as bn
 
 
 def main(steps: int = 200, amount: float = 0.7) -> dict[str, float]:
-    """Return the test accuracy of the whole network, the pruned, and the calibrated one."""
+    """Return the test accuracy of the original, the pruned and the calibrated network."""
     model = digits.network()
     digits.train(model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9), steps, 32)
     found = {"whole": digits.accuracy(model)}

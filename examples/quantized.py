@@ -1,4 +1,4 @@
-"""Weights of two bits: calibrate after rounding, before batch normalization is folded away."""
+"""Weights of two bits: calibrate after rounding, before folding batch normalization."""
 
 import digits
 import torch
@@ -9,7 +9,7 @@ import batchnorm as bn
 
 @torch.no_grad()
 def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return a weight rounded to few levels, for every output channel on its own."""
+    """Return a weight rounded to 2**bits - 1 levels, with one scale per output channel."""
     highest = 2 ** (bits - 1) - 1
     scale = weight.flatten(1).abs().amax(1) / highest
     zeros = torch.zeros_like(scale, dtype=torch.int32)
@@ -17,7 +17,7 @@ def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def main(steps: int = 200, bits: int = 2) -> dict[str, float]:
-    """Return the test accuracy of the whole network, the rounded, and the calibrated one."""
+    """Return the test accuracy of the original, the rounded and the calibrated network."""
     model = digits.network()
     digits.train(model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9), steps, 32)
     found = {"float32": digits.accuracy(model)}

@@ -1,7 +1,7 @@
-"""Train, freeze statistics, fold, and quantize to 8 bits by pt2e: accuracies before and after.
+"""Train, freeze statistics, fold, and quantize to 8 bits by pt2e; print accuracies.
 
-Needs torchao. Batch normalization is folded before the export: the quantizer then sees convolutions
-with a bias and needs no pattern for normalizations.
+Needs torchao. Batch normalization is folded before the export, so that the quantizer gets
+convolutions with a bias and needs no pattern for normalizations.
 """
 
 import digits
@@ -11,7 +11,7 @@ import batchnorm as bn
 
 
 def quantized(model: torch.nn.Module) -> torch.nn.Module:
-    """Return a model of 8-bit weights and activations, whose ranges training images give."""
+    """Return a model of 8-bit weights and activations, with ranges from the training images."""
     from torchao.quantization import pt2e
     from torchao.quantization.pt2e import quantize_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
@@ -32,7 +32,7 @@ def quantized(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def main(steps: int = 300) -> dict[str, float]:
-    """Return test accuracies: trained, with frozen statistics, folded, in 8 bits."""
+    """Return test accuracies: trained, with frozen statistics, folded, and in 8 bits."""
     model = digits.network()
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     digits.train(model, optimizer, steps, 32)

@@ -1,4 +1,4 @@
-"""Schedule-free optimizers evaluate other weights than they train, with other statistics.
+"""Schedule-free optimizers train and evaluate with different weights: calibrate the latter.
 
 Needs the package schedulefree.
 """
@@ -10,15 +10,15 @@ import batchnorm as bn
 
 
 def main(steps: int = 120) -> dict[str, float]:
-    """Return the test accuracy with the statistics of the training, and with calibrated ones."""
+    """Return the test accuracy with the running statistics and with calibrated statistics."""
     model = digits.network()
     optimizer = schedulefree.AdamWScheduleFree(model.parameters(), lr=0.05, betas=(0.5, 0.99))
     optimizer.train()
     digits.train(model, optimizer, steps)
-    # The parameters become their average; the running statistics are of the weights before it.
+    # The parameters become their average; the running statistics belong to the training weights.
     optimizer.eval()
     found = {"as the optimizer leaves it": digits.accuracy(model)}
-    # Stops at a standard error of 5 %, after 8 batches or more.
+    # Stops at a standard error of 5 %, after at least 8 batches.
     result = bn.calibrate(model, digits.batches(), upstream="population", target_error=0.05)
     found["calibrate"] = digits.accuracy(model)
     for name, accuracy in found.items():
