@@ -10,100 +10,82 @@ import batchnorm as bn
 from batchnorm.errors import BatchNormError
 from batchnorm.moments import Moments
 from batchnorm.ops.autograd.shared import Sharing
+from support import oracle
 from support.combinations import each
 from support.ranks import across_ranks
-from support.twins import assert_close
+from support.twins import Calls, assert_close, assert_same_state, step
 
 IDS = torch.tensor([2, 0, 0, 2, 1, 1, 2, 0, 1])
 
 
 def grouped(affine="shared", **options):
     layer = bn.BatchNorm2d(4, statistics=bn.Grouped(4, affine), **options)
-    with torch.no_grad():
-        layer.weight.copy_(torch.randn_like(layer.weight))
-        layer.bias.copy_(torch.randn_like(layer.bias))
+    nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
     return layer
 
 
-def alone(layer, group):
-    """A plain layer with the parameters and statistics of one group."""
-    options = {"momentum": layer.momentum}
-    if layer.bank is not None:
-        options = {"estimator": copy.deepcopy(layer.bank.estimators)}
-    one = bn.BatchNorm2d(4, activation=layer.activation, **options)
-    with torch.no_grad():
-        for name in ("weight", "bias"):
-            own = getattr(layer, name)
-            getattr(one, name).copy_(own[group] if own.ndim == 2 else own)
-        one.running_mean.copy_(layer.group_mean[group])
-        one.running_var.copy_(layer.group_var[group])
-        one.num_batches_tracked.copy_(layer.group_batches[group])
-    return one
+def alone(layer, group, rule):
+    """A plain layer, which was not trained, with the parameters of one group."""
+    plain = bn.BatchNorm2d(4, activation=layer.activation, estimator=rule)
+    parameters = {name: p[group] if p.ndim == 2 else p for name, p in layer.named_parameters()}
+    plain.load_state_dict(parameters, strict=False)
+    return plain
+
+
+STATISTICS = {
+    "group_mean": "running_mean",
+    "group_var": "running_var",
+    "group_batches": "num_batches_tracked",
+}
 
 
 RULES = [bn.Running(0.1), bn.Cumulative(), bn.Running(0.3, correction=0, debias=True)]
 
 
 @each(rule=RULES, affine=["shared", "separate"])
-def test_each_group_is_trained_and_used_like_a_layer_of_its_own(affine, rule):
+def test_each_group_is_trained_and_evaluated_like_a_layer_alone(affine, rule):
     layer = grouped(affine, estimator=rule, activation="relu")
-    layers = [alone(layer, group) for group in range(4)]
-    for step in range(3):
-        x, ids = torch.randn(9, 4, 3, 5), IDS if step else IDS.clamp_max(1)
+    layers = [alone(layer, group, rule) for group in range(4)]
+    for ids in (IDS.clamp_max(1), IDS, IDS):
+        x, dy = torch.randn(2, 9, 4, 3, 5)
         y = layer(x, groups=ids)
-        y.square().sum().backward()
+        y.backward(dy)
         for group in ids.unique().tolist():
-            own = layers[group](x[ids == group])
-            own.square().sum().backward()
-            torch.testing.assert_close(y[ids == group], own)
-    found = layer.weight.grad, layer.bias.grad
-    zero = torch.zeros(4)
-    rows = [[zero if t.grad is None else t.grad for t in (one.weight, one.bias)] for one in layers]
-    expected = [torch.stack(grads) for grads in zip(*rows, strict=True)]
-    if affine == "shared":
-        expected = [grads.sum(0) for grads in expected]
-    assert_close(list(found), expected, size=64)
-    for group, one in enumerate(layers):
-        torch.testing.assert_close(layer.group_mean[group], one.running_mean)
-        torch.testing.assert_close(layer.group_var[group], one.running_var)
-        assert layer.group_batches[group] == one.num_batches_tracked
-    layer.eval()
-    x = torch.randn(9, 4, 3, 5)
-    y = layer(x, groups=IDS)
+            expected = layers[group](x[ids == group])
+            expected.backward(dy[ids == group])
+            assert_close(y[ids == group], expected, size=16)
+    for name, parameter in layer.named_parameters():
+        grads = [getattr(one, name).grad for one in layers]
+        rows = torch.stack([torch.zeros(4) if grad is None else grad for grad in grads])
+        assert_close(parameter.grad, rows.sum(0) if affine == "shared" else rows, size=64)
+    for of_groups, name in STATISTICS.items():
+        rows = torch.stack([getattr(one, name) for one in layers])
+        assert_close(getattr(layer, of_groups), rows, size=4)
+    y = layer.eval()(x, groups=IDS)
     for group in range(3):
-        one = layers[group].eval()
-        torch.testing.assert_close(y[group == IDS], one(x[group == IDS]))
-    if affine == "shared":
-        plain = copy.deepcopy(layers[0])
-        plain.running_mean.copy_(layer.running_mean)
-        plain.running_var.copy_(layer.running_var)
-        torch.testing.assert_close(layer(x), plain(x))
+        assert_close(y[group == IDS], layers[group].eval()(x[group == IDS]), size=16)
 
 
-def test_the_running_statistics_of_all_are_those_of_the_whole_batch():
+def test_the_running_statistics_of_all_groups_are_those_of_the_whole_batch():
     layer, plain = grouped(), bn.BatchNorm2d(4)
+    plain.load_state_dict(layer.state_dict(), strict=False)
     x = torch.randn(9, 4, 3, 5)
     layer(x, groups=IDS), plain(x)
-    torch.testing.assert_close(layer.running_mean, plain.running_mean)
-    torch.testing.assert_close(layer.running_var, plain.running_var)
-    assert layer.num_batches_tracked == 1
+    for name, buffer in plain.named_buffers():
+        assert_close(getattr(layer, name), buffer, name)
+    assert_close(layer.eval()(x), plain.eval()(x), "without ids, all groups are one", size=4)
 
 
 @pytest.mark.parametrize("affine", ["shared", "separate"])
-def test_a_state_dict_has_named_tensors_and_one_of_a_plain_layer_loads(affine):
-    layer = grouped(affine)
-    layer(torch.randn(9, 4, 3, 5), groups=IDS)
-    own = {"group_mean", "group_var", "group_batches"}
-    assert set(layer.state_dict()) == set(nn.BatchNorm2d(4).state_dict()) | own
-    other = grouped(affine)
-    other.load_state_dict(layer.state_dict())
-    for name, tensor in layer.state_dict().items():
-        assert torch.equal(tensor, other.state_dict()[name])
-    plain = nn.BatchNorm2d(4)
-    plain(torch.randn(9, 4, 3, 5) + 3)
-    other.load_state_dict(plain.state_dict())
+def test_a_state_dict_has_tensors_of_groups_and_that_of_a_plain_layer_loads(affine):
+    layer, other, plain = grouped(affine), grouped(affine), nn.BatchNorm2d(4)
     x = torch.randn(9, 4, 3, 5)
-    torch.testing.assert_close(other.eval()(x, groups=IDS), plain.eval()(x))
+    layer(x, groups=IDS), plain(x + 3)
+    assert set(layer.state_dict()) == {*plain.state_dict(), *STATISTICS}
+    other.load_state_dict(layer.state_dict())
+    assert_same_state(other, layer, exact=True)
+    other.load_state_dict(plain.state_dict())
+    assert_close(other.eval()(x, groups=IDS), plain.eval()(x), size=16)
     other.reset_running_stats()
     assert not other.group_mean.any() and not other.group_batches.any()
     assert torch.equal(other.group_var, torch.ones(4, 4))
@@ -122,21 +104,20 @@ RUNS = {(12, 4): [4, 4, 4], (10, 4): [4, 4, 2], (9, 4): [4, 5], (3, 4): [3], (6,
 @pytest.mark.parametrize("case", RUNS, ids=str)
 def test_ghost_batches_are_runs_of_samples(case):
     samples, size = case
-    layer = bn.BatchNorm2d(4, statistics=bn.Ghost(size), activation="silu")
-    x = torch.randn(samples, 4, 3, 5, requires_grad=True)
-    y = layer(x)
-    cotangent = torch.randn_like(y)
-    y.backward(cotangent)
-    other = x.detach().clone().requires_grad_()
-    expected = torch.cat(
-        [bn.BatchNorm2d(4, activation="silu")(run) for run in other.split(RUNS[case])]
+    layer, whole = (
+        bn.BatchNorm2d(4, statistics=bn.Ghost(size), activation="silu"),
+        bn.BatchNorm2d(4),
     )
-    expected.backward(cotangent)
-    torch.testing.assert_close(y, expected)
-    assert_close(x.grad, other.grad, size=16)
-    plain = bn.BatchNorm2d(4)
-    plain(x)
-    torch.testing.assert_close(layer.running_var, plain.running_var)
+    x, dy = torch.randn(2, samples, 4, 3, 5)
+
+    def in_runs(_, x):
+        return torch.cat([bn.BatchNorm2d(4, activation="silu")(run) for run in x.split(RUNS[case])])
+
+    found = step(layer, x, dy)
+    expected = step(Calls(in_runs), x, dy)
+    assert_close({name: found[name] for name in expected}, expected, size=16)
+    whole(x)
+    assert_close(layer.running_var, whole.running_var)
 
 
 def test_ghost_batches_take_a_mask():
@@ -179,24 +160,29 @@ def test_bad_options_and_ids_of_groups_are_refused(name):
         make()
 
 
+KNOWN_MEAN = torch.tensor([0.3, -1.2, 0.7], dtype=torch.float64)
+KNOWN_VAR = torch.tensor([0.6, 1.4, 0.9], dtype=torch.float64)
+
+
+def blended(mean, var, detached):
+    """Statistics of a batch mixed 7 to 3 with known ones, and their standard deviations so too."""
+    mean = mean * 0.7 + KNOWN_MEAN * 0.3
+    std = var.sqrt() * 0.7 + KNOWN_VAR.sqrt() * 0.3
+    return (mean.detach(), std.square().detach()) if detached else (mean, std.square())
+
+
 class Blended:
-    """Normalizes by a mixture with known statistics: the batch counts as ``share`` of both."""
+    """A source that normalizes by ``blended`` statistics."""
 
     plan = "own"
 
-    def __init__(self, mean, var, share, detached=False):
-        self.mean, self.var, self.share_of_batch, self.detached = mean, var, share, detached
+    def __init__(self, detached):
+        self.detached = detached
 
     def share(self, context):
         def adjust(moments):
-            count, mean, m2 = moments
-            var = m2 / count
-            a = self.share_of_batch
-            blended = mean * a + self.mean * (1 - a)
-            spread = var.sqrt() * a + self.var.sqrt() * (1 - a)
-            if self.detached:
-                blended, spread = blended.detach(), spread.detach()
-            return Moments(count, blended, spread * spread * count)
+            mean, var = blended(moments.mean, moments.m2 / moments.count, self.detached)
+            return Moments(moments.count, mean, var * moments.count)
 
         return Sharing(adjust=adjust)
 
@@ -204,59 +190,43 @@ class Blended:
 @each(chosen=["none", "groups", "mask"], detached=[False, True, True])
 def test_gradients_flow_through_adjusted_statistics(detached, chosen):
     """Against autograd through the formula, in float64."""
-    torch.manual_seed(0)
-    known = torch.randn(3).double(), torch.rand(3).double() + 0.5
-    source = Blended(*known, 0.7, detached)
-    layer = bn.BatchNorm1d(3, statistics=source, activation="silu", dtype=torch.float64)
-    with torch.no_grad():
-        layer.weight.copy_(torch.tensor([0.0, 1.5, -2.0]))  # a weight of 0 divides nothing
-    x, dy = torch.randn(2, 9, 3, 4, dtype=torch.float64).unbind()
-    x.requires_grad_()
-    named = {"groups": IDS} if chosen == "groups" else {}
-    mask = torch.rand(9, 4) < 0.7
-    if chosen == "mask":
-        named["mask"] = mask
-    y = layer(x, **named)
-    y.backward(dy)
-    other = x.detach().clone().requires_grad_()
-    expected = torch.zeros_like(y)
-    counted = mask if chosen == "mask" else torch.ones(9, 4) > 0
-    for group in range(3) if chosen == "groups" else [None]:
-        where = counted & ((group == IDS)[:, None] if group is not None else True)
-        rows = other.movedim(1, -1)[where]
-        var, mean = torch.var_mean(rows, 0, correction=0)
-        mean = mean * 0.7 + known[0] * 0.3
-        spread = var.sqrt() * 0.7 + known[1].sqrt() * 0.3
-        if detached:
-            mean, spread = mean.detach(), spread.detach()
-        z = (rows - mean) / (spread.square() + layer.eps).sqrt() * layer.weight.detach()
-        filled = torch.zeros(9, 4, 3, dtype=torch.float64).index_put(
-            where.nonzero(as_tuple=True), nn.functional.silu(z)
-        )
-        expected = expected + filled.movedim(-1, 1)
-    expected.backward(dy)
-    assert_close(y, expected, size=64)
-    assert_close(x.grad, other.grad, size=256)
+    layer = bn.BatchNorm1d(
+        3, statistics=Blended(detached), activation="silu", bias=False, dtype=torch.float64
+    )
+    layer.weight.data.copy_(torch.tensor([0.0, 1.5, -2.0]))  # a weight of 0 divides nothing
+    x, dy = torch.randn(2, 9, 3, 4, dtype=torch.float64)
+    mask = torch.rand(9, 4) < (0.7 if chosen == "mask" else 2)
+    ids = IDS if chosen == "groups" else torch.zeros(9)
+    named = {"none": {}, "groups": {"groups": IDS}, "mask": {"mask": mask}}[chosen]
+
+    def formula(_, x):
+        y = torch.zeros_like(x.movedim(1, -1))
+        for group in ids.unique():
+            where = mask & (ids == group)[:, None]
+            rows = x.movedim(1, -1)[where]
+            mean, var = blended(rows.mean(0), rows.var(0, correction=0), detached)
+            z = (rows - mean) / (var + layer.eps).sqrt() * layer.weight.detach()
+            y = y.index_put((where,), nn.functional.silu(z))
+        return y.movedim(-1, 1)
+
+    found, expected = step(layer, x, dy, **named), step(Calls(formula), x, dy)
+    assert_close(found["y"], expected["y"], size=64)
+    assert_close(found["dx"], expected["dx"], size=256)
     whole = bn.BatchNorm1d(3, dtype=torch.float64)
     whole(x, **named)
-    torch.testing.assert_close(layer.running_var, whole.running_var)
+    assert_close(layer.running_var, whole.running_var, size=16)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_synced_merges_each_group_over_the_ranks():
-    found = across_ranks(_synced_groups, 2)
+    y, dx, dweight, running_var = zip(*across_ranks(_synced_groups, 2), strict=True)
     x, dy, ids, weights = _shared_batch()
     whole = bn.BatchNorm1d(3, activation="relu")
-    x.requires_grad_()
-    y = whole(x, groups=ids, weights=weights)
-    y.backward(dy)
-    assert_close(torch.cat([one[0] for one in found]), y, size=16)
-    gradient = torch.cat([one[1] for one in found])
-    assert_close(gradient, x.grad, size=16)
-    assert_close(found[0][2] + found[1][2], whole.weight.grad, size=16)
-    for one in found:
-        torch.testing.assert_close(one[3], whole.running_var)
+    expected = step(whole, x, dy, groups=ids, weights=weights)
+    found = torch.cat(y), torch.cat(dx), sum(dweight)
+    assert_close(found, tuple(expected[name] for name in ("y", "dx", "dweight")), size=16)
+    assert_close(running_var, (whole.running_var,) * 2)
 
 
 def _shared_batch():
@@ -270,10 +240,8 @@ def _synced_groups(rank):
     part = slice(0, 4) if rank == 0 else slice(4, 10)
     x, dy, ids, weights = (t[part] for t in _shared_batch())
     layer = bn.BatchNorm1d(3, statistics=bn.Synced(), activation="relu")
-    x = x.clone().requires_grad_()
-    y = layer(x, groups=ids, weights=weights)
-    y.backward(dy)
-    return y.detach(), x.grad, layer.weight.grad, layer.running_var
+    found = step(layer, x, dy, groups=ids, weights=weights)
+    return found["y"], found["dx"], found["dweight"], layer.running_var
 
 
 SELECTED = {
@@ -288,10 +256,8 @@ SELECTED = {
 @each(case=list(SELECTED), shape=[(9, 4), (9, 4, 3, 5)], dtype=[torch.float32, torch.bfloat16])
 def test_running_statistics_updated_by_the_kernel_are_those_of_merged_moments(case, shape, dtype):
     source, chosen = SELECTED[case]
-    chosen = {
-        name: t.view(-1, *[1] * (len(shape) - 2)) if name != "groups" else t
-        for name, t in chosen.items()
-    }
+    ones = [1] * (len(shape) - 2)
+    chosen = {name: t if name == "groups" else t.view(-1, *ones) for name, t in chosen.items()}
     layer = bn.BatchNorm(4, statistics=source)
     same = copy.deepcopy(layer)
     version = layer.running_var._version
@@ -301,15 +267,7 @@ def test_running_statistics_updated_by_the_kernel_are_those_of_merged_moments(ca
         with bn.use_backend("reference"):
             same(x, **chosen)
     assert layer.running_var._version == version + 3
-    for (name, got), want in zip(layer.named_buffers(), same.buffers(), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6, msg=name)
-
-
-def test_a_batch_that_is_masked_whole_is_not_counted():
-    layer = bn.BatchNorm1d(4)
-    layer(torch.randn(6, 4), mask=torch.zeros(6, dtype=torch.bool))
-    assert not layer.num_batches_tracked
-    assert not layer.running_mean.any()
+    assert_same_state(layer, same, size=2)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +279,7 @@ def test_the_variance_of_all_groups_is_exact_for_a_large_mean(source, chosen):
     x = torch.randn(9, 4, 16, 16) + 1e5
     layer(x, **chosen)
     exact = x.double().var((0, 2, 3))
-    torch.testing.assert_close(layer.running_var.double(), exact, rtol=1e-6, atol=0)
+    oracle.assert_close(layer.running_var, exact, oracle.Tolerance(0, oracle.VARIANCE))
 
 
 @each(options=[{"statistics": bn.Ghost(2)}, {}], training=[True, False])

@@ -1,5 +1,6 @@
 """The layers against ``torch.nn``: forward, backward, buffers and counter."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -16,7 +17,6 @@ from support.twins import (
     assert_close,
     assert_same_state,
     assert_same_steps,
-    randomize,
     step,
     twins,
 )
@@ -66,6 +66,7 @@ def test_layers_cast_to_half_compute_what_torch_computes_in_float64(
     for _ in range(2):
         x, dy = (torch.randn(SHAPES[rank], dtype=dtype) for _ in range(2))
         assert_close(step(ours, x, dy), step(exact, x.double(), dy), size=16)
+        assert_same_state(ours, exact)
     assert ours.weight.dtype == dtype
     assert ours.running_mean.dtype == torch.float32
 
@@ -110,10 +111,10 @@ def test_a_layer_whose_statistics_were_set_to_none_counts_batches_as_torch_does(
 
 @pytest.mark.parametrize("kind", PAIRS)
 def test_arguments_stand_in_the_same_positions_as_in_torch(kind: str) -> None:
-    ours, theirs = (build(5, 1e-3, 0.2, False, False, "cpu", None) for build in PAIRS[kind])
-    assert str(ours) == str(theirs)
-    ours, theirs = (build(5, 1e-3, 0.2, True, True, "cpu", torch.float64) for build in PAIRS[kind])
-    assert_same_state(ours, theirs)
+    for options in ((False, False, "cpu", None), (True, True, "cpu", torch.float64)):
+        ours, theirs = (build(5, 1e-3, 0.2, *options) for build in PAIRS[kind])
+        assert str(ours) == str(theirs)
+        assert_same_state(ours, theirs)
     assert ours.running_var.dtype == theirs.running_var.dtype == torch.float64
     with pytest.raises(TypeError):
         PAIRS[kind][0](5, 1e-3, 0.2, True, True, None, None, True)
@@ -135,24 +136,9 @@ CHANGES: list[dict[str, Any]] = [
 def test_attributes_changed_later_take_effect_as_in_torch(changes: dict[str, Any]) -> None:
     ours, theirs = twins("2d")
     for change in ({}, changes):
-        for name, value in change.items():
-            setattr(ours, name, value)
-            setattr(theirs, name, value)
+        for layer, (name, value) in itertools.product((ours, theirs), change.items()):
+            setattr(layer, name, value)
         assert_same_steps(ours, theirs, SHAPES[4], (True, True, False))
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_two_forwards_and_one_backward_give_both_gradients(training: bool) -> None:
-    ours, theirs = (m.train(training) for m in twins("2d"))
-    xs = [torch.randn(SHAPES[4]) for _ in range(2)]
-    dys = [torch.randn(SHAPES[4]) for _ in range(2)]
-    grads = []
-    for layer in (ours, theirs):
-        inputs = [x.clone().requires_grad_() for x in xs]
-        total = sum((layer(x) * dy).sum() for x, dy in zip(inputs, dys, strict=True))
-        total.backward()
-        grads.append([*(x.grad for x in inputs), layer.weight.grad, layer.bias.grad])
-    assert_close(*grads, size=16)
 
 
 @pairs(rank=[4, 5], training=[True, False])
@@ -168,101 +154,68 @@ def test_channels_last_stays_channels_last(rank: int, training: bool) -> None:
 
 
 @each(training=[True, False], dtype=[torch.bfloat16, torch.float16])
-def test_autocast_gives_the_dtypes_of_torch(dtype: torch.dtype, training: bool) -> None:
-    nets = []
-    for layer in twins("2d"):
-        torch.manual_seed(2)
-        nets.append(nn.Sequential(nn.Conv2d(3, 5, 3), layer, nn.Conv2d(5, 2, 1)).train(training))
+def test_autocast_gives_the_dtypes_and_values_of_torch(dtype: torch.dtype, training: bool) -> None:
     x, dy = torch.randn(2, 3, 6, 6), torch.randn(2, 2, 4, 4)
-    seen: list[list[torch.dtype]] = []
-    results = []
-    for net in nets:
-        dtypes: list[torch.dtype] = []
-        net[1].register_forward_hook(
-            lambda _, args, y, dtypes=dtypes: dtypes.extend((args[0].dtype, y.dtype))
-        )
+    layers, found = twins("2d"), []
+    for layer in layers:
+        torch.manual_seed(2)
+        net = nn.Sequential(nn.Conv2d(3, 5, 3), layer, nn.Conv2d(5, 2, 1)).train(training)
         with torch.autocast("cpu", dtype):
-            y = net(x)
+            inner = net[:2](x)
+            y = net[2](inner)
         y.backward(dy.to(y.dtype))
-        seen.append([*dtypes, y.dtype, *(p.grad.dtype for p in net.parameters())])
-        results.append([y, *(p.grad for p in net.parameters())])
-    assert seen[0] == seen[1]
+        found.append([inner, y, *(p.grad for p in net.parameters())])
     # Behind two convolutions that round to the dtype.
     rounding = 16 * torch.finfo(dtype).eps
-    torch.testing.assert_close(*results, rtol=rounding, atol=rounding)
-    assert_same_state(*nets)
+    torch.testing.assert_close(*found, rtol=rounding, atol=rounding)
+    assert_same_state(*layers)
 
 
 @each(axis=[1, -1, 2, 0, -2, -1, 0], rank=[2, 3, 4, 5, 6])
 def test_any_axis_equals_moving_the_channels_to_axis_1(rank: int, axis: int) -> None:
     shape = [2, 3, 4, 2, 3, 2][:rank]
     shape[axis] = CHANNELS
-    ours = bn.BatchNorm(CHANNELS, axis=axis)
-    theirs = nn.BatchNorm1d(CHANNELS)
-    randomize(theirs)
+    ours, theirs = bn.BatchNorm(CHANNELS, axis=axis), twins("1d")[1]
     ours.load_state_dict(theirs.state_dict())
+    flat = lambda t: t.movedim(axis, 0).flatten(1).T
     for training in (True, False):
-        ours.train(training)
-        theirs.train(training)
-        x, dy = torch.randn(shape), torch.randn(shape)
+        ours.train(training), theirs.train(training)
+        x, dy = torch.randn(2, *shape)
         found = step(ours, x, dy)
-        flat = [t.movedim(axis, 0).flatten(1).T for t in (x, dy)]
-        expected = step(theirs, *flat)
-        for name in ("y", "dx"):
-            found[name] = found[name].movedim(axis, 0).flatten(1).T
-        assert_close(found, expected, size=16)
+        found |= {name: flat(found[name]) for name in ("y", "dx")}
+        assert_close(found, step(theirs, flat(x), flat(dy)), size=16)
         assert_same_state(ours, theirs)
 
 
-@pytest.mark.parametrize("axis", [-1, 1])
-def test_one_layer_of_any_rank_takes_inputs_of_different_ranks(axis: int) -> None:
-    layer = bn.BatchNorm(5, axis=axis)
-    for shape in ((4, 5), (4, 5, 5), (2, 5, 3, 5)):
-        assert layer(torch.randn(shape)).shape == shape
-    assert layer.num_batches_tracked.item() == 3
-
-
 def test_the_layers_are_torch_nns_for_isinstance() -> None:
-    for ours, theirs in PAIRS.values():
-        layer = ours(3)
-        assert isinstance(layer, theirs)
+    layers = {kind: ours(3) for kind, (ours, _) in PAIRS.items()}
+    for kind, (_, theirs) in PAIRS.items():
+        assert [name for name, layer in layers.items() if isinstance(layer, theirs)] == [kind]
+    for layer in (*layers.values(), bn.BatchNorm(3)):
         assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        others = [other for _, other in PAIRS.values() if other is not theirs]
-        assert not isinstance(layer, tuple(others))
-    assert isinstance(bn.BatchNorm(3), nn.modules.batchnorm._BatchNorm)
 
 
-def test_hooks_run_in_torchs_order_and_see_the_same() -> None:
-    seen: list[list[tuple[str, Tensor]]] = []
+def test_hooks_run_in_torchs_order_and_see_the_same_tensors() -> None:
+    seen: list[dict[str, Tensor]] = []
+    x, dy = torch.randn(2, *SHAPES[2])
     for layer in twins("1d"):
-        calls: list[tuple[str, Tensor]] = []
-        layer.register_forward_pre_hook(lambda _, args, calls=calls: calls.append(("pre", args[0])))
-        layer.register_forward_hook(lambda _, __, y, calls=calls: calls.append(("post", y)))
-        layer.register_full_backward_pre_hook(
-            lambda _, dy, calls=calls: calls.append(("back", dy[0]))
-        )
-        layer.register_full_backward_hook(
-            lambda _, dx, __, calls=calls: calls.append(("done", dx[0]))
-        )
-        torch.manual_seed(5)
-        layer(torch.randn(7, 5, requires_grad=True)).backward(torch.randn(7, 5))
+        calls: dict[str, Tensor] = {}
+        layer.register_forward_pre_hook(lambda _, args, calls=calls: calls.update(x=args[0]))
+        layer.register_forward_hook(lambda _, __, y, calls=calls: calls.update(y=y))
+        layer.register_full_backward_pre_hook(lambda _, dy, calls=calls: calls.update(dy=dy[0]))
+        layer.register_full_backward_hook(lambda _, dx, __, calls=calls: calls.update(dx=dx[0]))
+        layer(x.clone().requires_grad_()).backward(dy)
         seen.append(calls)
-    assert [name for name, _ in seen[0]] == ["pre", "post", "back", "done"]
-    for (name, mine), (expected_name, expected) in zip(*seen, strict=True):
-        assert name == expected_name
-        assert_close(mine, expected, size=16)
+    assert list(seen[0]) == ["x", "y", "dy", "dx"]
+    assert_close(*seen, size=16)
 
 
-def test_the_output_is_a_tensor_of_its_own() -> None:
-    # A ReLU(inplace=True) behind the layer must not change what backward needs.
-    ours, theirs = twins("2d")
-    x, dy = torch.randn(SHAPES[4]), torch.randn(SHAPES[4])
-    nets = [nn.Sequential(layer, nn.ReLU(inplace=True)) for layer in (ours, theirs)]
+def test_writing_to_the_output_changes_neither_the_input_nor_the_gradients() -> None:
+    x, dy = torch.randn(2, *SHAPES[4])
+    nets = [nn.Sequential(layer, nn.ReLU(inplace=True)) for layer in twins("2d")]
     assert_close(*(step(net, x, dy) for net in nets), size=16)
     for training in (True, False):
-        layer = bn.BatchNorm1d(5, eps=1e-5, affine=False).train(training)
-        x = torch.randn(7, 5)
-        kept = x.clone()
+        layer, kept = bn.BatchNorm2d(5, affine=False).train(training), x.clone()
         layer(x).add_(100)
         assert torch.equal(x, kept)
         assert layer.running_mean.abs().max() < 2

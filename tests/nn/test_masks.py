@@ -5,7 +5,7 @@ from torch import nn
 
 import batchnorm as bn
 from support.combinations import each
-from support.twins import assert_unchanged, snapshot
+from support.twins import assert_close, unchanged
 
 
 def test_evaluation_with_a_mask_reads_and_writes_only_what_counts():
@@ -47,32 +47,27 @@ PARTS = {
 def test_a_mask_broadcasts_and_counts_what_it_leaves(name, estimator):
     mask = torch.rand(PARTS[name]) < 0.6
     mask.view(-1)[0] = True
+    full = (mask if mask.ndim == 4 else mask[:, None]).expand(3, 1, 4, 5)[:, 0]
     layer = bn.BatchNorm2d(3, estimator=estimator)
     selected = bn.BatchNorm(3, axis=-1, estimator=estimator)
     for _ in range(2):
         x = torch.randn(FULL) * 2 + 1
-        full = (mask if mask.ndim == 4 else mask[:, None]).expand(3, 1, 4, 5)[:, 0]
         y, expected = layer(x, mask=mask), selected(x.movedim(1, -1)[full])
-        torch.testing.assert_close(y.movedim(1, -1)[full], expected)
-        torch.testing.assert_close(layer.running_mean, selected.running_mean)
-        torch.testing.assert_close(layer.running_var, selected.running_var)
-    assert int(layer.num_batches_tracked) == 2
+        assert_close(y.movedim(1, -1)[full], expected, size=4)
+        assert_close(dict(layer.named_buffers()), dict(selected.named_buffers()), size=4)
 
 
-def test_a_fully_masked_batch_pollutes_no_estimate():
+def test_a_fully_masked_batch_changes_no_estimate():
     estimators = [bn.LastBatches(1), bn.LastBatches(2, pooled=True), bn.Decayed(0.5)]
-    estimators += [bn.Running(0.5), bn.Cumulative()]
-    layer = bn.BatchNorm1d(3, estimator=estimators)
+    layer = bn.BatchNorm1d(3, estimator=[*estimators, bn.Running(0.5), bn.Cumulative()])
     layer(torch.randn(6, 3))
-    before = snapshot(layer)
     x = torch.full((6, 3), torch.nan, requires_grad=True)
-    y = layer(x, mask=torch.zeros(6).bool())
-    y.backward(torch.randn(6, 3))
+    with unchanged(layer):
+        layer(x, mask=torch.zeros(6).bool()).backward(torch.randn(6, 3))
     assert torch.equal(x.grad, torch.zeros(6, 3))
-    assert_unchanged(before, layer)
 
 
-def test_frozen_statistics_take_a_mask_of_one():
+def test_frozen_statistics_take_a_mask_that_leaves_one_value():
     layer = bn.BatchNorm1d(3, statistics=bn.Frozen())
     y = layer(torch.randn(4, 3), mask=torch.arange(4) == 2)
     assert int(y.ne(0).any(1).sum()) == 1

@@ -10,7 +10,7 @@ import batchnorm as bn
 from batchnorm.errors import NonFiniteError, OptionError, SingleValueError, SurgeryError
 from support.combinations import each, pairs
 from support.ranks import across_ranks
-from support.twins import assert_unchanged, refused, snapshot, unchanged
+from support.twins import Calls, assert_close, refused, step, unchanged
 
 C = 3
 
@@ -18,8 +18,7 @@ C = 3
 def trained(**options):
     torch.manual_seed(0)
     layer = bn.BatchNorm1d(C, dtype=torch.float64, **options)
-    with torch.no_grad():
-        layer.weight.normal_(), layer.bias.normal_()
+    nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
     for _ in range(3):
         layer(torch.randn(6, C, dtype=torch.float64) * 2 + 1)
     return layer
@@ -47,24 +46,21 @@ STATES = {
 def test_one_value_per_channel_is_normalized_as_the_policy_says(case, policy, state, activation):
     layer = trained(on_single_value=policy, activation=activation, **STATES[state])
     size, given = SINGLE[case]
-    x = torch.randn(size, C, dtype=torch.float64, requires_grad=True)
-    residual, dy = torch.randn(2, size, C, dtype=torch.float64)
-    before = snapshot(layer)
-    y = layer(x, residual, **given)
-    assert_unchanged(before, layer)
-    y.backward(dy)
-    if policy == "stored":
-        scale = layer.weight / (layer.running_var + layer.eps).sqrt()
-    else:
-        scale = torch.zeros(C, dtype=torch.float64)
-    other = x.detach().requires_grad_()
-    z = (other - layer.running_mean) * scale.detach() + layer.bias.detach() + residual
-    expected = z.relu() if activation else z
-    if "mask" in given:
-        expected = torch.where(given["mask"][:, None], expected, 0.0)
-    expected.backward(dy)
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(x.grad, other.grad)
+    x, residual, dy = torch.randn(3, size, C, dtype=torch.float64)
+    counted = given.get("mask", torch.ones(size).bool())[:, None]
+    scale = layer.weight / (layer.running_var + layer.eps).sqrt() * (policy == "stored")
+
+    def formula(_, x):
+        z = (x - layer.running_mean) * scale.detach() + layer.bias.detach() + residual
+        return torch.where(counted, z.relu() if activation else z, 0.0)
+
+    with unchanged(layer):
+        found = step(layer, x, dy, residual=residual, **given)
+    expected = step(Calls(formula), x, dy)
+    assert_close({name: found[name] for name in expected}, expected, size=16)
+
+
+VALUES = {"nan": float("nan"), "inf": float("inf"), "masked nan": float("nan"), "overflow": 1e200}
 
 
 def test_a_single_value_is_an_error_that_names_the_module():
@@ -78,55 +74,48 @@ def test_a_single_value_is_an_error_that_names_the_module():
         torch.testing.assert_close(layer.state_dict(), other.state_dict())
 
 
-@pairs(
-    policy=["propagate", "skip", "error"],
-    state=[*STATES],
-    what=["nan", "inf", "masked nan", "overflow"],
-)
-def test_a_batch_of_nan_moves_the_statistics_as_the_policy_says(policy, state, what):
+@pairs(policy=["propagate", "skip", "error"], state=[*STATES], what=VALUES)
+def test_a_batch_that_is_not_finite_moves_the_statistics_as_the_policy_says(policy, state, what):
     layer = trained(on_nonfinite=policy, **STATES[state])
-    x, given = torch.randn(6, C, dtype=torch.float64), {}
-    if what == "overflow":
-        x[:, 1] *= 1e200
-    else:
-        x[2, 1] = float("inf" if what == "inf" else "nan")
-    if what == "masked nan":  # under a mask it does not count
-        given["mask"] = torch.arange(6) != 2
-    counts = what == "masked nan" or policy == "propagate"
+    x = torch.randn(6, C, dtype=torch.float64)
+    x[2, 1] = VALUES[what]
+    given = {"mask": torch.arange(6) != 2} if what == "masked nan" else {}
+    counts = bool(given) or policy == "propagate"
     if policy == "error" and not counts:
         model = nn.Sequential(layer)
         with refused(NonFiniteError, r"1 of 3 channels \(the first is 1\).*'0': BatchNorm", model):
-            model[0](x, **given)
+            model(x)
         return
     before = copy.deepcopy(layer.state_dict())
     layer(x, **given)
     if not counts:
-        torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+        assert_close(layer.state_dict(), before, exact=True)
         layer(torch.randn(6, C, dtype=torch.float64))
         assert all(value.isfinite().all() for value in layer.state_dict().values())
     assert int(layer.num_batches_tracked) == 3 + 1
 
 
-def test_one_group_of_nan_keeps_all_statistics_where_they_are():
+def test_one_group_of_nan_keeps_the_statistics_of_all_groups():
     layer = bn.BatchNorm1d(C, statistics=bn.Grouped(2), on_nonfinite="skip")
     x, ids = torch.randn(6, C), torch.tensor([0, 0, 1, 1, 0, 1])
     layer(x, groups=ids)
-    before = copy.deepcopy(layer.state_dict())
     x[2] = float("nan")
-    layer(x, groups=ids)
-    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+    with unchanged(layer):
+        layer(x, groups=ids)
 
 
-@each(where=["layer", "model"], option=["on_single_value", "on_nonfinite"])
-def test_options_are_checked_shown_set_and_undone(where, option):
+@pytest.mark.parametrize("option", ["on_single_value", "on_nonfinite"])
+def test_options_of_a_layer_are_checked_and_shown(option):
+    for wrong in ("ignore", None, True):
+        with pytest.raises(OptionError, match=f"expected {option}= one of"):
+            bn.BatchNorm1d(C, **{option: wrong})
+    shown = repr(bn.BatchNorm1d(C, **{option: "skip"}))
+    assert f"{option}='skip'" in shown and "on_" not in shown.replace(option, "")
+
+
+@pytest.mark.parametrize("option", ["on_single_value", "on_nonfinite"])
+def test_options_of_a_model_are_checked_set_and_undone(option):
     model = nn.Sequential(nn.Linear(C, C), bn.BatchNorm1d(C), nn.BatchNorm1d(C))
-    if where == "layer":
-        for wrong in ("ignore", None, True):
-            with pytest.raises(OptionError, match=f"expected {option}= one of"):
-                bn.BatchNorm1d(C, **{option: wrong})
-        shown = repr(bn.BatchNorm1d(C, **{option: "skip"}))
-        assert f"{option}='skip'" in shown and "on_" not in shown.replace(option, "")
-        return
     with refused(OptionError, f"expected {option}= one of", model):
         bn.set_options(model, **{option: "ignore"})
     with refused(SurgeryError, r"'2'.*bn\.convert\(model\) first", model):
@@ -153,12 +142,11 @@ def test_stored_needs_running_statistics():
     assert y.requires_grad and not y.any()  # a backward pass is possible
 
 
-def test_frozen_statistics_and_torch_script_with_a_policy():
+def test_frozen_statistics_take_a_single_value_and_scripting_names_the_policy():
     model = nn.Sequential(trained(on_single_value="stored"))
     bn.freeze(model, mode=False)
-    before = snapshot(model)
-    model(torch.randn(1, C, dtype=torch.float64))
-    assert_unchanged(before, model)
+    with unchanged(model):
+        model(torch.randn(1, C, dtype=torch.float64))
     with pytest.raises(SurgeryError, match="on_single_value='stored'"):
         torch.jit.script(bn.BatchNorm1d(C, on_single_value="stored"))
 

@@ -37,9 +37,15 @@ def randomize(layer: nn.Module) -> None:
                 buffer.copy_(torch.rand_like(buffer) + 0.5)
 
 
-def twins(kind: str, features: int = CHANNELS, **options: Any) -> tuple[Any, Any]:
-    """Return (ours, torch.nn's) of one kind with the same random parameters and statistics."""
-    ours, theirs = (build(features, **options) for build in PAIRS[kind])
+def twins(
+    kind: str, features: int = CHANNELS, activation: str | None = None, **options: Any
+) -> tuple[Any, Any]:
+    """Return (ours, torch.nn's) of one kind with the same random parameters and statistics.
+
+    Only ours has the activation; the other options are of both.
+    """
+    build, of_torch = PAIRS[kind]
+    ours, theirs = build(features, activation=activation, **options), of_torch(features, **options)
     randomize(theirs)
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
