@@ -96,23 +96,13 @@ def test_weights_are_exact_and_a_weight_of_zero_hides_anything(numbers, data):
     assert_exact(found, numbers, given_weights)
 
 
-@given(values, st.data())
-@ordinary
-def test_a_mask_is_weights_of_zero_and_one(numbers, data):
-    n = len(numbers)
-    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)), dtype=bool)
-    a, b = lift(numbers, mask=mask), lift(numbers, weights=mask.double())
-    assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
-
-
 @given(values, weights, weights)
 @ordinary
 def test_weighing_a_part_is_weighing_its_values(numbers, u, v):
-    n = len(numbers)
-    uniform = lift(numbers, weights=torch.full((n,), u, dtype=torch.float64))
-    assert_exact(uniform, numbers, [u] * n)
-    assert_exact(lift(numbers).scale(u), numbers, [u] * n)
-    assert_exact(lift(numbers).scale(u).scale(v), numbers, [u * v] * n)
+    uniform = torch.full((len(numbers),), u, dtype=torch.float64)
+    for found in (lift(numbers, weights=uniform), lift(numbers).scale(u)):
+        assert_exact(found, numbers, [u] * len(numbers))
+    assert_exact(lift(numbers).scale(u).scale(v), numbers, [u * v] * len(numbers))
 
 
 @given(values, st.sampled_from([-1.0, 2.0, -0.25, 2.0**30]))
@@ -123,21 +113,6 @@ def test_a_power_of_two_or_a_sign_goes_through_without_any_rounding(numbers, fac
     assert torch.equal(a.m2 * factor**2, b.m2)
 
 
-@given(values, values)
-@ordinary
-def test_a_plain_count_and_a_tensor_mean_the_same(first, second):
-    a, b = lift(first), lift(second)
-    as_tensor = lambda m: m._replace(count=torch.tensor(float(m.count), dtype=torch.float64))
-    plain = a.merge(b)
-    assert not isinstance(plain.count, torch.Tensor)
-    for left, right in itertools.product([a, as_tensor(a)], [b, as_tensor(b)]):
-        merged = left.merge(right)
-        assert float(merged.count) == plain.count
-        assert_close(merged[1:], plain[1:], size=0)
-        for correction in (0, 1):
-            assert_close(merged.variance(correction), plain.variance(correction), size=0)
-
-
 @each(
     strange=[math.inf, -math.inf, math.nan, 1e308],
     count=[0, 0.0, torch.tensor(0.0), torch.tensor(0)],
@@ -145,16 +120,13 @@ def test_a_plain_count_and_a_tensor_mean_the_same(first, second):
 def test_an_empty_part_is_the_identity_whatever_it_holds(count, strange):
     odd = Moments(count, *torch.full((2, 2), strange, dtype=torch.float64))
     a = Moments.of(torch.randn(5, 2))
-    for part in (a, a._replace(count=torch.tensor(5.0))):
-        for merged in (part.merge(odd), odd.merge(part), bn.merge(odd, part, odd)):
-            assert float(merged.count) == 5
-            assert torch.equal(merged.mean, a.mean)
-            assert torch.equal(merged.m2, a.m2)
     nothing = odd.merge(odd)
     assert float(nothing.count) == 0
-    again = nothing.merge(a)
-    assert torch.equal(again.mean, a.mean)
-    assert torch.equal(odd.scale(3).merge(a).m2, a.m2)
+    for part in (a, a._replace(count=torch.tensor(5.0))):
+        merged = [part.merge(odd), odd.merge(part), bn.merge(odd, part, odd)]
+        for found in (*merged, nothing.merge(part), odd.scale(3).merge(part)):
+            assert float(found.count) == 5
+            assert_close(found[1:], a[1:], exact=True)
 
 
 def test_weighing_by_zero_forgets_an_infinite_mean():
@@ -162,35 +134,22 @@ def test_weighing_by_zero_forgets_an_infinite_mean():
     for weight in (0, 0.0, torch.tensor(0.0)):
         forgotten = a.scale(weight)
         assert float(forgotten.count) == 0
-        assert not forgotten.mean.any()
-        assert not forgotten.m2.any()
-
-
-def test_a_stream_of_two_thousand_parts_ends_where_the_whole_does():
-    x = torch.randn(2_000, 3, 2) + 1e6
-    stream = Moments.zero(2)
-    for part in x:
-        stream = stream.merge(Moments.of(part))
-    whole = Moments.of(x.flatten(0, 1))
-    assert stream.count == whole.count
-    spread = {"count": whole.count, "ratio": 1e6}
-    assert_close(stream.mean, whole.mean, **spread)
-    assert_close(stream.variance(), whole.variance(), **spread)
+        assert not torch.stack(forgotten[1:]).any()
 
 
 @each(channels_of_count=[1, 3], number=[1, 2, 3, 5, 7])
 def test_merging_along_an_axis_is_merging_two_at_a_time(number, channels_of_count):
     generator = torch.Generator().manual_seed(number)
     count = torch.randint(0, 4, (7, channels_of_count), generator=generator).double()
-    mean = 1e3 + torch.randn(7, 3, generator=generator, dtype=torch.float64)
-    m2 = torch.rand(7, 3, generator=generator, dtype=torch.float64)
-    mean, m2 = (torch.where(count > 0, one, torch.nan) for one in (mean, m2))
+    mean, m2 = torch.randn(2, 7, 3, generator=generator, dtype=torch.float64)
+    mean, m2 = (torch.where(count > 0, one, torch.nan) for one in (mean + 1e3, m2.square()))
     found = merge_runs(Moments(count, mean, m2), number)
     for i, start in enumerate(range(0, 7, number)):
-        run = [Moments(count[k], mean[k], m2[k]) for k in range(start, min(start + number, 7))]
+        run = [
+            Moments(*row) for row in zip(*(t[start : start + number] for t in (count, mean, m2)))
+        ]
         expected = merge(Moments.zero(3), *run)
-        total = found.count[i].expand(expected.count.shape)
-        assert torch.equal(total, expected.count)
+        assert torch.equal(found.count[i].expand(expected.count.shape), expected.count)
         for parts, want in zip(found[1:], expected[1:], strict=True):
             size = float(want.abs().max()) / 1e3 + 1
             assert_close(parts[i], want, count=number, ratio=1e3, size=size)
@@ -206,12 +165,11 @@ def test_counts_beyond_float32_and_float64_integers():
 
 
 def test_narrow_numbers_promote_and_never_the_other_way():
-    assert bn.functional.normalize(torch.randn(4, 2))[1].mean.dtype == torch.float64
+    x = torch.randn(4, 2)
+    assert bn.functional.normalize(x)[1].mean.dtype == torch.float64
     narrow = Moments(4, torch.randn(2), torch.rand(2))
-    wide = Moments.of(torch.randn(4, 2))
-    nothing = Moments.zero(2)
-    masked = Moments.of(torch.randn(4, 2), mask=torch.tensor([True, False, True, True]))
-    for part in (wide, nothing, masked):
+    masked = Moments.of(x, mask=torch.tensor([True, False, True, True]))
+    for part in (Moments.of(x), Moments.zero(2), masked):
         for merged in (part.merge(narrow), narrow.merge(part)):
             assert merged.mean.dtype == merged.m2.dtype == torch.float64
     assert narrow.merge(narrow).mean.dtype == torch.float32
@@ -222,10 +180,9 @@ def test_float32_parts_stay_within_float32_rounding(parts):
     x = torch.randn(parts, 9, 3) + 100
     given = (bn.functional.normalize(part)[1] for part in x)
     found = bn.merge(*(Moments(one.count, one.mean.float(), one.m2.float()) for one in given))
-    _, mean, m2 = oracle.moments(x.flatten(0, 1).numpy(), 1)
-    for got, expected in ((found.mean, mean), (found.m2, m2)):
-        allowed = oracle.tolerance("float32", ratio=100, size=max(1, m2.min()))
-        oracle.assert_close(got, expected, allowed)
+    _, *expected = oracle.moments(x.flatten(0, 1).numpy(), 1)
+    allowed = oracle.tolerance("float32", ratio=100, size=max(1, expected[1].min()))
+    oracle.assert_close(found[1:], expected, allowed)
 
 
 SHAPES = [((7, 3), 1), ((7, 3), 0), ((2, 3, 5), 1), ((2, 4, 3), -1), ((3, 2, 4, 2), 0)]
@@ -247,74 +204,50 @@ def test_every_axis_rank_dtype_and_memory_order_with_masks_and_weights(shape_and
     x = (torch.randn(shape) * 3 + 50).to(dtype)
     others = [size for i, size in enumerate(shape) if i != axis % len(shape)]
     importance = torch.rand(others).double().where(torch.rand(others) < 0.7, 0)
-    mask = importance > 0.4
-    for name, order in ORDERS.items():
-        same = order(x)
-        assert torch.equal(same, x)
-        for ask in ({}, {"mask": mask}, {"weights": importance}):
-            flat = next(iter(ask.values())).double().flatten().numpy() if ask else None
-            count, mean, m2 = oracle.moments(x.double().numpy(), axis, flat)
-            for form in _forms(ask, axis % len(shape)):
-                found = Moments.of(same, axis, **form)
-                assert float(found.count) == pytest.approx(count, rel=1e-14)
-                assert found.mean.dtype == torch.float64
-                allowed = oracle.tolerance("float64", count, ratio=50, size=3)
-                oracle.assert_close(found.mean, mean, allowed, f"mean, {name}")
-                allowed = oracle.tolerance("float64", count, ratio=50, size=float(m2.max()) + 1)
-                oracle.assert_close(found.m2, m2, allowed, f"m2, {name}")
-
-
-def _forms(ask, axis):
-    """A mask without the channel axis, with it, and not contiguous."""
-    yield ask
-    for key, sample in ask.items():
-        yield {key: sample.unsqueeze(axis)}
-        yield {key: torch.stack([sample, sample.logical_not()], -1)[..., 0]}
+    for key, sample in ((None, None), ("mask", importance > 0.4), ("weights", importance)):
+        flat = None if key is None else sample.double().flatten().numpy()
+        count, mean, m2 = oracle.moments(x.double().numpy(), axis, flat)
+        # A sample without the channel axis, with it, and not contiguous.
+        forms = [sample] if key is None else [
+            sample, sample.unsqueeze(axis % len(shape)), torch.stack([sample, sample], -1)[..., 0]
+        ]  # fmt: skip
+        for (name, order), form in itertools.product(ORDERS.items(), forms):
+            found = Moments.of(order(x), axis, **({} if key is None else {key: form}))
+            assert float(found.count) == pytest.approx(count, rel=oracle.POOLED / 100)
+            assert found.mean.dtype == torch.float64
+            allowed = oracle.tolerance("float64", count, ratio=50, size=3)
+            oracle.assert_close(found.mean, mean, allowed, f"mean, {name}")
+            allowed = oracle.tolerance("float64", count, ratio=50, size=float(m2.max()) + 1)
+            oracle.assert_close(found.m2, m2, allowed, f"m2, {name}")
 
 
 @pytest.mark.parametrize("key", ["mask", "weights"])
 def test_masks_and_weights_of_size_one_broadcast(key):
-    x = torch.randn(4, 3, 5, 6)
-    whole = torch.rand(4, 5, 6) > 0.4
+    x, whole = torch.randn(4, 3, 5, 6), torch.rand(4, 5, 6) > 0.4
+    whole = whole if key == "mask" else whole.double()
     for index in itertools.product([slice(None), slice(1)], repeat=3):
         sample = whole[index]
-        full = sample.expand(4, 5, 6)
-        sample, full = (t if key == "mask" else t.double() for t in (sample, full))
-        a, b = Moments.of(x, **{key: sample}), Moments.of(x, **{key: full.clone()})
-        torch.testing.assert_close(tuple(a), tuple(b))
-        full_rank = Moments.of(x, **{key: sample.unsqueeze(1)})
-        torch.testing.assert_close(tuple(full_rank), tuple(b))
+        expected = Moments.of(x, **{key: sample.expand(4, 5, 6).clone()})
+        for form in (sample, sample.unsqueeze(1)):
+            torch.testing.assert_close(tuple(Moments.of(x, **{key: form})), tuple(expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float16, torch.bool])
 def test_weights_may_have_any_real_dtype(dtype):
     x, repeats = torch.randn(5, 2), torch.tensor([1, 0, 1, 1, 0])
-    found = Moments.of(x, weights=repeats.to(dtype))
-    wanted = Moments.of(x[repeats.bool()])
-    assert float(found.count) == wanted.count
-    torch.testing.assert_close(found.m2, wanted.m2)
+    found, expected = Moments.of(x, weights=repeats.to(dtype)), Moments.of(x[repeats.bool()])
+    assert float(found.count) == expected.count
+    assert_close(found[1:], expected[1:], count=3, size=4)
 
 
 @pytest.mark.parametrize("shape", [(4, 0), (0, 3), (0, 0), (2, 3, 0), (2, 0, 4, 4)])
-def test_no_channels_and_no_values_are_no_special_case(shape):
-    x = torch.randn(shape)
+def test_moments_of_no_channels_and_of_no_values_are_zeros(shape):
     others = (shape[0], *shape[2:])
     for ask in ({}, {"mask": torch.ones(others, dtype=bool)}, {"weights": torch.ones(others)}):
-        found = Moments.of(x, **ask)
+        found = Moments.of(torch.randn(shape), **ask)
         assert float(found.count) == math.prod(others)
-        assert found.mean.shape == found.m2.shape == (shape[1],)
-        assert not found.m2.any()
-        assert not found.mean.any()
-        assert found.merge(Moments.zero(shape[1])).mean.shape == (shape[1],)
-
-
-def test_a_constant_has_no_variance_and_one_value_is_its_own_mean():
-    for value in (0.1, 1e8 + 0.1, 1e-300, -1e100, 3.0):
-        for n in (1, 2, 3, 7, 1000):
-            found = lift([value] * n)
-            assert abs(found.mean.item() - value) <= 2 * U * abs(value)
-            assert 0 <= found.variance().item() <= (4 * U * value) ** 2
-        assert lift([value]).mean.item() == value
+        for part in (found, found.merge(Moments.zero(shape[1]))):
+            assert_close(part[1:], (torch.zeros(shape[1], dtype=torch.float64),) * 2, exact=True)
 
 
 def test_what_rounding_left_in_the_mean_is_taken_out_of_m2():
@@ -335,10 +268,8 @@ def test_rounding_makes_no_m2_negative(n):
 
 
 def test_no_variance_is_left_where_the_correction_takes_the_whole_count():
-    halves = lift([1.0, 3.0], weights=torch.tensor([0.5, 0.5]))
-    for found in (halves, lift([1.0, 3.0]).scale(0.5)):
-        assert float(found.count) == 1
-        assert found.variance().item() == 1
+    for found in (lift([1.0, 3.0], weights=torch.tensor([0.5, 0.5])), lift([1.0, 3.0]).scale(0.5)):
+        assert float(found.count) == found.variance().item() == 1
         assert found.variance(1).isnan().all()
         assert found.variance(1.5).isnan().all()
 
@@ -346,16 +277,14 @@ def test_no_variance_is_left_where_the_correction_takes_the_whole_count():
 def test_moments_of_a_tensor_share_no_memory_and_no_graph_with_it():
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     before = x.detach().clone()
-    for found in (Moments.of(x), Moments.of(x, mask=torch.ones(4, dtype=bool))):
+    zero = Moments.zero(3)
+    for found in (Moments.of(x), Moments.of(x, mask=torch.ones(4, dtype=bool)), zero):
         assert not found.mean.requires_grad
-        assert found.mean.grad_fn is None
         found.mean.add_(1)
+        assert not torch.equal(found.mean, found.m2)
         found.m2.add_(1)
     assert torch.equal(x.detach(), before)
-    zero = Moments.zero(3)
-    zero.mean.add_(1)
-    assert not zero.m2.any()
-    assert not Moments.zero(3).mean.any()
+    assert not torch.stack(Moments.zero(3)[1:]).any()
 
 
 def test_infinite_and_missing_values_show_in_their_channel_alone():
