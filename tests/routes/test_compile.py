@@ -11,6 +11,7 @@ import batchnorm as bn
 from batchnorm.graph import operations
 from batchnorm.ops.activations import IDENTITY, NAMES
 from support.combinations import each
+from support.twins import step
 
 
 class Block(nn.Module):
@@ -27,23 +28,10 @@ class Block(nn.Module):
         return self.last(self.norm(h, h.flip(0)))
 
 
-def step(model, x, cotangent):
-    x = x.clone().requires_grad_()
-    y = model(x)
-    y.backward(cotangent)
-    return y.detach(), x.grad
-
-
 def assert_same_step(compiled, plain, x):
-    cotangent = torch.randn(len(x), 2, 5, 5)
-    for got, wanted in zip(step(compiled, x, cotangent), step(plain, x, cotangent), strict=True):
-        torch.testing.assert_close(got, wanted)
-    for (name, got), (_, wanted) in zip(
-        compiled.named_buffers(), plain.named_buffers(), strict=True
-    ):
-        torch.testing.assert_close(got, wanted, msg=name)
-    for got, wanted in zip(compiled.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(got.grad, wanted.grad)
+    dy = torch.randn(len(x), 2, 5, 5)
+    found, expected = ([*step(m, x, dy).values(), *m.buffers()] for m in (compiled, plain))
+    torch.testing.assert_close(found, expected)
 
 
 @each(
@@ -63,17 +51,10 @@ def test_compiled_whole_equals_eager(activation, options, training):
 def test_a_dynamic_graph_computes_the_same_for_other_batch_sizes():
     torch.compiler.reset()
     plain = Block()
-    compiled = torch.compile(
-        copy.deepcopy(plain), fullgraph=True, backend="aot_eager", dynamic=True
-    )
+    options = {"fullgraph": True, "backend": "aot_eager", "dynamic": True}
+    compiled = torch.compile(copy.deepcopy(plain), **options)
     for size in (6, 3, 9):
         assert_same_step(compiled, plain, torch.randn(size, 3, 5, 5))
-
-
-def test_inductor_may_choose_the_layout():
-    # Else it would copy every convolution's channels-last output for ours, and ours back.
-    for op in ("forward", "backward"):
-        assert torch.Tag.flexible_layout in getattr(torch.ops.batchnorm, op).default.tags
 
 
 @pytest.mark.slow
@@ -81,31 +62,31 @@ def test_a_step_compiled_by_inductor_equals_eager():
     torch.compiler.reset()
     plain = Block("gelu")
     compiled = torch.compile(copy.deepcopy(plain), fullgraph=True)
-    assert_same_step(compiled, plain, torch.randn(6, 3, 5, 5))
-    plain.eval(), compiled.eval()
-    assert_same_step(compiled, plain, torch.randn(6, 3, 5, 5))
+    for training in (True, False):
+        plain.train(training), compiled.train(training)
+        assert_same_step(compiled, plain, torch.randn(6, 3, 5, 5))
 
 
-def targets(exported):
-    return [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+def exported(model, x):
+    """The exported program, which holds aten operations only, and the names of these."""
+    program = torch.export.export(model, (x,))
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert all(name.startswith("aten.") for name in names), names
+    return program.module(), names
 
 
 @pytest.mark.parametrize("activation", NAMES)
 def test_an_exported_evaluation_holds_aten_operations_only(activation):
-    model = Block(activation).eval()
-    x = torch.randn(2, 3, 5, 5)
-    exported = torch.export.export(model, (x,))
-    assert all(target.startswith("aten.") for target in targets(exported)), targets(exported)
-    assert any("batch_norm" in target for target in targets(exported))
-    torch.testing.assert_close(exported.module()(x), model(x))
+    model, x = Block(activation).eval(), torch.randn(2, 3, 5, 5)
+    module, names = exported(model, x)
+    assert any("batch_norm" in name for name in names)
+    torch.testing.assert_close(module(x), model(x))
 
 
 @pytest.mark.parametrize("model", [Block(), Block(track_running_stats=False).eval()])
 def test_an_exported_step_by_statistics_of_the_batch_moves_the_buffers(model):
-    x = torch.randn(4, 3, 5, 5)
-    exported = torch.export.export(model, (x,))
-    assert all(target.startswith("aten.") for target in targets(exported)), targets(exported)
-    module, plain = exported.module(), copy.deepcopy(model)
+    x, plain = torch.randn(4, 3, 5, 5), copy.deepcopy(model)
+    module, _ = exported(model, x)
     torch.testing.assert_close(module(x), plain(x))
     torch.testing.assert_close(dict(module.named_buffers()), dict(plain.named_buffers()))
 
@@ -114,29 +95,30 @@ def test_an_exported_step_by_statistics_of_the_batch_moves_the_buffers(model):
     residual=[True, False],
     activation=[("identity", 0.0), ("relu", 0.0), ("elu", 1.3)],
     last=[True, True, False],
+    dtype=[torch.float32, torch.float64, torch.bfloat16],
 )
-def test_the_operations_keep_what_they_tell_pytorch(activation, residual, last):
-    def image():
-        x = torch.randn(2, 3, 4, 5)
-        return x.contiguous(memory_format=torch.channels_last) if last else x
-
-    x, dy, r = image(), image(), image() if residual else None
-    weight, bias = torch.randn(3), torch.randn(3)
-    y, stats = operations.forward(x, weight, bias, r, *activation, 1e-5, 1)
+def test_the_registered_operations_pass_opcheck(activation, residual, last, dtype):
+    images, vectors = torch.randn(3, 2, 3, 4, 5).to(dtype), torch.randn(2, 3)
+    if last:
+        images = images.movedim(2, -1).contiguous().movedim(-1, 2)
+    x, dy, summand = images
+    given = (x, *vectors.to(dtype), summand if residual else None)
+    y, stats = operations.forward(*given, *activation, 1e-5, 1)
     opcheck(operations.backward, (dy, x, stats, y, *activation, 1, residual))
-    wanting = [None if t is None else t.clone().requires_grad_() for t in (x, weight, bias, r)]
+    wanting = [None if t is None else t.clone().requires_grad_() for t in given]
     opcheck(operations.forward, (*wanting, *activation, 1e-5, 1))
 
 
-def test_an_operation_refuses_what_would_read_beyond_its_tensors():
-    with pytest.raises(RuntimeError, match="weight should contain 3 elements not 2"):
-        torch.ops.batchnorm.forward(
-            torch.randn(4, 3), torch.ones(2), None, None, "relu", 0.0, 1e-5, 1
-        )
-    with pytest.raises(RuntimeError, match="residual"):
-        torch.ops.batchnorm.forward(
-            torch.randn(4, 3), None, None, torch.ones(3), "relu", 0.0, 1e-5, 1
-        )
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ((torch.ones(2), None, None), "weight should contain 3 elements not 2"),
+        ((None, None, torch.ones(3)), "residual"),
+    ],
+)
+def test_an_operation_refuses_what_would_read_beyond_its_tensors(tensors, words):
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.batchnorm.forward(torch.randn(4, 3), *tensors, "relu", 0.0, 1e-5, 1)
 
 
 def captured(layer, x):

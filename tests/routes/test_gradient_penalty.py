@@ -49,25 +49,18 @@ def assert_same_gradients(ours, theirs):
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_a_penalty_reaches_the_parameters_of_a_layer_as_in_torch(act, training, subset):
     x = torch.randn(6, 3).double()
-    for given in ("none", "constant", "itself", "parameter"):
-        ours = bn.BatchNorm1d(3, activation=act).double().train(training)
-        theirs = nn.BatchNorm1d(3).double().train(training)
+    ours, theirs = bn.BatchNorm1d(3, activation=act), nn.BatchNorm1d(3)
+    functions = ours, lambda x, r: ACTIVATIONS[act](theirs(x) if r is None else theirs(x) + r)
+    for added in ("none", "constant", "itself", "parameter"):
         found = []
-        for layer in (ours, theirs):
-            parameters = dict(layer.named_parameters())
+        for layer, function in zip((ours, theirs), functions, strict=True):
+            parameters = dict(layer.double().train(training).named_parameters())
             for name, p in parameters.items():
                 p.requires_grad_(name in subset)
             r = torch.linspace(-1, 1, 18).double().view(6, 3)
-            if given == "parameter":
-                r = parameters["residual"] = nn.Parameter(r)
-
-            def run(x, layer=layer, r=r):
-                added = {"none": None, "itself": x}.get(given, r)
-                if layer is ours:
-                    return layer(x, added)
-                y = layer(x)
-                return ACTIVATIONS[act](y if added is None else y + added)
-
+            if added == "parameter":
+                parameters["residual"] = r.requires_grad_()
+            run = lambda x, f=function, r=r: f(x, {"none": None, "itself": x}.get(added, r))
             found.append(gradients(run, x, parameters))
         assert_same_gradients(*found)
 
@@ -75,29 +68,24 @@ def test_a_penalty_reaches_the_parameters_of_a_layer_as_in_torch(act, training, 
 @pytest.mark.parametrize("function", ["normalize", "batch_norm", "masked", "frozen"])
 @pytest.mark.parametrize("act", ["identity", "relu", "silu"])
 def test_a_penalty_reaches_the_parameters_of_a_function_as_in_torch(act, function):
-    x, found = torch.randn(6, 3).double(), []
+    x, module = torch.randn(6, 3).double(), ACTIVATIONS[act]
     mean, var = torch.zeros(3).double(), torch.ones(3).double()
-    for name in (function, "theirs"):
-        p = {
-            "weight": nn.Parameter(torch.ones(3).double()),
-            "bias": nn.Parameter(torch.zeros(3).double()),
-        }
-        w, b = p.values()
-        run = {
-            "normalize": lambda x: functional.normalize(x, w, b, activation=act)[0],
-            "batch_norm": lambda x: ACTIVATIONS[act](functional.batch_norm(x, None, None, w, b, True)),
-            "masked": lambda x: functional.normalize(
-                x, w, b, activation=act, mask=torch.ones(6).bool()
-            )[0],
-            "frozen": lambda x: functional.normalize(
-                x, w, b, activation=act, statistics=bn.Frozen(), mean=mean, var=var
-            )[0],
-            "theirs": lambda x: ACTIVATIONS[act](
-                nn.functional.batch_norm(x, mean, var, w, b, function != "frozen", 0.0)
-            ),
-        }[name]  # fmt: skip
-        found.append(gradients(run, x, p))
-    assert_same_gradients(*found)
+    p = {"weight": nn.Parameter(var.clone()), "bias": nn.Parameter(mean.clone())}
+    options = {
+        "masked": {"mask": torch.ones(6).bool()},
+        "frozen": {"statistics": bn.Frozen(), "mean": mean, "var": var},
+    }.get(function, {})
+
+    def ours(x):
+        if function == "batch_norm":
+            return module(functional.batch_norm(x, None, None, *p.values(), True))
+        return functional.normalize(x, *p.values(), activation=act, **options)[0]
+
+    def theirs(x):
+        training = function != "frozen"
+        return module(nn.functional.batch_norm(x, mean, var, *p.values(), training, 0.0))
+
+    assert_same_gradients(gradients(ours, x, p), gradients(theirs, x, p))
 
 
 class Block(nn.Module):

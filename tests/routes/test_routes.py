@@ -5,6 +5,7 @@ What concerns one of these alone is in ``test_compile`` and ``test_transforms``.
 
 import contextlib
 import copy
+import functools
 import itertools
 import subprocess
 import sys
@@ -18,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import batchnorm as bn
 from batchnorm.ops.backends.choice import BACKENDS
-from support.twins import assert_close, randomize
+from support.twins import assert_close, assert_same_state, randomize
 
 
-def normalize(x, *given, **options):
-    return bn.functional.normalize(x, *given, **options)[0]
+def normalize(x, weight=None, bias=None, residual=None, **options):
+    return bn.functional.normalize(x, weight, bias, residual=residual, **options)[0]
 
 
 def whole(function, **options):
@@ -30,10 +31,10 @@ def whole(function, **options):
     return torch.compile(function, fullgraph=True, backend="aot_eager", **options)
 
 
-def gradients(function, given, cotangent):
+def gradients(function, given, dy):
     leaves = [t.detach().requires_grad_() for t in given]
     y = function(*leaves)
-    return [y.detach(), *torch.autograd.grad(y, leaves, cotangent.to(y.dtype))]
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
 
 
 def by_every_route(function, given, cotangent):
@@ -55,58 +56,52 @@ def by_every_route(function, given, cotangent):
 )
 def test_every_route_gives_the_same_step(activation, shape, axis):
     given = torch.randn(shape), torch.randn(3), torch.randn(3), torch.randn(shape)
-
-    def function(x, weight, bias, residual):
-        return normalize(x, weight, bias, residual=residual, activation=activation, axis=axis)
-
+    function = functools.partial(normalize, activation=activation, axis=axis)
     found = by_every_route(function, given, torch.randn(shape))
     for other in found.values():
         assert_close(other, found["reference"], size=16)
 
 
-def test_every_route_gives_the_same_step_with_residuals_that_broadcast_or_promote():
-    x, weight = torch.randn(4, 3, 2, 5), torch.randn(3)
+def test_residuals_broadcast_and_promote_as_in_torch_add():
+    x = torch.randn(4, 3, 2, 5)
     for dtype, other in itertools.product([torch.float32, torch.float16], repeat=2):
         for shape in [(3, 1, 1), (5,), (4, 3, 2, 5), (2, 1, 3, 1, 1)]:
-            given = x.to(dtype), weight, torch.randn(shape).to(other)
-            function = lambda x, w, r: normalize(x, w, residual=r, activation="relu")
-            y = function(*given)
-            added = torch.add(given[0], given[2])
+            given, residual = x.to(dtype), torch.randn(shape).to(other)
+            y, added = normalize(given, residual=residual), given + residual
             assert (y.shape, y.dtype) == (added.shape, added.dtype)
-    for shape in [(3, 1, 1), (2, 4, 3, 2, 5)]:
-        residual = torch.randn(shape)
-        function = lambda x, w, r: normalize(x, w, residual=r, activation="silu")
-        plain = lambda x, w, r: F.silu(F.batch_norm(x, None, None, w, training=True) + r)
-        cotangent = torch.randn(torch.broadcast_shapes(x.shape, shape))
-        wanted = gradients(plain, (x, weight, residual), cotangent)
-        for other in by_every_route(function, (x, weight, residual), cotangent).values():
-            assert_close(other, wanted, size=16)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (2, 4, 3, 2, 5)])
+def test_every_route_gives_the_same_step_with_a_residual_that_broadcasts(shape):
+    given = torch.randn(4, 3, 2, 5), torch.randn(3), torch.randn(shape)
+    ours = lambda x, w, r: normalize(x, w, residual=r, activation="silu")
+    plain = lambda x, w, r: F.silu(F.batch_norm(x, None, None, w, training=True) + r)
+    dy = torch.randn(torch.broadcast_shapes(given[0].shape, shape))
+    expected = gradients(plain, given, dy)
+    for found in by_every_route(ours, given, dy).values():
+        assert_close(found, expected, size=16)
 
 
 def test_every_route_gives_the_same_step_with_a_mask():
     x, mask = torch.randn(6, 3, 4), torch.rand(6, 4) < 0.6
-    with_nan = torch.where(mask[:, None], x, torch.nan)
-    function = lambda x, w: normalize(x, w, mask=mask, activation="silu")
-    found = by_every_route(function, (with_nan, torch.randn(3)), torch.randn(6, 3, 4))
-    assert found["compiled"][0].isfinite().all()
-    for other in found.values():
-        assert_close(other, found["reference"], size=16)
     hidden = ~mask[:, None].expand(6, 3, 4)
-    for y, dx, _ in found.values():
-        assert not y[hidden].any()
-        assert not dx[hidden].any()
+    function = lambda x, w: normalize(x, w, mask=mask, activation="silu")
+    given = x.masked_fill(hidden, torch.nan), torch.randn(3)
+    found = by_every_route(function, given, torch.randn(6, 3, 4))
+    for y, dx, dweight in found.values():
+        assert_close([y, dx, dweight], found["reference"], size=16)
+        assert y.isfinite().all()
+        assert not y[hidden].any() and not dx[hidden].any()
 
 
 def test_a_masked_layer_trains_compiled_as_it_does_eagerly():
-    plain = bn.BatchNorm1d(3, activation="relu")
+    plain, x = bn.BatchNorm1d(3, activation="relu"), torch.randn(6, 3, 4)
     twin = copy.deepcopy(plain)
     compiled = whole(twin)
-    x = torch.randn(6, 3, 4)
     for masked, steps in ((0, 1), (1, 2), (24, 2)):
         mask = torch.arange(24).reshape(6, 4) >= masked
         torch.testing.assert_close(compiled(x, None, mask=mask), plain(x, None, mask=mask))
-        for name, buffer in plain.named_buffers():
-            torch.testing.assert_close(twin.get_buffer(name), buffer, msg=name)
+        assert_same_state(twin, plain)
         assert int(twin.num_batches_tracked) == steps
 
 
@@ -115,14 +110,11 @@ def test_the_function_of_torch_moves_its_buffers_on_every_route():
 
     def run(batch_norm, x):
         mean, var = torch.zeros(3), torch.ones(3)
-        y = batch_norm(x, mean, var, training=True, momentum=0.3)
-        return y, mean, var
+        return batch_norm(x, mean, var, training=True, momentum=0.3), mean, var
 
-    wanted = run(F.batch_norm, x)
     ours = lambda x: run(bn.functional.batch_norm, x)
-    found = [ours(x), whole(ours)(x), torch.func.functionalize(ours)(x), make_fx(ours)(x)(x)]
-    for one in found:
-        assert_close(one, wanted, size=4)
+    for route in (ours, whole(ours), torch.func.functionalize(ours), make_fx(ours)(x)):
+        assert_close(route(x), run(F.batch_norm, x), size=4)
 
 
 def test_the_name_of_an_activation_is_read_inside_a_graph_without_a_word():
@@ -134,19 +126,17 @@ def test_the_name_of_an_activation_is_read_inside_a_graph_without_a_word():
 
 
 def test_a_recorded_graph_of_a_step_holds_no_operation_of_ours():
-    x = torch.randn(5, 3)
-    graph = make_fx(lambda x: normalize(x, activation="relu"))(x)
+    x, step = torch.randn(5, 3), lambda x: normalize(x, activation="relu")
+    graph = make_fx(step)(x)
     names = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
     assert all(name.startswith("aten.") for name in names), names
-    torch.testing.assert_close(graph(x * 2), normalize(x * 2, activation="relu"))
+    torch.testing.assert_close(graph(x * 2), step(x * 2))
 
 
 def test_transforms_of_torch_func_inside_a_graph_equal_eager():
-    loss = lambda x: normalize(x, activation="silu").pow(3).sum()
-    slope = torch.func.grad(loss)
+    slope = torch.func.grad(lambda x: normalize(x, activation="silu").pow(3).sum())
     tangent = lambda x: torch.func.jvp(normalize, (x,), (x.square(),))[1]
-    mapped = torch.func.vmap(slope)
-    function = lambda x, many: (tangent(x), mapped(many))
+    function = lambda x, many: (tangent(x), torch.func.vmap(slope)(many))
     given = torch.randn(5, 3), torch.randn(4, 5, 3)
     torch.testing.assert_close(whole(function)(*given), function(*given))
 
@@ -162,27 +152,24 @@ def test_nested_vmap_equals_a_loop(outer):
 
 
 def test_vmap_over_any_argument_alone():
-    x, weight, bias, residual = torch.randn(6, 3), *torch.randn(2, 3), torch.randn(6, 3)
     mask = torch.tensor([True, False, True, True, True, False])
-    function = lambda x, w, b, r, m: normalize(x, w, b, residual=r, mask=m, activation="tanh")
-    given = [x, weight, bias, residual, mask]
+    given = [torch.randn(6, 3), *torch.randn(2, 3), torch.randn(6, 3), mask]
+    function = lambda x, w, b, r, m: normalize(x, w, b, r, mask=m, activation="tanh")
     for i in range(5):
         many = torch.stack([given[i].roll(k, 0) for k in range(4)])
-        dims = [0 if j == i else None for j in range(5)]
-        at = lambda value, i=i: [value if j == i else t for j, t in enumerate(given)]
-        wanted = torch.stack([function(*at(one)) for one in many])
-        torch.testing.assert_close(torch.func.vmap(function, tuple(dims))(*at(many)), wanted)
+        dims = tuple(0 if j == i else None for j in range(5))
+        at = lambda value, i=i: [*given[:i], value, *given[i + 1 :]]
+        expected = torch.stack([function(*at(one)) for one in many])
+        torch.testing.assert_close(torch.func.vmap(function, dims)(*at(many)), expected)
 
 
 class Operations(TorchDispatchMode):
     """Records the names of the operations that are dispatched."""
 
-    def __init__(self):
-        super().__init__()
-        self.seen = []
+    seen = ()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(str(func))
+        self.seen = [*self.seen, str(func)]
         return func(*args, **(kwargs or {}))
 
 
@@ -191,59 +178,53 @@ def test_a_dispatch_mode_sees_operations_and_changes_no_result(training):
     plain = bn.BatchNorm1d(3, activation="silu").train(training)
     x, dy = torch.randn(2, 6, 3)
     found = []
-    for forward, backward in itertools.product((None, Operations()), repeat=2):
-        layer, leaf = copy.deepcopy(plain), x.clone().requires_grad_()
-        with forward or contextlib.nullcontext():
+    for watched in itertools.product((False, True), repeat=2):
+        layer, leaf, modes = (
+            copy.deepcopy(plain),
+            x.clone().requires_grad_(),
+            (Operations(), Operations()),
+        )
+        entered = [mode if on else contextlib.nullcontext() for mode, on in zip(modes, watched)]
+        with entered[0]:
             y = layer(leaf)
-        seen = [] if forward is None else [*forward.seen]
-        with backward or contextlib.nullcontext():
+        with entered[1]:
             y.backward(dy)
-        assert forward is None or any("rsqrt" in name for name in seen)
-        assert backward is None or len(backward.seen) > len(seen) + 3
+        assert any("rsqrt" in name for name in modes[0].seen) is watched[0]
+        assert (len(modes[1].seen) > 3) is watched[1]
         found.append([leaf.grad, layer.weight.grad, layer.running_var])
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0])
+    torch.testing.assert_close(found[1:], [found[0]] * 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_second_derivatives_keep_the_dtypes(dtype):
-    x, weight, residual = (
-        torch.randn(6, 3, dtype=dtype),
-        torch.randn(3),
-        torch.randn(6, 3).to(dtype),
-    )
+    given = torch.randn(6, 3, dtype=dtype), torch.randn(3), torch.randn(6, 3, dtype=dtype)
     for activation in ("identity", "relu", "silu"):
-        leaves = [t.detach().requires_grad_() for t in (x, weight, residual)]
-        y = normalize(*leaves[:2], residual=leaves[2], activation=activation)
+        x, weight, residual = leaves = [t.clone().requires_grad_() for t in given]
+        y = normalize(x, weight, residual=residual, activation=activation)
         first = torch.autograd.grad(y, leaves, torch.randn_like(y), create_graph=True)
-        assert [g.dtype for g in first] == [dtype, torch.float32, dtype]
         second = torch.autograd.grad(first[0].square().sum(), leaves[:2])
+        assert [g.dtype for g in first] == [t.dtype for t in given]
         assert [g.dtype for g in second] == [dtype, torch.float32]
         assert all(g.isfinite().all() for g in second)
 
 
 def test_backward_may_run_twice_and_gives_the_same():
-    given = [torch.randn(6, 3), torch.randn(3), torch.randn(6, 3)]
-    leaves = [t.requires_grad_() for t in given]
+    leaves = [torch.randn(size, requires_grad=True) for size in ((6, 3), 3, 3, (6, 3))]
     for activation in ("relu", "silu"):
-        y = normalize(*leaves[:2], residual=leaves[2], activation=activation)
-        dy = torch.randn(6, 3)
+        y, dy = normalize(*leaves, activation=activation), torch.randn(6, 3)
         first = torch.autograd.grad(y, leaves, dy, retain_graph=True)
-        second = torch.autograd.grad(y, leaves, dy)
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert_close(torch.autograd.grad(y, leaves, dy), first, exact=True)
         with pytest.raises(RuntimeError, match="second time"):
             torch.autograd.grad(y, leaves, dy)
 
 
-def test_a_result_may_be_changed_in_place_where_torch_s_own_may():
+@pytest.mark.parametrize("activation", ["identity", "silu"])
+@pytest.mark.parametrize("factor", [2.0, -1.0])
+def test_a_result_may_be_changed_in_place_where_torch_s_own_may(activation, factor):
     x, dy = torch.randn(2, 6, 3)
-    for activation, factor in itertools.product(["identity", "silu"], [2.0, -1.0]):
-        leaf = x.clone().requires_grad_()
-        y = normalize(leaf, activation=activation)
-        y.mul_(factor).backward(dy)
-        other = x.clone().requires_grad_()
-        (normalize(other, activation=activation) * factor).backward(dy)
-        torch.testing.assert_close(leaf.grad, other.grad)
+    in_place = lambda x: normalize(x, activation=activation).mul_(factor)
+    plain = lambda x: normalize(x, activation=activation) * factor
+    assert_close(gradients(in_place, [x], dy), gradients(plain, [x], dy))
 
 
 EVALUATED = """
@@ -307,28 +288,15 @@ def test_exported_and_traced_evaluations_of_every_kind_travel_alone_with_any_bat
     assert done.returncode == 0, done.stderr
 
 
-def test_gradients_flow_under_deterministic_algorithms_and_anomaly_detection():
-    layer = bn.BatchNorm2d(3, activation="relu")
-    x = torch.randn(4, 3, 2, 2, requires_grad=True)
-    try:
-        torch.use_deterministic_algorithms(mode=True)
-        layer(x, x * 2).backward(torch.randn(4, 3, 2, 2))
-    finally:
-        torch.use_deterministic_algorithms(mode=False)
-    assert x.grad.isfinite().all()
-
-
-def test_no_grad_inference_and_detached_inputs_leave_no_graph():
-    layer = bn.BatchNorm1d(3, activation="silu")
-    x = torch.randn(6, 3, requires_grad=True)
-    for guard in (torch.no_grad, torch.inference_mode):
-        twin = copy.deepcopy(layer)
+def test_without_gradients_a_step_has_no_graph_and_moves_the_statistics():
+    layer, x = bn.BatchNorm1d(3, activation="silu"), torch.randn(6, 3, requires_grad=True)
+    expected = layer(x).detach()
+    for count, guard in enumerate((torch.no_grad, torch.inference_mode), 2):
         with guard():
-            y = twin(x)
+            y = layer(x)
         assert y.grad_fn is None
-        assert int(twin.num_batches_tracked) == int(layer.num_batches_tracked) + 1
-        assert_close(y.clone(), layer(x).detach(), size=2)
-    for parameter in layer.parameters():
-        parameter.requires_grad_(False)
+        assert int(layer.num_batches_tracked) == count
+        assert_close(y.clone(), expected, size=2)
+    layer.requires_grad_(False)
     assert layer(x.detach()).grad_fn is None
     assert layer(x).grad_fn is not None
