@@ -52,12 +52,12 @@ def test_an_activation_equals_the_module_behind_the_layer(rank, name, with_resid
     assert_like_the_modules(ours, theirs, ACTIVATIONS[name], torch.randn(SHAPES[rank]), *given)
 
 
+@pytest.mark.parametrize("kink", [0.0, 6.0, -3.0, 3.0])
 @pytest.mark.parametrize("name", ["relu", "relu6", "leaky_relu", "hardswish", "hardsigmoid", "elu"])
-def test_the_gradient_at_a_kink_is_that_of_torch(name):
+def test_the_gradient_at_a_kink_is_that_of_torch(name, kink):
     x = torch.tensor([[-1.0], [1.0], [-1.0], [1.0]])
-    for kink in (0.0, 6.0, -3.0, 3.0):
-        twin = twins("1d", 1, activation=name, affine=False, eps=1e-12)
-        assert_like_the_modules(*twin, ACTIVATIONS[name], torch.randn(4, 1), x, kink - x)
+    twin = twins("1d", 1, activation=name, affine=False, eps=1e-12)
+    assert_like_the_modules(*twin, ACTIVATIONS[name], torch.randn(4, 1), x, kink - x)
 
 
 RESIDUALS = [((4, 3), one) for one in [(3,), (1,), (), (4, 1), (2, 4, 3), (4, 3)]]
@@ -72,21 +72,19 @@ def test_a_residual_broadcasts_as_in_torch_add(shapes, training):
     assert_like_the_modules(ours, theirs, nn.SiLU(), cotangent, *map(torch.randn, shapes))
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     ("of_x", "of_r"), [*itertools.product(DTYPES, DTYPES), (torch.half, torch.int64)], ids=str
 )
-def test_a_residual_promotes_as_in_torch_add(of_x, of_r):
+def test_a_residual_promotes_as_in_torch_add(of_x, of_r, training):
     x, r = torch.randn(6, 3).to(of_x), (torch.randn(6, 3) * 3).to(of_r)
     # The normalization may be rounded to the dtype of x, at its size, before the addition.
     eps = max(torch.finfo(d).eps for d in (of_x, of_r) if d.is_floating_point)
-    for training in (True, False):
-        ours = bn.BatchNorm1d(3, activation="relu").train(training)
-        wide = nn.BatchNorm1d(3).double().train(training)
-        y, expected = ours(x, r), torch.relu(wide(x.double()) + r.double())
-        assert y.dtype == torch.promote_types(of_x, of_r)
-        oracle.assert_close(
-            y.detach().double(), expected.detach(), oracle.Tolerance(8 * eps, 2 * eps)
-        )
+    ours = bn.BatchNorm1d(3, activation="relu").train(training)
+    wide = nn.BatchNorm1d(3).double().train(training)
+    y, expected = ours(x, r), torch.relu(wide(x.double()) + r.double())
+    assert y.dtype == torch.promote_types(of_x, of_r)
+    oracle.assert_close(y.detach().double(), expected.detach(), oracle.Tolerance(8 * eps, 2 * eps))
 
 
 @pytest.mark.parametrize("rank", [4, 5])

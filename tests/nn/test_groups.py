@@ -120,14 +120,6 @@ def test_ghost_batches_are_runs_of_samples(case):
     assert_close(layer.running_var, whole.running_var)
 
 
-def test_ghost_batches_take_a_mask():
-    layer = bn.BatchNorm1d(3, statistics=bn.Ghost(2))
-    x, mask = torch.randn(5, 3, 6), torch.rand(5, 6) < 0.7
-    y = layer(x, mask=mask)
-    for run in (slice(0, 2), slice(2, 5)):
-        torch.testing.assert_close(y[run], bn.BatchNorm1d(3)(x[run], mask=mask[run]))
-
-
 REFUSED = {
     "no ids": (lambda: grouped()(torch.randn(9, 4, 3, 5)), "groups=ids"),
     "no ids in evaluation": (

@@ -10,7 +10,7 @@ import batchnorm as bn
 from batchnorm.errors import NonFiniteError, OptionError, SingleValueError, SurgeryError
 from support.combinations import each, pairs
 from support.ranks import across_ranks
-from support.twins import Calls, assert_close, refused, step, unchanged
+from support.twins import Calls, assert_close, assert_same_state, refused, step, unchanged
 
 C = 3
 
@@ -19,8 +19,8 @@ def trained(**options):
     torch.manual_seed(0)
     layer = bn.BatchNorm1d(C, dtype=torch.float64, **options)
     nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
-    for _ in range(3):
-        layer(torch.randn(6, C, dtype=torch.float64) * 2 + 1)
+    for x in torch.randn(3, 6, C, dtype=torch.float64) * 2 + 1:
+        layer(x)
     return layer
 
 
@@ -67,11 +67,14 @@ def test_a_single_value_is_an_error_that_names_the_module():
     model = nn.Sequential(nn.Linear(2, C), nn.Sequential(bn.BatchNorm1d(C)))
     with refused(SingleValueError, r"\[in '1\.0': BatchNorm1d\(3", model):
         model(torch.randn(1, 2))
-    for policy in ("stored", "skip"):  # a batch of several is normalized as ever
-        layer = trained(on_single_value=policy)
-        other, x = trained(), torch.randn(5, C, dtype=torch.float64)
-        torch.testing.assert_close(layer(x), other(x))
-        torch.testing.assert_close(layer.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("policy", ["stored", "skip"])
+def test_a_policy_for_single_values_changes_no_batch_of_several(policy):
+    layer, other = trained(on_single_value=policy), trained()
+    x = torch.randn(5, C, dtype=torch.float64)
+    assert torch.equal(layer(x), other(x))
+    assert_same_state(layer, other, exact=True)
 
 
 @pairs(policy=["propagate", "skip", "error"], state=[*STATES], what=VALUES)
@@ -104,13 +107,11 @@ def test_one_group_of_nan_keeps_the_statistics_of_all_groups():
         layer(x, groups=ids)
 
 
+@pytest.mark.parametrize("wrong", ["ignore", None, True])
 @pytest.mark.parametrize("option", ["on_single_value", "on_nonfinite"])
-def test_options_of_a_layer_are_checked_and_shown(option):
-    for wrong in ("ignore", None, True):
-        with pytest.raises(OptionError, match=f"expected {option}= one of"):
-            bn.BatchNorm1d(C, **{option: wrong})
-    shown = repr(bn.BatchNorm1d(C, **{option: "skip"}))
-    assert f"{option}='skip'" in shown and "on_" not in shown.replace(option, "")
+def test_an_unknown_policy_is_refused(option, wrong):
+    with pytest.raises(OptionError, match=f"expected {option}= one of"):
+        bn.BatchNorm1d(C, **{option: wrong})
 
 
 @pytest.mark.parametrize("option", ["on_single_value", "on_nonfinite"])
@@ -128,6 +129,12 @@ def test_options_of_a_model_are_checked_set_and_undone(option):
         assert model[1].policy is None
         bn.undo(model, "set_options")
     assert "on_" not in repr(model)
+
+
+@pytest.mark.parametrize("option", ["on_single_value", "on_nonfinite"])
+def test_a_policy_is_shown_where_it_is_not_the_default(option):
+    shown = repr(bn.BatchNorm1d(C, **{option: "skip"}))
+    assert f"{option}='skip'" in shown and "on_" not in shown.replace(option, "")
 
 
 def test_stored_needs_running_statistics():
@@ -157,22 +164,23 @@ def test_frozen_statistics_take_a_single_value_and_scripting_names_the_policy():
 def test_a_compiled_layer_follows_its_policy(option):
     layer = trained(**option)
     twin, compiled = copy.deepcopy(layer), torch.compile(layer, backend="aot_eager")
-    for size in (5, 1 if "on_single_value" in option else 5):
-        x = torch.randn(size, C, dtype=torch.float64)
-        torch.testing.assert_close(compiled(x), twin(x))
+    batches = [
+        torch.randn(size, C, dtype=torch.float64)
+        for size in (5, 1 if "on_single_value" in option else 5)
+    ]
     if option != {"on_nonfinite": "error"}:
-        x[:] = float("nan")
-        compiled(x), twin(x)
-    torch.testing.assert_close(layer.state_dict(), twin.state_dict())
+        batches.append(torch.full_like(batches[-1], torch.nan))
+    for x in batches:
+        torch.testing.assert_close(compiled(x), twin(x), equal_nan=True)
+    assert_same_state(layer, twin)
 
 
 def one_value_in_each_rank(rank, size):
     layer = bn.BatchNorm1d(C, statistics=bn.Pooled(2, of=bn.Synced()), dtype=torch.float64)
     data = torch.arange(size * 2 * C, dtype=torch.float64).view(2, size, C).sin()
-    for batch in data:
-        y = layer(batch[rank : rank + 1])
-    mean, var = data.flatten(0, 1).mean(0), data.flatten(0, 1).var(0, correction=0)
-    torch.testing.assert_close(y, (data[1, rank : rank + 1] - mean) / (var + layer.eps).sqrt())
+    first, last = (layer(batch[rank : rank + 1]) for batch in data)
+    var, mean = torch.var_mean(data, (0, 1), correction=0)
+    torch.testing.assert_close(last, (data[1, rank : rank + 1] - mean) / (var + layer.eps).sqrt())
     return [layer.running_mean.tolist(), layer.running_var.tolist()]
 
 

@@ -72,12 +72,12 @@ def test_statistics_survive_a_cast_to_half_bit_for_bit(build, name):
 
 
 def test_double_raises_the_statistics_and_float_lowers_them():
-    layer = bn.BatchNorm1d(3, estimator=SEVERAL).double()
-    assert layer.running_var.dtype == torch.float64
-    layer.running_var.fill_(1 / 3)
-    assert layer.half().running_var.dtype == torch.float32
+    layer = bn.BatchNorm1d(3, estimator=SEVERAL)
+    casts = (layer.double, torch.float64), (layer.half, torch.float32), (layer.float, torch.float32)
+    for cast, dtype in casts:
+        cast()
+        assert layer.running_var.dtype == layer.running_mean.dtype == dtype
     assert layer.double()(torch.randn(4, 3).double()).dtype == torch.float64
-    assert layer.float().running_mean.dtype == torch.float32
     assert layer.num_batches_tracked.dtype == torch.int64
 
 
@@ -118,15 +118,15 @@ def test_a_cast_that_fails_leaves_the_layer_as_it_was():
         layer._apply(fail)
 
 
-def test_a_layer_made_on_the_meta_device_gets_values_from_a_state_dict():
-    for options in ({}, {"estimator": SEVERAL}, {"dtype": torch.half}):
-        layer = bn.BatchNorm1d(3, device="meta", **options)
-        assert all(t.is_meta for t in layer.state_dict().values())
-        assert layer(torch.empty(4, 3, device="meta")).is_meta
-        layer.to_empty(device="cpu")
-        layer.load_state_dict(twins("1d", 3)[1].state_dict())
-        assert layer.running_var.dtype == torch.float32
-        assert torch.isfinite(layer(torch.randn(4, 3))).all()
+@pytest.mark.parametrize("options", [{}, {"estimator": SEVERAL}, {"dtype": torch.half}])
+def test_a_layer_made_on_the_meta_device_gets_values_from_a_state_dict(options):
+    layer = bn.BatchNorm1d(3, device="meta", **options)
+    assert all(t.is_meta for t in layer.state_dict().values())
+    assert layer(torch.empty(4, 3, device="meta")).is_meta
+    layer.to_empty(device="cpu")
+    layer.load_state_dict(twins("1d", 3)[1].state_dict())
+    assert layer.running_var.dtype == torch.float32
+    assert torch.isfinite(layer(torch.randn(4, 3))).all()
 
 
 def test_a_layer_made_on_the_meta_device_gets_values_by_a_reset():
@@ -204,16 +204,14 @@ VERSIONS = {
 
 
 def test_states_of_estimators_may_be_absent_and_are_unexpected_elsewhere():
-    layer = trained(bn.BatchNorm1d(3, estimator=SEVERAL))
-    theirs = trained(nn.BatchNorm1d(3))
+    layer, theirs = trained(), trained(nn.BatchNorm1d(3))
     layer.load_state_dict(theirs.state_dict(), strict=True)
     assert_same_state(layer, theirs, exact=True)
     state = trained(layer).state_dict()
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*estimators\.last_batches\.means"):
-        nn.BatchNorm1d(3).load_state_dict(state)
-    nn.BatchNorm1d(3).load_state_dict(state, strict=False)
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*estimators\.last_batches\.means"):
-        bn.BatchNorm1d(3).load_state_dict(state)
+    for other in (theirs, bn.BatchNorm1d(3)):
+        with pytest.raises(RuntimeError, match=r"Unexpected key.*estimators\.last_batches\.means"):
+            other.load_state_dict(state)
+    theirs.load_state_dict(state, strict=False)
 
 
 def test_states_of_another_size_are_an_error_and_change_no_estimate():
@@ -232,8 +230,7 @@ def test_missing_and_unexpected_keys_are_named_as_in_torch():
     messages = []
     for layer in twins("1d", 3):
         state = layer.state_dict()
-        state["surplus"] = state.pop("running_var")
-        state["weight"] = torch.ones(4)
+        state["surplus"], state["weight"] = state.pop("running_var"), torch.ones(4)
         with pytest.raises(RuntimeError) as caught:
             layer.load_state_dict(state)
         messages.append(str(caught.value))
@@ -257,14 +254,10 @@ def test_a_checkpoint_without_counter_keeps_the_present_count(version, assign, o
 
 
 def test_a_half_checkpoint_is_widened_on_load():
-    layer = bn.BatchNorm1d(3)
-    state = {
-        name: value.half() if value.is_floating_point() else value
-        for name, value in twins("1d", 3)[1].state_dict().items()
-    }
-    layer.load_state_dict(state)
+    layer, half = bn.BatchNorm1d(3), twins("1d", 3)[1].half()
+    layer.load_state_dict(half.state_dict())
     assert layer.running_var.dtype == torch.float32
-    assert torch.equal(layer.running_var, state["running_var"].float())
+    assert torch.equal(layer.running_var, half.running_var.float())
 
 
 @pytest.mark.parametrize("options", [{}, {"estimator": bn.LastBatches(2)}], ids=str)

@@ -149,12 +149,12 @@ def test_a_negative_view_is_read_as_what_it_means(training, grad):
         torch.testing.assert_close(layer(torch._neg_view(x)), bn.BatchNorm1d(3).train(training)(-x))
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("strides", [(0, 1), (1, 0), (1, 2), (3, 1), (1, 5)])
-def test_overlapping_inputs_are_read_as_they_are(strides):
+def test_overlapping_inputs_are_read_as_they_are(strides, training):
     x = torch.randn(40).as_strided((5, 3), strides)
-    for training in (True, False):
-        ours, theirs = (m.train(training) for m in twins("1d", 3))
-        assert_close(ours(x), theirs(x), size=64)
+    ours, theirs = (m.train(training) for m in twins("1d", 3))
+    assert_close(ours(x), theirs(x), size=64)
 
 
 def test_a_layer_used_twice_in_one_model_updates_its_statistics_twice():
@@ -167,13 +167,13 @@ def test_a_layer_used_twice_in_one_model_updates_its_statistics_twice():
     torch.testing.assert_close(shared.running_mean, inside.mean(0))
 
 
-def test_an_inference_mode_step_is_followed_by_an_ordinary_one():
-    for options in ({}, {"estimator": [bn.LastBatches(2), bn.Running(0.1)]}):
-        layer = bn.BatchNorm1d(3, **options)
-        with torch.inference_mode():
-            layer(torch.randn(4, 3))
-        layer(torch.randn(4, 3, requires_grad=True)).backward(torch.randn(4, 3))
-        assert layer.num_batches_tracked.item() == 2
+@pytest.mark.parametrize("options", [{}, {"estimator": [bn.LastBatches(2), bn.Running(0.1)]}])
+def test_an_inference_mode_step_is_followed_by_an_ordinary_one(options):
+    layer = bn.BatchNorm1d(3, **options)
+    with torch.inference_mode():
+        layer(torch.randn(4, 3))
+    layer(torch.randn(4, 3, requires_grad=True)).backward(torch.randn(4, 3))
+    assert layer.num_batches_tracked.item() == 2
 
 
 @modes
@@ -192,15 +192,15 @@ def test_an_mkldnn_tensor_is_served_as_by_torch(training, grad):
     torch.testing.assert_close(*found)
 
 
-def test_an_mkldnn_tensor_takes_residual_mask_and_activation():
+@pytest.mark.parametrize("cast", [Tensor.to_mkldnn, Tensor.clone])
+def test_an_mkldnn_tensor_takes_residual_mask_and_activation(cast):
     layer = bn.BatchNorm2d(3, activation="relu")
     x, residual = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5)
     mask = torch.rand(4, 5, 5) > 0.3
     expected = layer(x, residual, mask=mask)
-    for more in (residual, residual.to_mkldnn()):
-        y = layer(x.to_mkldnn(), more, mask=mask)
-        assert y.is_mkldnn
-        torch.testing.assert_close(y.to_dense(), expected)
+    y = layer(x.to_mkldnn(), cast(residual), mask=mask)
+    assert y.is_mkldnn
+    torch.testing.assert_close(y.to_dense(), expected)
 
 
 @pytest.mark.parametrize("training", [True, False])
