@@ -42,15 +42,15 @@ def test_an_empty_batch_changes_no_estimate(estimator):
         assert_close([*map(torch.as_tensor, state)], [*map(torch.as_tensor, before)], exact=True)
 
 
-def test_before_the_first_batch_every_estimate_is_0_and_1():
-    for estimator in ESTIMATORS:
-        mean, var = estimator.statistics(estimator.init(2))
-        assert mean.tolist() == [0, 0] and var.tolist() == [1, 1]
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_before_the_first_batch_every_estimate_is_0_and_1(estimator):
+    mean, var = estimator.statistics(estimator.init(2))
+    assert mean.tolist() == [0, 0] and var.tolist() == [1, 1]
 
 
-def test_an_estimator_is_a_value_that_cannot_be_changed():
-    for estimator in ESTIMATORS:
-        assert {estimator, copy.copy(estimator)} == {estimator}
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_an_estimator_is_a_value_that_cannot_be_changed(estimator):
+    assert {estimator, copy.copy(estimator)} == {estimator}
 
 
 def test_evaluation_is_by_the_estimate_that_was_selected():
@@ -70,15 +70,17 @@ def test_evaluation_is_by_the_estimate_that_was_selected():
         outputs.append(y)
 
 
-def test_a_single_running_or_cumulative_estimator_is_the_momentum_of_torch():
+@pytest.mark.parametrize(
+    ("estimator", "momentum"), [(bn.Running(0.3), 0.3), (bn.Cumulative(), None)]
+)
+def test_a_single_running_or_cumulative_estimator_is_the_momentum_of_torch(estimator, momentum):
     assert bn.Running().momentum == nn.BatchNorm1d(3).momentum == bn.Decayed().alpha
     assert bn.LastBatches().k == 10
-    for estimator, momentum in ((bn.Running(0.3), 0.3), (bn.Cumulative(), None)):
-        ours, theirs = bn.BatchNorm1d(3, estimator=estimator), nn.BatchNorm1d(3, momentum=momentum)
-        assert ours.momentum == momentum
-        for x in batches(UNEQUAL):
-            ours(x), theirs(x)
-        assert_same_state(ours, theirs)
+    ours, theirs = bn.BatchNorm1d(3, estimator=estimator), nn.BatchNorm1d(3, momentum=momentum)
+    assert ours.momentum == momentum
+    for x in batches(UNEQUAL):
+        ours(x), theirs(x)
+    assert_same_state(ours, theirs)
 
 
 def test_estimators_start_again_after_a_reset_and_after_a_checkpoint_without_them():

@@ -129,12 +129,12 @@ def test_an_empty_part_is_the_identity_whatever_it_holds(count, strange):
             assert_close(found[1:], a[1:], exact=True)
 
 
-def test_weighing_by_zero_forgets_an_infinite_mean():
+@pytest.mark.parametrize("weight", [0, 0.0, torch.tensor(0.0)])
+def test_weighing_by_zero_forgets_an_infinite_mean(weight):
     a = Moments.of(torch.tensor([[math.inf, 1.0], [0.0, 2.0]]))
-    for weight in (0, 0.0, torch.tensor(0.0)):
-        forgotten = a.scale(weight)
-        assert float(forgotten.count) == 0
-        assert not torch.stack(forgotten[1:]).any()
+    forgotten = a.scale(weight)
+    assert float(forgotten.count) == 0
+    assert not torch.stack(forgotten[1:]).any()
 
 
 @each(channels_of_count=[1, 3], number=[1, 2, 3, 5, 7])

@@ -62,13 +62,14 @@ def test_every_route_gives_the_same_step(activation, shape, axis):
         assert_close(other, found["reference"], size=16)
 
 
-def test_residuals_broadcast_and_promote_as_in_torch_add():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("other", [torch.float32, torch.float16])
+def test_residuals_broadcast_and_promote_as_in_torch_add(dtype, other):
     x = torch.randn(4, 3, 2, 5)
-    for dtype, other in itertools.product([torch.float32, torch.float16], repeat=2):
-        for shape in [(3, 1, 1), (5,), (4, 3, 2, 5), (2, 1, 3, 1, 1)]:
-            given, residual = x.to(dtype), torch.randn(shape).to(other)
-            y, added = normalize(given, residual=residual), given + residual
-            assert (y.shape, y.dtype) == (added.shape, added.dtype)
+    for shape in [(3, 1, 1), (5,), (4, 3, 2, 5), (2, 1, 3, 1, 1)]:
+        given, residual = x.to(dtype), torch.randn(shape).to(other)
+        y, added = normalize(given, residual=residual), given + residual
+        assert (y.shape, y.dtype) == (added.shape, added.dtype)
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 1), (2, 4, 3, 2, 5)])
@@ -151,16 +152,16 @@ def test_nested_vmap_equals_a_loop(outer):
     torch.testing.assert_close(function(x), wanted)
 
 
-def test_vmap_over_any_argument_alone():
+@pytest.mark.parametrize("i", range(5))
+def test_vmap_over_any_argument_alone(i):
     mask = torch.tensor([True, False, True, True, True, False])
     given = [torch.randn(6, 3), *torch.randn(2, 3), torch.randn(6, 3), mask]
     function = lambda x, w, b, r, m: normalize(x, w, b, r, mask=m, activation="tanh")
-    for i in range(5):
-        many = torch.stack([given[i].roll(k, 0) for k in range(4)])
-        dims = tuple(0 if j == i else None for j in range(5))
-        at = lambda value, i=i: [*given[:i], value, *given[i + 1 :]]
-        expected = torch.stack([function(*at(one)) for one in many])
-        torch.testing.assert_close(torch.func.vmap(function, dims)(*at(many)), expected)
+    many = torch.stack([given[i].roll(k, 0) for k in range(4)])
+    dims = tuple(0 if j == i else None for j in range(5))
+    at = lambda value, i=i: [*given[:i], value, *given[i + 1 :]]
+    expected = torch.stack([function(*at(one)) for one in many])
+    torch.testing.assert_close(torch.func.vmap(function, dims)(*at(many)), expected)
 
 
 class Operations(TorchDispatchMode):
@@ -195,27 +196,27 @@ def test_a_dispatch_mode_sees_operations_and_changes_no_result(training):
     torch.testing.assert_close(found[1:], [found[0]] * 3)
 
 
+@pytest.mark.parametrize("activation", ["identity", "relu", "silu"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_second_derivatives_keep_the_dtypes(dtype):
+def test_second_derivatives_keep_the_dtypes(dtype, activation):
     given = torch.randn(6, 3, dtype=dtype), torch.randn(3), torch.randn(6, 3, dtype=dtype)
-    for activation in ("identity", "relu", "silu"):
-        x, weight, residual = leaves = [t.clone().requires_grad_() for t in given]
-        y = normalize(x, weight, residual=residual, activation=activation)
-        first = torch.autograd.grad(y, leaves, torch.randn_like(y), create_graph=True)
-        second = torch.autograd.grad(first[0].square().sum(), leaves[:2])
-        assert [g.dtype for g in first] == [t.dtype for t in given]
-        assert [g.dtype for g in second] == [dtype, torch.float32]
-        assert all(g.isfinite().all() for g in second)
+    x, weight, residual = leaves = [t.clone().requires_grad_() for t in given]
+    y = normalize(x, weight, residual=residual, activation=activation)
+    first = torch.autograd.grad(y, leaves, torch.randn_like(y), create_graph=True)
+    second = torch.autograd.grad(first[0].square().sum(), leaves[:2])
+    assert [g.dtype for g in first] == [t.dtype for t in given]
+    assert [g.dtype for g in second] == [dtype, torch.float32]
+    assert all(g.isfinite().all() for g in second)
 
 
-def test_backward_may_run_twice_and_gives_the_same():
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_backward_may_run_twice_and_gives_the_same(activation):
     leaves = [torch.randn(size, requires_grad=True) for size in ((6, 3), 3, 3, (6, 3))]
-    for activation in ("relu", "silu"):
-        y, dy = normalize(*leaves, activation=activation), torch.randn(6, 3)
-        first = torch.autograd.grad(y, leaves, dy, retain_graph=True)
-        assert_close(torch.autograd.grad(y, leaves, dy), first, exact=True)
-        with pytest.raises(RuntimeError, match="second time"):
-            torch.autograd.grad(y, leaves, dy)
+    y, dy = normalize(*leaves, activation=activation), torch.randn(6, 3)
+    first = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    assert_close(torch.autograd.grad(y, leaves, dy), first, exact=True)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y, leaves, dy)
 
 
 @pytest.mark.parametrize("activation", ["identity", "silu"])
