@@ -9,7 +9,7 @@ from batchnorm.moments import Moments, merge
 from batchnorm.ops.autograd.shared import Sharing
 from batchnorm.ops.backends import reference
 from batchnorm.ops.backends.choice import BACKENDS
-from support.twins import assert_close
+from support.twins import Calls, assert_close, step
 
 
 class Counting:
@@ -35,18 +35,13 @@ def test_a_backend_serves_layers_by_its_name(monkeypatch):
     mine = Counting()
     monkeypatch.setitem(BACKENDS, "mine", mine)
     layer, plain = bn.BatchNorm2d(3, activation="relu"), nn.BatchNorm2d(3)
-    x, dy = torch.randn(2, 4, 3, 5, 5).unbind()
-    x.requires_grad_()
+    declined, (x, dy) = bn.BatchNorm2d(3, activation="silu"), torch.randn(2, 4, 3, 5, 5)
     with bn.use_backend("mine"):
-        y = layer(x)
-        y.backward(dy)
-        layer.eval()(x)
-    assert {"forward", "backward"} <= set(mine.asked)
-    torch.testing.assert_close(y, plain(x).relu())
-    with bn.use_backend("mine"), pytest.raises(bn.errors.BackendError, match="it wants no SiLU"):
-        bn.BatchNorm2d(3, activation="silu")(x)
-    with bn.use_backend("mine"):
-        bn.BatchNorm2d(3, activation="silu").eval()(x)
+        torch.testing.assert_close(step(layer, x, dy)["y"], plain(x).relu())
+        assert {"forward", "backward"} <= set(mine.asked)
+        with pytest.raises(bn.errors.BackendError, match="it wants no SiLU"):
+            declined(x)
+        declined.eval()(x)
 
 
 class WithKnown:
@@ -65,22 +60,24 @@ class WithKnown:
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
 def test_a_source_merges_its_own_moments_into_those_of_the_batch(activation):
     old = torch.randn(7, 3, dtype=torch.float64) + 2
-    layer = bn.BatchNorm1d(
-        3, activation=activation, statistics=WithKnown(Moments.of(old)), dtype=torch.float64
-    )
-    x, dy = torch.randn(2, 5, 3, dtype=torch.float64).unbind()
-    x.requires_grad_()
-    y = layer(x)
-    y.backward(dy)
-    other = x.detach().clone().requires_grad_()
-    together = torch.cat([old, other])
-    var, mean = torch.var_mean(together, 0, correction=0)
-    z = (other - mean) / (var + layer.eps).sqrt()
-    expected = z if activation is None else getattr(nn.functional, activation)(z)
-    expected.backward(dy)
-    assert_close(y, expected, size=64)
-    assert_close(x.grad, other.grad, size=64)
-    torch.testing.assert_close(layer.running_mean, 0.1 * mean.detach())
+    layer, formula = merging(old, activation)
+    x, dy = torch.randn(2, 5, 3, dtype=torch.float64)
+    found, expected = step(layer, x, dy), step(Calls(lambda _, x: formula(x)), x, dy)
+    assert_close({name: found[name] for name in expected}, expected, size=64)
+    assert_close(layer.running_mean, 0.1 * torch.cat([old, x]).mean(0))
+
+
+def merging(old, activation):
+    """A layer that adds known values to the batch, and its formula, for autograd."""
+    source = WithKnown(Moments.of(old))
+    layer = bn.BatchNorm1d(3, activation=activation, statistics=source, dtype=torch.float64)
+
+    def formula(x):
+        var, mean = torch.var_mean(torch.cat([old, x]), 0, correction=0)
+        z = (x - mean) / (var + layer.eps).sqrt() * layer.weight + layer.bias
+        return z if activation is None else getattr(nn.functional, activation)(z)
+
+    return layer, formula
 
 
 class Shifted:
@@ -93,22 +90,12 @@ class Shifted:
 
 
 def test_statistics_merged_by_operations_of_torch_have_a_second_derivative():
-    old = torch.randn(7, 3, dtype=torch.float64) + 2
-    source = WithKnown(Moments.of(old))
-    layer = bn.BatchNorm1d(3, activation="silu", statistics=source, dtype=torch.float64)
-    x, to = torch.randn(2, 5, 3, dtype=torch.float64).unbind()
-    x.requires_grad_()
-
-    def expected(x):
-        var, mean = torch.var_mean(torch.cat([old, x]), 0, correction=0)
-        z = (x - mean) / (var + layer.eps).sqrt() * layer.weight + layer.bias
-        return nn.functional.silu(z)
-
-    of = (x, layer.weight, layer.bias)
-    found = []
-    for function in (layer, expected):
+    layer, formula = merging(torch.randn(7, 3, dtype=torch.float64) + 2, "silu")
+    x, dy = torch.randn(2, 5, 3, dtype=torch.float64)
+    leaves, found = (x.requires_grad_(), layer.weight, layer.bias), []
+    for function in (layer, formula):
         (dx,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
-        found.append((dx, *torch.autograd.grad((dx * to).sum(), of)))
+        found.append((dx, *torch.autograd.grad(dx, leaves, dy)))
     assert_close(*found, size=256)
 
 
@@ -116,8 +103,10 @@ def test_statistics_merged_by_operations_of_torch_have_a_second_derivative():
 def test_adjusted_statistics_have_a_first_derivative_and_refuse_a_second(wanted):
     layer = bn.BatchNorm1d(3, activation="silu", statistics=Shifted())
     x = torch.randn(5, 3, requires_grad=True)
-    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    (plain,) = torch.autograd.grad(layer(x).square().sum(), x)
+    dx, plain = (
+        torch.autograd.grad(layer(x).square().sum(), x, create_graph=graph)[0]
+        for graph in (True, False)
+    )
     assert torch.equal(dx, plain)
     of = x if wanted == "x" else getattr(layer, wanted)
     with pytest.raises(RuntimeError, match="no second derivative; a loss of gradients"):

@@ -7,7 +7,7 @@ import torch
 
 import batchnorm as bn
 from batchnorm import layout as shapes
-from batchnorm.ops.activations import NAMES, Activation
+from batchnorm.ops.activations import NAMES, Activation, activation
 from batchnorm.ops.call import Epilogue, ForBackward
 from support import oracle
 from support.layouts import arrange
@@ -95,10 +95,13 @@ class Case:
     def make(self):
         return arrange(torch.randn(self.shape, dtype=torch.float64).to(self.dtype), self.layout)
 
-    def solve(self):
+    def solve(self, stored=None):
+        """Compute what is expected, by statistics of the batch or stored (mean, var)."""
         given = [plain(t) for t in (self.weight, self.bias, self.residual)]
-        self.done = oracle.forward(plain(self.x), self.axis, *given, act=self.act, eps=EPS)
-        self.gradients = oracle.backward(plain(self.dy), self.done, self.axis, given[0], self.act)
+        options = {"act": self.act, "eps": EPS, "statistics": stored}
+        self.done = oracle.forward(plain(self.x), self.axis, *given, **options)
+        of = plain(self.dy), self.done, self.axis, given[0], self.act
+        self.gradients = oracle.backward(*of, constant=stored is not None)
 
     def scale(self):
         return oracle.column(self.done.rstd * plain(self.weight), self.x, self.axis)
@@ -174,3 +177,26 @@ def run(case, source=None, **statistics):
     wanted = [t for t in leaves if t is not None]
     found = iter(torch.autograd.grad(y, wanted, case.dy))
     return y, moments, [None if t is None else next(found) for t in leaves]
+
+
+def fill_with_nan(monkeypatch):
+    """Have new tensors of torch hold NaN, where they usually hold harmless zeros."""
+    for name in ("empty", "empty_like"):
+        create = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, f=create, **k: f(*a, **k).fill_(torch.nan))
+
+
+def check_half_residual(backend, act, dtype, weight=None, bias=None):
+    """Check that dx is made of dz itself, not of the residual's gradient, which is dz in half."""
+    x, dy, residual = torch.randn(3, 64, 3, 4, 4).to(dtype)
+    act, leaves = activation(act), [t.clone().requires_grad_() for t in (x, residual)]
+    options = {"residual": leaves[1], "activation": act}
+    with bn.use_backend(backend):
+        y, _ = bn.functional.normalize(leaves[0], weight, bias, **options)
+        dx, _ = torch.autograd.grad(y, leaves, dy)
+    done = oracle.forward(plain(x), 1, plain(weight), plain(bias), plain(residual), act)
+    expected = oracle.backward(plain(dy), done, 1, plain(weight), act)
+    # One rounding of dx, and what float32 arithmetic adds to gradients.
+    oracle.assert_close(
+        plain(dx), expected.x, oracle.Tolerance(1e-5, 1.01 * torch.finfo(dtype).eps / 2)
+    )

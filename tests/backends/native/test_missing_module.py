@@ -1,10 +1,8 @@
 """What serves where the native module is not there: torch's kernels, and a warning that says so."""
 
-import copy
 import itertools
 import os
 import shutil
-import subprocess
 import sys
 import textwrap
 from contextvars import ContextVar
@@ -18,7 +16,8 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.errors import ChannelError
 from batchnorm.ops.backends import reference
-from support import oracle
+from support import oracle, processes
+from support.twins import refused, twins, unchanged
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 OPTIONS = {
@@ -46,10 +45,9 @@ def torch_serves(monkeypatch):
 def blocked(code):
     """Run code in an interpreter where the native module cannot be imported."""
     block = "import sys; sys.modules['batchnorm._native'] = None\n"
-    return subprocess.run(
-        [sys.executable, "-W", "default", "-c", block + textwrap.dedent(code)],
-        capture_output=True, text=True, check=True, timeout=200,
-    )  # fmt: skip
+    done = processes.run([sys.executable, "-W", "default", "-c", block + textwrap.dedent(code)])
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def step(layer, x, residual=None, dy=None, after=None):
@@ -64,78 +62,67 @@ def step(layer, x, residual=None, dy=None, after=None):
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_torchs_kernels_move_the_running_statistics_as_torch_does(torch_serves, options):
-    options = OPTIONS[options]
-    ours, theirs = bn.BatchNorm1d(5, **options), nn.BatchNorm1d(5, **options)
+    ours, theirs = twins("1d", **OPTIONS[options])
     for _ in range(3):
         x = torch.randn(16, 5)
         torch.testing.assert_close(ours(x), theirs(x))
         torch.testing.assert_close(list(ours.buffers()), list(theirs.buffers()))
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("param", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_torchs_kernels_take_any_pair_of_input_and_parameter_dtypes(torch_serves, dtype, param):
-    ours = bn.BatchNorm1d(5, activation="relu", dtype=param)
-    theirs = nn.BatchNorm1d(5, dtype=torch.float64)
-    x, dy = torch.randn(8, 5, 3).to(dtype), torch.randn(8, 5, 3).to(dtype)
-    for training in (True, False):
-        got = step(ours.train(training), x, None, dy)
-        expected = step(theirs.train(training), x.double(), None, dy.double(), F.relu)
-        assert got[0].dtype == got[1].dtype == dtype
-        assert got[2].dtype == got[3].dtype == param
-        narrowest = max(dtype, param, key=lambda d: torch.finfo(d).eps)
-        allowed = oracle.tolerance(narrowest, size=16)
-        for one, other in zip(got, expected, strict=True):
-            oracle.assert_close(one.detach().double(), other.detach(), allowed)
+def test_torchs_kernels_take_any_pair_of_input_and_parameter_dtypes(
+    torch_serves, dtype, param, training
+):
+    ours, theirs = bn.BatchNorm1d(5, activation="relu", dtype=param), nn.BatchNorm1d(5).double()
+    x, dy = torch.randn(2, 8, 5, 3).to(dtype)
+    narrowest = max(dtype, param, key=lambda d: torch.finfo(d).eps)
+    allowed = oracle.tolerance(narrowest, size=16)
+    got = step(ours.train(training), x, None, dy)
+    expected = step(theirs.train(training), x.double(), None, dy.double(), F.relu)
+    assert [t.dtype for t in got[:4]] == [dtype, dtype, param, param]
+    for one, other in zip(got, expected, strict=True):
+        oracle.assert_close(one.detach().double(), other.detach(), allowed)
 
 
 @pytest.mark.parametrize("axis", [0, 2, -1])
 def test_torchs_kernels_take_channels_on_any_axis(torch_serves, axis):
-    x, r, dy = torch.randn(4, 5, 6), torch.randn(4, 5, 6), torch.randn(4, 5, 6)
+    tensors = x, r, dy = torch.randn(3, 4, 5, 6)
     layer = bn.BatchNorm(x.shape[axis], axis=axis, activation="relu")
     plain = nn.BatchNorm1d(x.shape[axis])
     for moved in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
         got = step(layer, moved, r, dy)
-        other = step(
-            plain, x.movedim(axis, 1), r.movedim(axis, 1), dy.movedim(axis, 1),
-            lambda y, r: F.relu(y + r),
-        )  # fmt: skip
-        for one, expected in zip(got[:3], other[:3], strict=True):
-            torch.testing.assert_close(one.movedim(axis, 1), expected)
-        torch.testing.assert_close(got[3:], other[3:])
+        expected = step(plain, *(t.movedim(axis, 1) for t in tensors), added_relu)
+        got[:3] = [t.movedim(axis, 1) for t in got[:3]]
+        torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("residual", [(5, 1, 1), (4, 1, 3, 3), ()], ids=str)
 def test_residuals_that_broadcast_or_promote_are_added_behind_torchs_kernels(
-    torch_serves, residual
+    torch_serves, residual, dtype, train
 ):
-    x, layer, plain = (
-        torch.randn(4, 5, 3, 3),
-        bn.BatchNorm2d(5, activation="relu"),
-        nn.BatchNorm2d(5),
-    )
-    for dtype in (torch.float32, torch.float64):
-        for train in (True, False):
-            layer.train(train)
-            plain.train(train)
-            r, dy = torch.randn(residual, dtype=dtype), torch.randn(4, 5, 3, 3, dtype=dtype)
-            got = step(layer, x, r, dy)
-            expected = step(plain, x, r, dy, lambda y, r: F.relu(y + r))
-            assert got[0].dtype == expected[0].dtype
-            torch.testing.assert_close(got, expected)
+    layer, plain = twins("2d", activation="relu")
+    x, r = torch.randn(4, 5, 3, 3), torch.randn(residual, dtype=dtype)
+    dy = torch.randn(4, 5, 3, 3, dtype=dtype)
+    got = step(layer.train(train), x, r, dy)
+    torch.testing.assert_close(got, step(plain.train(train), x, r, dy, added_relu))
 
 
-def test_second_derivatives_by_torchs_kernels_are_right_with_any_parameters(torch_serves):
-    for weight, bias in itertools.product((False, True), repeat=2):
-        given = [torch.randn(5, 3, dtype=torch.float64, requires_grad=True)]
-        given += [torch.randn(3, dtype=torch.float64, requires_grad=True)] * (weight + bias)
+def added_relu(y, residual):
+    return F.relu(y + residual)
 
-        def function(x, *rest, weight=weight, bias=bias):
-            found = iter(rest)
-            w, b = (next(found) if has else None for has in (weight, bias))
-            return bn.functional.normalize(x, w, b, activation="silu")[0]
 
-        assert torch.autograd.gradgradcheck(function, given, fast_mode=True)
+@pytest.mark.parametrize(("weight", "bias"), [*itertools.product((False, True), repeat=2)])
+def test_second_derivatives_by_torchs_kernels_are_right_with_any_parameters(
+    torch_serves, weight, bias
+):
+    x, w, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((5, 3), 3, 3))
+    function = lambda *given: bn.functional.normalize(*given, activation="silu")[0]
+    given = x, w if weight else None, b if bias else None
+    assert torch.autograd.gradgradcheck(function, given, fast_mode=True)
 
 
 def test_a_layer_served_by_torch_may_step_again_in_another_way_before_backward(torch_serves):
@@ -149,42 +136,32 @@ def test_a_layer_served_by_torch_may_step_again_in_another_way_before_backward(t
 
 def test_a_layer_served_by_torch_leaves_everything_as_it_was_when_sizes_do_not_match(torch_serves):
     layer = bn.BatchNorm1d(4)
-    before = copy.deepcopy(layer.state_dict())
-    with pytest.raises(ChannelError, match="should contain 3 elements not 4"):
+    with refused(ChannelError, "should contain 3 elements not 4", layer):
         layer(torch.randn(8, 3))
     layer.weight = nn.Parameter(torch.ones(5))
-    del before["weight"]
-    with pytest.raises(ChannelError, match="weight should contain 4 elements not 5"):
+    with refused(ChannelError, "weight should contain 4 elements not 5", layer):
         layer(torch.randn(8, 4))
-    for name, value in before.items():
-        assert torch.equal(value, layer.state_dict()[name]), name
 
 
-def test_checkpointed_steps_by_torchs_kernels_move_the_statistics_once(torch_serves):
-    layer = bn.BatchNorm1d(3)
-    x = torch.randn(8, 3, requires_grad=True)
-    for momentum in (0.1, None):
-        layer.momentum = momentum
-        y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
-        before = copy.deepcopy(layer.state_dict())
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_checkpointed_steps_by_torchs_kernels_move_the_statistics_once(torch_serves, momentum):
+    layer, x = bn.BatchNorm1d(3), torch.randn(8, 3, requires_grad=True)
+    layer.momentum = momentum
+    y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    with unchanged(layer):
         y.backward(torch.randn(8, 3))
-        for name, value in layer.state_dict().items():
-            assert torch.equal(value, before[name]), name
 
 
-def test_a_compiled_layer_served_by_torch_is_torchs_own_graph(torch_serves):
-    graphs = []
+def test_a_compiled_layer_served_by_torch_has_torchs_own_operation_in_its_graph(torch_serves):
+    layer, plain = twins("2d", activation="relu")
+    called, x = [], torch.randn(4, 5, 6, 6)
 
     def backend(graph, _):
-        graphs.append(graph)
+        called.extend(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
         return graph
 
-    layer, plain = bn.BatchNorm2d(5, activation="relu"), nn.BatchNorm2d(5)
-    x = torch.randn(4, 5, 6, 6)
     y = torch.compile(layer, backend=backend, fullgraph=True)(x)
-    torch.testing.assert_close(y, plain(x).relu())
-    torch.testing.assert_close(list(layer.buffers()), list(plain.buffers()))
-    called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    torch.testing.assert_close([y, *layer.buffers()], [plain(x).relu(), *plain.buffers()])
     assert any("batch_norm" in name for name in called)
     assert not any("batchnorm." in name for name in called), called
 
@@ -241,15 +218,12 @@ def test_importing_without_the_native_module_warns_once_with_the_remedy_and_how_
 
 
 def test_a_device_without_kernels_of_ours_is_served_by_torchs_kernels(monkeypatch):
-    monkeypatch.setattr(
-        "batchnorm.ops.backends.choice._forced", ContextVar("no name", default=None)
-    )
-    monkeypatch.setattr("batchnorm.ops.backends.choice._wrap", None)
-    layer, x = (
-        bn.BatchNorm2d(3, activation="relu", device="meta"),
-        torch.empty(2, 3, 4, 4, device="meta"),
-    )
-    y = layer(x.requires_grad_(), x)
+    choice = "batchnorm.ops.backends.choice"
+    monkeypatch.setattr(f"{choice}._forced", ContextVar("no name", default=None))
+    monkeypatch.setattr(f"{choice}._wrap", None)
+    layer = bn.BatchNorm2d(3, activation="relu", device="meta")
+    x = torch.empty(2, 3, 4, 4, device="meta", requires_grad=True)
+    y = layer(x, x)
     assert y.shape == x.shape and y.is_meta
     found = {node.name() for node, _ in [(y.grad_fn, 0), *y.grad_fn.next_functions]}
     assert found >= {"ReluBackward0", "AddBackward0"}
@@ -262,12 +236,10 @@ def test_a_build_without_a_compiler_succeeds_and_says_what_is_missing(tmp_path):
         source = root / name
         copy_of = shutil.copytree if source.is_dir() else shutil.copy
         copy_of(source, tmp_path / name)
-    command = [sys.executable, "-m", "pip", "wheel", str(tmp_path), "-v", "--no-deps"]
-    done = subprocess.run(
-        [*command, "--no-build-isolation", "-w", str(tmp_path / "wheels")],
-        capture_output=True, text=True, check=True, timeout=250,
-        env={**os.environ, "CXX": "/bin/false", "CC": "/bin/false"},
-    )  # fmt: skip
+    command = [sys.executable, "-m", "pip", "wheel", tmp_path, "-v", "--no-deps"]
+    command += ["--no-build-isolation", "-w", tmp_path / "wheels"]
+    done = processes.run(command, env={**os.environ, "CXX": "/bin/false", "CC": "/bin/false"})
+    assert done.returncode == 0, done.stderr
     assert "built WITHOUT its native module" in done.stdout + done.stderr
     assert "C++17 compiler" in done.stdout + done.stderr
     (wheel,) = (tmp_path / "wheels").iterdir()
@@ -277,10 +249,10 @@ def test_a_build_without_a_compiler_succeeds_and_says_what_is_missing(tmp_path):
 @pytest.mark.parametrize("act", ["relu6", "leaky_relu(0.1)", "elu"])
 def test_a_write_to_the_output_behind_an_activation_is_allowed_as_by_torch(act, torch_serves):
     """As `out += x` behind LeakyReLU: torch keeps the activation's input, unless it is in place."""
-    layer = bn.BatchNorm1d(3, activation=act)
+    layer, found = bn.BatchNorm1d(3, activation=act), []
     x, dy = torch.randn(8, 3, requires_grad=True), torch.randn(8, 3)
-    y = layer(x)
-    (plain,) = torch.autograd.grad(y, x, dy)
-    y = layer(x)
-    y += 1
-    assert torch.equal(torch.autograd.grad(y, x, dy)[0], plain)
+    for added in (0, 1):
+        y = layer(x)
+        y += added
+        found.append(torch.autograd.grad(y, x, dy)[0])
+    assert torch.equal(*found)
