@@ -4,8 +4,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from cited import Row, Rows
-from inline import digits
-from tables import REGIMES, TITLES, WORDS, around, both, markdown, megabytes, ratio, seconds
+from tables import REGIMES, TITLES, WORDS, around, markdown, megabytes, ratio, seconds
 
 # A network is a name, a batch and a size; a cell is that, a mode, a layout and a number format.
 RESNET50, MOBILENET = ("resnet50", "8", "160"), ("mobilenet_v2", "8", "160")
@@ -29,9 +28,7 @@ ABLATED = training(RESNET50, MOBILENET, RESNET18, MLP)
 SAVING = [cell for cell in training(RESNET50, MOBILENET) if cell[2] == "nchw"]
 SAVING.insert(1, (("resnet50", "16", "224"), "train", "nchw", "fp32"))
 # What conversion consisted of before graphs were captured, in history/ablation.
-PARTS = [
-    "eager", "layers", "deferred", "sequences", "converted", "converted, pool off", "save_memory"
-]  # fmt: skip
+PARTS = ["layers", "deferred", "sequences", "converted", "converted, pool off", "save_memory"]
 SMALL = training(RESNET18, MLP)
 # Measured once for each network, with memory kept: the number of threads and the number format.
 MORE = [
@@ -132,27 +129,6 @@ def inside(rows: Rows) -> str:
     return f"{around(cited)}\n\n{markdown(head, 2, lines)}"
 
 
-def ablation_more(rows: Rows) -> str:
-    """Return the contenders of the ablation in bfloat16 and on two threads, memory kept."""
-    cited, lines = [], []
-    for (network, batch, size), threads, dtype in itertools.product(
-        (RESNET50, MOBILENET, RESNET18, MLP), ("1", "2"), ("bf16", "fp32")
-    ):
-        if (threads == "2") is not (dtype == "fp32"):
-            continue
-        for name in ("eager", "layers", "converted"):
-            filters = {"network": network, "batch": batch, "size": size, "mode": "train",
-                       "layout": "nchw", "dtype": dtype, "threads": threads, "regime": "kept",
-                       "contender": name}  # fmt: skip
-            row = rows.one("history/ablation", filters)
-            cited.append(row)
-            title = f"{TITLES[network]}, {batch} of {size}²"
-            what = "bfloat16 autocast" if dtype == "bf16" else "two threads"
-            lines.append([title, what, name, seconds(row, "median"), ratio(row)])
-    head = ["network", "cell", "contender", "step", "× eager"]
-    return f"{around(cited)}\n\n{markdown(head, 3, lines)}"
-
-
 def saved(rows: Rows) -> str:
     """Return what save_memory saves."""
     cells, lines = [Network(rows, cell) for cell in SAVING], []
@@ -169,17 +145,12 @@ def saved(rows: Rows) -> str:
 
 
 def ablation(rows: Rows) -> str:
-    """Return every contender that conversion consisted of, with page faults."""
+    """Return the ratio to eager of every contender that conversion consisted of."""
     cells, lines = [Network(rows, cell, name="history/ablation") for cell in ABLATED], []
-    for cell in cells:
-        for name in PARTS:
-            pair = [cell.row(name, regime) for regime in REGIMES]
-            faults = [digits(row.number("faults"), 0) for row in pair]
-            times = [seconds(row, "median") for row in pair]
-            lines.append([*cell.words(), name, *times, *map(ratio, pair), *faults])
-    head = ["network", "layout", "contender", *both("step"), *both("× eager"),
-            *both("page faults")]  # fmt: skip
-    return _with_place(head, cells, lines, 3)
+    for cell, regime in itertools.product(cells, REGIMES):
+        ratios = [ratio(cell.row(name, regime)) for name in PARTS]
+        lines.append([*cell.words(), regime, *ratios])
+    return _with_place(["network", "layout", "memory", *PARTS], cells, lines, 3)
 
 
 def _with_place(
@@ -196,6 +167,5 @@ BLOCKS: dict[str, Callable[[Rows], str]] = {
     "networks-small": small,
     "saved": saved,
     "ablation": ablation,
-    "ablation-more": ablation_more,
     "inside": inside,
 }

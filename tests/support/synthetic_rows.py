@@ -71,12 +71,6 @@ def networks():
 def ablation():
     for cell, contender, regime in itertools.product(nets.ABLATED, nets.PARTS, tables.REGIMES):
         yield network(cell, contender, regime)
-    cells = [cell for cell in nets.ABLATED if cell[2] == "nchw"]
-    for (net, mode, layout, _), contender in itertools.product(
-        cells, ("eager", "layers", "converted")
-    ):
-        for threads, dtype in (("1", "bf16"), ("2", "fp32")):
-            yield network((net, mode, layout, dtype), contender, "kept") | {"threads": threads}
 
 
 def cpu():
