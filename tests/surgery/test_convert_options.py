@@ -147,14 +147,17 @@ def test_a_converted_layer_trains_by_its_options_and_a_pickled_copy_can_be_undon
         assert_close(one[1].running_mean, x.mean((0, 2, 3)), size=16)
 
 
-def test_estimators_that_undo_restores_continue_from_the_statistics_of_today():
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_estimators_that_undo_restores_continue_from_the_statistics_of_today(forgotten):
     layer = trained(bn.BatchNorm2d(3, estimator=[bn.Running(0.5), bn.LastBatches(2)]))
     bn.convert(layer, estimator=bn.LastBatches(1))
     layer(torch.randn(X) + 7)
     mean = layer.running_mean.clone()
-    bn.undo(layer)
+    assert bn.edits(layer).kept > 0
+    if forgotten:
+        assert bn.edits(bn.forget(layer)).kept == 0
     x = torch.randn(X)
-    layer(x)
+    bn.undo(layer)(x)
     assert_close(layer.running_mean, (mean + x.mean((0, 2, 3))) / 2, size=16)
 
 

@@ -1,7 +1,5 @@
 """bn.fold of every kind of batch normalization, also of torchvision, timm and transformers."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -9,7 +7,7 @@ from torch import nn
 import batchnorm as bn
 from support import third_party
 from support.third_party import FrozenBatchNorm2d
-from support.twins import assert_close, randomize, unchanged
+from support.twins import assert_close, in_float64, randomize, unchanged
 
 S = nn.Sequential
 X = (2, 3, 8, 7)
@@ -65,18 +63,13 @@ KINDS = {
 @pytest.mark.parametrize("converted", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_folded_with_its_eps(kind, converted):
-    third_party.timm()
-    torch.manual_seed(0)
-    model = S(nn.Conv2d(3, 4, 3, bias=False), KINDS[kind](), nn.Tanh())
+    model, x = S(nn.Conv2d(3, 4, 3, bias=False), KINDS[kind](), nn.Tanh()).eval(), torch.randn(X)
     randomize(model)
-    with torch.no_grad():
-        for name in ("weight", "bias"):
-            getattr(model[1], name).copy_(torch.rand(4) + 0.3)
+    with torch.no_grad():  # of frozen classes these are buffers
+        model[1].weight.uniform_(0.3, 1.3), model[1].bias.uniform_(0.3, 1.3)
     if converted:
         bn.convert(model)
-    model.eval()
-    x = torch.randn(X)
-    expected = copy.deepcopy(model).double()(x.double())
+    expected = in_float64(model, x)
     with unchanged(model):
         done = bn.fold(model, x)
         assert done.report.folded == ("1",), done

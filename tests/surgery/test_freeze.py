@@ -10,7 +10,15 @@ from torch import nn
 
 import batchnorm as bn
 from support import oracle
-from support.twins import randomize, through_file, unchanged
+from support.combinations import pairs
+from support.twins import (
+    assert_close,
+    assert_optimizes,
+    in_float64,
+    randomize,
+    through_file,
+    unchanged,
+)
 
 X = (4, 3, 8, 8)
 ALL = {"statistics": True, "affine": True, "mode": True, "folded": False}
@@ -44,9 +52,9 @@ def values(model, *names):
 
 def stays(model):
     """Train, and return whether everything of the normalizations stays as it is."""
-    before = values(model, "1", "4", "7")
+    before = values(model, "1", "7")
     trained(model, torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1))
-    return all(torch.equal(t, before[name]) for name, t in values(model, "1", "4", "7").items())
+    return all(torch.equal(t, before[name]) for name, t in values(model, "1", "7").items())
 
 
 SURVIVED = {
@@ -57,14 +65,12 @@ SURVIVED = {
     "pickle": lambda m: pickle.loads(pickle.dumps(m)).requires_grad_(True),
     "torch.save of the model": lambda m: through_file(m).requires_grad_(True),
     "half and back": lambda m: m.half().float().requires_grad_(True),
-    "to another dtype": lambda m: m.to(torch.float32),
     "convert": lambda m: bn.convert(m),
 }
 
 
-@pytest.mark.parametrize("ours", [False, True])
-@pytest.mark.parametrize("action", SURVIVED)
-def test_a_frozen_model_stays_frozen_through_copies_and_state_dicts(action, ours):
+@pairs(action=SURVIVED, ours=[False, True])
+def test_a_frozen_model_stays_frozen_through_copies_and_casts(action, ours):
     model = SURVIVED[action](bn.freeze(network(ours)))
     assert bn.frozen(model) == {"1": ALL, "7": ALL}
     assert stays(model)
@@ -75,42 +81,33 @@ def test_a_frozen_model_stays_frozen_through_copies_and_state_dicts(action, ours
 
 
 @pytest.mark.parametrize("ours", [False, True])
-def test_unfreezing_gives_back_the_very_model(ours):
+def test_unfreezing_returns_the_model_from_before_and_keeps_the_state_of_the_optimizer(ours):
     model = network(ours)
     model[7].bias.requires_grad_(False)
-    trained(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     trained(model, optimizer)
     momentum = {p: s["momentum_buffer"].clone() for p, s in optimizer.state.items()}
-    model.zero_grad()
     with unchanged(model):
         assert bn.freeze(model, optimizer=optimizer) is model
         assert bn.undo(bn.freeze(model, mode=False), "freeze") is model
         bn.freeze(model)
-        model.requires_grad_(True)
-        model(torch.randn(X)).square().mean().backward()
-        model.zero_grad()
+        trained(model.requires_grad_(True))
         assert bn.unfreeze(model) is model
     assert [p.requires_grad for p in model[7].parameters()] == [True, False]
-    for parameter, state in optimizer.state.items():
-        assert torch.equal(state["momentum_buffer"], momentum[parameter])
-    weight = model[1].weight.detach().clone()
-    trained(model, optimizer)
-    assert not torch.equal(model[1].weight, weight)
+    assert all(torch.equal(optimizer.state[p]["momentum_buffer"], m) for p, m in momentum.items())
+    assert not stays(model)
 
 
-def test_a_shared_layer_stays_one_and_an_optimizer_with_an_old_gradient_moves_nothing():
+def test_an_optimizer_with_gradients_from_before_changes_no_frozen_parameter():
     model = trained(network())
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-    parameters = {name: id(p) for name, p in model.named_parameters()}
+    before = values(model, "1", "7")
     bn.freeze(model)
     assert model[1] is model[4]
-    assert {name: id(p) for name, p in model.named_parameters()} == parameters
+    assert_optimizes(optimizer, model)
     assert [edit.names for edit in bn.edits(model)] == [("1",), ("7",)]
-    assert list(network().state_dict()) == list(model.state_dict())
-    before = values(model, "1", "7")
     optimizer.step()
-    assert all(torch.equal(t, before[name]) for name, t in values(model, "1", "7").items())
+    assert_close(values(model, "1", "7"), before, exact=True)
 
 
 def test_what_frozen_returns_is_json_and_freezes_another_model():
@@ -124,15 +121,14 @@ def test_what_frozen_returns_is_json_and_freezes_another_model():
     assert not other[1].weight.requires_grad
 
 
-def test_freezing_again_sets_all_switches_anew():
-    model = bn.freeze(network())
-    bn.freeze(model, affine=False)
-    assert model[1].weight.requires_grad
-    assert len(bn.edits(model)) == 2
-    bn.freeze(model, statistics=False, affine=False, mode=False)
-    assert not bn.frozen(model)
-    assert type(model[1]) is nn.BatchNorm2d
-    assert not bn.edits(model)
+def test_freezing_again_replaces_all_switches():
+    model = network()
+    with unchanged(model):
+        bn.freeze(bn.freeze(model), affine=False)
+        assert model[1].weight.requires_grad
+        assert len(bn.edits(model)) == 2
+        bn.freeze(model, statistics=False, affine=False, mode=False)
+        assert not bn.frozen(model) and not bn.edits(model)
 
 
 def test_a_filter_leaves_layers_out():
@@ -144,18 +140,17 @@ def test_a_filter_leaves_layers_out():
     assert list(bn.frozen(model)) == ["1"]
 
 
-def test_a_later_conversion_stands_on_the_class_and_not_on_the_switches():
-    model = bn.freeze(network())
-    bn.convert(model, estimator=[bn.Running(0.2), bn.LastBatches(3)])
-    with pytest.raises(bn.errors.SurgeryError, match="later, by convert"):
-        bn.undo(model, "freeze")
-    bn.unfreeze(model)
-    assert not bn.frozen(model)
-    assert model[1].weight.requires_grad
-    assert isinstance(model[1], bn.BatchNorm2d)
-    bn.undo(model)
-    assert type(model[1]) is nn.BatchNorm2d
-    assert model[1].momentum == 0.3
+def test_a_frozen_layer_that_is_converted_later_is_unfrozen_before_undo():
+    model = network()
+    with unchanged(model):
+        bn.convert(bn.freeze(model), estimator=[bn.Running(0.2), bn.LastBatches(3)])
+        with pytest.raises(bn.errors.SurgeryError, match="later, by convert"):
+            bn.undo(model, "freeze")
+        bn.unfreeze(model)
+        assert not bn.frozen(model)
+        assert model[1].weight.requires_grad
+        assert isinstance(model[1], bn.BatchNorm2d)
+        bn.undo(model)
 
 
 def test_a_frozen_step_of_half_precision_is_right():
@@ -173,25 +168,22 @@ def test_a_frozen_step_of_half_precision_is_right():
     oracle.assert_close(model(x).detach().numpy(), done.y, allowed)
 
 
-def test_synchronized_layers_get_their_source_back():
+def test_unfreezing_restores_the_class_of_synchronized_layers():
     model = nn.Sequential(nn.SyncBatchNorm(3))
     bn.freeze(model, mode=False)
     assert model[0].statistics == bn.Synced()
-    bn.unfreeze(model)
-    assert type(model[0]) is nn.SyncBatchNorm
+    assert type(bn.unfreeze(model)[0]) is nn.SyncBatchNorm
 
 
-def test_a_layer_of_a_frozen_source_counts_as_frozen_and_can_train():
+def test_a_layer_with_a_frozen_source_counts_as_frozen_and_can_be_unfrozen():
     model = nn.Sequential(bn.BatchNorm2d(3, statistics=bn.Frozen()))
     assert bn.frozen(model)["0"] == {**ALL, "affine": False}
-    bn.unfreeze(model)
-    assert model[0].statistics == bn.Batch()
-    bn.undo(model, "unfreeze")
-    assert model[0].statistics == bn.Frozen()
+    assert bn.unfreeze(model)[0].statistics == bn.Batch()
+    assert bn.undo(model, "unfreeze")[0].statistics == bn.Frozen()
 
 
 @pytest.mark.parametrize("folded", [False, True])
-def test_plain_compiled_models_recompile(folded):
+def test_a_compiled_model_is_compiled_again_after_freezing_and_unfreezing(folded):
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
     randomize(model)
     torch.compiler.reset()
@@ -200,8 +192,8 @@ def test_plain_compiled_models_recompile(folded):
     before = model[1].running_mean.clone()
     bn.freeze(model, folded=folded)
     x = torch.randn(X)
-    expected = copy.deepcopy(model).eval()(x)
-    torch.testing.assert_close(run(x), expected)
+    expected = in_float64(copy.deepcopy(model).eval(), x)
+    assert_close(run(x), expected, size=32)
     assert torch.equal(model[1].running_mean, before)
     bn.unfreeze(model)
     run(x)

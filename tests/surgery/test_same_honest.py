@@ -1,7 +1,6 @@
 """``bn.same`` says "same" of twenty kinds of pairs that compute the same, on several architectures."""
 
 import copy
-import io
 import itertools
 import pickle
 import warnings
@@ -13,7 +12,7 @@ from torch import nn
 from torch.fx.experimental import optimization
 
 import batchnorm as bn
-from support import third_party
+from support import networks
 from support.combinations import each
 from support.compared import Net, settled
 from support.lanes import lanes
@@ -69,42 +68,34 @@ def built(name):
     return settled(model, 8, *shape[1:]), torch.randn(shape) * 2 + 1
 
 
-def by_state_dict(model, data):
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    other = copy.deepcopy(model)
-    for tensor in (*other.parameters(), *other.buffers()):
-        tensor.data.fill_(1)
-    file.seek(0)
-    other.load_state_dict(torch.load(file, weights_only=True))
-    return other
-
-
-def parametrized(model, data):
-    other = copy.deepcopy(model)
-    for module in other.modules():
-        if isinstance(module, nn.Linear):
-            nn.utils.parametrizations.weight_norm(module)
-    return other
-
-
-def partly_compiled(model, data):
-    other = copy.deepcopy(model)
-    name = next(
-        n for n, m in other.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
-    )
-    other.set_submodule(name, torch.compile(other.get_submodule(name), backend="eager"))
-    return other
-
-
-def compiled_in_place(model, data):
-    other = copy.deepcopy(model)
-    other.compile(backend="eager")
-    return other
-
-
 def changed(change):
     return lambda model, data: change(copy.deepcopy(model))
+
+
+def by_state_dict(model):
+    state = copy.deepcopy(model.state_dict())
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(1)
+    model.load_state_dict(state)
+    return model
+
+
+def parametrized(model):
+    for module in [m for m in model.modules() if isinstance(m, nn.Linear)]:
+        nn.utils.parametrizations.weight_norm(module)
+    return model
+
+
+def partly_compiled(model):
+    norms = (n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    name = next(norms)
+    model.set_submodule(name, torch.compile(model.get_submodule(name), backend="eager"))
+    return model
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    return model
 
 
 # Pairs for eval and training: (model, data) -> the other one.
@@ -112,14 +103,14 @@ BOTH = {
     "itself": lambda model, data: model,
     "deepcopy": lambda model, data: copy.deepcopy(model),
     "pickle": lambda model, data: pickle.loads(pickle.dumps(model)),
-    "state dict": by_state_dict,
+    "state dict": changed(by_state_dict),
     "converted": changed(bn.convert),
     "undone": changed(lambda model: bn.undo(bn.convert(model))),
     "save_memory": changed(bn.save_memory),
     "wrapped": changed(nn.DataParallel),
     "frozen parameters": changed(lambda model: model.requires_grad_(False)),
-    "parametrized": parametrized,
-    "parts compiled": partly_compiled,
+    "parametrized": changed(parametrized),
+    "parts compiled": changed(partly_compiled),
 }
 
 # Pairs for eval alone.
@@ -130,7 +121,7 @@ IN_USE = {
     "unfolded": lambda model, data: bn.undo(bn.fold(copy.deepcopy(model), data).model),
     "fused by torch.fx": lambda model, data: optimization.fuse(copy.deepcopy(model)),
     "compiled": changed(lambda model: torch.compile(model, backend="eager")),
-    "compiled in place": compiled_in_place,
+    "compiled in place": changed(compiled_in_place),
     "traced": lambda model, data: torch.jit.trace(model, data, check_trace=False, strict=False),
     "batchnorm backend": changed(lambda model: torch.compile(model, backend="batchnorm")),
     "exported": lambda model, data: torch.export.export(model, (data,)),
@@ -192,7 +183,7 @@ def test_a_compiled_model_that_differs_is_found():
     assert not found and "where" in found.first.message and "is allowed" in found.first.message
 
 
-def test_distributed_wrappers_are_taken_off():
+def test_a_model_in_a_distributed_wrapper_is_the_same():
     model, data = built("images")
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)  # fmt: skip
     try:
@@ -202,27 +193,20 @@ def test_distributed_wrappers_are_taken_off():
         torch.distributed.destroy_process_group()
 
 
-def _timm(name):
-    return lambda: third_party.timm().create_model(name, num_classes=10)
+SLOW = "torchvision resnet18"
+FORMS = [
+    SLOW,
+    "torchvision mobilenet_v3",
+    "torchvision densenet",
+    "timm regnety",
+    "timm efficientnet_b0",
+]
 
 
-def _torchvision(name):
-    return lambda: getattr(third_party.torchvision().models, name)(num_classes=10)
-
-
-NETWORKS = {
-    "resnet18": _torchvision("resnet18"),
-    "mobilenet_v3": _torchvision("mobilenet_v3_small"),
-    "regnety": _timm("regnety_002"),
-    "efficientnet": _timm("efficientnet_b0"),
-    "densenet": lambda: third_party.torchvision().models.DenseNet(8, (2, 2), 16, num_classes=10),
-}
-
-
-@pytest.mark.parametrize("name", lanes(NETWORKS, slow=["resnet18"]))
-def test_networks_of_others_in_every_form(name):
+@pytest.mark.parametrize("name", lanes(FORMS, slow=[SLOW]))
+def test_networks_of_others_are_the_same_in_every_form(name):
     torch.manual_seed(4)
-    model = settled(NETWORKS[name](), 8, 3, 64, 64, steps=3)
+    model = settled(networks.NETWORKS[name][0](), 8, 3, 64, 64, steps=3)
     data = torch.randn(2, 3, 64, 64) * 2 + 1
     pairs = {
         "converted": bn.convert(copy.deepcopy(model)),

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import itertools
 import pickle
 import warnings
 
@@ -14,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from batchnorm.errors import ChannelError, OptionError
+from support import oracle
 from support.combinations import pairs
-from support.twins import assert_unchanged, snapshot
+from support.twins import assert_close, assert_same_state, refused
 
 C, EPS = 3, 1e-5
-EXACT = {"rtol": 1e-12, "atol": 1e-13}
 ACTIVATIONS = {
     None: lambda z: z,
     "relu": torch.relu,
@@ -26,73 +25,51 @@ ACTIVATIONS = {
 }
 
 
-def micro_batches(number, seed=0):
+def micro_batches(number, masked=True, seed=0):
     """Batches of 2 to 6 samples whose means wander, (n, C, 5), and lengths: 2 values or more."""
     rng = np.random.default_rng(seed)
-    found = []
     for size in rng.integers(2, 7, number):
         x = rng.normal(rng.normal(size=(C, 1)) * 3, 1.5, (size, C, 5))
         lengths = np.maximum(rng.integers(0, 5, size), 2 * (np.arange(size) == 0))
-        found.append((torch.from_numpy(x), torch.from_numpy(lengths)))
-    return found
+        yield torch.from_numpy(x), torch.from_numpy(lengths) if masked else None
 
 
 def values(x, lengths=None):
     """The values of each channel that count: (n, C)."""
-    keep = torch.ones(x.shape[0], 5, dtype=bool)
-    if lengths is not None:
-        keep = torch.arange(5) < lengths[:, None]
-    return x.movedim(1, -1)[keep]
+    keep = torch.arange(5) < (torch.tensor([5]) if lengths is None else lengths)[:, None]
+    return x.movedim(1, -1)[keep.expand(len(x), 5)]
 
 
-def averaged(groups, momentum, debias=False, correction=1):
-    """The running average over sets of values (n, C), by its formula in numpy."""
+def assert_averaged(layer, groups, momentum, debias=False, correction=1):
+    """Compare with the running average over sets of values (n, C), by its formula in numpy."""
     mean, var, weight = np.zeros(C), np.zeros(C) if debias else np.ones(C), 0.0
     for one in map(np.asarray, groups):
         mean = (1 - momentum) * mean + momentum * one.mean(0)
         var = (1 - momentum) * var + momentum * one.var(0, ddof=correction)
         weight = (1 - momentum) * weight + momentum
-    return (mean / weight, var / weight) if debias else (mean, var)
-
-
-def runs(data, length):
-    for start in range(0, len(data), length):
-        yield data[start : start + length]
+    scale = weight if debias else 1.0
+    exact = oracle.Tolerance(oracle.POOLED, oracle.POOLED)
+    oracle.assert_close(layer.running_mean.numpy(), mean / scale, exact)
+    oracle.assert_close(layer.running_var.numpy(), var / scale, exact)
 
 
 @pairs(every=[2, 8], masked=[False, True], debias=[False, True], correction=[0, 1])
-def test_one_step_for_so_many_micro_batches_is_the_step_of_their_union(
+def test_running_with_every_makes_one_step_with_the_union_of_so_many_micro_batches(
     every, masked, debias, correction
 ):
     estimator = bn.Running(0.3, every=every, debias=debias, correction=correction)
-    layer, data = bn.BatchNorm1d(C, estimator=estimator, dtype=torch.float64), micro_batches(24)
-    if not masked:
-        data = [(x, None) for x, _ in data]
-    for step, (x, lengths) in enumerate(data, 1):
-        layer(x, lengths=lengths)
-        if step % every == 3 % every:  # evaluation in between changes nothing
-            layer.eval()(x)
-            layer.train()
-    united = [torch.cat([values(*one) for one in run]) for run in runs(data, every)]
-    mean, var = averaged(united, 0.3, debias, correction)
-    np.testing.assert_allclose(layer.running_mean, mean, rtol=1e-12)
-    np.testing.assert_allclose(layer.running_var, var, rtol=1e-12)
+    layer, data = bn.BatchNorm1d(C, estimator=estimator).double(), [*micro_batches(24, masked)]
+    united = []
+    for at in range(0, 24, every):
+        before = layer.running_mean.clone()
+        for x, lengths in data[at : at + every]:
+            assert torch.equal(layer.running_mean, before)
+            layer.eval()(x)  # evaluation in between changes nothing
+            layer.train()(x, lengths=lengths)
+        united.append(torch.cat([values(*one) for one in data[at : at + every]]))
+    assert_averaged(layer, united, 0.3, debias, correction)
     assert int(layer.num_batches_tracked) == 24
     assert int(layer.state_dict()["estimators.running.batches"]) == 24 // every
-
-
-def test_every_8_over_24_micro_batches_is_torch_on_3_large_batches():
-    layer = bn.BatchNorm1d(C, estimator=bn.Running(0.1, every=8)).double()
-    theirs = nn.BatchNorm1d(C).double()
-    data = [torch.randn(4, C, dtype=torch.float64) * 2 + step for step in range(24)]
-    for run in runs(data, 8):
-        before = layer.running_mean.clone()
-        for x in run:
-            assert torch.equal(layer.running_mean, before)
-            layer(x)
-        theirs(torch.cat(run))
-        torch.testing.assert_close(layer.running_mean, theirs.running_mean, **EXACT)
-        torch.testing.assert_close(layer.running_var, theirs.running_var, **EXACT)
 
 
 def test_attach_makes_one_step_for_each_step_of_the_optimizer():
@@ -100,18 +77,16 @@ def test_attach_makes_one_step_for_each_step_of_the_optimizer():
     bn.convert(model, estimator=[bn.Running(0.2, every="optimizer"), bn.Cumulative()])
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     attached = bn.attach(model, optimizer)
-    entered = []
+    steps, entered = [], []
     model[0].register_forward_hook(lambda _, args, out: entered.append(out.detach()))
-    steps = []
-    for sizes in ([4, 2, 6], [3], [], [5, 5]):
+    for sizes in ([4, 2, 6], [3], [5, 5]):
         for size in sizes:
             model(torch.randn(size, C, dtype=torch.float64)).square().mean().backward()
         optimizer.step()
-        steps.append(torch.cat(entered)) if entered else None
+        steps.append(torch.cat(entered))
         entered.clear()
-    mean, var = averaged(steps, 0.2)
-    np.testing.assert_allclose(model[1].running_mean, mean, rtol=1e-12)
-    np.testing.assert_allclose(model[1].running_var, var, rtol=1e-12)
+        optimizer.step()  # without a batch in between it makes no step
+    assert_averaged(model[1], steps, 0.2)
     state = model[1].state_dict()
     assert int(state["estimators.running.batches"]) == 3
     assert int(state["estimators.cumulative.batches"]) == 6
@@ -154,78 +129,91 @@ def test_copies_are_not_attached_and_the_optimizer_is_not_kept_alive():
     assert torch.equal(model[0].running_mean, before)
 
 
-def test_what_cannot_be_attached_is_an_error_that_says_what_to_do():
-    model = nn.Sequential(bn.BatchNorm1d(C, estimator=bn.Running(every="optimizer")))
-    other = nn.Linear(2, 2)
-    foreign = torch.optim.SGD(other.parameters(), 0.1)
-    before = snapshot(model)
-    with pytest.raises(OptionError, match="none of its parameters"):
-        bn.attach(model, foreign)
-    with pytest.raises(OptionError, match=r'estimator=bn\.Running\(0\.1, every="optimizer"\)'):
-        bn.attach(other, foreign)
-    with pytest.raises(OptionError, match="expected optimizer="):
-        bn.attach(model, None)
-    assert_unchanged(before, model)
-    for every in (0, -1, 2.0, True, "step", None):
-        with pytest.raises(OptionError, match="expected every >= 1"):
-            bn.Running(every=every)
-    for k in (0, 2.0, True):
-        with pytest.raises(OptionError, match="expected k >= 1"):
-            bn.Pooled(k)
-    with pytest.raises(OptionError, match="expected of="):
-        bn.Pooled(2, of=bn.Ghost(4))
-    groups = bn.BatchNorm1d(C, statistics=bn.Grouped(2), estimator=bn.Running(every=2))
-    before = snapshot(groups)
-    with pytest.raises(OptionError, match="expected an estimator with every=1"):
-        groups(torch.randn(4, C), groups=torch.tensor([0, 0, 1, 1]))
-    assert_unchanged(before, groups)
+OTHER = nn.Linear(2, 2)
+FOREIGN = torch.optim.SGD(OTHER.parameters(), 0.1)
+GROUPS = torch.tensor([0, 0, 1, 1])
+
+
+def accumulating_groups():
+    return bn.BatchNorm1d(C, statistics=bn.Grouped(2), estimator=bn.Running(every=2))
+
+
+def of_optimizer():
+    return nn.Sequential(bn.BatchNorm1d(C, estimator=bn.Running(every="optimizer")))
+
+
+# words of the error -> function that returns a model, what is called with it
+REFUSED = {
+    "none of its parameters": (of_optimizer, lambda m: bn.attach(m, FOREIGN)),
+    r'estimator=bn\.Running\(0\.1, every="optimizer"\)': (lambda: OTHER, lambda m: bn.attach(m, FOREIGN)),
+    "expected optimizer=": (of_optimizer, lambda m: bn.attach(m, None)),
+    "expected of=": (lambda: None, lambda _: bn.Pooled(2, of=bn.Ghost(4))),
+    "expected an estimator with every=1": (accumulating_groups, lambda m: m(torch.randn(4, C), groups=GROUPS)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_accumulation_that_is_impossible_is_refused_and_changes_nothing(words):
+    build, call = REFUSED[words]
+    model = build()
+    with refused(OptionError, words, model):
+        call(model)
+
+
+@pytest.mark.parametrize("number", [0, -1, 2.0, True, "step", None])
+def test_every_and_k_are_integers_from_1(number):
+    with pytest.raises(OptionError, match="expected every >= 1"):
+        bn.Running(every=number)
+    with pytest.raises(OptionError, match="expected k >= 1"):
+        bn.Pooled(number)
 
 
 @pairs(k=[1, 2, 4], masked=[False, True], activation=[*ACTIVATIONS], residual=[False, True])
 def test_a_step_is_normalized_by_the_last_k_micro_batches_as_one_set(
     k, masked, activation, residual
 ):
-    torch.manual_seed(0)
-    layer = bn.BatchNorm1d(C, activation=activation, statistics=bn.Pooled(k), dtype=torch.float64)
-    plain = bn.BatchNorm1d(C, dtype=torch.float64)
-    with torch.no_grad():
-        layer.weight.normal_(), layer.bias.normal_()
-    data = micro_batches(7, seed=k)
-    if not masked:
-        data = [(x, None) for x, _ in data]
+    layer = bn.BatchNorm1d(C, activation=activation, statistics=bn.Pooled(k)).double()
+    plain = bn.BatchNorm1d(C).double()
+    nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
+    data = [*micro_batches(7, masked, seed=k)]
     for step, (x, lengths) in enumerate(data):
         before = [values(*one) for one in data[max(0, step - k + 1) : step]]
         inputs = [x.clone().requires_grad_() for _ in range(2)]
-        r = torch.randn_like(x) if residual else None
-        y = layer(inputs[0], r, lengths=lengths)
+        r = torch.randn_like(x) if residual else torch.zeros_like(x)
+        y = layer(inputs[0], r if residual else None, lengths=lengths)
         united = torch.cat([*before, values(inputs[1], lengths)])
         var, mean = torch.var_mean(united, 0, correction=0)
         z = (inputs[1] - mean[:, None]) / (var[:, None] + EPS).sqrt()
         z = z * layer.weight.detach()[:, None] + layer.bias.detach()[:, None]
-        expected = ACTIVATIONS[activation](z if r is None else z + r)
+        expected = ACTIVATIONS[activation](z + r)
         if masked:
-            expected = torch.where((torch.arange(5) < lengths[:, None])[:, None], expected, 0.0)
-        torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-10)
+            expected = expected * (torch.arange(5) < lengths[:, None])[:, None]
         dy = torch.randn_like(x)
         y.backward(dy), expected.backward(dy)
-        torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-9, atol=1e-10)
+        found = [(y, expected), (inputs[0].grad, inputs[1].grad)]
+        for got, want in found:
+            assert_close(got, want, count=united.numel(), ratio=16, size=16)
         plain(x, lengths=lengths)
-    torch.testing.assert_close(layer.running_var, plain.running_var, **EXACT)
+    assert_close(layer.running_var, plain.running_var, count=100, size=16)
 
 
-def test_pooled_refuses_groups_of_samples_and_another_number_of_channels():
-    layer = bn.BatchNorm1d(C, statistics=bn.Pooled(3), affine=False, track_running_stats=False)
+def without_parameters(source):
+    return bn.BatchNorm1d(C, statistics=source, affine=False, track_running_stats=False)
+
+
+def test_pooled_refuses_groups_of_samples():
+    layer = without_parameters(bn.Pooled(3))
     layer(torch.randn(4, C))
-    before = layer.state_dict()
-    with pytest.raises(OptionError, match="Moments of whole batches"):
-        layer(torch.randn(4, C), groups=torch.tensor([0, 0, 1, 1]))
-    with pytest.raises(ChannelError, match=r"3 channels in this layer, and the batch has 5"):
+    with refused(OptionError, "Moments of whole batches", layer):
+        layer(torch.randn(4, C), groups=GROUPS)
+
+
+@pytest.mark.parametrize("source", [bn.Pooled(3), bn.Renorm()])
+def test_a_source_with_a_state_refuses_another_number_of_channels(source):
+    layer = without_parameters(source)
+    layer(torch.randn(4, C))
+    with refused(ChannelError, r"3 channels in this layer, and the batch has 5", layer):
         layer(torch.randn(4, 5))
-    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
-    renorm = bn.BatchNorm1d(C, statistics=bn.Renorm(), affine=False, track_running_stats=False)
-    renorm(torch.randn(4, C))
-    with pytest.raises(ChannelError, match="the batch has 5"):
-        renorm(torch.randn(4, 5))
     layer.num_features = 5
     layer.reset_running_stats()
     layer(torch.randn(4, 5))
@@ -257,15 +245,14 @@ def accumulating(every=3):
 
 
 @pytest.mark.parametrize("kind", COPIES)
-def test_a_copy_goes_on_in_the_midst_of_an_accumulation(kind):
+def test_a_copy_continues_an_accumulation(kind):
     layer = accumulating()
     other = COPIES[kind](layer)
     if kind == "undone conversion":  # the source begins anew: its batches were of the other one
         layer.memory = other.memory = None
-    for _ in range(3):
-        x = torch.randn(6, C)
-        torch.testing.assert_close(other(x), layer(x), rtol=0, atol=0)
-    torch.testing.assert_close(other.state_dict(), layer.state_dict(), rtol=0, atol=0)
+    for x in torch.randn(3, 6, C):
+        assert torch.equal(other(x), layer(x))
+    assert_close(other.state_dict(), layer.state_dict(), exact=True)
 
 
 def test_a_plain_state_dict_loads_and_the_accumulation_begins_anew():
@@ -274,18 +261,18 @@ def test_a_plain_state_dict_loads_and_the_accumulation_begins_anew():
     data = torch.randn(3, 5, C)
     for x in data:
         layer(x)
-    torch.testing.assert_close(layer.running_mean, 0.2 * data.flatten(0, 1).mean(0))
+    assert_close(layer.running_mean, 0.2 * data.flatten(0, 1).mean(0))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_recomputation_is_no_micro_batch(reentrant):
+def test_a_recomputation_does_not_count_as_a_micro_batch(reentrant):
     layer = accumulating(every=2)
     twin, x = copy.deepcopy(layer), torch.randn(2, 6, C, requires_grad=True)
     loss = sum(checkpoint(layer, one, use_reentrant=reentrant).pow(3).sum() for one in x)
     loss.backward()
     (grad,) = torch.autograd.grad(sum(twin(one).pow(3).sum() for one in x), x)
-    torch.testing.assert_close(x.grad, grad, rtol=0, atol=0)
-    torch.testing.assert_close(layer.state_dict(), twin.state_dict(), rtol=0, atol=0)
+    assert torch.equal(x.grad, grad)
+    assert_close(layer.state_dict(), twin.state_dict(), exact=True)
 
 
 @pytest.mark.slow
@@ -298,9 +285,8 @@ def test_a_compiled_layer_accumulates_as_an_eager_one():
         inputs = [x.clone().requires_grad_() for _ in range(2)]
         for one, model in zip(inputs, (compiled, twin)):
             model(one).pow(3).mean().backward()
-        torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
-    for name, own in layer.state_dict().items():
-        torch.testing.assert_close(own, twin.state_dict()[name])
+        assert_close(inputs[0].grad, inputs[1].grad, size=64)
+    assert_same_state(layer, twin)
 
 
 def test_frozen_and_empty_batches_are_not_counted():
@@ -308,7 +294,6 @@ def test_frozen_and_empty_batches_are_not_counted():
     before = copy.deepcopy(layer.state_dict())
     layer(torch.randn(0, C))
     bn.freeze(layer)
-    for _ in itertools.repeat(None, 3):
-        layer(torch.randn(6, C))
+    layer(torch.randn(6, C))
     bn.unfreeze(layer)
-    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+    assert_close(layer.state_dict(), before, exact=True)

@@ -8,7 +8,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.errors import OptionError, SurgeryError
-from support.twins import assert_unchanged, snapshot
+from support.twins import assert_close, refused, unchanged
 
 
 def network(norm):
@@ -47,21 +47,17 @@ def test_a_skipped_step_leaves_statistics_and_parameters_where_they_were(norm):
         assert skipped == guard.skipped == (number > 1)
         step(*runs[1], x)
         if number == 1:
-            before = snapshot(model)
-            with guard:
+            with unchanged(model), guard:
                 step(*runs[0], torch.full((6, 3), float("nan")))
-            assert_unchanged(before, model)
     assert guard.skipped == 1
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(value, twin.state_dict()[name], rtol=0, atol=0)
+    assert_close(model.state_dict(), twin.state_dict(), exact=True)
 
 
 def test_an_exception_restores_and_a_disabled_scaler_does_nothing():
     model = network(bn.BatchNorm1d)
-    guard, before = bn.guard(model, torch.amp.GradScaler("cpu")), snapshot(model)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), guard:
+    guard = bn.guard(model, torch.amp.GradScaler("cpu"))
+    with refused(RuntimeError, "shapes cannot be multiplied", model), guard:
         nn.Sequential(model, nn.Linear(5, 1))(torch.randn(4, 3))
-    assert_unchanged(before, model)
     with guard, pytest.raises(SurgeryError, match="entered already"):
         guard.__enter__()
     with bn.guard(model, torch.amp.GradScaler("cpu", enabled=False)):
@@ -69,7 +65,7 @@ def test_an_exception_restores_and_a_disabled_scaler_does_nothing():
     assert int(model[1].num_batches_tracked) == 1
 
 
-def test_what_is_no_scaler_or_has_no_statistics_is_an_error():
+def test_guard_refuses_other_scalers_and_models_without_batch_normalization():
     with pytest.raises(OptionError, match=r"torch\.amp\.GradScaler, got SGD"):
         bn.guard(network(nn.BatchNorm1d), torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1))
     with pytest.raises(SurgeryError, match="no batch normalization"):
