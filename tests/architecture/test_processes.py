@@ -75,4 +75,4 @@ def test_processes_that_may_outlive_a_test_are_started_by_helpers_that_end_them(
         if re.search(r"\bPopen\(|\.Process\(|multiprocessing\.start_processes\(", path.read_text())
     }
     # Each of them kills in a finally.
-    assert alone == {"processes.py", "ranks.py", "test_ranks.py"}
+    assert alone == {"processes.py", "ranks.py"}

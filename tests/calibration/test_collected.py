@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from batchnorm.calibration import collect as collecting
 from batchnorm.calibration.collect import GROUPS, Collected
-from batchnorm.moments import Moments, merge_all
-from support.oracle import POOLED, Tolerance, tolerance
+from batchnorm.moments import Moments
+from support.oracle import POOLED, Tolerance
 from support.oracle import assert_close as close
 
 CHANNELS = {"a": 3, "b": 1, "c": 2}
@@ -27,31 +27,28 @@ def batches_of(number, seed, mean=0.0):
     ]
 
 
-def put(collected, batch):
-    for name, values in batch.items():
-        if len(values):
-            mean = values.mean(0)
-            collected.batch.put(name, Moments(len(values), mean, (values - mean).square().sum(0)))
-    collected.add()
+def moments_of(values):
+    mean = values.mean(0)
+    return Moments(len(values), mean, (values - mean).square().sum(0))
 
 
-def collect(batches, waiting, monkeypatch):
+def collect(batches, waiting, monkeypatch, reads=False):
+    """Collect the batches; ``reads`` says whether the groups are read after each of them."""
     monkeypatch.setattr(collecting, "WAITING", waiting)
     collected = Collected(CHANNELS)
     for batch in batches:
-        put(collected, batch)
+        for name, values in batch.items():
+            if len(values):
+                collected.batch.put(name, moments_of(values))
+        collected.add()
+        if reads:
+            collected.groups()
     return collected
-
-
-def oracle(batches, name):
-    values = torch.cat([batch[name] for batch in batches])
-    mean = values.mean(0)
-    return len(values), mean, (values - mean).square().sum(0)
 
 
 def assert_exact(found, collected, batches, mean):
     for name, at in collected.split(torch.arange(len(found.mean))).items():
-        count, exact_mean, exact_m2 = oracle(batches, name)
+        count, exact_mean, exact_m2 = moments_of(torch.cat([batch[name] for batch in batches]))
         assert (found.count[at] == count).all()
         if count:
             close(found.mean[at], exact_mean, Tolerance(POOLED * (1 + abs(mean)) / 100, POOLED))
@@ -91,39 +88,16 @@ def test_without_a_batch_there_are_no_groups_of_moments():
 @pytest.mark.parametrize("waiting", [1, 48, 1 << 19])
 def test_reading_groups_between_batches_changes_no_bit(waiting, monkeypatch):
     batches = batches_of(200, seed=1)
-    alone = collect(batches, waiting, monkeypatch)
-    asked = Collected(CHANNELS)
-    for batch in batches:
-        put(asked, batch)
-        asked.groups()
+    alone, asked = (collect(batches, waiting, monkeypatch, reads) for reads in (False, True))
     for a, b in zip(alone.groups(), asked.groups(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_equal_parts_leave_no_variance_and_empty_ones_may_hold_anything():
-    count = torch.tensor([[0.0], [7], [3], [0]], dtype=torch.float64)
-    odd = torch.tensor([[torch.nan], [0.1], [0.1], [torch.inf]], dtype=torch.float64)
-    m2 = torch.tensor([[torch.nan], [0], [0], [1e9]], dtype=torch.float64)
-    found = merge_all(Moments(count[1:], odd[1:], m2[1:]))
-    assert [float(part) for part in found] == [10, 0.1, 0]
-    found = merge_all(Moments(count, odd, m2))
-    assert float(found.count) == 10
-    close(found.mean, [0.1], tolerance("float64"))
-    assert float(found.m2) < tolerance("float64").atol ** 2
-
-
-def test_two_calls_in_a_batch_are_merged_and_finite_numbers_may_be_huge():
+def test_moments_of_a_batch_are_finite_up_to_the_largest_numbers():
     collected = Collected(CHANNELS)
-    first, second = torch.randn(5, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
-    for values in (first, second):
-        mean = values.mean(0)
-        collected.batch.put("a", Moments(len(values), mean, (values - mean).square().sum(0)))
-    mean, m2 = collected.batch.parts["a"]
-    both = torch.cat([first, second])
-    close(mean, both.mean(0), tolerance("float64", 9))
-    close(m2, both.var(0, correction=0) * 9, tolerance("float64", 9, size=9))
+    collected.batch.put("a", moments_of(torch.randn(5, 3, dtype=torch.float64)))
     collected.batch.values.fill_(1e308)
     assert collected.batch.is_finite()
+    mean, _ = collected.batch.parts["a"]
     mean[1] = torch.nan
-    assert not collected.batch.is_finite()
-    assert collected.batch.first_not_finite() == "a"
+    assert collected.batch.first_not_finite() == "a" and not collected.batch.is_finite()

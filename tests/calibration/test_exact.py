@@ -11,13 +11,13 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm import blocks
-from batchnorm.errors import CalibrationError, OptionError
+from batchnorm.errors import OptionError
 from support.calibrated import images, received
 from support.combinations import pairs
 from support.oracle import POOLED, STORED
 from support.oracle import assert_close as close
 from support.threads import assert_same_bits
-from support.twins import Calls, assert_unchanged, refused, snapshot
+from support.twins import Calls, assert_unchanged, snapshot
 
 
 def oracle(tensors):
@@ -117,11 +117,15 @@ def test_batches_with_nan_count_with_allow_nan():
     assert model.running_mean[:2].isfinite().all()
 
 
-def test_a_rejected_batch_counts_for_no_layer():
-    call = lambda m, x: m.second(m.first(x) / (0.0 if len(x) == 5 else 1.0))
-    late = Calls(call, first=nn.BatchNorm1d(3), second=nn.BatchNorm1d(3))
-    found = bn.calibrate(late, [torch.randn(n, 3) for n in (4, 5, 6)])
-    assert found.counts == {"first": 10, "second": 10}
+def test_a_rejected_batch_counts_for_no_layer_and_leaves_nothing_to_the_next_batch():
+    """The second layer is called with a positive first value alone; of 5 samples it gets infinities."""
+    call = lambda m, x: m.second(m.first(x) / (len(x) != 5)) if x[0, 0] > 0 else m.first(x)
+    model = Calls(call, first=nn.BatchNorm1d(3), second=nn.BatchNorm1d(3))
+    data = [torch.rand(4, 3), torch.rand(5, 3), -torch.rand(6, 3), torch.rand(7, 3)]
+    found = bn.calibrate(model, data)
+    assert found.counts == {"first": 17, "second": 11}
+    assert (found.rejected, found.samples) == (1, 17)
+    assert all(layer.new.mean.isfinite().all() for layer in found.layers.values())
 
 
 # --- limits
@@ -182,23 +186,13 @@ def test_errors_do_not_depend_on_how_many_batches_a_group_has():
 def test_a_target_error_stops_when_it_is_reached():
     data = [torch.randn(32, 4) for _ in range(400)]
     loose, tight = (bn.calibrate(nn.BatchNorm1d(4), data, target_error=e) for e in (0.05, 0.02))
-    assert loose.reached
-    assert tight.reached
-    assert loose.error <= 0.05
-    assert tight.error <= 0.02
+    for found, error in ((loose, 0.05), (tight, 0.02)):
+        assert found.reached and found.error <= error
     # 1/sqrt(n) for the mean: 400 and 2500 values, in batches of 32; with some luck or none.
     assert 200 < loose.samples < 1200 < tight.samples < 7000
     never = bn.calibrate(nn.BatchNorm1d(4), data[:20], target_error=1e-4)
-    assert never.reached is False
-    assert never.batches == 20
+    assert (never.reached, never.batches) == (False, 20)
     assert "NOT reached" in str(never)
-
-
-def test_one_batch_has_no_error_and_says_so():
-    found = bn.calibrate(nn.BatchNorm1d(3), [torch.randn(8, 3)])
-    assert found.layers[""].errors.mean.isnan().all()
-    assert np.isnan(found.error)
-    assert "–" in str(found)
 
 
 @pytest.mark.parametrize(
@@ -259,18 +253,12 @@ def test_layers_that_were_not_asked_for_go_by_what_they_keep():
 # --- batches and devices
 
 
-def test_items_that_the_model_does_not_take_are_named_and_batches_go_to_the_device_asked_for():
-    with pytest.raises(CalibrationError, match=r"'target'.*forward=lambda"):
-        bn.calibrate(nn.Sequential(nn.BatchNorm2d(3)), [{"input": images()[0], "target": 1}])
+def test_batches_go_to_the_device_that_is_asked_for():
     seen = []
+    forward = lambda m, x: seen.append(x.device.type) or m(x)
     with pytest.raises(NotImplementedError):
-        bn.calibrate(
-            nn.BatchNorm2d(3),
-            images(),
-            device="meta",
-            forward=lambda m, x: seen.append(x.device) or m(x),
-        )
-    assert seen[0].type == "meta"
+        bn.calibrate(nn.BatchNorm2d(3), images(), device="meta", forward=forward)
+    assert seen[0] == "meta"
 
 
 # --- everything as it was
@@ -324,37 +312,3 @@ def test_random_numbers_and_every_other_buffer_are_as_before(error, options):
     assert torch.equal(torch.get_rng_state(), state[0])
     assert random.getstate() == state[1]
     assert np.random.get_state()[1].tolist() == state[2]
-
-
-def test_an_interrupt_while_the_buffers_are_written_takes_all_of_it_back(monkeypatch):
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
-    copies, copy, real = [], torch.Tensor.copy_, bn.calibration.result.write
-
-    def interrupted(self, other, *args):
-        copies.append(self)
-        if len(copies) == 4:
-            raise KeyboardInterrupt
-        return copy(self, other, *args)
-
-    def write(*args):
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, "copy_", interrupted)
-            real(*args)
-
-    monkeypatch.setattr("batchnorm.calibration.result.write", write)
-    with refused(KeyboardInterrupt, "", model):
-        bn.calibrate(model, images())
-    assert len(copies) >= 4
-
-
-def test_a_compiled_and_a_wrapped_model_are_calibrated_inside():
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
-    plain = nn.BatchNorm2d(3)
-    bn.calibrate(plain, images())
-    for wrapped in (torch.compile(model, backend="eager"), nn.DataParallel(model)):
-        model[0].reset_running_stats()
-        if wrapped is not model:
-            wrapped(images()[0])
-        found = bn.calibrate(wrapped, images())
-        assert set(found.layers) == {"0"}
-        assert torch.equal(model[0].running_var, plain.running_var)

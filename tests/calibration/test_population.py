@@ -9,7 +9,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.calibration.population import levels
 from batchnorm.errors import CalibrationError
-from support.calibrated import dense, received, statistics
+from support.calibrated import dense, exact, received, statistics
 from support.combinations import each
 from support.lanes import lanes
 from support.oracle import tolerance
@@ -25,15 +25,12 @@ def assert_self_consistent(model, data, ratio=40):
     with torch.no_grad():
         for x in data:
             model(x)
-    assert seen
-    for name, inputs in seen.items():
-        if not inputs:
-            continue
+    assert any(seen.values())
+    for name, inputs in ((name, inputs) for name, inputs in seen.items() if inputs):
         layer = model.get_submodule(name)
-        rows = torch.cat([x.double().movedim(1, -1).flatten(0, -2) for x in inputs])
-        spread = rows.std(0) + 1e-3
-        assert ((layer.running_mean - rows.mean(0)).abs() / spread).max() < allowed, name
-        assert (layer.running_var / (rows.var(0) + 1e-6) - 1).abs().max() < 20 * allowed, name
+        mean, var = map(torch.from_numpy, exact(inputs))
+        assert ((layer.running_mean - mean).abs() / (var.sqrt() + 1e-3)).max() < allowed, name
+        assert (layer.running_var / (var + 1e-6) - 1).abs().max() < 20 * allowed, name
 
 
 def assert_same_but_for_rounding(found, expected):
@@ -120,24 +117,6 @@ def norms(call, names, features=4, **parts):
     return Calls(call, **{name: nn.BatchNorm1d(features) for name in names}, **parts)
 
 
-def branchy(m, x):
-    """Lose sight of what depends on what: in place, views, detach, indices."""
-    y = m.a(x)
-    room = torch.zeros(2, *x.shape)
-    room[0].copy_(y.detach())
-    b = m.b(room[0] * 2)
-    c = m.c(x.gather(0, b.argsort(0)))  # reaches c through indices only
-    z = x.clone()
-    z[:, 0] += c[:, 0]
-    return m.d(z.view(-1, 4).mul_(1))
-
-
-def test_dependence_is_followed_through_memory_and_indices():
-    model = norms(branchy, "abcd")
-    result = bn.calibrate(model, torch.randn(40, 4).split(8), upstream="population")
-    assert result.passes == 4
-
-
 def thrice(m, x):
     for _ in range(3):
         x = torch.tanh(m.linear(m.norm(x)))
@@ -201,17 +180,11 @@ def test_levels_of_chains_branches_and_circles():
     assert levels({}) == ([], frozenset())
 
 
-def test_an_iterator_is_refused_when_it_would_be_read_again_and_kept_if_there_is_room():
-    x = torch.randn(40, 6)
-    model = dense()
+def test_an_iterator_is_refused_where_it_would_be_read_again_without_memory_for_it():
+    x, model = torch.randn(40, 6), dense()
     with refused(CalibrationError, r"read once.*cache_bytes=0", model):
         bn.calibrate(model, iter(x.split(4)), upstream="population")
-    bn.calibrate(model, iter(x.split(4)), upstream="population", cache_bytes=x.nbytes)
-    twin = dense()
-    bn.calibrate(twin, x.split(4), upstream="population")
-    for name, value in statistics(twin).items():
-        assert torch.equal(statistics(model)[name], value)
-    # One level needs one pass, and no room.
+    # One level needs one pass.
     bn.calibrate(nn.BatchNorm1d(6), iter(x.split(4)), upstream="population")
 
 

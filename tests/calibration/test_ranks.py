@@ -4,7 +4,6 @@ import functools
 import os
 import re
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.errors import CollectiveError
-from support import ranks
+from support.calibrated import statistics
 from support.oracle import POOLED, STORED, Tolerance
 from support.oracle import assert_close as close
 from support.ranks import across_ranks
@@ -59,7 +58,7 @@ def calibrating(rank, shares, upstream):
     model = network()
     result = bn.calibrate(model, share(rank, shares), upstream=upstream)
     told = (result.batches, result.samples, len(result.layers["1"].groups.mean))
-    return packed(result), {k: v for k, v in model.state_dict().items() if "running" in k}, told
+    return packed(result), statistics(model), told
 
 
 def targeted(rank, upstream):
@@ -97,19 +96,20 @@ def misfit(rank, kind):
 
 
 def wrapped(rank):
-    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))
-    model = nn.parallel.DistributedDataParallel(model)
+    model = nn.parallel.DistributedDataParallel(
+        nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))
+    )
     result = bn.calibrate(model, share(rank, SHARES["uneven"]))
     return list(result.layers), packed(result)
 
 
 def cached(rank, shares):
     found = []
-    for room in (0, 1 << 24):
+    for cache_bytes in (0, 1 << 24):
         model = network()
-        bn.calibrate(model, share(rank, shares), upstream="population", cache_bytes=room)
-        found.append({k: v for k, v in model.state_dict().items() if "running" in k})
-    return all(torch.equal(value, found[1][key]) for key, value in found[0].items())
+        bn.calibrate(model, share(rank, shares), upstream="population", cache_bytes=cache_bytes)
+        found.append(statistics(model))
+    return all(map(torch.equal, found[0].values(), found[1].values()))
 
 
 def alone_in_a_job(rank):
@@ -216,7 +216,7 @@ def test_one_process_of_a_job_can_calibrate_alone():
     assert [one["alone"] for one in job(2)] == [3, 0]
 
 
-def dying(rank, folder):
+def dying(rank):
     model = network()
     before = snapshot(model)
 
@@ -225,29 +225,13 @@ def dying(rank, folder):
             os.kill(os.getpid(), signal.SIGKILL)
         return model(batch)
 
-    try:
+    with pytest.raises(CollectiveError) as raised:
         bn.calibrate(model, share(rank, SHARES["even"]), forward=forward)
-    except CollectiveError as error:
-        assert_unchanged(before, model)
-        Path(folder, "survived").write_text(str(error))
-    # The other process is gone: leaving the group would wait for it.
-    os._exit(0)
+    assert_unchanged(before, model)
+    return str(raised.value)
 
 
 @pytest.mark.slow
-def test_a_dead_process_is_an_error_in_the_others_and_changes_nothing(tmp_path):
-    torch.multiprocessing.set_forkserver_preload(["torch", "batchnorm"])
-    context = torch.multiprocessing.get_context("forkserver")
-    given = (dying, 2, str(tmp_path), (str(tmp_path),))
-    processes = [context.Process(target=ranks._one, args=(rank, *given)) for rank in range(2)]
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(120)
-    finally:
-        for process in processes:
-            if process.pid is not None:
-                process.kill()
-    assert [process.exitcode for process in processes] == [0, -signal.SIGKILL]
-    assert "is gone or did not answer" in (tmp_path / "survived").read_text()
+def test_a_dead_process_is_an_error_in_the_others_and_changes_nothing():
+    told, _ = across_ranks(dying, 2, lost=1)
+    assert "is gone or did not answer" in told

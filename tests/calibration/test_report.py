@@ -11,6 +11,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm import progress
+from batchnorm.report import Details
 from batchnorm.report.html import to_html
 from batchnorm.report.jsontext import to_json
 
@@ -104,12 +105,29 @@ def test_the_report_is_a_page_and_json_with_whole_numbers():
     page = to_html(found.report())
     # Of all layers how far the statistics moved and may be off; of each its means and variances.
     assert page.count("<svg") == 2 + 2 * len(found.layers)
+    assert page.count("measured</span>") == 2 * len(found.layers)
     assert "calibrated on 6 batches" in page and "keeps no statistics" in page
     tables = json.loads(to_json(found.report()))["sections"][0]["blocks"]
     for cells, row in zip(tables[0]["rows"], found.rows(), strict=True):
         change = max(row["change of mean"], row["change of var"])
         assert cells == [row["layer"], 1800, row["error"], row["shift"], row["stretch"], change]
     assert tables[1]["rows"] == [["3", found.skipped["3"]]]
+
+
+def test_the_report_draws_stored_and_measured_statistics_of_each_layer():
+    found = calibrated()
+    details = [
+        b for section in found.report().sections for b in section.blocks if isinstance(b, Details)
+    ]
+    assert [block.summary for block in details] == ["0 · 5 channels", "2 · 4 channels"]
+    for layer, block in zip(found.layers.values(), details, strict=True):
+        (means, new_means), (variances, new_variances) = (
+            [series.x for series in plot.series] for plot in block.blocks
+        )
+        # A new layer has means of 0 and variances of 1.
+        assert means == (0.0,) * len(means) and variances == (1.0,) * len(variances)
+        assert new_means == tuple(layer.new.mean.tolist())
+        assert new_variances == tuple(layer.new.var.tolist())
 
 
 # --- bars while it runs

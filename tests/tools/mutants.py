@@ -25,7 +25,7 @@ GRAPHS = ["graph/test_backend.py", "graph/test_regions.py", "graph/test_consumer
 TARGETS = {
     "estimators/base.py": ESTIMATORS,
     "estimators/bank.py": STATES,
-    "graph/fuse.py": [*GRAPHS, "graph/test_folding.py", "graph/test_limits.py"],
+    "graph/fuse.py": [*GRAPHS, "graph/test_folding.py"],
     "nn/tracking.py": [
         *STATES,
         "nn/test_layers.py",
