@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import dataclasses
+import functools
+import pickle
 import random
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils import dlpack
 
 import batchnorm as bn
 from batchnorm.errors import SurgeryError
@@ -53,13 +56,8 @@ def test_calls_come_in_order_with_what_went_in_and_out():
     assert (x.origin, x.producer, found.values[a.outputs[0]].origin) == ("input", None, "call")
 
 
-def test_the_sole_consumer_of_a_layers_output_is_the_layer_that_reads_it():
-    found = followed(lambda m, x: m.bn(m.b(m.an(m.a(x)))))
-    assert found.sole_consumer(out(found, "a")).name == "an"
-    assert found.sole_consumer(out(found, "an")).name == "b"
-    assert found.producer(out(found, "b")).name == "b"
-    assert found.sole_consumer(out(found, "bn")) is None  # returned
-    assert found.leaves(out(found, "bn")) and not found.leaves(out(found, "b"))
+def through_dlpack(tensor):
+    return dlpack.from_dlpack(dlpack.to_dlpack(tensor))
 
 
 ELSEWHERE = {
@@ -78,6 +76,13 @@ ELSEWHERE = {
     "state out of sight": lambda m, x: (m.box.append(y := m.a(x)), m.an(y))[1],
     "a write in place": lambda m, x: (m.an(y := m.a(x)), y.mul_(2))[0],
     "a write to a part": lambda m, x: (m.an(y := m.a(x)), y[0].zero_())[0],
+    "to_dlpack": lambda m, x: m.an(y := m.a(x)) + through_dlpack(y.detach()),
+    "to_dlpack of a part": lambda m, x: m.an(y := m.a(x)) + through_dlpack(y.detach()[2:]).sum(0),
+    "from_dlpack": lambda m, x: m.an(y := m.a(x)) + torch.from_dlpack(y.detach()),
+    "deepcopy": lambda m, x: m.an(y := m.a(x)) + copy.deepcopy(y.detach()),
+    "pickle": lambda m, x: m.an(y := m.a(x)) + pickle.loads(pickle.dumps(y.detach())),
+    "from_numpy": lambda m, x: m.an(y := m.a(x)) + torch.from_numpy(y.detach().numpy()),
+    "set_": lambda m, x: m.an(y := m.a(x)) + torch.empty(0).set_(y.detach()),
 }  # fmt: skip
 
 
@@ -94,6 +99,7 @@ NOWHERE_ELSE = {
     "dropout that is off": lambda m, x: m.an(F.dropout(m.a(x), training=False)),
     "sizes are asked": lambda m, x: m.an(y := m.a(x)) * y.shape[0] * y.numel() * y.dim(),
     "it is printed": lambda m, x: (str(y := m.a(x)), f"{y.sum().detach()}", m.an(y))[2],
+    "its shape is changed in place": lambda m, x: m.an(m.a(x).t_().t_()),
     "its memory is written to afterwards": lambda m, x: m.an(m.a(x)).relu_(),
 }  # fmt: skip
 
@@ -102,6 +108,7 @@ NOWHERE_ELSE = {
 def test_a_tensor_that_goes_to_one_layer_has_it_as_its_sole_consumer(where):
     found = followed(NOWHERE_ELSE[where], same=nn.Identity())
     consumers = names(found.consumers(out(found, "a")))
+    assert not found.writes(out(found, "a"))
     if where == "it is printed":  # the sum is computed, and only printing read it
         assert consumers == ["aten.sum.default", "an"] and not found.reads
     else:
@@ -142,10 +149,11 @@ def test_a_layer_that_writes_in_place_is_the_producer_of_the_result():
     assert names(found.writes(out(found, "an"))) == ["aten.relu_.default"]
 
 
-def test_shapes_changed_in_place_write_to_nothing():
-    found = followed(lambda m, x: m.an(m.a(x).t_().t_()))
-    assert found.sole_consumer(out(found, "a")).name == "an"
-    assert not found.writes(out(found, "a"))
+def test_a_write_to_memory_that_was_given_away_is_a_write():
+    call = lambda m, x: (y := m.a(x), through_dlpack(y.detach()).zero_(), m.an(y))[2]
+    found = followed(call)
+    assert names(found.writes(out(found, "a"))) == ["aten.zero_.default"]
+    assert found.calls_of("an")[0].inputs != found.calls_of("a")[0].outputs
 
 
 def test_a_shared_module_has_several_names_and_counts_its_calls():
@@ -279,18 +287,19 @@ def test_memory_that_an_unseen_kernel_has_filled_is_reported():
     assert not followed(lambda m, x: m.an(torch.empty_like(m.a(x)).copy_(x))).unseen
 
 
-def test_depends_goes_through_memory_numpy_and_leaves():
+def test_a_layer_depends_on_others_through_memory_numpy_and_indices():
     def call(m, x):
         y = m.an(x)
         room = torch.zeros(2, *x.shape)
         room[0].copy_(y.detach())
         z = m.bn(room[1] * 2)
         w = m.cn(torch.from_numpy(z.detach().numpy() * 2))
+        m.second(x.gather(0, z.argsort(0)))  # by indices only
         return m.dn(x + 1), w
 
-    found = followed(call)
-    assert [sorted(found.depends(name)) for name in ("an", "bn", "cn", "dn")] == [
-        [], ["an"], ["an", "bn"], [],
+    found = followed(call, second=nn.BatchNorm1d(4))
+    assert [sorted(found.depends(name)) for name in ("an", "bn", "cn", "second", "dn")] == [
+        [], ["an"], ["an", "bn"], ["an", "bn"], [],
     ]  # fmt: skip
 
 
@@ -351,17 +360,17 @@ def test_a_branch_inside_of_an_operator_is_a_read():
     assert found.depends("bn") == {"an"}
 
 
-@pytest.mark.parametrize("around", ["inference", "autocast", "no_grad"])
-def test_modes_around_the_pass_are_those_of_the_caller(around):
-    modes = {
-        "inference": torch.inference_mode,
-        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-        "no_grad": torch.no_grad,
-    }
-    with modes[around]():
+BFLOAT16 = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [(torch.inference_mode, "float32"), (torch.no_grad, "float32"), (BFLOAT16, "bfloat16")],
+)
+def test_modes_around_the_pass_are_those_of_the_caller(mode, dtype):
+    with mode():
         found = followed(lambda m, x: m.bn(m.an(m.a(x)).relu_()))
-    dtype = "torch.bfloat16" if around == "autocast" else "torch.float32"
-    assert found.values[out(found, "a")].dtype == dtype
+    assert found.values[out(found, "a")].dtype == f"torch.{dtype}"
     assert found.depends("bn") == {"an"}
     assert found.sole_consumer(out(found, "a")).name == "an"
 
@@ -372,17 +381,22 @@ def test_sparse_tensors_are_followed():
 
 
 def odd(m, x):
-    """Leave a mark on everything that a pass can change."""
+    """Change everything that a pass can change."""
     m.note, m.norm = x, None
     m.memory.add_(1)
     m.memory = torch.ones(3)
+    m.another, m.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+    m.register_buffer("seen", torch.ones(4), persistent=False)
+    m.a.register_forward_hook(lambda *_: None)
+    m.register_forward_pre_hook(lambda *_: None)
+    m.d.weight, m.d.bias = nn.Parameter(torch.ones(4, 4)), None
     torch.rand(()), random.random(), np.random.rand()
     m.a.train()
     m.b.forward = m.c.forward
     y = m.bn(m.an(F.dropout(m.a(x))))
     if m.fails:
         raise ValueError("while it runs")
-    return y
+    return m.another(y) * m.scale
 
 
 @pytest.mark.parametrize("fails", [True, False])
@@ -392,12 +406,13 @@ def test_following_a_pass_leaves_the_model_as_it_was(fails):
     model.b.eval()
     model.an.register_forward_hook(hook := lambda *_: None)
     numbers = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
-    x = torch.randn(6, 4)
+    keys, x = list(model.state_dict()), torch.randn(6, 4)
     torch.set_rng_state(numbers[0])
     said = pytest.raises(SurgeryError, match="while it runs") if fails else contextlib.nullcontext()
     with unchanged(model), said:
         assert flow(model, x).calls_of("an")
     assert list(model.an._forward_hooks.values()) == [hook]
+    assert list(model.state_dict()) == keys and not model._non_persistent_buffers_set
     assert torch.equal(numbers[0], torch.get_rng_state()) and numbers[1] == random.getstate()
     assert np.array_equal(numbers[2], np.random.get_state()[1])
     assert all(p.grad is None for p in model.parameters()) and x.grad is None

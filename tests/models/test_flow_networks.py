@@ -103,24 +103,6 @@ def test_consumers_are_those_of_the_traced_graph(network):
         assert (sole is not None) == (expected.total() == 1 and not returned), node
 
 
-def test_each_normalization_alone_reads_the_convolution_before_it(network):
-    _, model, graph, found, _ = network
-    nodes = layers(graph, model)
-    pairs = {
-        node.all_input_nodes[0].target: node.target
-        for node in nodes
-        if isinstance(model.get_submodule(node.target), _BatchNorm)
-        and node.all_input_nodes[0] in nodes
-    }
-    assert len(pairs) > 15
-    for convolution, norm in pairs.items():
-        (result,) = found.calls_of(convolution)[0].outputs
-        assert found.sole_consumer(result).name == norm
-        assert found.calls_of(norm)[0].inputs == (result,)
-        assert not found.writes(result)
-        assert [c.name for c in found.users(f"{convolution}.weight")] == [convolution]
-
-
 def test_dependencies_are_the_ancestors_in_the_traced_graph(network):
     found, ancestors = network.trained, {}
     for node in network.graph.nodes:

@@ -1,7 +1,7 @@
 """``bn.groups`` and ``bn.masked``: arguments for every layer of a model that hands none on."""
 
 import copy
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,10 +11,11 @@ from torch.utils.checkpoint import checkpoint
 import batchnorm as bn
 from batchnorm.errors import BatchNormError, LayoutError, OptionError
 from support.combinations import each
-from support.twins import Calls
+from support.twins import Calls, assert_close
 
 IDS = torch.tensor([0, 1, 0, 1, 1, 0])
 LENGTHS = torch.tensor([40, 31, 12, 40, 7, 2])
+X = torch.randn(6, 3, 40)
 
 
 class Wrapped(nn.Module):
@@ -42,9 +43,9 @@ def twins(**options):
 
 
 def assert_alike(model, twin):
-    torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=0, atol=0)
-    for own, other in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(own.grad, other.grad, rtol=0, atol=0)
+    assert_close(dict(model.state_dict()), dict(twin.state_dict()), exact=True)
+    gradients = ([p.grad for p in one.parameters()] for one in (model, twin))
+    assert_close(*gradients, exact=True)
 
 
 SCOPES = {
@@ -56,8 +57,7 @@ SCOPES = {
 @each(kind=SCOPES, reentrant=[None, False, True], inside=[True, False])
 def test_layers_get_the_arguments_in_forward_and_in_recomputation(kind, reentrant, inside):
     (model, twin), (block, given) = twins(reentrant=reentrant), SCOPES[kind]
-    x = torch.randn(6, 3, 40, requires_grad=True)
-    other = x.detach().clone().requires_grad_()
+    x, other = (X.clone().requires_grad_() for _ in range(2))
     for _ in range(2):
         with block(model):
             y = model(x)
@@ -66,36 +66,30 @@ def test_layers_get_the_arguments_in_forward_and_in_recomputation(kind, reentran
         if not inside:
             y.sin().square().sum().backward()
         by_hand(twin, other, **given).sin().square().sum().backward()
-    torch.testing.assert_close(x.grad, other.grad, rtol=0, atol=0)
+    assert_close(x.grad, other.grad, exact=True)
     assert_alike(model, twin)
-    torch.testing.assert_close(model(x), by_hand(twin, x), rtol=0, atol=0)  # outside: none
+    assert_close(model(x), by_hand(twin, x), exact=True)  # outside of the block: no arguments
     assert not any(layer._forward_pre_hooks for layer in model.modules())
 
 
 def test_blocks_nest_and_combine_and_an_explicit_argument_goes_before():
     model, twin = twins()
-    x = torch.randn(6, 3, 40)
     with bn.groups(model, IDS), bn.masked(model, lengths=LENGTHS):
-        both = model(x)
+        both = model(X)
         with bn.groups(model, 1 - IDS), bn.groups(model.first, IDS):
-            inner = model(x)
-        own = model.first(x, groups=1 - IDS)
-    given = {"groups": IDS, "lengths": LENGTHS}
-    torch.testing.assert_close(both, by_hand(twin, x, **given), rtol=0, atol=0)
-    first = twin.last[0](twin.first(x, **given))
-    torch.testing.assert_close(inner, twin.last[1](first, groups=1 - IDS, lengths=LENGTHS))
-    torch.testing.assert_close(own, twin.first(x, groups=1 - IDS, lengths=LENGTHS))
+            inner = model(X)
+        own = model.first(X, groups=1 - IDS)
+    given, swapped = ({"groups": ids, "lengths": LENGTHS} for ids in (IDS, 1 - IDS))
+    assert_close(both, by_hand(twin, X, **given), exact=True)
+    assert_close(inner, twin.last[1](twin.last[0](twin.first(X, **given)), **swapped), exact=True)
+    assert_close(own, twin.first(X, **swapped), exact=True)
 
 
 def test_a_block_holds_in_its_own_thread():
     model, twin = twins()
-    x, found = torch.randn(6, 3, 40), []
-    with bn.groups(model, IDS):
-        thread = threading.Thread(target=lambda: found.append(model(x)))
-        thread.start(), thread.join()
-        found.append(model(x))
-    torch.testing.assert_close(found[0], by_hand(twin, x), rtol=0, atol=0)
-    torch.testing.assert_close(found[1], by_hand(twin, x, groups=IDS), rtol=0, atol=0)
+    with bn.groups(model, IDS), ThreadPoolExecutor(1) as pool:
+        other, own = pool.submit(model, X).result(), model(X)
+    assert_close([other, own], [by_hand(twin, X), by_hand(twin, X, groups=IDS)], exact=True)
 
 
 def test_two_blocks_before_one_backward_pass_cannot_be_recomputed():
@@ -169,9 +163,8 @@ def test_the_time_axis_of_images_is_found_by_its_size():
         y = model(x)
     half = (lengths + 1) // 2
     assert y[1, :, int(half[1]) :].abs().max() == 0 < y[1, :, int(half[1]) - 1].abs().max()
-    other = bn.BatchNorm2d(3)
     mask = (torch.arange(20) < half[:, None])[:, :, None].expand(4, 20, 9)
-    torch.testing.assert_close(y, other(model[0](x), mask=mask), rtol=0, atol=0)
+    assert_close(y, bn.BatchNorm2d(3)(model[0](x), mask=mask), exact=True)
 
 
 def test_an_axis_that_is_not_known_is_named_and_can_be_given():
@@ -179,56 +172,42 @@ def test_an_axis_that_is_not_known_is_named_and_can_be_given():
     call = lambda m, x: m.decoder(m.encoder(x).repeat_interleave(2, 2)[:, :, 1:])
     decoder = nn.Sequential(bn.BatchNorm1d(3))
     model = Calls(call, encoder=bn.BatchNorm1d(3), decoder=decoder)
-    x, lengths = torch.randn(6, 3, 40), LENGTHS
     before = copy.deepcopy(model.decoder.state_dict())
-    known = bn.masked(model, mask=torch.arange(40) < lengths[:, None])
+    known = bn.masked(model, mask=torch.arange(40) < LENGTHS[:, None])
     with pytest.raises(LayoutError, match=r"axes of \[40\] steps are known.*'decoder.0'"), known:
-        model(x)
-    torch.testing.assert_close(model.decoder.state_dict(), before, rtol=0, atol=0)
-    behind = torch.arange(79) < (2 * lengths - 1)[:, None]
-    with bn.masked(model, mask={"": torch.arange(40) < lengths[:, None], "decoder": behind}):
-        y = model(x)
+        model(X)
+    assert_close(dict(model.decoder.state_dict()), dict(before), exact=True)
+    behind = torch.arange(79) < (2 * LENGTHS - 1)[:, None]
+    with bn.masked(model, mask={"": torch.arange(40) < LENGTHS[:, None], "decoder": behind}):
+        y = model(X)
     assert y[5, :, 3:].abs().max() == 0 < y[5, :, 2].abs().max()
 
 
-def unused(model):
-    with bn.groups(model, IDS):
-        pass
-
-
-def wrong_samples(model):
-    with bn.groups(model, IDS[:4]):
-        model(torch.randn(6, 3, 40))
-
-
-def two_axes(model):
-    layer = nn.Sequential(bn.BatchNorm2d(3))
-    with bn.masked(layer, mask=torch.ones(2, 5).bool()):
-        layer(torch.randn(2, 3, 5, 5))
-
-
+# The model, the block, the inputs of the model's calls in it, and words of the error.
 REFUSED = {
-    "torch.nn": (lambda model: bn.groups(nn.Sequential(nn.BatchNorm1d(3)), IDS), r"bn\.convert"),
-    "no layer": (lambda model: bn.groups(nn.Linear(3, 3), IDS), "none"),
-    "compiled": (lambda model: bn.groups(torch.compile(model), IDS), "torch.compile"),
-    "unused": (unused, "no batch normalization"),
-    "2-D ids": (lambda model: bn.groups(model, IDS[None]), "one id per sample"),
-    "fewer samples": (wrong_samples, r"4 ids.*6 samples.*'first'"),
-    "nothing": (lambda model: bn.masked(model), "one of them"),
-    "both": (lambda model: bn.masked(model, LENGTHS, LENGTHS > 0), "one of them"),
-    "no such module": (lambda model: bn.masked(model, {"nowhere": LENGTHS}), "submodules"),
-    "floating lengths": (lambda model: bn.masked(model, LENGTHS / 2), "integer lengths"),
-    "negative": (lambda model: bn.masked(model, -LENGTHS), "lengths >= 0"),
+    "torch.nn": (nn.Sequential(nn.BatchNorm1d(3)), lambda model: bn.groups(model, IDS), [X], r"bn\.convert"),
+    "no layer": (nn.Linear(3, 3), lambda model: bn.groups(model, IDS), [X], "none"),
+    "compiled": (torch.compile(Wrapped()), lambda model: bn.groups(model, IDS), [X], "torch.compile"),
+    "unused": (Wrapped(), lambda model: bn.groups(model, IDS), [], "no batch normalization"),
+    "2-D ids": (Wrapped(), lambda model: bn.groups(model, IDS[None]), [X], "one id per sample"),
+    "fewer samples": (Wrapped(), lambda model: bn.groups(model, IDS[:4]), [X], r"4 ids.*6 samples.*'first'"),
+    "nothing": (Wrapped(), bn.masked, [X], "one of them"),
+    "both": (Wrapped(), lambda model: bn.masked(model, LENGTHS, LENGTHS > 0), [X], "one of them"),
+    "no such module": (Wrapped(), lambda model: bn.masked(model, {"nowhere": LENGTHS}), [X], "submodules"),
+    "floating lengths": (Wrapped(), lambda model: bn.masked(model, LENGTHS / 2), [X], "integer lengths"),
+    "negative": (Wrapped(), lambda model: bn.masked(model, -LENGTHS), [X], "lengths >= 0"),
     "left padding": (
-        lambda model: bn.masked(model, mask=torch.tensor([[False, True]])),
-        "True at the start",
+        Wrapped(), lambda model: bn.masked(model, mask=torch.tensor([[False, True]])), [X], "True at the start",
     ),
-    "two axes of one size": (two_axes, "more than one axis"),
+    "two axes of one size": (
+        nn.Sequential(bn.BatchNorm2d(3)), lambda model: bn.masked(model, mask=torch.ones(2, 5).bool()),
+        [torch.randn(2, 3, 5, 5)], "more than one axis",
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_is_refused(case):
-    call, words = REFUSED[case]
-    with pytest.raises(BatchNormError, match=words):
-        call(Wrapped())
+def test_wrong_arguments_of_a_block_are_refused_and_named(case):
+    model, block, inputs, words = REFUSED[case]
+    with pytest.raises(BatchNormError, match=words), block(model):
+        list(map(model, inputs))
