@@ -1,5 +1,6 @@
 """The commands that print what there is, and what every command does with bad input."""
 
+import contextlib
 import os
 import re
 import signal
@@ -11,7 +12,7 @@ import torch
 
 import batchnorm as bn
 from support import processes
-from support.command import command, environment, run
+from support.command import assert_refused, command, environment, run
 
 TINY = ("--steps", "4", "--batch-size", "16", "--k", "2")
 
@@ -23,9 +24,8 @@ def test_demo_prints_tables_and_where_the_files_are(tmp_path):
     assert "Steps to the same held-out accuracy" in done.stdout
     assert "whole training set" in done.stdout
     named = [line for line in done.stdout.splitlines() if line.startswith("batchnorm-demo")]
-    assert len(named) == 6
     assert all((tmp_path / line).stat().st_size > 0 for line in named)
-    assert len(list((tmp_path / "batchnorm-demo").iterdir())) == 6
+    assert len(named) == len(list((tmp_path / "batchnorm-demo").iterdir())) == 6
 
 
 def test_env_prints_versions_and_backends():
@@ -42,6 +42,7 @@ OPTIONS = [
     ("bench", "--seconds", "-1"),
     ("bench", "--device", "tpu"),
     ("calibrate",),
+    ("merge", "a.pt", "b.pt", "--out", "c.pt", "--counts", "1,x"),
     ("nonsense",),
     ("--nonsense",),
 ]
@@ -70,24 +71,21 @@ def test_a_wrong_option_is_a_usage_error_in_plain_lines(arguments):
         ),
     ],
 )
-def test_a_benchmark_that_cannot_be_is_refused_before_it_measures(
+def test_wrong_options_of_a_benchmark_are_refused_before_it_measures(
     arguments, words, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("precious")
     done = run("bench", "--seconds", "0", *arguments)
-    assert done.exit_code == 2, done.output
-    assert done.stderr.startswith("batchnorm: ") and words in done.stderr
+    assert_refused(done, words, code=2)
     assert len(done.stderr.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_wrong_data_ends_in_one_line(tmp_path):
+def test_a_demo_without_its_data_is_refused_before_it_writes(tmp_path):
     done = run("demo", "--data", str(tmp_path / "nothing"), "--out", str(tmp_path / "out"))
-    assert done.exit_code == 1
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("batchnorm: no train-images-idx3-ubyte")
+    assert_refused(done, "batchnorm: no train-images-idx3-ubyte")
+    assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -117,43 +115,43 @@ def test_a_missing_package_is_named_in_one_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def started(*arguments):
-    return processes.started([sys.executable, "-m", "batchnorm", *arguments], env=environment())
-
-
-def interrupted(process):
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+@contextlib.contextmanager
+def interrupted(*arguments):
+    """Interrupt the command at the end of the block."""
+    words = [sys.executable, "-m", "batchnorm", *arguments]
+    with processes.started(words, env=environment()) as process:
+        yield
+        assert process.poll() is None, "it ended before it could be interrupted"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
     # Where Python was inside exec() of a string, it ends by the signal itself, whatever the exit
     # code; a shell reports 130 for both.
     assert process.returncode in (130, -signal.SIGINT), said
-    assert "interrupted" in said
-    assert "Traceback" not in said
+    assert "interrupted" in said and "Traceback" not in said
+
+
+def wait_until(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT is POSIX")
 def test_an_interrupted_demo_leaves_no_file(tmp_path):
     out = tmp_path / "out"
-    with started("demo", "--steps", "100000", "--out", str(out)) as process:
-        deadline = time.monotonic() + 60
-        while not out.exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
+    with interrupted("demo", "--steps", "100000", "--out", str(out)):
+        wait_until(out.exists, 60)
         time.sleep(0.5)
-        interrupted(process)
     assert list(out.iterdir()) == []
 
 
 @pytest.mark.audit
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT is POSIX")
 def test_an_interrupted_bench_leaves_what_it_has_measured(tmp_path):
-    rows, deadline = tmp_path / "rows.csv", time.monotonic() + 120
-    with started("bench", "--seconds", "0.05", "--out", str(tmp_path)) as process:
-        while time.monotonic() < deadline:
-            if rows.exists() and len(rows.read_text().splitlines()) > 3:
-                break
-            time.sleep(0.1)
-        assert process.poll() is None, "it ended before it could be interrupted"
-        interrupted(process)
-    assert len((tmp_path / "rows.csv").read_text().splitlines()) > 3
+    rows = tmp_path / "rows.csv"
+    measured = lambda: rows.exists() and len(rows.read_text().splitlines()) > 3
+    with interrupted("bench", "--seconds", "0.05", "--out", str(tmp_path)):
+        wait_until(measured, 120)
+    assert measured()
     assert "32" in (tmp_path / "report.html").read_text()

@@ -8,7 +8,7 @@ import torch
 
 import batchnorm as bn
 from batchnorm.folding import commands
-from support.command import run
+from support.command import assert_refused, run
 from support.twins import assert_close
 
 MODEL = """
@@ -78,9 +78,7 @@ def test_fold_prints_its_report_as_json(folder):
     ],
 )
 def test_fold_refuses_in_one_line_and_writes_nothing(folder, arguments, code, said):
-    done = folded(*arguments)
-    assert done.exit_code == code
-    assert said in done.stderr and "Traceback" not in done.stderr
+    assert_refused(folded(*arguments), said, code=code)
     assert not (folder / "folded.pt").exists()
 
 

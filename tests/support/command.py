@@ -28,3 +28,12 @@ def run(*arguments, **changes):
 
     plain = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1", **changes}
     return CliRunner().invoke(app, [*map(str, arguments)], env=plain)
+
+
+def assert_refused(done, *words, code=1):
+    """Expect an exit status and one message on standard error, without a traceback or colours."""
+    assert done.exit_code == code, done.output
+    assert done.stderr.startswith("batchnorm: ")
+    assert "Traceback" not in done.stderr and "\x1b" not in done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr
