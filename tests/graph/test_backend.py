@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.errors import OptionError
 from support.captured import assert_same, compiled, partners
 from support.twins import assert_close
 
@@ -16,11 +15,8 @@ C = 6
 
 
 def images(batch=4, seed=0):
-    return torch.randn(batch, C, 5, 5, dtype=torch.float64, generator=_seeded(seed))
-
-
-def _seeded(seed):
-    return torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, C, 5, 5, dtype=torch.float64, generator=generator)
 
 
 class Net(nn.Module):
@@ -181,31 +177,42 @@ def test_normalization_stays_alone_where_its_model_would_compute_something_else(
     assert found.reason
 
 
-def test_a_result_that_is_added_to_another_in_place_is_fused():
-    plain = Net(lambda m, x: m.conv2(x).add_(one(m, x)).relu_())
-    other = compiled(plain, fullgraph=True)
-    assert_same(plain, other, [images()])
-    assert partners(other)["bn1"] == ("add", "relu")
+def _counting(m, x):
+    m.steps.add_(2)
+    return F.relu(one(m, x))
 
 
-def test_of_two_normalizations_that_are_added_one_takes_the_sum():
-    plain = Net(lambda m, x: F.relu(m.bn1(m.conv1(x)) + m.bn2(m.conv2(x))))
-    other = compiled(plain, fullgraph=True)
-    assert_same(plain, other, [images(seed=s) for s in range(2)])
-    assert partners(other) == {"bn1": (), "bn2": ("add", "relu")}
+# What is computed with two normalizations, and what is fused with each of them.
+FUSED_IN_A_MODEL = {
+    "a result is added to another in place": (
+        lambda m, x: m.conv2(x).add_(one(m, x)).relu_() + m.bn2(x), {"bn1": ("add", "relu"), "bn2": ("add",)},
+    ),
+    "two results are added": (
+        lambda m, x: F.relu(one(m, x) + m.bn2(m.conv2(x))), {"bn1": (), "bn2": ("add", "relu")},
+    ),
+    "a layer is called twice": (
+        lambda m, x: F.relu(one(m, x)) + F.silu(m.bn1(m.conv2(x))) + m.bn2(x).square(), {"bn1": ("relu",), "bn2": ()},
+    ),
+    "the model has a counter of its own": (
+        lambda m, x: _counting(m, x) + F.silu(m.bn2(x)), {"bn1": ("relu",), "bn2": ("silu",)},
+    ),
+    "layers without parameters and without statistics": (
+        lambda m, x: F.relu(m.plain2(F.silu(m.plain1(m.conv1(x))))) + one(m, x) * F.relu(m.bn2(x)),
+        {"plain1": ("silu",), "plain2": ("relu",), "bn1": (), "bn2": ("relu",)},
+    ),
+}  # fmt: skip
 
 
-def test_layer_that_is_called_twice_steps_twice():
-    plain = Net(lambda m, x: F.relu(m.bn1(m.conv1(x))) + F.silu(m.bn1(m.conv2(x))))
-    other = compiled(plain, fullgraph=True)
-    assert_same(plain, other, [images(seed=s) for s in range(2)])
-    assert int(other.bn1.num_batches_tracked) == 4
-
-
-def test_a_counter_of_the_model_itself_is_none_of_a_layer():
-    plain = Net(lambda m, x: (m.steps.add_(2), F.relu(one(m, x)))[1])
+@pytest.mark.parametrize("name", FUSED_IN_A_MODEL)
+def test_operations_are_fused_and_equal_eager_in_a_model_where(name):
+    forward, expected = FUSED_IN_A_MODEL[name]
+    plain = Net(forward)
     plain.register_buffer("steps", torch.tensor(0))
-    assert_same(plain, compiled(plain, fullgraph=True), [images()])
+    plain.plain1 = nn.BatchNorm2d(C, affine=False).double()
+    plain.plain2 = nn.BatchNorm2d(C, track_running_stats=False).double()
+    other = compiled(plain, fullgraph=True)
+    found = assert_same(plain, other, [images(seed=s) for s in range(2)])
+    assert {name: found[name].partners for name in expected} == expected
 
 
 def test_autocast_that_ends_between_is_kept():
@@ -220,15 +227,6 @@ def test_autocast_that_ends_between_is_kept():
     assert_close(other(x), plain(x), size=16)
     assert other(x).dtype is plain(x).dtype
     assert bn.fused(other)["bn1"].state == "alone"
-
-
-def test_layers_without_parameters_or_statistics():
-    plain = Net(lambda m, x: F.relu(m.bn2(F.silu(one(m, x)))))
-    plain.bn1 = nn.BatchNorm2d(C, affine=False).double()
-    plain.bn2 = nn.BatchNorm2d(C, track_running_stats=False).double()
-    other = compiled(plain, fullgraph=True)
-    assert_same(plain, other, [images(seed=s) for s in range(2)])
-    assert partners(other) == {"bn1": ("silu",), "bn2": ("relu",)}
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -253,35 +251,21 @@ def test_a_graph_serves_other_batch_sizes():
 
     other = torch.compile(copy.deepcopy(plain), backend=counted)
     assert_same(plain, other, [images(batch) for batch in (4, 3, 7, 2, 1, 5)])
-    training = [gm for gm in graphs if len(gm.graph.find_nodes(op="placeholder")) > 0]
-    assert len(training) <= 2 * 3  # in each mode: the first, a dynamic one, and one for batch 1
+    assert len(graphs) <= 2 * 3  # in each mode: the first, a dynamic one, and one for batch 1
 
 
 def test_batch_norms_that_no_graph_has_run_are_unseen():
     plain = nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.ReLU()).double()
-    assert bn.fused(plain)["1"].state == "unseen"
-    assert "torch.compile" in bn.fused(plain)["1"].reason
     other = compiled(plain)
     other(images())
+    unseen = bn.fused(plain)["1"]
+    assert unseen.state == "unseen" and "torch.compile" in unseen.reason
     assert bn.fused(other)["1"] == bn.fused(other._orig_mod)["1"]
     assert bn.fused(other)["1"].partners == ("relu",)
-    assert bn.fused(plain)["1"].state == "unseen"
 
 
 def test_unknown_option_is_an_error_before_anything_is_captured():
     plain = Net(lambda m, x: one(m, x))
     other = torch.compile(plain, backend=bn.graph.backend, options={"inner": "nothing"})
-    with pytest.raises(
-        Exception, match="expected no options for the torch.compile backend"
-    ) as raised:
+    with pytest.raises(Exception, match="OptionError|expected no options for the torch.compile"):
         other(images())
-    assert isinstance(raised.value, OptionError) or "OptionError" in str(raised.value)
-
-
-def test_backend_is_found_by_its_name():
-    assert "batchnorm" in torch.compiler.list_backends()
-    plain = Net(lambda m, x: F.relu(one(m, x)))
-    torch.compiler.reset()
-    other = torch.compile(plain, backend="batchnorm")
-    other(images())
-    assert partners(other)["bn1"] == ("relu",)

@@ -1,6 +1,5 @@
 """What code may do with a normalization's result in a captured graph: values and gradients of eager."""
 
-import copy
 import io
 import weakref
 
@@ -10,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import batchnorm as bn
+from support.captured import compiled
 from support.lanes import lanes
+from support.twins import assert_close
 
 # Of what crosses a break Dynamo asks for .grad.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -196,19 +196,11 @@ def run(model, x, r):
 
 def compare(uses, training, fullgraph):
     plain = Model(uses).train(training)
-    torch.compiler.reset()
-    other = copy.deepcopy(plain)
-    other = torch.compile(other, backend=bn.graph.backend, fullgraph=fullgraph)
+    other = compiled(plain, fullgraph=fullgraph)
     for _ in range(2):
         x, r = torch.randn(2, 3, 4, 6, 6)
-        found, expected = run(other, x, r), run(plain, x, r)
-        assert found.keys() == expected.keys()
-        for name, value in expected.items():
-            assert (value is None) == (found[name] is None), name
-            if value is not None:
-                torch.testing.assert_close(
-                    found[name], value, atol=1e-4, rtol=1e-4, msg=lambda text: f"{name}: {text}"
-                )
+        # Gradients of 33 uses of x add up.
+        assert_close(run(other, x, r), run(plain, x, r), dtype=torch.float32, size=64)
 
 
 @pytest.mark.parametrize("training", lanes([True, False], fast=[True], slow=[False]))

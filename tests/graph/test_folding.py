@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
-from support.third_party import torchvision
+from support.captured import step
 from support.twins import Calls, assert_close, randomize
 
 
@@ -44,14 +44,6 @@ X = (6, 3, 12, 12)
 FOLDED = {"bn1": ("conv2d",), "bn2": ("conv2d",), "bn3": ("conv_transpose2d",), "bn5": ("linear",)}
 
 
-def gradients(model, x, dy):
-    model.zero_grad()
-    x = x.detach().clone().requires_grad_()
-    y = model(x)
-    y.backward(dy.to(y.dtype))
-    return [y.detach(), x.grad, *(p.grad for p in model.parameters())]
-
-
 def compiled(model, **options):
     torch.compiler.reset()
     return torch.compile(model, backend="batchnorm", fullgraph=True, **options)
@@ -69,41 +61,35 @@ def test_a_graph_folds_and_differentiates(inner, affine):
     model.requires_grad_(True)
     exact.requires_grad_(True)
     run = compiled(model, **({"options": {"inner": inner}} if inner else {}))
-    x, dy = torch.randn(X), torch.randn(X[0], 5)
-    want, got = gradients(exact, x.double(), dy), gradients(run, x, dy)
-    for one, other in zip(got, want, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None:
-            scale = float(other.abs().max())
-            torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-5 * scale)
+    x = torch.randn(X)
+    for got, want in zip(step(run, x, 0), step(exact, x.double(), 0), strict=True):
+        assert (got is None) == (want is None)
+        if got is not None:
+            assert_close(got, want, size=64 * max(1.0, float(want.abs().max())))
     found = bn.fused(run)
     assert {n: one.partners for n, one in found.items() if "scaled" in one.reason} == FOLDED
     assert found["bn4"].partners == ("add",)  # its input is used twice
 
 
-def test_evaluation_and_other_frozen_layers_are_not_folded():
-    for options, mode in (({}, True), ({"folded": True}, False)):
-        model = bn.freeze(random(Net()), **options).train(mode)
-        run = compiled(model)
-        torch.testing.assert_close(run(torch.ones(X)), copy.deepcopy(model).eval()(torch.ones(X)))
-        assert not any("scaled" in one.reason for one in bn.fused(run).values())
-
-
-def writes_to_the_input(m, x):
-    x = x + 1
-    y = m.conv(x)
-    x.zero_()
-    return m.bn(y) + x
+@pytest.mark.parametrize(("options", "training"), [({}, True), ({"folded": True}, False)])
+def test_evaluation_and_other_frozen_layers_are_not_folded(options, training):
+    model = bn.freeze(random(Net()), **options).train(training)
+    run, x = compiled(model), torch.ones(X)
+    assert_close(run(x), copy.deepcopy(model).eval()(x), size=64)
+    assert not any("scaled" in layer.reason for layer in bn.fused(run).values())
 
 
 def test_an_input_that_is_written_to_in_between_is_not_read_later():
-    model = Calls(writes_to_the_input, conv=nn.Conv2d(3, 3, 1), bn=nn.BatchNorm2d(3))
-    bn.freeze(random(model), folded=True)
-    run = compiled(model)
+    def writes_to_the_input(m, x):
+        x = x + 1
+        y = m.conv(x)
+        x.zero_()
+        return m.bn(y) + x
+
+    model = random(Calls(writes_to_the_input, conv=nn.Conv2d(3, 3, 1), bn=nn.BatchNorm2d(3)))
+    run, x = compiled(bn.freeze(model, folded=True)), torch.ones(2, 3, 4, 4)
     with torch.no_grad():
-        torch.testing.assert_close(
-            run(torch.ones(2, 3, 4, 4)), model.eval()(torch.ones(2, 3, 4, 4))
-        )
+        assert_close(run(x), model.eval()(x), size=64)
 
 
 def test_checkpointed_regions_are_folded():
@@ -113,20 +99,9 @@ def test_checkpointed_regions_are_folded():
     exact = bn.freeze(copy.deepcopy(model).double(), affine=False)
     bn.freeze(model, affine=False, folded=True)
     run = compiled(model)
-    x, dy = torch.randn(2, 3, 6, 6), torch.randn(2, 3, 6, 6)
-    for one, other in zip(gradients(run, x, dy), gradients(exact, x.double(), dy), strict=True):
-        assert_close(one, other, size=64)
+    x = torch.randn(2, 3, 6, 6)
+    assert_close(step(run, x, 0), step(exact, x.double(), 0), size=64)
     assert bn.fused(run)["inner.1"].partners == ("conv2d",)
-
-
-@pytest.mark.slow
-def test_every_normalization_of_a_resnet_is_folded():
-    model = bn.freeze(torchvision().models.resnet18(), folded=True)
-    run = compiled(model)
-    x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        assert_close(run(x), copy.deepcopy(model).eval()(x), size=64)
-    assert all(one.partners == ("conv2d",) for one in bn.fused(run).values())
 
 
 def test_a_model_that_folded_in_eager_mode_folds_in_a_graph_and_back():
@@ -135,4 +110,4 @@ def test_a_model_that_folded_in_eager_mode_folds_in_a_graph_and_back():
     expected = model(x)
     assert type(model.conv1).__name__ == "FoldingConv2d"
     assert_close(compiled(model)(x), expected, size=64)
-    torch.testing.assert_close(model(x), expected)
+    assert_close(model(x), expected, size=64)

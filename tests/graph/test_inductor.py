@@ -9,7 +9,8 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.graph import inner
-from support.captured import before_inductor, step
+from batchnorm.graph.fuse import fuse
+from support.captured import before_inductor, compiled, step
 from support.lanes import lanes
 from support.twins import assert_close
 
@@ -36,14 +37,6 @@ def inputs(dense, small):
     return torch.randn(2 if small else 32, 8, 16, 16)
 
 
-def compiled(model):
-    torch.compiler.reset()
-    options = {"inner": "inductor"}
-    return torch.compile(
-        copy.deepcopy(model), backend=bn.graph.backend, fullgraph=True, options=options
-    )
-
-
 KINDS = {
     "large dense relu": (True, F.relu, False, False),
     "small dense relu": (True, F.relu, False, True),
@@ -59,7 +52,8 @@ KINDS = {
 def test_steps_compiled_by_inductor_equal_eager(kind):
     dense, act, convert, small = KINDS[kind]
     plain, x = Block(act, dense), inputs(dense, small)
-    other = compiled(bn.convert(copy.deepcopy(plain)) if convert else plain)
+    model = bn.convert(copy.deepcopy(plain)) if convert else plain
+    other = compiled(model, fullgraph=True, options={"inner": "inductor"})
     exact = copy.deepcopy(plain).double()
     for seed in range(2):
         found, expected = step(other, x, seed), step(plain, x, seed)
@@ -84,8 +78,6 @@ def test_graph_for_inductor_holds_one_call_for_each_normalization():
     plain, seen = Block(F.relu, dense=False), []
 
     def look(gm, example_inputs):
-        from batchnorm.graph.fuse import fuse
-
         fuse(gm, eager=False)
         inner.lower(gm)
         seen.extend(n.target for n in gm.graph.nodes if n.op.startswith("call"))

@@ -1,16 +1,19 @@
-"""bn.save_memory(model): a switch, its report, and what it leaves behind."""
+"""bn.save_memory(model): its report, what it leaves behind; threads, transforms, interrupts, sparse tensors."""
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import batchnorm as bn
+from batchnorm.compat.autograd import saved_tensor_hooks
 from support.saving import check_bits, fused, layers, residual, step
-from support.twins import assert_close
+from support.twins import Calls, assert_close
 
 pytestmark = pytest.mark.usefixtures("everything_has_a_recipe")
 
@@ -22,9 +25,8 @@ def test_save_memory_of_a_model_is_switched_on_and_off():
     assert "recipes" in str(bn.edits(model))
     x = torch.randn(3, 3, 9, 9)
     for _ in range(3):
-        for one, other in zip(step(model, x, False), step(plain, x, False), strict=True):
-            assert torch.equal(one, other)
-    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        assert_close(step(model, x, False), step(plain, x, False), exact=True)
+    assert saved_tensor_hooks() is None
     assert living_inputs(plain, x) == 1
     assert living_inputs(model, x) < 0.2
     copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
@@ -33,8 +35,7 @@ def test_save_memory_of_a_model_is_switched_on_and_off():
     assert "recipes" not in str(bn.edits(model))
     bn.save_memory(model)
     bn.undo(model)
-    assert not model._forward_hooks
-    assert not model._forward_pre_hooks
+    assert not model._forward_hooks and not model._forward_pre_hooks
 
 
 def test_save_memory_of_a_compiled_model_is_switched_on_and_off():
@@ -42,9 +43,8 @@ def test_save_memory_of_a_compiled_model_is_switched_on_and_off():
     model = bn.save_memory(fused(copy.deepcopy(plain)))
     same = torch.compile(copy.deepcopy(plain), backend=bn.graph.backend)
     for _ in range(2):
-        for one, other in zip(step(model, x, False), step(same, x, False), strict=True):
-            assert torch.equal(one, other)
-    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        assert_close(step(model, x, False), step(same, x, False), exact=True)
+    assert saved_tensor_hooks() is None
 
 
 def test_report_names_the_backend_where_nothing_was_saved():
@@ -61,17 +61,14 @@ def test_report_names_the_backend_where_nothing_was_saved():
 def living_inputs(model: nn.Module, x: Tensor) -> float:
     """Return the share of what entered the convolutions that is in memory after forward."""
     seen: list[StorageWeakRef] = []
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    inner = {m: m._conv_forward for m in convolutions}
-    for m in convolutions:
-        m._conv_forward = lambda x, *rest, m=m: (
-            seen.append(StorageWeakRef(x.untyped_storage())),
-            inner[m](x, *rest),
-        )[1]
+    handles = [
+        m.register_forward_pre_hook(lambda _, args: seen.append(StorageWeakRef(args[0].untyped_storage())))
+        for m in model.modules() if isinstance(m, nn.Conv2d)
+    ]  # fmt: skip
     y = model(x)
-    for m in convolutions:
-        del m._conv_forward
-    alive = [not one.expired() for one in seen]
+    alive = [not storage.expired() for storage in seen]
+    for handle in handles:
+        handle.remove()
     del y
     return sum(alive) / len(alive)
 
@@ -108,11 +105,100 @@ def test_an_error_or_a_nested_block_leaves_no_hooks():
         model(x[0, 0])
     with bn.save_memory():
         model(x)
-    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    assert saved_tensor_hooks() is None
 
 
 def test_a_model_without_our_layers_is_as_it_was():
     model, x = residual(), torch.randn(3, 3, 9, 9)
-    twin = copy.deepcopy(model)
-    for one, other in zip(step(model, x, True), step(twin, x, False), strict=True):
-        assert torch.equal(one, other)
+    assert_close(step(copy.deepcopy(model), x, True), step(model, x, False), exact=True)
+
+
+def test_a_block_of_save_memory_is_entered_once():
+    block = bn.save_memory()
+    with block:
+        with pytest.raises(bn.errors.SurgeryError, match="new context manager"), block:
+            pass
+        assert saved_tensor_hooks() is not None
+    assert saved_tensor_hooks() is None
+
+
+def test_an_interrupt_is_cleaned_up_by_the_next_pass():
+    def interrupted(m, x):
+        raise KeyboardInterrupt
+
+    model = bn.save_memory(bn.convert(residual()))
+    model.append(Calls(interrupted))
+    x = torch.randn(3, 3, 9, 9)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+    del model[-1]
+    model(x).square().mean().backward()
+    assert saved_tensor_hooks() is None
+
+
+def test_transforms_and_graphs_of_a_model_that_is_switched_on():
+    model = bn.save_memory(bn.convert(residual().eval()))
+    plain = bn.convert(copy.deepcopy(bn.undo(copy.deepcopy(model))))
+    x = torch.randn(2, 3, 9, 9)
+    for use in (
+        lambda m: torch.func.jacrev(m)(x),
+        lambda m: torch.vmap(m)(x.unsqueeze(1)),
+        lambda m: torch.func.jvp(m, (x,), (x,)),
+        lambda m: torch.jit.trace(m, (x,))(x),
+        lambda m: torch.export.export(m, (x,)).module()(x),
+    ):
+        torch.testing.assert_close(use(model), use(plain))
+    assert saved_tensor_hooks() is None
+
+
+def test_a_block_inside_a_transform_changes_nothing():
+    """Transforms of torch.func support no hooks on saved tensors."""
+    layer, x = bn.BatchNorm2d(3, activation="silu").eval(), torch.randn(2, 3, 9, 9)
+
+    def loss(x):
+        with bn.save_memory():
+            return layer(x).square().mean()
+
+    expected = torch.func.grad(lambda x: layer(x).square().mean())(x)
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected)
+    assert saved_tensor_hooks() is None
+
+
+@pytest.mark.filterwarnings("ignore:Sparse", "ignore:The .grad attribute of a Tensor that is not")
+def test_sparse_tensors_saved_for_backward_have_the_same_bits():
+    def graph(m, x):
+        edges = torch.eye(x.shape[0], dtype=x.dtype)
+        y = torch.sparse.mm(edges.to_sparse(), F.silu(m.bn(m.first(x))))
+        return edges.to_sparse_csr() @ y
+
+    check_bits(Calls(graph, first=nn.Linear(3, 8), bn=nn.BatchNorm1d(8)), torch.randn(4, 3))
+
+
+def test_save_memory_holds_for_its_thread():
+    x = torch.randn(3, 3, 9, 9)
+    model = bn.convert(residual())
+
+    def use(save: bool) -> Tensor:
+        leaf, own = x.clone().requires_grad_(), copy.deepcopy(model)
+        for _ in range(3):
+            leaf.grad = None
+            with bn.save_memory() if save else torch.enable_grad():
+                y = own(leaf)
+            y.square().square().mean().backward()
+        return leaf.grad
+
+    expected = use(False)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(use, [True, False] * 6):
+            assert torch.equal(found, expected)
+    assert saved_tensor_hooks() is None
+
+
+def test_backward_may_run_in_another_thread():
+    model, x = bn.convert(residual()), torch.randn(3, 3, 9, 9)
+    for _ in range(2):
+        with bn.save_memory():
+            loss = model(x).square().mean()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(loss.backward).result()

@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 import batchnorm as bn
 from support.twins import randomize
@@ -87,3 +88,17 @@ def layers() -> nn.Module:
     for _ in range(6):
         parts += [bn.BatchNorm2d(8, activation="relu"), nn.Conv2d(8, 8, 3, padding=1)]
     return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+
+
+def bytes_kept(model: nn.Module, x: Tensor) -> int:
+    """Return the bytes of the storages that autograd has saved at the end of a forward pass."""
+    seen: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if type(t) is Tensor:
+            seen[t.untyped_storage()._cdata] = t.detach()
+        return t.detach()
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        model(x)
+    return sum(t.untyped_storage().nbytes() for t in seen.values())
