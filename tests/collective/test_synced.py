@@ -10,114 +10,74 @@ import batchnorm as bn
 from support import third_party
 from support.ranks import across_ranks
 
-SHARES = {"unequal": (3, 5), "empty": (0, 4), "one": (1, 1)}
+# Samples of each rank, and which of all samples a mask leaves; None without a mask.
+CASES = {
+    "unequal": ((3, 5), None),
+    "empty": ((0, 4), None),
+    "one": ((1, 1), None),
+    "masked": ((3, 4), (True, False, True, True, True, False, True)),
+    "masked out here": ((3, 4), (False,) * 3 + (True,) * 4),
+}
+WAYS = [(act, way) for act in (None, "relu", "silu") for way in ("eager", "compiled")]
 
 
-def batch(sizes):
+def batch(sizes, mask):
+    """x, dy, residual and mask of all samples; x is NaN where the mask is False."""
     torch.manual_seed(0)
-    n = sum(sizes)
-    given = [torch.randn(n, 3, 2, 2) * 3 + 100 for _ in range(3)]
-    return [list(t.split(sizes)) for t in given]
+    x, dy, residual = (torch.randn(sum(sizes), 3, 2, 2) * 3 + 100 for _ in range(3))
+    if mask is not None:
+        mask = torch.tensor(mask)[:, None, None].expand(-1, 2, 2)
+        x[~mask[:, None].expand_as(x)] = torch.nan
+    return x, dy, residual, mask
 
 
-def layer_of(options):
+def layer_of(act, source):
     torch.manual_seed(1)
-    layer = bn.BatchNorm2d(3, statistics=bn.Synced(), **options)
+    layer = bn.BatchNorm2d(3, statistics=source, activation=act)
     nn.init.normal_(layer.weight)
     nn.init.normal_(layer.bias)
     return layer
 
 
-def step(layer, x, dy, residual):
-    x, residual = x.requires_grad_(), residual.requires_grad_()
-    y = layer(x, residual)
+def step(layer, x, dy, residual, mask):
+    x, residual = x.clone().requires_grad_(), residual.clone().requires_grad_()
+    y = layer(x, residual) if mask is None else layer(x, residual, mask=mask)
     y.backward(dy)
-    grads = {"x": x.grad, "residual": residual.grad}
-    grads |= {n: p.grad for n, p in layer.named_parameters()}
-    found = {"y": y.detach(), **grads, **dict(layer.named_buffers())}
+    found = {"y": y.detach(), "x": x.grad, "residual": residual.grad}
+    found |= {n: p.grad for n, p in layer.named_parameters()} | dict(layer.named_buffers())
     return {name.removeprefix("_orig_mod."): value for name, value in found.items()}
 
 
-WAYS = [(act, way) for act in (None, "relu", "silu") for way in ("eager", "compiled")]
-
-
-def _one(rank, sizes):
-    found = []
-    for act, way in WAYS:
-        layer = layer_of({"activation": act})
-        if way == "compiled":
-            layer = torch.compile(layer, backend="eager")
-        found.append(step(layer, *(parts[rank] for parts in batch(sizes))))
+def _shares(rank):
+    """For each case and way the step of this rank: starting the processes is what takes the time."""
+    found = {}
+    for case, (sizes, mask) in CASES.items():
+        share = [None if t is None else t.split(sizes)[rank] for t in batch(sizes, mask)]
+        for act, way in WAYS:
+            layer = layer_of(act, bn.Synced())
+            if way == "compiled":
+                layer = torch.compile(layer, backend="eager")
+            found[case, act, way] = step(layer, *share)
     return found
-
-
-def _every(rank):
-    """Of all shares: starting the processes is what takes the time."""
-    return [_one(rank, sizes) for sizes in SHARES.values()]
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_shares_of_all_are_one_batch():
-    for sizes, *per_rank in zip(SHARES.values(), *across_ranks(_every, 2), strict=True):
-        assert_one_batch(sizes, per_rank)
-
-
-def assert_one_batch(sizes, per_rank):
-    for (act, _), *found in zip(WAYS, *per_rank, strict=True):
-        whole = step(layer_of({"activation": act}), *(torch.cat(t) for t in batch(sizes)))
+    first, second = across_ranks(_shares, 2)
+    for (case, act, way), found in first.items():
+        whole = step(layer_of(act, bn.Batch()), *batch(*CASES[case]))
         for name, expected in whole.items():
-            parts = [one[name] for one in found]
+            parts, what = (found[name], second[case, act, way][name]), f"{case} {act} {way} {name}"
             if name in ("y", "x", "residual"):
-                torch.testing.assert_close(torch.cat(parts), expected, atol=2e-5, rtol=2e-5)
-            elif name in ("weight", "bias"):
-                torch.testing.assert_close(sum(parts), expected, atol=2e-5, rtol=2e-5)
+                torch.testing.assert_close(
+                    torch.cat(parts), expected, atol=2e-5, rtol=2e-5, msg=what
+                )
+            elif name in ("weight", "bias"):  # DistributedDataParallel averages them
+                torch.testing.assert_close(sum(parts), expected, atol=2e-5, rtol=2e-5, msg=what)
             else:
-                torch.testing.assert_close(parts[0], parts[1], atol=0, rtol=0)
-                torch.testing.assert_close(parts[0], expected, atol=0, rtol=1e-6)
-
-
-MASKS = {
-    "some": ((True, False, True), (True, True, False, True)),
-    "none here": ((False,) * 3, (True,) * 4),
-}
-
-
-def _masked(rank, masks):
-    x, dy, residual = (parts[rank] for parts in batch(tuple(map(len, masks))))
-    layer = layer_of({"activation": "relu"})
-    mask = torch.tensor(masks[rank])[:, None, None].expand(-1, 2, 2)
-    x[~mask[:, None].expand_as(x)] = torch.nan
-    x.requires_grad_()
-    y = layer(x, residual.requires_grad_(), mask=mask)
-    y.backward(dy)
-    grads = {n: p.grad for n, p in layer.named_parameters()}
-    rest = {"x": x.grad, "residual": residual.grad, **grads, **dict(layer.named_buffers())}
-    return {"y": y.detach(), **rest}
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-@pytest.mark.parametrize("name", MASKS)
-def test_masked_shares_of_all_are_one_masked_batch(name):
-    masks = MASKS[name]
-    found = across_ranks(_masked, 2, masks)
-    x, dy, residual = (torch.cat(parts) for parts in batch(tuple(map(len, masks))))
-    layer = layer_of({"activation": "relu"})
-    layer.statistics = bn.Batch()
-    mask = torch.tensor(sum(masks, ()))[:, None, None].expand(-1, 2, 2)
-    x.requires_grad_(), residual.requires_grad_()
-    y = layer(x, residual, mask=mask)
-    y.backward(dy)
-    for key, want in (("y", y.detach()), ("x", x.grad), ("residual", residual.grad)):
-        whole = torch.cat([one[key] for one in found])
-        torch.testing.assert_close(whole, want, atol=2e-5, rtol=2e-5)
-    for key in ("weight", "bias"):  # of each process; DistributedDataParallel averages them
-        whole, want = sum(one[key] for one in found), getattr(layer, key).grad
-        torch.testing.assert_close(whole, want, atol=2e-5, rtol=2e-5)
-    for key in ("running_mean", "running_var", "num_batches_tracked"):
-        for one in found:
-            torch.testing.assert_close(one[key], getattr(layer, key), atol=0, rtol=1e-6)
+                assert torch.equal(*parts), what
+                torch.testing.assert_close(parts[0], expected, atol=0, rtol=1e-6, msg=what)
 
 
 def _converted(rank):
@@ -169,22 +129,16 @@ def test_there_and_back_between_plain_layers_torch_s_synchronized_ones_and_ours(
     assert not vars(model[1]).keys() - vars(nn.SyncBatchNorm(4)).keys()
 
 
-def test_convert_and_undo_torch_s_and_timm_s():
-    timm = third_party.timm()
-    plain = timm.layers.norm_act.BatchNormAct2d(3, act_layer=nn.SiLU)
-    act = timm.layers.norm_act.convert_sync_batchnorm(plain)
+def test_a_synchronized_layer_of_timm_is_converted_and_back():
+    layers = third_party.timm().layers.norm_act
+    act = layers.convert_sync_batchnorm(layers.BatchNormAct2d(3, act_layer=nn.SiLU))
     assert type(act).__name__ == "SyncBatchNormAct"
-    for module in (nn.SyncBatchNorm(3), act):
-        before = type(module)
-        model = nn.Sequential(module)
-        state = copy.deepcopy(model.state_dict())
-        assert bn.convert(model)[0] is module
-        assert isinstance(module, bn.BatchNorm)
-        assert module.statistics == bn.Synced()
-        x = torch.randn(4, 3, 2, 2)
-        plain = bn.BatchNorm2d(3)(x)
-        torch.testing.assert_close(model(x), nn.functional.silu(plain) if module is act else plain)
-        copy.deepcopy(model)
-        assert type(bn.undo(model)[0]) is before
-        assert state.keys() == model.state_dict().keys()
-        assert not hasattr(module, "statistics")
+    model, before = nn.Sequential(act), type(act)
+    keys = list(model.state_dict())
+    assert bn.convert(model)[0] is act
+    assert isinstance(act, bn.BatchNorm) and act.statistics == bn.Synced()
+    x = torch.randn(4, 3, 2, 2)
+    torch.testing.assert_close(model(x), nn.functional.silu(bn.BatchNorm2d(3)(x)))
+    copy.deepcopy(model)
+    assert type(bn.undo(model)[0]) is before
+    assert list(model.state_dict()) == keys and not hasattr(act, "statistics")

@@ -142,20 +142,25 @@ def test_a_process_that_skips_a_layer_of_a_graph_is_told_apart_in_all():
         assert re.search(words, told.replace("\n", " ")), told
 
 
+TWO_STEPS = ((3, 2), (1, 4))
+
+
+def two_batches(rank, n):
+    torch.manual_seed(rank)
+    return [(torch.randn(n, 3, 5), torch.randn(n, 4, 5)) for _ in range(2)]
+
+
 def _under_ddp(rank):
-    """Two forwards before a backward, in eager mode and compiled, and the whole batch."""
+    """Two forwards before a backward, in eager mode and compiled."""
     found = []
     for way in ("eager", "aot_eager"):
         torch.manual_seed(0)
         model = Branches(bn.Synced(timeout=60))
         ddp = nn.parallel.DistributedDataParallel(model)
         run = ddp if way == "eager" else torch.compile(ddp, backend=way)
-        for sizes in ((3, 2), (1, 4)):
+        for sizes in TWO_STEPS:
             ddp.zero_grad()
-            torch.manual_seed(rank)
-            shares = [
-                (torch.randn(sizes[rank], 3, 5), torch.randn(sizes[rank], 4, 5)) for _ in "12"
-            ]
+            shares = two_batches(rank, sizes[rank])
             outputs = [run(x) for x, _ in shares]
             torch.autograd.backward(outputs, [dy for _, dy in shares])
         found.append([*(p.grad for p in model.parameters()), *model.buffers()])
@@ -165,14 +170,10 @@ def _under_ddp(rank):
 def _whole_batch():
     torch.manual_seed(0)
     model = Branches(bn.Batch())
-    for sizes in ((3, 2), (1, 4)):
+    for sizes in TWO_STEPS:
         model.zero_grad()
-        both = []
-        for rank, n in enumerate(sizes):
-            torch.manual_seed(rank)
-            both.append([(torch.randn(n, 3, 5), torch.randn(n, 4, 5)) for _ in "12"])
-        for first, second in zip(*both, strict=True):
-            x, dy = (torch.cat(pair) for pair in zip(first, second, strict=True))
+        for shares in zip(*map(two_batches, range(2), sizes), strict=True):
+            x, dy = map(torch.cat, zip(*shares, strict=True))
             model(x).backward(dy / 2)  # DistributedDataParallel averages over two processes
     return [*(p.grad for p in model.parameters()), *model.buffers()]
 
@@ -187,23 +188,19 @@ def test_several_forwards_before_a_backward_under_ddp_are_those_of_the_whole_bat
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def _checkpointed(rank, backend):
+def _checkpointed(rank):
     torch.manual_seed(0)
-    parts = {
-        "conv": nn.Conv1d(3, 4, 1),
-        "norm": bn.BatchNorm1d(4, statistics=bn.Synced(timeout=60)),
-    }
-    inside = lambda m, x: m.norm(m.conv(x)).sin()
-    call = lambda m, x: checkpoint(lambda t: inside(m, t), x, use_reentrant=False)
-    model = Calls(call, **parts)
+    norm = bn.BatchNorm1d(4, statistics=bn.Synced(timeout=60))
+    call = lambda m, x: checkpoint(lambda t: m.norm(m.conv(t)).sin(), x, use_reentrant=False)
+    model = Calls(call, conv=nn.Conv1d(3, 4, 1), norm=norm)
     twin = copy.deepcopy(model)
     x, dy = torch.randn(3 + rank, 3, 5), torch.randn(3 + rank, 4, 5)
-    compiled = torch.compile(model, backend=backend)
+    compiled = torch.compile(model, backend="aot_eager")
     return step(model, compiled, x, dy, {}), step(twin, twin, x, dy, {})
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_checkpointed_region_breaks_the_graph_and_is_right():
-    for compiled, eager in across_ranks(_checkpointed, 2, "aot_eager"):
+    for compiled, eager in across_ranks(_checkpointed, 2):
         assert all(map(torch.equal, compiled, eager))
