@@ -13,7 +13,15 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 import batchnorm as bn
 from support.combinations import each
 from support.third_party import torchvision
-from support.twins import assert_same_state, assert_unchanged, randomize, snapshot, twins
+from support.twins import (
+    assert_close,
+    assert_same_state,
+    assert_unchanged,
+    randomize,
+    snapshot,
+    twins,
+    unchanged,
+)
 
 SEVERAL = [bn.LastBatches(2), bn.Running(0.1), bn.Decayed(0.1)]
 
@@ -27,7 +35,8 @@ class Block(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = bn.BatchNorm1d(3), bn.BatchNorm1d(3, activation="relu")
+        self.first = bn.BatchNorm1d(3, estimator=SEVERAL)
+        self.second = bn.BatchNorm1d(3, activation="relu")
 
     def forward(self, x, mask):
         y = torch.tanh(self.first(x, mask=mask))
@@ -36,7 +45,8 @@ class Block(nn.Module):
 
 def test_a_trace_keeps_residual_and_mask_and_the_layers_themselves():
     block = Block()
-    traced = torch.fx.symbolic_trace(block)
+    with unchanged(block):
+        traced = torch.fx.symbolic_trace(block)
     calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
     assert calls == ["first", "second", "second"]
     assert not [n for n in traced.graph.nodes if n.op in ("call_method", "get_attr")]
@@ -51,27 +61,6 @@ def test_a_trace_keeps_residual_and_mask_and_the_layers_themselves():
     assert type(traced.first) is bn.BatchNorm1d
     moved = pickle.loads(pickle.dumps(traced))
     assert torch.equal(moved(x, mask), copy.deepcopy(traced)(x, mask))
-
-
-@pytest.mark.parametrize(
-    "layer", [bn.BatchNorm(3), bn.BatchNorm(3, axis=-1, estimator=SEVERAL), bn.BatchNorm1d(3)]
-)
-def test_tracing_changes_no_state(layer):
-    model = nn.Sequential(nn.Linear(3, 3), layer)
-    before = snapshot(model)
-    torch.fx.symbolic_trace(model)
-    assert_unchanged(before, model)
-
-
-@pytest.mark.xfail(strict=True, reason="hooks run once on the proxies and again in the node")
-def test_a_hook_acts_once_in_a_traced_model():
-    found = []
-    for norm in twins("1d", 3):
-        model = nn.Sequential(nn.Identity(), norm)
-        norm.register_forward_hook(lambda _, __, y: 2 * y)
-        torch.manual_seed(1)
-        found.append(torch.fx.symbolic_trace(model)(torch.randn(5, 3)))
-    torch.testing.assert_close(*found)
 
 
 def test_torchvisions_feature_extractor_finds_the_layer_by_name():
@@ -111,7 +100,7 @@ def test_lazy_layers_have_torchs_options_and_names(kinds, options):
         assert names[0] == names[1]
     assert mine.has_uninitialized_params() == his.has_uninitialized_params()
     x = torch.randn(shape)
-    torch.testing.assert_close(mine(x), his(x), rtol=1e-4, atol=1e-5)
+    assert_close(mine(x), his(x), ratio=4)
     assert_same_state(mine, his)
     assert repr(mine) == repr(his)
 
@@ -133,7 +122,7 @@ def test_lazy_layers_cast_before_their_first_input_keep_wide_statistics(ours, th
     for lazy in (mine, again):
         lazy.load_state_dict(his.state_dict())
         x = torch.randn(shape)
-        torch.testing.assert_close(lazy(x), copy.deepcopy(his)(x), rtol=1e-4, atol=1e-5)
+        assert_close(lazy(x), copy.deepcopy(his)(x), ratio=4)
         assert type(lazy) is ours.cls_to_become
     ours().load_state_dict(ours().state_dict())
 
@@ -160,11 +149,8 @@ def test_per_sample_gradients_work_once_the_statistics_are_taken_out():
 
     got = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, x, cotangent)
     for i in range(2):
-        expected = torch.autograd.grad(
-            loss(parameters, x[i], cotangent[i]), list(parameters.values())
-        )
-        for name, his in zip(parameters, expected, strict=True):
-            torch.testing.assert_close(got[name][i], his, rtol=1e-4, atol=1e-5)
+        expected = torch.autograd.grad(loss(parameters, x[i], cotangent[i]), [*parameters.values()])
+        assert_close([one[i] for one in got.values()], expected, size=16)
 
 
 @pytest.mark.parametrize("options", [{}, {"estimator": SEVERAL}, {"momentum": None}], ids=str)
@@ -179,8 +165,15 @@ def test_a_training_step_that_torch_func_refuses_changes_nothing(options):
     copy.deepcopy(layer)
 
 
-def test_functional_call_moves_the_given_buffers_only():
-    model = network()
+STATES = "estimator states are no buffers: functional_call moves them"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"estimator": SEVERAL}, marks=pytest.mark.xfail(strict=True, reason=STATES))],
+)
+def test_functional_call_moves_the_given_buffers_only(options):
+    model = network(**options)
     before = snapshot(model)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     functional_call(model, (dict(model.named_parameters()), buffers), (torch.randn(3, 2, 5, 5),))
@@ -188,37 +181,22 @@ def test_functional_call_moves_the_given_buffers_only():
     assert_unchanged(before, model)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="estimator states are no buffers: functional_call moves them"
-)
-def test_functional_call_leaves_the_states_of_estimators_alone():
-    layer = bn.BatchNorm1d(3, estimator=SEVERAL)
-    before = snapshot(layer)
-    buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
-    functional_call(layer, (dict(layer.named_parameters()), buffers), (torch.randn(4, 3),))
-    assert_unchanged(before, layer)
-
-
-@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"activation": "relu"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"momentum": None}], ids=str)
 def test_update_bn_and_averaged_buffers_equal_torchs(options):
     data = [torch.randn(n, 3) + i for i, n in enumerate((4, 7, 3))]
-    models = []
-    for norm, act in ((bn.BatchNorm1d, False), (nn.BatchNorm1d, "activation" in options)):
+    found = []
+    for norm in (bn.BatchNorm1d, nn.BatchNorm1d):
         torch.manual_seed(2)
-        extra = {} if act else options
-        model = nn.Sequential(
-            nn.Linear(3, 3), norm(3, **extra), nn.ReLU() if act else nn.Identity()
-        )
+        model = nn.Sequential(nn.Linear(3, 3), norm(3, **options))
         averaged = AveragedModel(model, use_buffers=True)
         for x in data:
             model(x)
             averaged.update_parameters(model)
-        models += [averaged, model]
-    assert_same_state(models[0], models[2])
-    update_bn(data, models[0])
-    update_bn(data, models[2])
-    assert_same_state(models[0], models[2])
-    assert models[0].module[1].momentum == models[1][1].momentum
+        found.append((copy.deepcopy(averaged), averaged))
+        update_bn(data, averaged)
+    for ours, theirs in zip(*found, strict=True):
+        assert_same_state(ours, theirs)
+    assert found[0][1].module[1].momentum == model[1].momentum
 
 
 @pytest.mark.xfail(strict=True, reason="update_bn asks by momentum=None, which estimators ignore")
@@ -244,5 +222,4 @@ def test_torch_folds_a_layer_without_activation(options, dtype):
     model.to(dtype).eval()
     x = torch.randn(2, 2, 5, 5).to(dtype)
     folded = fuse_conv_bn_eval(model[0], model[1])
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(folded(x), model[:2](x), rtol=tolerance, atol=tolerance)
+    assert_close(folded(x), model[:2](x), size=16 if dtype == torch.float32 else 2**15)

@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import batchnorm as bn
 from batchnorm.errors import MissingExtraError, OptionError, SurgeryError
+from support.calibrated import statistics
 from support.third_party import timm, torchvision
+from support.twins import assert_close
 
 X = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)) * 3 + 1
 Y = torch.randint(0, 3, (60,), generator=torch.Generator().manual_seed(1))
@@ -26,14 +28,13 @@ def net():
     return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 3))  # fmt: skip
 
 
-def assert_exact(model, states, batches):
-    """What the layers kept is what calibrate finds for these weights."""
+def assert_exact(model, states, batches, **options):
+    """The running statistics of a state dict are what bn.calibrate computes for its weights."""
     model = copy.deepcopy(model)
     model.load_state_dict(states)
-    bn.calibrate(model, batches)
-    for name, value in model.state_dict().items():
-        if "running" in name:
-            torch.testing.assert_close(states[name], value, rtol=1e-6, atol=1e-7)
+    bn.calibrate(model, batches, **options)
+    for name, value in statistics(model).items():
+        assert_close(states[name], value, name, size=16)
 
 
 @pytest.fixture(autouse=True)
@@ -81,109 +82,61 @@ def fit(lightning, module, callbacks, tmp_path, **options):
     trainer.fit(module, DataLoader(data, 16, shuffle=True), DataLoader(data, 60))
 
 
-def test_lightning_validates_with_exact_statistics(lightning, tmp_path):
-    from batchnorm.integrations.lightning import CalibrateCallback
+@pytest.fixture
+def callbacks(lightning):
+    return importlib.import_module("batchnorm.integrations.lightning")
 
-    module, callback = lightning_module(lightning), CalibrateCallback(upstream="population")
+
+def test_lightning_validates_with_exact_statistics(lightning, callbacks, tmp_path):
+    module = lightning_module(lightning)
+    callback = callbacks.CalibrateCallback(upstream="population")
     fit(lightning, module, [callback], tmp_path)
-    assert len(module.seen) == 3  # the sanity check, with what there was, and two epochs
+    assert (
+        len(module.seen) == 3
+    )  # the sanity check, with the statistics before training, and two epochs
     for states in module.seen[1:]:
-        plain = copy.deepcopy(module.net)
-        plain.load_state_dict(states)
-        bn.calibrate(plain, X.split(16), upstream="population")
-        for name, value in plain.state_dict().items():
-            torch.testing.assert_close(states[name], value, rtol=1e-5, atol=1e-6)
+        assert_exact(module.net, states, X.split(16), upstream="population")
     assert callback.calibration.samples == 60
     assert not any(buffer.is_inference() for buffer in module.buffers())
 
 
-def test_lightning_calibrates_the_weights_of_a_schedule_free_optimizer(lightning, tmp_path):
-    from batchnorm.integrations.lightning import CalibrateCallback
-
+def test_lightning_calibrates_the_weights_of_a_schedule_free_optimizer(
+    lightning, callbacks, tmp_path
+):
     schedulefree = pytest.importorskip("schedulefree")
     module = lightning_module(lightning)
     optimizer = schedulefree.AdamWScheduleFree(module.net.parameters(), 0.05, betas=(0.5, 0.99))
     module.configure_optimizers = lambda: optimizer
-    module.on_train_epoch_start = optimizer.train
+    module.on_train_epoch_start = module.on_validation_end = optimizer.train
     module.on_validation_start = optimizer.eval  # after the callback's
-    module.on_validation_end = optimizer.train
-    callback = CalibrateCallback(upstream="population", target_error=0.001)
+    callback = callbacks.CalibrateCallback(upstream="population", target_error=0.001)
     fit(lightning, module, [callback], tmp_path)
     for states in module.seen[1:]:
-        model = net()
-        model.load_state_dict(states)
-        bn.calibrate(model, [X], upstream="population")
-        for name, value in model.state_dict().items():
-            if "running" in name:
-                torch.testing.assert_close(states[name], value, rtol=1e-5, atol=1e-6)
+        assert_exact(net(), states, [X], upstream="population")
     assert optimizer.param_groups[0]["train_mode"]
 
 
-def test_lightning_in_the_midst_of_an_epoch_and_frozen_layers(lightning, tmp_path):
-    from batchnorm.integrations.lightning import CalibrateCallback
-
-    class Freeze(lightning.Callback):
-        def on_train_batch_start(self, *_):
-            frozen.eval()
-
-    callback = CalibrateCallback([(X, Y)])
+def test_lightning_calibrates_before_a_validation_within_an_epoch(lightning, callbacks, tmp_path):
     module = lightning_module(lightning)
-    fit(lightning, module, [callback], tmp_path, val_check_interval=2)
+    fit(lightning, module, [callbacks.CalibrateCallback([(X, Y)])], tmp_path, val_check_interval=2)
     assert len(module.seen) == 5
     assert_exact(module.net, module.seen[-1], [X])
 
-    module = lightning_module(lightning)
-    frozen = module.net[3]
-    callback = CalibrateCallback()
-    fit(lightning, module, [Freeze(), callback], tmp_path, limit_val_batches=0)
+
+def test_lightning_calibrates_no_frozen_layer(lightning, callbacks, tmp_path):
+    module, callback = lightning_module(lightning), callbacks.CalibrateCallback()
+    module.on_train_batch_start = lambda *_: module.net[3].eval() and None
+    fit(lightning, module, [callback], tmp_path, limit_val_batches=0)
     assert list(callback.calibration.layers) == ["net.1"]
     assert callback.calibration.skipped == {"net.3": "not asked for"}
-    assert torch.equal(frozen.running_mean, torch.zeros(8))
+    assert torch.equal(module.net[3].running_mean, torch.zeros(8))
 
 
-@pytest.mark.slow
-def test_hugging_face_evaluates_with_exact_statistics(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
-    from batchnorm.integrations.huggingface import CalibrateCallback
-
-    config = transformers.ResNetConfig(
-        num_channels=1, embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.ResNetForImageClassification(config)
-    images = torch.randn(24, 1, 16, 16)
-    data = [{"pixel_values": image, "labels": i % 3} for i, image in enumerate(images)]
-    seen = []
-
-    class Watch(transformers.TrainerCallback):
-        def on_evaluate(self, *_, model, **__):
-            seen.append(copy.deepcopy(model.state_dict()))
-
-    args = transformers.TrainingArguments(
-        str(tmp_path), num_train_epochs=2, per_device_train_batch_size=8, use_cpu=True,
-        report_to=[], eval_strategy="epoch", save_strategy="no", disable_tqdm=True, learning_rate=1e-2,
-    )  # fmt: skip
-    callback = CalibrateCallback(upstream="population", cache_bytes=1 << 24)
-    trainer = transformers.Trainer(
-        model, args, train_dataset=data, eval_dataset=data, callbacks=[callback, Watch()]
-    )
-    trainer.train()
-    assert len(seen) == 2
-    assert callback.calibration.samples == 24
-    model.load_state_dict(seen[-1])
-    bn.calibrate(model, [{"pixel_values": images}], upstream="population")
-    for name, value in model.state_dict().items():
-        if "running" in name:
-            torch.testing.assert_close(seen[-1][name], value, rtol=1e-4, atol=1e-5)
-
-
-def test_hugging_face_within_an_epoch(tmp_path):
+def test_hugging_face_calibrates_before_an_evaluation_within_an_epoch():
     transformers = pytest.importorskip("transformers")
     from batchnorm.integrations.huggingface import CalibrateCallback
 
-    model = net().train()
-    callback = CalibrateCallback([X])
+    model, callback = net().train(), CalibrateCallback([X])
     control = transformers.TrainerControl(should_evaluate=False)
     callback.on_step_end(None, None, control, model=model)
     assert callback.calibration is None
@@ -202,14 +155,33 @@ class Labelled(nn.Module):
         return {"loss": nn.functional.cross_entropy(y, labels), "logits": y}
 
 
-def train_by_hugging_face(transformers, model, callbacks, folder, epochs=1):
+def train_by_hugging_face(transformers, model, callbacks, folder, **options):
     pytest.importorskip("accelerate")
     args = transformers.TrainingArguments(
-        str(folder), num_train_epochs=epochs, per_device_train_batch_size=16, use_cpu=True,
-        report_to=[], save_strategy="no", disable_tqdm=True,
+        str(folder), per_device_train_batch_size=16, use_cpu=True,
+        report_to=[], save_strategy="no", disable_tqdm=True, **options,
     )  # fmt: skip
     data = [{"x": x, "labels": y} for x, y in zip(X, Y)]
-    transformers.Trainer(model, args, train_dataset=data, callbacks=callbacks).train()
+    given = {"args": args, "train_dataset": data, "eval_dataset": data, "callbacks": callbacks}
+    transformers.Trainer(model, **given).train()
+
+
+@pytest.mark.slow
+def test_hugging_face_evaluates_with_exact_statistics(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from batchnorm.integrations.huggingface import CalibrateCallback
+
+    seen = []
+
+    class Watch(transformers.TrainerCallback):
+        def on_evaluate(self, *_, model, **__):
+            seen.append(copy.deepcopy(model.net.state_dict()))
+
+    model, callback = Labelled(), CalibrateCallback(upstream="population", cache_bytes=1 << 24)
+    options = {"num_train_epochs": 2, "eval_strategy": "epoch", "learning_rate": 1e-2}
+    train_by_hugging_face(transformers, model, [callback, Watch()], tmp_path, **options)
+    assert len(seen) == 2 and callback.calibration.samples == 60
+    assert_exact(model.net, seen[-1], [X], upstream="population")
 
 
 @pytest.mark.parametrize("library", ["lightning", "huggingface"])
@@ -233,7 +205,9 @@ def test_statistics_are_frozen_at_an_epoch_and_folded_at_the_end(library, lightn
         fit(lightning, model, [Watch(), callback], tmp_path)
     else:
         model = Labelled()
-        train_by_hugging_face(transformers, model, [Watch(), callback], tmp_path, epochs=2)
+        train_by_hugging_face(
+            transformers, model, [Watch(), callback], tmp_path, num_train_epochs=2
+        )
     first, last = seen
     assert not bn.frozen(first)
     assert torch.equal(first[1].running_var, last[1].running_var)
@@ -257,7 +231,7 @@ def test_the_trainers_observe_every_batch_and_leave_no_hook(lightning, tmp_path)
     assert seen == {(step, f"net.{at}") for step in (1, 3, 6) for at in (1, 2, 3)}
 
     model, callback = Labelled(), huggingface.ObserveCallback(every=2)
-    train_by_hugging_face(transformers, model, [callback], tmp_path)
+    train_by_hugging_face(transformers, model, [callback], tmp_path, num_train_epochs=1)
     assert {one.step for one in callback.observer.observations} == {1, 2, 4}
     for one in (module, model):
         assert not any(m._forward_pre_hooks or "forward" in vars(m) for m in one.modules())
@@ -265,14 +239,8 @@ def test_the_trainers_observe_every_batch_and_leave_no_hook(lightning, tmp_path)
 
 @pytest.mark.parametrize("name", ["lightning", "huggingface", "opacus"])
 def test_a_missing_library_is_said_in_one_line(name, monkeypatch):
-    for module in (
-        "lightning",
-        "lightning.pytorch",
-        "pytorch_lightning",
-        "transformers",
-        "opacus",
-        "opacus.validators",
-    ):
+    lightnings = ("lightning", "lightning.pytorch", "pytorch_lightning")
+    for module in (*lightnings, "transformers", "opacus", "opacus.validators"):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, f"batchnorm.integrations.{name}", raising=False)
     with pytest.raises(MissingExtraError, match=r"needs .*pip install ('batchnorm\[|opacus)"):
@@ -351,8 +319,6 @@ def test_fvcore_counts_a_layer_in_eval_as_that_of_torch():
     fvcore = pytest.importorskip("fvcore.nn")
     x = torch.randn(2, 3, 8, 8)
     for ours in (bn.BatchNorm2d(3), bn.convert(nn.BatchNorm2d(3))):
-        counts = [
-            fvcore.FlopCountAnalysis(nn.Sequential(layer).eval(), x).total()
-            for layer in (ours, nn.BatchNorm2d(3))
-        ]
-        assert counts[0] == counts[1] > 0
+        models = [nn.Sequential(layer).eval() for layer in (ours, nn.BatchNorm2d(3))]
+        found, expected = (fvcore.FlopCountAnalysis(model, x).total() for model in models)
+        assert found == expected > 0

@@ -1,11 +1,31 @@
-"""Batch renormalization beside keras 3.15 on its torch backend, step by step."""
+"""Layers and models beside Keras, Flax and transformers: ported models, renormalization, padding."""
 
+import importlib
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import batchnorm as bn
+from support.speech import changes, fastspeech2_conformer, wav2vec2_conformer
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("network", ["plain", "residual"])
+@pytest.mark.parametrize("library", ["keras", "flax"])
+def test_ported_models_go_on_as_there(library, network, monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    pytest.importorskip(library)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    found = importlib.import_module("port_parity").compare(library, network)
+    sys.modules.pop("port_parity")
+    assert found["outputs"] < 2e-6
+    assert found["after_training"] < 5e-6 < found["after_training_unbiased"]
 
 
 @pytest.mark.slow
@@ -39,3 +59,15 @@ def test_training_is_that_of_keras():
     for name, own in (("renorm_mean", "statistics.mean"), ("renorm_stddev", "statistics.std")):
         expected = getattr(theirs, name).value.detach().double()
         torch.testing.assert_close(ours.state_dict()[own], expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [wav2vec2_conformer, fastspeech2_conformer])
+def test_valid_outputs_change_as_in_evaluation_however_much_is_padded(make):
+    found = changes(make)
+    for masked, stored in zip(found["train, masked"], found["eval"], strict=True):
+        # A little more: what convolutions read across an end enters the statistics too.
+        assert masked <= 1.05 * stored
+    assert found["train, masked"][-1] == pytest.approx(found["train, masked"][-2], rel=1e-5)
+    assert found["train"][-1] > 3 * found["train, masked"][-1]
