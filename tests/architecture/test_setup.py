@@ -1,6 +1,5 @@
-"""What the Makefile installs, in a copy of the repository."""
+"""What the Makefile installs; .ci/setups runs it in a clone."""
 
-import json
 import os
 import re
 import shutil
@@ -8,50 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from support.processes import run
 
 ROOT = Path(__file__).parents[2]
 SHARE = ROOT / "requirements" / "share_torch.py"
-FILES = ("Makefile", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE")
-FOLDERS = ("requirements", "native", "src")
-
 pytestmark = pytest.mark.skipif(
     os.name == "nt" or shutil.which("make") is None, reason="the Makefile needs make and a shell"
 )
-
-SHOW = """
-import json, sys, torch, batchnorm as bn
-print(json.dumps([sys.prefix, torch.__file__, bn.__file__, bn.env()["backends"]["cpu"]]))
-"""
-
-
-@pytest.fixture
-def copy(tmp_path):
-    """The files that an installation reads, with a version control of their own for none."""
-    for name in FILES:
-        shutil.copy(ROOT / name, tmp_path)
-    for name in FOLDERS:
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so"))
-    return tmp_path
-
-
-@pytest.mark.audit  # .ci/setups does the same with a clone
-def test_make_with_an_interpreter_uses_its_torch_and_builds_the_native_module(copy):
-    """The interpreter is that of a virtual environment; pip must not install torch again."""
-    folder = copy / "build" / ("venv-" + sys.executable.replace("/", "-"))
-    done = run(
-        ["make", f"{folder.relative_to(copy)}/ready-run", f"PYTHON={sys.executable}"], cwd=copy
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    for said in ("Installing what the demo needs", f"torch of {sys.executable}", "Compiling"):
-        assert said in done.stdout
-    assert [path.name for path in folder.rglob("torch*") if path.is_dir()] == []
-    shown = run([folder / "bin" / "python", "-c", SHOW], cwd=folder)
-    assert json.loads(shown.stdout) == [
-        str(folder), torch.__file__, str(copy / "src" / "batchnorm" / "__init__.py"), "available",
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

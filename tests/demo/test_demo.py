@@ -1,10 +1,10 @@
 """The demo on real digits and on IDX files: it measures what it says, and the same each time."""
 
 import gzip
+import itertools
 import json
 import shutil
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,10 +22,10 @@ from batchnorm.demo.shift import ShiftProbe, entering
 from batchnorm.demo.tour import take_tour
 from batchnorm.demo.training import Curve, Options, batch_order, evaluate, one_thread, train
 from batchnorm.errors import OptionError
-from batchnorm.estimators.running import Running
 from batchnorm.report.jsontext import to_json
 from batchnorm.report.model import Text
 from support.oracle import tolerance
+from support.twins import unchanged
 
 # Of means and deviations of float32 values of size 1, summed by torch.
 SCALED = tolerance("float32", ratio=16).atol
@@ -84,14 +84,11 @@ def write_idx(folder, shape=(6, 7), zipped=False, kinds=("images", "labels")):
 
 
 def test_digits_are_split_without_overlap_and_scaled(digits):
-    assert digits.train_images.shape == (1438, 1, 8, 8)
-    assert digits.test_images.shape == (359, 1, 8, 8)
-    assert digits.classes == 10
-    assert abs(digits.train_images.mean()) < SCALED
-    assert abs(digits.train_images.std() - 1) < SCALED
-    train_rows = {tuple(row) for row in digits.train_images.flatten(1).tolist()}
-    shared = [row for row in digits.test_images.flatten(1).tolist() if tuple(row) in train_rows]
-    assert not shared
+    train, test = digits.train_images, digits.test_images
+    assert (train.shape, test.shape, digits.classes) == ((1438, 1, 8, 8), (359, 1, 8, 8), 10)
+    assert abs(train.mean()) < SCALED and abs(train.std() - 1) < SCALED
+    rows, others = ({tuple(row) for row in part.flatten(1).tolist()} for part in (train, test))
+    assert not rows & others
 
 
 @pytest.mark.parametrize("zipped", [False, True])
@@ -146,27 +143,22 @@ def test_damaged_idx_files_say_how(said, tmp_path):
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "relu"])
-def test_both_networks_start_from_the_same_weights(activation):
-    plain = build((8, 8), 10, activation, 5, None).state_dict()
+def test_both_networks_start_from_the_same_weights_whatever_the_random_state(activation):
+    before = torch.random.get_rng_state()
+    plain, other = (build((8, 8), 10, activation, seed, None).state_dict() for seed in (5, 6))
     with_bn = build((8, 8), 10, activation, 5, kept_estimators(2)).state_dict()
     assert set(plain) < set(with_bn)
-    for name, value in plain.items():
-        assert torch.equal(value, with_bn[name])
-    assert not torch.equal(plain["conv1.weight"], build((8, 8), 10, activation, 6, None)[0].weight)
-
-
-def test_building_leaves_the_global_random_state_alone():
-    before = torch.random.get_rng_state()
-    build((9, 28), 10, "relu", 1, None)(torch.zeros(1, 1, 9, 28))
+    assert all(torch.equal(value, with_bn[name]) for name, value in plain.items())
+    assert not torch.equal(plain["conv1.weight"], other["conv1.weight"])
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_batches_hold_every_image_once_a_round_and_repeat_by_seed():
-    first = [batch.tolist() for batch, _ in zip(batch_order(10, 4, 1), range(4), strict=False)]
-    again = [batch.tolist() for batch, _ in zip(batch_order(10, 4, 1), range(4), strict=False)]
+    first, again = (
+        [batch.tolist() for batch in itertools.islice(batch_order(10, 4, 1), 4)] for _ in range(2)
+    )
     assert first == again
-    assert len({*first[0], *first[1]}) == 8
-    assert first[:2] != first[2:]
+    assert len({*first[0], *first[1]}) == 8 and first[:2] != first[2:]
     with pytest.raises(OptionError, match="a batch of 11 needs more than the 10"):
         next(batch_order(10, 11, 1))
 
@@ -187,52 +179,38 @@ def test_steps_to_is_the_first_measurement_at_the_level():
 
 def test_evaluation_leaves_mode_and_statistics_alone(digits):
     network = normalized().train()
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    evaluate(network, digits.test_images, digits.test_labels, chunk=100)
-    assert network.training
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    with unchanged(network):
+        evaluate(network, digits.test_images, digits.test_labels, chunk=100)
 
 
 def test_values_entering_the_activation_are_those_the_layer_receives(digits):
-    network = build((8, 8), 10, "sigmoid", 0, None)
-    images = digits.train_images[:32]
+    network, images = build((8, 8), 10, "sigmoid", 0, None), digits.train_images[:32]
     expected = network[: list(dict(network.named_children())).index(WATCHED)](images)
-    assert torch.equal(entering(network, WATCHED, images), expected.double())
-    assert not network.get_submodule(WATCHED)._forward_pre_hooks
-
-
-def test_with_normalization_a_fresh_unit_has_centre_0_and_deviation_1(digits):
-    values = entering(normalized().train(), WATCHED, digits.train_images[:64])
-    assert values.mean(0).abs().max() < SCALED
-    # Divided by sqrt(var + eps), where the least variance of a unit is 1e-3.
-    assert (values.var(0, correction=0) - 1).abs().max() < 1e-5 / 1e-3
+    with unchanged(network):
+        assert torch.equal(entering(network, WATCHED, images), expected.double())
 
 
 def test_shift_probe_moves_no_statistic_and_counts_flat_values(digits):
     network = normalized().train()
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    probe = ShiftProbe(network, WATCHED, "sigmoid", digits.train_images[:64])
-    probe.record(0)
-    with torch.no_grad():
-        network.dense3_bn.bias.fill_(100.0)
-    probe.record(1)
-    network.dense3_bn.bias.data.zero_()
+    with unchanged(network):
+        probe = ShiftProbe(network, WATCHED, "sigmoid", digits.train_images[:64])
+        probe.record(0)
+        network.dense3_bn.bias.data.fill_(100.0)
+        probe.record(1)
+        network.dense3_bn.bias.data.zero_()
     shift = probe.result()
     assert shift.steps == (0, 1)
-    assert shift.saturated[0] < 0.05
-    assert shift.saturated[1] == 1.0
+    assert shift.saturated[0] < 0.05 and shift.saturated[1] == 1.0
     assert shift.wander == pytest.approx(50, rel=0.02)
     assert shift.one_unit.middle[1] - shift.one_unit.middle[0] == pytest.approx(100)
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 def test_estimates_of_the_tour_are_all_named_and_whole_set_is_exact(tour):
     for study in tour.studies:
-        names = [estimate.name for estimate in study.estimates]
-        assert names == [*kept_estimators(2), WHOLE_SET]
-        assert study.estimates[-1].mean_off == 0
-        assert study.estimates[-1].variance_off == 0
-        assert all(estimate.mean_off > 0 for estimate in study.estimates[:-1])
+        assert [one.name for one in study.estimates] == [*kept_estimators(2), WHOLE_SET]
+        *kept, whole = study.estimates
+        assert (whole.mean_off, whole.variance_off) == (0, 0)
+        assert all(estimate.mean_off > 0 for estimate in kept)
 
 
 def test_weights_of_the_tour_are_those_of_torchs_layers(tour):
@@ -241,21 +219,20 @@ def test_weights_of_the_tour_are_those_of_torchs_layers(tour):
     nn.BatchNorm1d(64).load_state_dict(own)
 
 
-def test_what_is_told_first_is_the_largest_difference_over_all_seeds(tour):
+def test_the_summary_begins_with_the_largest_difference_over_all_seeds(tour):
     for study in tour.studies:
         gaps = {trial.rate: trial.normalized.accuracy[-1] - trial.plain.accuracy[-1] for trial in study.trials}  # fmt: skip
         assert gaps[study.fast.rate] == max(gaps.values())
         for repeats in (study.fast, study.best):
             assert repeats.seeds == (3, 4, 5)
             assert len(set(repeats.plain)) == len(set(repeats.normalized)) == 3
-        assert study.best.plain[0] == study.plain.curve
-        assert study.best.normalized[0] == study.normalized.curve
-    study = tour.studies[0]
-    last = [curve.accuracy[-1] for curve in study.fast.normalized]
+        firsts = (study.best.plain[0], study.best.normalized[0])
+        assert firsts == (study.plain.curve, study.normalized.curve)
+    fast = tour.studies[0].fast
+    low, middle, high = sorted(curve.accuracy[-1] for curve in fast.normalized)
+    assert ends(fast.normalized) == (middle, low, high)
     first, *_ = to_report(tour, ("w",)).summary
-    assert f"{study.fast.rate:g}" in first
-    assert ends(study.fast.normalized) == (sorted(last)[1], min(last), max(last))
-    assert f"{min(last):.1%}" in first and f"{max(last):.1%}" in first
+    assert all(word in first for word in (f"{fast.rate:g}", f"{low:.1%}", f"{high:.1%}"))
 
 
 def test_every_contender_has_one_colour_and_every_paragraph_a_second_language(tour):
@@ -272,27 +249,23 @@ def test_every_contender_has_one_colour_and_every_paragraph_a_second_language(to
 
 def test_a_unit_before_and_after_normalization_and_an_inserted_one(tour):
     for study in tour.studies:
-        assert len(study.unit_before) == len(study.unit_after) == 100
-        before, after = (torch.tensor(v, dtype=torch.float64) for v in (study.unit_before, study.unit_after))  # fmt: skip
-        correlation = torch.corrcoef(torch.stack([before, after]))[0, 1]
-        assert abs(abs(correlation) - 1) < SCALED  # an affine map of one unit
-    assert tour.inserted.layers == 5
-    assert tour.inserted.difference < SCALED
+        units = torch.tensor([study.unit_before, study.unit_after], dtype=torch.float64)
+        assert units.shape == (2, 100)
+        # An affine map of one unit.
+        assert abs(abs(torch.corrcoef(units)[0, 1]) - 1) < SCALED
+    assert tour.inserted.layers == 5 and tour.inserted.difference < SCALED
     assert len(tour.pictures) == len(tour.labels) == 16
 
 
 def test_other_images_of_the_batch_matter_in_train_mode_only(digits):
     network = normalized(activation="relu")
     train(network, digits, Options(steps=10), 0.1, 10)
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    modes = compare_modes(network, small(digits), 16, seed=0)
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    with unchanged(network):
+        modes = compare_modes(network, small(digits), 16, seed=0)
     assert max(modes.in_batches) > min(modes.in_batches)
     assert modes.in_eval == pytest.approx((modes.alone, modes.alone), abs=SCALED)
-    assert modes.fickle > 0
-    assert modes.fickle_in_eval == 0
-    assert modes.moved_by_train > 0
-    assert modes.moved_by_eval == 0
+    assert modes.fickle > 0 == modes.fickle_in_eval
+    assert modes.moved_by_train > 0 == modes.moved_by_eval
     assert "more than 1 value" in modes.refusal
 
 
@@ -323,29 +296,9 @@ def test_demo_on_idx_files_writes_weights_that_torch_loads(tmp_path):
     assert tour.options.steps == 5
     assert [file.name for file in files[:2]] == ["report.html", "report.json"]
     assert "at work on data" in json.loads(files[1].read_text("utf-8"))["title"]
-    weights = load_file(files[2])
-    layer = nn.BatchNorm1d(64)
-    layer.load_state_dict(
-        {name.split(".")[1]: value for name, value in weights.items() if "dense3_bn." in name}
-    )
-    expected = tour.studies[0].normalized.weights["dense3_bn.running_var"]
-    assert torch.equal(layer.running_var, expected)
-
-
-def test_a_file_in_the_way_of_the_folder_is_said_before_training(tmp_path):
-    (tmp_path / "out").write_text("in the way")
-    with pytest.raises(OptionError, match="cannot make the folder"):
-        run_demo(None, Path(tmp_path / "out"), TINY, silent)
-
-
-def test_normalization_learns_sooner_with_the_sigmoid(digits):
-    options = Options(steps=60)
-    plain, with_bn = (
-        train(build((8, 8), 10, "sigmoid", 0, kept), digits, options, 0.3, 60)
-        for kept in (None, {"running": Running(0.1)})
-    )
-    assert with_bn.steps_to(0.8) < 60
-    assert plain.steps_to(0.8) is None
+    found, expected = load_file(files[2]), tour.studies[0].normalized.weights
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 @pytest.mark.audit

@@ -10,9 +10,10 @@ PAGES = sorted(ROOT.glob("docs/decisions/*.md"))
 PARTS = ("Status", "Context", "Decision", "Consequence")
 
 
-def test_decisions_are_numbered_in_a_row():
-    numbers = [int(page.name[:4]) for page in PAGES]
-    assert numbers == list(range(1, len(PAGES) + 1))
+def test_decisions_are_numbered_in_a_row_and_pages_of_the_site():
+    assert [int(page.name[:4]) for page in PAGES] == list(range(1, len(PAGES) + 1))
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert re.findall(r"decisions/([\w-]+\.md)", site) == [page.name for page in PAGES]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -20,8 +21,3 @@ def test_a_decision_has_all_parts(page):
     text = page.read_text(encoding="utf-8")
     missing = [part for part in PARTS if not re.search(rf"^(\*\*|## ){part}", text, re.MULTILINE)]
     assert not missing
-
-
-def test_all_decisions_are_pages_of_the_site():
-    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    assert re.findall(r"decisions/([\w-]+\.md)", site) == [page.name for page in PAGES]
