@@ -75,19 +75,30 @@ def test_running_statistics_of_another_dtype_are_moved_by_the_layer():
     torch.testing.assert_close(list(layer.buffers()), list(theirs.buffers()), check_dtype=False)
 
 
-def test_the_aten_backend_says_why_it_declines_a_call():
-    x, w = torch.randn(4, 3, 2), torch.ones(3)
-    assert aten.serves(x, Epilogue(w, w, x), 1, "train") is None
-    assert "axis" in aten.serves(x, Epilogue(), 2, "train")
-    assert "on meta" in aten.serves(x.to("meta"), Epilogue(), 1, "train")
-    assert "int64" in aten.serves(x.long(), Epilogue(), 1, "train")
-    assert "more than one value" in aten.serves(x[:1, :, :1], Epilogue(), 1, "train")
-    assert "weight" in aten.serves(x, Epilogue(w.half()), 1, "train")
-    assert "residual" in aten.serves(x, Epilogue(w, w, x.double()), 1, "train")
+X, ONES = torch.randn(4, 3, 2), torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("words", "x", "epilogue", "axis"),
+    [
+        ("axis", X, Epilogue(), 2),
+        ("on meta", X.to("meta"), Epilogue(), 1),
+        ("int64", X.long(), Epilogue(), 1),
+        ("more than one value", X[:1, :, :1], Epilogue(), 1),
+        ("weight", X, Epilogue(ONES.half()), 1),
+        ("residual", X, Epilogue(ONES, ONES, X.double()), 1),
+    ],
+)
+def test_the_aten_backend_says_why_it_declines_a_call(words, x, epilogue, axis):
+    assert words in aten.serves(x, epilogue, axis, "train")
+
+
+def test_a_call_that_aten_declines_is_an_error_where_it_was_asked_for():
+    assert aten.serves(X, Epilogue(ONES, ONES, X), 1, "train") is None
     with bn.use_backend("aten"):
-        assert choice.chosen(x) is aten
+        assert choice.chosen(X) is aten
         with pytest.raises(BackendError, match="on axis 2"):
-            choice.chosen(x, axis=2)
+            choice.chosen(X, axis=2)
 
 
 def test_without_a_compiler_the_kernels_decline_before_the_first_launch(monkeypatch):

@@ -60,32 +60,26 @@ def biased(part):
 def exact(name, data):
     """(mean, variance) for use of one channel, from its batches of fractions."""
     parts = [moments(values) for values in data if values]
-    if name == "running":
-        a, mean, var = Fraction(0.3), Fraction(0), Fraction(1)
-        for part in parts:
-            mean, var = (1 - a) * mean + a * part[1], (1 - a) * var + a * unbiased(part)
-        return mean, var
-    if name in ("biased", "debiased"):
-        weights = [(1 - Fraction(0.3)) ** t for t in range(len(parts) - 1, -1, -1)]
-        mean, var = (
-            Fraction(0.3) * sum(w * one(part) for w, part in zip(weights, parts))
-            for one in (lambda part: part[1], unbiased if name == "debiased" else biased)
+    ages = range(len(parts) - 1, -1, -1)
+    if name in ("running", "biased", "debiased"):
+        weights = [Fraction(0.3) * (1 - Fraction(0.3)) ** age for age in ages]
+        start = 1 - sum(weights)
+        variance = biased if name == "biased" else unbiased
+        mean = sum(w * part[1] for w, part in zip(weights, parts))
+        var = sum(w * variance(part) for w, part in zip(weights, parts))
+        return (
+            (mean / (1 - start), var / (1 - start)) if name == "debiased" else (mean, var + start)
         )
-        start = (1 - Fraction(0.3)) ** len(parts)
-        return (mean, var + start) if name == "biased" else (mean / (1 - start), var / (1 - start))
     if name == "decayed":
-        keep = Fraction(1 - 0.3)
-        ages = range(len(parts) - 1, -1, -1)
-        whole = together([(n * keep**t, m, m2 * keep**t) for t, (n, m, m2) in zip(ages, parts)])
+        keep = [Fraction(1 - 0.3) ** age for age in ages]
+        parts = [(n * k, mean, m2 * k) for k, (n, mean, m2) in zip(keep, parts)]
+    if name.startswith("last_batches"):
+        parts = parts[-3:]
+    if name in ("decayed", "last_batches_pooled"):
+        whole = together(parts)
         return whole[1], unbiased(whole)
-    if name == "last_batches_pooled":
-        whole = together(parts[-3:])
-        return whole[1], unbiased(whole)
-    parts = parts if name == "cumulative" else parts[-3:]
-    return (
-        sum(part[1] for part in parts) / len(parts),
-        sum(unbiased(part) for part in parts) / len(parts),
-    )
+    variances = [unbiased(part) for part in parts]
+    return sum(part[1] for part in parts) / len(parts), sum(variances) / len(parts)
 
 
 def columns(data, kept=None):
@@ -166,25 +160,23 @@ def test_calibration_is_exact_in_float64(upstream):
 
 @pytest.mark.parametrize("counts", [None, [3, 7, 11], [0.1, 0.2, 0.7]], ids=str)
 def test_merged_states_are_exact_in_float64(counts):
-    states, parts = [], []
     weights = [Fraction(count) for count in counts or [1, 1, 1]]
-    for weight in weights:
-        layer = bn.BatchNorm1d(CHANNELS).double()
-        with torch.no_grad():
-            layer.running_mean.copy_(torch.randint(-9, 9, (CHANNELS,)) / 4)
-            layer.running_var.copy_(torch.randint(1, 9, (CHANNELS,)) / 4)
-            layer.weight.copy_(torch.randint(-9, 9, (CHANNELS,)) / 4)
-        states.append(layer.state_dict())
-        pairs = zip(layer.running_mean.tolist(), layer.running_var.tolist())
-        parts.append([(weight, Fraction(m), weight * Fraction(v)) for m, v in pairs])
-    merged = bn.merge_states(states, counts)
-    whole = [together(channel) for channel in zip(*parts)]
-    expected = [(mean, m2 / count) for count, mean, m2 in whole]
-    assert_exact((merged["running_mean"], merged["running_var"]), expected)
+    states = [nn.BatchNorm1d(CHANNELS).double().state_dict() for _ in weights]
+    for state in states:
+        for name, lowest in (("running_mean", -9), ("running_var", 1), ("weight", -9)):
+            state[name].copy_(torch.randint(lowest, 9, (CHANNELS,)) / 4)
+    merged, expected = bn.merge_states(states, counts), []
     for c, value in enumerate(merged["weight"].tolist()):
-        pairs = zip(weights, states)
-        average = sum(w * Fraction(s["weight"][c].item()) for w, s in pairs) / sum(weights)
+        mean, var, weight = (
+            [Fraction(state[name][c].item()) for state in states]
+            for name in ("running_mean", "running_var", "weight")
+        )
+        m2 = [w * v for w, v in zip(weights, var)]
+        whole = together(list(zip(weights, mean, m2)))
+        expected.append((whole[1], biased(whole)))
+        average = sum(w * v for w, v in zip(weights, weight)) / sum(weights)
         assert abs(Fraction(value) - average) <= oracle.tolerance("float64").atol
+    assert_exact((merged["running_mean"], merged["running_var"]), expected)
 
 
 KINDS = {

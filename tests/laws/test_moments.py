@@ -221,15 +221,15 @@ def test_every_axis_rank_dtype_and_memory_order_with_masks_and_weights(shape_and
             oracle.assert_close(found.m2, m2, allowed, f"m2, {name}")
 
 
+@pytest.mark.parametrize("index", [slice(None), slice(1)])
 @pytest.mark.parametrize("key", ["mask", "weights"])
-def test_masks_and_weights_of_size_one_broadcast(key):
+def test_masks_and_weights_of_size_one_broadcast(key, index):
     x, whole = torch.randn(4, 3, 5, 6), torch.rand(4, 5, 6) > 0.4
     whole = whole if key == "mask" else whole.double()
-    for index in itertools.product([slice(None), slice(1)], repeat=3):
-        sample = whole[index]
-        expected = Moments.of(x, **{key: sample.expand(4, 5, 6).clone()})
-        for form in (sample, sample.unsqueeze(1)):
-            torch.testing.assert_close(tuple(Moments.of(x, **{key: form})), tuple(expected))
+    sample = whole[index]
+    expected = Moments.of(x, **{key: sample.expand(4, 5, 6).clone()})
+    for form in (sample, sample.unsqueeze(1)):
+        torch.testing.assert_close(tuple(Moments.of(x, **{key: form})), tuple(expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float16, torch.bool])
@@ -267,11 +267,13 @@ def test_rounding_makes_no_m2_negative(n):
         assert (found.variance().sqrt() <= 4 * U * found.mean).all()
 
 
-def test_no_variance_is_left_where_the_correction_takes_the_whole_count():
-    for found in (lift([1.0, 3.0], weights=torch.tensor([0.5, 0.5])), lift([1.0, 3.0]).scale(0.5)):
-        assert float(found.count) == found.variance().item() == 1
-        assert found.variance(1).isnan().all()
-        assert found.variance(1.5).isnan().all()
+@pytest.mark.parametrize(
+    "found", [lift([1.0, 3.0], weights=torch.tensor([0.5, 0.5])), lift([1.0, 3.0]).scale(0.5)]
+)
+def test_no_variance_is_left_where_the_correction_takes_the_whole_count(found):
+    assert float(found.count) == found.variance().item() == 1
+    assert found.variance(1).isnan().all()
+    assert found.variance(1.5).isnan().all()
 
 
 def test_moments_of_a_tensor_share_no_memory_and_no_graph_with_it():

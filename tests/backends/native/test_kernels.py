@@ -85,13 +85,16 @@ def test_a_result_is_written_to_an_output_of_another_memory_order():
     torch.testing.assert_close(out, y)
 
 
-def test_native_backend_names_what_it_cannot_serve():
-    case = Case("image", Activation("gelu"), "float32", residual=True)
-    assert cpu.serves(case.x, Epilogue(*case.given), 1, "train") is None
-    assert "dtype" in cpu.serves(case.x.int(), Epilogue(), 1, "train")
-    assert "weight" in cpu.serves(case.x, Epilogue(torch.ones(3).int()), 1, "train")
-    wide = Epilogue(None, None, case.residual.double())
-    assert "residual" in cpu.serves(case.x, wide, 1, "train")
+@pytest.mark.parametrize(
+    ("words", "x", "epilogue"),
+    [
+        ("dtype", torch.ones(4, 3).int(), Epilogue()),
+        ("weight", torch.ones(4, 3), Epilogue(torch.ones(3).int())),
+        ("residual", torch.ones(4, 3), Epilogue(None, None, torch.ones(4, 3).double())),
+    ],
+)
+def test_the_native_backend_says_why_it_declines_a_call(words, x, epilogue):
+    assert words in cpu.serves(x, epilogue, 1, "train")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -14,6 +14,7 @@ import torch
 import batchnorm as bn
 from batchnorm.ops.backends import aten
 from batchnorm.ops.backends.choice import chosen
+from support import oracle
 
 pytestmark = [
     pytest.mark.cuda,
@@ -24,6 +25,9 @@ SHAPES = [
     (64, 48), (8, 8192), (8192, 512), (16, 64, 56, 56), (16, 24, 56, 56), (32, 2048, 7, 7),
     (3, 5, 99, 99),
 ]  # fmt: skip
+# Of y and the gradient of x, relative and absolute: two backends may place a value near 0 on
+# different sides of the ReLU's kink, and round residual and result of 16 bits at other places.
+ROUGH = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 
 def step(layer, x, residual, dy):
@@ -68,8 +72,7 @@ def test_both_backends_agree_with_the_reference(shape, dtype, ours):
         found = step(layer, *given)
     with bn.use_backend("reference"):
         expected = step(twin, *given)
-    close = {"rtol": 2e-2, "atol": 2e-2} if dtype.itemsize == 2 else {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(found[:2], expected[:2], **close)
+    torch.testing.assert_close(found[:2], expected[:2], rtol=ROUGH[dtype], atol=ROUGH[dtype])
     torch.testing.assert_close(layer.running_var, twin.running_var)
 
 
@@ -131,6 +134,7 @@ def test_more_than_2_31_elements(last):
     with torch.no_grad():
         y, found = bn.functional.normalize(x)
     mean = x[-1].double().sum((1, 2)) / found.count
-    torch.testing.assert_close(found.mean.double(), mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.mean.double(), mean, rtol=oracle.VARIANCE, atol=0)
     exact = (x[-1].double() - mean[:, None, None]) / (found.variance() + 1e-5).sqrt()[:, None, None]
-    torch.testing.assert_close(y[-1].double(), exact, rtol=2e-2, atol=2e-2)
+    rough = ROUGH[torch.bfloat16]
+    torch.testing.assert_close(y[-1].double(), exact, rtol=rough, atol=rough)
