@@ -284,19 +284,6 @@ def test_a_whole_step_has_the_same_bits_for_any_number_of_threads(route, act, la
     assert_same_bits(lambda: step(route, x, dy, axis, act), 1, 2, 4)
 
 
-@each(layout=LAYOUTS, options=[{}, {"estimator": [bn.Decayed(0.1), bn.LastBatches(3)]}])
-def test_a_stored_estimate_has_the_same_bits_for_any_number_of_threads(layout, options):
-    batches = [of_rows(torch.randn(40_000, 3) + 100, layout) for _ in range(3)]
-
-    def trained():
-        layer = bn.BatchNorm(3, axis=batches[0][1], **options)
-        for x, _ in batches:
-            layer(x)
-        return layer.running_mean, layer.running_var, layer.eval()(x)
-
-    assert_same_bits(trained, 1, 2, 3)
-
-
 @pytest.mark.parametrize("ratio", [0.0, 1e6])
 @pytest.mark.parametrize("layout", lanes(LAYOUTS, slow=["(N,C)"]))
 @pytest.mark.parametrize("route", lanes(ROUTES, slow=[*BACKENDS, "compiled"]))

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor
 
 import batchnorm as bn
 from batchnorm.ops.backends import reference
@@ -25,8 +24,7 @@ def test_every_backend_passes_on_the_cpu_and_the_command_says_so():
 
 
 def test_laws_and_selections_are_within_their_bounds():
-    for found in (*laws(CPU), *selections(CPU)):
-        assert found.worst <= 1, found
+    assert [found for found in (*laws(CPU), *selections(CPU)) if not found.worst <= 1] == []
 
 
 class Off:
@@ -38,17 +36,14 @@ class Off:
         self.wrong, self.change = wrong, change
 
     def __getattr__(self, name):
-        function = getattr(reference, name)
-        if name != self.wrong:
-            return function
-
         def changed(*given):
             found = function(*given)
-            if isinstance(found, Tensor):
-                return self.change(found)
-            return (self.change(found[0]), *found[1:])
+            if isinstance(found, tuple):
+                return (self.change(found[0]), *found[1:])
+            return self.change(found)
 
-        return changed
+        function = getattr(reference, name)
+        return changed if name == self.wrong else function
 
 
 @pytest.mark.parametrize(
@@ -67,21 +62,17 @@ def test_a_wrong_backend_is_found(monkeypatch, wrong, change, named):
 
 
 def test_a_backend_that_does_not_serve_the_device_is_skipped_with_its_reason(monkeypatch):
-    class Elsewhere(Off):
-        def serves(self, *_):
-            return "it serves none"
-
+    elsewhere = Off("serves", lambda _: "it serves none")
     for name in list(BACKENDS):
         monkeypatch.delitem(BACKENDS, name)
-    monkeypatch.setitem(BACKENDS, "mine", Elsewhere("", None))
+    monkeypatch.setitem(BACKENDS, "mine", elsewhere)
     found = bn.verify()
     assert found.passed
     assert "it serves none" in found.checks[-1].skipped
 
 
 def test_a_device_that_is_not_there_is_an_error():
-    with pytest.raises(
-        bn.errors.DeviceError, match="expected a device of this torch, got 'cuda:99'"
-    ):
+    words = "expected a device of this torch, got 'cuda:99'"
+    with pytest.raises(bn.errors.DeviceError, match=words):
         bn.verify("cuda:99")
     assert run("env", "--check", "--device", "nonsense").exit_code == 2

@@ -155,7 +155,9 @@ def test_gradients_without_a_write_are_those_of_torch_in_float64(route):
 
 
 @pytest.mark.parametrize("what", ["weight", "x", "y"])
-@pytest.mark.parametrize("route", [train, evaluate, frozen, parts], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "route", [train, evaluate, frozen, parts, reference], ids=lambda f: f.__name__
+)
 def test_a_write_in_place_to_what_backward_needs_is_refused_as_by_torch(route, what):
     # Where a residual is added, gradients of ReLU and LeakyReLU are computed from the output.
     every = list(itertools.product(ACTS, (False, True)))

@@ -141,12 +141,12 @@ def launches(capability=90):
         driver.set_active(None)
 
 
-def step(x, act="relu", adds=True, momentum=0.1, dtype=torch.float32):
+def step(x, act="relu", adds=True, momentum=0.1, parameters=torch.float32):
     """Call what a layer calls in a training step and in evaluation, and what save_memory calls.
 
     Only addresses of tensors are looked at, so that large ones cost no memory: nothing writes to them.
     """
-    weight, bias = (torch.empty(x.shape[1], dtype=dtype) for _ in range(2))
+    weight, bias = (torch.empty(x.shape[1], dtype=parameters) for _ in range(2))
     mean, var = (torch.empty(x.shape[1]) for _ in range(2))
     running = RunningBuffers(mean, var, torch.empty((), dtype=torch.int64), momentum)
     epilogue = Epilogue(weight, bias, x if adds else None, Activation(act, 0.5))

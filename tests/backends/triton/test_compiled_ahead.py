@@ -65,8 +65,8 @@ def test_every_activation_compiles(act, adds):
 
 
 def test_float64_and_parameters_of_other_dtypes_compile():
-    assert compiled("planes, small", torch.float64, "tanh", dtype=torch.float64)
-    assert compiled("dense, large", torch.bfloat16, "silu", dtype=torch.bfloat16)
+    assert compiled("planes, small", torch.float64, "tanh", parameters=torch.float64)
+    assert compiled("dense, large", torch.bfloat16, "silu", parameters=torch.bfloat16)
 
 
 PASSES = ("normalize_kernel", "moments_kernel", "sums_kernel", "input_kernel")
