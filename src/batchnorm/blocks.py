@@ -1,9 +1,9 @@
-"""Moments of large tensors in float64, in bounded memory: block by block, then merged.
+"""Moments of large tensors in float64 with bounded memory: computed block by block, then merged.
 
 A tensor is viewed as (outer, C, inner) and divided into blocks that fit into the cache as float64;
-the Moments of blocks are merged pairwise. The result has the same bits for any number of threads:
-the order of the native kernel does not depend on it, and without that kernel blocks are so small
-that PyTorch sums each of them on one thread.
+the Moments of the blocks are merged pairwise. The bits do not depend on the number of threads: nor
+does the order of sums in the native kernel, and without that kernel the blocks are so small that
+PyTorch sums each of them on one thread.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ NATIVE = 1 << 18
 
 MomentsOf = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
-# The native kernel, which writes mean and m2 to given vectors; None without the native module.
+# The native kernel that writes mean and m2 to existing vectors; None without the native module.
 _moments_into: Callable[[Tensor, int, Tensor, Tensor], None] | None
 _moments_into = getattr(choice.BACKENDS.get("cpu"), "moments_into", None)
 
@@ -63,7 +63,7 @@ def moments(x: Tensor, axis: int = 1) -> Moments:
 
 
 def write(x: Tensor, axis: int, mean: Tensor, m2: Tensor) -> int:
-    """Write mean and m2 of a tensor to vectors, if one native call can do it.
+    """Write mean and m2 of a tensor to vectors, if one native call can compute them.
 
     Args:
         x: The input of a layer, of any type, size and device.
@@ -72,8 +72,8 @@ def write(x: Tensor, axis: int, mean: Tensor, m2: Tensor) -> int:
         m2: The same for m2.
 
     Returns:
-        The count; 0 if nothing was written. ``moments`` must then be called, which also raises the
-        errors for unsuitable inputs.
+        The count, or 0 if nothing was written. The caller must then call ``moments``, which also
+        raises the errors for unsuitable inputs.
     """
     if type(x) is not Tensor or not x.is_cpu or not 0 < x.numel() <= NATIVE:
         return 0
@@ -89,7 +89,7 @@ def write(x: Tensor, axis: int, mean: Tensor, m2: Tensor) -> int:
 
 
 def _rows(values: Tensor, rows: int, some: int, of: MomentsOf) -> tuple[Tensor, Tensor]:
-    """Return mean and m2 of (outer, C, inner), taken in blocks of (rows, C, some)."""
+    """Return mean and m2 of (outer, C, inner), computed in blocks of (rows, C, some)."""
     counts, found = [], []
     for part in values.split(rows):
         for block in part.split(some, dim=2):

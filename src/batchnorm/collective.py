@@ -1,7 +1,7 @@
-"""Exchanges between the processes of a job, with the gradient through them.
+"""Exchanges of values between the processes of a job; exchanges of tensors are differentiable.
 
-Every process makes the same exchanges in the same order, however much data it has. A process that
-fails sends the failure in its next exchange, so the others raise instead of waiting for it.
+Every process must make the same exchanges in the same order, however much data it has. A process
+that fails sends the failure in its next exchange, so that the others raise instead of waiting.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ Group = Any
 
 GONE = """\
 a process of the group is gone or did not answer ({reason}). Every process must make the same call \
-with the same options, even one that has no data; group=False keeps to the process alone."""
+with the same options, even if it has no data; group=False restricts the call to this process."""
 
 
 class Failure(NamedTuple):
@@ -37,8 +37,8 @@ class Ranks:
             False for this process alone.
 
     Attributes:
-        size: How many processes.
-        rank: The number of this one, from 0.
+        size: Number of processes.
+        rank: Rank of this process, from 0.
     """
 
     def __init__(self, group: Group = None) -> None:
@@ -51,7 +51,7 @@ class Ranks:
         if self.rank < 0:
             raise CollectiveError(
                 "expected a process that is a member of the given group, got one outside of it; "
-                "call only in the members, or with group=None in all"
+                "call only in member processes, or with group=None in all processes"
             )
 
     def exchange(self, word: Any) -> list[Any]:
@@ -74,7 +74,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Send the others a ``Failure`` if the block raises: their next exchange raises.
+        """Send the other processes a ``Failure`` if the block raises; their next exchange raises.
 
         Not for KeyboardInterrupt, which reaches all processes of a job.
         """
@@ -129,10 +129,10 @@ class Ranks:
         return merge(first, *others)
 
     def agree(self, what: str, mine: Any) -> None:
-        """Raise if a value is not the same in every process.
+        """Check that a value is the same in every process.
 
         Raises:
-            CollectiveError: Naming the first process that differs from rank 0, and how.
+            CollectiveError: If it is not; the message has the first rank that differs from rank 0.
         """
         first, *others = self.exchange(mine)
         for rank, other in enumerate(others, 1):
@@ -160,7 +160,7 @@ def gather_differentiably(
     Args:
         tensor: The tensor of this process.
         gather: Returns the tensors of all processes, of one shape, in the order of ranks.
-        rank: The number of this process among them.
+        rank: Rank of this process in the group.
     """
     parts: Tensor = _Gather.apply(tensor, gather, rank)  # type: ignore[no-untyped-call]
     return list(parts.unbind())
@@ -177,12 +177,12 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        """Return the gradient of the own tensor, of the losses of all processes."""
+        """Return the gradient of all processes' losses with respect to this process's tensor."""
         return _Adjoint.apply(grad, *ctx.rest), None, None  # type: ignore[no-untyped-call]
 
 
 class _Adjoint(torch.autograd.Function):
-    """(size, ...) of each process -> (...): the sum over the processes of the row of this one."""
+    """(size, ...) of each process -> (...): the sum over processes of the row of this process."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gather: Callable[..., Any], rank: int) -> Tensor:
@@ -192,7 +192,7 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        """Return the gradient of the rows: row r is the gradient that process r has."""
+        """Return the gradient of the rows: row r is the gradient in process r."""
         return _Gather.apply(grad, *ctx.rest), None, None  # type: ignore[no-untyped-call]
 
 

@@ -18,7 +18,7 @@ def env() -> dict[str, Any]:
     Returns:
         ``python``, ``machine``, ``threads``, ``packages`` (name -> version or None), ``cuda``
         (device names), ``backends`` (name -> "available" or the reason why not), ``promises`` (name
-        of a backend -> what holds where it serves).
+        of a backend -> what it guarantees).
     """
     cuda = torch.cuda.is_available()
     return {

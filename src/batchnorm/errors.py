@@ -1,7 +1,7 @@
 """The library's exceptions.
 
-Each derives from the type that ``torch.nn`` raises in the same situation, so that code which
-catches torch's error catches ours. Messages say what was expected, what came and what to do.
+Each derives from the type that ``torch.nn`` raises in the same situation, so that code that catches
+torch's error catches ours. Messages state what was expected, what was received and what to do.
 """
 
 import re
@@ -23,7 +23,7 @@ class LayoutError(BatchNormError, ValueError):
 
 
 class SingleValueError(LayoutError):
-    """A training batch has one value per channel, of which there is no variance."""
+    """A training batch has one value per channel, so its variance is 0."""
 
 
 class NonFiniteError(BatchNormError, FloatingPointError):
@@ -35,7 +35,7 @@ class ChannelError(BatchNormError, RuntimeError):
 
 
 class DtypeError(BatchNormError, NotImplementedError):
-    """Batch normalization is not defined for the dtype (integers, complex numbers) or if sparse."""
+    """Batch normalization is not defined for integer, complex or sparse tensors."""
 
 
 class DeviceError(BatchNormError, RuntimeError):
@@ -47,31 +47,31 @@ class OptionError(BatchNormError, ValueError):
 
 
 class BackendError(BatchNormError, RuntimeError):
-    """A backend that was asked for by name cannot serve the call."""
+    """The backend selected by ``use_backend`` cannot serve the call."""
 
 
 class UnservedError(BackendError):
-    """Shapes, dtypes or devices given to a backend do not fit; nothing has been changed."""
+    """Shapes, dtypes or devices do not fit the backend; nothing has been changed."""
 
 
 class SurgeryError(BatchNormError, RuntimeError):
-    """A change to a model would alter what it computes without notice."""
+    """An edit of a model is not possible, or would silently change what the model computes."""
 
 
 class EstimateError(BatchNormError, LookupError):
-    """A layer does not keep the estimate that was asked for."""
+    """A layer does not have the requested estimate."""
 
 
 class CalibrationError(BatchNormError, RuntimeError):
-    """Statistics could not be calibrated; the model is as it was before."""
+    """Statistics could not be calibrated; the model is as before."""
 
 
 class ComparisonError(BatchNormError, RuntimeError):
-    """Two models could not be compared on these data; both are as they were before."""
+    """Two models could not be compared on these data; both are as before."""
 
 
 class DiagnosisError(BatchNormError, RuntimeError):
-    """A diagnosis ended early; ``diagnosis`` has what was found before. The model is as before."""
+    """A diagnosis ended early; ``diagnosis`` has the findings so far. The model is as before."""
 
     def __init__(self, message: str, diagnosis: object = None) -> None:
         super().__init__(message)
@@ -87,4 +87,4 @@ class CollectiveError(BatchNormError, RuntimeError):
 
 
 class CheckpointError(BatchNormError, ValueError):
-    """A checkpoint cannot be read, or would run code if it were."""
+    """A checkpoint cannot be read, or reading it would run code."""

@@ -15,13 +15,13 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
     Args:
         path: The file. Its folder must exist.
-        content: Bytes as they are; text as UTF-8 with the line ends it has.
+        content: Bytes, written unchanged, or text, written as UTF-8 with unchanged line ends.
 
     Raises:
         OSError: If the folder is missing, not writable, or full.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
-    # Chosen before `try`, so that `finally` knows the name whenever the file exists.
+    # Assigned before `try`, so that `finally` can remove the file.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -41,12 +41,12 @@ def check_output(path: Path, force: bool) -> None:
         force: Whether an existing file may be replaced.
 
     Raises:
-        OSError: If its folder is missing or not writable, a folder has its name, or a file is
-            there and ``force`` is not given.
+        OSError: If its folder is missing or not writable, the path is a folder, or the file exists
+            and ``force`` is False.
     """
     folder = path.parent
     if not folder.is_dir():
-        raise FileNotFoundError(f"the folder {folder} does not exist; make it before {path.name}")
+        raise FileNotFoundError(f"the folder {folder} of {path.name} does not exist; create it")
     if path.is_dir():
         raise IsADirectoryError(f"expected the name of a file, got the folder {path}")
     if not os.access(folder, os.W_OK):
@@ -59,11 +59,11 @@ def make_folder(folder: Path) -> None:
     """Create the folder for results, or raise before they are computed.
 
     Raises:
-        OptionError: If something else is in the way, or the place cannot be written to.
+        OptionError: If the path is not a folder, or it cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OptionError(f"cannot make the folder {folder} for the results: {error}") from error
+        raise OptionError(f"cannot create the folder {folder} for the results: {error}") from error
     if not os.access(folder, os.W_OK):
         raise OptionError(f"the folder {folder} for the results cannot be written to")

@@ -49,7 +49,7 @@ def normalize(
     .. math:: y = \mathrm{act}\Big(\frac{x - \mu}{\sqrt{\sigma^2 + \varepsilon}}\,\gamma
         + \beta + r\Big)
 
-    Pure: no running statistics are updated; the caller gets the Moments instead.
+    No running statistics are updated; the Moments are returned instead.
 
     Args:
         x: Input of any rank >= 2, channels on ``axis``; any real floating dtype.
@@ -57,15 +57,15 @@ def normalize(
         bias: beta, (C,).
         residual: r, added before the activation; broadcasts and promotes as in ``torch.add``.
         mask: True where an element counts; x's shape without its channel axis. Elsewhere y is 0
-            and no gradient flows, whatever x holds there.
-        lengths: How many steps of each sample count, (N,), along the last axis but the channel's.
-        weights: Weight of each element, >= 0, shaped as a mask; under 0 as under a mask.
-        groups: The group of each sample, integers from 0, (N,): each is normalized by its own
-            statistics; weight, bias, mean and var may have a row for each, (groups, C).
-        count: How many groups there are; None for one more than the largest id.
-        activation: One of ``ops.activations.NAMES``, or its ``torch.nn`` module.
-        statistics: The source of mean and variance: ``bn.Batch()``, ``bn.Synced()`` or
-            ``bn.Frozen()``, which takes ``mean`` and ``var``.
+            and no gradient flows, even if x is NaN or infinite.
+        lengths: Number of steps of each sample that count, (N,), along the last non-channel axis.
+        weights: Weight of each element, >= 0, with the shape of a mask; 0 has the effect of False.
+        groups: Group id of each sample, integers from 0, (N,). Each group is normalized by its own
+            statistics; weight, bias, mean and var may have one row per group, (groups, C).
+        count: Number of groups; None for one more than the largest id.
+        activation: A name in ``ops.activations.NAMES``, or a ``torch.nn`` activation module.
+        statistics: The source of mean and variance: ``bn.Batch()``, ``bn.Synced()``, or
+            ``bn.Frozen()``, which uses ``mean`` and ``var``.
         mean: Stored mean, (C,), for ``bn.Frozen()``.
         var: Stored variance, (C,).
         eps: Added to the variance.
@@ -75,11 +75,11 @@ def normalize(
         y in x's dtype, and the Moments by which it was normalized, without a gradient.
 
     Raises:
-        LayoutError: Wrong rank, mask of another shape, or a single value per channel (and group).
-        ChannelError: A per-channel tensor of another size.
-        DtypeError: An integer or complex input.
-        DeviceError: Tensors on several devices.
-        OptionError: eps <= 0, or an activation that cannot be fused.
+        LayoutError: If the rank is wrong, a mask does not fit, or a channel has a single value.
+        ChannelError: If a per-channel tensor has another size.
+        DtypeError: If the input is integer or complex.
+        DeviceError: If the tensors are on several devices.
+        OptionError: If eps <= 0, or the activation cannot be fused.
     """
     axis = layout.channel_axis(x.ndim, axis)
     selection = selected(x, axis, mask, lengths, weights, groups, count)
@@ -100,15 +100,14 @@ def selected(
 
     Raises:
         LayoutError: If a shape or dtype does not fit.
-        DeviceError: If a tensor lives elsewhere than the input.
+        DeviceError: If a tensor is not on the input's device.
         OptionError: If a value is out of range, or more than one of mask, lengths and weights is
             given.
     """
     if lengths is not None:
         if mask is not None or weights is not None:
             raise OptionError(
-                "expected lengths, or a mask or weights, got both; give the elements that count "
-                "as one mask"
+                "expected lengths, or a mask or weights, got both; combine them into one mask"
             )
         mask = selecting.of_lengths(x, axis, lengths)
     return selecting.of(x, axis, mask, weights, groups, count)
@@ -126,9 +125,9 @@ def batch_norm(
 ) -> Tensor:
     """Compute ``torch.nn.functional.batch_norm``, for any pair of input and parameter dtypes.
 
-    In training, normalizes by the batch and updates ``running_mean`` and ``running_var`` in place
-    with weight ``momentum`` for the new value and the unbiased variance; otherwise normalizes by
-    them. Arguments and errors are torch's.
+    In training, the batch statistics normalize, and ``running_mean`` and ``running_var`` become
+    (1 - momentum) * old + momentum * new in place, with the unbiased variance. Otherwise the
+    running statistics normalize. Arguments and errors are torch's.
     """
     tensors = (input, running_mean, running_var, weight, bias)
     if has_torch_function_variadic(*tensors):
@@ -153,7 +152,7 @@ def batch_norm(
 
 def _no_state(batch: Moments) -> Recalled:  # noqa: ARG001
     raise OptionError(
-        "a source of statistics that keeps a state needs a layer to keep it in; use "
+        "a source of statistics that keeps a state needs a layer to store it; use "
         "bn.BatchNorm2d(..., statistics=...)"
     )
 
@@ -169,15 +168,15 @@ def by_source(
     Args:
         call: The arguments.
         source: The source.
-        recall: The Moments of a batch -> the state of the source that is to normalize it.
+        recall: Moments of a batch -> the state of the source that normalizes this batch.
         layer: The layer, for sources that compare layers over processes.
 
     Returns:
-        y, and the Moments for the estimators: of count 0 if the source takes stored statistics, or
-        if the running statistics of ``call`` have been updated.
+        y, and the Moments for the estimators. Their count is 0 if the source uses stored statistics
+        or if the running statistics of ``call`` have been updated already.
 
     Raises:
-        OptionError: If the source takes stored statistics and there are none, or eps <= 0.
+        OptionError: If the source uses stored statistics and there are none, or eps <= 0.
         SingleValueError: If a batch with one value per channel is normalized by its own statistics.
         CollectiveError: If another process of a synchronized step is gone.
     """
@@ -194,7 +193,8 @@ def by_source(
         sharing = source.share(Context(*known, samples, call.x.device, call.eps, recall, layer))
     if sharing is not None and sharing.selection is not None:
         call = call._replace(selection=sharing.selection)
-    # Of parts of a batch, or of a tensor on another device, this is not known here.
+    # If the batch has parts in other processes, its number of values is not known here; on other
+    # devices, counting the elements of a mask would synchronize.
     alone = sharing is None or sharing.merge is None
     if alone:
         layout.check_enough_values(call.x, call.axis)
@@ -213,7 +213,7 @@ def by_sharing(call: Arguments, sharing: Sharing) -> tuple[Tensor, Moments]:
     """
     if sharing.is_captured:
         return normalize_shared(call, sharing)
-    # Other collectives are not captured: the graph breaks here.
+    # A graph break: these collectives are not captured in graphs.
     over = torch.compiler.disable(normalize_shared)
     shared: tuple[Tensor, Moments] = over(call, sharing)
     return shared
@@ -250,7 +250,7 @@ def prepare(
     counter: Tensor | None = None,
     portable: bool = False,
 ) -> Arguments:
-    """Return the arguments as a ``Arguments``, after all checks that do not depend on the source.
+    """Return checked ``Arguments``; checks that depend on the source follow in ``by_source``.
 
     Raises the errors of ``normalize``.
     """

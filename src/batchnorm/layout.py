@@ -1,8 +1,8 @@
 """Rules about shapes and their checks: from (N, C, *) or ``axis=`` to (outer, C, inner).
 
-Legend: ``N`` batch, ``C`` channels, ``*`` any number of further axes. A channel's values are all
-elements with the same index on the channel axis; there are ``outer * inner`` of them. The error of
-sums over them grows with log n, and their order depends on the shape alone.
+``N`` is the batch, ``C`` the channels, ``*`` any number of further axes. A channel's values are all
+elements with the same index on the channel axis, ``outer * inner`` of them. Their sums are
+pairwise: the rounding error grows with log n, and the order of additions depends on the shape only.
 """
 
 from collections.abc import Sequence
@@ -59,8 +59,8 @@ def canonical(x: Tensor, axis: int, companion: Tensor | None = None) -> Tensor:
     Args:
         x: Input, channels on ``axis``.
         axis: The channel axis, counted from the front.
-        companion: A tensor that has x's shape but for the size of the channel axis; if given, it is
-            viewed instead of ``x``, with its elements in the same order.
+        companion: A tensor of x's shape, except for the size of the channel axis; if given, it is
+            viewed instead of ``x``, in the order of x's elements.
     """
     innermost = x.movedim(axis, -1).is_contiguous()
     x = x if companion is None else companion
@@ -90,7 +90,7 @@ def sample_shape(sample: Tensor, x: Tensor, axis: int, what: str) -> Tensor:
         what: The argument's name, for the message.
 
     Raises:
-        LayoutError: If the shape is another one.
+        LayoutError: If the shape does not fit.
     """
     shape = list(sample.shape)
     if len(shape) == x.ndim - 1:
@@ -144,7 +144,7 @@ def check_per_channel(
     Args:
         x: The input.
         axis: Its channel axis.
-        rows: How many rows a tensor may have, one for each group of samples; None for none.
+        rows: Number of groups of samples: tensors may also be (rows, C). None: there are no groups.
         **tensors: By name.
 
     Raises:
@@ -168,7 +168,7 @@ def check_device(x: Tensor, name: str, tensor: Tensor | None) -> None:
     """Raise if a tensor is on another device than the input.
 
     Raises:
-        DeviceError: Naming both devices.
+        DeviceError: If the devices differ.
     """
     if tensor is not None and tensor.device != x.device:
         raise DeviceError(
@@ -199,7 +199,7 @@ def wide(device: torch.device) -> torch.dtype:
 
 def dense(x: Tensor, axis: int) -> tuple[Tensor, int, int, int]:
     """Return x, copied if its layout is not supported, and (outer, C, inner), inner contiguous."""
-    if x.is_neg():  # a lazy negation: memory holds -x
+    if x.is_neg():  # a lazy negation: the memory contains -x
         x = x.resolve_neg()
     if axis == 1 and x.dim() == 2 and x.is_contiguous():
         return x, *x.shape, 1

@@ -1,7 +1,7 @@
 """Moments: count, mean and sum of squared deviations of a set of values, which can be merged.
 
-Every statistic of this library, of a tile, a batch, a window of batches, the ranks of a job or a
-whole data set, is a value of this type. The variance is computed from it last.
+All statistics of this library are values of this type: of a tile, a batch, a window of batches, the
+ranks of a job, or a data set. The variance is computed from them as the last step.
 """
 
 from functools import reduce
@@ -21,8 +21,8 @@ class Moments(NamedTuple):
 
     .. math:: n, \quad \mu = \tfrac1n \sum_i x_i, \quad M_2 = \sum_i (x_i - \mu)^2
 
-    ``zero`` is the identity and ``merge`` the operation. With weights, :math:`n = \sum_i w_i`,
-    and the other sums are weighted alike.
+    ``zero`` is the identity and ``merge`` the operation. With weights, :math:`n = \sum_i w_i`, and
+    each term of the other sums is multiplied by :math:`w_i`.
 
     Reference:
         Chan, Golub, LeVeque 1983, "Algorithms for computing the sample variance", eq. 2.1.
@@ -52,8 +52,9 @@ class Moments(NamedTuple):
     ) -> "Moments":
         """Return the Moments of a tensor over all axes but the channel axis.
 
-        Mean first, then deviations from it, both summed pairwise in float64 in an order that
-        depends on the shape only: accurate for any mean, the same bits for any number of threads.
+        Two passes: the mean first, then the deviations from it. Both are pairwise sums in float64
+        whose order depends on the shape only, so the variance is accurate for any mean and the bits
+        do not depend on the number of threads.
 
         Args:
             x: Input of any rank >= 2 and any floating dtype.
@@ -61,13 +62,13 @@ class Moments(NamedTuple):
             mask: True where an element counts; the shape of ``x`` without its channel axis, or
                 with size 1 there. Elements where it is False may be NaN or infinite.
             weights: Weight of each element, >= 0; shaped as a mask.
-            groups: The group of each sample, integers from 0, (N,); N is the first axis that is not
-                the channel's. Groups may be empty.
-            count: How many groups; None for one more than the largest id.
+            groups: Group id of each sample, integers from 0, (N,); N is the first axis other than
+                the channel axis. Groups may be empty.
+            count: Number of groups; None for one more than the largest id.
 
         Returns:
             Moments with mean and m2 of shape (C,) in float64 (float32 on devices without it);
-            count is a plain number, or a tensor of shape () where mask or weights are given.
+            count is a plain number, or a tensor of shape () if mask or weights are given.
             With groups, mean and m2 are (groups, C) and count is a tensor (groups, 1).
 
         Raises:
@@ -86,23 +87,23 @@ class Moments(NamedTuple):
     def of_variance(
         cls, count: float | Tensor, mean: Tensor, var: Tensor, correction: float = 0
     ) -> "Moments":
-        """Return moments with m2 = var * (count - correction), the inverse of ``variance``.
+        """Return Moments with m2 = var * (count - correction), the inverse of ``variance``.
 
         Args:
-            count: The number of values.
-            mean: Their mean per channel, (C,).
-            var: Their variance, (C,).
+            count: Number of values.
+            mean: Mean per channel, (C,).
+            var: Variance per channel, (C,).
             correction: The correction with which ``var`` was computed.
 
         Returns:
-            Moments without a gradient, in float64 (float32 on devices without it), in which m2
-            does not overflow.
+            Moments without a gradient, in float64 (float32 on devices without it) so that m2 does
+            not overflow.
         """
         dtype = layout.wide(mean.device)
         return cls(count, mean.detach().to(dtype), var.detach().to(dtype) * (count - correction))
 
     def merge(self, other: "Moments") -> "Moments":
-        """Return the moments of both sets together; see :func:`merge`."""
+        """Return the Moments of the union of both sets; see :func:`merge`."""
         return merge(self, other)
 
     def scale(self, weight: float | Tensor) -> "Moments":
@@ -126,9 +127,8 @@ class Moments(NamedTuple):
         """Return m2 / (count - correction), or NaN where count <= correction.
 
         Args:
-            correction: 0 for the variance of these values, 1 for the unbiased estimate (Bessel) of
-                the variance of the population they are drawn from. With weights, count is their
-                sum.
+            correction: 0 for the biased variance of these values, 1 for the unbiased estimate of
+                the population variance (Bessel). With weights, count is the sum of the weights.
 
         Returns:
             Variance per channel, shape (C,).
@@ -147,7 +147,7 @@ def merge(first: Moments, *others: Moments) -> Moments:
         n = n_a + n_b, \quad w = n_b / n, \quad d = \mu_b - \mu_a, \quad
         \mu = \mu_a + d w, \quad M_2 = M_{2a} + M_{2b} + d^2 n_a w
 
-    Moments with count 0 are the identity, whatever their mean and m2 hold. Dtypes promote, so
+    Moments with count 0 are the identity, whatever their mean and m2. Dtypes are promoted, so
     merging into ``Moments.zero`` (float64) accumulates in float64.
     """
     return reduce(_merge_two, others, first)
@@ -157,7 +157,7 @@ def _merge_two(a: Moments, b: Moments) -> Moments:
     of_a, of_b = exact(a.count), exact(b.count)
     count = of_a + of_b
     if not isinstance(count, Tensor):
-        # Selected, not multiplied away: 0 * inf is NaN.
+        # An empty set is dropped instead of multiplied by 0, since 0 * inf is NaN.
         if not b.count:
             return _promoted(a, b)
         if not a.count:
@@ -203,11 +203,11 @@ def merge_all(parts: Moments) -> Moments:
 def merge_runs(parts: Moments, number: int) -> Moments:
     """Merge each run of ``number`` consecutive Moments that are stacked along a leading axis.
 
-    The first half of every run is merged with the second half until one is left: the rounding error
-    grows with log(number), and the order of merges depends on the shapes only.
+    The first half of every run is merged with the second half until one part is left, so the
+    rounding error grows with log(number) and the order of merges depends on the shapes only.
 
     Args:
-        parts: count (K, 1) or (K, C); mean and m2 (K, C), anything where count is 0.
+        parts: count (K, 1) or (K, C); mean and m2 (K, C), with arbitrary values where count is 0.
         number: Length of a run; the last run may be shorter.
 
     Returns:
@@ -258,11 +258,11 @@ def center(x: Tensor) -> tuple[Tensor, Tensor]:
 def centered(
     x: Tensor, axis: int, selection: Selection = WHOLE
 ) -> tuple[float | Tensor, Tensor, Tensor]:
-    """Return count, mean and m2 of what a selection says; differentiable.
+    """Return count, mean and m2 of the selected elements; differentiable.
 
     Returns:
         count () and mean and m2 (C,); with groups, (groups, 1) and (groups, C). The count is a
-        plain number where every element counts once, in one group.
+        plain number if every element counts once, in one group.
     """
     if selection.is_whole:
         values = layout.canonical(x, axis).to(layout.wide(x.device))
@@ -284,6 +284,6 @@ def centered(
 def exact(count: float | Tensor) -> float | Tensor:
     """Return a tensor count in the accumulator dtype, and a plain number unchanged.
 
-    In torch a quotient of integer tensors, and their product with a plain number, are float32.
+    torch computes quotients of integer tensors, and their products with a float, in float32.
     """
     return count.to(layout.wide(count.device)) if isinstance(count, Tensor) else count

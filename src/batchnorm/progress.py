@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 Tell = Callable[[int, Callable[[], float]], None]
 
-# Seconds between two looks at the standard error, which costs a little.
+# Seconds between two computations of the standard error.
 EVERY = 0.5
 
 
@@ -19,9 +19,9 @@ class Watch(Protocol):
     def __call__(
         self, stage: str, done: int, total: int | None, note: Callable[[], str] = ..., /
     ) -> None:
-        """Show that ``done`` of ``total`` steps are done (None: unknown), and what ``note`` says.
+        """Show that ``done`` of ``total`` steps are done (None: unknown), and the text of ``note``.
 
-        ``note`` is called only if bars are shown; its default is an empty text.
+        ``note`` is called only if bars are shown; by default it returns an empty text.
         """
 
 
@@ -52,12 +52,12 @@ def bars(shown: bool = True, transient: bool = False) -> Iterator[Watch]:
 def meter(total: int | None, shown: bool = True) -> Iterator[Tell]:
     """Yield ``tell(samples, error)``, to be called after every batch.
 
-    Shows one bar: batches, samples per second, and the standard error where one is known.
+    Shows one bar: batches, samples per second, and the standard error if it is known.
 
     ``error`` is a function, called now and then.
 
     Args:
-        total: How many batches there are; None if unknown.
+        total: Number of batches; None if unknown.
         shown: Whether to show anything.
     """
     start, looked, known = time.monotonic(), 0.0, ""
@@ -83,7 +83,7 @@ def meter(total: int | None, shown: bool = True) -> Iterator[Tell]:
 
 
 def _progress(transient: bool) -> Any:
-    """Return a ``rich.progress.Progress`` on standard error; None where rich is not installed."""
+    """Return a ``rich.progress.Progress`` on standard error; None if rich is not installed."""
     try:
         from rich import progress as rich
         from rich.console import Console

@@ -3,9 +3,10 @@
 import ctypes
 import platform
 
-# Parameters of glibc's mallopt, by number as in malloc.h. Some versions refuse a high threshold for
-# mapping, so no block is mapped by itself. A threshold for trimming that was set is not moved any
-# more, so it goes back to where glibc itself would have moved it for large blocks.
+# Parameters of glibc's mallopt, numbered as in malloc.h. Some versions refuse a large mmap
+# threshold, so the number of mapped blocks is limited to 0 instead. Once the trim threshold has
+# been set, glibc no longer adjusts it, so ``on=False`` sets the value to which glibc raises it for
+# large blocks.
 _TRIM_THRESHOLD, _NEVER, _LARGE = -1, -1, 64 << 20
 _MMAP_MAX, _NONE, _AS_BUILT = -4, 0, 65536
 
@@ -14,13 +15,13 @@ def recycle_memory(on: bool = True) -> bool:
     """Make glibc keep freed memory in this process, so that new tensors reuse it.
 
     By default glibc maps large blocks with ``mmap`` and returns free memory at the end of its heap
-    to the kernel. Every step then pays page faults for fresh, zeroed pages, whichever layers the
-    network has. With this setting (``mallopt``: no trimming, no ``mmap``) freed memory is reused.
-    The process stays at its largest size, and can grow beyond it by fragmentation.
+    to the kernel. Every training step then causes page faults for new, zeroed pages, with any
+    network. With this setting (``mallopt``: no trimming, no ``mmap``) freed memory is reused. The
+    process keeps its peak memory, and fragmentation can increase it.
 
-    The setting holds for the whole process. The environment variables ``MALLOC_TRIM_THRESHOLD_``
+    The setting applies to the whole process. The environment variables ``MALLOC_TRIM_THRESHOLD_``
     and ``MALLOC_MMAP_THRESHOLD_``, set to more bytes than there is memory, have the same effect
-    from its start.
+    from the start of the process.
 
     Args:
         on: False restores glibc's behaviour and returns free memory to the kernel.

@@ -1,7 +1,8 @@
 """Which elements of a batch count, how much, and for which group of samples.
 
-A channel's elements are normalized together. With a mask or weights some of them count less or not
-at all, and with group ids each sample belongs to one of several groups, whose statistics are apart.
+By default all elements of a channel are normalized together. A mask or weights exclude elements or
+change their weight in the statistics; group ids assign each sample to a group with separate
+statistics.
 """
 
 from typing import NamedTuple
@@ -15,19 +16,19 @@ from batchnorm.errors import LayoutError, OptionError, SingleValueError
 ONE_VALUE = """\
 expected no value or more than one per channel in each group of samples when training, got one in \
 group {group} of an input of shape {shape} (channel axis {axis}): its variance is 0 and the output \
-would be the bias alone. Give the sample to another group, or use groups of more samples."""
+would be the bias. Assign the sample to another group, or use larger groups."""
 
 
 class Selection(NamedTuple):
-    """What of an input makes its statistics.
+    """The elements of an input from which its statistics are computed.
 
     Attributes:
-        weights: Importance of each element, >= 0, or True where it counts; of the input's rank,
-            with size 1 on the channel axis. Where it is 0 or False, the output is 0 and no gradient
-            flows, whatever the input holds. None: every element counts once.
-        ids: The group of each sample, (N,), int64, from 0; N is the first axis that is not the
-            channel's. None: one group, and statistics (C,) in place of (groups, C).
-        groups: How many groups there are.
+        weights: Weight of each element, >= 0, or True where it counts; of the input's rank, with
+            size 1 on the channel axis. Where it is 0 or False, the output is 0 and no gradient
+            flows, even if the input is NaN or infinite. None: every element counts once.
+        ids: Group id of each sample, (N,), int64, from 0; N is the first axis other than the
+            channel axis. None: one group, and statistics of shape (C,) instead of (groups, C).
+        groups: Number of groups.
     """
 
     weights: Tensor | None = None
@@ -51,13 +52,13 @@ class Selection(NamedTuple):
         return tensor if counted is None else torch.where(counted, tensor, 0.0)
 
     def weighted(self, values: Tensor) -> Tensor:
-        """Return values times their weights; they are finite where an element does not count."""
+        """Return values times their weights; values must be finite where the weight is 0."""
         return values if self.weights is None else values * self.weights.to(values.dtype)
 
     def total(self, values: Tensor, axis: int) -> Tensor:
         """Sum over the elements of each channel, (C,), or of each channel and group, (groups, C).
 
-        Pairwise over the elements of a sample, then from sample to sample.
+        The sum is pairwise over the elements of a sample, then sequential over samples.
         """
         if self.ids is None:
             return layout.total(layout.canonical(values, axis))
@@ -67,7 +68,7 @@ class Selection(NamedTuple):
         return sums.new_zeros(self.groups, sums.shape[1]).index_add(0, self.ids, sums)
 
     def spread(self, statistic: Tensor, ndim: int, axis: int) -> Tensor:
-        """Give each element its statistic: view (C,) or (groups, C) so that it broadcasts."""
+        """Return a statistic, (C,) or (groups, C), in a shape that broadcasts over the elements."""
         if self.ids is None:
             return statistic.view(layout.per_channel_shape(ndim, axis))
         rows = statistic.index_select(0, self.ids)
@@ -88,10 +89,10 @@ class Selection(NamedTuple):
         return each.new_zeros(self.groups, 1).index_add(0, self.ids, each)
 
     def owned(self, dtype: torch.dtype | None) -> "Selection":
-        """Return a copy that writes to weights or ids do not reach, with dense weights.
+        """Return a deep copy with dense weights, independent of later writes to weights or ids.
 
         Args:
-            dtype: Of the weights; None for the same.
+            dtype: Dtype of the copied weights; None for the same.
         """
         weights, ids = self.weights, self.ids
         if weights is not None:
@@ -101,9 +102,9 @@ class Selection(NamedTuple):
         return Selection(weights, None if ids is None else ids.clone(), self.groups)
 
     def per_group(self, vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """Give each group its row of a vector over the channels, where there is one.
+        """Expand a vector over channels, (C,), to one row per group if there are groups.
 
-        Its gradient is summed over the groups in ``dtype``.
+        The vector's gradient is summed over the groups in ``dtype``.
         """
         if vector is None or self.ids is None or vector.ndim == 2:
             return vector
@@ -122,20 +123,20 @@ def of(
     groups: Tensor | None = None,
     count: int | None = None,
 ) -> Selection:
-    """Return the selection that these say, checked.
+    """Return the selection of a mask, weights and group ids, after checking them.
 
     Args:
         x: The input.
         axis: The channel axis, counted from the front.
         mask: True where an element counts; x's shape without its channel axis, or with size 1
             there; sizes of 1 broadcast.
-        weights: Importance of each element, >= 0; shaped as a mask.
+        weights: Weight of each element, >= 0, with the shape of a mask.
         groups: Ids from 0, one per sample, (N,), of an integer dtype.
-        count: How many groups there are; None for one more than the largest id.
+        count: Number of groups; None for one more than the largest id.
 
     Raises:
         LayoutError: If a shape or dtype does not fit.
-        DeviceError: If a tensor lives elsewhere than the input.
+        DeviceError: If a tensor is not on the input's device.
         OptionError: If a weight is negative, an id is out of range, or both mask and weights are
             given.
     """
@@ -151,11 +152,13 @@ def of(
 
 
 def of_lengths(x: Tensor, axis: int, lengths: Tensor) -> Tensor:
-    """Return the mask of the first ``lengths[n]`` steps of sample n, along the last axis but C.
+    """Return the mask of the first ``lengths[n]`` steps of sample n.
+
+    Steps are along the last axis other than the channel axis.
 
     Raises:
-        LayoutError: If there is one length per sample too few or too many, a length is no integer,
-            or the input has no axis besides samples and channels.
+        LayoutError: If the number of lengths is not the number of samples, the dtype is not an
+            integer dtype, or the input has no axis besides samples and channels.
         OptionError: If a length is negative or larger than the axis.
     """
     layout.check_device(x, "lengths", lengths)
@@ -177,10 +180,10 @@ def of_lengths(x: Tensor, axis: int, lengths: Tensor) -> Tensor:
 
 
 def check_enough(x: Tensor, axis: int, selection: Selection) -> None:
-    """Refuse to normalize a single value by its own statistics; a group of none is welcome.
+    """Check that no group has a single value per channel; empty groups are allowed.
 
     Raises:
-        SingleValueError: If exactly one value per channel counts, in a group or in the whole.
+        SingleValueError: If exactly one value per channel counts, in a group or in the batch.
     """
     counts = _counted(x, axis, selection)
     if not bool((counts == 1).any()):
@@ -192,7 +195,7 @@ def check_enough(x: Tensor, axis: int, selection: Selection) -> None:
 
 
 def _counted(x: Tensor, axis: int, selection: Selection) -> Tensor:
-    """Return how many values per channel count, in each group, (groups,), or in all, (1,)."""
+    """Return the number of values per channel that count, per group, (groups,), or in all, (1,)."""
     counted, ids = selection.counted, selection.ids
     if counted is None:
         values = layout.values_per_channel(x.shape, axis)
@@ -215,13 +218,13 @@ def _element_weights(x: Tensor, axis: int, mask: Tensor | None, weights: Tensor 
         if mask.dtype != torch.bool:
             raise LayoutError(
                 f"expected a boolean mask, got {mask.dtype} of shape {tuple(mask.shape)}; "
-                "use mask=mask.bool(), or weights= for importance"
+                "use mask=mask.bool(), or weights= for fractional weights"
             )
         sample = layout.sample_shape(mask, x, axis, "a mask")
     else:
         assert weights is not None
         sample = layout.sample_shape(weights, x, axis, "weights").detach()
-        # NaN is not >= 0 either, and an infinite weight leaves nothing of the others.
+        # NaN is not >= 0 either; an infinite weight would make the weighted mean NaN.
         fits = torch.compiler.is_compiling() or bool(((sample >= 0) & sample.isfinite()).all())
         if not fits:
             raise OptionError("expected finite weights >= 0, got a negative one, inf or NaN")

@@ -1,3 +1,3 @@
-"""The version of this library, which pyproject.toml reads from here."""
+"""The version of this library; pyproject.toml reads it."""
 
 __version__ = "0.1.0"

@@ -106,7 +106,7 @@ def test_adjusted_statistics_have_a_first_derivative_and_refuse_a_second(wanted)
     )
     assert torch.equal(dx, plain)
     of = x if wanted == "x" else getattr(layer, wanted)
-    with pytest.raises(RuntimeError, match="no second derivative; a loss of gradients"):
+    with pytest.raises(RuntimeError, match="no second derivative; to differentiate a gradient"):
         torch.autograd.grad(dx.square().sum() + of.square().sum(), of)
 
 

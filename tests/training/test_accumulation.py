@@ -123,7 +123,7 @@ def test_copies_are_not_attached_and_the_optimizer_is_not_kept_alive():
     assert int(model.state_dict()["0.estimators.running.batches"]) == 1
     bn.convert(model, estimator=bn.Running(0.5, every="optimizer"))
     before = model[0].running_mean.clone()
-    with pytest.warns(UserWarning, match="estimators given by bn.convert later"):
+    with pytest.warns(UserWarning, match="after bn.convert has set estimators"):
         model(torch.randn(4, C))
     second.step()
     assert torch.equal(model[0].running_mean, before)

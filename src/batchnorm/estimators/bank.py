@@ -11,17 +11,18 @@ from batchnorm.estimators.base import Estimator, Statistics
 from batchnorm.estimators.running import OPTIMIZER, Accumulated, Averages, Running
 from batchnorm.moments import Moments
 
-# Prefix of the states in a state dict, after that of the layer.
+# Prefix of the states in a state dict, after the layer's prefix.
 PREFIX = "estimators."
 
 EstimatorLike = Estimator | Sequence[Estimator] | Mapping[str, Estimator]
 
 
 def named(estimators: EstimatorLike) -> dict[str, Estimator]:
-    """Return one estimator, a sequence or a mapping of them as a dict name -> estimator.
+    """Return an estimator, or a sequence or mapping of estimators, as a dict name -> estimator.
 
     Raises:
-        OptionError: If a value is not an estimator, there is none, or two have the same name.
+        OptionError: If a value is not an estimator, the collection is empty, or two estimators have
+            the same name.
     """
     if isinstance(estimators, Mapping):
         found = dict(estimators)
@@ -49,7 +50,7 @@ def named(estimators: EstimatorLike) -> dict[str, Estimator]:
 def is_state(name: str, state_dict: Mapping[str, Any]) -> bool:
     """Return whether an entry of a state dict is a state of an estimator.
 
-    Layers of ``torch.nn`` have none of these entries; a layer that finds none restarts its
+    State dicts of ``torch.nn`` layers have no such entries; a layer that loads one restarts its
     estimators.
     """
     layer, found, _ = f".{name}".rpartition(f".{PREFIX}")
@@ -61,8 +62,8 @@ class Bank:
 
     Attributes:
         estimators: name -> estimator.
-        states: name -> its state.
-        selected: The name of the estimate that eval uses.
+        states: name -> state of the estimator.
+        selected: Name of the estimate that evaluation uses.
     """
 
     def __init__(self, estimators: dict[str, Estimator]) -> None:
@@ -71,7 +72,7 @@ class Bank:
         self.selected = next(iter(estimators))
 
     def restart(self, channels: int, device: torch.device, known: Averages | None = None) -> None:
-        """Set all states to their initial values; running averages to ``known`` if given."""
+        """Set all states to their initial values, or running averages to ``known`` if given."""
         for name, estimator in self.estimators.items():
             state = estimator.init(channels, device)
             if known is not None and isinstance(state, Averages | Accumulated):
@@ -91,7 +92,7 @@ class Bank:
 
     @property
     def waits(self) -> bool:
-        """Whether an estimator makes its steps with those of an optimizer."""
+        """Whether an estimator has ``every="optimizer"``."""
         return any(_waits(one) for one in self.estimators.values())
 
     def after_optimizer(self) -> dict[str, Any]:
@@ -123,7 +124,7 @@ class Bank:
             found: Tensors by name, as ``tensors`` names them.
 
         Returns:
-            Error messages in torch's form; if there are any, nothing has been changed.
+            Error messages in torch's format; if there are any, nothing has been changed.
         """
         known, errors = self.tensors(), []
         for name, tensor in found.items():

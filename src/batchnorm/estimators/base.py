@@ -38,21 +38,21 @@ class Estimator(Protocol):
 
 
 def nothing(batch: Moments) -> bool:
-    """Return whether a batch is empty, as far as that is known without reading a device tensor."""
+    """Return whether a batch is known to be empty without reading a tensor from a device."""
     return not isinstance(batch.count, Tensor) and not batch.count
 
 
 def keep_if_empty(batch: Moments, old: Tensor, new: Tensor) -> Tensor:
-    """Return ``new``, or ``old`` if the count, a tensor, is 0; without reading it."""
+    """Return ``new``, or ``old`` if the count is a tensor with value 0, without synchronizing."""
     if isinstance(batch.count, Tensor):
         return torch.where(batch.count > 0, new, old)
     return new
 
 
 def variance(batch: Moments, correction: int) -> Tensor:
-    """Return m2 / (n - correction), anything for an empty batch; see ``keep_if_empty``.
+    """Return m2 / (n - correction); for an empty batch any value (see ``keep_if_empty``).
 
-    Unbiased, it is 0 for a single value, which only a mask can leave.
+    The unbiased variance of a single value, which only a mask can produce, is 0.
     """
     count = batch.count - correction
     if correction:
@@ -61,7 +61,7 @@ def variance(batch: Moments, correction: int) -> Tensor:
 
 
 def check_weight(value: float, what: str) -> float:
-    """Return ``value`` if it is a weight in (0, 1].
+    """Return ``value`` if it is a number in (0, 1].
 
     Raises:
         OptionError: If it is not.

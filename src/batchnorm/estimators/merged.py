@@ -19,12 +19,12 @@ class Decayed:
     .. math:: S \leftarrow \mathrm{merge}\big((1-a)\,S,\; B_i\big), \qquad
         \hat\mu = \mu_S, \qquad \hat\sigma^2 = M_{2,S} / (n_S - 1)
 
-    Unlike :class:`Running`, it includes the variance *between* batch means (the two differ by
-    :math:`a(1-a)(\mu_i - \hat\mu)^2` a step), weighs batches by their size, and has no initial
-    values, which would bias the first steps towards 0 and 1.
+    Differences from :class:`Running`: the variance *between* batch means is included (a term of
+    :math:`a(1-a)(\mu_i - \hat\mu)^2` per step), batches are weighted by their size, and there are
+    no initial values 0 and 1, which would bias the first steps.
 
     Args:
-        alpha: a, the weight that earlier values lose with each batch.
+        alpha: a; each batch reduces the weight of earlier values by the factor 1 - a.
     """
 
     alpha: float = 0.1
@@ -80,23 +80,23 @@ class Window(NamedTuple):
 class LastBatches:
     r"""Average of the last K batches, or their union.
 
-    By default the estimate of the paper (Ioffe and Szegedy 2015, Algorithm 2) and the article:
+    By default the estimate of Ioffe and Szegedy 2015, Algorithm 2:
 
     .. math:: \hat\mu = \tfrac1K \sum_i \mu_i, \qquad
         \hat\sigma^2 = \tfrac1K \sum_i \tfrac{m_i}{m_i-1}\,\sigma_i^2
 
-    over the last K batches, each of :math:`m_i` values per channel. With ``pooled`` the batches
-    are merged as one set, with the spread *between* their means and weighed by size:
+    over the last K batches, each of :math:`m_i` values per channel. With ``pooled`` the batches are
+    merged into one set, which weights them by size and includes the variance *between* their means:
 
     .. math:: \hat\mu = \tfrac1n \sum_i m_i \mu_i, \qquad
         \hat\sigma^2 = \tfrac{1}{n-1} \sum_i m_i \big(\sigma_i^2 + (\mu_i - \hat\mu)^2\big),
         \qquad n = \sum_i m_i
 
-    The window is merged anew each time; nothing is ever subtracted from it.
+    The statistics are recomputed from the K batches; an old batch is never subtracted from a sum.
 
     Args:
         k: Number of batches kept.
-        pooled: Whether to count the spread between batches.
+        pooled: Whether to include the variance between batch means.
     """
 
     k: int = 10

@@ -31,17 +31,16 @@ class Averages(NamedTuple):
 
 
 class Accumulated(NamedTuple):
-    """The state of ``Running(every=...)``: the averages, and what is to enter them next.
+    """The state of ``Running(every=...)``: the averages, and the Moments of the pending batches.
 
     Attributes:
         mean: Averaged mean, (C,).
-        var: Averaged variance.
-        batches: Steps of the average so far, ().
-        pending: Batches since the last step, ().
-        pooled_count: Values per channel in these batches, (): with the next two their merged
-            Moments.
-        pooled_mean: Their mean, (C,).
-        pooled_m2: Their sum of squared deviations.
+        var: Averaged variance, (C,).
+        batches: Number of steps of the average, ().
+        pending: Number of batches since the last step, ().
+        pooled_count: Count of the merged Moments of the pending batches, ().
+        pooled_mean: Mean of these Moments, (C,).
+        pooled_m2: m2 of these Moments, (C,).
     """
 
     mean: Tensor
@@ -54,7 +53,7 @@ class Accumulated(NamedTuple):
 
     @property
     def averages(self) -> Averages:
-        """What evaluation uses."""
+        """The averages, which evaluation uses."""
         return Averages(self.mean, self.var, self.batches)
 
     @property
@@ -64,7 +63,7 @@ class Accumulated(NamedTuple):
 
 
 def check_momentum(momentum: float | None) -> None:
-    """Raise for a momentum that would make every statistic NaN.
+    """Check a momentum; NaN or infinity would make every statistic NaN.
 
     Raises:
         OptionError: If it is neither None nor a finite number.
@@ -92,7 +91,7 @@ def move(
     .. math:: \hat\mu \leftarrow (1-a)\,\hat\mu + a\,\mu_i, \qquad
         \hat\sigma^2 \leftarrow (1-a)\,\hat\sigma^2 + a\,\tfrac{m}{m-1}\sigma_i^2
 
-    Computed in float32 at least; an empty batch changes nothing.
+    Computed in at least float32; an empty batch changes nothing.
 
     Args:
         mean: Running mean, (C,).
@@ -113,45 +112,46 @@ def move(
 def write(statistic: Tensor, new: Tensor) -> None:
     """Copy new values to a running statistic.
 
-    On devices where ``torch.batch_norm`` serves, the version counter is not incremented, as in
-    ``torch.nn``: autograd has saved the buffers, although backward does not read them.
+    On devices where ``torch.batch_norm`` computes the layers, the version counter is not
+    incremented, as in ``torch.nn``: autograd has saved the buffers, but backward does not read
+    them.
     """
     torchs = not torch.compiler.is_compiling() and is_torchs_device(statistic.device)
     (statistic.data if torchs else statistic).detach().copy_(new)
 
 
 def share_of_next(batches: Tensor) -> Tensor:
-    """Return 1 / (batches + 1) in the accumulator dtype; ``batches`` is a counter, ()."""
+    """Return 1 / (batches + 1), the next batch's weight in a cumulative average; batches is ()."""
     return 1 / (batches.to(wide(batches.device)) + 1)
 
 
 @dataclass(frozen=True)
 class Running:
-    r"""Exponential running average, torch's rule and the default.
+    r"""Exponential running average, as in ``torch.nn``; the default.
 
     .. math:: \hat\mu \leftarrow (1-a)\,\hat\mu + a\,\mu_i, \qquad
         \hat\sigma^2 \leftarrow (1-a)\,\hat\sigma^2 + a\,\tfrac{m}{m-c}\sigma_i^2
 
-    from 0 and 1, with :math:`a` = ``momentum``, :math:`m` the values per channel in batch i and
-    :math:`c` = ``correction``. After t batches the initial values have the weight :math:`(1-a)^t`;
-    with ``debias`` they have none: the average is divided by :math:`1-(1-a)^t`, the weight of the
-    batches, after the initial values were subtracted.
+    with initial values 0 and 1, :math:`a` = ``momentum``, :math:`m` the number of values per
+    channel in batch i and :math:`c` = ``correction``. After t batches the initial values have the
+    weight :math:`(1-a)^t`. ``debias`` subtracts them and divides the average by :math:`1-(1-a)^t`,
+    the weight of the batches.
 
-    With ``every`` the Moments of several batches are merged first, and batch i is then these as one
-    set: with gradient accumulation, the statistics of the large batch at the cost of a few numbers
-    per channel. ``num_batches_tracked`` counts the small ones.
+    With ``every`` the Moments of several batches are merged, and one step of the average uses the
+    merged Moments. With gradient accumulation, this gives the statistics of the large batch, for a
+    few numbers of memory per channel. ``num_batches_tracked`` counts the small batches.
 
     Args:
         momentum: Weight of the newest batch.
-        correction: 1: the unbiased variance, as in ``torch.nn``. 0: the biased one, as in Keras and
-            Flax.
+        correction: 1: the unbiased variance, as in ``torch.nn``. 0: the biased variance, as in
+            Keras and Flax.
         debias: Whether to remove the initial values from the average. Needs a momentum in (0, 1].
-        every: How many batches make one step of the average; ``"optimizer"``: those between two
-            steps of the optimizer that ``bn.attach(model, optimizer)`` is given.
+        every: Number of batches per step of the average. ``"optimizer"``: all batches between two
+            steps of the optimizer passed to ``bn.attach(model, optimizer)``.
 
     Raises:
         OptionError: If momentum is None or not finite, correction is neither 0 nor 1, or every is
-            no number >= 1 and not ``"optimizer"``.
+            neither a number >= 1 nor ``"optimizer"``.
 
     Reference:
         Kingma and Ba 2015, "Adam", section 3, for the division by the weight.
@@ -186,7 +186,7 @@ class Running:
 
     @property
     def is_torchs(self) -> bool:
-        """Whether this is the rule of ``torch.nn``, whose only state are the running statistics."""
+        """Whether this is torch.nn's rule, whose only state is the running statistics."""
         return self.correction == 1 and not self.debias and self.every == 1
 
     def init(
@@ -200,7 +200,7 @@ class Running:
         return Accumulated(*start, zero, zero.clone(), empty, empty.clone())
 
     def update(self, state: Any, batch: Moments) -> Averages | Accumulated:
-        """Return the averages with one more batch, or with the batch kept for their next step."""
+        """Return the averages after a batch, or the same averages with the batch pending."""
         if nothing(batch):
             return state  # type: ignore[no-any-return]
         if self.every == 1:
@@ -217,16 +217,16 @@ class Running:
         return Accumulated(*(torch.where(due, new, old) for new, old in stepped))
 
     def step(self, state: Accumulated) -> Accumulated:
-        """Return the averages after a step by the pooled batches, and none kept."""
+        """Return the averages after a step by the pending batches, with no batch pending."""
         weight = self.weight_after(state.batches)
         moved = _step(state.averages, state.pooled, weight, self.correction)
         return Accumulated(*moved, *map(torch.zeros_like, state[3:]))
 
     def weight_after(self, batches: Tensor) -> float | Tensor:
-        """Return the weight of the newest batch after so many others."""
+        """Return the weight of the next batch, after ``batches`` others."""
         if not self.debias:
             return self.momentum
-        # The same recurrence on the divided average: the first batch replaces 0 and 1.
+        # The recurrence for the divided average; for the first batch the weight is 1.
         return self.momentum / (1 - (1 - self.momentum) ** (batches.to(wide(batches.device)) + 1))
 
     def statistics(self, state: Averages | Accumulated) -> Statistics:
@@ -236,7 +236,7 @@ class Running:
 
 @dataclass(frozen=True)
 class Cumulative:
-    r"""Equal average over all batches so far: torch's ``momentum=None``.
+    r"""Average over all batches with equal weights: torch's ``momentum=None``.
 
     .. math:: \hat\mu = \tfrac1t \sum_i \mu_i, \qquad
         \hat\sigma^2 = \tfrac1t \sum_i \tfrac{m_i}{m_i-1}\sigma_i^2

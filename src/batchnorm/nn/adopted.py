@@ -38,13 +38,14 @@ class _Activated(Layer):
 class _Stored(Layer):
     """Mixin of frozen layers: weight and bias are buffers, there is no ``num_batches_tracked``."""
 
-    _version = 1  # of a state dict without a counter: layers that have one begin at 0
+    # Version 1 in a state dict means no counter; a layer that has one then loads 0.
+    _version = 1
 
     def _normalize(self, call: Arguments) -> Tensor:
         return functional.evaluate(call)
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: object) -> None:  # type: ignore[override]
-        # As the original does: a checkpoint of the unfrozen layer has a counter.
+        # As the original does: drop the counter that a checkpoint of an unfrozen layer has.
         state.pop(prefix + "num_batches_tracked", None)
         load_from_state_dict(self, state, prefix, *rest)
 

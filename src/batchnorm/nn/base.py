@@ -1,8 +1,9 @@
 """The base class of all layers: construction, ``forward``, state dicts, and casts.
 
-``forward`` tries a fast path (``hot`` in eager mode, ``traced`` while a graph is captured), which
-returns None for any call but the common one, and then takes the general path: check the arguments
-(``call_of``), normalize (``functional``), update the running statistics (``tracking``).
+``forward`` tries a fast path: ``hot`` in eager mode, ``traced`` while a graph is captured. The fast
+path serves the common case and returns None for every other call, which then takes the general
+path: check the arguments (``call_of``), normalize (``functional``), update the running statistics
+(``tracking``).
 """
 
 from collections.abc import Callable
@@ -117,10 +118,12 @@ class Layer(Attributes):
             residual: Added before the activation, as ``torch.add`` would.
             mask: True where an element counts; the input's shape without its channel axis.
                 Elsewhere the output is 0.
-            lengths: How many steps of each sample count, (N,), along the last axis but C.
-            weights: Importance of each element, >= 0, shaped as a mask; under 0 as under a mask.
-            groups: The group of each sample, integers from 0, (N,). Each group is normalized by its
-                own statistics; the stored estimate is of all samples together.
+            lengths: Number of steps of each sample that count, (N,), along the last axis other
+                than the channel axis.
+            weights: Weight of each element, >= 0, with the shape of a mask. Weight 0 has the effect
+                of False in a mask.
+            groups: Group id of each sample, integers from 0, (N,). Each group is normalized by its
+                own statistics; the running statistics are those of all samples together.
 
         Returns:
             The input's shape and dtype (promoted with the residual's).
@@ -147,7 +150,7 @@ class Layer(Attributes):
                 input, residual, mask=mask, lengths=lengths, weights=weights, groups=groups
             )
 
-    # torch's own code under a name that does not collide with forward in the compiled class.
+    # torch.nn's forward, under a name that does not collide with forward in the scripted class.
     _torch_forward = foreign.renamed(_BatchNorm.forward, "_torch_forward")
 
     def _forward(self, input: Tensor, residual: Tensor | None, **chosen: Tensor | None) -> Tensor:
@@ -167,7 +170,7 @@ class Layer(Attributes):
         except BatchNormError as error:
             named = isinstance(error, SingleValueError | NonFiniteError) and not is_compiling()
             where = ""
-            if named:  # Dynamo would trace the search
+            if named:  # path_of must not be traced by Dynamo
                 find = torch.compiler.disable(path_of) if is_dynamo_loaded() else path_of
                 where = f"{find(self)!r}: "
             error.args = (f"{error} [in {where}{self}]",)
@@ -256,7 +259,7 @@ class Layer(Attributes):
         return ", ".join(parts)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Raise if torch's code, which ``torch.jit.script`` compiles, computes something else."""
+        """Raise if the layer computes more than ``torch.nn``'s forward, which gets scripted."""
         foreign.check_scriptable(self)
         return self
 

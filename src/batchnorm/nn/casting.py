@@ -32,7 +32,7 @@ def widen_statistics(layer: Attributes) -> None:
 def statistics_kept_wide(layer: Attributes, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Remove the statistics while ``Module._apply(fn)`` runs, then move them without narrowing.
 
-    To cast them and cast them back would lose values: a running_var of 1e6 is infinite in float16.
+    Casting to float16 and back would lose values: a running_var of 1e6 becomes infinite.
     """
     table = buffers(layer)
     kept = {name: table[name] for name in (*STATISTICS, *PER_GROUP) if name in table}

@@ -1,4 +1,4 @@
-"""What a layer has besides torch's, and what the fast routes ``hot`` and ``traced`` read of it."""
+"""The attributes of a layer that ``torch.nn``'s lacks, and helpers of ``hot`` and ``traced``."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -14,14 +14,14 @@ from batchnorm.sources.base import Recalled, Source, State
 
 
 class Switches(NamedTuple):
-    """What of a layer is frozen.
+    """Which parts of a layer ``bn.freeze`` has frozen.
 
     Attributes:
-        statistics: Running mean, variance, counter and further estimates stay as they are.
-        affine: weight and bias get no gradient, whatever their ``requires_grad`` says.
+        statistics: Training does not update running mean, variance, counter and other estimates.
+        affine: weight and bias get no gradient, even with ``requires_grad=True``.
         mode: A training step normalizes by the running statistics.
-        folded: A training step is computed by the scaled weights of the convolution or linear
-            layer before it, where there is one; needs ``statistics`` and ``mode``.
+        folded: If the layer follows a convolution or linear layer, a training step computes both by
+            scaling that layer's weights; needs ``statistics`` and ``mode``.
     """
 
     statistics: bool = True
@@ -38,15 +38,15 @@ class Switches(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """What a layer does with inputs that batch normalization is not made for, and at use.
+    """How a layer treats degenerate training batches, and whether evaluation mixes statistics.
 
     Attributes:
         on_single_value: A training batch with one value per channel is an error (``"error"``), is
             normalized by the running statistics (``"stored"``), or has xhat = 0 (``"skip"``).
-        on_nonfinite: A training batch with NaN or infinite statistics enters the running statistics
-            (``"propagate"``), does not (``"skip"``), or is an error (``"error"``).
-        prior: In evaluation, the stored statistics count as so many samples and are mixed with the
-            batch's; None: they are used alone.
+        on_nonfinite: A training batch with NaN or infinite statistics updates the running
+            statistics (``"propagate"``), does not (``"skip"``), or is an error (``"error"``).
+        prior: In evaluation, the stored statistics are merged with the batch's and count as this
+            many samples (``bn.adapt``); None: evaluation uses the stored statistics alone.
     """
 
     on_single_value: str = "error"
@@ -66,10 +66,10 @@ CHOICES = {
 
 
 def policy_of(policy: Policy | None, **given: object) -> Policy | None:
-    """Return a policy with some options replaced; None where all are at their defaults.
+    """Return a policy with some options replaced; None if all are at their defaults.
 
     Raises:
-        OptionError: If a value is none of ``CHOICES``.
+        OptionError: If a value is not in ``CHOICES``.
     """
     for name, value in given.items():
         if name in CHOICES and value not in CHOICES[name]:
@@ -85,12 +85,12 @@ def without_gradient(parameter: Tensor | None) -> Tensor | None:
 
 
 class Memory(NamedTuple):
-    """What a layer keeps for its source.
+    """The state that a source of statistics keeps in a layer.
 
     Attributes:
-        source: The source, whose state it is.
-        state: The state, before the next step.
-        steps: The means of the last batches, and what normalized them.
+        source: The source.
+        state: The state that the next step will use.
+        steps: Mean of each of the last batches, and the state that normalized it.
     """
 
     source: Source
@@ -99,7 +99,7 @@ class Memory(NamedTuple):
 
 
 class Attributes(_BatchNorm):
-    """The attributes of a layer besides those of ``torch.nn``'s; ``Layer`` derives from it.
+    """The attributes of a layer that ``torch.nn``'s lacks; base class of ``Layer``.
 
     Attributes:
         activation: Applied to the result.
@@ -109,7 +109,7 @@ class Attributes(_BatchNorm):
         bank: The states of ``estimator=``; None if ``running_mean`` and ``running_var`` are the
             only state.
         frozen: The switches of ``bn.freeze``; None if nothing is frozen.
-        policy: What happens to unusual batches, and ``bn.adapt``; None if all is at its default.
+        policy: Treatment of degenerate batches, and ``bn.adapt``; None if all is at its default.
         memory: The state of ``statistics=``, kept by ``nn/states.py``; None if the source has none.
         warned: Whether the warning about 16-bit running statistics was given.
     """
@@ -137,11 +137,11 @@ def adapts(layer: object) -> bool:
 
 
 def plan_of(layer: Attributes) -> Literal["batch", "stored"] | None:
-    """Return which statistics normalize: the batch's, or the stored ones.
+    """Return which statistics the fast path normalizes by: the batch's, or the stored ones.
 
-    None if the general path in ``base`` must compute the call: for other sources of statistics, for
-    estimators, for the cumulative average (``momentum=None``), for stored statistics that move or
-    are mixed with the batch's, for policies, and for an eps that it refuses.
+    Returns None if the general path in ``base`` must compute the call: for other sources of
+    statistics, estimators, the cumulative average (``momentum=None``), stored statistics that are
+    updated in the same step or merged with the batch's, policies, and an invalid eps.
     """
     if not layer.training:
         policy = layer.policy

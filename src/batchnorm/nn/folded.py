@@ -1,14 +1,15 @@
 """Convolutions and linear layers that compute the frozen normalization behind them.
 
-``bn.freeze(model, folded=True)`` finds, in the first training pass, layers whose output goes to one
-frozen normalization alone, and changes their class to one of these. Such a layer returns what the
-normalization would, by scaled weights, and hands it over; the normalization then adds the residual
-and activates. Wherever that is not the common case (evaluation, hooks, a graph or transform),
-both compute what they always did.
+In the first training pass, ``bn.freeze(model, folded=True)`` finds convolutions and linear layers
+whose output is used by one frozen normalization only, and sets their ``__class__`` to a class of
+this module. In training such a layer scales its weights, so that its output is already normalized,
+and registers the output; the normalization then only adds the residual and applies the activation.
+Outside the common case (evaluation, hooks, a captured graph, a transform) both layers compute what
+they computed before the change of class.
 
-The normalization knows an output that was handed over by identity. If it is given something else,
-or the pass ends and an output was not taken, the model does not do what it did in the first pass:
-an error.
+The normalization recognizes a registered output by identity. It is an error if the normalization
+gets another tensor, or if the pass ends before it got the registered one: the model then differs
+from the first pass.
 """
 
 import threading
@@ -29,25 +30,25 @@ from batchnorm.nn.common import Attributes, affine_of
 from batchnorm.ops.scaled import Map, normalized
 from batchnorm.sources.grouped import Grouped
 
-# Of a folding layer: its normalization, in a tuple, so that it does not become a child module.
+# Attribute of a folding layer: its normalization, in a tuple so that it is not a child module.
 BEHIND = "normalizations_behind"
 
 LOST = """\
 a layer in front of {norm} computed the normalization by its scaled weights \
-(bn.freeze(..., folded=True)), and the normalization did not get that output{where}. In the pass \
-that bn.freeze looked at it did. Freeze the model again after a change of its structure, or with \
-folded=False"""
+(bn.freeze(..., folded=True)), and the normalization did not get that output{where}. In the first \
+training pass, which bn.freeze recorded, it did. Freeze the model again after a change of its \
+structure, or use folded=False"""
 
 
 class Handed(NamedTuple):
-    """An output that was handed over, and the layer that made it."""
+    """A normalized output that a folding layer returned, and the layer."""
 
     output: weakref.ref[Tensor]
     layer: weakref.ref[nn.Module]
 
 
 class _Waiting(threading.local):
-    """What was handed over and not taken yet, by normalization, in this thread."""
+    """Outputs of folding layers that their normalization has not received yet, per thread."""
 
     def __init__(self) -> None:
         self.outputs: weakref.WeakKeyDictionary[nn.Module, list[Handed]] = (
@@ -109,7 +110,7 @@ class FoldingLinear(Folding, nn.Linear):  # type: ignore[misc]
 
 _TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
-# By exact type: a class of its own may compute something else.
+# Looked up by exact type: a subclass may compute something else.
 FOLDING: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: FoldingConv1d,
     nn.Conv2d: FoldingConv2d,
@@ -134,10 +135,10 @@ def map_of(layer: nn.Module) -> Map:
 
 
 def take(norm: nn.Module, x: Tensor) -> bool:
-    """Return whether an input was handed over to a normalization, normalized already.
+    """Return whether a normalization's input is the output of a folding layer; unregister it.
 
     Raises:
-        SurgeryError: If another output was handed over.
+        SurgeryError: If a folding layer registered another output for this normalization.
     """
     handed = _waiting.outputs.get(norm)
     if not handed:
@@ -153,11 +154,11 @@ def take(norm: nn.Module, x: Tensor) -> bool:
 def finish(
     norm: Attributes, y: Tensor, residual: Tensor | None, chosen: Mapping[str, Tensor | None]
 ) -> Tensor:
-    """Add and activate what was handed over; 0 where an element does not count.
+    """Return act(y + residual), and 0 where an element does not count.
 
     Args:
         norm: The normalization.
-        y: What was handed over.
+        y: The output of the folding layer, which is normalized already.
         residual: Added before the activation.
         chosen: mask, lengths, weights and groups of the call.
     """
@@ -169,16 +170,16 @@ def finish(
 
 
 def begin(model: nn.Module) -> None:
-    """Forget what an interrupted pass of a model handed over."""
+    """Remove the outputs that an interrupted forward pass of a model left registered."""
     for norm in _of(model):
         del _waiting.outputs[norm]
 
 
 def end(model: nn.Module) -> None:
-    """Check that everything that a pass of a model handed over was taken.
+    """Check that each normalization got the output of its folding layer in this forward pass.
 
     Raises:
-        SurgeryError: If something was not.
+        SurgeryError: If one of them did not.
     """
     left = _of(model)
     begin(model)
@@ -196,19 +197,21 @@ def _of(model: nn.Module) -> list[nn.Module]:
 
 def _hand_over(layer: nn.Module, norm: nn.Module, y: Tensor) -> None:
     handed = _waiting.outputs.setdefault(norm, [])
-    if is_recomputing():  # activation checkpointing stops as soon as it has what backward needs
+    # Activation checkpointing ends the recomputation as soon as it has all saved tensors, which may
+    # be before the normalization runs.
+    if is_recomputing():
         handed[:] = [one for one in handed if one.output() is not None]
     handed.append(Handed(weakref.ref(y), weakref.ref(layer)))
 
 
 def _is_common(layer: Folding, norm: Attributes, x: Tensor) -> bool:
-    """Return whether a layer is to compute the normalization behind it in this call."""
+    """Return whether the layer must compute the normalization behind it in this call."""
     frozen = norm.frozen
     if frozen is None or not (frozen.folded and norm.training and is_calm()):
         return False
     if isinstance(norm.statistics, Grouped):  # groups have weights and statistics of their own
         return False
-    # Of a replica of DataParallel weights are no parameters, and its normalization is another one.
+    # In a replica of DataParallel the weights are plain tensors, and ``norm`` is not the replica's.
     if type(x) is not Tensor or type(layer.weight) is not Parameter or x.ndim < 2:
         return False
     # Hooks would see another output of this layer, and another input of the normalization.

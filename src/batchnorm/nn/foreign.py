@@ -14,7 +14,7 @@ from batchnorm.nn.common import Attributes
 from batchnorm.ops.activations import IDENTITY
 
 SCRIPTED = """\
-torch.jit.script would compile {layer} as the layer of torch.nn, which computes something else: \
+torch.jit.script would compile {layer} as torch.nn's layer, which computes something else: \
 {reason}. torch.jit.trace in eval mode, torch.export and torch.compile take the model as it is; \
 nothing was changed."""
 
@@ -24,8 +24,8 @@ RECORD = "_batchnorm_edits"
 CHANGED = "bn.{verb} changed the model; call bn.undo(model) first and script the original"
 
 ROOT = """\
-torch.fx cannot trace a {layer} that is the whole model: the layer becomes one node, and there is \
-no model around it to look it up in. Trace torch.nn.Sequential(layer) instead."""
+torch.fx cannot trace a {layer} that is the root module: the layer becomes a call_module node, \
+which needs a parent module. Trace torch.nn.Sequential(layer) instead."""
 
 
 def call_module(layer: torch.nn.Module, input: fx.Proxy, **given: Tensor | None) -> Tensor:
@@ -45,10 +45,10 @@ def call_module(layer: torch.nn.Module, input: fx.Proxy, **given: Tensor | None)
 
 
 def check_scriptable(layer: Attributes) -> None:
-    """Refuse ``torch.jit.script`` of a layer that computes more than ``torch.nn``'s.
+    """Raise if ``torch.jit.script`` cannot compile a layer, which computes more than ``torch.nn``.
 
     Raises:
-        SurgeryError: Naming the option that ``torch.nn`` lacks, and what to do.
+        SurgeryError: With the option that ``torch.nn`` lacks, and what to do.
     """
     reason = _beyond_torch(layer)
     if reason is not None:
@@ -82,26 +82,26 @@ def _beyond_torch(layer: Attributes) -> str | None:
         return "it has no parameters yet; run the model once, then script it"
     if has_forward_hooks(layer):
         return (
-            "it has forward hooks, which torch.jit compiles for a forward of input, residual and "
-            "more, and not for one of input alone; remove the hooks, or hook the module around it"
+            "it has forward hooks, which torch.jit compiles with the signature of forward, "
+            "(input, residual, ...); remove the hooks, or hook the module around it"
         )
     weight, mean = getattr(layer, "weight", None), layer.running_mean
     if weight is not None and mean is not None and weight.dtype != mean.dtype:
         return (
-            f"its weight is {weight.dtype} and its statistics are {mean.dtype}, and kernels of "
-            "torch take one dtype; call layer.float(), and cast the input or use torch.autocast"
+            f"its weight is {weight.dtype} and its statistics are {mean.dtype}, and torch's "
+            "kernels take one dtype; call layer.float(), and cast the input or use torch.autocast"
         )
     return None
 
 
 def check_rank(input: Tensor, ranks: list[int]) -> None:
-    """Raise if the rank of an input is not in ``ranks``; compiled by ``torch.jit.script``."""
+    """Raise if the input's rank is not in ``ranks``; compiled by ``torch.jit.script``."""
     if len(ranks) > 0 and input.dim() not in ranks:
         raise ValueError(f"expected input of rank {ranks} (got {input.dim()}D input)")
 
 
 def renamed(function: object, name: str) -> FunctionType:
-    """Return the same code as a function named ``name``: ``torch.jit`` resolves methods by name."""
+    """Return a copy of a function named ``name``; ``torch.jit`` resolves methods by name."""
     assert isinstance(function, FunctionType)
     return FunctionType(
         function.__code__, function.__globals__, name, function.__defaults__, function.__closure__

@@ -1,7 +1,7 @@
-"""A training step of a layer of which something is frozen.
+"""A training step of a frozen layer.
 
-``bn.freeze`` sets ``layer.frozen``. The layer keeps its source, estimator, momentum and counter as
-they are, so nothing has to be put back but this one attribute.
+``bn.freeze`` sets the attribute ``layer.frozen`` and nothing else: source, estimator, momentum and
+counter stay as they are, so undoing means resetting this attribute.
 """
 
 import torch
@@ -22,7 +22,7 @@ def step(layer: Attributes, call: Arguments) -> tuple[Tensor, Moments | None]:
     """Normalize a training step of a frozen layer.
 
     Returns:
-        y, and the Moments that the layer's estimate is to see; None where it is to stay.
+        y, and the Moments that update the running statistics; None if these must not change.
     """
     frozen = layer.frozen
     assert frozen is not None
@@ -32,7 +32,8 @@ def step(layer: Attributes, call: Arguments) -> tuple[Tensor, Moments | None]:
     if frozen.statistics or call.mean is None or call.var is None:
         y, _ = functional.by_source(call, STORED)  # raises where nothing is stored
         return y, None
-    # The stored statistics move after this, and a captured graph would read them in backward.
+    # Copies: the stored statistics are updated below, and a captured graph would read the updated
+    # values in backward.
     fixed = call._replace(mean=call.mean.clone(), var=call.var.clone())
     y, _ = functional.by_source(fixed, STORED)
     with torch.no_grad():

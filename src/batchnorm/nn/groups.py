@@ -1,8 +1,8 @@
-"""The running statistics and parameters that a layer with ``statistics=bn.Grouped`` has per group.
+"""The running statistics and parameters per group of a layer with ``statistics=bn.Grouped``.
 
-They are buffers ``group_mean`` and ``group_var``, (count, C), float32 at least, and
-``group_batches``, (count,), how many batches had samples of each group. A state dict without them
-loads too: every group then begins with the statistics of all samples.
+The buffers are ``group_mean`` and ``group_var``, (count, C), at least float32, and
+``group_batches``, (count,), the number of batches with samples of each group. A state dict without
+these buffers can be loaded: every group then starts from ``running_mean`` and ``running_var``.
 """
 
 from collections.abc import MutableMapping
@@ -21,19 +21,19 @@ from batchnorm.sources.grouped import Grouped
 NAMES = ("group_mean", "group_var", "group_batches")
 
 LATE = """\
-statistics={source} needs buffers that this layer was not made with; give it to the constructor: \
+statistics={source} needs buffers that this layer does not have; pass it to the constructor: \
 bn.{kind}(..., statistics={source})"""
 
 POOLED = """\
-statistics={source} keeps running statistics for each group, which move at every batch; expected \
-an estimator with every=1, got {estimator}"""
+statistics={source} updates the running statistics of each group at every batch; expected an \
+estimator with every=1, got {estimator}"""
 
 
 def arrange(layer: Attributes, source: Grouped) -> None:
-    """Give a new layer what it has per group.
+    """Register the buffers per group in a new layer, and with affine="separate" the parameters.
 
     Raises:
-        OptionError: If the layer learns its number of channels later.
+        OptionError: If the layer is lazy, so that its number of channels is not known yet.
     """
     if layer.num_features == 0:
         raise OptionError(f"statistics={source} needs num_features; use a layer that is not lazy")
@@ -51,7 +51,7 @@ def arrange(layer: Attributes, source: Grouped) -> None:
 
 
 def restart(layer: Attributes) -> None:
-    """Forget: mean 0, variance 1 and no batches, in every group."""
+    """Set mean to 0, variance to 1 and the number of batches to 0, for every group."""
     table = buffers(layer)
     for name, value in zip(NAMES, (0, 1, 0), strict=True):
         if (buffer := table.get(name)) is not None:
@@ -62,7 +62,7 @@ def stored(layer: Attributes) -> tuple[Tensor | None, Tensor | None]:
     """Return the running mean and variance of each group, (count, C), or None.
 
     Raises:
-        OptionError: If the source was given to the layer after it was made.
+        OptionError: If ``layer.statistics`` was set after construction, so there are no buffers.
     """
     if layer.running_mean is None:
         return None, None
@@ -73,7 +73,7 @@ def stored(layer: Attributes) -> tuple[Tensor | None, Tensor | None]:
 
 
 def step(layer: Attributes, batch: Moments) -> None:
-    """Move the running statistics of each group that has values in the batch, in place."""
+    """Update the running statistics of each group that has values in the batch, in place."""
     mean, var = stored(layer)
     batches = buffers(layer).get("group_batches")
     if mean is None or var is None or batches is None:
@@ -93,8 +93,8 @@ def step(layer: Attributes, batch: Moments) -> None:
 
 
 def complete(layer: Attributes, state: MutableMapping[str, Tensor], prefix: str) -> None:
-    """Fill in what a state dict lacks: each group gets the row of all samples."""
-    source = getattr(layer, "statistics", None)  # not there yet while torch's __init__ runs
+    """Add missing entries per group to a state dict, from the entries of all samples."""
+    source = getattr(layer, "statistics", None)  # not set yet while torch's __init__ runs
     if not isinstance(source, Grouped):
         return
     whole = ("running_mean", "running_var", "num_batches_tracked")

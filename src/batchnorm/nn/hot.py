@@ -1,11 +1,11 @@
 """The eager fast path: one backend call for the common case, with as few checks as possible.
 
 For small layers the checks of the general path cost more than the arithmetic. The common case is a
-plain strided tensor of an accepted rank, no active mode or transform, statistics of the batch or
-stored ones, and at most torch's running average. The backend then normalizes and updates the
-running statistics in one call; if it finds tensors that do not fit, it raises ``UnservedError``
-with nothing changed. Every other call, and every error message, is left to the general path in
-``base``: functions here return None for it.
+plain strided tensor of an accepted rank, no active mode or transform, batch or stored statistics,
+and no estimator other than torch's running average. The backend then normalizes and updates the
+running statistics in one call; if shapes or dtypes do not fit, it raises ``UnservedError`` and
+changes nothing. For every other call, and for every error, functions here return None, and the
+general path in ``base`` computes the result or raises the error.
 """
 
 import torch
@@ -28,8 +28,8 @@ _PLAIN = (Parameter, Tensor, type(None))
 
 def forward(layer: Attributes, x: Tensor, residual: Tensor | None) -> Tensor | None:
     """Return the result of the layer, or None if the general path must compute it."""
-    # is_calm() also asks whether Dynamo is compiling: after a graph break this function is traced
-    # without its caller. Kernels read strided memory; mkldnn and sparse tensors have none.
+    # is_calm() also checks whether Dynamo is compiling: after a graph break Dynamo traces this
+    # function without its caller. Kernels need strided memory, unlike mkldnn and sparse tensors.
     if type(x) is not Tensor or x.layout is not torch.strided or not is_calm():
         return None
     axis, rank, plan = layer.axis, x.dim(), plan_of(layer)
@@ -68,8 +68,8 @@ def call(
 ) -> Tensor | None:
     """Return act(F.batch_norm(x, ...) + residual), or None as ``forward``; for captured graphs.
 
-    A graph has no layer, so statistics, parameters and the counter are arguments. In training the
-    running statistics and the counter are updated.
+    A captured graph has tensors instead of a layer, so statistics, parameters and the counter are
+    arguments. In training the running statistics and the counter are updated.
     """
     if type(x) is not Tensor or x.layout is not torch.strided or x.dim() < 2 or not is_calm():
         return None
@@ -162,18 +162,18 @@ def _train(
 def _train_by_torch(
     x: Tensor, epilogue: Epilogue, running: RunningBuffers | None, eps: float, axis: int
 ) -> Tensor | None:
-    """Do a training step by ``torch.batch_norm``, which updates the running statistics too."""
+    """Compute a training step by ``torch.batch_norm``, which updates the running statistics."""
     if not _is_for_torch(x, epilogue.residual, running):
         return None
     counter = None
     if running is not None:
         if running.mean.is_inference():
             return None
-        if is_recomputing():  # checkpointing expects as many saved tensors: update copies
+        if is_recomputing():  # save as many tensors as the first pass did, but update copies
             running = RunningBuffers(running.mean.clone(), running.var.clone(), None, 0.0)
         counter = running.counter
-    # torch.batch_norm checks sizes and devices before it writes. Checking them here too would cost
-    # a small layer a tenth of its time.
+    # torch.batch_norm checks sizes and devices before it writes. Checking them here as well would
+    # take a tenth of a small layer's time.
     try:
         y = torch_norm.forward(x, epilogue, eps, axis, running)
     except RuntimeError:
@@ -184,7 +184,7 @@ def _train_by_torch(
 
 
 def _is_for_torch(x: Tensor, residual: Tensor | None, running: RunningBuffers | None) -> bool:
-    """Return whether ``torch.batch_norm`` takes input, residual and statistics without casts."""
+    """Return whether ``torch.batch_norm`` accepts input, residual and statistics without casts."""
     if not torch_norm.takes(x):
         return False
     if running is not None and not (running.mean.dtype is running.var.dtype is compute_dtype(x)):

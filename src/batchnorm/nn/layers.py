@@ -15,9 +15,10 @@ class BatchNorm1d(Layer, nn.BatchNorm1d):
     .. math:: y = \mathrm{act}\Big(\frac{x - \mu}{\sqrt{\sigma^2 + \varepsilon}}\,\gamma
         + \beta + r\Big)
 
-    In training :math:`\mu, \sigma^2` are the batch's mean and biased variance per channel (or what
-    ``statistics`` says); in evaluation the stored estimate. A drop-in for the class of the same
-    name in ``torch.nn``, of which it is a subclass: same parameters, buffers and state dict.
+    In training :math:`\mu, \sigma^2` are the batch's mean and biased variance per channel, or the
+    statistics that ``statistics=`` selects; in evaluation they are the running statistics. The
+    layer is a subclass of the ``torch.nn`` class of the same name, with the same parameters,
+    buffers and state dict.
 
     Args:
         num_features: C.
@@ -26,25 +27,27 @@ class BatchNorm1d(Layer, nn.BatchNorm1d):
         affine: Whether there are ``weight`` (gamma) and ``bias`` (beta), both (C,).
         track_running_stats: Whether running statistics are kept; without them, evaluation
             normalizes by the batch.
-        device: Of parameters and buffers.
-        dtype: Of the parameters; statistics stay at least float32.
+        device: Device of parameters and buffers.
+        dtype: Dtype of the parameters; statistics stay at least float32.
         bias: Whether an affine layer has a bias.
         activation: Applied to the result; a name, or a ``torch.nn`` activation.
-        statistics: The statistics that normalize a training step: ``bn.Batch()``, ``bn.Synced()``
-            or ``bn.Frozen()``.
+        statistics: The source of the statistics that normalize a training step: ``bn.Batch()``,
+            ``bn.Synced()``, ``bn.Frozen()``, ``bn.Grouped(count)``, ``bn.Ghost(size)``,
+            ``bn.Renorm(...)`` or ``bn.Pooled(...)``.
         estimator: How the statistics for evaluation are estimated: one estimator, several, or a
             mapping name -> estimator; evaluation uses the first until ``bn.use_estimate`` selects
             another.
         on_single_value: A training batch with one value per channel, whose variance is 0:
             ``"error"`` raises; ``"stored"`` normalizes it by the running statistics; ``"skip"``
-            takes it as it is, so y = act(bias + residual) and the input's gradient is 0. Neither of
-            the two moves the running statistics or the counter.
+            returns y = act(bias + residual), with gradient 0 for the input. ``"stored"`` and
+            ``"skip"`` do not update the running statistics or the counter.
         on_nonfinite: A training batch whose mean or variance is NaN or infinite: ``"propagate"``
-            lets it into the running statistics, ``"skip"`` leaves them and the counter as they are,
-            ``"error"`` raises and names the layer. The output is the same in all of them.
+            updates the running statistics with it, ``"skip"`` does not update them or the counter,
+            ``"error"`` raises and names the layer. The output does not depend on this option.
 
     Raises:
-        OptionError: NaN momentum, momentum and estimator together, an unknown activation or policy.
+        OptionError: If momentum is NaN, momentum and estimator are both given, or an activation or
+            option value is unknown.
 
     Reference:
         Ioffe and Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by
@@ -57,7 +60,7 @@ class BatchNorm1d(Layer, nn.BatchNorm1d):
 class BatchNorm2d(Layer, nn.BatchNorm2d):
     """Batch normalization of images (N, C, H, W), per channel over N, H and W.
 
-    Everything else as in :class:`BatchNorm1d`.
+    Arguments and formula are those of :class:`BatchNorm1d`.
     """
 
     ranks = (4,)
@@ -66,7 +69,7 @@ class BatchNorm2d(Layer, nn.BatchNorm2d):
 class BatchNorm3d(Layer, nn.BatchNorm3d):
     """Batch normalization of volumes (N, C, D, H, W), per channel over N, D, H and W.
 
-    Everything else as in :class:`BatchNorm1d`.
+    Arguments and formula are those of :class:`BatchNorm1d`.
     """
 
     ranks = (5,)
@@ -77,8 +80,8 @@ class BatchNorm(Layer):
 
     Args:
         num_features: C.
-        axis: The channel axis, 1 as in ``torch.nn`` or -1 for channels last; others as in
-            :class:`BatchNorm1d`.
+        axis: The channel axis, 1 as in ``torch.nn`` or -1 for channels last. The other arguments
+            are those of :class:`BatchNorm1d`.
     """
 
     def __init__(

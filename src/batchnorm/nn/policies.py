@@ -1,4 +1,4 @@
-"""Training batches of one value or of NaN, and evaluation with ``bn.adapt``: ``layer.policy``."""
+"""``layer.policy``: degenerate training batches (one value, NaN), and ``bn.adapt``'s evaluation."""
 
 import torch
 from torch import Tensor
@@ -21,14 +21,14 @@ on_nonfinite="skip" leaves such batches out of the running statistics"""
 
 
 def by_source(layer: Attributes, call: Arguments) -> tuple[Tensor, Moments | None]:
-    """Normalize a training step by what the layer's source chooses, or by what its policy says.
+    """Normalize a training step by the layer's source, or as its policy requires.
 
     Returns:
-        y, and the Moments that the layer's estimate is to see; None where it is to stay.
+        y, and the Moments that update the running statistics; None if these must not change.
 
     Raises:
-        SingleValueError: For one value per channel, unless the policy says otherwise.
-        NonFiniteError: If the policy says so.
+        SingleValueError: For one value per channel, with on_single_value="error".
+        NonFiniteError: For NaN or infinite statistics, with on_nonfinite="error".
     """
     policy = layer.policy
     if policy is None:
@@ -45,23 +45,23 @@ def by_source(layer: Attributes, call: Arguments) -> tuple[Tensor, Moments | Non
 
 
 def _by_stored(call: Arguments) -> Tensor:
-    # Copies: a captured graph would read the statistics in backward, after they have moved.
+    # Copies: a captured graph reads the statistics in backward, when they may have been updated.
     mean, var = (None if t is None else t.clone() for t in (call.mean, call.var))
     return functional.by_source(call._replace(mean=mean, var=var), Frozen())[0]
 
 
 def _by_itself(call: Arguments) -> Tensor:
-    """Return act(bias + residual): the value less itself is 0, and so is the input's gradient."""
+    """Return act(bias + residual): x - mean is 0, and so is the input's gradient."""
     x = call.x.masked_fill(torch.ones((), dtype=torch.bool, device=call.x.device), 0.0)
     mean = torch.zeros(x.shape[call.axis], dtype=compute_dtype(x), device=x.device)
     return routes.normalize_by(call._replace(x=x), mean, torch.ones_like(mean))
 
 
 def _checked(moments: Moments, raises: bool) -> Moments:
-    """Return the Moments with count 0 if they are not finite, so that nothing counts them.
+    """Return the Moments, with count 0 if they are not finite, so that no estimate uses them.
 
     Raises:
-        NonFiniteError: In place of that.
+        NonFiniteError: If they are not finite and ``raises`` is set.
     """
     mean, m2 = moments.mean, moments.m2
     count = torch.as_tensor(moments.count, dtype=wide(mean.device), device=mean.device)
@@ -77,7 +77,10 @@ def _checked(moments: Moments, raises: bool) -> Moments:
 
 
 def adapted(call: Arguments, prior: float) -> Tensor:
-    """Normalize in evaluation by the stored statistics and the batch's, as one set."""
+    """Normalize in evaluation by the merge of stored and batch statistics.
+
+    The stored statistics count as ``prior`` samples.
+    """
     samples = call.x.shape[0 if call.axis else 1]
     mean, var = call.mean, call.var
     assert mean is not None

@@ -1,11 +1,11 @@
 """The state that some sources of statistics keep in a layer, and which state a recomputation uses.
 
-``layer.memory`` has the state, named tensors that ``source.init`` makes at the first step and
-``source.update`` replaces after each. In a state dict their names are ``statistics.{name}``.
+``layer.memory`` has the state: named tensors that ``source.init`` creates at the first step and
+``source.update`` replaces after every step. In a state dict their names are ``statistics.{name}``.
 
-Activation checkpointing calls forward a second time, inside backward, and must get the same result,
-although the state has moved. The two calls have bit for bit the same Moments, so the states of the
-last steps are kept beside the means of their batches, and found by them.
+Activation checkpointing calls forward a second time, in backward, and must get the same result,
+although the state has been updated since. Both calls compute bitwise identical Moments. Therefore
+the states of the last steps are kept with the mean of their batch, and looked up by that mean.
 """
 
 from collections.abc import Mapping
@@ -28,18 +28,19 @@ KEPT = 8
 
 FORGOTTEN = f"""\
 activation checkpointing recomputes a step of a layer whose statistics= keeps a state, and the \
-step is not among the last {KEPT} of the layer; call backward after fewer forward passes"""
+step is not among the last {KEPT} steps, whose states the layer keeps; call backward after fewer \
+forward passes"""
 
 
 def by_source(layer: Attributes, call: Arguments) -> tuple[Tensor, Moments]:
-    """Normalize a training step by what the layer's source chooses; the state is not updated."""
+    """Normalize a training step by the layer's source; ``step`` updates the state afterwards."""
     source = layer.statistics
     if not keeps_state(source):
         return functional.by_source(call, source, layer=layer)
     if layer.memory is None or layer.memory.source != source:
         layer.memory = Memory(source, source.init(*_known(layer, call.x.device)))
 
-    kept = may_be_recomputed()  # asked here: adjusting enables gradients
+    kept = may_be_recomputed()  # read here, since ``adjust`` runs with gradients enabled
 
     def recall(batch: Moments) -> Recalled:
         memory: Memory | None = layer.memory
@@ -59,7 +60,7 @@ def by_source(layer: Attributes, call: Arguments) -> tuple[Tensor, Moments]:
 
 
 def step(layer: Attributes, batch: Moments, eps: float) -> None:
-    """Update the state by a training batch; not by an empty one, nor in a recomputation."""
+    """Update the state by a training batch, unless it is empty or recomputed."""
     source, memory = layer.statistics, layer.memory
     if memory is None or not keeps_state(source):
         return
@@ -84,14 +85,14 @@ def load(
     unexpected: list[str],
     errors: list[str],
 ) -> None:
-    """Load the state from a state dict; without one, it begins anew at the next step.
+    """Load the state from a state dict; if it has none, the next step creates a new state.
 
     Args:
         layer: The layer.
         given: The state dict.
         prefix: The layer's prefix in it, ending with a dot.
         unexpected: torch's list of unexpected keys; keys that are loaded here are removed from it.
-        errors: torch's list of messages; tensors of another shape, or missing ones, are appended.
+        errors: torch's list of messages, to which missing tensors and other shapes are appended.
     """
     layer.memory = None
     source, start = layer.statistics, prefix + PREFIX
@@ -118,7 +119,7 @@ def load(
 
 
 def move(layer: Attributes, device: torch.device) -> None:
-    """Move the state to a device; from the meta device there is nothing to move."""
+    """Move the state to a device; a state on the meta device has no values and is removed."""
     memory = layer.memory
     if memory is None:
         return

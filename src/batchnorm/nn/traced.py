@@ -1,8 +1,8 @@
 """The fast path while a graph is captured: ``F.batch_norm`` and ``num_batches_tracked.add_(1)``.
 
-These are the nodes of ``torch.nn``'s own layers, so a captured or exported graph needs nothing of
-this library, and ``graph.fuse`` finds both kinds of layer by the same pattern. Every attribute that
-is read here becomes a guard of the compiled graph, evaluated at each call, so there are few.
+``torch.nn``'s layers emit the same nodes, so a captured or exported graph does not depend on this
+library, and ``graph.fuse`` finds both kinds of layer by one pattern. Every attribute that is read
+here becomes a guard of the compiled graph, which each call evaluates, so few are read.
 """
 
 import torch
@@ -50,7 +50,7 @@ def forward(layer: Attributes, x: Tensor, residual: Tensor | None) -> Tensor | N
     given = x, mean, var, weight, bias, training, layer.momentum or 0.0, layer.eps
     y: Tensor
     if layer.training and layer.frozen is not None and layer.frozen.folded:
-        # A pass over the graph folds what bears this note; torch and Inductor do not heed it.
+        # The backend "batchnorm" folds nodes with this annotation; torch and Inductor ignore it.
         with annotate({NOTE: "folded"}):
             y = F.batch_norm(*given)
     else:

@@ -1,4 +1,4 @@
-"""Updates of a layer's running statistics, by Moments of a training batch."""
+"""Updates of a layer's running statistics by the Moments of a training batch."""
 
 import warnings
 import weakref
@@ -23,20 +23,21 @@ from batchnorm.sources.grouped import Grouped
 WIDE = (torch.float32, torch.float64)
 
 NARROW = """\
-{name} of a batch normalization layer is {dtype}: something cast it past torch.nn.Module's own \
-.to()/.half(). Its updates are computed in float32 and rounded to {dtype}, in which small updates \
-are lost. Restore it with layer.{name} = layer.{name}.float()."""
+{name} of a batch normalization layer is {dtype}: it was cast directly, without \
+torch.nn.Module.to() or .half(), which keep it in float32. Its updates are computed in float32 \
+and rounded to {dtype}, which loses small updates. Restore it with \
+layer.{name} = layer.{name}.float()."""
 
 ALONE = """\
-a batch normalization layer with bn.Running(every="optimizer") keeps the statistics of its \
-training batches until an optimizer steps, and none is attached to it: running_mean and \
-running_var stay as they are. Call bn.attach(model, optimizer) once, before the training; a copy \
-of the model, and estimators given by bn.convert later, need a call of their own."""
+a batch normalization layer with bn.Running(every="optimizer") collects the statistics of its \
+training batches until the attached optimizer steps, and no optimizer is attached: running_mean \
+and running_var do not change. Call bn.attach(model, optimizer) once, before the training; call it \
+again for a copy of the model, and after bn.convert has set estimators."""
 
-# From a warning in ``step`` to the line that calls the layer.
+# Stack levels from a warning in ``step`` to the line that calls the layer.
 CALLER = 7
 
-# The optimizer after whose steps a layer's estimators make theirs; not in copies of the layer.
+# The optimizer whose step() makes a bank's estimators update; copies of a layer have no optimizer.
 _optimizers: weakref.WeakKeyDictionary[bank.Bank, weakref.ref[Optimizer]]
 _optimizers = weakref.WeakKeyDictionary()
 
@@ -44,11 +45,11 @@ _optimizers = weakref.WeakKeyDictionary()
 def step(layer: Attributes, batch: Moments) -> None:
     """Update ``running_mean``, ``running_var`` and ``num_batches_tracked`` in place.
 
-    Of groups of samples, (groups, C), they take the Moments of all together. A layer whose running
+    Moments of groups, (groups, C), are merged over the groups first. A layer whose running
     statistics are None counts its batches, as in ``torch.nn``.
 
-    Skipped for an empty batch, and in the recomputation of activation checkpointing, which calls
-    forward a second time inside of backward.
+    An empty batch changes nothing, nor does the recomputation of activation checkpointing, which
+    calls forward a second time in backward.
     """
     if nothing(batch) or is_recomputing():
         return
@@ -70,9 +71,9 @@ def step(layer: Attributes, batch: Moments) -> None:
 
 
 def offered(layer: Attributes, call: Arguments) -> Arguments:
-    """Return the call with the running statistics, if a backend may update them in its own call.
+    """Return the call with the running statistics, if the backend may update them in the same call.
 
-    They are then the only estimate, and nothing else is to be done with the Moments of the batch.
+    This requires that they are the layer's only estimate and that nothing else needs the Moments.
     """
     source = layer.statistics
     if torch.compiler.is_compiling() or (call.selection.is_whole and source.plan != "own"):
@@ -111,7 +112,7 @@ def optimizer_of(layer: Attributes) -> Optimizer | None:
 
 
 def attach(layer: Attributes, optimizer: Optimizer | None) -> None:
-    """Let the estimators of a layer step with an optimizer, or with none."""
+    """Update the estimators of a layer after each step of an optimizer; None detaches them."""
     assert layer.bank is not None
     if optimizer is None:
         _optimizers.pop(layer.bank, None)
@@ -120,15 +121,15 @@ def attach(layer: Attributes, optimizer: Optimizer | None) -> None:
 
 
 def step_with(layer: Attributes, optimizer: Optimizer) -> None:
-    """Make the step of the estimators that wait for this optimizer."""
+    """Update a layer's estimators if they are attached to this optimizer."""
     if layer.bank is not None and optimizer_of(layer) is optimizer:
         _replace(layer, layer.bank.after_optimizer())
 
 
 def _replace(layer: Attributes, states: dict[str, object]) -> None:
     assert layer.bank is not None
-    # Assigned after the buffers were written: torch refuses that write in torch.func.grad, and the
-    # states must then be unchanged as well.
+    # Write the buffers first: under torch.func.grad torch refuses this write, and the states must
+    # then be unchanged as well.
     publish(layer, states)
     layer.bank.states = states
 
@@ -176,7 +177,7 @@ def load(
         state: The state dict.
         prefix: The layer's prefix in it, ending with a dot.
         unexpected: torch's list of unexpected keys; keys that are loaded here are removed from it.
-        errors: torch's list of messages; states of another shape are appended.
+        errors: torch's list of messages, to which states of another shape are appended.
     """
     assert layer.bank is not None
     start = prefix + bank.PREFIX
@@ -191,7 +192,7 @@ def load(
 
 
 def restart(layer: Attributes) -> None:
-    """Restart all estimators; running averages start from the buffers, once these have values."""
+    """Restart all estimators; running averages start from the buffers if these have values."""
     mean, var, counter = layer.running_mean, layer.running_var, layer.num_batches_tracked
     assert layer.bank is not None
     assert mean is not None

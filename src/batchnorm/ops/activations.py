@@ -1,7 +1,7 @@
 """The activations that can be fused with a normalization, and their gradients.
 
-Values are those of PyTorch's functions, and gradients those of its aten backward operators, so that
-results at kinks (``relu'(0) = 0``) and for NaN are PyTorch's.
+Values are computed by PyTorch's functions and gradients by its aten backward operators, so that
+results at kinks (``relu'(0) = 0``) and for NaN are those of PyTorch.
 """
 
 import math
@@ -21,7 +21,7 @@ aten = torch.ops.aten
 class Activation(NamedTuple):
     """An activation by name; ``slope`` is leaky_relu's negative slope or elu's alpha.
 
-    ``str`` gives the form that is accepted wherever an activation is: ``"leaky_relu(0.2)"``.
+    ``str`` gives the form that ``activation=`` accepts: ``"leaky_relu(0.2)"``.
     """
 
     name: str = "identity"
@@ -40,7 +40,7 @@ class Activation(NamedTuple):
         return _FUNCTIONS[self.name](z, self.slope)
 
     def over(self, z: Tensor) -> Tensor:
-        """Return the activation of ``z``, in place if autograd then saves no more than otherwise.
+        """Return the activation of ``z``, computed in place if that saves memory.
 
         ``z`` must not be a view and must have no other use. If ``z`` requires a gradient, only ReLU
         works in place: the other activations save ``z`` itself for backward.
@@ -57,7 +57,7 @@ class Activation(NamedTuple):
 
 IDENTITY = Activation()
 
-# Slopes that torch.nn has by default.
+# Default slopes of torch.nn.
 _SLOPES = {"leaky_relu": 0.01, "elu": 1.0}
 
 _FUNCTIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -98,7 +98,7 @@ _GRADIENTS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 NAMES = tuple(_FUNCTIONS)
 
-# Looked up before parsing. A dict instead of lru_cache, of which Dynamo warns.
+# Looked up before parsing; a dict, since Dynamo warns about lru_cache.
 _PLAIN = {name: Activation(name, _SLOPES.get(name, 0.0)) for name in NAMES}
 
 MODULES: dict[type, Callable[[Any], Activation]] = {
@@ -143,7 +143,7 @@ def activation(spec: ActivationLike) -> Activation:
 
 
 def of_module(module: object) -> Activation | None:
-    """Return what a ``torch.nn`` activation module computes; None for any other object."""
+    """Return the Activation of a ``torch.nn`` activation module; None for any other object."""
     read = MODULES.get(type(module))
     return None if read is None else read(module)
 

@@ -11,12 +11,12 @@ from batchnorm.selection import WHOLE, Selection
 
 
 class Epilogue(NamedTuple):
-    """What follows the normalization: act(xhat * weight + bias + residual).
+    """The operations after the normalization: act(xhat * weight + bias + residual).
 
     Attributes:
         weight: Scale per channel, (C,); None is 1.
         bias: Shift per channel, (C,); None is 0.
-        residual: Of the input's shape and dtype; None is 0.
+        residual: Tensor of the input's shape and dtype; None is 0.
         act: The activation.
     """
 
@@ -27,10 +27,10 @@ class Epilogue(NamedTuple):
 
 
 class RunningBuffers(NamedTuple):
-    """The running statistics, which a training step updates in place.
+    """The running statistics that a training step updates in place.
 
-    mean and var become (1 - momentum) * old + momentum * new, var with the unbiased variance, and
-    the counter, if there is one, is increased by 1.
+    mean and var become (1 - momentum) * old + momentum * new, where the new var is the unbiased
+    variance of the batch. The counter, if there is one, is increased by 1.
     """
 
     mean: Tensor
@@ -40,16 +40,16 @@ class RunningBuffers(NamedTuple):
 
 
 class ForBackward(NamedTuple):
-    """What the forward pass saves for the backward pass.
+    """The tensors and options that the forward pass saves for the backward pass.
 
     Attributes:
         x: The input.
         stats: (6, C) in the compute dtype: mean, biased variance, rstd, the low part of rstd
-            (what rounding to the compute dtype took off), weight and bias as forward used them (1
-            and 0 if there are none).
+            (its rounding error in the compute dtype), weight and bias as forward used them (1 and
+            0 if there are none).
         beside: With a residual, the tensor that act'(z) needs besides x and stats: the output y for
             an activation with ``from_output``, the residual for the others. None without a
-            residual: z is then recomputed from x and stats.
+            residual: backward then recomputes z from x and stats.
         act: The activation.
         axis: The channel axis.
     """
@@ -74,12 +74,12 @@ class Arguments(NamedTuple):
         act: The activation.
         eps: Added to the variance.
         axis: The channel axis.
-        mean: Stored mean, (C,), where there is one.
-        var: Stored variance.
-        counter: How many batches the stored statistics have seen, where it is known.
+        mean: Stored mean, (C,), or None.
+        var: Stored variance, (C,), or None.
+        counter: Number of batches in the stored statistics, or None if unknown.
         portable: While a graph is captured, use aten operations only.
-        running: The running statistics of all samples, which a training step may update in the call
-            of the backend; None: they are updated afterwards, if at all.
+        running: The running statistics of all samples, if the backend may update them in its call;
+            None: the caller updates them afterwards, or they are not updated.
     """
 
     x: Tensor
@@ -108,19 +108,19 @@ class Arguments(NamedTuple):
         return r is None or (r.shape == self.x.shape and r.dtype == self.x.dtype)
 
     def clean_residual(self) -> Tensor:
-        """Return the residual with 0 where an element does not count: NaN would reach gradients."""
+        """Return the residual, 0 where an element does not count, so no NaN reaches gradients."""
         residual = self.residual
         assert residual is not None
         if self.selection.weights is None:
             return residual
-        # A 0-d tensor does not promote; expanded to a tensor it would. Dynamo does not know
-        # torch.result_type.
+        # A 0-d tensor does not take part in type promotion, but its expansion would. Dynamo does
+        # not support torch.result_type.
         own, other = self.x.dtype, residual.dtype
         promoted = torch.promote_types(own, other) if residual.ndim else own
         return self.selection.clean(residual.to(promoted))
 
     def per_group(self) -> "Arguments":
-        """Return the call with a row of weight, bias, mean and var for each group of samples."""
+        """Return the call with one row of weight, bias, mean and var for each group of samples."""
         if self.selection.ids is None:
             return self
         dtype = layout.compute_dtype(self.x)

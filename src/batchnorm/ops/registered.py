@@ -1,4 +1,4 @@
-"""How functions of this library become operations of torch, which graphs call as they are."""
+"""Registration of functions as torch operations, which a graph calls as opaque nodes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,10 +20,10 @@ def in_graphs(
 ) -> Callable[[Callable[..., Any]], Any]:
     """Register a function and its fake kernel as an operation ``batchnorm::name``.
 
-    Without ``torch.library.custom_op``, whose wrappers cost as much as a small layer.
+    ``torch.library.custom_op`` is not used: its wrappers take as long as a small layer.
 
     Args:
-        name: Its name.
+        name: Name of the operation.
         fake: Returns empty results of the same shapes, dtypes and strides.
         in_order: Whether compiled graphs must keep all calls of such operations, in their order.
     """
@@ -49,7 +49,7 @@ def like(x: Tensor, result: Tensor) -> Tensor:
 
 
 def wanted(x: Tensor, dresidual: Tensor | None, dy: Tensor) -> Tensor:
-    """Return dresidual for an operation, which must return a tensor: an empty one for None."""
+    """Return dresidual, or an empty tensor for None, since an operation must return a tensor."""
     if dresidual is None:
         return x.new_empty(0)
     dresidual = like(x, dresidual)

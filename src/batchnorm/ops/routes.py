@@ -1,9 +1,11 @@
-"""Which implementation computes a checked ``Arguments``; all give the same result up to rounding.
+"""The choice of the implementation that computes a checked ``Arguments``.
+
+All implementations give the same result up to rounding.
 
 - *Eager*: ordinary tensors go to a backend by ``autograd.eager``, or to ``torch.batch_norm``
   (``torch_norm``) on devices for which this library has no kernels.
 - *Graph*: while a graph is captured, ``aten.batch_norm`` and elementwise operations, so that an
-  exported graph needs nothing of this library.
+  exported graph does not depend on this library.
 - *Reference*: under ``torch.func`` and forward AD, for tensor subclasses, and for masks and groups
   of samples while a graph is captured, the differentiable operations of ``backends.reference``.
 """
@@ -23,7 +25,7 @@ from batchnorm.ops.backends.choice import is_torchs, select
 from batchnorm.ops.call import Arguments
 
 _DEVICES = ("cpu", "cuda")
-# Dtypes of statistics that kernels read.
+# Dtypes of statistics that the kernels accept.
 _WIDE = (torch.float32, torch.float64)
 
 
@@ -31,8 +33,8 @@ def normalize_batch(call: Arguments) -> tuple[Tensor, Moments]:
     """Normalize by the statistics of the input; with groups of samples, of each group.
 
     Returns:
-        y, and the Moments that normalized it, without a gradient; of count 0 if the backend has
-        updated ``call.running``, so that nothing counts them again.
+        y, and the Moments that normalized it, without a gradient. Their count is 0 if the backend
+        has updated ``call.running``, so that the caller does not update it again.
     """
     whole = call.selection.is_whole
     if not whole:
@@ -56,7 +58,7 @@ def normalize_batch(call: Arguments) -> tuple[Tensor, Moments]:
         else:
             y, stats = backend.forward(x, call.epilogue, *rest, running)
         if running is None and selection.ids is not None:
-            # Means that were rounded for stats would make the variance of all groups inexact.
+            # The means in stats are rounded: a variance merged from them would be inexact.
             count = selection.counts(x, call.axis)
             return y, Moments(count, *backend.moments(x.detach(), call.axis))
     elif whole and is_traced() and call.portable:
@@ -80,7 +82,7 @@ def normalize_batch(call: Arguments) -> tuple[Tensor, Moments]:
 def normalize_by(call: Arguments, mean: Tensor, var: Tensor) -> Tensor:
     """Normalize by given statistics, as constants; with groups, by the row of a sample's group.
 
-    What is saved for backward does not alias ``mean`` or ``var``, which may be updated before.
+    Tensors saved for backward do not alias ``mean`` or ``var``, which may be updated before it.
     """
     whole = call.selection.is_whole
     if not whole:
@@ -100,7 +102,7 @@ def normalize_by(call: Arguments, mean: Tensor, var: Tensor) -> Tensor:
     if plain:
         backend = select(x, epilogue, axis, "eval", selection)
         if not call.needs_grad:
-            if mean.dtype not in _WIDE or var.dtype not in _WIDE:  # of a layer of torch in half
+            if mean.dtype not in _WIDE or var.dtype not in _WIDE:  # torch.nn's layer after .half()
                 mean, var = (given.to(layout.compute_dtype(x)) for given in (mean, var))
             return backend.evaluate(x, mean, var, epilogue, call.eps, axis)
     rstd = reference.stored_rstd(var, call.eps)
@@ -113,10 +115,10 @@ def normalize_by(call: Arguments, mean: Tensor, var: Tensor) -> Tensor:
 
 
 def _is_added_behind(call: Arguments) -> bool:
-    """Return whether kernels could serve the call but for its broadcast or promoted residual."""
+    """Return whether only a broadcast or promoted residual keeps kernels from serving the call."""
     if torch.compiler.is_compiling():
         kernels = not is_transformed()
-    else:  # not for torch.jit.trace, where sizes are tensors that must not be compared
+    else:  # False under torch.jit.trace, where sizes are tensors, which must not be compared
         kernels = is_plain(call._replace(residual=None))
     return kernels and not call.same_residual
 
@@ -149,8 +151,8 @@ def _aten(
 ) -> Tensor:
     """Normalize by ``aten.batch_norm`` and elementwise operations, for captured graphs.
 
-    By the batch's statistics if ``mean`` is None, or if ``momentum`` is given: mean and var are
-    then updated with it.
+    The statistics are the batch's if ``mean`` is None or ``momentum`` is given; with a momentum,
+    mean and var are updated in place.
     """
     dtype = layout.compute_dtype(call.x)
     given = [

@@ -1,12 +1,12 @@
-"""A convolution or linear map with scaled weights: what it makes with the frozen layer behind it.
+"""A convolution or linear map fused with the frozen normalization behind it, by scaled weights.
 
 With s = γ / sqrt(σ² + ε), the normalization of W ∗ x + b by stored statistics is
 
     (W ∗ x + b - μ) · s + β  =  (s · W) ∗ x + (b - μ) · s + β
 
-so the output of W ∗ x need not be computed, nor kept for backward. W is then read and written some
-ten times in a training step, an output to be normalized five times: where W is not much smaller, as
-with small images, the output is normalized.
+so W ∗ x itself is neither computed nor saved for backward. Scaling reads and writes W about ten
+times in a training step; normalizing the output reads and writes the output five times. If W is
+not much smaller than the output, as with small images, the output is normalized instead.
 """
 
 import math
@@ -20,20 +20,22 @@ Convolve = torch.ops.aten.convolution.default
 Sizes = tuple[int, ...]
 
 
-# Outputs per weight below which the output is normalized. Time breaks even at 8, and memory loses.
+# Outputs per weight below which the output is normalized. Times are equal at 8, but scaling the
+# weights saves memory.
 SMALL = 4
 
 
 class Map(NamedTuple):
-    """What a linear map does besides multiplying by its weights; a convolution, or ``F.linear``.
+    """The options of a linear map: a convolution, or ``F.linear``.
 
     Attributes:
-        kind: Which of the two.
-        stride: Of a convolution; these and the rest as ``aten.convolution`` takes them.
+        kind: A convolution or a linear map; all further attributes are arguments of
+            ``aten.convolution``.
+        stride: Stride.
         padding: Zeros on both sides.
         dilation: Distance between taps.
-        transposed: Whether it is the transposed convolution.
-        output_padding: Of a transposed one.
+        transposed: Whether the convolution is transposed.
+        output_padding: Output padding of a transposed convolution.
         groups: Number of groups.
     """
 
@@ -46,7 +48,7 @@ class Map(NamedTuple):
     groups: int = 1
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the map of x."""
+        """Return the map applied to x."""
         if self.kind == "linear":
             return F.linear(x, weight, bias)
         y: Tensor = Convolve(x, weight, bias, *self[1:])
@@ -70,7 +72,7 @@ class Map(NamedTuple):
         return dx, dweight, dbias
 
     def outputs_per_weight(self, x: Tensor, weight: Tensor) -> float:
-        """Return the elements of the output over those of the weights; padding is left out."""
+        """Return numel(output) / numel(weight), without counting padding."""
         if self.kind == "linear":
             return x.numel() / x.shape[-1] / weight.shape[1]
         values, strides = x.numel() / x.shape[1], math.prod(self.stride)
@@ -79,11 +81,11 @@ class Map(NamedTuple):
         return values / strides * weight.shape[0] / weight.numel()
 
     def per_channel(self, y: Tensor) -> Tensor:
-        """Sum what has the shape of the output to a number per output channel."""
+        """Sum a tensor of the output's shape to one number per output channel."""
         return y.flatten(0, -2).sum(0) if self.kind == "linear" else y.sum((0, *range(2, y.ndim)))
 
     def over_outputs(self, scale: Tensor, weight: Tensor) -> Tensor:
-        """Return a number per output channel in a shape that broadcasts against the weights."""
+        """Reshape a vector over output channels so that it broadcasts against the weights."""
         if not self.transposed:
             return scale.view(-1, *[1] * (weight.ndim - 1))
         # (in, out / groups, ...), where the groups share the first axis.
@@ -92,7 +94,7 @@ class Map(NamedTuple):
         return rows.view(*rows.shape, *[1] * (weight.ndim - 2))
 
     def per_output(self, product: Tensor) -> Tensor:
-        """Sum what has the shape of the weights to a number per output channel."""
+        """Sum a tensor of the weights' shape to one number per output channel."""
         if not self.transposed:
             return product.sum(tuple(range(1, product.ndim)))
         rows: Tensor = product.flatten(2).sum(2).unflatten(0, (self.groups, -1))
@@ -100,11 +102,11 @@ class Map(NamedTuple):
 
 
 class Scaled(torch.autograd.Function):
-    """The normalization of a map of x, by scaled weights; saves no scaled ones."""
+    """The normalized output of a linear map, by scaled weights, which backward recomputes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-        """Return the normalization; rest: bias, mean, var, gamma, beta, eps, the map."""
+        """Return the normalized output; rest: bias, mean, var, gamma, beta, eps, the map."""
         bias, mean, var, gamma, beta, eps, given = rest
         ctx.save_for_backward(x, weight, bias, mean, var, gamma)
         ctx.eps, ctx.given = eps, given
@@ -154,7 +156,7 @@ def normalized(
     given: Map,
     traced: bool = False,
 ) -> Tensor:
-    """Return the normalization by stored statistics of a linear map of x.
+    """Return the output of a linear map, normalized by stored statistics.
 
     Args:
         x: Input of the map.
@@ -162,12 +164,12 @@ def normalized(
         bias: Its bias.
         mean: Stored mean of its outputs, (C,).
         var: Stored variance, (C,).
-        gamma: Scale behind the normalization, (C,).
-        beta: Shift behind it, (C,).
+        gamma: Weight of the normalization, (C,).
+        beta: Bias of the normalization, (C,).
         eps: Added to the variance.
         given: The map.
-        traced: Whether a tracer of graphs differentiates it, operation by operation; else the
-            scaled weights are computed again in backward, and not saved.
+        traced: Whether the operations are captured in a graph, which differentiates them. If not,
+            an autograd Function recomputes the scaled weights in backward instead of saving them.
     """
     x = _as_autocast(x)
     apart = not traced and _is_better_apart(x, weight, mean, gamma, given)
@@ -175,7 +177,7 @@ def normalized(
         return F.batch_norm(given(x, weight, bias), mean, var, gamma, beta, eps=eps)
     if apart or traced:
         scale, shift = factors(bias, mean, var, gamma, beta, eps)
-    if apart:  # without a gradient of the scale, autograd keeps no output
+    if apart:  # if the scale needs no gradient, autograd does not save the output
         y = given(x, weight, None)
         over = (-1, *[1] * (y.ndim - 2))
         return torch.addcmul(shift.view(over), y, scale.view(over))
@@ -205,15 +207,15 @@ def factors(
 def _is_better_apart(
     x: Tensor, weight: Tensor, mean: Tensor, gamma: Tensor | None, given: Map
 ) -> bool:
-    """Return whether to normalize the output: it is small, and F.batch_norm takes it."""
-    if given.kind == "linear" and x.ndim != 2:  # whose channels F.batch_norm does not expect last
+    """Return whether to normalize the output: it is small, and F.batch_norm accepts it."""
+    if given.kind == "linear" and x.ndim != 2:  # channels on the last axis, not on axis 1
         return False
     alike = x.dtype == weight.dtype == mean.dtype and (gamma is None or gamma.dtype == x.dtype)
     return alike and given.outputs_per_weight(x, weight) < SMALL
 
 
 def _as_autocast(x: Tensor) -> Tensor:
-    """Return the input as a convolution under autocast would take it."""
+    """Return the input in the dtype to which autocast would cast it for a convolution."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(kind))

@@ -1,4 +1,4 @@
-"""Reads calls of PyTorch's API: is it an addition or an activation that can be fused?"""
+"""Recognizes calls of PyTorch's API that are additions or activations that can be fused."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,13 +12,13 @@ from batchnorm.ops.activations import IDENTITY, Activation
 
 
 class Absorbable(NamedTuple):
-    """An operation that can be fused with the normalization whose output it takes.
+    """An operation that can be fused with the normalization whose output is its input.
 
     Attributes:
         target: The tensor that it is applied to.
         act: The activation; the identity for an addition.
-        residual: What is added, in an addition.
-        inplace: Whether the target itself becomes the result.
+        residual: The other operand of an addition.
+        inplace: Whether the operation writes its result to the target.
     """
 
     target: Any
@@ -33,10 +33,10 @@ Reader = Callable[..., Absorbable | None]
 def recognize(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mine: Callable[[Any], bool]
 ) -> Absorbable | None:
-    """Return what a call computes, or None if it is not an operation that can be fused.
+    """Return the operation that a call computes, or None if it cannot be fused.
 
     Args:
-        func: The function, as ``__torch_function__`` gets it.
+        func: The function, as passed to ``__torch_function__``.
         args: Its arguments.
         kwargs: Its keyword arguments.
         mine: Whether an argument is a normalized tensor; decides which operand of an addition is
@@ -47,7 +47,7 @@ def recognize(
         return None
     try:
         found = reader(*args, **kwargs)
-    except TypeError:  # arguments that no fused operation has, such as out=
+    except TypeError:  # arguments that cannot be fused, such as out=
         return None
     if found is None or mine(found.target):
         return found

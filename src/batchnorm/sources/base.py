@@ -1,4 +1,4 @@
-"""The protocol of a source of statistics, the value of ``statistics=``, and the two simplest."""
+"""The protocol of a source of statistics (``statistics=``), and ``Batch`` and ``Frozen``."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ SourcePlan = Literal["batch", "stored", "own"]
 
 OTHER_CHANNELS = """\
 statistics={source} keeps statistics of {kept} channels in this layer, and the batch has {came}; \
-layer.reset_running_stats() forgets them"""
+layer.reset_running_stats() removes them"""
 
-# Of a source in a layer: field -> tensor.
+# The state of a source in a layer: field -> tensor.
 State = Mapping[str, Tensor]
 
 
 class Recalled(NamedTuple):
-    """What normalized a batch, or is to normalize it.
+    """The state by which a batch is normalized.
 
     Attributes:
         state: The source's state before the step.
@@ -36,18 +36,18 @@ class Recalled(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a source is told about a training step.
+    """The data of a training step that a source of statistics may use.
 
     Attributes:
         mean: Stored mean, (C,), or None.
         var: Stored variance, (C,), or None.
         counter: ``num_batches_tracked``, or None.
-        selection: The weights and groups of samples that the call gave.
+        selection: The weights and groups of samples of the call.
         samples: The number of samples of the input.
         device: The device of the input.
         eps: Added to the variance.
-        recall: The Moments of a batch -> what is to normalize it, for a ``StatefulSource``. In a
-            recomputation of activation checkpointing that is what normalized it before.
+        recall: For a ``StatefulSource``: Moments of a batch -> the state that normalizes it. In a
+            recomputation of activation checkpointing this is the state of the first pass.
         layer: The layer, or None for a function.
     """
 
@@ -66,8 +66,9 @@ class Source(Protocol):
     """Chooses the mean and variance that normalize a training step.
 
     Attributes:
-        plan: ``"batch"``: those of the input. ``"stored"``: the running statistics, which are not
-            updated. ``"own"``: those of the input, grouped, merged or adjusted as ``share`` says.
+        plan: ``"batch"``: normalize by the input's statistics. ``"stored"``: by the running
+            statistics, which are not updated. ``"own"``: by the input's statistics, which are
+            grouped, merged or adjusted as ``share`` returns.
     """
 
     @property
@@ -81,24 +82,24 @@ class Source(Protocol):
 
 
 class StatefulSource(Source, Protocol):
-    """A source that keeps a state in each layer: named tensors, which the state dict has too."""
+    """A source that keeps a state in each layer: named tensors, also saved in the state dict."""
 
     def init(self, mean: Tensor, var: Tensor) -> State:
         """Return the state before the first step, from the running statistics, or 0 and 1."""
 
     def update(self, state: State, batch: Moments, eps: float) -> State:
-        """Return the state after one more batch, of Moments (C,) that were not adjusted."""
+        """Return the state after one more batch, from its Moments (C,) before adjusting."""
 
 
 def keeps_state(source: Source) -> TypeGuard[StatefulSource]:
     """Return whether a source keeps a state in each layer."""
-    # isinstance() of a Protocol takes ten times as long, at every step of every layer.
+    # isinstance() with a Protocol takes ten times as long, and this runs at every training step.
     return hasattr(source, "init") and hasattr(source, "update")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Normalize by mean and biased variance of the current batch, per channel: the default.
+    """Normalize by mean and biased variance of the current batch, per channel; the default.
 
     Reference:
         Ioffe and Szegedy 2015, "Batch Normalization", Algorithm 1.
@@ -107,7 +108,7 @@ class Batch:
     plan: ClassVar[SourcePlan] = "batch"
 
     def share(self, context: Context) -> None:
-        """Return None: there are no others."""
+        """Return None: nothing is grouped, merged or adjusted."""
 
 
 @dataclass(frozen=True)
@@ -117,14 +118,14 @@ class Frozen:
     plan: ClassVar[SourcePlan] = "stored"
 
     def share(self, context: Context) -> None:
-        """Return None: there are no others."""
+        """Return None: nothing is grouped, merged or adjusted."""
 
 
 def expect_channels(source: Source, kept: Tensor, batch: Moments) -> None:
-    """Raise if a state, (..., C), is not of as many channels as a batch.
+    """Check that a state, (..., C), has as many channels as a batch.
 
     Raises:
-        ChannelError: If it is of others.
+        ChannelError: If it has not.
     """
     sizes = kept.shape[-1], batch.mean.shape[-1]
     if sizes[0] != sizes[1]:

@@ -1,10 +1,10 @@
-"""A synchronized layer in a captured graph: one operation forward and one backward.
+"""A layer with ``bn.Synced()`` in a captured graph: one operation forward and one backward.
 
-``batchnorm::synced`` and ``batchnorm::synced_backward`` compute what a layer with ``bn.Synced()``
-computes eagerly, by the same kernels and with the same messages, so the bits are the same. They are
-opaque to the compiler, and are called as often and in the order as the model calls its layers:
-every process must send the same messages, whatever the size of its batch. A graph knows the group
-by its name and the layer by its place (``lockstep.place_of``).
+``batchnorm::synced`` and ``batchnorm::synced_backward`` run the same kernels and send the same
+messages as the eager layer, so the bits are the same. They are opaque to the compiler, which must
+keep the number and the order of their calls: every process must send the same messages, whatever
+the size of its batch. Their arguments identify the group by its name and the layer by its number
+(``lockstep.place_of``).
 """
 
 from functools import partial
@@ -35,12 +35,12 @@ _groups: dict[str, Group] = {"": None}
 def normalize(
     call: Arguments, layer: nn.Module, group: Group, timeout: float | None
 ) -> tuple[Tensor, Moments]:
-    """Normalize a call by the Moments of all processes of a group, in a graph.
+    """Normalize by the Moments of all processes of a group, by operations of a captured graph.
 
     Returns:
         y, and the Moments of all processes.
     """
-    id(layer)  # Dynamo makes that a condition of the graph, which contains the layer's place
+    id(layer)  # adds a guard on the layer, since the graph contains its number
     act, selection = call.act, call.selection
     y, _, packed = synced(
         *(call.x, call.weight, call.bias, call.residual, act.name, act.slope, call.eps, call.axis),
@@ -108,7 +108,7 @@ def _forward(
     return like(x, y), stats, torch.stack([count.expand_as(batch.mean), batch.mean, batch.m2])
 
 
-# ``synced`` is differentiable in y. A graph after AOTAutograd contains ``synced_alone``.
+# ``synced`` is differentiable in y; AOTAutograd replaces it by ``synced_alone``.
 synced = in_graphs("synced", _fake_forward, in_order=True)(_forward)
 synced_alone = in_graphs("synced_alone", _fake_forward, in_order=True)(_forward)
 
@@ -131,7 +131,7 @@ def synced_backward(
     timeout: float | None,
     place: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dx, dresidual, and of this process sum(dz) and sum(dz * xhat)."""
+    """Return dx, dresidual, and sum(dz) and sum(dz * xhat) of this process."""
     selection, act = Selection(weights, ids, groups), Activation(activation, slope)
     saved = ForBackward(x, stats, beside, act, axis)
     backend = select(x, Epilogue(act=act), axis, selection=selection)

@@ -1,4 +1,4 @@
-"""Statistics of groups of samples: groups that the call names, or runs of so many samples."""
+"""Statistics per group of samples: groups passed in the call, or runs of consecutive samples."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -10,7 +10,7 @@ from batchnorm.ops.autograd.shared import Sharing
 from batchnorm.sources.base import Context, SourcePlan
 
 NO_IDS = """\
-statistics={source} normalizes each group of samples by itself; expected groups=ids with one id \
+statistics={source} normalizes each group of samples separately; expected groups=ids with one id \
 per sample, integers from 0 to {last}"""
 
 
@@ -18,18 +18,18 @@ per sample, integers from 0 to {last}"""
 class Grouped:
     """Normalize each group of samples by its own mean and biased variance.
 
-    The call names the groups: ``layer(x, groups=ids)``. A layer with this source has running
-    statistics for each group besides those of all samples together: buffers ``group_mean`` and
-    ``group_var``, (count, C), and ``group_batches``, (count,). In evaluation
-    ``layer(x, groups=ids)`` uses them, and ``layer(x)`` those of all samples.
+    The group ids are passed in the call: ``layer(x, groups=ids)``. Besides the running statistics
+    of all samples, a layer with this source has running statistics per group: buffers
+    ``group_mean`` and ``group_var``, (count, C), and ``group_batches``, (count,). In evaluation
+    ``layer(x, groups=ids)`` uses the statistics per group, and ``layer(x)`` those of all samples.
 
     Args:
-        count: The number of groups. A batch need not have samples of all.
-        affine: ``"shared"``: one weight and bias, (C,). ``"separate"``: a row for each group,
+        count: Number of groups. A batch need not contain all groups.
+        affine: ``"shared"``: one weight and bias, (C,). ``"separate"``: one row per group,
             (count, C).
 
     Raises:
-        OptionError: If the count is below 1, or affine is something else.
+        OptionError: If count is below 1, or affine has another value.
     """
 
     plan: ClassVar[SourcePlan] = "own"
@@ -44,10 +44,10 @@ class Grouped:
             raise OptionError(f'expected affine "shared" or "separate", got {self.affine!r}')
 
     def share(self, context: Context) -> Sharing:
-        """Return the groups of the call, ``count`` of them.
+        """Return the selection of the call, with ``count`` groups.
 
         Raises:
-            OptionError: If the call gives no group ids.
+            OptionError: If the call has no group ids.
         """
         if context.selection.ids is None:
             raise OptionError(NO_IDS.format(source=self, last=self.count - 1))
@@ -58,15 +58,15 @@ class Grouped:
 class Ghost:
     """Normalize each run of ``size`` samples of a batch by its own mean and biased variance.
 
-    The last run has what is left of the batch. A single sample that is left belongs to the run
-    before it, as does all that is left of a batch of fewer than ``size`` samples to the only run.
-    The running statistics are of the whole batch: the Moments of its runs, merged.
+    The last run may be shorter. A single remaining sample is added to the run before it. A batch of
+    fewer than ``size`` samples is one run. The running statistics are updated by the whole batch:
+    the merged Moments of its runs.
 
     Args:
-        size: Samples per run.
+        size: Number of samples per run.
 
     Raises:
-        OptionError: If the size is below 1.
+        OptionError: If size is below 1.
 
     Reference:
         Hoffer, Hubara and Soudry 2017, "Train longer, generalize better", section 4.
@@ -84,12 +84,12 @@ class Ghost:
         """Return the runs as groups.
 
         Raises:
-            OptionError: If the call gives groups of its own.
+            OptionError: If the call has ``groups=``.
         """
         if context.selection.ids is not None:
             raise OptionError(
-                f"statistics={self} groups the samples by their order, and the call has groups= of "
-                f"its own; use statistics=bn.Grouped(count) for those"
+                f"statistics={self} groups the samples by their order, so the call cannot have "
+                f"groups=; use statistics=bn.Grouped(count) for group ids"
             )
         whole, left = divmod(context.samples, self.size)
         count = max(whole + (left > 1), 1)

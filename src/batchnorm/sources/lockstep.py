@@ -1,10 +1,10 @@
-"""Exchanges of layers in the same order in every process, in messages of one size.
+"""Exchanges of layers, in the same order in every process, by messages of a fixed size.
 
-A collective of gloo whose processes send tensors of different sizes ends the process without a
-Python error. So every message has the same size: a header that says what is exchanged, and as much
-of the values as fits; longer values follow in a second message, once the headers were found equal.
-A process that skips a layer, or has other channels, is thereby told apart before its values mix
-with others. The messages have a process group of their own, so that they never meet those of
+If processes pass tensors of different sizes to a gloo collective, the process ends without a Python
+error. Therefore every message has the same size: a header that identifies the exchange, and as many
+values as fit. More values follow in a second message, after the headers were found to be equal.
+Thus a process that skips a layer, or has another number of channels, is detected before its values
+are merged. The messages use a separate process group, so that they do not interleave with those of
 DistributedDataParallel.
 """
 
@@ -36,11 +36,11 @@ Every process must call the same layers equally often, also with an empty batch"
 
 
 class Header(NamedTuple):
-    """What a process exchanges.
+    """The identification of an exchange.
 
     Attributes:
-        passed: FORWARD, BACKWARD, or TWICE: in a backward pass that is differentiated again.
-        number: The layer, by the order of first calls.
+        passed: FORWARD, BACKWARD, or TWICE, for the backward pass of a backward pass.
+        number: Number of the layer in the order of first calls.
         size: Number of values.
     """
 
@@ -50,11 +50,11 @@ class Header(NamedTuple):
 
 
 class Lockstep:
-    """The exchanges of the layers over one group of processes.
+    """The exchanges of all layers over one group of processes.
 
     Args:
         group: A process group; None for all processes.
-        timeout: Seconds to wait for the others; None for the default of torch.distributed.
+        timeout: Seconds to wait for other processes; None for the default of torch.distributed.
     """
 
     def __init__(self, group: Group, timeout: float | None) -> None:
@@ -70,8 +70,8 @@ class Lockstep:
     def merge(self, place: int, moments: Moments) -> Moments:
         """Return the Moments of all processes, merged in the order of ranks.
 
-        ``count`` may be a number, of shape () or of the shape of ``mean``. Differentiable any
-        number of times where mean and m2 require a gradient.
+        ``count`` may be a number, of shape () or of the shape of ``mean``. If mean and m2 require a
+        gradient, the merge is differentiable any number of times.
         """
         count = torch.as_tensor(moments.count, dtype=moments.mean.dtype).expand_as(moments.mean)
         packed = torch.stack([count, moments.mean, moments.m2])
@@ -117,7 +117,7 @@ class Lockstep:
             raise CollectiveError(SILENT.format(**said)) from error
 
     def _described(self, headers: list[Header]) -> str:
-        """Name what each process is at, by the names that its layers have here."""
+        """Describe each process's exchange, with the paths of the layers in this process."""
         names = {number: _name(place) for place, number in self._numbers.items()}
         return "; ".join(
             f"rank {rank} is in the {_PASSES[one.passed]} pass of layer number {one.number} in the "
@@ -128,7 +128,7 @@ class Lockstep:
 
 
 _PASSES = ("forward", "backward", "differentiated backward")
-# A layer has a number of this process, its place, so that a graph can name it in an argument.
+# Number of each layer in this process ("place"), which a graph can pass as an argument.
 _places: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _layers: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 _new = itertools.count()
@@ -136,7 +136,7 @@ _known: dict[tuple[int, float | None], tuple[object, Lockstep]] = {}
 
 
 def lockstep(group: Group, timeout: float | None) -> Lockstep:
-    """Return the exchanges of a group, made at the first call, as in all its processes."""
+    """Return the exchanges of a group; the first call, made by all its processes, creates them."""
     parent = group or distributed.group.WORLD
     key = id(parent), timeout
     if key not in _known or _known[key][0] is not parent:
@@ -145,7 +145,7 @@ def lockstep(group: Group, timeout: float | None) -> Lockstep:
 
 
 def place_of(layer: nn.Module) -> int:
-    """Return the number of a layer in this process, other than that of any other layer, or copy."""
+    """Return the number of a layer in this process; copies of a layer have different numbers."""
     if layer not in _places:
         _places[layer] = next(_new)
         _layers[_places[layer]] = layer

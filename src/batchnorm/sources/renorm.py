@@ -1,4 +1,4 @@
-"""Batch renormalization: statistics of the batch, corrected towards their average."""
+"""Batch renormalization: batch statistics, corrected towards their running average."""
 
 import math
 from collections.abc import Callable
@@ -34,7 +34,7 @@ NO_COUNTER = """\
 
 @dataclass(frozen=True)
 class Renorm:
-    r"""Normalize by the batch, corrected so that the result is near that of evaluation.
+    r"""Normalize by the batch, corrected so that the result is close to that of evaluation.
 
     .. math:: \hat x = \frac{x - \mu_B}{\sigma_B}\,r + d, \qquad
         r = \mathrm{clip}\Big(\frac{\sigma_B}{\sigma},\, \frac{1}{r_{max}},\, r_{max}\Big), \qquad
@@ -53,9 +53,10 @@ class Renorm:
     Args:
         r_max: Largest r, >= 1: a number, or a function of ``num_batches_tracked`` before the step,
             a floating tensor of shape ().
-        d_max: Largest |d|, >= 0, alike.
+        d_max: Largest \|d\|, >= 0: a number or a function, as for r_max.
         momentum: Weight of the newest batch in the averages.
-        of: What is corrected: ``bn.Batch()``, ``bn.Synced()`` or ``bn.Ghost(size)``.
+        of: The source whose statistics are corrected: ``bn.Batch()``, ``bn.Synced()`` or
+            ``bn.Ghost(size)``.
 
     Raises:
         OptionError: If a number is out of range, or ``of`` is another source.

@@ -19,16 +19,16 @@ from batchnorm.sources.lockstep import lockstep, place_of
 class Synced:
     """Normalize by mean and variance over the batches of all processes of a group.
 
-    Like ``torch.nn.SyncBatchNorm``, on any device: the Moments of the ranks are merged in the order
-    of ranks, and so are the sums of the backward pass. Batches may differ in size or be empty. If
+    Like ``torch.nn.SyncBatchNorm``, but on any device: the Moments of the ranks, and the sums of
+    the backward pass, are merged in the order of ranks. Batches may differ in size or be empty. If
     ``torch.distributed`` is not initialized, or the group has one process, this is ``Batch()``.
-    With masks or weights, an element has the same weight whatever its rank. With groups of samples,
-    each group is merged over the ranks, which must have the same number of groups.
+    Masks and weights apply to the batches of all ranks together. With groups of samples, each group
+    is merged over the ranks, which must have the same number of groups.
 
     Each layer sends one message of 8 kB in the forward pass and one in the backward pass, and a
-    second one where it has more values than fit: more than 341 channels forward, 512 backward. The
-    message says which layer it is of, so that a process that skips a layer or has other channels is
-    an error in every process. The messages have a process group of their own.
+    second message if it has more than 341 channels forward or 512 backward. The message identifies
+    the layer: if a process skips a layer or has another number of channels, every process raises an
+    error. The messages use a separate process group.
 
     Args:
         group: A process group; None for all processes.
@@ -36,9 +36,9 @@ class Synced:
             ``torch.distributed``, 30 minutes.
 
     Raises:
-        OptionError: If the timeout is no positive number.
-        CollectiveError: At the call or in backward, naming the layer: if a process is gone, does
-            not answer in time, or is at another layer. No statistic has changed then.
+        OptionError: If the timeout is not a positive number.
+        CollectiveError: In forward or backward, if a process is gone, does not answer in time, or
+            runs another layer. The message has the layer; no statistic has changed.
     """
 
     plan: ClassVar[SourcePlan] = "own"
@@ -58,11 +58,11 @@ class Synced:
         return self
 
     def share(self, context: Context) -> Sharing | None:
-        """Return the merge over the processes; None if there is one process."""
+        """Return the merge over the processes; None if there is only one process."""
         ranks, layer = Ranks(self.group), context.layer
         if ranks.size == 1:
             return None
-        if layer is None:  # a function, which has no identity to compare
+        if layer is None:  # called as a function: there is no layer to compare
             return Sharing(ranks.merge, ranks.add)
 
         def merge(moments: Moments) -> Moments:

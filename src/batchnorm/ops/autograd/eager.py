@@ -1,8 +1,8 @@
 """The autograd Functions of the eager route: forward and backward are backend calls.
 
-They are in the style without ``setup_context``, whose call costs less Python. In a backward pass
-with ``create_graph=True`` the gradient is computed by ``reference``, which can be differentiated
-again.
+They do not define ``setup_context``, which would take more Python time per call. In a backward pass
+with ``create_graph=True`` the gradient is computed by ``reference``, whose operations are
+differentiable.
 """
 
 from collections.abc import Callable
@@ -23,14 +23,14 @@ from batchnorm.selection import WHOLE, Selection
 Gradients = tuple[Tensor | None, ...]
 Rest = TypeVar("Rest")
 
-# Arguments of ``BatchNormalize`` without a gradient: the epilogue (with the tensors that are given
-# to apply), eps, the channel axis, the backend, a list that receives stats if the caller wants
-# them, and the running statistics that the backend updates.
+# Arguments of ``BatchNormalize`` without a gradient: the epilogue (with the same tensors that are
+# passed to apply), eps, the channel axis, the backend, a list to which stats is appended (or None),
+# and the running statistics that the backend updates.
 Step = tuple[Epilogue, float, int, Backend, list[Tensor] | None, RunningBuffers | None]
 
 
 class Context(Protocol[Rest]):
-    """The context that autograd passes to a Function, with the attributes that are set here."""
+    """The ctx that autograd passes to a Function, with the attributes that forward sets."""
 
     saved_tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
     needs_input_grad: tuple[bool, ...]
@@ -88,7 +88,7 @@ class BatchNormalize(torch.autograd.Function):
         affine = to_parameters(dtype_of(weight), sum_dz_xhat, bias_dtype, sum_dz)
         return dx, *affine, dresidual, None
 
-    # Apart from backward, whose local variables a closure would make slower.
+    # Not in backward: the closure would slow down the access to its local variables.
     @staticmethod
     def _graph(ctx: BatchContext, dy: Tensor, selection: Selection) -> Gradients:
         act, eps, axis, _, adds, bias_dtype = ctx.rest
@@ -152,13 +152,13 @@ class Normalize(torch.autograd.Function):
         return dx, None, *affine, dresidual, None, None, None
 
 
-# Callers have checked that no transform of torch.func is active, which Function.apply would ask.
+# Without the check for torch.func transforms in Function.apply: callers have checked that.
 apply_batch = quick_apply(BatchNormalize)
 apply_given = quick_apply(Normalize)
 
 
 def meaning_of(backend: Backend) -> Backend:
-    """Return the reference, with the selection of a backend."""
+    """Return the reference backend, with the selection of a backend."""
     selection = backend.selection
     return reference if selection is None else selected(reference, selection)
 
@@ -168,8 +168,8 @@ def kept_beside(
 ) -> Tensor | None:
     """Return the tensor that act'(z) needs besides x and stats: y, a copy of the residual, or None.
 
-    A copy, since the caller may write to the residual before backward, as after ``torch.add``.
-    Autograd records the copy, so that the second derivative reaches the residual.
+    The residual is copied because the caller may write to it before backward, as is allowed after
+    ``torch.add``. Autograd records the copy, so that the second derivative reaches the residual.
     """
     if act.from_output:
         return None if residual is None and not backend.reads_output else y
@@ -182,8 +182,8 @@ def kept_beside(
 def with_edge(bias: Tensor | None) -> Tensor | None:
     """Return a tensor through which the second derivative reaches the bias.
 
-    A leaf is returned as it is. A non-leaf is cloned under autograd: an in-place write by the
-    caller would change the ``grad_fn`` of the tensor itself.
+    A leaf is returned unchanged. A non-leaf is cloned under autograd, because an in-place write by
+    the caller would replace the ``grad_fn`` of the tensor itself.
     """
     if bias is None or bias.grad_fn is None:
         return bias
@@ -224,9 +224,9 @@ def graph(
 ) -> Gradients:
     """Return the gradients by differentiable operations, for ``create_graph=True``.
 
-    x is aliased by a view, so that its gradient is not mixed with that of the residual if both are
-    one tensor. act' is taken from y, if it is saved, so that the second derivative with respect to
-    all inputs is 0 where torch's is.
+    x is replaced by a view, so that its gradient is separate from the residual's if both are the
+    same tensor. If y is saved, act' is computed from y, so that the second derivative with respect
+    to all inputs is 0 where torch's is.
     """
     x, stats, weight, beside = ctx.saved_tensors
     x = selection.clean(x.view_as(x))
@@ -249,14 +249,14 @@ def graph(
 
 
 def _as_used(used: Tensor, parameter: Tensor | None) -> Tensor:
-    """Return the values that forward used, with a gradient that flows to the parameter."""
+    """Return the values that forward used, connected to the parameter in the autograd graph."""
     if parameter is None or not parameter.requires_grad:
         return used
     return used + (parameter - parameter.detach()).to(used.dtype)
 
 
 class _Constant(torch.autograd.Function):
-    """Identity on ``dx`` that makes it require a gradient, as torch.nn's double backward does.
+    """Identity on ``dx`` whose result requires a gradient, as in torch.nn's double backward.
 
     With constant statistics dx does not depend on x: backward returns None for x.
     """

@@ -1,8 +1,9 @@
 """Normalization by statistics that are merged over parts of a batch, or adjusted.
 
-Each part computes its own Moments (forward) and sums (backward) by a backend; ``Sharing`` merges
-them over all parts, for example over ranks, and says by which statistics to normalize. This
-composes the four basic operations of a backend: moments, normalize, backward_sums, backward_input.
+A backend computes the Moments (forward) and sums (backward) of each part, for example of each
+rank. ``Sharing`` merges them over all parts and determines the statistics that normalize. The
+module uses the four basic operations of a backend: moments, normalize, backward_sums,
+backward_input.
 """
 
 from collections.abc import Callable
@@ -34,25 +35,25 @@ from batchnorm.selection import WHOLE, Selection
 
 TWICE = """\
 statistics that are adjusted (bn.Renorm, bn.Pooled, bn.adapt), or merged by a source whose merge() \
-records no gradient, have no second derivative; a loss of gradients (create_graph=True) can be \
-differentiated with statistics=bn.Batch(), bn.Synced(), bn.Ghost(size), bn.Grouped(count) or \
-bn.Frozen()"""
+records no gradient, have no second derivative; to differentiate a gradient (create_graph=True) \
+use statistics=bn.Batch(), bn.Synced(), bn.Ghost(size), bn.Grouped(count) or bn.Frozen()"""
 
 
 class Sharing(NamedTuple):
-    """How an input comes to the statistics that normalize it.
+    """How the statistics that normalize an input are computed from the parts of a batch.
 
     Attributes:
-        merge: Moments of this part -> Moments of all; counts per channel, (C,). None: of this part.
-            Where mean and m2 require a gradient, torch must record it, for second derivatives.
-        add: Sums of this part -> sums of all, for the gradient. None: of this part.
-        adjust: Moments of all -> Moments that normalize, each channel (and group) from its own
-            count, mean and m2 alone. Gradients flow through what torch records of it; detached
-            factors are constants. What the estimators see is what came in. None: as they are.
-        selection: In place of the call's: the source's own weights or groups.
-        captured: What computes a call, where each group has its row of weight and bias, while a
-            graph is captured and nothing is adjusted: by operations of the graph. None: the graph
-            breaks, as it does in a region of activation checkpointing.
+        merge: Moments of this part -> Moments of all parts; counts per channel, (C,). None: this
+            part is the whole batch. For second derivatives, autograd must record the merge if mean
+            and m2 require a gradient.
+        add: Sums of this part -> sums of all parts, in backward. None: there are no other parts.
+        adjust: Moments of all parts -> Moments that normalize; each channel (and group) must depend
+            on its own count, mean and m2 only. Autograd records it; detached factors are constants.
+            The estimators get the Moments before the adjustment. None: no adjustment.
+        selection: Weights or groups of the source, which replace those of the call.
+        captured: While a graph is captured and ``adjust`` is None: the function that computes the
+            call by graph operations, with one row of weight and bias per group. None: the graph
+            breaks, as it also does in a region of activation checkpointing.
     """
 
     merge: Callable[[Moments], Moments] | None = None
@@ -63,22 +64,22 @@ class Sharing(NamedTuple):
 
     @property
     def is_captured(self) -> bool:
-        """Whether a graph is captured, which can take the call."""
+        """Whether a graph is being captured and ``captured`` can compute the call."""
         if self.captured is None or self.adjust is not None:
             return False
         return is_compiling() and not is_region()
 
     @property
     def is_own(self) -> bool:
-        """Whether the statistics that normalize are those of the input."""
+        """Whether the input's own statistics normalize it."""
         return self.merge is None and self.adjust is None
 
 
 class Adjusted:
-    """What ``adjust`` made of the moments of a batch, and the gradient through it.
+    """The result of ``adjust`` for the Moments of a batch, and the gradient through it.
 
     Attributes:
-        moments: What normalizes: its count, mean and m2, detached.
+        moments: The Moments that normalize, detached.
     """
 
     def __init__(self, batch: Moments, adjust: Callable[[Moments], Moments]) -> None:
@@ -93,9 +94,10 @@ class Adjusted:
     def pulled_back(self, sums: Tensor, rstd: Tensor) -> Tensor:
         """Return the sums that ``backward_input`` takes, of sum(dz) and sum(dz * xhat), (2, ...).
 
-        Per unit of weight, the loss falls by ``rstd * sum(dz)`` with the mean that normalizes and
-        by ``rstd**2 * sum(dz * xhat) / 2`` with its variance. What of that reaches the mean and the
-        variance of the batch is written as sums again, about the mean that normalizes.
+        With weight 1, the gradient of the loss is ``-rstd * sum(dz)`` with respect to the mean that
+        normalizes and ``-rstd**2 * sum(dz * xhat) / 2`` with respect to its variance. Autograd
+        propagates it through ``adjust`` to the mean and variance of the batch; the result is
+        expressed as the two sums again, about the mean that normalizes.
         """
         rstd = rstd.to(self._mean.dtype)
         down = (-rstd * sums[0], -0.5 * rstd * rstd * sums[1])
@@ -115,13 +117,13 @@ class Adjusted:
 
 
 class Reach(NamedTuple):
-    """How far a gradient reaches through the statistics.
+    """What backward needs to differentiate through the statistics.
 
     Attributes:
-        values: In all parts: a number, or (groups, 1).
-        add: Sums of this part -> sums of all.
-        adjusted: What the batch's moments became, where they were adjusted.
-        merge: Moments of this part -> Moments of all, differentiable.
+        values: Number of values per channel in all parts: a number, or (groups, 1).
+        add: Sums of this part -> sums of all parts.
+        adjusted: The adjusted Moments, or None.
+        merge: Moments of this part -> Moments of all parts, differentiable.
         eps: Added to the variance.
     """
 
@@ -137,7 +139,7 @@ class Reach(NamedTuple):
         return self.adjusted is None and self.merge is not None
 
     def again(self, x: Tensor, axis: int, selection: Selection) -> tuple[Tensor, Tensor]:
-        """Return mean and rstd of all parts, from this part by differentiable operations.
+        """Return mean and rstd of all parts, recomputed by differentiable operations.
 
         Raises:
             RuntimeError: If the merge is not differentiable.
@@ -151,7 +153,7 @@ class Reach(NamedTuple):
         return merged.mean, reference.reciprocal_std(merged.m2, count, self.eps)
 
     def of(self, sums: Tensor, stats: Tensor) -> Tensor:
-        """Return what ``backward_input`` takes for the sums of this part."""
+        """Return the sums to pass to ``backward_input``, from the sums of this part."""
         if self.add is not None:
             sums = self.add(sums)
         if self.adjusted is None:
@@ -164,11 +166,11 @@ SharedContext = Context[tuple[Activation, int, Backend, bool, Reach, Dtypes]]
 
 
 class SharedNormalize(torch.autograd.Function):
-    """Normalize by the statistics of all parts, or by what ``adjust`` makes of them.
+    """Normalize by the statistics of all parts, adjusted by ``adjust`` if there is one.
 
     With n values in all parts, dx = weight * rstd * (dz - sum(dz) / n - xhat * sum(dz * xhat) / n),
-    the sums over all parts. The gradients of weight and bias are those of this part alone, as in
-    ``torch.nn.SyncBatchNorm``: adding them up over ranks is DistributedDataParallel's work.
+    where the sums are over all parts. The gradients of weight and bias are those of this part
+    alone, as in ``torch.nn.SyncBatchNorm``; DistributedDataParallel sums them over ranks.
     """
 
     @staticmethod
@@ -184,10 +186,10 @@ class SharedNormalize(torch.autograd.Function):
         backend: Backend,
         reach: Reach,
     ) -> Tensor:
-        """Return y, by stats (6, C)."""
+        """Return y, normalized by stats (6, C)."""
         epilogue = Epilogue(weight, bias, residual, act)
         y = backend.normalize(x, stats[0], stats[2:4], epilogue, axis)
-        # The weight is saved so that autograd raises if it was written to in place before backward.
+        # Saving the weight makes autograd raise if it was modified in place before backward.
         ctx.save_for_backward(x, stats, weight, kept_beside(act, residual, y, backend))
         dtypes = dtype_of(weight), dtype_of(bias)
         ctx.rest = act, axis, backend, residual is not None, reach, dtypes
@@ -232,7 +234,7 @@ class SharedNormalize(torch.autograd.Function):
 def gradients(
     dy: Tensor, saved: ForBackward, backend: Backend, reach: Reach, adds: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Return dx, dresidual, and of this part sum(dz) and sum(dz * xhat)."""
+    """Return dx, dresidual, and sum(dz) and sum(dz * xhat) of this part."""
     sum_dz, sum_dz_xhat = backend.backward_sums(dy, saved)
     merged = reach.of(torch.stack([sum_dz, sum_dz_xhat]), saved.stats)
     dx, dresidual = backend.backward_input(dy, saved, merged[0], merged[1], reach.values, adds)
@@ -240,7 +242,7 @@ def gradients(
 
 
 class _Once(torch.autograd.Function):
-    """Identity on a gradient; to differentiate it with respect to what it depends on raises."""
+    """Identity on a gradient whose backward raises ``TWICE``."""
 
     @staticmethod
     def forward(ctx: object, gradient: Tensor, *given: Tensor | None) -> Tensor:  # noqa: ARG004
@@ -254,7 +256,7 @@ class _Once(torch.autograd.Function):
 
 
 def variance_of(moments: Moments) -> Tensor:
-    """Return the biased variance; 0 where nothing was counted."""
+    """Return the biased variance; 0 where the count is 0."""
     count = torch.as_tensor(moments.count, dtype=moments.m2.dtype)
     return moments.m2 / torch.where(count > 0, count, 1.0)
 
@@ -284,7 +286,7 @@ def normalize_shared(call: Arguments, sharing: Sharing) -> tuple[Tensor, Moments
 
 
 def measured(call: Arguments, sharing: Sharing) -> tuple[Backend, Moments, Adjusted | None]:
-    """Return the backend of a call, the Moments of all parts, and what was made of them."""
+    """Return the backend of a call, the Moments of all parts, and the adjusted Moments if any."""
     backend = select(call.x, call.epilogue, call.axis, selection=call.selection)
     count = call.selection.counts(call.x, call.axis)
     own = Moments(count, *backend.moments(call.x.detach(), call.axis))
@@ -299,16 +301,16 @@ def measured(call: Arguments, sharing: Sharing) -> tuple[Backend, Moments, Adjus
 
 
 def stats_of(call: Arguments, by: Moments) -> Tensor:
-    """Return ``stats`` (6, C) of a call that is normalized by given Moments."""
+    """Return ``stats`` (6, C) for a call that is normalized by the Moments ``by``."""
     var = variance_of(by)
     rstd = reference.stored_rstd(var, call.eps)
     return reference.known_stats(call.x, by.mean, var, rstd, call.weight, call.bias)
 
 
 def one_count(count: float | Tensor, selection: Selection) -> float | Tensor:
-    """Return the count of each group, (groups, 1), or of all; every channel has the same.
+    """Return the count of each group, (groups, 1), or of all samples; all channels have the same.
 
-    A number where nothing but the parts was counted.
+    The result is a number if there is no selection.
     """
     counts = torch.as_tensor(count)
     if selection.ids is not None:

@@ -1,10 +1,10 @@
-"""The backend "aten": torch's own kernels, those that ``F.batch_norm`` runs.
+"""The backend "aten": the kernels of torch that ``F.batch_norm`` runs.
 
-It serves calls that need a backend (``bn.save_memory``, ``bn.Synced``) on CUDA and where this
-library has no kernels, and ``use_backend("aten")``. Other calls of a layer there take
-``torch_norm``. Mean and variance come from ``batch_norm_update_stats``, which returns the variance:
-the float32 1 / sqrt(var + eps) of ``native_batch_norm`` does not determine a variance that is small
-next to eps. The addition and the activation are separate operations.
+It serves calls that need a backend (``bn.save_memory``, ``bn.Synced``) on CUDA and on devices for
+which this library has no kernels, and ``use_backend("aten")``. Other calls on those devices are
+computed by ``torch_norm``. Mean and variance come from ``batch_norm_update_stats``:
+``native_batch_norm`` returns 1 / sqrt(var + eps) in float32, from which a variance much smaller
+than eps cannot be recovered. The addition and the activation are separate operations.
 
 Torch's CUDA kernel sums in float32, by Welford's recurrence in each thread: the mean may be off by
 a few roundings, and the variance by more than 1e-6 where |mean| / std is 1000 or more
@@ -31,16 +31,16 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def serves(x: Tensor, epilogue: Epilogue, axis: int, mode: str) -> str | None:
-    """Return why these tensors cannot be served, or None where they can."""
+    """Return the reason why a call cannot be served, or None if it can."""
     weight, bias, residual, _ = epilogue
     if axis != 1:
         return f"the channels are on axis {axis}; torch's kernels take them on axis 1"
     if x.dtype not in _DTYPES or x.layout is not torch.strided:
         return f"it is {x.layout} of {x.dtype}; torch's kernels take strided floating tensors"
     if not (x.is_cpu or x.is_cuda):
-        return f"it is on {x.device}; these operations of torch's exist for CPUs and CUDA"
+        return f"it is on {x.device}; these operations of torch exist for CPUs and CUDA"
     if not x.numel() or (mode == "train" and x.numel() <= x.shape[1]):
-        return "torch's kernels take more than one value per channel in training, and one in use"
+        return "torch's kernels take more than one value per channel in training, and one in eval"
     dtype = compute_dtype(x)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and (tensor.dtype != dtype or tensor.device != x.device):
@@ -83,7 +83,7 @@ def forward(
     dtype, and the counter is increased.
 
     Raises:
-        UnservedError: If they have another dtype; nothing has been changed.
+        UnservedError: If the running statistics have another dtype; nothing has been changed.
     """
     if running is not None and running.mean.dtype != compute_dtype(x):
         raise UnservedError(
@@ -106,7 +106,7 @@ backward_input = reference.backward_input
 def backward(
     dy: Tensor, saved: ForBackward, want_residual: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Invert ``forward``; return dx, dresidual, sum(dz), sum(dz * xhat)."""
+    """Return the gradients of ``forward``: dx, dresidual, sum(dz), sum(dz * xhat)."""
     x, stats, beside, act, axis = saved
     mean, rstd, weight, bias = stats[0], stats[2], stats[4], stats[5]
     dz = dy

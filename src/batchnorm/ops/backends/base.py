@@ -24,15 +24,15 @@ class Backend(Protocol):
     A backend may have a selection (``selected``): it then computes with the weights and groups of
     that selection, for inputs of its shape, and where it has groups every (C,) is (groups, C).
 
-    Per channel, ``stats`` (6, C; see ``ForBackward``), ``sum_dz`` and ``sum_dz_xhat`` (C,) are in
-    the compute dtype (float32, or float64 if x is float64), and results of ``moments`` in float64
-    if the device has it. ``rstd`` is (C,), or (2, C) with its low part. y, dx and dresidual have
-    x's dtype.
+    ``stats`` (6, C; see ``ForBackward``), ``sum_dz`` and ``sum_dz_xhat`` (C,) have the compute
+    dtype (float32, or float64 if x is float64), and results of ``moments`` float64 if the device
+    has it. ``rstd`` is (C,), or (2, C) with its low part. y, dx and dresidual have x's dtype.
 
     Attributes:
         commits: Whether ``forward`` updates ``running``, and increments the tensors' versions.
         reads_output: Whether backward of the ReLU family reads y instead of recomputing z.
-        selection: Which elements count, how much, and for which group; None: all, once, together.
+        selection: Which elements count, how much, and for which group; None: every element counts
+            once, in one group.
     """
 
     @property
@@ -68,8 +68,8 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Normalize by x's own mean and biased variance; return y and stats.
 
-        If ``commits``, the running statistics are updated by them, with the unbiased variance; with
-        groups by those of all samples together, the groups' Moments merged in their order.
+        If ``commits``, ``running`` is updated by the mean and the unbiased variance. With groups it
+        is updated by the statistics of all samples, from the groups' Moments merged in order.
 
         Raises:
             UnservedError: If shapes, dtypes or devices do not fit; nothing has been changed.
@@ -90,7 +90,7 @@ class Backend(Protocol):
         """Return dx = weight * rstd * (dz - sum_dz / n - xhat * sum_dz_xhat / n), and dz if wanted.
 
         The sums are over all parts of the batch and n = ``count`` is its number of values per
-        channel; zeros and 1 if the statistics are constants.
+        channel. If the statistics are constants, the sums are 0 and the count is 1.
         """
 
     def backward(
@@ -117,7 +117,7 @@ def selected(kernels: Backend, selection: Selection) -> Backend:
 
     Args:
         kernels: A backend each of whose functions takes ``selection=`` as a further argument.
-        selection: Of the inputs of every call. Its tensors are read again in backward, so nothing
-            may write to them.
+        selection: The selection for the inputs of every call. Backward reads its tensors again, so
+            they must not be modified.
     """
     return cast("Backend", _Selected(kernels, selection))

@@ -1,9 +1,10 @@
 """The list of backends and the choice of one for a call.
 
-The automatic choice takes the first backend that serves the call; one named by ``use_backend``
-raises if it cannot. ``bn.env()`` shows the list and the reasons. On devices for which this library
-has no kernels, ordinary calls need no backend: ``torch_norm`` computes them (``is_torchs``). A CPU
-without the native module is such a device; a warning at import says so.
+By default the first backend that serves the call is used. A backend named by ``use_backend`` raises
+if it cannot serve a call. ``bn.env()`` shows the list, with the reasons why a backend is not
+available. On devices for which this library has no kernels, ordinary calls need no backend:
+``torch_norm`` computes them (``is_torchs``). This includes the CPU if the native module is missing;
+a warning at import says so.
 """
 
 import contextlib
@@ -24,17 +25,17 @@ from batchnorm.ops.call import Epilogue
 from batchnorm.selection import WHOLE, Selection
 
 NO_NATIVE = """\
-batchnorm has no native module: it {reason}. Layers on the CPU are then computed by torch's own \
-kernels: as torch.nn computes them, without the speed and the accuracy of the native ones. CUDA \
-is not affected. A C++17 compiler builds the module (Debian: apt install g++; macOS: xcode-select \
---install; Windows: Visual Studio with clang-cl): install batchnorm again when there is one. To \
-go on without, ignore this warning before the import: \
+batchnorm has no native module: it {reason}. Layers on the CPU are computed by torch's kernels, \
+as in torch.nn, without the speed and the accuracy of the native kernels. CUDA is not affected. \
+Building the module needs a C++17 compiler (Debian: apt install g++; macOS: xcode-select \
+--install; Windows: Visual Studio with clang-cl): install one, then reinstall batchnorm. To \
+go on without the module, ignore this warning before the import: \
 warnings.filterwarnings("ignore", "batchnorm has no native module")."""
 
 # Fastest first; "reference" serves every call and is last.
 BACKENDS: dict[str, Backend] = {}
 
-# Those of them that take weights and groups of samples.
+# The backends that support weights and groups of samples.
 SELECTING: dict[str, Backend] = {}
 
 # Backends that cannot be used in this installation: name -> reason.
@@ -59,8 +60,8 @@ else:
 BACKENDS["aten"] = aten
 BACKENDS["reference"] = SELECTING["reference"] = reference
 
-# The automatic choice. The Triton kernels have not been measured on a GPU, so they serve only by
-# ``use_backend("triton")``.
+# The order of the automatic choice. The Triton kernels have not been measured on a GPU, so they are
+# used only under ``use_backend("triton")``.
 _order = tuple(one for one in BACKENDS.values() if one is not cuda)
 
 _cpu = BACKENDS.get("cpu")
@@ -70,7 +71,7 @@ PROMISES = {
     "cpu": "variance to a relative 1e-6 whatever the mean, the same bits for any number of "
     "threads, any pair of dtypes, masks, weights, groups of samples",
     "triton": "sums in float64, the same bits in every run, any pair of dtypes; no masks, no "
-    "groups; not measured on a GPU, so by name only",
+    "groups; not measured on a GPU, so used only by use_backend",
     "aten": "the accuracy and the bits of torch.nn; parameters are cast to the compute dtype; "
     "no masks or groups",
     "reference": "any input, masks, the transforms of torch.func, any derivative; sums in float64",
@@ -92,11 +93,11 @@ def select(
 ) -> Backend:
     """Return the first backend that serves the call, wrapped by ``wrap_with``'s function.
 
-    With weights or groups of samples it is one of ``SELECTING``, with the selection bound; the
-    reference in place of one that ``use_backend`` named and that is not among them.
+    With weights or groups of samples it is a backend of ``SELECTING``, bound to the selection. If
+    ``use_backend`` named a backend that is not in ``SELECTING``, it is the reference.
 
     Raises:
-        BackendError: If ``use_backend`` named one that does not serve it.
+        BackendError: If ``use_backend`` named a backend that cannot serve the call.
     """
     if not selection.is_whole:
         return _selected(x, epilogue, axis, mode, selection)
@@ -110,7 +111,7 @@ def chosen(
     """Return the first backend that serves the call, without a wrapper.
 
     Raises:
-        BackendError: If ``use_backend`` named one that does not serve it.
+        BackendError: If ``use_backend`` named a backend that cannot serve the call.
     """
     if (forced := _forced.get()) is not None:
         backend = BACKENDS[forced]
@@ -148,10 +149,10 @@ def _check(forced: str, x: Tensor, reason: str | None) -> None:
 
 
 def likely(x: Tensor) -> Backend | None:
-    """Return the native backend if x is on the CPU and no other is forced, else None.
+    """Return the native backend if x is on the CPU and no other backend is forced, else None.
 
-    The caller need not check its arguments: the native functions do, and raise ``UnservedError``
-    with nothing changed. After None the caller must check them and call ``select``.
+    The native functions check their arguments, and raise ``UnservedError`` with nothing changed.
+    If the result is None, the caller must check the arguments and call ``select``.
     """
     if _cpu is None or not x.is_cpu or _forced.get() not in (None, "cpu"):
         return None
@@ -161,9 +162,9 @@ def likely(x: Tensor) -> Backend | None:
 def is_torchs(x: Tensor) -> bool:
     """Return whether ``torch_norm`` computes calls on x, instead of a backend.
 
-    So it is on devices without kernels of this library, until ``bn.save_memory`` is first used.
-    From then on a backend serves all calls, inside and outside of ``save_memory``: a checkpointed
-    region must save the same tensors, with the same bits, when it is recomputed.
+    This is the case on devices without kernels of this library, until ``bn.save_memory`` is first
+    used. From then on a backend serves all calls, inside and outside of ``save_memory``: the
+    recomputation of a checkpointed region must save bitwise the same tensors.
     """
     return _wrap is None and is_torchs_device(x.device)
 
@@ -188,10 +189,10 @@ def use_backend(name: str) -> Iterator[None]:
     This applies to the thread or asyncio task that enters the block, not to others.
 
     Args:
-        name: ``"reference"``, or another that ``bn.env()`` lists.
+        name: ``"reference"``, or another name that ``bn.env()`` lists.
 
     Raises:
-        BackendError: If there is no such backend here.
+        BackendError: If no backend of this name is available.
     """
     if name not in BACKENDS:
         reason = UNAVAILABLE.get(name)

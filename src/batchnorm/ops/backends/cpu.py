@@ -3,10 +3,10 @@
 Each function is one native call, which reads the tensors, allocates the outputs and computes.
 Statistics are new tensors in the compute dtype; ``reference`` defines the results.
 
-Read without a copy are contiguous inputs, and dense ones with the channels innermost
-(channels-last, or (N, C)). Any other is copied to a contiguous tensor first; residual and gradients
-are brought to the input's layout. The weights of a selection are dense and in the compute dtype, as
-``Selection.owned`` makes them.
+Contiguous inputs, and dense inputs with the channels innermost (channels-last, or (N, C)), are read
+without a copy. Any other input is first copied to a contiguous tensor; residual and gradients are
+copied to the input's layout if necessary. The weights of a selection are dense and have the compute
+dtype, as returned by ``Selection.owned``.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from batchnorm.selection import WHOLE, Selection
 Maybe = Tensor | None
 Found = TypeVar("Found")
 
-# Group ids, how many groups, weights, and the counts of merged groups.
+# Group ids, number of groups, weights, and counts of the groups after merging.
 Chosen = tuple[Maybe, int, Maybe, Maybe]
 
 commits = True
@@ -47,7 +47,7 @@ _native.connect(Tensor)
 def serves(
     x: Tensor, epilogue: Epilogue, axis: int, mode: str, selection: Selection = WHOLE
 ) -> str | None:
-    """Return why these tensors cannot be served, or None where they can."""
+    """Return the reason why a call cannot be served, or None if it can."""
     if not x.is_cpu or x.layout is not torch.strided:
         return f"it is {x.layout} on {x.device}; the native kernels take strided CPU tensors"
     dtype = x.dtype
@@ -121,7 +121,7 @@ def evaluate(
     axis: int,
     selection: Selection = WHOLE,
 ) -> Tensor:
-    """Normalize by stored statistics, finished in the same call."""
+    """Normalize by stored statistics; the native call computes rstd as well."""
     weight, bias, residual, act = epilogue
     rest = (CODES[act.name], act.slope, eps, _threads())
     chosen = _chosen(selection)
@@ -143,12 +143,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Normalize by the input's own statistics; return y and stats (6, C).
 
-    With ``running`` the same call moves the running statistics, and their versions.
+    With ``running`` the native call also updates the running statistics and increments their
+    versions.
     """
     weight, bias, residual, act = epilogue
     mean, var, counter, momentum = _NO_STEP if running is None else running
     rest = (mean, var, counter, CODES[act.name], act.slope, eps, momentum, _threads())
-    if selection is WHOLE:  # the call of small layers, which an empty second tuple would slow down
+    if selection is WHOLE:  # without a second tuple of arguments, which would slow small layers
         found = _native.forward(x, residual, weight, bias, axis, *rest)
     else:
         found = _native.forward(x, residual, weight, bias, axis, *rest, *_chosen(selection))
@@ -218,7 +219,7 @@ def backward(
 
 
 def _chosen(selection: Selection, counts: Maybe = None) -> tuple[Chosen, ...]:
-    """Return the last argument of a native function, with the counts of merged groups, or none."""
+    """Return the selection as the last argument of a native function, or no argument."""
     if selection.is_whole:
         return ()
     if counts is not None:
@@ -234,7 +235,7 @@ def _again(  # type: ignore[explicit-any]  # kernels differ in their arguments
     axis: int,
     *rest: object,
 ) -> Found:
-    """Call a kernel again that returned None, with copies in the memory order that it supports.
+    """Call a kernel that returned None again, with copies in a memory order that it supports.
 
     Args:
         kernel: Takes x, ``alike``, ``vectors``, axis and the rest; returns None if it cannot serve
@@ -271,5 +272,5 @@ def _unserved(
 
 
 def _beside(act: Activation, beside: Maybe) -> tuple[Maybe, Maybe]:
-    """Return (residual, y): ``beside`` at the place that the activation needs, else None."""
+    """Return (residual, y): ``beside`` is y if act' is computed from y, else the residual."""
     return (None, beside) if act.from_output else (beside, None)

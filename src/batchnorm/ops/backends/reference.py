@@ -2,21 +2,22 @@
 
     z = (x - mean) * rstd * weight + bias + residual          y = act(z)
 
-Everything is computed in float64, if the device has it, and rounded once. This file is written to
-be read, not to be fast. It serves any call, every other backend is tested against it, and its
-forward functions can be differentiated any number of times, in forward and reverse mode and under
-``torch.func``, since they are compositions of differentiable operations.
+Everything is computed in float64, if the device has it, and rounded once. The code favours clarity
+over speed. It serves any call, and every other backend is tested against it. Its forward functions
+are compositions of differentiable operations, so they can be differentiated any number of times, in
+forward and reverse mode and under ``torch.func``.
 
-A ``selection`` says which elements count, how much, and for which group of samples; with groups,
-every (C,) below is (groups, C), parameters included, and stats are (6, groups, C). Elements that do
-not count are replaced by 0 before anything is computed, and so are their results: a NaN times 0
-would be NaN.
+A ``selection`` determines which elements count, how much, and for which group of samples. With
+groups, every (C,) below is (groups, C), parameters included, and stats is (6, groups, C). Elements
+that do not count are replaced by 0 before the computation, and so are their results; multiplying
+them by 0 would not remove a NaN.
 
-The compute dtype is float32, or float64 if x is float64. The sums of the backward pass have it, and
-``stats`` (``call.ForBackward``), whose rows for weight and bias are copies: backward computes with
-the values that forward used, even if the parameters were written to since. ``moments`` returns mean
-and m2 in float64, since m2 = n * var overflows float32 before the variance does. Parameters and
-stored statistics may have any floating dtype; parameters are rounded to the compute dtype.
+The compute dtype is float32, or float64 if x is float64. It is the dtype of the sums of the
+backward pass and of ``stats`` (``call.ForBackward``), whose rows for weight and bias are copies:
+backward uses the values that forward used, even if the parameters have been modified. ``moments``
+returns mean and m2 in float64, since m2 = n * var overflows float32 before the variance does.
+Parameters and stored statistics may have any floating dtype; parameters are rounded to the compute
+dtype.
 """
 
 import torch
@@ -56,7 +57,7 @@ def stored_rstd(var: Tensor, eps: float) -> Tensor:
 
 
 def with_rest(rstd: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return (2, C) in ``dtype``: the high and the low part of a wider rstd, whose sum it is."""
+    """Return the high and the low part of a wider rstd, (2, C) in ``dtype``; their sum is rstd."""
     rounded = rstd.to(dtype)
     return torch.stack([rounded, (rstd - rounded).to(dtype)])
 
@@ -67,9 +68,9 @@ def known_stats(
     """Return ``stats`` (6, C) of given statistics, without a gradient.
 
     Args:
-        x: The input that is normalized by them.
-        mean: Per channel, (C,).
-        var: Biased variance.
+        x: The input.
+        mean: Mean per channel, (C,).
+        var: Biased variance, (C,).
         rstd: 1 / sqrt(var + eps), in the accumulator dtype.
         weight: Scale per channel, or None.
         bias: Shift per channel, or None.
@@ -96,7 +97,7 @@ def normalize(
     weight, bias, residual, act = epilogue
     dtype = x.dtype if residual is None else torch.result_type(x, residual)
     if residual is not None and selection.weights is not None:
-        # A 0-d tensor does not promote; expanded to a tensor it would.
+        # A 0-d tensor does not take part in type promotion, but its expansion would.
         residual = selection.clean(residual.to(dtype))
     z = affine(selection.clean(x), mean, rstd, weight, bias, axis, selection)
     return selection.clean(act(added(z, x, residual)).to(dtype))
@@ -155,16 +156,16 @@ def backward_input(
 ) -> tuple[Tensor, Tensor | None]:
     """Return dx = weight * rstd * (dz - w * sum_dz / n - w * xhat * sum_dz_xhat / n), and dz.
 
-    w is the weight of the element, 1 without weights. The sums are those of ``backward_sums``
-    merged over all parts and ``count`` is their n; zeros and 1 where the statistics are constants.
-    dresidual = dz is None where it is not wanted.
+    w is the weight of the element, 1 without weights. The sums are those of ``backward_sums``,
+    added over all parts, and n = ``count``. If the statistics are constants, the sums are 0 and the
+    count is 1. dresidual = dz is None if not wanted.
     """
     x, stats, _, _, axis = saved
     dz = gradient_of_z(dy, saved, selection)
     xhat = affine(selection.clean(x), stats[0], stats[2:4], None, None, axis, selection)
     scale = joined(stats[2:4], stats.ndim - 1).to(dz.dtype) * stats[4].to(dz.dtype)
     n = _divisor(count, sum_dz.dtype)
-    # With constant statistics the share is 0; the product would be NaN where x is infinite.
+    # With constant statistics the share is 0, and 0 * xhat would be NaN where x is infinite.
     share = selection.spread(sum_dz_xhat / n, x.ndim, axis)
     through_statistics = selection.spread(sum_dz / n, x.ndim, axis) + torch.where(
         share == 0, 0.0, xhat * share
@@ -214,7 +215,7 @@ def affine(
 def added(z: Tensor, x: Tensor, residual: Tensor | None) -> Tensor:
     """Return z + residual, both rounded to the compute dtype, in the accumulator dtype.
 
-    The rounding puts the kinks of activations at the same inputs as in torch.
+    Because of the rounding, the kinks of activations are at the same inputs as in torch.
     """
     z = z.to(layout.compute_dtype(x))
     if residual is not None:
@@ -223,11 +224,11 @@ def added(z: Tensor, x: Tensor, residual: Tensor | None) -> Tensor:
 
 
 def joined(rstd: Tensor, ndim: int = 1) -> Tensor:
-    """Return rstd, (C,), of (2, C) the sum of its two parts in the accumulator dtype.
+    """Return rstd, (C,); if it has two parts, (2, C), their sum in the accumulator dtype.
 
     Args:
-        rstd: With ``ndim`` axes, or one more for the two parts.
-        ndim: Axes of a statistic: 2 with groups of samples.
+        rstd: Tensor of ``ndim`` axes, or of one more, for the two parts.
+        ndim: Number of axes of a statistic: 2 with groups of samples, else 1.
     """
     if rstd.ndim == ndim:
         return rstd
@@ -252,7 +253,7 @@ def gradient_of_z(dy: Tensor, saved: ForBackward, selection: Selection = WHOLE) 
 
 
 def _divisor(count: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """Return a count to divide by: 1 where it is 0."""
+    """Return the count, with 1 in place of 0, to divide by."""
     if isinstance(count, Tensor):
         return torch.where(count > 0, count, 1.0).to(dtype)
     return count or 1

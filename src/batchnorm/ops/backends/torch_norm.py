@@ -2,12 +2,12 @@
 
 This serves eager calls on devices for which this library has no kernels: CPUs without the native
 module, CUDA, and others. Speed, saved tensors and higher derivatives are those of
-``torch.nn.BatchNorm2d`` followed by an addition and an activation in place. Two things are added:
+``torch.nn.BatchNorm2d`` followed by an in-place addition and activation. There are two differences:
 inputs with the channels on another axis than 1 are viewed as (outer, C, inner), and per-channel
-tensors are cast to the compute dtype, the only one that torch accepts on all devices.
+tensors are cast to the compute dtype, the only dtype that torch accepts on all devices.
 
-How accurate the statistics are is torch's choice: on the CPU it sums contiguous input in float64,
-and (N, C) and channels-last input in float32.
+The accuracy of the statistics is torch's: on the CPU it sums contiguous input in float64, and
+(N, C) and channels-last input in float32.
 """
 
 import torch
@@ -19,12 +19,12 @@ from batchnorm.moments import Moments
 from batchnorm.ops.call import Arguments, Epilogue, RunningBuffers
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Devices where torch takes 16-bit input with float32 parameters.
+# Devices on which torch accepts 16-bit input with float32 parameters.
 _MIXING = ("cpu", "cuda")
 
 
 def takes(x: Tensor) -> bool:
-    """Return whether torch's kernels take x (in training, if it has several values per channel)."""
+    """Return whether torch's kernels accept x (in training, with several values per channel)."""
     if x.dtype not in DTYPES or x.layout is not torch.strided or not x.numel():
         return False
     return x.is_cpu or x.dtype is compute_dtype(x) or x.device.type in _MIXING
@@ -33,12 +33,12 @@ def takes(x: Tensor) -> bool:
 def forward(
     x: Tensor, epilogue: Epilogue, eps: float, axis: int, running: RunningBuffers | None = None
 ) -> Tensor:
-    """Normalize by the input's own statistics; update ``running`` by them, with the unbiased var.
+    """Normalize by batch statistics; update ``running`` by the mean and the unbiased variance.
 
-    Running statistics have the compute dtype. The caller increases their counter.
+    Running statistics must have the compute dtype. The caller increments the counter.
 
     As in ``torch.nn``, the update does not increment the tensors' versions: autograd saves them
-    without reading them in backward, and an update before backward must not be an error.
+    without reading them in backward, so an update before backward must not raise.
     """
     return _batch_norm(x, epilogue, eps, axis, True, running)
 
@@ -46,7 +46,7 @@ def forward(
 def evaluate(
     x: Tensor, mean: Tensor, var: Tensor, epilogue: Epilogue, eps: float, axis: int
 ) -> Tensor:
-    """Normalize by stored statistics. Autograd saves them: pass copies if they may change."""
+    """Normalize by stored statistics; autograd saves them, so pass copies if they may change."""
     dtype = compute_dtype(x)
     if mean.dtype is not dtype:
         mean = mean.to(dtype)
@@ -56,7 +56,7 @@ def evaluate(
 
 
 def normalize_batch(call: Arguments) -> tuple[Tensor, Moments]:
-    """Normalize by the input's own statistics; return them too."""
+    """Normalize by the input's own statistics; return y and the Moments."""
     x, axis = call.x, call.axis
     # With momentum 1 the kernel writes the batch's own statistics to mean and var.
     mean, var = torch.zeros(2, x.shape[axis], dtype=compute_dtype(x), device=x.device)
@@ -104,7 +104,7 @@ def _batch_norm(
 
 
 def _is_taken_as_it_is(x: Tensor, axis: int) -> bool:
-    """Whether the channels are on axis 1, in a memory order for which torch has fast kernels."""
+    """Return whether the channels are on axis 1, in a memory order that torch's kernels support."""
     if axis != 1:
         return False
     if x.is_contiguous():

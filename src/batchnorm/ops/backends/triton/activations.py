@@ -1,8 +1,8 @@
 """The activations and their derivatives in Triton, by the names of ``activations``.
 
-Written so that values at the kinks and for NaN are those of PyTorch: a comparison with NaN is
-False, and the branch that is taken then keeps it. ``ACT`` and ``SLOPE`` are compile-time values, so
-that a kernel holds the code of one activation.
+Values at the kinks and for NaN are those of PyTorch: a comparison with NaN is False, and the branch
+for False propagates the NaN. ``ACT`` and ``SLOPE`` are compile-time values, so that a compiled
+kernel contains only one activation.
 """
 
 import triton
@@ -40,7 +40,7 @@ def activate(z, ACT: tl.constexpr, SLOPE: tl.constexpr):
 
 @triton.jit
 def gradient(dy, z, ACT: tl.constexpr, SLOPE: tl.constexpr):
-    """Return dy * act'(z); z may be y for the ReLU family, whose signs and bounds agree."""
+    """Return dy * act'(z); for the ReLU family z may be y, since act' is the same at both."""
     dz = dy
     if ACT == "relu":
         dz = tl.where(z <= 0, 0.0, dy)
@@ -94,14 +94,14 @@ def normal_cdf(z):
 
 @triton.jit
 def sixth_ramp(z):
-    """Return min(max(z + 3, 0), 6), with NaN as it is."""
+    """Return min(max(z + 3, 0), 6); NaN stays NaN."""
     t = z + 3.0
     return tl.where(t <= 0, 0.0, tl.where(t >= 6, 6.0, t))
 
 
 @triton.jit
 def expm1(z):
-    """Subtract 1 from exp(z) with small relative error: by a series where digits would cancel."""
+    """Return exp(z) - 1 with small relative error: by a series where the subtraction cancels."""
     term = 1.0 + z / 12.0
     for k in tl.static_range(11, 1, -1):
         term = 1.0 + z * term / k

@@ -6,9 +6,9 @@
     backward_kernel    all three where a channel's values fit into one tile
 
 ``dz = dy * act'(z)`` and ``dx = weight * rstd * (dz - sum_dz / n - xhat * sum_dz_xhat / n)``.
-``SOURCE`` says from what act'(z) is computed: "none" (no activation), "x" (z is recomputed),
-"residual" (z is recomputed and the residual added), "y" (the ReLU family), or "dz" (the pass before
-has stored dz as the residual's gradient).
+``SOURCE`` is the tensor from which act'(z) is computed: "none" (no activation), "x" (z is
+recomputed), "residual" (z is recomputed with the residual), "y" (the ReLU family), or "dz" (the
+previous pass has stored dz as the residual's gradient).
 """
 
 import triton
@@ -47,7 +47,7 @@ def read(
     POLICY: tl.constexpr,
     X_POLICY: tl.constexpr,
 ):
-    """Return x and dz of a tile, 0 outside; store dz to dresidual if it is given.
+    """Return x and dz of a tile, 0 outside of it; store dz to dresidual if it is not None.
 
     z is recomputed by the coefficients of the forward pass. The two policies are eviction policies
     of the cache, for x and for the other loads.
@@ -98,10 +98,10 @@ def sums_kernel(
     REAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Write the sums over ``share`` tiles to partial (2, splits, C); store dz where asked to.
+    """Write the sums over ``share`` tiles to partial (2, splits, C); store dz if requested.
 
-    Each lane of the tile keeps its own sums, so that threads synchronize once. If dz is stored, the
-    next pass reads dz and x, and the cache need not keep dy and y.
+    Each lane of the tile accumulates separate sums, so that threads synchronize only once. If dz is
+    stored, the next pass reads dz and x, and dy and y need not stay in the cache.
     """
     channel = channels_of(tl.program_id(0), B, ROWS)
     known = channel < channels
@@ -148,14 +148,14 @@ def fold_kernel(partial, sums, splits, channels, S: tl.constexpr, K: tl.constexp
 
 @triton.jit
 def shares(inverse, sum_dz, sum_dot, count, count_rest, REAL: tl.constexpr):
-    """Return sum_dz / n and rstd * sum_dot / n per channel; the count comes in two parts."""
+    """Return sum_dz / n and rstd * sum_dot / n per channel; n = count + count_rest."""
     each = 1.0 / (tl.full((), 0, tl.float64) + count + count_rest)
     return (sum_dz * each).to(REAL), (sum_dot * each * inverse).to(REAL)
 
 
 @triton.jit
 def gradient_of_x(dz, x, middle, gain, offset, slope):
-    """Return dx of a tile; x may be infinite where the slope is 0, as with constant statistics."""
+    """Return dx of a tile; where the slope is 0 (constant statistics), x may be infinite."""
     centered = tl.fma(middle[None, :] - x, slope[None, :], dz - offset[None, :])
     centered = tl.where(slope[None, :] == 0, dz - offset[None, :], centered)
     return centered * gain[None, :]
@@ -196,7 +196,7 @@ def input_kernel(
     REAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Write dx of ``share`` tiles, and dz where asked to, from the last tile to the first."""
+    """Write dx of ``share`` tiles, and dz if requested, from the last tile to the first."""
     column, first = block_of(columns, share)
     channel = channels_of(column, B, ROWS)
     known = channel < channels
@@ -207,7 +207,7 @@ def input_kernel(
     total = tl.load(sum_dz + own, known, other=0.0).to(tl.float64)
     dot = tl.load(sum_dot + own, known, other=0.0).to(tl.float64)
     offset, slope = shares(inverse, total, dot, count, count_rest, REAL)
-    # The backward of what made the residual reads dz next.
+    # The backward of the operation that produced the residual reads dz next.
     POLICY: tl.constexpr = "" if SOURCE == "dz" else "evict_first"
     for i in tl.range(0, share, num_stages=STAGES):
         index = first - i
@@ -251,7 +251,7 @@ def backward_kernel(
     EVEN: tl.constexpr,
     REAL: tl.constexpr,
 ):
-    """Write the sums and dx, and dz where asked to: a tile holds all values of its channels."""
+    """Write the sums and dx, and dz if requested; a tile contains all values of its channels."""
     channel = channels_of(tl.program_id(0), B, ROWS)
     known = channel < channels
     index = tl.program_id(1)  # always 0

@@ -1,12 +1,12 @@
 """The backend "triton": the Triton kernels as functions of plain tensors.
 
-Statistics are new tensors in the compute dtype; ``reference`` defines the results. Read without a
-copy are contiguous inputs, and dense ones with the channels innermost (channels-last, or (N, C));
-any other is copied to a contiguous tensor first.
+Statistics are new tensors in the compute dtype; ``reference`` defines the results. Contiguous
+inputs, and dense inputs with the channels innermost (channels-last, or (N, C)), are read without a
+copy; any other input is first copied to a contiguous tensor.
 
-Triton is imported at the first call, since the import takes time that other programs should not
-spend. If ``TRITON_INTERPRET=1`` is set at that time, the kernels run in Triton's interpreter on the
-CPU, for tests, under ``use_backend("triton")`` only.
+Triton is imported at the first call, since the import is slow. If ``TRITON_INTERPRET=1`` is set at
+that time, the kernels run in Triton's interpreter on the CPU, for tests, and only under
+``use_backend("triton")``.
 """
 
 import functools
@@ -39,7 +39,7 @@ _STATS = 6
 
 
 def missing() -> str | None:
-    """Return why there is no such backend here, or None where there is."""
+    """Return the reason why this backend is not available, or None if it is."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; it comes with the CUDA builds of torch"
     if not interprets() and torch.version.cuda is None:
@@ -49,8 +49,8 @@ def missing() -> str | None:
         )
     if not interprets() and sys.platform == "linux" and not _compiles():
         return (
-            "Triton compiles what launches a kernel by gcc or clang (or CC), with Python.h: a "
-            "compiler or the header is not here"
+            "Triton compiles its kernel launcher with gcc or clang (or CC) and Python.h: the "
+            "compiler or the header is missing"
         )
     return None
 
@@ -67,7 +67,7 @@ def interprets() -> bool:
 
 
 def serves(x: Tensor, epilogue: Epilogue, axis: int, mode: str) -> str | None:
-    """Return why these tensors cannot be served, or None where they can."""
+    """Return the reason why a call cannot be served, or None if it can."""
     device = x.device
     if x.layout is not torch.strided or not (x.is_cuda or (x.is_cpu and interprets())):
         return f"it is {x.layout} on {device}; the Triton kernels take strided CUDA tensors"
@@ -76,9 +76,7 @@ def serves(x: Tensor, epilogue: Epilogue, axis: int, mode: str) -> str | None:
         return f"its dtype is {dtype}; the Triton kernels take float32, bfloat16, float16, float64"
     for name, tensor in (("weight", epilogue.weight), ("bias", epilogue.bias)):
         if tensor is not None and (tensor.device != device or tensor.dtype not in _DTYPES):
-            return (
-                f"{name} is {tensor.dtype} on {tensor.device}; expected a floating one on {device}"
-            )
+            return f"{name} is {tensor.dtype} on {tensor.device}; expected floating on {device}"
     residual = epilogue.residual
     if residual is not None and (residual.dtype != dtype or residual.device != device):
         return f"the residual is {residual.dtype} on {residual.device}; expected the input's dtype"
@@ -207,7 +205,7 @@ def _normalize(
 
 
 def _source(act: Activation, beside: Tensor | None, x: Tensor) -> tuple[str, Tensor | None]:
-    """Return the kernels' ``SOURCE`` of act'(z), and the tensor that it reads besides x."""
+    """Return the kernels' ``SOURCE`` for act'(z), and the tensor that it reads besides x."""
     if act.name == "identity":
         return "none", None
     if beside is None:

@@ -3,7 +3,7 @@
     moments_kernel     a share of a column of tiles -> partial Moments in the workspace
     finish_kernel      partial Moments, merged in index order -> stats and running statistics
     normalize_kernel   a few tiles -> y
-    forward_kernel     all three where a channel's values fit into one tile: x is read once
+    forward_kernel     all three, if a channel's values fit into one tile: x is read once
 
 ``z = (x - mean) * (rstd * weight) + bias + residual`` and ``y = act(z)``.
 """
@@ -27,9 +27,10 @@ from batchnorm.ops.backends.triton.tiles import (
 def coefficients(mean, rstd, weight, bias, channel, inside, REAL: tl.constexpr):
     """Return (pivot, high, low, shift) so that z = d * high + (d * low + shift), d = x - pivot.
 
-    Computed in float64 per channel (docs/decisions/0009-accuracy.md): the scale rstd * weight
-    comes in two parts of one sign, neither of which is 0, which keeps an infinite x infinite; the
-    pivot is the mean, or 0 where the mean is so small that taking it off would only round.
+    Computed in float64 per channel (docs/decisions/0009-accuracy.md). The scale rstd * weight is
+    split into two parts of the same sign, neither of them 0, so that an infinite x stays infinite.
+    The pivot is the mean, or 0 if the mean is so small that subtracting it would only add a
+    rounding error.
     """
     scale = rstd
     if weight is not None:
@@ -89,8 +90,8 @@ def moments_kernel(
 ):
     """Write the Moments of ``share`` tiles to partial (3, splits, C): count, mean, m2.
 
-    Each lane of the tile keeps sums of its own, of deviations from the first value of the share:
-    per value one conversion to float64, of which a multiprocessor does few, and two operations.
+    Each lane of the tile accumulates separate sums of deviations from the first value of the share.
+    This takes one conversion to float64 per value, whose throughput is low, and two operations.
     """
     channel = channels_of(tl.program_id(0), B, ROWS)
     split, splits = tl.program_id(1), tl.num_programs(1)
@@ -191,7 +192,7 @@ def normalize_kernel(
     REAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Normalize ``share`` tiles; ``spread`` and ``rest`` are rstd, or with an EPS the variance."""
+    """Normalize ``share`` tiles; ``spread`` and ``rest`` are rstd, or with EPS the variance."""
     column, first = block_of(columns, share)
     channel = channels_of(column, B, ROWS)
     known = channel < channels
@@ -239,7 +240,7 @@ def forward_kernel(
     EVEN: tl.constexpr,
     REAL: tl.constexpr,
 ):
-    """Normalize by the tile's own statistics: a tile holds all values of its channels."""
+    """Normalize by the tile's own statistics; a tile contains all values of its channels."""
     channel = channels_of(tl.program_id(0), B, ROWS)
     known = channel < channels
     index = tl.program_id(1)  # always 0

@@ -31,11 +31,11 @@ from batchnorm.ops.call import RunningBuffers
 
 Shape = tuple[int, int, int]
 
-# The compiler must not contract products and sums to fma, which it would do in some kernels only: a
-# result that another kernel recomputes must have the same bits. tl.fma is written out instead.
+# Without this flag the compiler would contract products and sums to fma in some kernels but not in
+# others. A result that another kernel recomputes must have the same bits, so tl.fma is explicit.
 EXACT = {"enable_fp_fusion": False}
 
-# Partial results that are reduced at a time, and channels per program that reduces them.
+# Number of partial results reduced at a time, and of channels per reducing program.
 FOLD_SPLITS, FOLD_CHANNELS = 256, 8
 
 
@@ -103,7 +103,7 @@ def normalize(
     act: Activation,
     eps: float | None,
 ) -> None:
-    """Fill y; ``spread`` is rstd where eps is None, and the variance where it is given.
+    """Fill y; ``spread`` is rstd if eps is None, else the variance.
 
     rstd is (C,), or (2, C) with its low part.
     """
@@ -129,12 +129,13 @@ def backward(
     dresidual: Tensor | None,
     act: Activation,
 ) -> None:
-    """Fill sums (2, C), dx, and dresidual where it is given."""
+    """Fill sums (2, C), dx, and dresidual if it is not None."""
     count = shape[0] * shape[2]
     plan = triton_plan.whole("backward", *shape, x.element_size())
     if plan is None:
-        # If dz is exact in x's dtype, the first pass stores it as the residual's gradient, and the
-        # second reads it instead of dy and y. ReLU's dz is dy or 0; other slopes would be rounded.
+        # If dz is exact in x's dtype, the first pass stores it as the residual's gradient and the
+        # second pass reads it instead of dy and y. ReLU's dz is dy or 0; with other slopes a 16-bit
+        # dz would be rounded.
         exact = act.name in ("relu", "relu6") or x.element_size() > 2
         early, late = (dresidual, None) if exact else (None, dresidual)
         sums_of(dy, x, shape, stats, extra, source, sums, early, act)
@@ -161,7 +162,7 @@ def sums_of(
     dresidual: Tensor | None,
     act: Activation,
 ) -> None:
-    """Fill sums (2, C) with those of dz and dz * xhat, and dresidual with dz where it is given."""
+    """Fill sums (2, C) with sum(dz) and sum(dz * xhat), and dresidual, if not None, with dz."""
     plan = triton_plan.tiled("sums", *shape, x.element_size())
     partial = _workspace(x, 2, plan)
     with _on(x):
@@ -189,7 +190,7 @@ def input_of(
     act: Activation,
     count: float,
 ) -> None:
-    """Fill dx, and dresidual with dz where it is given."""
+    """Fill dx, and dresidual, if it is not None, with dz."""
     plan = triton_plan.tiled("apply", *shape, x.element_size())
     with _on(x):
         input_kernel[(plan.columns * plan.splits,)](
@@ -201,7 +202,7 @@ def input_of(
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Make the tensor's device the current one, on whose current stream Triton launches."""
+    """Make the tensor's device current: Triton launches on the current device's stream."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)
@@ -268,6 +269,6 @@ def _kept(stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def _two(value: float) -> tuple[float, float]:
-    """Split a number into its float32 value and the rest: kernels take float32 scalars."""
+    """Split a number into its float32 value and the remainder: kernels take float32 scalars."""
     high = ctypes.c_float(value).value
     return high, float(value) - high

@@ -1,8 +1,8 @@
 """Moments in Triton: the merge, the Moments of a tile, and the finishing of merged Moments.
 
-Sums are float64, as on the CPU (docs/decisions/0009-accuracy.md), of deviations from a value of
-the channel: a mean that cancels out to near 0 keeps its digits, and so does a variance next to a
-mean of 1e6.
+Deviations from a value of the channel are summed in float64, as on the CPU
+(docs/decisions/0009-accuracy.md). This keeps the mean accurate if values cancel to nearly 0, and
+the variance accurate if the mean is large (1e6).
 """
 
 import triton
@@ -15,7 +15,7 @@ from batchnorm.ops.backends.triton.tiles import over
 def merge(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
     """Merge two Moments: Chan, Golub, LeVeque 1983, eq. 2.1; the combine function of tl.reduce.
 
-    An empty part is the identity, selected by its count, so its mean may hold anything.
+    A part with count 0 is the identity, whatever its mean is.
     """
     n = n_a + n_b
     w = n_b / tl.where(n > 0, n, 1.0)
@@ -36,12 +36,12 @@ def deviations(x, inside, pivot):
     """Return x - pivot of a tile in float64, and 0 outside; ``pivot`` is per channel.
 
     Args:
-        x: Values (A, B) as they were loaded.
-        inside: Which of them count.
-        pivot: Per channel, finite.
+        x: Values (A, B) as loaded.
+        inside: Which of the values belong to the tensor.
+        pivot: One finite value per channel.
     """
     if x.dtype.primitive_bitwidth == 16:
-        # Two half numbers differ by a float32, exactly but where one is 2^13 times the other.
+        # The difference of two 16-bit values is exact in float32 unless their ratio exceeds 2^13.
         deviation = x.to(tl.float32) - pivot.to(tl.float32)[None, :]
     else:
         deviation = x.to(tl.float64) - pivot.to(tl.float64)[None, :]
@@ -62,8 +62,8 @@ def centered(x, inside, n, pivot, ROWS: tl.constexpr):
 def about(pivot, n, left, square, ROWS: tl.constexpr):
     """Return mean and m2 per channel from the sums of d and d^2 of a tile, d = x - pivot.
 
-    m2 = sum(d^2) - sum(d)^2 / n loses (mean - pivot)^2 / variance float64 roundings, which is no
-    more than n where the pivot is one of the n values.
+    The cancellation in m2 = sum(d^2) - sum(d)^2 / n amplifies float64 rounding errors by
+    (mean - pivot)^2 / variance, which is at most n if the pivot is one of the n values.
     """
     left, square = over(left, ROWS), over(square, ROWS)
     share = left * (1.0 / tl.maximum(n, 1.0))
@@ -89,12 +89,13 @@ def finish(
     momentum_rest,
     EPS: tl.constexpr,
 ):
-    """Store stats; update the running statistics; return mean and rstd as they were stored.
+    """Store stats; update the running statistics; return mean and rstd as stored in stats.
 
-    Returning the rounded values gives the caller the bits that a later kernel reads from stats.
+    The returned values are rounded, so that the caller computes with the same bits as a later
+    kernel that reads stats.
 
     running <- (1 - momentum) * running + momentum * (mean, m2 / (n - 1)), counter <- counter + 1.
-    Each channel belongs to one program here, so the updates cannot race.
+    One program finishes each channel, so the updates do not race.
     """
     biased = m2 / tl.where(n > 0, n, 1.0)
     rstd = 1.0 / tl.sqrt(biased + EPS)

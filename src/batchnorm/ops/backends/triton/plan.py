@@ -1,4 +1,4 @@
-"""How the Triton kernels divide a tensor into tiles and programs: computed once per shape.
+"""The division of a tensor into tiles and programs of the Triton kernels, computed once per shape.
 
 The tiling depends on the shape and the item size only, not on the device or on autotuning, so that
 sums are taken in the same order in every run and on every GPU; see docs/decisions/0013-triton.md.
@@ -8,53 +8,53 @@ import functools
 import math
 from typing import NamedTuple
 
-# Elements of a tile: while statistics are taken, while gradients are summed, otherwise.
+# Elements of a tile, for kernels that compute statistics, sum gradients, or do neither.
 TILE = {"moments": 4096, "sums": 4096, "apply": 4096}
 
-# A channel's values are handled in one pass if they fit into a tile of so many elements.
+# A channel's values are processed in one pass if they fit into a tile of this many elements.
 ONE_PASS = {"forward": 32768, "backward": 16384}
 
-# Programs per tensor. Two reducing ones fit on each of 132 multiprocessors, so all are resident at
-# once; of the others there are more.
+# Programs per tensor. Two reducing programs fit on each of 132 multiprocessors, so that all of them
+# are resident at once; elementwise kernels have twice as many.
 PROGRAMS = {"moments": 264, "sums": 264, "apply": 528}
 
-# The most tiles of a program that reduces nothing. They share the float64 arithmetic per channel;
-# with more tiles the last programs would run while other multiprocessors are idle.
+# Largest number of tiles of an elementwise program. The tiles share the float64 arithmetic per
+# channel; with more tiles, the last programs would run while other multiprocessors are idle.
 MOST_TILES = 8
 
-# Bytes of neighbouring channels in a tile of rows: two cache lines.
+# Bytes of adjacent channels in a tile of rows: two cache lines.
 ROW_BYTES = 256
 
-# Registers of a thread while statistics are taken: two programs of 8 warps fit then.
+# Registers of a thread in kernels that compute statistics; two programs of 8 warps then fit.
 REGISTERS = 128
 
-# Software pipelining stages (num_stages) for values of 2 bytes and for wider ones: about 64 KiB are
-# then in flight per multiprocessor. Pipelined loads take no eviction policy; 1 is no pipelining.
+# Software pipelining stages (num_stages) for 2-byte and for wider values, which keep about 64 KiB
+# in flight per multiprocessor. Pipelined loads ignore the eviction policy; 1 means no pipelining.
 STAGES = {"moments": (5, 3), "sums": (3, 2), "apply": (1, 1)}
 
-# The least bytes that a row of a tile should read: one sector of memory.
+# Smallest number of bytes in a row of a tile: one memory sector.
 SECTOR = 32
 
 
 class Tiling(NamedTuple):
-    """A tiling; see ``triton_tiles`` for rows, lanes, parts and width.
+    """A tiling; ``tiles`` explains rows, lanes, parts and width.
 
     Attributes:
-        rows: Rows of a column of tiles.
-        channels: Channels of a row; ``wraps`` times those of the tensor.
-        width: Distance of two rows, over ``align``.
-        parts: Rows that a plane is cut into.
-        columns: Columns of tiles.
-        tiles: Tiles in a column.
-        splits: Programs that share a column.
-        share: Tiles that each of them takes.
+        rows: Number of rows in a column of tiles.
+        channels: Number of channels in a row: ``wraps`` times those of the tensor.
+        width: Distance between two rows, divided by ``align``.
+        parts: Number of rows into which a plane is divided.
+        columns: Number of columns of tiles.
+        tiles: Number of tiles in a column.
+        splits: Number of programs that share a column.
+        share: Number of tiles per program.
         a: Rows of a tile.
         b: Lanes of a tile.
-        align: What divides the distance of two rows, up to 16.
+        align: A divisor of the distance between two rows, at most 16.
         is_rows: Whether a lane is a channel.
-        wraps: Samples that make one row, where the lanes of a tile then divide it.
+        wraps: Number of samples that are joined to one row, so that the lanes divide it.
         long: Whether offsets need 64 bits.
-        even: Whether all tiles that programs go over are full.
+        even: Whether all tiles are full.
         warps: Warps of a program.
     """
 
@@ -78,13 +78,13 @@ class Tiling(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def tiled(kind: str, outer: int, channels: int, inner: int, itemsize: int) -> Tiling:
-    """Plan a kernel that goes over a tensor (outer, C, inner) tile by tile.
+    """Plan a kernel that processes a tensor (outer, C, inner) tile by tile.
 
     Args:
         kind: A key of ``TILE``.
         outer: Samples.
         channels: Channels.
-        inner: Neighbouring values of one channel.
+        inner: Number of adjacent values of a channel.
         itemsize: Bytes of a value.
     """
     elements = TILE[kind] // (2 if itemsize == 8 else 1)
@@ -105,13 +105,13 @@ def tiled(kind: str, outer: int, channels: int, inner: int, itemsize: int) -> Ti
 
 @functools.lru_cache(maxsize=4096)
 def whole(kind: str, outer: int, channels: int, inner: int, itemsize: int) -> Tiling | None:
-    """Plan a kernel whose tiles hold all values of their channels, or None where they do not fit.
+    """Plan a kernel whose tiles contain all values of their channels; None if they do not fit.
 
     Args:
         kind: A key of ``ONE_PASS``.
         outer: Samples.
         channels: Channels.
-        inner: Neighbouring values of one channel.
+        inner: Number of adjacent values of a channel.
         itemsize: Bytes of a value.
     """
     elements = ONE_PASS[kind] // (2 if itemsize == 8 else 1)
@@ -120,7 +120,7 @@ def whole(kind: str, outer: int, channels: int, inner: int, itemsize: int) -> Ti
         least = min(_power(channels), SECTOR // itemsize)
         if a * least > elements:
             return None
-        # As few channels as a sector allows, so that many processors have some.
+        # As few channels as a sector allows, to occupy many multiprocessors.
         b = max(least, min(_power(channels) // 128, 64, elements // a))
         return _plan(kind, outer, channels, 1, True, a, b, 1, 1)
     outer, inner = (1, outer) if inner == 1 else (outer, inner)
@@ -149,10 +149,10 @@ def _plan(
         columns * b == channels if is_rows else parts * b == inner
     )
     align = math.gcd(step, 16)
-    # The furthest offset that is formed, if only to be masked.
+    # The largest offset that is computed, including masked ones.
     furthest = (splits * share * a // parts + 1) * (channels * inner) + parts * b
-    # 16 values of a thread; more where that would take more than 8 warps. For a single warp Triton
-    # 3.6 fails to compile some tiles, and 4 is what it is used with most.
+    # 16 values per thread, and more if that would take more than 8 warps. At least 4 warps,
+    # Triton's default: Triton 3.6 fails to compile some tiles for a single warp.
     warps = min(max(4, a * b // 512), 8 if a * b <= 8192 else 16)
     return Tiling(
         rows, channels, step // align, parts, columns, tiles, splits, share,
@@ -161,7 +161,7 @@ def _plan(
 
 
 def _share(tiles: int, programs: int, capped: bool) -> int:
-    """Return how many tiles a program takes: such that none is left over, if that is near."""
+    """Return the number of tiles per program; a divisor of ``tiles`` if one is close."""
     share = -(-tiles // min(tiles, programs))
     near = range(share, min(tiles, int(1.15 * share)) + 1)
     if capped:
@@ -171,18 +171,18 @@ def _share(tiles: int, programs: int, capped: bool) -> int:
 
 
 def _wraps(outer: int, channels: int, b: int) -> int:
-    """Return how many samples make a row that ``b`` lanes divide; 1 where they do not come out."""
+    """Return how many samples to join to a row that ``b`` lanes divide; 1 if that is impossible."""
     wraps = b // math.gcd(b, channels)
     return wraps if outer % wraps == 0 else 1
 
 
 def _lanes(inner: int, most: int) -> int:
-    """Return into rows of how many lanes a plane is cut: few idle ones, but no short rows."""
+    """Return the number of lanes for the rows of a plane: few idle lanes, but no short rows."""
     whole = min(_power(inner), most)
     choices = [b for b in (1024, 512, 256) if b <= whole and -(-inner // b) * b <= 1.15 * inner]
     return choices[0] if choices else min(whole, 128)
 
 
 def _power(n: int) -> int:
-    """Return the least power of two that is not below n."""
+    """Return the smallest power of two that is >= n."""
     return 1 << max(n - 1, 0).bit_length()

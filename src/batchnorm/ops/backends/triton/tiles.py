@@ -1,14 +1,15 @@
 """Memory offsets of the values of a tile.
 
-A tile has A rows and B lanes, which are neighbours in memory. Of the two layouts,
+A tile has A rows and B lanes; lanes are adjacent in memory. There are two layouts:
 
-    rows    (N, C), channels-last: a row is one sample, or several in a row; a lane is one channel
-    planes  (N, C, *): all of a tile belongs to one channel; each plane of ``inner`` values is cut
-            into ``parts`` rows of B lanes, so that row r is part r % parts of plane r // parts
+    rows    (N, C), channels-last: a row is one sample or several joined samples; a lane is one
+            channel
+    planes  (N, C, *): a tile belongs to one channel; each plane of ``inner`` values is divided into
+            ``parts`` rows of B lanes, so that row r is part r % parts of plane r // parts
 
-so per-channel values are (B,) in rows and (1,) in planes; ``value[None, :]`` broadcasts in both.
-The distance of two rows (C, or inner) is given as ``width`` times the compile-time ``ALIGN``: the
-compiler then knows how far addresses are aligned, and loads 16 bytes at a time where it may.
+Per-channel values are (B,) in rows and (1,) in planes; ``value[None, :]`` broadcasts in both. The
+distance between two rows (C, or inner) is ``width`` times the compile-time ``ALIGN``, which tells
+the compiler the alignment of addresses and lets it load 16 bytes at a time.
 """
 
 import triton
@@ -48,9 +49,9 @@ def places(
     LONG: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Return offsets (A, B) of the tile ``index`` of a column, and which of them are inside.
+    """Return offsets (A, B) of the tile ``index`` of a column, and a mask of those inside.
 
-    With EVEN all are inside, and the compiler drops the masks.
+    With EVEN all offsets are inside, and the compiler removes the masks.
     """
     if LONG:
         index = index.to(tl.int64)
@@ -72,10 +73,10 @@ def places(
 
 @triton.jit
 def block_of(columns, share):
-    """Return the column of this program's ``share`` tiles, and the last of them.
+    """Return the column of this program's ``share`` tiles, and the last of these tiles.
 
-    Programs go from the end of the tensor to its beginning, and each over its tiles likewise: the
-    pass before has read the end last, so that is what the L2 cache still holds.
+    Programs start at the end of the tensor, and each program at its last tile: the previous pass
+    has read the end last, so it is still in the L2 cache.
     """
     place = tl.num_programs(0) - 1 - tl.program_id(0)
     return place % columns, (place // columns) * share + share - 1
@@ -136,8 +137,8 @@ def start_of(
 def over(x, ROWS: tl.constexpr):
     """Sum a tile over the values of each channel: (B,), or (1,).
 
-    Each thread adds a few neighbours sequentially, then sums are added in a tree: an outlier takes
-    low digits from its neighbours only.
+    Each thread adds a few adjacent values sequentially, then sums are added in a tree: the rounding
+    error that an outlier causes affects only its neighbours.
     """
     if ROWS:
         total = tl.sum(x, 0)
