@@ -172,7 +172,7 @@ REFUSED = {
     "one value of a group in all": (
         one_alone,
         {"upstream": "population"},
-        r"'bn1\[1\]' saw 1 values",
+        r"'bn1\[1\]' got 1 values",
     ),
 }
 

@@ -132,7 +132,7 @@ REFUSED = {
     ),
     "ghosts of groups": (
         lambda: bn.BatchNorm2d(4, statistics=bn.Ghost(3))(torch.randn(9, 4, 3, 5), groups=IDS),
-        "of its own",
+        "cannot have groups=",
     ),
     "ghosts of one value": (
         lambda: bn.BatchNorm1d(4, statistics=bn.Ghost(1))(torch.randn(9, 4)),

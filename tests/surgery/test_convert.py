@@ -130,8 +130,8 @@ def scripted():
 
 # reason -> the layer, and the name of its normalization
 LEFT = {
-    "class of its own": (lambda: Subclass(3), "0"),
-    "forward of this object": (with_own_forward, "0"),
+    "its class is a subclass": (lambda: Subclass(3), "0"),
+    "its forward was replaced": (with_own_forward, "0"),
     "meta": (lambda: nn.BatchNorm2d(3, device="meta"), "0"),
     "run the model once": (nn.LazyBatchNorm2d, "0"),
     "remove_parametrizations": (lambda: parametrized(nn.BatchNorm2d(3), nn.Softplus()), "0"),

@@ -57,8 +57,8 @@ def test_broken_rows_of_groups_are_repaired_value_by_value():
 
 CONVERTED = {
     "of torch": (lambda: nn.BatchNorm1d(4), bn.Grouped(4), r"bn.BatchNorm1d\(\.\.\., statistics="),
-    "with others": (trained, bn.Grouped(3), "no buffers for groups|Build the layer"),
-    "to one for all": (trained, bn.Frozen(), "would no longer normalize"),
+    "with others": (trained, bn.Grouped(3), "no buffers for groups|Construct the layer"),
+    "to one for all": (trained, bn.Frozen(), "would no longer use them"),
 }
 
 

@@ -16,11 +16,11 @@ def check_ranks(model: nn.Module, *, pool: bool = False, group: Group = None) ->
     r"""Compare the batch normalizations of a model over processes; every process calls this.
 
     Layers, their order, channels, options and modes must be the same. Running statistics may
-    differ, as those of ``bn.Batch()`` do under data parallelism; how far is the result.
+    differ, as they do with ``bn.Batch()`` under data parallelism; the result is their distance.
 
-    With ``pool`` they become the same in every process: the Moments of the processes merged, each
-    with its ``num_batches_tracked`` n as weight (1 without counters, or if all are 0). Those of the
-    groups of ``bn.Grouped`` are merged apart, with ``group_batches`` as weights.
+    ``pool`` makes them the same in every process: the Moments of the processes are merged, with
+    ``num_batches_tracked`` n as weight (1 without counters, or if all are 0). The statistics of
+    each group of ``bn.Grouped`` are merged separately, with ``group_batches`` as weights.
 
     .. math:: \hat\mu = \frac{\sum n_i \mu_i}{\sum n_i}, \qquad
         \hat\sigma^2 = \frac{\sum n_i \big(\sigma_i^2 + (\mu_i - \hat\mu)^2\big)}{\sum n_i}
@@ -31,13 +31,13 @@ def check_ranks(model: nn.Module, *, pool: bool = False, group: Group = None) ->
         group: A process group; None for all processes.
 
     Returns:
-        Name -> largest distance between a process's running statistics and the pooled ones: of the
-        mean in standard deviations, of the standard deviation as a ratio minus 1. NaN where a
-        statistic is. Layers without running statistics are left out. Group 2 of a layer with
+        Name -> largest distance between a process's running statistics and the pooled statistics:
+        of the mean in standard deviations, of the standard deviation as a ratio minus 1. NaN if a
+        statistic is NaN. Layers without running statistics are left out. Group 2 of a layer with
         ``bn.Grouped`` is ``"name[2]"``.
 
     Raises:
-        CollectiveError: If layers differ, naming the first; nothing is changed.
+        CollectiveError: If layers differ; the message has the first. Nothing is changed.
     """
     ranks = Ranks(group)
     with ranks.together():

@@ -14,7 +14,7 @@ from batchnorm.layout import wide
 from batchnorm.moments import Moments, merge
 from batchnorm.nn.groups import NAMES
 
-# Mean, variance and counter: of all samples, and of each group of ``bn.Grouped``.
+# Names of mean, variance and counter: of all samples, and per group of ``bn.Grouped``.
 OF_ALL = ("running_mean", "running_var", "num_batches_tracked")
 OF_GROUPS = NAMES
 
@@ -26,30 +26,30 @@ only"""
 def merge_states(
     states: Sequence[Mapping[str, Any]], counts: Sequence[float] | None = None
 ) -> "OrderedDict[str, Any]":
-    r"""Average state dicts, with running statistics pooled as those of one data set.
+    r"""Average state dicts; running statistics are pooled as if from one data set.
 
     For weights :math:`w_i` (``counts``), including the variance *between* the states:
 
     .. math:: \hat\mu = \frac{\sum w_i \mu_i}{\sum w_i}, \qquad
         \hat\sigma^2 = \frac{\sum w_i \big(\sigma_i^2 + (\mu_i - \hat\mu)^2\big)}{\sum w_i}
 
-    Those of the groups of ``bn.Grouped`` are pooled group by group, over the states that have seen
-    the group (``group_batches`` > 0). For moving averages (counts ``[1 - a, a]``), SWA, model soups
-    and federated rounds. With data, ``calibrate`` gives the statistics that belong to the averaged
-    weights.
+    The statistics per group of ``bn.Grouped`` are pooled group by group, over the states with
+    samples of the group (``group_batches`` > 0). Uses: moving averages (counts ``[1 - a, a]``),
+    SWA, model soups and federated rounds. If data are available, ``calibrate`` computes the
+    statistics of the averaged weights.
 
     Args:
         states: State dicts with the same keys and shapes, of any model.
-        counts: The weight of each, such as its number of samples; equal by default.
+        counts: Weight of each state dict, such as its number of samples; equal by default.
 
     Returns:
-        A new state dict that shares no memory with the given ones: other floating tensors are
-        averaged (in float64), counters of batches are the largest, other integers and objects
-        are those of the state with the largest count. States of ``estimator=``, of which there is
-        no average, are left out.
+        A new state dict that shares no memory with the arguments. Other floating tensors are
+        averaged in float64; counters of batches are the maximum; other integers and objects are
+        taken from the state with the largest count. States of ``estimator=`` are left out, since
+        they have no average.
 
     Raises:
-        OptionError: Different keys or shapes, or counts that are no weights.
+        OptionError: If keys or shapes differ, or counts are negative, not finite or all 0.
     """
     weights = _weights(states, counts)
     _check_alike(states)
@@ -77,7 +77,7 @@ def merge_states(
 def _statistic(
     prefix: str, leaf: str, states: Sequence[Mapping[str, Any]], weights: Sequence[float]
 ) -> Tensor | None:
-    """Return the mean or variance of all states as one set; None for any other entry."""
+    """Return the pooled mean or variance of all states; None for any other entry."""
     names = OF_GROUPS if leaf in OF_GROUPS else OF_ALL
     needed = names if names is OF_GROUPS else names[:2]
     if leaf not in names[:2] or any(prefix + name not in states[0] for name in needed):
@@ -96,9 +96,9 @@ def _statistic(
 
 
 def _of_groups(batches: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
-    """Return the weights of the groups, (groups, 1): 0 in states that have not seen a group.
+    """Return each state's weights of the groups, (groups, 1): 0 for a group without batches.
 
-    Where none has, they are those of the states.
+    For a group without batches in all states they are the weights of the states.
     """
     seen = [(one > 0) & (weight > 0) for one, weight in zip(batches, weights, strict=True)]
     none = ~torch.stack(seen).any(0)
@@ -113,7 +113,7 @@ def _average(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     kind = torch.complex128 if first.is_complex() else wide(first.device)
     total = torch.zeros_like(first, dtype=kind)
     for value, weight in zip(values, weights, strict=True):
-        # A state that does not count may hold anything.
+        # A state of weight 0 may have NaN.
         if weight:
             total += value.detach().to(first.device, kind) * (weight / math.fsum(weights))
     return total.to(first.dtype)

@@ -1,4 +1,4 @@
-"""The options of a calibration, and its data: read as often as needed, and cut to limits."""
+"""The options of a calibration, and its data, which may be read repeatedly and up to limits."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ UPSTREAM = ("batch", "population")
 
 @dataclass(frozen=True)
 class Options:
-    """How to calibrate; ``calibrate`` says what each means."""
+    """The options of ``calibrate``, which documents them."""
 
     upstream: str = "batch"
     max_batches: int | None = None
@@ -36,10 +36,10 @@ class Options:
         return self.upstream == "population" and self.passes != 1
 
     def check(self) -> None:
-        """Refuse what has no meaning.
+        """Check all options.
 
         Raises:
-            OptionError: Naming the option.
+            OptionError: If a value or a combination is invalid; the message has the option.
         """
         if self.upstream not in UPSTREAM:
             raise OptionError(f"expected upstream to be one of {UPSTREAM}, got {self.upstream!r}")
@@ -53,15 +53,15 @@ class Options:
             raise OptionError(f"expected target_error to be a positive number, got {target!r}")
         if self.passes is not None and self.upstream == "batch":
             raise OptionError(
-                f'passes={self.passes} repeats upstream="population"; with upstream="batch" one '
+                f'passes={self.passes} is for upstream="population"; with upstream="batch" one '
                 "pass is exact"
             )
         if not (_is_whole(self.cache_bytes) and self.cache_bytes >= 0):
             raise OptionError(f"expected cache_bytes >= 0, an integer, got {self.cache_bytes!r}")
         if self.cache_bytes and self.upstream == "batch":
             raise OptionError(
-                f"cache_bytes={self.cache_bytes} keeps what the next pass of upstream="
-                '"population" would compute again; with upstream="batch" there is one pass'
+                f"cache_bytes={self.cache_bytes} keeps results for the next pass of upstream="
+                '"population"; with upstream="batch" there is one pass'
             )
 
 
@@ -70,16 +70,16 @@ def _is_whole(value: Any) -> bool:
 
 
 def device_of(model: nn.Module) -> torch.device | None:
-    """Return the device of a model's parameters and buffers, if it is only one."""
+    """Return the device of a model's parameters and buffers, if all are on the same device."""
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     return devices.pop() if len(devices) == 1 else None
 
 
 def usable_device(device: torch.device | str | int) -> torch.device:
-    """Return a device after a tensor was made on it.
+    """Return a device after a test that a tensor can be created on it.
 
     Raises:
-        OptionError: If this PyTorch knows no such device, or it is not there.
+        OptionError: If PyTorch does not support the device, or it is not available.
     """
     try:
         found = torch.device(device)
@@ -97,7 +97,7 @@ Forward = Callable[[nn.Module, Any], Any]
 
 ONCE = """\
 expected data that can be read several times, got {kind}, which can be read once, and \
-cache_bytes={cache_bytes} does not hold its batches; pass a list, a DataLoader, or a larger \
+cache_bytes={cache_bytes} is too small for its batches; pass a list, a DataLoader, or a larger \
 cache_bytes="""
 
 
@@ -108,7 +108,7 @@ class MemoryBudget:
     left: int
 
     def take(self, size: int) -> bool:
-        """Take some; return False, and take nothing, if so much is not left."""
+        """Reserve ``size`` bytes; return False, and reserve nothing, if fewer bytes are left."""
         if size > self.left:
             return False
         self.left -= size
@@ -116,18 +116,18 @@ class MemoryBudget:
 
 
 class Batches:
-    """The data of a calibration, which may be read several times, with its limits.
+    """The data of a calibration, which may be read several times, with limits.
 
     Args:
-        data: Any iterable of batches. An iterator, which can be read only once, is kept for
-            further rounds as far as ``cache_bytes`` go.
-        options: The limits of a round, and whether there are several.
+        data: Any iterable of batches. An iterator can be read only once: its batches are kept for
+            further rounds, up to ``cache_bytes``.
+        options: The limits of a round, and whether there are several rounds.
         ranks: The processes, which share ``max_samples``.
-        device: Where tensors go; None for where they are.
+        device: Device to which tensors are moved; None to leave them where they are.
 
     Attributes:
-        budget: How much of ``cache_bytes`` is left.
-        filling: Whether an iterator's batches are being kept, and not all of them yet.
+        budget: The rest of ``cache_bytes``.
+        filling: Whether an iterator is being read and its batches are being kept.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Batches:
 
     @property
     def number(self) -> int | None:
-        """How many batches a round has, where that can be known."""
+        """Number of batches in a round; None if unknown."""
         try:
             length = len(self._data)  # type: ignore[arg-type]
         except TypeError:
@@ -151,21 +151,21 @@ class Batches:
         return min(length, self._options.max_batches or length)
 
     def round(self) -> Iterator[tuple[Any, int]]:
-        """Yield each batch, on its device, and how many samples it has."""
+        """Yield each batch, moved to the device, and its number of samples."""
         most = self._max_samples
         taken = 0
         for number, batch in enumerate(self._read(), 1):
             samples = size_of(batch)
             if most is not None and taken + samples > most:
                 part = cut(batch, samples, most - taken)
-                # A single sample may be too few to normalize; it is no great loss either.
+                # A single remaining sample is skipped, since it may be too few to normalize.
                 if part is not None and (most - taken > 1 or not taken):
                     batch, samples = part, most - taken  # noqa: PLW2901
                 elif taken:
                     return
             taken += samples
             yield (batch if self._device is None else moved(batch, self._device)), samples
-            # Before the next batch is fetched: an iterator may go on to serve its owner.
+            # Stop before the next batch is fetched: the caller may continue to use the iterator.
             if (most is not None and taken >= most) or number == self._options.max_batches:
                 return
 
@@ -183,7 +183,7 @@ class Batches:
         if self._kept is None:
             raise CalibrationError(ONCE.format(kind=kind, cache_bytes=self._options.cache_bytes))
         yield from self._kept
-        # What was not read in an earlier round.
+        # The batches that no earlier round has read.
         self.filling = True
         for batch in iterator:
             if self._kept is not None and self.budget.take(bytes_of(batch)):
@@ -195,19 +195,19 @@ class Batches:
 
 
 def moved(batch: Any, device: torch.device) -> Any:
-    """Return the batch with its tensors on a device, whatever holds them."""
+    """Return the batch with its tensors on a device, in any nesting of containers."""
     return mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def size_of(batch: Any) -> int:
-    """Return the number of samples: the length of the first tensor that has one, else 1."""
+    """Return the number of samples: the length of the first tensor with a batch axis, else 1."""
     if isinstance(batch, Tensor) and batch.ndim:
         return batch.shape[0]
     return next((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), 1)
 
 
 def cut(batch: Any, samples: int, wanted: int) -> Any:
-    """Return the first ``wanted`` samples of a batch, or None where it cannot be cut."""
+    """Return the first ``wanted`` samples of a batch, or None if it cannot be split."""
     sizes = {len(tensor) for tensor in tensors_in(batch) if tensor.ndim}
     if sizes != {samples}:
         return None
@@ -218,7 +218,7 @@ def feed(model: nn.Module, batch: Any) -> Any:
     """Pass a batch to a model.
 
     Raises:
-        CalibrationError: If it is of a kind that says nothing about how.
+        CalibrationError: If the type of the batch does not determine the arguments of the model.
     """
     args, kwargs = call_of(model, batch, CalibrationError)
     return model(*args, **kwargs)

@@ -1,9 +1,9 @@
-"""``cache_bytes=``: results of modules that the next pass would compute again.
+"""``cache_bytes=``: cached results of modules that the next pass would compute again.
 
-A batch is recognized by its contents. Kept is only what drew no random numbers and wrote to no
-buffer; models with hooks, which would not be called for skipped modules, are run in full. And each
-pass runs its first batch both ways: if what the layers receive differs in a bit, nothing is kept
-any more.
+A batch is recognized by its contents. Results are cached only if the pass drew no random numbers
+and modified no buffer. Models with hooks are run in full, since the hooks of skipped modules would
+not be called. Each pass runs its first batch with and without the cache; if the inputs of the
+layers differ in a bit, the cache is given up.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from batchnorm.models.trees import bytes_of, mapped, same
 
 @dataclass
 class CachedBatch:
-    """A copy of a batch, and the calls to skip when it comes again."""
+    """A copy of a batch, and the module calls to skip when the batch is read again."""
 
     batch: Any
     calls: dict[Key, ModuleCall]
@@ -41,8 +41,8 @@ class ResultCache:
 
     Args:
         model: The model.
-        layers: Its layers.
-        batches: The data, with the memory that they leave.
+        layers: The layers that are measured.
+        batches: The data, with the memory budget.
     """
 
     def __init__(self, model: nn.Module, layers: MeasuredLayers, batches: Batches) -> None:
@@ -60,7 +60,7 @@ class ResultCache:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Let every module ask before it runs."""
+        """Replace the forward of every module by one that looks into the cache."""
         pairs = [
             (module, functools.partial(self._forward, module, module.forward))
             for module in (self._model.modules() if self._enabled else ())
@@ -73,7 +73,7 @@ class ResultCache:
             self.clear()
 
     def begin(self, settled: frozenset[str]) -> None:
-        """Begin a pass, in which some layers are settled."""
+        """Begin a pass; the statistics of the ``settled`` layers are final."""
         if not settled >= self._settled:
             self.clear()
         self._settled, self._number, self._checked = settled, 0, False
@@ -84,7 +84,7 @@ class ResultCache:
             self._forget(number)
 
     def run(self, batch: Any, attempt: Callable[[], None]) -> None:
-        """Run a batch by ``attempt``, which runs the model, as little of it as need be."""
+        """Run a batch by ``attempt``, which runs the model; skip modules with cached results."""
         number, self._number = self._number, self._number + 1
         if not self._enabled or self._batches.filling:
             attempt()
@@ -105,24 +105,24 @@ class ResultCache:
                 self._give_up()
 
     def watching(self, tell: Callable[[str], None]) -> Callable[[str], None]:
-        """Return whom to tell of every layer that runs, in place of ``tell``."""
+        """Return the function to call for every layer that runs, which also calls ``tell``."""
         if self._recording is None:
             return tell
         self._recording.before_layer = tell
         return self._recording.enter_layer
 
     def _skips(self, number: int, kept: CachedBatch, attempt: Callable[[], None]) -> bool:
-        """Run a batch without what is kept of it; return whether that went well."""
+        """Run a batch with its cached calls skipped; return whether that succeeded."""
         try:
             self._record(number, kept.batch, kept.calls, attempt)
         except Exception:  # noqa: BLE001
-            # If it was not for what was skipped, the batch in full raises it again.
+            # If the cache is not the cause, running the batch in full raises the error again.
             self._give_up()
             return False
         return True
 
     def _in_full(self, attempt: Callable[[], None]) -> dict[str, list[Any]]:
-        """Run a batch anew; return what was found before."""
+        """Run a batch without the cache; return the Moments that were collected before."""
         found = self._layers.batch.copies()
         self._layers.batch.clear()
         attempt()
@@ -135,7 +135,7 @@ class ResultCache:
     def _record(
         self, number: int, batch: Any, known: dict[Key, ModuleCall], attempt: Callable[[], None]
     ) -> None:
-        """Run a batch, and keep what the next pass may skip."""
+        """Run a batch, and keep the results of calls that the next pass may skip."""
         before, keep = self._state(), False
         recording = self._recording = Recording(known, self._settled, self._budget)
         try:
@@ -172,7 +172,7 @@ class ResultCache:
             call.release(self._budget)
 
     def _state(self) -> list[Any]:
-        """Return what a forward pass changes that is not in its result."""
+        """Return the state that a forward pass may change besides its result."""
         numpy = sys.modules.get("numpy")
         _, keys, *place = numpy.random.get_state() if numpy else ("", None)
         return [

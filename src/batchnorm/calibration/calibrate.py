@@ -6,9 +6,9 @@ batches of :math:`m_i` values per channel:
 .. math:: \hat\mu = \tfrac1n \sum_i m_i \mu_i, \qquad
     \hat\sigma^2 = \tfrac{1}{n-1} \sum_i m_i \big(\sigma_i^2 + (\mu_i - \hat\mu)^2\big)
 
-A layer's input depends on how the layers before it normalize. With ``upstream="batch"`` they do so
-by the current batch, as in training: one pass. With ``"population"`` they do so by their calibrated
-statistics, as in evaluation; see ``population``.
+A layer's input depends on the statistics by which the layers before it normalize. With
+``upstream="batch"`` these are the batch's, as in training: one pass. With ``"population"`` they are
+the calibrated statistics of these layers, as in evaluation; see ``population``.
 """
 
 import functools
@@ -34,14 +34,14 @@ from batchnorm.progress import meter
 from batchnorm.report.said import say
 
 FAILED = """\
-the input of layer {layer!r} has NaN or infinite values in {which}, and so would its statistics; \
-the model is unchanged. allow_nan=True includes them"""
+the input of layer {layer!r} has NaN or infinite values in {which}, so its statistics would be NaN \
+or infinite; the model is unchanged. allow_nan=True includes them"""
 
 NO_IDS = """\
 layer {layer!r} stores statistics for each group of samples (statistics={source}), and was called \
-without groups=; the model is unchanged. Expected forward= that gives the ids of a batch, such as \
-forward=lambda model, batch: model(batch[0], groups=batch[1]), or a function with a block of \
-bn.groups(model, ids)."""
+without groups=; the model is unchanged. Expected a forward= that passes the group ids, such as \
+forward=lambda model, batch: model(batch[0], groups=batch[1]), or a function that calls the model \
+in a block of bn.groups(model, ids)."""
 
 
 def calibrate(
@@ -61,33 +61,34 @@ def calibrate(
     group: Group = None,
     progress: bool = True,
 ) -> Calibration:
-    """Set ``running_mean`` and ``running_var`` to those of everything that enters each layer.
+    """Set ``running_mean`` and ``running_var`` to the mean and variance of each layer's inputs.
 
-    Exact in float64 for any batches, shares and processes; the module says what is computed. Layers
-    with ``bn.Grouped`` get the statistics of each group too; groups without samples keep theirs.
+    Exact in float64, however the data are divided into batches and over processes. Layers with
+    ``bn.Grouped`` also get statistics per group; groups without samples keep their statistics.
 
     Args:
         model: Changed in place, at the end; on any exception it is unchanged.
-        data: Batches of any sizes, each process its own share. A tensor goes to the model as it
-            is, of a tuple or list the first item, a mapping or dataclass as keywords.
-        forward: ``forward(model, batch)``, for batches of any other kind.
-        upstream: What the layers before normalize by: ``"batch"`` or ``"population"``.
-        max_batches: Most batches that a process reads in a pass.
-        max_samples: Most samples of a pass, of all processes; the last batch is cut to fit.
-        target_error: Stop where ``Calibration.error`` is this small, after 8 batches or more.
-        layers: Names, patterns, modules or ``layers(name, module)``; default all but frozen ones.
-        passes: With ``"population"``, passes in full with all layers in eval.
-        cache_bytes: With ``"population"``, memory to keep what the next pass would do again.
-        allow_nan: Whether batches with NaN or infinities count; else left out and reported.
-        device: Where batches go; by default to the model's device, if it has only one.
-        group: A process group; default all processes; False for this one alone.
-        progress: Whether to show a bar on a terminal.
+        data: Batches of any sizes, a separate share per process. The model is called with a tensor,
+            with the first item of a tuple or list, or with a mapping or dataclass as keywords.
+        forward: ``forward(model, batch)``, for batches of any other type.
+        upstream: Statistics by which earlier layers normalize: ``"batch"`` or ``"population"``.
+        max_batches: Maximum number of batches per process and pass.
+        max_samples: Maximum number of samples per pass, over all processes; the last batch is cut.
+        target_error: Stop when ``Calibration.error`` is this small, after at least 8 batches.
+        layers: Names, patterns, modules or ``layers(name, module)``; default: all but frozen.
+        passes: With ``"population"``, this many full passes with all layers in eval mode.
+        cache_bytes: With ``"population"``, memory for results that the next pass can reuse.
+        allow_nan: Whether batches with NaN or infinities count; else they are left out and
+            reported.
+        device: Device of the batches; by default the model's device, if it has only one.
+        group: A process group; default: all processes; False: this process alone.
+        progress: Whether to show a progress bar on a terminal.
 
     Raises:
-        CalibrationError: Nothing to calibrate or to do it with; see the message.
-        LayoutError: With ``"batch"``, one value per channel in a batch.
-        CollectiveError: Processes that differ, failed or are gone.
-        OptionError: An option outside its range.
+        CalibrationError: If there is nothing to calibrate, or no usable data.
+        LayoutError: If a batch has one value per channel, with ``"batch"``.
+        CollectiveError: If processes differ, have failed or are gone.
+        OptionError: If an option is outside its range.
     """
     options = Options(upstream, max_batches, max_samples, target_error, passes, cache_bytes, allow_nan)  # fmt: skip  # noqa: E501
     options.check()
@@ -184,8 +185,8 @@ def _check(passes: Passes, allow_nan: bool) -> None:
             raise CalibrationError(FAILED.format(layer=tally.where, which=which))
     if not passes.found:
         raise CalibrationError(
-            "no layer to calibrate was called: the model's forward does not use them, or the data "
-            "were all empty; the model is unchanged"
+            "no layer to calibrate was called: the model's forward does not use these layers, or "
+            "all batches were empty; the model is unchanged"
         )
     for name, layer in passes.layers.by_name.items():
         _, *groups = passes.layers.keys([name])
@@ -194,6 +195,6 @@ def _check(passes: Passes, allow_nan: bool) -> None:
     for name, one in passes.found.items():
         if float(one.moments.count) < 2 and not allow_nan:
             raise CalibrationError(
-                f"layer {name!r} saw {float(one.moments.count):g} values per channel; a variance "
+                f"layer {name!r} got {float(one.moments.count):g} values per channel; a variance "
                 "needs at least 2; the model is unchanged"
             )

@@ -1,10 +1,10 @@
-"""The Moments of one batch and of all batches, of all layers side by side, and their errors.
+"""The Moments of the current batch and of all batches, for all layers, and their standard errors.
 
-Kernels write those of one batch straight into one tensor that is used again and again, so that a
-batch costs a few operations however many layers there are. Of all batches the Moments are kept in
-at most 64 groups, from whose scatter the standard errors are estimated.
+Kernels write the Moments of the current batch into one preallocated tensor, so that merging a batch
+takes a few operations, independent of the number of layers. The Moments of all batches are kept in
+at most 64 groups of batches; the standard errors are estimated from the variation between groups.
 
-Legend: ``A`` all channels of all layers, ``K`` groups of batches.
+``A`` is the number of channels of all layers together, ``K`` the number of groups of batches.
 """
 
 import math
@@ -17,36 +17,36 @@ from torch import Tensor
 from batchnorm.errors import ChannelError
 from batchnorm.moments import Moments, merge, merge_all, merge_runs
 
-# Groups of batches that are told apart for the standard errors; they double in size when full.
+# Maximum number of groups of batches; when it is reached, groups are merged in pairs.
 GROUPS = 64
-# Numbers that may wait to be merged, at most: 4 MB.
+# Maximum number of values waiting to be merged: 4 MB.
 WAITING = 1 << 19
 
 
 class Errors(NamedTuple):
-    """Standard errors of mean and variance, per channel; NaN while they are unknown."""
+    """Standard errors of mean and variance, per channel; NaN if unknown."""
 
     mean: Tensor
     var: Tensor
 
 
 def standard_errors(groups: Moments) -> Errors:
-    r"""Estimate from the scatter between groups how far mean and variance may be off.
+    r"""Estimate the standard errors of mean and variance from the variation between groups.
 
-    With :math:`n_g, \mu_g, \sigma_g^2` of group g, :math:`n, \mu, \sigma^2` of all, and the mean
-    square about the common mean :math:`q_g = \sigma_g^2 + (\mu_g - \mu)^2`:
+    With :math:`n_g, \mu_g, \sigma_g^2` of group g, :math:`n, \mu, \sigma^2` of all groups, and the
+    mean square about the common mean :math:`q_g = \sigma_g^2 + (\mu_g - \mu)^2`:
 
     .. math:: s_\mu^2 = \tfrac{K}{K-1} \sum_g \big(\tfrac{n_g}{n} (\mu_g - \mu)\big)^2, \qquad
         s_{\sigma^2}^2 = \tfrac{K}{K-1} \sum_g \big(\tfrac{n_g}{n} (q_g - \sigma^2)\big)^2
 
-    Groups are taken as independent draws of any size (a ratio estimate of a cluster sample), so
-    that values within one, neighbouring pixels for example, may depend on each other.
+    The groups are treated as independent samples of different sizes (a ratio estimate of a cluster
+    sample). Values within a group may be correlated, as neighbouring pixels are.
 
     Args:
         groups: count, mean, m2 of shape (K, A), float64, K >= 1.
 
     Returns:
-        Standard errors (A,); NaN where fewer than two groups have values.
+        Standard errors (A,); NaN if fewer than two groups have values.
 
     Reference:
         Cochran 1977, "Sampling Techniques", section 9A.2 (clusters of unequal size).
@@ -66,9 +66,9 @@ def standard_errors(groups: Moments) -> Errors:
 
 def largest_error(groups: Moments, eps: Tensor | float) -> float:
     r"""Return the largest :math:`s_\mu/\sqrt{\sigma^2+\varepsilon}` or
-    :math:`s_{\sigma^2}/2(\sigma^2+\varepsilon)` of all channels; NaN where none is known.
+    :math:`s_{\sigma^2}/2(\sigma^2+\varepsilon)` of all channels; NaN if all are unknown.
 
-    These are the shift and the relative stretch that the errors cause in the normalized values.
+    These are the shift and the relative change of scale that the errors cause in normalized values.
     """  # noqa: D205
     if not len(groups.mean):
         return math.nan
@@ -81,16 +81,16 @@ def largest_error(groups: Moments, eps: Tensor | float) -> float:
 
 
 class BatchMoments:
-    """The Moments of one batch, in every layer.
+    """The Moments of one batch, for every layer.
 
     Args:
         channels: Layer name -> number of channels, in order.
 
     Attributes:
         counts: Layer name -> values per channel, in the order in which the layers were called.
-        values: mean and m2, float64 on the CPU, (2, A). Those of layers without a count are left
-            over from an earlier batch that was taken.
-        parts: Layer name -> its mean and m2, views of ``values``.
+        values: mean and m2, float64 on the CPU, (2, A). For layers without a count they are left
+            over from an earlier batch.
+        parts: Layer name -> mean and m2 of the layer, views of ``values``.
     """
 
     def __init__(self, channels: Mapping[str, int]) -> None:
@@ -98,14 +98,14 @@ class BatchMoments:
         self.values = torch.zeros(2, sum(channels.values()), dtype=torch.float64)
         cut = self.values.split(list(channels.values()), dim=1)
         self.parts = {name: (part[0], part[1]) for name, part in zip(channels, cut, strict=True)}
-        # Of layers on other devices: copied when all have run, as a copy waits for the device.
+        # Moments of layers on other devices, copied after all layers ran: a copy synchronizes.
         self._on_device: dict[str, Moments] = {}
 
     def put(self, name: str, found: Moments) -> None:
         """Merge the Moments of one call of a layer.
 
         Raises:
-            ChannelError: If they have another number of channels than the layer.
+            ChannelError: If the number of channels differs from the layer's.
         """
         mean, m2 = self.parts[name]
         if found.mean.shape != mean.shape:
@@ -123,7 +123,7 @@ class BatchMoments:
             self._on_device[name] = found
 
     def fetch(self) -> None:
-        """Copy what is on other devices."""
+        """Copy the Moments that are on other devices."""
         for name, found in self._on_device.items():
             for here, there in zip(self.parts[name], found[1:], strict=True):
                 here.copy_(there)
@@ -131,12 +131,12 @@ class BatchMoments:
 
     def is_finite(self) -> bool:
         """Return whether no layer's input had a NaN or an infinity."""
-        # With a NaN or an infinity anywhere the sum of all is not finite; with huge float64 numbers
-        # neither, hence the second look.
+        # A NaN or an infinity makes the sum of all values non-finite. So does an overflow of finite
+        # float64 values, hence the second check.
         return math.isfinite(self.values.sum().item()) or bool(self.values.isfinite().all())
 
     def first_not_finite(self) -> str | None:
-        """Return the first layer whose input had a NaN or an infinity."""
+        """Return the first layer whose input had a NaN or an infinity, or None."""
         odd = (n for n in self.counts if not all(part.isfinite().all() for part in self.parts[n]))
         return next(odd, None)
 
@@ -159,8 +159,8 @@ class Collected:
         channels: Layer name -> number of channels, in order.
 
     Attributes:
-        channels: The same.
-        batch: Takes the Moments of the present batch, until ``add``.
+        channels: As passed.
+        batch: The Moments of the current batch, until ``add`` is called.
     """
 
     def __init__(self, channels: Mapping[str, int]) -> None:
@@ -169,8 +169,8 @@ class Collected:
         sizes = torch.tensor(list(channels.values()), dtype=torch.int64)
         self._layers = torch.arange(len(sizes)).repeat_interleave(sizes)
         values = self.batch.values
-        # Batches wait, so that many are merged at once.
-        # A power of two, so that groups are filled by whole lots of waiting batches.
+        # Batches are buffered, so that many are merged at once. Their number is a power of two, so
+        # that a group consists of complete buffers.
         fit = min(max(WAITING // max(values.numel(), 1), 1), GROUPS)
         self._waiting = values.new_empty(1 << fit.bit_length() - 1, *values.shape)
         self._places = self._waiting.unbind()
@@ -179,7 +179,7 @@ class Collected:
         self._groups, self._size, self._taken = Moments(empty, empty, empty), 1, 0
 
     def add(self) -> None:
-        """Add ``batch``, and empty it; layers without a count were not called."""
+        """Add ``batch`` and clear it; layers without a count were not called."""
         batch, number = self.batch, len(self._counts)
         self._places[number].copy_(batch.values)
         self._counts.append([batch.counts.get(name, 0.0) for name in batch.parts])
@@ -197,19 +197,19 @@ class Collected:
         return groups
 
     def total(self) -> Moments:
-        """Return the Moments of everything: count, mean, m2, each (A,)."""
+        """Return the Moments of all batches: count, mean, m2, each (A,)."""
         groups = self.groups()
         if not len(groups.mean):
             return Moments(*(torch.zeros_like(self.batch.values[0]) for _ in range(3)))
         return merge_all(groups)
 
     def split(self, values: Tensor) -> dict[str, Tensor]:
-        """Cut the last axis of a tensor, A, into layers."""
+        """Split the last axis of a tensor, A, into layers."""
         parts = values.split(list(self.channels.values()), dim=-1)
         return dict(zip(self.channels, parts, strict=True))
 
     def _grouped(self) -> tuple[Moments, int]:
-        """Return the groups with what waits in them, and how many batches a group has."""
+        """Return the groups including buffered batches, and the number of batches per group."""
         groups, size = self._groups, self._size
         if not self._counts:
             return groups, size
@@ -218,7 +218,7 @@ class Collected:
         if size > 1:
             new = merge_runs(new, min(size, len(self._places)))
         if self._taken % size:
-            # The last group is not full, and more than what can wait is missing.
+            # The last group is incomplete, and lacks more batches than the buffer has.
             new = merge(Moments(*(part[-1:] for part in groups)), new)  # type: ignore[index]
             groups = Moments(*(part[:-1] for part in groups))  # type: ignore[index]
         groups = Moments(*(torch.cat(pair) for pair in zip(groups, new, strict=True)))  # type: ignore[arg-type]

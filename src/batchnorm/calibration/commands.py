@@ -1,4 +1,4 @@
-"""What the commands ``batchnorm calibrate`` and ``batchnorm merge`` do: from files to a file."""
+"""The commands ``batchnorm calibrate`` and ``batchnorm merge``, from input files to output file."""
 
 import inspect
 import itertools
@@ -29,20 +29,20 @@ from batchnorm.storage.states import check_target, read_state, write_state
 
 @dataclass(frozen=True)
 class Job:
-    """What to calibrate, with what, and where the result goes.
+    """The arguments of ``batchnorm calibrate``.
 
     Attributes:
-        model: ``"package.module:name"`` of a model or of a function that returns one.
-        data: The same of an iterable of batches, or of a function that returns one. A function
-            with the parameters ``rank`` and ``world_size`` is given them, and returns the share of
-            that process; of other data each process takes every n-th batch, unless a
-            ``DistributedSampler`` already deals them out.
-        checkpoint: File with the weights; None for the model as it is built.
+        model: ``"package.module:name"`` of a model or of a function that returns a model.
+        data: ``"package.module:name"`` of an iterable of batches, or of a function that returns an
+            iterable. A function with the parameters ``rank`` and ``world_size`` gets them and
+            returns the share of that process. Other data are shared so that each process reads
+            every n-th batch, unless a ``DistributedSampler`` divides the data already.
+        checkpoint: File with the weights; None to use the model as built.
         out: File for the checkpoint with the new statistics.
-        forward: The same of ``forward(model, batch)``.
-        device: Where model and batches go.
+        forward: ``"package.module:name"`` of a function ``forward(model, batch)``.
+        device: Device of model and batches.
         save: File for the calibration itself.
-        force: Whether files that exist are replaced.
+        force: Whether existing files are replaced.
         options: Further options of ``calibrate``.
     """
 
@@ -59,7 +59,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """What came of a job: the calibration, how long it took, and the number of this process."""
+    """The result of a job: the calibration, its duration, and the rank of this process."""
 
     calibration: Calibration
     seconds: float
@@ -67,16 +67,16 @@ class Done:
 
 
 def run(job: Job) -> Done:
-    """Do a job; under ``torchrun`` together with the other processes, of which the first writes.
+    """Run a job; under ``torchrun`` all processes take part, and rank 0 writes the files.
 
-    Names, options, the device and every path are checked before the data are asked for.
+    Names, options, the device and all paths are checked before the data are read.
 
     Raises:
-        OptionError: A name that cannot be imported, a device that is not there, an option out of
+        OptionError: If a name cannot be imported, a device is not available, or an option is out of
             its range.
-        CheckpointError: A checkpoint that cannot be read, would run code, or is of another model.
-        BatchNormError: Whatever ``calibrate`` raises.
-        OSError: A file that cannot be read or written, or an output file that exists.
+        CheckpointError: If a checkpoint cannot be read, would run code, or is of another model.
+        BatchNormError: Any error of ``calibrate``.
+        OSError: If a file cannot be read or written, or an output file exists.
     """
     options = dict(job.options)
     layers = options.pop("layers", None)
@@ -114,7 +114,7 @@ def run(job: Job) -> Done:
 
 
 def _check_targets(job: Job) -> None:
-    """Refuse files that could not be written, before anything is read."""
+    """Check that the output files can be written, before anything is read."""
     check_target(job.out, job.force)
     if job.save is not None:
         if job.save.resolve() == job.out.resolve():
@@ -141,7 +141,7 @@ def _share(found: Any, ranks: Ranks, path: str) -> Iterable[Any]:
 
 
 class _Every:
-    """Every n-th batch of some data, from the first-th on."""
+    """The batches first, first + step, first + 2 step, ... of an iterable."""
 
     def __init__(self, data: Iterable[Any], first: int, step: int) -> None:
         self._data, self._first, self._step = data, first, step
@@ -153,13 +153,13 @@ class _Every:
 def updated(
     state: Mapping[str, Any], model: nn.Module, names: Iterable[str], prefix: str
 ) -> dict[str, Any]:
-    """Return the checkpoint's own state dict with the model's statistics of some layers.
+    """Return the checkpoint's state dict with the statistics of some layers of the model.
 
     Args:
-        state: The state dict; all else in it stays as it is.
+        state: The state dict; all other entries stay unchanged.
         model: The model.
         names: Names of the layers.
-        prefix: What the names in the state dict have before those in the model.
+        prefix: Prefix of the names in the state dict before the names in the model.
     """
     now = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
     new = dict(state)
@@ -180,16 +180,16 @@ def combine(
         paths: Calibrations, or checkpoints of one model.
         out: The file to write.
         counts: Weights of checkpoints; equal by default.
-        force: Whether a file that exists is replaced.
+        force: Whether an existing file is replaced.
 
     Returns:
         The merged calibration; None for checkpoints.
 
     Raises:
-        OptionError: Fewer than two files, files of both kinds, counts for calibrations, or an
-            ending of ``out`` that is unknown.
-        BatchNormError: Whatever reading and merging raise.
-        OSError: A file that cannot be read or written, or an output file that exists.
+        OptionError: If there are fewer than two files, files of both kinds, counts for
+            calibrations, or the suffix of ``out`` is unknown.
+        BatchNormError: Any error of reading and merging.
+        OSError: If a file cannot be read or written, or the output file exists.
     """
     if len(paths) < 2:
         raise OptionError(f"expected two or more files to merge, got {len(paths)}")
@@ -199,7 +199,7 @@ def combine(
         raise OptionError("expected calibrations or checkpoints to merge, got files of both kinds")
     if kinds == {True}:
         if counts is not None:
-            raise OptionError("calibrations know their counts; leave --counts away")
+            raise OptionError("calibrations contain their counts; omit --counts")
         safetensors()
         first, *others = (Calibration.load(path) for path in paths)
         merged = first.merge(*others)

@@ -12,19 +12,19 @@ from batchnorm.errors import CalibrationError
 from batchnorm.files import write_atomically
 from batchnorm.storage.safetensors_file import safetensors
 
-# What a layer has, in order; the names of its tensors are "layer:key".
+# Tensors of a layer, in order; the names in the file are "layer:key".
 KEYS = ("count", "mean", "m2", "groups.count", "groups.mean", "groups.m2", "old.mean", "old.var")
 PLAIN = ("batches", "samples", "rejected", "upstream", "passes", "reached")
 FORMAT = "batchnorm-calibration-2"
 
 NOT_ONE = """\
-expected a calibration that Calibration.save has written, got {path}, {what}"""
+expected a file that Calibration.save has written, got {path}, {what}"""
 
 
 def save(
     content: tuple[Mapping[str, Tensor], Mapping[str, Any]], path: str | PathLike[str]
 ) -> None:
-    """Write tensors and plain values in one step.
+    """Write tensors and plain values atomically.
 
     Raises:
         MissingExtraError: If safetensors is not installed.
@@ -38,10 +38,10 @@ def save(
 
 
 def load(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what ``save`` has written.
+    """Read a file that ``save`` has written.
 
     Raises:
-        CalibrationError: If it is something else, or damaged.
+        CalibrationError: If the file is of another kind, or damaged.
         MissingExtraError: If safetensors is not installed.
         OSError: If the file cannot be read.
     """
@@ -50,7 +50,7 @@ def load(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         tensors: dict[str, Tensor] = torch_file.load(data)
     except Exception as error:
-        what = f"which is no safetensors file or a damaged one ({error})"
+        what = f"which is not a safetensors file, or is damaged ({error})"
         raise CalibrationError(NOT_ONE.format(path=path, what=what)) from error
     metadata = metadata_of(data)
     if metadata.get("format") != FORMAT:
@@ -78,6 +78,6 @@ def is_calibration(path: Path) -> bool:
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        # The head of a safetensors file is JSON, and at most 100 MB.
+        # The header of a safetensors file is JSON of at most 100 MB.
         head = file.read(min(length, 100_000_000))
     return f'"{FORMAT}"'.encode() in head

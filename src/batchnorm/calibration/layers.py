@@ -1,4 +1,4 @@
-"""Which layers of a model are calibrated, and why the others are left alone."""
+"""The choice of the layers to calibrate, with a reason for every layer that is left out."""
 
 import fnmatch
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ from batchnorm.nn.base import Layer
 from batchnorm.nn.common import adapts
 from batchnorm.report.said import say
 
-# A name or pattern, a module, several of them, or a question.
+# A name or pattern, a module, several of them, or a function of name and module.
 LayersLike = str | nn.Module | Iterable[str | nn.Module] | Callable[[str, nn.Module], bool] | None
 
 KINDS = """\
@@ -21,14 +21,14 @@ expected layers= to be a name, a pattern, a module, several of these, or a funct
 module, got {kind}"""
 
 NONE = """\
-expected a model with a batch normalization to calibrate, got {model} with none that is \
-recognized. Layers must derive from torch.nn's, as those of this library, SyncBatchNorm and timm \
-do; a scripted or traced model has none: calibrate the one it was made from."""
+expected a model with a batch normalization to calibrate, got {model} without any that is \
+recognized. Layers must derive from torch.nn's, as in this library, SyncBatchNorm and timm; \
+for a scripted or traced model, calibrate the original model."""
 
 SKIPPED = """\
 expected a model with a batch normalization to calibrate, got {model} in which each is left out \
-({why}). Frozen ones are calibrated where layers= names them, and those that are frozen by their \
-mode after model.train() or model.eval()."""
+({why}). Frozen layers are calibrated if layers= names them; layers that are frozen by their mode \
+are also calibrated after model.train() or model.eval()."""
 
 
 def choose(model: nn.Module, layers: LayersLike) -> tuple[list[Found], dict[str, str]]:
@@ -36,12 +36,12 @@ def choose(model: nn.Module, layers: LayersLike) -> tuple[list[Found], dict[str,
 
     Args:
         model: Any model.
-        layers: None for all but the frozen ones; or exactly which, frozen or not: names, patterns
-            such as ``"layer4.*"``, modules (with everything inside them), or
-            ``layers(name, module)``.
+        layers: None for all layers that are not frozen. Otherwise exactly the layers to calibrate,
+            frozen or not: names, patterns such as ``"layer4.*"``, modules (with all layers inside
+            them), or ``layers(name, module)``.
 
     Raises:
-        CalibrationError: If none is left, or one is lazy and has not seen an input.
+        CalibrationError: If no layer is left, or a lazy layer is not initialized.
         OptionError: If a name, pattern or module has no layer in the model.
     """
     if not isinstance(model, nn.Module):
@@ -101,10 +101,10 @@ def _frozen(found: Found, trains: bool) -> str:
 
 
 def _trains(model: nn.Module) -> bool:
-    """Return whether a module that has parameters, or none inside it, is in training mode.
+    """Return whether a module that has parameters, or has no children, is in training mode.
 
-    The mode of a module without parameters around others says nothing: a wrapper such as
-    ``AveragedModel`` is made in training mode around a model in eval.
+    The mode of a container without parameters is ignored: a wrapper such as ``AveragedModel`` is
+    constructed in training mode around a model in eval mode.
     """
     return any(
         module.training and (_any(module.parameters(recurse=False)) or not _any(module.children()))

@@ -1,9 +1,10 @@
-"""Layers whose ``forward`` is replaced for a calibration: it measures, and normalizes as told.
+"""Layers whose ``forward`` is replaced during a calibration, to measure the input and normalize.
 
-Every chosen layer runs its own forward in eval mode, whatever its class, with the statistics that
-it should normalize by in its buffers: the batch's own, or given ones. So the input is read once
-for its Moments and once to be normalized, as in training. Where the forward is torch's own, our
-kernel runs in its place. A call with groups of samples is measured, and normalized, group by group.
+The replacement computes the Moments of the input, writes the statistics by which to normalize (the
+batch's, or given ones) to the layer's buffers, and calls the layer's own forward in eval mode,
+whatever its class. So the input is read once for its Moments and once for the normalization, as in
+training. If the forward is torch.nn's, our kernel is called instead. A call with groups of samples
+is measured and normalized group by group.
 """
 
 import contextlib
@@ -38,25 +39,25 @@ from batchnorm.selection import check_enough
 
 TRANSFORMED = """\
 layer {name!r} is called inside of a transform of torch.func (vmap, grad, ...), where its \
-input cannot be measured; pass forward= that calls the model without it"""
+input cannot be measured; pass a forward= that calls the model without the transform"""
 
 ANY_SIZE = """
-upstream="population" needs no statistics of a batch, and takes batches of any size."""
+upstream="population" does not normalize by a batch, and accepts batches of any size."""
 
 _WIDE = (torch.float32, torch.float64)
 
 
 class MeasuredLayers:
-    """The chosen layers of a model during a calibration. Made by ``measured``.
+    """The chosen layers of a model during a calibration, created by ``measured``.
 
     Attributes:
         by_name: Name -> layer.
-        places: Name -> where statistics are stored, of all samples and of each group.
-        stored: Name -> what was stored there at first, made usable.
-        batch: Takes the Moments of the present batch.
+        places: Name -> buffers of the statistics, of all samples and of each group.
+        stored: Name -> initial statistics, with unusable values replaced.
+        batch: The Moments of the current batch.
         before_call: Called with the name of each layer before it runs; may raise to end the
             forward pass.
-        each: The layers with what replaces their ``forward``.
+        each: The layers with the functions that replace their ``forward``.
     """
 
     def __init__(self, chosen: Iterable[Found]) -> None:
@@ -70,27 +71,27 @@ class MeasuredLayers:
     def configure(
         self, measured: Collection[str], given: Mapping[str, Statistics] | None = None
     ) -> None:
-        """Set which layers are measured, and what all layers normalize by.
+        """Set which layers are measured, and the statistics by which all layers normalize.
 
         Args:
             measured: Names of the layers to measure.
-            given: Name -> statistics, for every layer; of groups that it lacks, those that were
-                stored. None for those of each batch.
+            given: Name -> statistics, for every layer; groups that are missing use the stored
+                statistics. None to normalize by each batch.
         """
         known = None if given is None else {**self.stored, **given}
         for layer in self.each:
             layer.configure(layer.name in measured, known)
 
     def keys(self, names: Collection[str]) -> list[str]:
-        """Return the names of all places of some layers."""
+        """Return the names of the places of some layers: of all samples and of each group."""
         return [key for key, place in self.places.items() if place.name in names]
 
 
 @contextlib.contextmanager
 def measured(model: nn.Module, chosen: Iterable[Found]) -> Iterator[MeasuredLayers]:
-    """Put a model in eval mode and measure the chosen layers in a block.
+    """Put a model in eval mode and measure the chosen layers in a ``with`` block.
 
-    To be used inside of ``models.preserved``, which restores modes and buffers.
+    Must be used inside of ``models.preserved``, which restores modes and buffers.
     """
     for _, _, layer in walk(model):
         if layer.running_mean is not None:
@@ -103,8 +104,8 @@ def measured(model: nn.Module, chosen: Iterable[Found]) -> Iterator[MeasuredLaye
 class MeasuredLayer:
     """A layer and the function that replaces its ``forward``.
 
-    This is what a calibration costs beside the network itself; small layers are slowed down by
-    every line.
+    Its overhead is the cost of a calibration in addition to the network, so the code for small
+    layers is short.
     """
 
     def __init__(self, layers: MeasuredLayers, name: str, layer: _BatchNorm) -> None:
@@ -112,19 +113,19 @@ class MeasuredLayer:
         self._axis: int = getattr(layer, "axis", 1)
         self._forward = layer.forward
         own = getattr(self._forward, "__func__", None)
-        # torch's forward does nothing but normalize: our kernel needs no statistics in buffers.
+        # torch.nn's forward only normalizes, so our kernel can be called with the statistics.
         self._is_torch = own is _BatchNorm.forward
         self._groups = groups_of(layer)
         self._measured = False
         self._given: Statistics | None = None
-        # Buffers for a batch's statistics; None where the layer computes them by itself.
+        # Buffers for a batch's statistics; None if the layer's forward computes them itself.
         self._own: Statistics | None = None
 
     def configure(self, is_measured: bool, known: Mapping[str, Statistics] | None) -> None:
-        """Set whether the input is measured, and what it is normalized by; None for the batch."""
+        """Set whether the input is measured, and the statistics to use; None for the batch's."""
         given = None if known is None else known[self.name]
         self._measured, self._given, self._own, layer = is_measured, given, None, self.layer
-        # A layer that something cast to half precision would round what is put in its buffers.
+        # If the layer's buffers were cast to half precision, they would round the statistics.
         own_path = given is None and layer.get_buffer("running_mean").dtype not in _WIDE
         layer.training, layer.track_running_stats = own_path, not own_path
         if given is not None and known is not None:
@@ -160,7 +161,7 @@ class MeasuredLayer:
         return self._forward(*args, **kwargs)
 
     def _normalize(self, x: Tensor, mean: Tensor, m2: Tensor, count: int) -> Any:
-        """Normalize the layer's only argument, of which these are the Moments."""
+        """Normalize the layer's only argument by its Moments."""
         if self._given is not None:
             return self._forward(x)
         layer = self.layer
@@ -177,7 +178,7 @@ class MeasuredLayer:
         return self._forward(x)
 
     def _measure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Measure any input, with or without a mask or groups, in any call of a batch."""
+        """Measure an input, with or without a mask or groups, in the first or a later call."""
         given = entered(self.layer, args, kwargs)
         found = given.by_group()
         whole = pooled(found) if found.mean.ndim == 2 else found
@@ -197,13 +198,13 @@ class MeasuredLayer:
                     one = Moments(count, found.mean[group], found.m2[group])
                     self._layers.batch.put(key_of(self.name, group), one)
         if self._own is not None:
-            # In new tensors: results of an earlier call may not have been read yet. A layer that
-            # stores nothing for groups takes rows in the place of its one mean and variance.
+            # New tensors, since results of an earlier call may not have been read yet. A layer
+            # without statistics per group gets rows in place of its mean and variance.
             rows = self._groups and found is not whole
             self._put(GROUP_BUFFERS if rows else BUFFERS, found.mean, found.variance())
 
     def _put(self, names: tuple[str, ...], mean: Tensor, var: Tensor) -> None:
-        """Put statistics in the place of the layer's buffers, which ``preserved`` keeps."""
+        """Replace the layer's buffers by statistics; ``preserved`` restores the buffers."""
         for name, new in zip(names, (mean, var), strict=True):
             old = self.layer.get_buffer(name)
             buffers(self.layer)[name] = new.to(old.device, old.dtype)

@@ -1,7 +1,7 @@
-"""The passes over the data, on every process of a job alike, and what they find.
+"""The passes over the data, in every process of a job, and their results.
 
-Each process reads its own share, of any size. They exchange what they have found when all shares
-are read, and with a target error also in between.
+Each process reads its own share, of any size. The processes exchange their results when all shares
+have been read, and with a target error also in between.
 """
 
 from collections import Counter
@@ -21,22 +21,21 @@ from batchnorm.progress import Tell
 
 Run = Callable[[Any], None]
 
-# Batches before a standard error is believed: with fewer it is too uncertain itself.
+# Minimum number of batches before a standard error is used; with fewer it is too uncertain.
 FEWEST = 8
 _DONE, _MORE = "done", "more"
 
 
 @dataclass
 class Tally:
-    """What was read.
+    """Numbers of batches and samples that were read.
 
     Attributes:
-        batches: How many batches.
-        samples: How many samples.
-        rejected: How many batches were left out for values that are not finite.
+        batches: Number of batches.
+        samples: Number of samples.
+        rejected: Number of batches left out because of values that are not finite.
         where: The first layer with such values in its input.
-        used: Name of a layer, or of a group of samples of one -> in how many batches that counted
-            it had values.
+        used: Name of a layer or place -> number of accepted batches in which it had values.
     """
 
     batches: int = 0
@@ -47,12 +46,12 @@ class Tally:
 
 
 class Measured(NamedTuple):
-    """What was measured for one layer, or for one group of samples of it.
+    """The measured Moments of one layer, or of one group of its samples.
 
     Attributes:
-        moments: Moments of everything.
-        groups: Those of groups of batches, (K, C).
-        batches: In how many batches it had values.
+        moments: Moments of all batches.
+        groups: Moments of groups of batches, (K, C).
+        batches: Number of batches with values.
     """
 
     moments: Moments
@@ -61,13 +60,13 @@ class Measured(NamedTuple):
 
 
 class PassResult(NamedTuple):
-    """What a pass found, of all processes together.
+    """The result of a pass, over all processes.
 
     Attributes:
-        layers: Name of a layer, or of a group of samples of one -> what was measured; without
-            layers that were not called and groups without samples.
-        tally: What was read.
-        reached: Whether the target error was reached; False where there is none.
+        layers: Name of a layer, or of a group of its samples -> measured Moments; without layers
+            that were not called and groups without samples.
+        tally: Numbers of batches and samples.
+        reached: Whether the target error was reached; False without a target.
     """
 
     layers: dict[str, Measured]
@@ -76,7 +75,7 @@ class PassResult(NamedTuple):
 
 
 class Passes:
-    """Reads the data, once or more, and keeps the present estimate of every layer.
+    """Reads the data, once or several times, and keeps the current estimate of every layer.
 
     Args:
         layers: The layers.
@@ -84,15 +83,15 @@ class Passes:
         run: Passes a batch to the model.
         ranks: The processes.
         options: The target error, and whether NaN is allowed.
-        tell: Called with the samples of every batch, and what returns the error so far.
+        tell: Called with the samples of every batch, and a function that returns the error so far.
 
     Attributes:
-        names: Of all layers.
-        current: Name of a layer, or of a group of samples of one -> the present estimate; what is
-            stored, before there is any.
-        found: Name -> what was measured last.
-        remaining: Name -> by how many standard errors that moved the estimate.
-        results: Of every pass.
+        names: Names of all layers.
+        current: Name of a layer, or of a group of its samples -> current estimate; at first the
+            stored statistics.
+        found: Name -> the last measured Moments.
+        remaining: Name -> change of the estimate in the last pass, in standard errors.
+        results: Results of all passes.
     """
 
     def __init__(
@@ -113,12 +112,12 @@ class Passes:
         self.results: list[PassResult] = []
 
     def once(self) -> None:
-        """Measure all layers, each normalizing by the batch as in training."""
+        """Measure all layers in one pass; all normalize by the batch, as in training."""
         self.layers.configure(self.names)
         self.measure(self.names, self.batches.round(), self.run)
 
     def repeat(self, number: int) -> None:
-        """Measure all layers in every pass, each normalizing by the estimate of the pass before."""
+        """Measure all layers in ``number`` passes; they normalize by the previous estimate."""
         for _ in range(number):
             before = dict(self.current)
             self.layers.configure(self.names, before)
@@ -126,7 +125,7 @@ class Passes:
             self.compare(before)
 
     def measure(self, names: Collection[str], batches: Iterator[Any], run: Run) -> None:
-        """Read the data once, and make what is found the present estimate of some layers."""
+        """Read the data once, and set the current estimate of some layers to the result."""
         result = _Pass(self, names).run(batches, run)
         self.results.append(result)
         for name, one in result.layers.items():
@@ -137,12 +136,12 @@ class Passes:
             self.current[name] = Statistics(one.moments.mean, var)
 
     def forget(self, names: Collection[str]) -> None:
-        """Drop what was measured for some layers."""
+        """Drop the measured Moments of some layers."""
         for key in self.layers.keys(names):
             self.found.pop(key, None)
 
     def compare(self, before: Mapping[str, Statistics]) -> None:
-        """Note by how many standard errors the last pass has moved the estimates."""
+        """Store the change of the estimates in the last pass, in standard errors."""
         for name, measured in self.results[-1].layers.items():
             errors = standard_errors(measured.groups)
             steps = [
@@ -154,7 +153,7 @@ class Passes:
 
 
 class _Pass:
-    """One pass over the data, which measures some layers."""
+    """One pass over the data that measures some layers."""
 
     def __init__(self, passes: Passes, names: Collection[str]) -> None:
         where = passes.layers.places
@@ -168,7 +167,7 @@ class _Pass:
         passes.layers.batch = self._collected.batch
 
     def run(self, batches: Iterator[tuple[Any, int]], run: Run) -> PassResult:
-        """Run every batch, and return what all processes have found together."""
+        """Run every batch, and return the merged result of all processes."""
         met: bool | None = False
         for batch, samples in batches:
             run(batch)
@@ -203,7 +202,7 @@ class _Pass:
         return True
 
     def _meet(self, word: str) -> bool | None:
-        """Exchange a word; return whether the target is reached, None if all processes are done."""
+        """Exchange a status; return whether the target is reached, None if all are done."""
         words = self._ranks.exchange(word)
         if self._target is not None:
             groups = self._groups()
@@ -213,7 +212,7 @@ class _Pass:
         return None if all(said == _DONE for said in words) else False
 
     def _groups(self) -> Moments:
-        """Return the groups of all processes, few enough of each to be sent."""
+        """Return the groups of all processes; each process sends a limited number."""
         ranks = self._ranks
         most = max(2, GROUPS // ranks.size)
         groups = self._collected.groups(most)
@@ -238,7 +237,7 @@ class _Pass:
     def _split(
         self, total: Moments, groups: Moments, batches: Mapping[str, int]
     ) -> dict[str, Measured]:
-        """Cut the Moments of all channels into those of the layers that were called."""
+        """Split the Moments of all channels into those of the layers that were called."""
         split = self._collected.split
         of_all, of_groups = ([split(part) for part in one] for one in (total, groups))  # type: ignore[arg-type]
         found = {}

@@ -1,9 +1,9 @@
-"""``upstream="population"``: every layer is measured on the input that it has in eval mode.
+"""``upstream="population"``: every layer is measured on the input that it gets in eval mode.
 
-The statistics of a layer are those of its input when all layers before it normalize by *their*
-new running statistics. Layers whose input depends on no other are settled in the first pass over
-the data, those that depend on these in the second, and so on: as many passes as the longest chain
-has layers. Nothing that is counted depends on how the data were cut into batches.
+The statistics of a layer are those of its input when all layers before it normalize by *their* new
+running statistics. The first pass over the data determines the layers whose input depends on no
+other layer, the second pass those that depend on these, and so on: as many passes as the longest
+chain has layers. The result does not depend on the division of the data into batches.
 """
 
 import itertools
@@ -22,22 +22,22 @@ from batchnorm.models.following import follow
 def levels(needs: Mapping[str, Iterable[str]]) -> tuple[list[frozenset[str]], frozenset[str]]:
     """Return the layers of each level, and all layers that depend on themselves.
 
-    The input of a layer of level 1 depends on no other, that of level 2 on those of level 1 only,
-    and so on: there are as many levels as the longest chain has layers. Layers that depend on each
-    other in a circle have one level.
+    The input of a layer of level 1 depends on no other layer, that of level 2 on layers of level 1
+    only, and so on: there are as many levels as the longest chain has layers. Layers that depend on
+    each other in a cycle have the same level.
 
     Args:
-        needs: Layer -> the layers that its input depends on, of all layers that were called.
+        needs: Layer -> the layers on which its input depends, for all layers that were called.
     """
     closed = {name: set(others) for name, others in needs.items()}
-    # Warshall's transitive closure: other batches may show what a needed layer needs itself.
+    # Warshall's transitive closure: different batches may have shown different dependencies.
     for middle, needed in closed.items():
         for others in closed.values():
             if middle in others:
                 others.update(needed)
     circular = frozenset(name for name, others in closed.items() if name in others)
     level: dict[str, int] = {}
-    # A layer needs more layers than each of those that it needs, or as many as others in a circle.
+    # A layer depends on more layers than each of its dependencies does, or on as many in a cycle.
     for name in sorted(closed, key=lambda name: (len(closed[name]), name not in circular)):
         below = (level[o] for o in closed[name] & level.keys() if name not in closed[o])
         level[name] = 1 + max(below, default=0)
@@ -45,7 +45,7 @@ def levels(needs: Mapping[str, Iterable[str]]) -> tuple[list[frozenset[str]], fr
     return [frozenset(n for n in level if level[n] == number) for number in numbers], circular
 
 
-# Layers that depend on themselves are repeated until they move by less than this, relatively.
+# Layers in a cycle are measured repeatedly until their relative change is below this.
 SETTLED = 1e-6
 MOST_REPEATS = 20
 
@@ -53,11 +53,11 @@ Calls = tuple[str, ...]
 
 
 class StopForward(BaseException):
-    """Ends a forward pass that is needed no further; no Exception, so that no model catches it."""
+    """Ends a forward pass early; a BaseException, which a model's ``except`` does not catch."""
 
 
 class UnknownOrder(BaseException):
-    """Ends a forward pass that calls the layers in an order not seen before."""
+    """Ends a forward pass that calls the layers in an unknown order."""
 
 
 class CallOrder:
@@ -65,7 +65,7 @@ class CallOrder:
 
     Args:
         wanted: The layers of interest.
-        known: Every order of calls that was seen.
+        known: All orders of calls that were observed.
     """
 
     def __init__(self, wanted: Collection[str], known: list[Calls]) -> None:
@@ -77,15 +77,15 @@ class CallOrder:
         self._possible = [calls for calls in self._possible if calls[at : at + 1] == (name,)]
         if not self._possible:
             raise UnknownOrder
-        # Ended only here, at the call after the last of interest: had that come once more, in a
-        # batch unlike the others, it would have been noticed.
+        # The pass ends here, at the call after the last layer of interest, and not before: so a
+        # further call of that layer, in a batch with another order, is noticed.
         if not any(name in self._wanted for calls in self._possible for name in calls[at:]):
             raise StopForward
         self._at += 1
 
 
 class Population:
-    """Settles the layers of a model, level after level.
+    """Determines the statistics of the layers of a model, level by level.
 
     Args:
         model: The model.
@@ -96,14 +96,14 @@ class Population:
         self._model, self._passes = model, passes
         self._cache = ResultCache(model, passes.layers, passes.batches)
         self._orders: list[Calls] = []
-        # Layer name -> the layers its input depends on: in this process, and in all.
+        # Layer name -> the layers on which its input depends: in this process, and in all.
         self._seen: dict[str, frozenset[str]] = {}
         self._needs: dict[str, frozenset[str]] = {}
         self._levels: list[frozenset[str]] = []
         self._circular: frozenset[str] = frozenset()
 
     def settle(self) -> None:
-        """Make as many passes as there are levels, until every layer that is used is settled."""
+        """Make as many passes as there are levels, until all called layers are determined."""
         batches: Iterator[Any] | None = self._look_ahead()
         done: list[frozenset[str]] = []
         with self._cache.installed():
@@ -111,7 +111,7 @@ class Population:
                 plan = self._levels
                 pairs = zip(done, plan, strict=False)
                 right = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-                # Another batch showed that a layer depends on more than was known.
+                # A batch has shown that a layer depends on further layers.
                 self._passes.forget(frozenset().union(*done[right:]))
                 done = done[:right]
                 if right == len(plan):
@@ -120,11 +120,11 @@ class Population:
                 batches = None
                 done.append(plan[right])
         if batches is not None:
-            # No layer was called: the data are read all the same, for the count of batches.
+            # No layer was called; read the data anyway, to count the batches.
             self._passes.measure(self._passes.names, batches, self._passes.run)
 
     def _look_ahead(self) -> Iterator[Any]:
-        """Follow the first batch, so that the first pass knows what to measure."""
+        """Record the first batch, so that the first pass knows which layers to measure."""
         batches = self._passes.batches.round()
         first = next(batches, None)
         if first is not None:
@@ -152,7 +152,7 @@ class Population:
                 return
 
     def _run(self, batch: Any, wanted: frozenset[str]) -> None:
-        """Run the model on a batch as far as the wanted layers need it."""
+        """Run the model on a batch until all wanted layers have run."""
         layers = self._passes.layers
         try:
             self._cache.run(batch, lambda: self._run_to_the_last(batch, wanted))
@@ -163,7 +163,7 @@ class Population:
             try:
                 self._run_to_the_last(batch, wanted)
             except UnknownOrder:
-                # A model that does not do the same thing twice: all of it.
+                # The model is not deterministic: run it in full.
                 layers.batch.clear()
                 self._passes.run(batch)
 
@@ -178,7 +178,7 @@ class Population:
             layers.before_call = None
 
     def _follow(self, batch: Any) -> None:
-        """Learn from a batch in which order layers are called, and on which others each depends."""
+        """Record a batch: the order of the calls of layers, and their dependencies."""
         passes, names = self._passes, self._passes.names
         passes.layers.before_call = None
         passes.layers.configure(())
@@ -190,7 +190,7 @@ class Population:
             self._seen[name] = self._seen.get(name, frozenset()) | needs
 
     def _share(self) -> None:
-        """Plan the passes by what depends on what in the batches of all processes."""
+        """Plan the passes by the dependencies in the batches of all processes."""
         merged: dict[str, frozenset[str]] = {}
         for seen in self._passes.ranks.exchange(self._seen):
             for name, needs in seen.items():

@@ -1,8 +1,9 @@
-"""Which calls of modules in one forward pass can be skipped when it is done again.
+"""The module calls of a forward pass that can be skipped when the pass is repeated.
 
-What runs before the first layer that is not settled depends on settled layers alone: done again, it
-gives the same bits. Of that part those calls of modules are skipped that return one new tensor and
-write to nothing. All others run again, on the very tensors that they had.
+A layer is settled if its statistics no longer change. Everything that runs before the first layer
+that is not settled gives the same bits when it is repeated. In that part, calls of modules that
+return one new tensor and mutate nothing are skipped; all other calls run again, with the same
+inputs.
 """
 
 from collections import Counter
@@ -17,7 +18,7 @@ from batchnorm.calibration.batches import MemoryBudget
 from batchnorm.compat.tensors import storage_key, version
 from batchnorm.models.trees import tensors_in
 
-# A module, and how many calls of it came before in this batch.
+# A module, and the number of its earlier calls in this batch.
 Key = tuple[nn.Module | None, int]
 
 
@@ -26,16 +27,16 @@ class ModuleCall:
     """A call of a module.
 
     Attributes:
-        key: Which call.
-        inputs: The storages of the tensors that it was given.
+        key: The module and the number of the call.
+        inputs: The storages of the input tensors.
         layers: The normalization layers that ran inside, in order.
-        inside: How often modules were called inside.
-        children: The calls in it that have ended; empty once its own result is kept.
-        result: What it returned, where that is all it did and there is memory for it.
-        version: Of the result when it was returned.
-        clean: Whether it wrote to no input of the call around it.
-        dropped: Whether the result was given up, since only that of a later call is read.
-        taken: Bytes taken for the result.
+        inside: Numbers of calls of the modules inside.
+        children: The finished calls inside; empty once the call's own result is kept.
+        result: The returned tensor, if the call had no other effect and there is memory for it.
+        version: Version of the result when it was returned.
+        clean: Whether the call mutated no input of the enclosing call.
+        dropped: Whether the result was released because only a later call's result is read.
+        taken: Bytes reserved for the result.
     """
 
     key: Key
@@ -51,25 +52,25 @@ class ModuleCall:
 
     @property
     def is_chain(self) -> bool:
-        """Whether what a child returns is read by the next child only."""
+        """Whether only the next child reads the result of a child."""
         return type(self.key[0]) is nn.Sequential
 
     def release(self, budget: MemoryBudget) -> None:
-        """Give the result up."""
+        """Release the result and its memory."""
         budget.left += self.taken
         self.result, self.taken = None, 0
 
 
 class Recording:
-    """One forward pass: skips calls that are known, and finds those that the next one may skip.
+    """One forward pass: skips known calls, and finds the calls that the next pass may skip.
 
     Args:
         known: The calls to skip.
         settled: The layers that are settled.
-        budget: Where memory for results is taken from.
+        budget: Memory budget for results.
 
     Attributes:
-        before_layer: Called with the name of each layer before it runs, or would.
+        before_layer: Called with the name of each layer before it runs or is skipped.
         found: The calls that the next pass may skip; None until the first unsettled layer.
     """
 
@@ -84,7 +85,7 @@ class Recording:
         self._kept: list[ModuleCall] = []
 
     def call(self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run a module, or return what it is known to return."""
+        """Run a module, or return its known result."""
         key = module, self._counts[module]
         self._count(Counter([module]))
         known = self._known.get(key)
@@ -92,7 +93,7 @@ class Recording:
             self._count(known.inside)
             for name in known.layers:
                 self.enter_layer(name)
-            # A copy, as it may be written to; None where no call reads it.
+            # A copy, since the caller may modify it; None if no call reads it.
             result = None if known.result is None else known.result.clone()
             self._append(known)
             return result
@@ -113,7 +114,7 @@ class Recording:
         return result
 
     def enter_layer(self, name: str) -> None:
-        """Record a layer that runs now; the first that is not settled ends what is kept."""
+        """Record the call of a layer; the first layer that is not settled ends the recording."""
         if self.found is None and name not in self._settled:
             self.stop()
         for call in self._open:
@@ -134,7 +135,7 @@ class Recording:
                 call.version = version(call.result)
 
     def close(self, keep: bool) -> dict[Key, ModuleCall]:
-        """Return the calls that the next pass may skip, and give up all other results."""
+        """Return the calls that the next pass may skip, and release all other results."""
         kept = self.found if keep and self.found else {}
         for call in {*self._kept, *self._known.values()} - set(kept.values()):
             call.release(self._budget)
@@ -148,7 +149,7 @@ class Recording:
     def _keep_result(
         self, call: ModuleCall, tensors: list[Tensor], before: list[int], result: Any
     ) -> None:
-        """Keep the result of a call that did nothing but return one new tensor."""
+        """Keep the result of a call if its only effect was to return one new tensor."""
         written = {
             storage_key(tensor)
             for tensor, old in zip(tensors, before, strict=True)
@@ -168,7 +169,7 @@ class Recording:
             call.children.clear()
 
     def _append(self, call: ModuleCall) -> None:
-        """Add a call to the children of the one around it."""
+        """Add a call to the children of the enclosing call."""
         if self.found is not None:
             return
         around = self._open[-1]
@@ -179,7 +180,7 @@ class Recording:
         around.children.append(call)
 
     def _find_skippable(self, around: ModuleCall, found: dict[Key, ModuleCall]) -> None:
-        """Find the calls inside of a call, which runs again, that need not."""
+        """Find the calls to skip inside of a call that runs again."""
         read = True
         for call in reversed(around.children):
             intact = call.result is not None and version(call.result) == call.version
@@ -190,7 +191,7 @@ class Recording:
                 call.release(self._budget)
                 found[call.key] = call
             elif call.dropped:
-                # What runs next needs this result, and it is gone.
+                # The next call needs this result, which was released.
                 return
             else:
                 read = True

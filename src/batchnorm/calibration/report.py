@@ -1,4 +1,4 @@
-"""A calibration as plain numbers, and as tables and plots that any renderer of ``report`` shows."""
+"""A calibration as plain numbers, and as tables and plots for the renderers of ``report``."""
 
 import functools
 import math
@@ -30,7 +30,7 @@ NOTE = (
 
 
 def rows(calibration: Any) -> list[dict[str, Any]]:
-    """Return one line of plain numbers per layer; NaN where something is not known."""
+    """Return one row of plain numbers per layer; NaN where a value is unknown."""
     found = []
     for name, layer in calibration.layers.items():
         scale = (layer.new.var + layer.eps).sqrt()
@@ -52,7 +52,7 @@ def rows(calibration: Any) -> list[dict[str, Any]]:
 
 
 def tables(calibration: Any) -> Section:
-    """Return what was read, a row for each layer, and what was left alone and why."""
+    """Return the numbers of batches and samples, a row per layer, and the skipped layers."""
     found = Table("", tuple(COLUMNS.values()), tuple(map(_cells, rows(calibration))), NOTE, 2)
     skipped = tuple((name or WHOLE, reason) for name, reason in calibration.skipped.items())
     left = Table("Unchanged", ("layer", "reason"), skipped)
@@ -61,9 +61,9 @@ def tables(calibration: Any) -> Section:
 
 
 def plots(calibration: Any) -> tuple[Plot, ...]:
-    """Return bars of how far each layer's statistics moved, and of their relative errors.
+    """Return bar plots of the change of each layer's statistics, and of their relative errors.
 
-    The second is left out where no error is known, which takes two batches.
+    The second plot is left out if no error is known; errors need at least two batches.
     """
     some = rows(calibration)
     names = tuple(row["layer"] or WHOLE for row in some)
@@ -91,7 +91,7 @@ def plots(calibration: Any) -> tuple[Plot, ...]:
 
 
 def report(calibration: Any, language: str = "en") -> Report:
-    """Return all of it, for a page or a file, in a language."""
+    """Return the complete report, for a page or a file, in a language."""
     words = _words(calibration)
     _, *blocks = tables(calibration).blocks
     pictures = Section("Pictures", plots(calibration))
@@ -100,7 +100,7 @@ def report(calibration: Any, language: str = "en") -> Report:
 
 
 def _each_layer(calibration: Any) -> Section:
-    """Histograms over the channels of each layer: what was stored, and what was measured."""
+    """Return histograms over the channels of each layer: stored and measured statistics."""
     layers = [
         Channels(
             name or WHOLE,

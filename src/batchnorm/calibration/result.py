@@ -27,8 +27,8 @@ class LayerStatistics:
     Attributes:
         moments: Moments of all inputs of the layer; ``count`` is the number of values per channel.
         groups: Moments of consecutive groups of batches: count (K, 1), mean and m2 (K, C).
-        batches: In how many batches the layer, or the group, had values.
-        old: Mean and variance of the layer before.
+        batches: Number of batches in which the layer, or the group, had values.
+        old: Mean and variance of the layer before the calibration.
         eps: The layer's ``eps``.
         remaining: With ``upstream="population"``, the change of the statistics in the last pass, in
             standard errors (the largest of all channels); 0 if they are settled.
@@ -43,7 +43,7 @@ class LayerStatistics:
 
     @cached_property
     def new(self) -> Statistics:
-        """Mean and unbiased variance, which are written to the buffers."""
+        """Mean and unbiased variance, the new values of the buffers."""
         return Statistics(self.moments.mean, self.moments.variance(correction=1))
 
     @cached_property
@@ -68,15 +68,15 @@ class Calibration:
     """The statistics of the inputs of each layer, with standard errors.
 
     Attributes:
-        layers: Layer name -> its statistics. Of a layer with ``bn.Grouped`` also
-            ``"name[2]"`` -> those of group 2, for groups that had samples.
-        skipped: Layer name -> why its statistics were not changed; groups likewise.
+        layers: Layer name -> its statistics. A layer with ``bn.Grouped`` also has entries
+            ``"name[2]"`` for group 2, and so on, for groups with samples.
+        skipped: Name of a layer or group -> the reason why its statistics were not changed.
         batches: Number of batches that all processes read.
         samples: Number of samples in accepted batches.
         rejected: Number of batches left out because a layer's input had NaN or infinities.
         upstream: ``"batch"`` or ``"population"``.
         passes: Number of passes over the data.
-        reached: Whether the target error was reached; None without one.
+        reached: Whether the target error was reached; None without a target.
     """
 
     layers: Mapping[str, LayerStatistics]
@@ -100,7 +100,7 @@ class Calibration:
 
     @property
     def accepted(self) -> int:
-        """How many batches count."""
+        """Number of batches that were not rejected."""
         return self.batches - self.rejected
 
     @property
@@ -110,10 +110,10 @@ class Calibration:
         return max(known, default=float("nan"))
 
     def merge(self, *others: "Calibration") -> "Calibration":
-        """Return the calibration of all data together, as of several machines or days.
+        """Return the calibration of all data together, for example of several machines or days.
 
-        Exact for ``upstream="batch"``. With ``"population"`` each part had its own estimate of
-        the layers before; the result is their pooled statistics, a close estimate.
+        Exact for ``upstream="batch"``. With ``"population"`` each calibration used its own
+        estimates of earlier layers; the result is then the pooled statistics, an approximation.
 
         Raises:
             CalibrationError: If a layer has another number of channels, or ``upstream`` differs.
@@ -121,10 +121,10 @@ class Calibration:
         return _merge([self, *others])
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Put the statistics in the buffers of a model, in place; all of them or, on error, none.
+        """Write the statistics to a model's buffers, in place; on an error, nothing is changed.
 
         Args:
-            model: A model with these layers, by name.
+            model: A model with layers of these names.
 
         Returns:
             The model.
@@ -141,7 +141,7 @@ class Calibration:
             has = None if place is None else place.layer.running_mean
             if place is None or has is None or has.shape != found.new.mean.shape:
                 came = "no such layer" if place is None else (
-                    "one that keeps no statistics" if has is None else f"{has.numel()} channels"
+                    "a layer without statistics" if has is None else f"{has.numel()} channels"
                 )  # fmt: skip
                 raise CalibrationError(
                     f"expected a layer {name!r} of {found.new.mean.numel()} channels in "
@@ -151,7 +151,7 @@ class Calibration:
         return model
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write a safetensors file, in one step; needs the package safetensors.
+        """Write a safetensors file atomically; needs the package safetensors.
 
         Raises:
             MissingExtraError: If it is not installed.
@@ -161,17 +161,17 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Calibration":
-        """Read what ``save`` has written.
+        """Read a file that ``save`` has written.
 
         Raises:
-            CalibrationError: If the file is no such thing, or damaged.
+            CalibrationError: If the file is of another kind, or damaged.
             MissingExtraError: If safetensors is not installed.
             OSError: If the file cannot be read.
         """
         return cls.from_tensors(*files.load(path))
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return everything as named tensors, and the rest as plain values."""
+        """Return all tensors by name, and all other values as plain values."""
         tensors: dict[str, Tensor] = {}
         for name, found in self.layers.items():
             count = torch.as_tensor(float(found.moments.count), dtype=torch.float64)
@@ -193,14 +193,14 @@ class Calibration:
         return cls(layers, plain["skipped"], **{key: plain[key] for key in files.PLAIN})
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one line of plain numbers per calibrated layer, for tables and plots."""
+        """Return one row of plain numbers per calibrated layer, for tables and plots."""
         return report.rows(self)
 
     def report(self, language: str = "en") -> Report:
         """Return tables and plots as plain values, for the renderers of ``batchnorm.report``.
 
-        ``batchnorm.report.html.to_html(result.report())`` is a page, ``jsontext.to_json`` and
-        ``markdown.to_markdown`` are text.
+        ``batchnorm.report.html.to_html(result.report())`` returns an HTML page,
+        ``jsontext.to_json`` and ``markdown.to_markdown`` return text.
 
         Args:
             language: ``"en"`` or ``"zh"``.
@@ -214,7 +214,7 @@ class Calibration:
         """Draw error and change of every layer; return the matplotlib figure.
 
         Args:
-            path: Where to write it as well, in the format that its ending says.
+            path: File to which the figure is written, in the format of its suffix; None for none.
 
         Raises:
             MissingExtraError: If matplotlib is not installed.
@@ -223,16 +223,16 @@ class Calibration:
         return to_figure(report.plots(self), path)
 
     def __str__(self) -> str:
-        """Return tables: a line per layer, and the layers that were left alone."""
+        """Return tables: a row per layer, and the skipped layers."""
         return to_text(report.tables(self))
 
 
 def store(layers: Mapping[str, LayerStatistics], where: Mapping[str, Place]) -> None:
-    """Put statistics in buffers, all of them or, on error, none.
+    """Write statistics to buffers; on an error, nothing is changed.
 
     Args:
-        layers: Name of a layer, or of a group of samples of one -> its statistics.
-        where: Name of each of them -> its buffers.
+        layers: Name of a layer, or of a group of its samples -> statistics.
+        where: Name -> buffers.
     """
     new = {name: one.new for name, one in layers.items()}
     write(where, new, {name: one.batches for name, one in layers.items()})
@@ -242,7 +242,7 @@ def _merge(several: list[Calibration]) -> Calibration:
     first = several[0]
     if len({one.upstream for one in several}) > 1:
         raise CalibrationError(
-            f"expected calibrations of one kind to merge, got upstream="
+            f"expected calibrations with the same upstream= to merge, got upstream="
             f"{[one.upstream for one in several]}"
         )
     layers: dict[str, LayerStatistics] = {}

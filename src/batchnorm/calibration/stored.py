@@ -1,7 +1,7 @@
-"""The statistics that layers store for use, of all samples and of each group: read and written.
+"""Reading and writing the running statistics of layers, of all samples and of each group.
 
-A layer has one place for those of all samples, and with ``statistics=bn.Grouped`` one more for each
-group. Places have names: the layer's, and ``"layer[2]"`` for group 2.
+A layer has one *place* for the statistics of all samples, and with ``statistics=bn.Grouped`` one
+more for each group. The name of a place is the layer's, and ``"layer[2]"`` for group 2.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ GROUP_BUFFERS = NAMES[:2]
 
 TWICE = """\
 the model has a layer {name!r}, which is also the name of a group of samples of the layer \
-{layer!r}; rename it, or leave one of them out by layers="""
+{layer!r}; rename the layer, or leave one of the two out by layers="""
 
 
 class Statistics(NamedTuple):
@@ -36,9 +36,9 @@ class Place(NamedTuple):
     """The buffers of a layer for all samples, or their rows for one group of samples.
 
     Attributes:
-        name: The layer's.
+        name: Name of the layer.
         layer: The layer.
-        group: Which group; None for all samples.
+        group: Number of the group; None for all samples.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Place(NamedTuple):
 
     @property
     def buffers(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance in the memory of the layer, (C,)."""
+        """Mean and variance, (C,), as views of the layer's buffers."""
         names = BUFFERS if self.group is None else GROUP_BUFFERS
         mean, var = map(self.layer.get_buffer, names)
         return (mean, var) if self.group is None else (mean[self.group], var[self.group])
@@ -64,7 +64,7 @@ def places(layers: Mapping[str, _BatchNorm]) -> dict[str, Place]:
     """Return the places of layers that store statistics, by their names, in order.
 
     Raises:
-        CalibrationError: If a layer has the name of another one's group.
+        CalibrationError: If a layer has the name of another layer's group.
     """
     found: dict[str, Place] = {}
     for name, layer in layers.items():
@@ -78,7 +78,7 @@ def places(layers: Mapping[str, _BatchNorm]) -> dict[str, Place]:
 
 
 def groups_of(layer: _BatchNorm) -> int:
-    """Return for how many groups of samples a layer stores statistics."""
+    """Return the number of groups of samples for which a layer stores statistics."""
     rows = buffers(layer).get(NAMES[0])
     grouped = isinstance(layer, Layer) and isinstance(layer.statistics, Grouped)
     return len(rows) if grouped and rows is not None else 0
@@ -96,7 +96,7 @@ def read(place: Place) -> Statistics:
 
 
 def usable(statistics: Statistics) -> Statistics:
-    """Return statistics with 0 and 1 in the channels that are not finite or have a variance < 0."""
+    """Return statistics with mean 0 and variance 1 where they are not finite or var < 0."""
     mean, var = statistics
     good = mean.isfinite() & var.isfinite() & (var >= 0)
     return Statistics(torch.where(good, mean, 0.0), torch.where(good, var, 1.0))
@@ -106,12 +106,12 @@ def usable(statistics: Statistics) -> Statistics:
 def write(
     where: Mapping[str, Place], new: Mapping[str, Statistics], batches: Mapping[str, int] | None
 ) -> None:
-    """Write new statistics into the layers' buffers; if that is interrupted, restore all of them.
+    """Write new statistics into the layers' buffers; if interrupted, restore all of them.
 
     Args:
         where: Name -> place.
         new: Name -> statistics, for some or all places.
-        batches: Name -> what the counter becomes; None to leave counters as they are.
+        batches: Name -> new value of the counter; None to leave counters unchanged.
     """
     values = []
     for name, statistics in new.items():

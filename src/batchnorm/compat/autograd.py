@@ -1,12 +1,12 @@
-"""Faster ``Function.apply``, the active saved-tensor hooks, and Inductor as a function.
+"""A faster ``Function.apply``, the active saved-tensor hooks, and Inductor as a function.
 
 Private names, and what happens without them:
 
-- ``Function.apply`` of the C++ base class and ``Function._backward_cls``: their Python wrappers ask
-  for transforms of ``torch.func`` and for the style of the Function. Layers have asked the first,
-  and all Functions here have one style. Without them a small layer would take a tenth longer.
-- ``torch._C._autograd._top_saved_tensors_default_hooks``: no public form tells which hooks are
-  active. Without it ``save_memory`` could not recognize checkpointed regions.
+- ``Function.apply`` of the C++ base class and ``Function._backward_cls``: the Python wrappers check
+  for transforms of ``torch.func`` and for ``setup_context``. Layers have checked the former, and no
+  Function here defines the latter. With the wrappers a small layer would take a tenth longer.
+- ``torch._C._autograd._top_saved_tensors_default_hooks``: no public API returns the active hooks.
+  Without it ``save_memory`` could not recognize checkpointed regions.
 - ``torch._inductor.compile_fx.compile_fx``: Inductor as a function of a graph, as custom backends
   call it. Without it there would be no ``options={"inner": "inductor"}``.
 """
@@ -21,7 +21,7 @@ Hooks = tuple[Callable[..., Any], Callable[..., Any]]
 
 
 def quick_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """Return ``function.apply`` for calls under no transform of ``torch.func``."""
+    """Return ``function.apply`` for calls outside of transforms of ``torch.func``."""
     given: Any = function
     given._backward_cls.apply = given.backward
     return super(torch.autograd.Function, given).apply  # type: ignore[no-any-return, misc]
@@ -34,7 +34,7 @@ def saved_tensor_hooks() -> Hooks | None:
 
 
 def inductor(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-    """Let Inductor compile a graph, with AOTAutograd before it."""
+    """Compile a graph by AOTAutograd and Inductor."""
     from torch._inductor.compile_fx import compile_fx  # an import of seconds
 
     return compile_fx(gm, example_inputs)  # type: ignore[return-value]

@@ -1,26 +1,26 @@
-"""Queries of PyTorch's state: is a graph captured, a mode or transform active, a recomputation?
+"""Queries of PyTorch's state: graph capture, active modes and transforms, recomputation.
 
-The kernels of this library read and write tensors by address. While a graph is captured, under a
-dispatch mode, in a transform of ``torch.func`` or in forward-mode AD, a tensor's memory is not what
-the call computes on, so operations of torch must be called instead.
+The kernels of this library access tensors by their memory address. While a graph is captured, under
+a dispatch mode, in a transform of ``torch.func`` or in forward-mode AD, a tensor's memory does not
+have the values of the call, so operations of torch must be called instead.
 
 Private names, and what happens without them:
 
-- ``torch._C._get_tracing_state``: public form ``torch.jit.is_tracing()``, which takes longer and is
-  asked at every call of a layer.
+- ``torch._C._get_tracing_state``: the public ``torch.jit.is_tracing()`` takes longer, and every
+  call of a layer needs the answer.
 - ``torch._C._len_torch_dispatch_stack``: no public form. Without it a ``TorchDispatchMode`` would
-  not see our operations.
+  not receive our operations.
 - ``torch._C._functorch.peek_interpreter_stack``, ``CInterpreter``, ``is_legacy_batchedtensor``: no
   public form. Without them kernels would read the memory of wrappers of ``torch.func``.
 - ``torch.autograd.forward_ad._current_level``: no public form. Without it tangents would be lost.
-- ``torch._C._autograd._top_saved_tensors_default_hooks``: no public form. Without it what a
-  recomputation needs would be kept for every training step.
-- ``_dynamo_marked_constant``, what ``torch.compiler.assume_constant_result`` sets; that imports
-  ``torch._dynamo``, which takes seconds.
+- ``torch._C._autograd._top_saved_tensors_default_hooks``: no public form. Without it the states for
+  a possible recomputation would be kept at every training step.
+- ``_dynamo_marked_constant``: the attribute that ``torch.compiler.assume_constant_result`` sets;
+  that function imports ``torch._dynamo``, which takes seconds.
 - ``torch._dynamo.symbolic_convert.InstructionTranslator.current_tx``, ``is_root_tracer``: no public
   form. Without them a layer with an ordered operation (``compat.operators``) in a region of
   activation checkpointing would be captured, which AOTAutograd does not support.
-- ``torch._C._current_graph_task_id``: no public form. Without it checkpointing would step the
+- ``torch._C._current_graph_task_id``: no public form. Without it checkpointing would update the
   running statistics twice.
 """
 
@@ -39,8 +39,8 @@ Result = TypeVar("Result")
 
 
 def is_calm() -> bool:
-    """Return whether kernels may access memory: no graph, mode, transform or dual level."""
-    # Called by every layer, so is_traced() is inlined.
+    """Return whether kernels may access memory: no graph, mode, transform or forward-mode AD."""
+    # Every call of a layer runs this, so is_traced() is inlined.
     return (
         not is_compiling()
         and _get_tracing_state() is None
@@ -51,7 +51,7 @@ def is_calm() -> bool:
 
 
 def is_out_of_reach(dy: Tensor) -> bool:
-    """Return whether kernels must not access the memory of a cotangent.
+    """Return whether kernels must not access the memory of an incoming gradient.
 
     A mode is active, or dy is batched (``is_grads_batched``) or a zero tensor without storage.
     """
@@ -64,7 +64,7 @@ def is_traced() -> bool:
 
 
 def is_recorded() -> bool:
-    """Return whether ``torch.jit.trace`` records: sizes are then tensors, not numbers."""
+    """Return whether ``torch.jit.trace`` is active: sizes are then tensors, not numbers."""
     return _get_tracing_state() is not None
 
 
@@ -76,32 +76,32 @@ def is_transformed() -> bool:
 
 
 def is_dynamo_loaded() -> bool:
-    """Return whether something has imported ``torch._dynamo``, which takes seconds."""
+    """Return whether ``torch._dynamo`` has been imported; the import takes seconds."""
     return "torch._dynamo" in sys.modules
 
 
 def constant_in_graphs(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Make Dynamo call a function while it captures, and put the result into the graph."""
+    """Make Dynamo call a function during capture and use its result as a constant."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 @constant_in_graphs
 def is_region() -> bool:
-    """Return whether Dynamo captures a graph inside a graph, as that of a checkpointed region."""
+    """Return whether Dynamo captures a nested graph, such as a checkpointed region."""
     translator = sys.modules["torch._dynamo.symbolic_convert"].InstructionTranslator
     return not translator.current_tx().output.is_root_tracer()
 
 
 def is_recomputing() -> bool:
-    """Return whether this is the second forward of activation checkpointing, inside backward."""
+    """Return whether this forward pass is a recomputation by checkpointing, in backward."""
     return not is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def may_be_recomputed() -> bool:
-    """Return whether a forward pass may be one of activation checkpointing.
+    """Return whether activation checkpointing may recompute this forward pass.
 
-    It then has hooks on saved tensors (``use_reentrant=False``), or no gradients (``True``).
+    Saved-tensor hooks are then active (``use_reentrant=False``), or grad mode is off (``True``).
     """
     if is_compiling():
         return False

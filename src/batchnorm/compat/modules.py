@@ -2,17 +2,17 @@
 
 Private names, and what happens without them:
 
-- ``Module._parameters``, ``Module._buffers``: the tables behind the attributes. Reading them costs
-  a small layer less than ``__getattr__``; writing to ``_buffers`` replaces a buffer without the
-  checks of the attribute.
-- ``Module._modules``: the table of children, in order; also where the owner of a module is found.
+- ``Module._parameters``, ``Module._buffers``: the dicts behind the attributes. Reading them is
+  faster than ``__getattr__``, which matters for small layers; writing to ``_buffers`` replaces a
+  buffer without the checks of ``__setattr__``.
+- ``Module._modules``: the dict of children, in order; used to find the parent of a module.
 - ``Module._forward_hooks``, ``_forward_pre_hooks``, ``_forward_hooks_always_called``,
   ``_backward_hooks``, ``_backward_pre_hooks`` and the global
-  ``_global_forward_hooks``, ``_global_forward_pre_hooks``: no public form tells whether there are
-  hooks, and a copied model has hooks without handles.
-- ``_BatchNorm._check_input_dim``, ``Module._load_from_state_dict``: torch's points to override.
+  ``_global_forward_hooks``, ``_global_forward_pre_hooks``: no public API tells whether there are
+  hooks, and the hooks of a copied model have no handles.
+- ``_BatchNorm._check_input_dim``, ``Module._load_from_state_dict``: meant to be overridden.
 - ``Module._compiled_call_impl``: whether ``module.compile()`` was called. No public form.
-- ``OptimizedModule._orig_mod``: what ``torch.compile`` was given. No public form.
+- ``OptimizedModule._orig_mod``: the module that was passed to ``torch.compile``. No public form.
 """
 
 import gc
@@ -27,12 +27,12 @@ Tables = tuple[dict[str, nn.Parameter | None], dict[str, Tensor | None]]
 
 
 def tables(module: nn.Module) -> Tables:
-    """Return the parameters and the buffers of a module by name, as it stores them."""
+    """Return the dicts in which a module stores its parameters and buffers by name."""
     return module._parameters, module._buffers
 
 
 def buffers(module: nn.Module) -> dict[str, Tensor | None]:
-    """Return the buffers of a module by name, as it stores them: writing here replaces one."""
+    """Return the dict in which a module stores its buffers; assigning an item replaces a buffer."""
     return module._buffers
 
 
@@ -48,7 +48,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def normalizes_weight(module: nn.Module, name: str = "weight") -> bool:
-    """Return whether the one hook of a module is that of ``torch.nn.utils.weight_norm``."""
+    """Return whether the only hook of a module is that of ``torch.nn.utils.weight_norm``."""
     hooks = list(module._forward_pre_hooks.values())
     rest = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
     if rest or len(hooks) != 1:
@@ -58,7 +58,7 @@ def normalizes_weight(module: nn.Module, name: str = "weight") -> bool:
 
 
 def weight_now(module: nn.Module, name: str) -> Tensor:
-    """Return a tensor of a module; one that ``weight_norm`` computes before each call, computed."""
+    """Return a tensor of a module, recomputed if ``weight_norm`` computes it before each call."""
     if normalizes_weight(module, name):
         hook: Any = next(iter(module._forward_pre_hooks.values()))
         found: Tensor = hook.compute_weight(module)
@@ -73,7 +73,7 @@ def has_global_forward_hooks() -> bool:
 
 
 def remove_forward_hooks(module: nn.Module, hooks: tuple[Callable[..., Any], ...]) -> None:
-    """Remove functions from the forward hooks of a module, also of a copy, which has no handles."""
+    """Remove functions from a module's forward hooks; also for a copy, which has no handles."""
     for table in (module._forward_pre_hooks, module._forward_hooks):
         for number, hook in list(table.items()):
             if hook in hooks:
@@ -82,13 +82,13 @@ def remove_forward_hooks(module: nn.Module, hooks: tuple[Callable[..., Any], ...
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """Return what ``torch.compile`` was given, for what it returned; any other module itself."""
+    """Return the module that was passed to ``torch.compile``, or an uncompiled module itself."""
     original = getattr(model, "_orig_mod", None)
     return original if isinstance(original, nn.Module) else model
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Return whether a module is what ``torch.compile`` returned, or was compiled in place."""
+    """Return whether a module is a result of ``torch.compile``, or was compiled in place."""
     return uncompiled(module) is not module or module._compiled_call_impl is not None
 
 
@@ -100,7 +100,7 @@ def check_input_dim(layer: nn.modules.batchnorm._BatchNorm, x: Tensor) -> None:
 def load_from_state_dict(module: nn.Module, *args: Any) -> None:
     """Load parameters and buffers as a plain module does: ``Module._load_from_state_dict``.
 
-    ``_BatchNorm``'s own would ask for ``num_batches_tracked``.
+    ``_BatchNorm._load_from_state_dict`` would require ``num_batches_tracked``.
     """
     nn.Module._load_from_state_dict(module, *args)
 
@@ -108,9 +108,9 @@ def load_from_state_dict(module: nn.Module, *args: Any) -> None:
 def path_of(module: nn.Module) -> str:
     """Return the path of a module in the model that owns it, such as ``layer1.0.bn1``.
 
-    Modules do not know their owners, so the objects that refer to them are searched: for messages
-    of errors, since it takes a good part of a second. The path of a module that nothing owns is
-    its class.
+    A module has no reference to its parent, so all objects that refer to the module are searched.
+    This takes a good part of a second, so it is used for error messages only. The path of a module
+    without a parent is its class.
     """
     parts: list[str] = []
     seen = {id(module)}

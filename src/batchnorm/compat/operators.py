@@ -1,15 +1,16 @@
-"""Which arguments an operator writes to, the mode that intercepts operators, and their order.
+"""The arguments that an operator mutates, the order of operators, and ``TorchDispatchMode``.
 
 Private names, and what happens without them:
 
-- ``OpOverload._schema``: the names of an operator's arguments, and which it writes to. ``Tag``
-  has no tag for operators with ``out=``, and none that names the arguments. Without it writes in
-  place could not be told from reads.
-- ``torch.library._register_effectful_op``, ``torch._library.effects.EffectType``: keep calls of
-  operations in their order in graphs of AOTAutograd. No public form; without it Inductor drops an
-  operation on an empty batch, and nothing keeps two in order whose results do not depend on each
-  other: processes with batches of other sizes could call collectives in another order.
-- ``torch.utils._python_dispatch.TorchDispatchMode``: sees every operator that runs. No public form.
+- ``OpOverload._schema``: the names of an operator's arguments, and which of them it mutates.
+  ``Tag`` has no tag for operators with ``out=``, and none that names the arguments. Without it
+  in-place writes could not be distinguished from reads.
+- ``torch.library._register_effectful_op``, ``torch._library.effects.EffectType``: keep the order of
+  operations in graphs of AOTAutograd. No public form. Without it Inductor removes an operation on
+  an empty batch and may reorder operations that do not depend on each other, so processes with
+  batches of different sizes could call collectives in different orders.
+- ``torch.utils._python_dispatch.TorchDispatchMode``: receives every operator that runs. No public
+  form.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,19 +25,19 @@ __all__ = ["DispatchMode", "named", "ordered", "written"]
 
 
 def ordered(name: str, library: torch.library.Library) -> None:
-    """Make compiled graphs call an operation as often as written, and in the order as written.
+    """Make compiled graphs keep the number and the order of the calls of an operation.
 
     Args:
-        name: Of the operation, with its namespace.
-        library: That defined it.
+        name: Name of the operation, with its namespace.
+        library: The library that defined the operation.
     """
     _register_effectful_op(name, EffectType.ORDERED, lib=library)
 
 
 def named(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call of an operator by name, defaults included.
+    """Return the arguments of a call of an operator by name, including defaults.
 
-    Of a higher-order operator, which has no schema, the names are numbers.
+    A higher-order operator has no schema: the names are then positions.
     """
     if not hasattr(func, "_schema"):
         return {str(i): value for i, value in enumerate(args)} | dict(kwargs)
@@ -50,16 +51,16 @@ def written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iter
     """Yield the arguments to which a call of an operator writes: tensors, lists of them, or None.
 
     Args:
-        func: An operator as ``TorchDispatchMode`` gets it; higher-order operators have no schema
+        func: An operator as passed to ``TorchDispatchMode``; higher-order operators have no schema
             and yield nothing.
-        args: Its arguments.
-        kwargs: Those by name.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
     """
     arguments = func._schema.arguments if hasattr(func, "_schema") else ()
     given = dict(zip((argument.name for argument in arguments), args, strict=False)) | dict(kwargs)
     for argument in arguments:
         writes = argument.alias_info is not None and argument.alias_info.is_write
-        # Batch normalization in training writes to these, and its schema does not say so.
+        # Batch normalization in training mutates these, but its schema does not declare it.
         statistics = argument.name in ("running_mean", "running_var") and given.get(
             "training", True
         )

@@ -1,4 +1,4 @@
-"""Recomputation of a normalization's output from its input, with the same bits."""
+"""Bitwise recomputation of a normalization's output from its input."""
 
 from typing import Any
 
@@ -11,26 +11,27 @@ from batchnorm.ops.backends import reference
 from batchnorm.ops.backends.base import Backend
 from batchnorm.ops.call import Epilogue, RunningBuffers
 
-# Output tensor -> how to recompute it. With weak keys an entry lives as long as the output, also if
-# only autograd refers to it.
+# Output tensor -> how to recompute it. With weak keys an entry exists as long as the output, even
+# if only autograd refers to it.
 _RECIPES = WeakTensorKeyDictionary()
 
-# Smaller outputs are saved as usual: recomputing would cost more than they do.
+# Smaller outputs are saved as usual: recomputation would cost more than it saves.
 SMALLEST_BYTES = 1 << 16
 
 CHANGED = """\
 one of the variables needed for gradient computation has been modified by an inplace operation: \
 [{kind} {shape}] is at version {now}; expected version {then} instead. (Found by bn.save_memory, \
-which keeps the input of a batch normalization in the place of its output.)"""
+which keeps the input of a batch normalization instead of its output.)"""
 
 
 class Kept:
-    """A saved tensor, with the version that it must still have when it is needed."""
+    """A saved tensor, with the version that it must have when it is used."""
 
     __slots__ = ("tensor", "version")
 
     def __init__(self, tensor: Tensor) -> None:
-        # Detached: the tensor may be the output of the node that saves it, which would be a cycle.
+        # Detached, to avoid a reference cycle: the tensor may be an output of the node that saves
+        # it.
         self.tensor = tensor.detach()
         self.version = version(tensor)
 
@@ -38,7 +39,7 @@ class Kept:
         """Return the tensor.
 
         Raises:
-            RuntimeError: With torch's message, if it was written to in place.
+            RuntimeError: If it was modified in place; with torch's message.
         """
         now = version(self.tensor)
         if now != self.version:
@@ -53,10 +54,10 @@ class Recomputable:
     The recomputed tensor is cached until all saved references to it have been unpacked.
 
     Attributes:
-        version: The version of the output for which the recipe holds.
+        version: The version of the output for which the recipe is valid.
         pointer: The address of the output's memory at that time.
-        handles: The number of saved references.
-        served: The number of references that have been unpacked.
+        handles: Number of saved references.
+        served: Number of references that have been unpacked.
     """
 
     __slots__ = ("handles", "memo", "pointer", "served", "version")
@@ -72,7 +73,7 @@ class Recomputable:
         raise NotImplementedError
 
     def kept(self) -> list[Tensor]:
-        """Return the tensors that this recipe holds, without those of recipes it depends on."""
+        """Return the tensors that this recipe keeps, without those of recipes it depends on."""
         raise NotImplementedError
 
     def value(self) -> Tensor:
@@ -86,7 +87,7 @@ class Recomputable:
         return y
 
     def serve(self) -> Tensor:
-        """Return the output for one saved reference; after the last one the cache is dropped."""
+        """Return the output for one saved reference; the last reference releases the cache."""
         y = self.value()
         self.served += 1
         if self.served >= self.handles:
@@ -95,10 +96,10 @@ class Recomputable:
 
 
 class Recipe(Recomputable):
-    """act(normalize(x) + residual), where x and the residual are kept or have recipes too.
+    """act(normalize(x) + residual), where x and the residual are kept or have recipes themselves.
 
-    Weight and bias are the copies in ``stats``, so later writes to the parameters do not matter. In
-    residual networks recipes form chains, from each block back to the start of its stage.
+    Weight and bias are the copies in ``stats``, so later changes of the parameters have no effect.
+    In residual networks recipes form chains, from each block back to the start of its stage.
     """
 
     __slots__ = ("act", "axis", "backend", "residual", "stats", "x")
@@ -112,14 +113,14 @@ class Recipe(Recomputable):
         self.residual = None if epilogue.residual is None else origin_of(epilogue.residual)
 
     def make(self) -> Tensor:
-        """Normalize as forward did."""
+        """Normalize in the same way as forward."""
         residual = None if self.residual is None else self.residual.value()
         s = self.stats
         epilogue = Epilogue(s[4], s[5], residual, self.act)
         return self.backend.normalize(self.x.value(), s[0], s[2:4], epilogue, self.axis)
 
     def kept(self) -> list[Tensor]:
-        """Return stats, and those of x and the residual that have no recipe."""
+        """Return stats, and x and the residual unless they have recipes."""
         parts = [self.x, *([] if self.residual is None else [self.residual])]
         tensors = [part.tensor for part in parts if isinstance(part, Kept)]
         return [*tensors, self.stats]
@@ -135,11 +136,11 @@ class Rectified(Recomputable):
         self.parent = parent
 
     def make(self) -> Tensor:
-        """Return the positive part."""
+        """Return relu of the operand."""
         return self.parent.value().relu()
 
     def kept(self) -> list[Tensor]:
-        """Return what the recipe of the operand holds."""
+        """Return the tensors that the recipe of the operand keeps."""
         return self.parent.kept()
 
 
@@ -160,7 +161,7 @@ class RecordingBackend:
         axis: int,
         running: RunningBuffers | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Do what the backend does."""
+        """Call the backend, and register a recipe for its output."""
         y, stats = self.backend.forward(x, epilogue, eps, axis, running)
         if self._wants(y, x, epilogue):
             give(y, Recipe(self.backend, x, stats, epilogue, axis))
@@ -169,7 +170,7 @@ class RecordingBackend:
     def normalize(
         self, x: Tensor, mean: Tensor, rstd: Tensor, epilogue: Epilogue, axis: int
     ) -> Tensor:
-        """Do what the backend does."""
+        """Call the backend, and register a recipe for its output."""
         y = self.backend.normalize(x, mean, rstd, epilogue, axis)
         if self._wants(y, x, epilogue):
             var = torch.zeros_like(mean)  # not read by make()
@@ -179,21 +180,23 @@ class RecordingBackend:
         return y
 
     def _wants(self, y: Tensor, x: Tensor, epilogue: Epilogue) -> bool:
-        # Without a gradient autograd does not save x, which a recipe would keep alive.
+        # If no gradient is needed, autograd does not save x, and a recipe would keep it alive.
         given = (x, epilogue.weight, epilogue.bias)
         wanted = any(t is not None and t.requires_grad for t in given)
         return wanted and y.nbytes >= SMALLEST_BYTES and y is not epilogue.residual
 
 
 def recipe_of(tensor: Tensor) -> Recomputable | None:
-    """Return the recipe of a tensor or of its base, if the tensor was not changed since."""
+    """Return the recipe of a tensor or of its base, if the tensor has not been modified since."""
     origin = base(tensor)
     made = tensor if origin is None else origin
     recipe: Recomputable | None = _RECIPES.get(made)
-    if recipe is None or made.data_ptr() != recipe.pointer:  # y.data = z changes no version
+    if (
+        recipe is None or made.data_ptr() != recipe.pointer
+    ):  # y.data = z does not change the version
         return None
     if tensor.dtype != made.dtype or tensor.is_conj() or tensor.is_neg():
-        return None  # a view as another dtype, which size and stride do not describe
+        return None  # a view with another dtype, which as_strided cannot create
     if version(made) == recipe.version + 1 and _is_rectified(made):
         recipe = Rectified(recipe, version(made))
         give(made, recipe)
@@ -214,5 +217,5 @@ def origin_of(tensor: Tensor) -> Kept | Recomputable:
 
 
 def _is_rectified(tensor: Tensor) -> bool:
-    """Whether the one write since was ``relu_``: only that leaves this grad_fn and one version."""
+    """Return whether the only write since was ``relu_``, by the grad_fn and the version."""
     return tensor.grad_fn is not None and tensor.grad_fn.name() == "ReluBackward0"

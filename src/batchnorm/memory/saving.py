@@ -1,4 +1,4 @@
-"""The hooks on saved tensors by which ``save_memory`` saves recipes in place of outputs."""
+"""The saved-tensor hooks with which ``save_memory`` saves recipes instead of outputs."""
 
 import threading
 from collections.abc import Callable
@@ -20,12 +20,12 @@ from batchnorm.ops.backends import choice
 _here = threading.local()
 
 NOTHING = """\
-; few activations were computed together with a normalization, so few could be replaced: compile \
-the model with torch.compile(model, backend="batchnorm"), or build layers with activation="""
+; few activations were computed together with a normalization, so few outputs were replaced: \
+compile the model with torch.compile(model, backend="batchnorm"), or use layers with activation="""
 
 REUSED = """\
 expected a new context manager, got one that was entered before; call bn.save_memory() in each \
-with statement, which then has its own report"""
+with statement; each context manager has a separate report"""
 
 
 class Handle(NamedTuple):
@@ -42,8 +42,8 @@ class Saved:
     """The bytes that autograd saves in one block, each storage counted once.
 
     Attributes:
-        without: What it would have saved without ``save_memory``.
-        kept: What it saves.
+        without: Bytes that autograd would have saved without ``save_memory``.
+        kept: Bytes that it saves.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Saved:
 
     def _count(self, tensor: Tensor, which: int) -> int:
         storage = tensor.untyped_storage()
-        # While a weak reference exists, no other storage object gets this address.
+        # While a weak reference exists, no other storage object can get this address.
         weak = StorageWeakRef(storage)
         if weak.cdata in self._seen[which]:
             return 0
@@ -93,7 +93,7 @@ class SaveMemory:
             raise SurgeryError(REUSED)
         self._used = True
         outer = saved_tensor_hooks()
-        # Checkpointing counts saved tensors, so its regions must not be changed.
+        # Checkpointing counts saved tensors, so hooks must not be added in its regions.
         known = outer is not None and (
             _is_ours(outer) or getattr(outer[0], "__module__", "") == "torch.utils.checkpoint"
         )
@@ -115,7 +115,7 @@ class SaveMemory:
             _here.depth -= 1
 
     def is_innermost(self) -> bool:
-        """Whether the active hooks are those of this block, so that leaving removes no others."""
+        """Whether the active hooks are those of this block, so that leaving removes only these."""
         top = saved_tensor_hooks()
         return top is not None and top[0] is self._packs
 
@@ -146,7 +146,7 @@ class SaveMemory:
 
 
 def _outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a hook that Dynamo does not trace, as it would trace Python after a graph break."""
+    """Return a hook that Dynamo does not trace; after a graph break it would trace the hook."""
     if not is_dynamo_loaded():
         return hook
     disabled: Callable[..., Any] = torch.compiler.disable(hook)
@@ -159,7 +159,7 @@ def _is_ours(hooks: tuple[Any, Any]) -> bool:
 
 
 def _record(chosen: Any) -> Any:
-    """Return the backend, wrapped in a block if grad mode is on."""
+    """Return the backend, wrapped if a ``save_memory`` block is active and grad mode is on."""
     if getattr(_here, "depth", 0) and torch.is_grad_enabled():
         return RecordingBackend(chosen)
     return chosen

@@ -1,4 +1,4 @@
-"""``bn.adapt``: evaluation by the stored statistics and those of the batch at use, as one set."""
+"""``bn.adapt``: evaluation by the merge of the stored statistics and those of the batch."""
 
 import math
 from numbers import Real
@@ -18,11 +18,11 @@ from batchnorm.surgery.unfreeze import shown
 _VERB = "adapt"
 
 PRIOR = """\
-expected prior > 0, as how many samples the stored statistics count, got {got!r}; those of \
-the batch alone are computed in training mode"""
-NOT_STORED = "it keeps no statistics to mix with (track_running_stats=False)"
+expected prior > 0, the number of samples that the stored statistics count as, got {got!r}; to \
+normalize by the batch alone, use training mode"""
+NOT_STORED = "it keeps no statistics to merge with (track_running_stats=False)"
 FROZEN = "its class normalizes by stored statistics alone; bn.unfreeze(model) first"
-FOLDED = "it is computed by the weights before it; bn.freeze(model, folded=False) first"
+FOLDED = "the layer before it computes it by scaled weights; bn.freeze(model, folded=False) first"
 
 
 def adapt(model: Model, prior: float, *, filter: Filter | None = None) -> Model:
@@ -32,32 +32,33 @@ def adapt(model: Model, prior: float, *, filter: Filter | None = None) -> Model:
         \sigma^2 = \frac{N \sigma_s^2 + n \sigma_b^2}{N + n}
             + \frac{N n}{(N + n)^2} (\mu_s - \mu_b)^2
 
-    of N = ``prior`` samples with the stored mean and variance and the n samples of the batch: the
-    merged Moments, for data that are not like those of the training. Nothing is stored: the next
-    batch is mixed with the same statistics. A batch of one sample is mixed too. Gradients flow
-    through the batch's part. ``bn.undo(model, "adapt")`` ends it; called again, it sets the prior
-    anew. Layers of ``torch.nn`` and timm become layers of this library as by ``bn.convert``.
+    for N = ``prior`` samples with the stored mean and variance and the n samples of the batch:
+    these are the merged Moments. Meant for data that differ from the training data. The running
+    statistics are not changed, so every batch is merged with the same statistics; a batch of one
+    sample is merged too. Gradients flow through the batch's part. ``bn.undo(model, "adapt")``
+    reverts it; a second call replaces the prior. Layers of ``torch.nn`` and timm are converted as
+    by ``bn.convert``.
 
-    Under a mask a sample is the average number of values that count.
+    With a mask, a sample counts as the average number of values that count.
 
     Args:
         model: The model; changed in place.
-        prior: N. Large: nearly the stored statistics; 16 gives each half where the batch has 16.
-        filter: ``filter(name, module)`` says whether a layer is changed; all by default.
+        prior: N. If it is large, the stored statistics dominate; if N = n, both have weight 1/2.
+        filter: ``filter(name, module)`` returns whether a layer is changed; all by default.
 
     Returns:
         The model.
 
     Raises:
-        OptionError: If the prior is no number > 0.
-        SurgeryError: If there is no batch normalization, or one that cannot be adapted: without
-            statistics, of a frozen or an unknown class, or folded by ``bn.freeze``. Nothing is
+        OptionError: If the prior is not a number > 0.
+        SurgeryError: If there is no batch normalization, or a layer cannot be adapted: it has no
+            statistics, a frozen or an unknown class, or is folded by ``bn.freeze``. Nothing is
             changed then.
 
     Reference:
         Schneider et al. 2020, "Improving robustness against common corruptions by covariate shift
-        adaptation", section 2: the same weights, without the last term of the variance, which is
-        that between the two means.
+        adaptation", section 2: the same weights, without the last term of the variance (the
+        variance between the two means).
     """
     number = isinstance(prior, Real) and not isinstance(prior, bool)
     if not number or not 0 < prior < math.inf:
@@ -82,10 +83,10 @@ def adapt(model: Model, prior: float, *, filter: Filter | None = None) -> Model:
 
 
 def _becomes(name: str, layer: nn.Module) -> rules.Becomes | None:
-    """Return how a layer becomes one of ours, None where it is one; before anything is changed.
+    """Return the conversion of a layer to our class; None if it is of this library already.
 
     Raises:
-        SurgeryError: If it cannot be adapted.
+        SurgeryError: If the layer cannot be adapted.
     """
     known: Any = layer
     verdict = rules.decide(name, layer)

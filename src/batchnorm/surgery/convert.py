@@ -1,7 +1,7 @@
-"""``bn.convert``: assigns ``layer.__class__`` and a few attributes, and copies nothing.
+"""``bn.convert``: assigns ``layer.__class__`` and a few attributes; no tensor is copied.
 
-The layer stays the same object, so parameters, buffers, hooks, names and all references to it stay
-valid, those of optimizers included.
+The layer stays the same object, so parameters, buffers, hooks, names and all references stay valid,
+including those of optimizers.
 """
 
 import logging
@@ -27,7 +27,7 @@ NOT_ESTIMATED = rules.Left(f"estimator= has nothing to estimate: {NO_STATISTICS}
 
 
 class Step(NamedTuple):
-    """One layer, the verdict on it, and the options that it cannot have: option -> reason."""
+    """A layer, the verdict on it, and the options that it does not support: option -> reason."""
 
     name: str
     layer: nn.Module
@@ -44,30 +44,30 @@ def convert(
 ) -> Model:
     """Convert every batch normalization of a model to this library's classes, in place.
 
-    Converted are, by exact type, ``torch.nn.BatchNorm1d/2d/3d``, ``SyncBatchNorm`` (which becomes a
-    ``BatchNorm`` with ``statistics=Synced(its group)``), timm's ``BatchNormAct2d`` with its
-    activation and drop layer, and the frozen ones of torchvision and timm. Other classes and what
-    cannot be converted are left as they are and listed in ``bn.edits(model)``. Parameters, buffers,
-    hooks, modes and names are untouched: optimizers and checkpoints go on as they were.
+    These exact types are converted: ``torch.nn.BatchNorm1d/2d/3d``; ``SyncBatchNorm``, to
+    ``BatchNorm`` with ``statistics=Synced(its group)``; timm's ``BatchNormAct2d``, with its
+    activation and drop layer; and the frozen classes of torchvision and timm. All other layers are
+    left unchanged and listed in ``bn.edits(model)`` with a reason. Parameters, buffers, hooks,
+    modes and names do not change, so optimizers and checkpoints stay valid.
 
-    An option that is given holds for layers that are ours already too, as often as it is called;
-    one that is not leaves them as they are. A warning names the layers that cannot have an option.
+    The options also apply to layers that are of this library already; an option that is not passed
+    leaves them unchanged. A warning lists the layers that do not support an option.
 
     Args:
         model: The model; changed in place.
-        statistics: What normalizes a training step. By default the batch, and over ranks where the
-            layer did so before.
+        statistics: Source of the statistics that normalize a training step. By default the batch,
+            or the batches of all ranks for ``SyncBatchNorm``.
         estimator: How statistics for evaluation are estimated; running averages continue from the
-            present statistics.
-        filter: ``filter(name, module)`` says whether a module is changed; all by default.
+            current running statistics.
+        filter: ``filter(name, module)`` returns whether a module is changed; all by default.
 
     Returns:
         The model.
 
     Raises:
-        SurgeryError: If the model is scripted or traced, or none; it is then as it was.
-        OptionError: If an option is wrong, or ``bn.Grouped``, which layers are made with, would be
-            given or taken away; likewise.
+        SurgeryError: If the model is not a module, or is scripted or traced. It is unchanged then.
+        OptionError: If an option is invalid, or ``bn.Grouped``, whose buffers only a constructor
+            creates, would be set or replaced. The model is unchanged then.
     """
     expect_model(model, _VERB)
     options = Options(statistics, estimator)
@@ -105,9 +105,9 @@ def _plan(model: nn.Module, options: Options, wanted: Filter | None) -> Iterator
 def _apply(
     step: Step, options: Options, before: Mapping[nn.Module, Placed], is_stood_on: bool
 ) -> Done:
-    """Change a layer; several conversions of it are one change, until another verb comes between.
+    """Change a layer; consecutive conversions are merged into one change.
 
-    A layer that stays as it is, and was converted before, has that edit told anew.
+    For a layer that is not changed but was converted before, the earlier edit is recorded again.
     """
     name, layer, verdict, refused = step
     new = {} if isinstance(verdict, rules.Left) else options.attributes(layer, verdict, refused)

@@ -18,10 +18,10 @@ class Exchange(Change):
     """The class and attributes of a layer before ``bn.convert``.
 
     Attributes:
-        cls: Its class, or None if that was not changed.
-        changed: Attributes that had another value, with that value.
-        added: Names of attributes that it did not have.
-        batches: The value of ``num_batches_tracked`` when its estimators were replaced.
+        cls: The previous class, or None if it was not changed.
+        changed: Attributes that were changed, with their previous values.
+        added: Names of attributes that were added.
+        batches: The value of ``num_batches_tracked`` when the estimators were replaced.
     """
 
     cls: type[nn.Module] | None = None
@@ -32,8 +32,8 @@ class Exchange(Change):
     def undo(self, owner: Any) -> None:
         """Restore the class and the attributes; parameters and buffers are not changed.
 
-        Estimators that were replaced get their states back. If the layer was trained since, or the
-        states were dropped, they restart from the present statistics, as after
+        Replaced estimators get their states back. If the layer has been trained since, or the
+        states were dropped, they restart from the current running statistics, as after
         ``load_state_dict``.
         """
         for name in self.added:
@@ -51,12 +51,12 @@ class Exchange(Change):
             bank.apply(lambda state: state.to(device))
 
     def tensors(self) -> Iterable[Tensor]:
-        """Return the states of the estimators that were replaced."""
+        """Return the states of the replaced estimators."""
         bank = self.changed.get("bank")
         return () if bank is None else bank.tensors().values()
 
     def without_tensors(self, why: str) -> "Exchange":  # noqa: ARG002
-        """Return the change without those states; estimators then restart."""
+        """Return the change without these states; ``undo`` then restarts the estimators."""
         bank = self.changed.get("bank")
         if bank is None:
             return self
@@ -73,7 +73,7 @@ def exchange(
     Args:
         layer: Any batch normalization.
         new: Attribute -> value.
-        cls: The new class; None to keep the present one.
+        cls: The new class; None to keep the current class.
         older: An earlier change of the layer, which the returned one includes.
     """
     has = layer.__dict__
@@ -92,7 +92,7 @@ def exchange(
 
 
 def describe(layer: Any, change: Exchange) -> tuple[str, str]:
-    """Return the name of the class that a layer had, and a description of its present options."""
+    """Return the name of a layer's previous class, and a description of its current options."""
     old, notes = change.changed, []
     if layer.statistics != old.get("statistics", BATCH):
         notes.append(f"statistics={layer.statistics}")

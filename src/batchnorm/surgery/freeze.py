@@ -1,4 +1,4 @@
-"""``bn.freeze``, ``bn.frozen``: statistics, affine parameters and mode of layers, apart."""
+"""``bn.freeze``, ``bn.frozen``: separate switches for statistics, affine parameters and mode."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,31 +23,30 @@ _VERB = "freeze"
 BY_CLASS = "its class is frozen already"
 
 FOLDED = """\
-expected statistics=True and mode=True with folded=True{where}, got {got}: weights are scaled by \
-stored statistics that stay as they are"""
+expected statistics=True and mode=True with folded=True{where}, got {got}: weights can only be \
+scaled by stored statistics that training does not change"""
 
 KNOWN = "expected switches={{name: {{switch: bool}}}} as bn.frozen returns it, got {got}"
 
 MISSING = """\
-switches= has layers that the model has not, or has no batch normalization by that name: {names}. \
-Nothing was changed"""
+switches= has names for which the model has no batch normalization: {names}. Nothing was changed"""
 
 BOTH = "expected switches= or statistics=, affine=, mode=, folded=, got both"
 
-ADAPTED = 'folded=True, and in use it mixes its statistics; bn.undo(model, "adapt") first'
+ADAPTED = 'folded=True does not support a layer with bn.adapt; bn.undo(model, "adapt") first'
 NOT_STORED = "it keeps no statistics to normalize by (track_running_stats=False); use mode=False"
 
 
 class FreezePlan(NamedTuple):
-    """A layer, what is to be frozen of it, and how it becomes a layer of this library.
+    """A layer, the switches to set, and its conversion to a layer of this library.
 
     Attributes:
-        name: Its first name.
+        name: The layer's first name.
         layer: The layer.
-        switches: What is to be frozen.
-        becomes: The class that it changes to; None where it is ours.
-        eps: Its epsilon, where the class that it has does not say it.
-        thaw: How it becomes an ordinary layer before, where its class is a frozen one.
+        switches: The switches to set.
+        becomes: The class to which it is converted; None if it is of this library.
+        eps: The epsilon, if the layer has no such attribute.
+        thaw: For a frozen class: the ordinary class to which it is converted first.
     """
 
     name: str
@@ -69,34 +68,34 @@ def freeze(
     filter: Filter | None = None,
     optimizer: Optimizer | None = None,
 ) -> Model:
-    """Freeze batch normalizations, in place: three switches, and one for how they are computed.
+    """Freeze batch normalizations in place: statistics, affine parameters and mode separately.
 
-    What is frozen holds until ``bn.unfreeze``, whatever ``model.train()`` and
-    ``model.requires_grad_(True)`` do. Layers of ``torch.nn`` and timm become layers of this library
-    as by ``bn.convert``. Parameters and buffers stay the same objects. Called again, it sets all
-    switches anew; with none of them on it is ``bn.unfreeze``.
+    The layers stay frozen until ``bn.unfreeze``, also after ``model.train()`` and
+    ``model.requires_grad_(True)``. Layers of ``torch.nn`` and timm are converted as by
+    ``bn.convert``. Parameters and buffers stay the same objects. A second call replaces all
+    switches; with all of them off it has the effect of ``bn.unfreeze``.
 
     Args:
         model: The model; changed in place.
-        switches: What ``bn.frozen`` returned, for these layers; in place of the four below.
-        statistics: Running mean, variance and counter stay as they are.
-        affine: weight and bias get no gradient: ``requires_grad`` is False, ``.grad`` None, and
-            where something sets ``requires_grad`` again, they still get none.
+        switches: A result of ``bn.frozen``, for its layers, instead of the four switches below.
+        statistics: Training does not update running mean, variance and counter.
+        affine: weight and bias get no gradient: ``requires_grad`` becomes False and ``.grad`` None;
+            they get no gradient even if ``requires_grad`` is set to True later.
         mode: A training step normalizes by the running statistics.
         folded: A training step scales the weights of the convolution or linear layer before the
-            normalization, and saves no input of it. Needs ``statistics`` and ``mode``.
-        filter: ``filter(name, module)`` says whether a layer is frozen; all by default.
-        optimizer: Gets the parameters that are made of buffers, where a layer of a frozen class
-            (torchvision's ``FrozenBatchNorm2d``) is to train again; else it is not touched.
+            normalization, whose input is then not saved. Needs ``statistics`` and ``mode``.
+        filter: ``filter(name, module)`` returns whether a layer is frozen; all by default.
+        optimizer: If a layer of a frozen class (torchvision's ``FrozenBatchNorm2d``) becomes
+            trainable, its buffers weight and bias become parameters and are added here.
 
     Returns:
         The model.
 
     Raises:
-        SurgeryError: If there is no batch normalization, or one that cannot be frozen: of an
-            unknown class, on the meta device, without parameters yet, or without statistics where
-            ``mode`` is on. Nothing is changed then.
-        OptionError: If switches contradict each other; likewise.
+        SurgeryError: If there is no batch normalization, or a layer cannot be frozen: it has an
+            unknown class, is on the meta device, is lazy, or has no statistics with ``mode`` on.
+            Nothing is changed then.
+        OptionError: If switches contradict each other. Nothing is changed then.
     """
     found = layers.found(model, _VERB)
     layers.expect_optimizer(optimizer)
@@ -118,11 +117,12 @@ def freeze(
 
 
 def frozen(model: nn.Module) -> dict[str, dict[str, bool]]:
-    """Return what is frozen of the batch normalizations of a model, by the layers' first names.
+    """Return the switches of the frozen batch normalizations of a model, by their first names.
 
-    To be stored beside a checkpoint (it is JSON), and applied by ``bn.freeze(model, switches)``.
-    Layers of which nothing is frozen are left out. A frozen class of another library has all three
-    switches, ``statistics=bn.Frozen()`` those of statistics and mode.
+    The result can be stored as JSON with a checkpoint, and applied by
+    ``bn.freeze(model, switches)``. Layers that are not frozen are left out. For a frozen class of
+    another library the first three switches are True; for ``statistics=bn.Frozen()``, statistics
+    and mode.
 
     Args:
         model: A model.
@@ -131,7 +131,7 @@ def frozen(model: nn.Module) -> dict[str, dict[str, bool]]:
         Name -> ``{"statistics": bool, "affine": bool, "mode": bool, "folded": bool}``.
 
     Raises:
-        SurgeryError: If the model is none, or has no batch normalization.
+        SurgeryError: If the model is not a module, or has no batch normalization.
     """
     found = layers.found(model, "frozen")
     return {
@@ -150,7 +150,7 @@ def _wanted(
     """Return the layers to freeze, and the switches of each.
 
     Raises:
-        OptionError: If switches contradict each other, or are no such mapping.
+        OptionError: If switches contradict each other, or have another form.
     """
     if saved is None:
         _check(one, "")
@@ -172,7 +172,7 @@ def _wanted(
         _check(state, f" for {name!r}")
         if given.setdefault(by_name[name], state) != state:
             raise OptionError(
-                f"switches= has different ones for the names of one layer, among them {name!r}: "
+                f"switches= has different values for the names of one layer, such as {name!r}: "
                 f"({given[by_name[name]]}) and ({state})"
             )
     return [(name, layer, given[layer]) for name, layer in some if layer in given]
@@ -188,7 +188,7 @@ def _check(switches: Switches, where: str) -> None:
 
 
 def _plan(name: str, layer: nn.Module, switches: Switches) -> FreezePlan:
-    """Decide how a layer is frozen, before anything is changed."""
+    """Plan how to freeze a layer, before anything is changed."""
     if reason := layers.without_values(layer):
         raise layers.refuse(_VERB, name, layer, reason)
     if is_frozen_class(layer):
@@ -206,7 +206,7 @@ def _plan(name: str, layer: nn.Module, switches: Switches) -> FreezePlan:
 
 
 def _plan_of_class(name: str, layer: nn.Module, switches: Switches) -> FreezePlan:
-    """Decide for a layer of a frozen class: to train again, to be folded, or to stay."""
+    """Plan for a layer of a frozen class: make it trainable, fold it, or leave it unchanged."""
     if switches == Switches() or (switches.folded and isinstance(layer, Layer)):
         return FreezePlan(name, layer, switches)
     plan = unfreeze.ordinary(_VERB, name, layer)
@@ -218,7 +218,7 @@ def _plan_of_class(name: str, layer: nn.Module, switches: Switches) -> FreezePla
 
 
 def _apply(plan: FreezePlan, old: Entry | None, made: list[nn.Parameter]) -> list[Done]:
-    """Freeze a layer; return what was done, and collect the parameters that were made."""
+    """Freeze a layer; return the edits, and append new parameters to ``made``."""
     name, layer, switches, becomes, eps, thaws = plan
     done = []
     if thaws is not None:

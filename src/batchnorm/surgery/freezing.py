@@ -1,10 +1,9 @@
-"""What ``bn.freeze`` and ``bn.unfreeze`` change of a layer, and how it is taken back.
+"""The changes that ``bn.freeze`` and ``bn.unfreeze`` make to a layer, and their undo.
 
-Frozen layers of other libraries: torchvision, timm, detectron2 and transformers (a copy in each
-detector) have a class of their own: weight, bias, running_mean and running_var are buffers, and
-every mode normalizes by these. Some have ``eps`` as an attribute, others write it into ``forward``.
-So it is measured: what the module computes of ones, with a mean of 0 and a variance of 0, is
-1 / sqrt(eps).
+torchvision, timm, detectron2 and transformers (a copy in each detector) have classes for frozen
+layers, in which weight, bias, running_mean and running_var are buffers that normalize in every
+mode. Some have an attribute ``eps``; in others it is a constant in ``forward``. Therefore eps is
+measured: for an input of ones, mean 0 and variance 0, the module returns 1 / sqrt(eps).
 """
 
 import copy
@@ -31,8 +30,8 @@ NAMES = ("weight", "bias", "running_mean", "running_var")
 def is_frozen_class(module: nn.Module) -> bool:
     """Return whether the class of a module normalizes by stored statistics in every mode.
 
-    Of a class that no table knows this is said by its four buffers and the lack of parameters;
-    ``measured_eps`` proves it.
+    An unknown class counts as frozen if it has these four buffers and no parameters;
+    ``measured_eps`` verifies what it computes.
     """
     kind = kind_of(module)
     if kind is None or kind.family == "scripted":
@@ -48,7 +47,7 @@ def is_frozen_class(module: nn.Module) -> bool:
 
 
 def measured_eps(module: nn.Module) -> float | None:
-    """Return the epsilon of a frozen layer of any library; None where it computes something else.
+    """Return the epsilon of a frozen layer of any library; None if it computes something else.
 
     Computed with copies of the buffers, in float64, on the CPU.
     """
@@ -56,11 +55,11 @@ def measured_eps(module: nn.Module) -> float | None:
     zero = torch.zeros(channels, dtype=torch.float64)
     try:
         y = _computed(module, (zero + 1, zero, zero, zero), torch.ones(1, channels, 1, 1))
-    except Exception:  # noqa: BLE001 (code of others: whatever it raises, it is no such layer)
+    except Exception:  # noqa: BLE001 (foreign code: on any error it is not a frozen layer)
         return None
     if y.shape != (1, channels, 1, 1) or not bool((y == y[0, 0]).all()) or not bool((y > 0).all()):
         return None
-    # An infinite result is an epsilon of 0; the attribute, where it says the same, has no rounding.
+    # An infinite result means an epsilon of 0. If the attribute agrees, use it: it is not rounded.
     measured = float(y[0, 0, 0, 0]) ** -2
     said = getattr(module, "eps", None)
     near = isinstance(said, float) and math.isclose(said, measured, rel_tol=1e-9)
@@ -80,7 +79,7 @@ def _is_formula(module: nn.Module, eps: float, channels: int) -> bool:
 
 
 def _computed(module: nn.Module, values: tuple[Tensor, ...], x: Tensor) -> Tensor:
-    """Return what a module's class makes of an input with other values in its buffers."""
+    """Return the output of a module's class for an input, with other values in its buffers."""
     other: Any = copy.deepcopy(module).cpu()
     for name, value in zip(NAMES, values, strict=True):
         setattr(other, name, value)
@@ -95,12 +94,12 @@ STATISTICS = ("running_mean", "running_var")
 
 @dataclass(frozen=True)
 class Freeze(Change):
-    """What a layer was before ``bn.freeze``.
+    """The state of a layer before ``bn.freeze``.
 
     Attributes:
-        became: How it became a layer of this library; None where it was one.
-        switches: What was frozen of it.
-        requires_grad: That of its weight and bias, by name.
+        became: Its conversion to a layer of this library; None if it was of this library.
+        switches: Its switches.
+        requires_grad: ``requires_grad`` of weight and bias, by name.
     """
 
     became: Exchange | None = None
@@ -109,17 +108,17 @@ class Freeze(Change):
 
     @property
     def commutes(self) -> bool:
-        """Switches stand on nothing; the exchange of a class does."""
+        """Whether it can be undone out of order: true for switches, not for a change of class."""
         return self.became is None
 
     def undo(self, owner: Any) -> None:
-        """Give the layer its switches, ``requires_grad`` and class back; values stay."""
+        """Restore the layer's switches, ``requires_grad`` and class; values are not changed."""
         self.release(owner)
         if self.became is not None:
             self.became.undo(owner)
 
     def release(self, owner: Any) -> None:
-        """Give back switches and ``requires_grad``; the class stays."""
+        """Restore switches and ``requires_grad``, but not the class."""
         set_switches(owner, self.switches)
         for name, before in self.requires_grad.items():
             parameter = tables(owner)[0].get(name)
@@ -134,14 +133,14 @@ def freeze(
     new: Mapping[str, Any] | None = None,
     older: Freeze | None = None,
 ) -> Freeze:
-    """Set the switches of a layer, and return how that is taken back.
+    """Set the switches of a layer, and return the inverse.
 
     Args:
         layer: A layer of this library, or one that becomes one.
         switches: What is to be frozen.
-        cls: The class that it becomes; None where it is ours.
-        new: The attributes that it gets with the class.
-        older: What froze it before, to be taken back together with this.
+        cls: The class to which it is converted; None if it is of this library.
+        new: The attributes to set with the class.
+        older: An earlier freeze of the layer, which the returned change includes.
     """
     became = exchange(layer, dict(new or {}), cls) if cls is not None else None
     parameters = {
@@ -153,7 +152,7 @@ def freeze(
     set_switches(layer, switches)
     for name, parameter in parameters.items():
         if switches.affine:
-            # An optimizer skips a parameter without .grad; an old one would move it once more.
+            # Optimizers skip parameters without .grad; an old .grad would cause one more update.
             parameter.requires_grad_(False)
             parameter.grad = None
         elif name in before.requires_grad:
@@ -162,7 +161,7 @@ def freeze(
 
 
 def set_switches(layer: Any, switches: Switches | None) -> None:
-    """Write what is frozen of a layer; an ordinary layer has no attribute of its own for it."""
+    """Set ``layer.frozen``; remove the instance attribute if nothing is frozen."""
     if switches is None:
         layer.__dict__.pop("frozen", None)
     else:
@@ -171,18 +170,18 @@ def set_switches(layer: Any, switches: Switches | None) -> None:
 
 @dataclass(frozen=True)
 class Thaw(Change):
-    """What a layer of a frozen class was before ``bn.unfreeze`` made parameters of its buffers.
+    """The state of a layer of a frozen class before its buffers became parameters.
 
     Attributes:
-        exchanged: How its class and attributes changed.
-        buffers: Names of the buffers that it had, in order.
+        exchanged: The change of its class and attributes.
+        buffers: Names of its buffers, in order.
     """
 
     exchanged: Exchange
     buffers: tuple[str, ...]
 
     def undo(self, owner: Any) -> None:
-        """Make weight and bias buffers again, with the values that they have by now."""
+        """Make weight and bias buffers again, with their current values."""
         parameters, buffers = tables(owner)
         for name in AFFINE:
             if name in self.buffers and name in parameters:
@@ -194,9 +193,9 @@ class Thaw(Change):
 
 
 def thaw(layer: Any, cls: type[Layer], eps: float) -> tuple[Thaw, list[nn.Parameter]]:
-    """Make a layer of a frozen class an ordinary one; return the change and the new parameters.
+    """Convert a layer of a frozen class to a trainable layer; return the change and parameters.
 
-    The parameters lie in the memory of the buffers.
+    The new parameters share the memory of the buffers.
     """
     parameters, buffers = tables(layer)
     names = tuple(buffers)

@@ -1,7 +1,7 @@
-"""The batch normalizations that a verb is for: found, filtered, and refused by name.
+"""The batch normalizations to which a verb applies: search, filter, and errors.
 
-For verbs that do all that was asked or nothing: what they cannot do is an error before anything is
-changed.
+For verbs that either change all chosen layers or none: a layer that they cannot change is an error
+before anything is changed.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from batchnorm.surgery.options import FILTER, Filter
 
 SCRIPTED = """\
 bn.{verb} expected a model in Python, got a {kind}, whose code torch.jit has already compiled; \
-call it for the model that this was made from"""
+pass the original model"""
 
 NONE = "bn.{verb} found no batch normalization in {kind}"
 
@@ -29,8 +29,8 @@ bn.{verb} cannot do this to {name!r} ({kind}): {reason}. Nothing was changed; \
 filter=lambda name, module: ... leaves layers out"""
 
 TWICE = """\
-filter= said yes and no to one layer, which the model has under several names: {names}. \
-Nothing was changed; let it say the same to all of them"""
+filter= returned different values for the names of one layer, which the model has under several \
+names: {names}. Nothing was changed; return the same value for all of them"""
 
 OPTIMIZER = "expected optimizer= to be a torch.optim.Optimizer, got {kind}"
 
@@ -39,7 +39,7 @@ def found(model: Any, verb: str) -> dict[nn.Module, list[str]]:
     """Return every batch normalization of a model, of any library, with all of its names.
 
     Raises:
-        SurgeryError: If the model is none, is scripted, or has no batch normalization.
+        SurgeryError: If the model is not a module, is scripted, or has no batch normalization.
     """
     expect_model(model, verb)
     if isinstance(model, torch.jit.ScriptModule):
@@ -56,11 +56,11 @@ def found(model: Any, verb: str) -> dict[nn.Module, list[str]]:
 def chosen(
     layers: dict[nn.Module, list[str]], wanted: Filter | None
 ) -> list[tuple[str, nn.Module]]:
-    """Return the layers to which ``filter=`` says yes, each with its first name.
+    """Return the layers for which ``filter=`` is true, each with its first name.
 
     Raises:
-        OptionError: If the filter is no function.
-        SurgeryError: If it says different things to the names of one layer.
+        OptionError: If the filter is not a function.
+        SurgeryError: If it returns different values for the names of one layer.
     """
     if wanted is not None and not callable(wanted):
         raise OptionError(FILTER.format(got=wanted))
@@ -75,14 +75,14 @@ def chosen(
 
 
 def refuse(verb: str, name: str, layer: nn.Module, reason: str) -> SurgeryError:
-    """Return the error that says why a verb cannot change a layer."""
+    """Return the error for a layer that a verb cannot change."""
     return SurgeryError(
         CANNOT.format(verb=verb, name=name, kind=type(layer).__name__, reason=reason)
     )
 
 
 def without_values(layer: nn.Module) -> str:
-    """Return why a layer's tensors have no values yet; "" where they have."""
+    """Return why a layer's tensors have no values yet; "" if they have values."""
     tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
     if any(is_lazy(tensor) for tensor in tensors):
         return rules.LAZY.reason
@@ -90,7 +90,7 @@ def without_values(layer: nn.Module) -> str:
 
 
 def extend(optimizer: Optimizer | None, parameters: Sequence[nn.Parameter]) -> bool:
-    """Give new parameters to the first group of an optimizer; return whether it has them."""
+    """Add new parameters to an optimizer's first group; return whether there is an optimizer."""
     if optimizer is None or not parameters:
         return not parameters
     optimizer.param_groups[0]["params"].extend(parameters)
@@ -98,6 +98,6 @@ def extend(optimizer: Optimizer | None, parameters: Sequence[nn.Parameter]) -> b
 
 
 def expect_optimizer(optimizer: Any) -> None:
-    """Raise if ``optimizer=`` is none."""
+    """Raise if ``optimizer=`` is not an optimizer."""
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise OptionError(OPTIMIZER.format(kind=type(optimizer).__name__))

@@ -20,44 +20,44 @@ Filter = Callable[[str, nn.Module], bool]
 
 SCRIPTED = """\
 bn.convert expected a model in Python, got a {kind}, whose code torch.jit has already compiled. \
-Convert the model it was made from; torch.jit.trace takes the converted one in eval mode."""
+Convert the original model; torch.jit.trace supports the converted model in eval mode."""
 
 SOURCE = """\
 expected a source such as statistics=bn.Batch(), bn.Frozen() or bn.Synced(), got {got!r}"""
 
-FILTER = "expected filter=function of (name, module), true for those to convert, got {got!r}"
+FILTER = "expected filter=function of (name, module), true for layers to convert, got {got!r}"
 
 REFUSED = "bn.convert did not apply %s= to %d of the layers: %s"
 
 GROUPED = """\
-bn.convert cannot give statistics={source} to {name!r}, which has no buffers for these groups; \
-nothing was changed. Build the layer with it, bn.{kind}(..., statistics={source}), and load the \
+bn.convert cannot set statistics={source} for {name!r}, which has no buffers for these groups; \
+nothing was changed. Construct the layer with bn.{kind}(..., statistics={source}) and load the \
 state dict; filter= leaves layers out"""
 
 UNGROUPED = """\
-bn.convert cannot give statistics={source} to {name!r}, which stores statistics for each group of \
-samples (statistics={old}), by which evaluation would no longer normalize; nothing was changed. \
-filter= leaves layers out, and bn.freeze(model) freezes them as they are"""
+bn.convert cannot set statistics={source} for {name!r}, which stores statistics for each group of \
+samples (statistics={old}): evaluation would no longer use them; nothing was changed. \
+filter= leaves layers out, and bn.freeze(model) freezes them without a change of statistics="""
 
 FROZEN = "its class normalizes by stored statistics alone"
 NO_STATISTICS = "it keeps no statistics"
 
-# Names of layers in a warning, at most; bn.edits has all.
+# Maximum number of layer names in a warning; bn.edits has all of them.
 _MOST = 8
 
 
 class Options(NamedTuple):
-    """The options that were given; None for those that were not."""
+    """The options of ``bn.convert``; None for options that were not passed."""
 
     statistics: Source | None
     estimator: EstimatorLike | None
 
     def check(self, model: nn.Module, wanted: Filter | None) -> None:
-        """Raise for a scripted model, and for values that are no source, estimator or filter.
+        """Check the model, and that the options are a source, an estimator and a filter.
 
         Raises:
             SurgeryError: If the model is scripted or traced.
-            OptionError: Naming the option.
+            OptionError: If an option is invalid.
         """
         if isinstance(model, torch.jit.ScriptModule):
             raise SurgeryError(SCRIPTED.format(kind=type(model).__name__))
@@ -71,10 +71,10 @@ class Options(NamedTuple):
             named(self.estimator)
 
     def expect_tensors(self, name: str, layer: nn.Module, verdict: Any) -> None:
-        """Raise for a source with groups that a layer has no tensors for, and in the place of one.
+        """Check that ``statistics=`` does not need or remove a layer's buffers per group.
 
         Raises:
-            OptionError: Naming the layer.
+            OptionError: If it does.
         """
         new, old = self.statistics, getattr(layer, "statistics", None)
         if isinstance(verdict, rules.Left) or verdict.frozen or new in (None, old):
@@ -86,7 +86,7 @@ class Options(NamedTuple):
             raise OptionError(UNGROUPED.format(source=new, name=name, old=old))
 
     def refused(self, layer: Any, verdict: Any) -> dict[str, str]:
-        """Return the options that a layer cannot have: option -> reason."""
+        """Return the options that a layer does not support: option -> reason."""
         asked = [name for name in ("statistics", "estimator") if getattr(self, name) is not None]
         if isinstance(verdict, rules.Left):
             return dict.fromkeys(asked, verdict.reason)
@@ -102,7 +102,7 @@ class Options(NamedTuple):
     def attributes(
         self, layer: Any, verdict: rules.Becomes | rules.AlreadyOurs, refused: Mapping[str, str]
     ) -> dict[str, Any]:
-        """Return the attributes to set on a layer; empty if it has them already."""
+        """Return the attributes to set on a layer; empty if they already have these values."""
         new: dict[str, Any] = {}
         if isinstance(verdict, rules.Becomes):
             new = {"activation": IDENTITY, "statistics": BATCH, "bank": None}
@@ -123,7 +123,7 @@ class Options(NamedTuple):
 
 
 def warn(refused: Iterable[tuple[str, Mapping[str, str]]]) -> None:
-    """Log a warning that names the layers which cannot have a given option."""
+    """Log a warning with the layers that do not support an option."""
     layers: dict[str, list[str]] = {}
     for name, options in refused:
         for option, reason in options.items():

@@ -1,8 +1,8 @@
-"""Which layers compute the frozen normalization behind them: found in the first training pass.
+"""Finds, in the first training pass, layers that can compute the normalization behind them.
 
-``bn.freeze(model, folded=True)`` has no example inputs. So a hook of the model waits for the first
-pass in training, runs it once before on copies of its inputs (``models.following.flow``), and
-changes the class of each layer whose output goes to one frozen normalization and nowhere else.
+``bn.freeze(model, folded=True)`` has no example inputs. Therefore a forward pre-hook of the model
+records an additional pass on copies of the first training inputs (``models.following.flow``), and
+changes the class of each layer whose output is used by one frozen normalization only.
 """
 
 import logging
@@ -28,13 +28,13 @@ _VERB = "freeze"
 WAITS = "the first training pass shows which layers compute the normalization behind them"
 
 FAILED = """\
-bn.freeze(folded=True) could not look at a training pass of %s (%s). Frozen normalizations are \
-computed by themselves, with the same results"""
+bn.freeze(folded=True) could not record a training pass of %s (%s). Frozen normalizations are \
+computed separately, with the same results"""
 
 
 @dataclass(frozen=True)
 class Watch(Change):
-    """The hooks of a model that look for what can be folded, and check each pass."""
+    """The hooks of a model that find the layers to fold, and check each pass."""
 
     commutes = True
 
@@ -45,19 +45,19 @@ class Watch(Change):
 
 @dataclass(frozen=True)
 class Pair(Change):
-    """The class of a layer before it computed the normalization behind it."""
+    """The class of a layer before it became a folding layer."""
 
     cls: type[nn.Module]
     commutes = True
 
     def undo(self, owner: nn.Module) -> None:
-        """Give the class back."""
+        """Restore the class."""
         owner.__class__ = self.cls
         vars(owner).pop(folded.BEHIND, None)
 
 
 def watch(model: nn.Module) -> Done | None:
-    """Let a model look for what can be folded in its first training pass from now on."""
+    """Register hooks that search for layers to fold in the model's next training pass."""
     known = any(isinstance(entry.change, Watch) for entry in record_of(model))
     remove_forward_hooks(model, HOOKS)
     model.register_forward_pre_hook(_look, with_kwargs=True)
@@ -68,7 +68,7 @@ def watch(model: nn.Module) -> Done | None:
 
 
 def tidy(model: nn.Module) -> None:
-    """Give layers their class back whose normalization is not folded any more."""
+    """Restore the class of layers whose normalization is no longer folded."""
     placed = stack(model)
     take_back(
         [
@@ -89,7 +89,7 @@ _looking = _Looking()
 
 
 def _look(model: nn.Module, args: Any, kwargs: Any) -> None:
-    """Before the first training pass: run it once, and let layers compute what is behind them."""
+    """Before the first training pass: record a pass, and change the classes of layers to fold."""
     if torch.compiler.is_compiling() or _looking.now:
         return
     some: dict[str, Any] = {name: m for name, m in model.named_modules() if _folds(m)}
@@ -100,7 +100,7 @@ def _look(model: nn.Module, args: Any, kwargs: Any) -> None:
     try:
         with torch.no_grad():
             seen = flow(model, *mapped(args, _copy), **mapped(kwargs, _copy))
-    except Exception as error:  # noqa: BLE001 (the model's own errors come again in its own pass)
+    except Exception as error:  # noqa: BLE001 (the real pass raises the model's errors again)
         reason = f"{type(error).__name__}: {error}"
         logging.getLogger("batchnorm").warning(FAILED, type(model).__name__, reason)
         return
@@ -131,7 +131,7 @@ def _folds(module: Any) -> bool:
 
 
 def _paired(model: nn.Module, some: Mapping[str, Any], seen: Flow) -> Iterator[Done]:
-    """Change the classes of the layers in front of normalizations; yield what was done, and not."""
+    """Change the classes of layers in front of normalizations; yield all edits and refusals."""
     for name, norm in some.items():
         maker = _maker(seen, name)
         layer: Any = None if isinstance(maker, Apart) else model.get_submodule(maker)
@@ -141,7 +141,7 @@ def _paired(model: nn.Module, some: Mapping[str, Any], seen: Flow) -> Iterator[D
             yield Done(Edit((name,), _VERB, kind, None, f"not folded: {apart and apart.reason}"))
             continue
         was = type(layer)
-        if isinstance(layer, folded.Folding):  # looked at before
+        if isinstance(layer, folded.Folding):  # changed before
             vars(layer)[folded.BEHIND] = (norm,)
             continue
         layer.__class__ = folded.FOLDING[was]
@@ -153,21 +153,21 @@ def _paired(model: nn.Module, some: Mapping[str, Any], seen: Flow) -> Iterator[D
 
 @dataclass(frozen=True)
 class Apart:
-    """Why the input of a normalization is not the output of one layer alone."""
+    """The reason why a normalization cannot be folded into the layer before it."""
 
     reason: str
 
 
 def _maker(seen: Flow, name: str) -> str | Apart:
-    """Return the name of the layer whose output goes to a normalization and nowhere else."""
+    """Return the name of the layer whose output is used only by a normalization."""
     if seen.unseen:
-        return Apart(f"what the pass did cannot be told: {seen.unseen[0]}")
+        return Apart(f"the pass has operations that cannot be recorded: {seen.unseen[0]}")
     makers: dict[str, None] = {}
     for call in seen.calls_of(name):
         value = call.inputs[0]
         maker = seen.producer(value)
         if maker is None or not maker.module or value not in maker.outputs:
-            return Apart("its input is not what a layer returned")
+            return Apart("its input is not the output of a layer")
         makers[maker.name] = None
     if len(makers) != 1:
         return Apart(f"it was called for {', '.join(makers) or 'nothing'}")
@@ -176,21 +176,21 @@ def _maker(seen: Flow, name: str) -> str | Apart:
         for value in call.outputs:
             consumer = seen.sole_consumer(value)
             if consumer is None or consumer.name != name or _is_viewed(seen, value, call, consumer):
-                return Apart(f"what {maker_name!r} returns goes elsewhere, too")
+                return Apart(f"the output of {maker_name!r} is also used elsewhere")
         if _is_read_about(seen, call.within):
             return Apart(f"Python reads values of tensors around {maker_name!r}, and may branch")
     return maker_name
 
 
 def _is_viewed(seen: Flow, value: int, maker: Call, norm: Call) -> bool:
-    """Return whether a tensor was given another shape between two calls, be it the same one."""
+    """Return whether a tensor is reshaped or viewed between two calls."""
     own = (maker.number, norm.number)
     views = (call for call in seen.calls if call.view and value in call.inputs)
     return any(seen.step(call.number).number not in own for call in views)
 
 
 def _is_read_about(seen: Flow, within: int | None) -> bool:
-    """Return whether Python read values during a call of a module, in it or below it."""
+    """Return whether Python reads tensor values during a call of a module or inside of it."""
     for read in seen.reads:
         inside = read.within
         while inside is not None and inside != within:
@@ -201,15 +201,15 @@ def _is_read_about(seen: Flow, within: int | None) -> bool:
 
 
 def _unable(layer: Any, norm: Any, seen: Flow, name: str) -> Apart | None:
-    """Return why a layer cannot compute the normalization behind it; None where it can."""
+    """Return why a layer cannot compute the normalization behind it; None if it can."""
     if isinstance(layer, folded.Folding):
         return None
     if type(layer) not in folded.FOLDING or "forward" in vars(layer):
-        return Apart(f"before it is {name!r}, a {type(layer).__name__}")
+        return Apart(f"the layer before it, {name!r}, is a {type(layer).__name__}")
     ranks = {len(seen.values[v].shape) for call in seen.calls_of(name) for v in call.outputs}
     linear = isinstance(layer, nn.Linear)
     if any(norm.axis % rank != (rank - 1 if linear else 1) for rank in ranks):
-        return Apart("it normalizes another axis than that of the outputs")
+        return Apart("it normalizes another axis than the output channels")
     if not linear and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
         padding = f"padding={layer.padding!r}, padding_mode={layer.padding_mode!r}"
         return Apart(f"{name!r} has {padding}")

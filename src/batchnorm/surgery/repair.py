@@ -1,4 +1,4 @@
-"""``bn.repair``: statistics and counters of a state dict that no layer can use."""
+"""``bn.repair``: replaces unusable statistics and counters of a state dict."""
 
 import copy
 from collections.abc import Mapping, MutableMapping
@@ -11,21 +11,21 @@ from batchnorm.errors import OptionError
 from batchnorm.nn.groups import NAMES
 
 MEAN, VAR, COUNTER = "running_mean", "running_var", "num_batches_tracked"
-# Of a layer with bn.Grouped, a row for each group of samples.
+# Buffers of a layer with bn.Grouped, with one row per group of samples.
 GROUP_MEAN, GROUP_VAR, GROUP_COUNTER = NAMES
-# More batches than integers that float64 holds exactly.
+# Largest plausible counter: up to here float64 represents all integers exactly.
 MOST = 2**53
 
 KIND = "expected a state dict (name -> tensor) such as model.state_dict(), got {kind}"
 
 
 class Repair(NamedTuple):
-    """What was wrong with one entry of a state dict.
+    """The repair of one entry of a state dict.
 
     Attributes:
-        name: Of the entry.
-        reason: What was wrong, and what is there now.
-        channels: Which channels were replaced; none for a counter.
+        name: Name of the entry.
+        reason: The fault, and the new value.
+        channels: The channels that were replaced; empty for a counter.
     """
 
     name: str
@@ -37,34 +37,34 @@ class Repair(NamedTuple):
 
 
 class Repaired(NamedTuple):
-    """A state dict that can be loaded, and what was wrong with the one that it was made of."""
+    """A state dict that can be loaded, and the list of its repairs."""
 
     state: dict[str, Any]
     repairs: tuple[Repair, ...]
 
 
 def repair(state: Mapping[str, Any]) -> Repaired:
-    """Replace what no batch normalization can use by what a new layer has.
+    """Replace unusable statistics and counters of a state dict by the values of a new layer.
 
     Channels whose mean or variance is NaN or infinite, or whose variance is negative, get mean 0
-    and variance 1. A counter that is missing, negative, above 2**53, not finite or no whole number
-    becomes 0; a whole number of another dtype or shape keeps its value, as an int64 of shape ().
-    What ``bn.Grouped`` layers have for each group of samples is repaired alike, value by value.
-    What the values should be, ``bn.calibrate(model, data)`` computes.
+    and variance 1. A counter that is missing, negative, above 2**53, not finite or not an integer
+    becomes 0; an integer of another dtype or shape keeps its value, as an int64 of shape (). The
+    statistics per group of ``bn.Grouped`` layers are repaired in the same way, value by value.
+    ``bn.calibrate(model, data)`` computes the correct values.
 
     Args:
-        state: A state dict; it and its tensors stay as they are.
+        state: A state dict; it and its tensors are not changed.
 
     Returns:
-        A state dict, in which everything else is the same object, and the list of repairs.
+        A state dict, whose other entries are the same objects, and the list of repairs.
 
     Raises:
-        OptionError: If the state is no mapping, or has a running mean without a variance, or one of
-            another shape.
+        OptionError: If the state is not a mapping, or has a running mean without a running variance
+            of the same shape.
     """
     if not isinstance(state, Mapping):
         raise OptionError(KIND.format(kind=type(state).__name__))
-    # A shallow copy of a state dict keeps the versions of modules, which torch writes beside it.
+    # A shallow copy keeps the attribute _metadata, with the versions of modules.
     repaired: Any = copy.copy(state)  # type: ignore[arg-type]
     repairs: list[Repair] = []
     for name in state:
@@ -115,7 +115,7 @@ def _counter(state: MutableMapping[str, Any], prefix: str) -> list[Repair]:
         return [Repair(name, "missing; 0 now")]
     if not isinstance(value, Tensor) or value.numel() != 1:
         state[name] = torch.tensor(0)
-        return [Repair(name, f"{_shape(value)} where one number belongs; 0 now")]
+        return [Repair(name, f"{_shape(value)}, expected one number; 0 now")]
     number = value.item()
     usable = 0 <= number <= MOST and number == int(number)
     if usable and value.dtype == torch.int64 and not value.ndim:
@@ -126,14 +126,14 @@ def _counter(state: MutableMapping[str, Any], prefix: str) -> list[Repair]:
 
 
 def _group_counters(state: MutableMapping[str, Any], prefix: str) -> list[Repair]:
-    """Repair the counters of one layer's groups; a missing one is filled in when it is loaded."""
+    """Repair the counters of a layer's groups; a missing counter is filled in by loading."""
     name, groups = prefix + GROUP_COUNTER, len(state[prefix + GROUP_MEAN])
     value = state.get(name)
     if value is None:
         return []
     if not isinstance(value, Tensor) or value.shape != (groups,):
         state[name] = torch.zeros(groups, dtype=torch.int64)
-        return [Repair(name, f"{_shape(value)} where {groups} numbers belong; 0 now")]
+        return [Repair(name, f"{_shape(value)}, expected {groups} numbers; 0 now")]
     usable = (value >= 0) & (value <= MOST) & (value.double() == value.double().trunc())
     if bool(usable.all()) and value.dtype == torch.int64:
         return []

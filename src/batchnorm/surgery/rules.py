@@ -1,4 +1,4 @@
-"""The rules of ``bn.convert``: which class a module is converted to, or why it is left."""
+"""The rules of ``bn.convert``: the class to which a module is converted, or why it is not."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from batchnorm.nn.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 
 class Becomes(NamedTuple):
-    """The class to convert a layer to, and whether its old class is frozen or synchronized."""
+    """The class to which to convert a layer; whether the old class is frozen or synchronized."""
 
     cls: type[Layer]
     frozen: bool = False
@@ -36,7 +36,7 @@ class Left(NamedTuple):
     reason: str
 
 
-# By full name, so that torchvision and timm need not be imported to be recognized.
+# By full name, so that torchvision and timm need not be imported.
 _OURS: dict[str, type[Layer]] = {
     "torch.nn.modules.batchnorm.BatchNorm1d": BatchNorm1d,
     "torch.nn.modules.batchnorm.BatchNorm2d": BatchNorm2d,
@@ -48,23 +48,23 @@ _OURS: dict[str, type[Layer]] = {
     "torchvision.ops.misc.FrozenBatchNorm2d": FrozenBatchNorm2d,
 }
 
-OURS = "it is this library's already"
-SCRIPTED = Left("it is scripted or traced; convert the model before torch.jit sees it")
+OURS = "it is of this library already"
+SCRIPTED = Left("it is scripted or traced; convert the model before torch.jit compiles it")
 LAZY = Left("it has no parameters yet; run the model once, then convert")
-OWN_FORWARD = Left("the forward of this object was replaced, and the new one would still be called")
+OWN_FORWARD = Left("its forward was replaced on the instance, and conversion would not change that")
 PARAMETRIZED = Left(
     "its parameters are parametrized; remove_parametrizations first, or convert before"
 )
-INSIDE = Left("it is part of a parametrization, which computes a weight and is no layer of the net")
+INSIDE = Left("it is part of a parametrization, which computes a weight and is not a layer")
 META = Left("its parameters are on the meta device; load or initialize them, then convert")
 SHARDED = Left(
     "its parameters are {kind}, not whole tensors; convert before fully_shard or distribute_module"
 )
-SUBCLASS = Left("it is a class of its own, which may do more than what it is made from")
+SUBCLASS = Left("its class is a subclass, which may compute more than its base class")
 
 
 def decide(name: str, module: nn.Module) -> Becomes | AlreadyOurs | Left | None:
-    """Return the verdict on a module, or None if it is no batch normalization."""
+    """Return the verdict on a module, or None if it is not a batch normalization."""
     kind = kind_of(module)
     if kind is None:
         return None

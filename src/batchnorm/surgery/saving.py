@@ -1,4 +1,4 @@
-"""``bn.save_memory``, as a context manager or as a switch of a model."""
+"""``bn.save_memory``, as a context manager or for all passes of a model."""
 
 import threading
 from typing import Any, overload
@@ -33,11 +33,11 @@ def save_memory() -> SaveMemory: ...
 @overload
 def save_memory(model: Model, *, enabled: bool = True) -> Model: ...
 def save_memory(model: Model | None = None, *, enabled: bool = True) -> Model | SaveMemory:
-    """Save less for backward: recompute a normalization's output from its input.
+    """Save memory for backward: recompute a normalization's output from its input.
 
     A normalization saves its input, and the operation after it (the next convolution) saves its
-    output: twice the memory. In this block autograd saves a recipe instead of the output, and
-    backward recomputes it with the same bits, so loss and gradients are unchanged. The activation
+    output, which doubles the memory. In this block autograd saves a recipe instead of the output,
+    and backward recomputes the output bitwise, so loss and gradients do not change. The activation
     must be computed with the normalization: by ``activation=``, or fused by
     ``torch.compile(model, backend="batchnorm")``.
 
@@ -47,27 +47,27 @@ def save_memory(model: Model | None = None, *, enabled: bool = True) -> Model | 
         print(saved)                      # kept ... of ... MB, each storage once
 
     Args:
-        model: Apply to every forward pass of this model from now on; without it, to a block. For a
-            compiled model, pass the result of ``torch.compile``.
+        model: Apply to all further forward passes of this model; None: return a context manager.
+            For a compiled model, pass the result of ``torch.compile``.
         enabled: Whether to switch it on or off for the model.
 
     Returns:
-        The model, or a context manager whose value is a report of bytes.
+        The model, or a context manager whose value reports the saved bytes.
 
     Raises:
         SurgeryError: If ``model`` is not a module.
         OptionError: If ``enabled=False`` is given without a model.
 
     Notes:
-        An output that is written to in place before it is saved is saved as usual. An input that is
-        written to between forward and backward raises torch's error. Writes that autograd does not
+        An output that is modified in place before it is saved is saved as usual. An input that is
+        modified between forward and backward raises torch's error. Writes that autograd does not
         record (``.data``, numpy) are not detected. Checkpointed regions are not changed.
     """
     if model is None:
         if not enabled:
             raise OptionError(
-                "expected a model with enabled=False, got none; without one bn.save_memory() is a "
-                "context manager, which has no effect outside of its block"
+                "expected a model with enabled=False, got none; without a model, bn.save_memory() "
+                "is a context manager, which has no effect outside of its block"
             )
         return SaveMemory()
     expect_model(model, _VERB)
@@ -83,9 +83,9 @@ def save_memory(model: Model | None = None, *, enabled: bool = True) -> Model | 
 
 def _enter(model: nn.Module, args: Any) -> None:  # noqa: ARG001
     if torch.compiler.is_compiling():
-        return  # captured graphs have no hooks; the switch belongs on the compiled model
+        return  # captured graphs have no hooks; the hooks belong on the compiled model
     blocks = _here.__dict__.setdefault("blocks", [])
-    # An interrupt ends a pass without calling _leave; the next pass of that model closes its block.
+    # An interrupt ends a pass without _leave; the next pass of that model closes the block.
     if any(one is model for one, _ in blocks):
         while blocks and blocks[-1][1].is_innermost():
             blocks.pop()[1].__exit__(None, None, None)

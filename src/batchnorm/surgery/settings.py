@@ -23,10 +23,10 @@ from batchnorm.surgery.unfreeze import shown, state_of
 _VERB = "set_options"
 _RESET = "reset_statistics"
 
-SEVERAL = "it has estimator=, whose estimators have numbers of their own; use bn.convert"
-STORED = "it has no running average that a momentum moves"
-STORED_ALONE = "its class normalizes by stored statistics alone, whatever the batch"
-NOT_OURS = "it is not this library's and has no such option; bn.convert(model) first"
+SEVERAL = "it has estimator=, whose estimators have their own momentum; use bn.convert"
+STORED = "it has no running average that uses a momentum"
+STORED_ALONE = "its class normalizes by stored statistics alone"
+NOT_OURS = "it is not of this library and has no such option; bn.convert(model) first"
 NO_STATISTICS = "it keeps no statistics to normalize by (track_running_stats=False)"
 NOTHING = """\
 expected momentum=, eps=, on_single_value= or on_nonfinite= to set, got neither"""
@@ -43,27 +43,28 @@ def set_options(
     on_nonfinite: str | EllipsisType = ...,
     filter: Filter | None = None,
 ) -> Model:
-    """Set options of the batch normalizations of a model, in place; the first two of any library.
+    """Set options of batch normalizations in place: momentum and eps also for other libraries.
 
-    ``bn.undo(model, "set_options")`` gives back what they were before the first call.
+    Options that are not passed stay unchanged. ``bn.undo(model, "set_options")`` restores the
+    values before the first call.
 
     Args:
         model: The model; changed in place.
         momentum: Weight of the newest batch in the running average, from 0 to 1; None for the
-            cumulative average; as it is by default.
-        eps: Added to the variance, > 0; as it is by default. It changes what evaluation computes.
-        on_single_value: ``"error"``, ``"stored"`` or ``"skip"``, as of ``bn.BatchNorm1d``.
-        on_nonfinite: ``"propagate"``, ``"skip"`` or ``"error"``, alike.
-        filter: ``filter(name, module)`` says whether a layer is changed; all by default.
+            cumulative average.
+        eps: Added to the variance, > 0. This changes the results of evaluation.
+        on_single_value: ``"error"``, ``"stored"`` or ``"skip"``, as in ``bn.BatchNorm1d``.
+        on_nonfinite: ``"propagate"``, ``"skip"`` or ``"error"``, as in ``bn.BatchNorm1d``.
+        filter: ``filter(name, module)`` returns whether a layer is changed; all by default.
 
     Returns:
         The model.
 
     Raises:
-        OptionError: If nothing is to be set, or a value is out of range.
-        SurgeryError: If there is no batch normalization, or one that has no such option: momentum
-            of a frozen class or of a layer with ``estimator=``, the last two options of a layer
-            that is not this library's. Nothing is changed then.
+        OptionError: If no option is passed, or a value is out of range.
+        SurgeryError: If there is no batch normalization, or a layer does not have the option:
+            momentum for a frozen class or a layer with ``estimator=``, the last two options for a
+            layer of another library. Nothing is changed then.
     """
     new = _numbers(momentum, eps)
     given = {"on_single_value": on_single_value, "on_nonfinite": on_nonfinite}
@@ -92,7 +93,7 @@ def set_options(
 
 
 def _numbers(momentum: float | EllipsisType | None, eps: float | EllipsisType) -> dict[str, Any]:
-    """Return those of the two that are given, checked."""
+    """Return momentum and eps by name, if passed, after checking them."""
     new: dict[str, Any] = {}
     if not isinstance(momentum, EllipsisType):
         check_momentum(momentum)
@@ -106,21 +107,21 @@ def _numbers(momentum: float | EllipsisType | None, eps: float | EllipsisType) -
 
 
 def reset_statistics(model: Model, *, filter: Filter | None = None) -> Model:
-    """Let the batch normalizations of a model forget what they have seen, in place.
+    """Reset the running statistics of the batch normalizations of a model, in place.
 
-    Mean 0, variance 1, no batches, further estimates empty. Layers without statistics have nothing
-    to forget. Not in ``bn.edits``: what is forgotten is kept nowhere.
+    Mean becomes 0, variance 1, the counter 0, and other estimates restart. Layers without
+    statistics are skipped. This is not recorded in ``bn.edits`` and cannot be undone.
 
     Args:
         model: The model; changed in place.
-        filter: ``filter(name, module)`` says whether a layer is reset; all by default.
+        filter: ``filter(name, module)`` returns whether a layer is reset; all by default.
 
     Returns:
         The model.
 
     Raises:
-        SurgeryError: If there is no batch normalization, or one with frozen statistics; nothing is
-            changed then.
+        SurgeryError: If there is no batch normalization, or a layer has frozen statistics; nothing
+            is changed then.
     """
     some = layers.chosen(layers.found(model, _RESET), filter)
     for name, layer in some:
@@ -134,7 +135,7 @@ def reset_statistics(model: Model, *, filter: Filter | None = None) -> Model:
 
 
 def _unable(layer: Any, new: dict[str, Any]) -> str:
-    """Return why a layer cannot have options; "" where it can."""
+    """Return why a layer does not support the options; "" if it does."""
     kind = kind_of(layer)
     if kind is None or kind.family == "scripted":
         return "it is scripted or traced"
@@ -156,9 +157,9 @@ def _unable(layer: Any, new: dict[str, Any]) -> str:
 def no_weight_decay(model: nn.Module) -> list[dict[str, Any]]:
     """Return the parameters of a model as two groups: all others, and those without weight decay.
 
-    The second has weight and bias of every batch normalization, of any library, and
-    ``"weight_decay": 0.0``. Decay of a layer in front of a normalization changes no output, only
-    the size of its steps; decay of γ and β does change outputs.
+    The second group has weight and bias of every batch normalization, of any library, and
+    ``"weight_decay": 0.0``. Weight decay of a layer in front of a normalization does not change the
+    output, only the effective learning rate; decay of γ and β does change the output.
 
         optimizer = torch.optim.AdamW(bn.no_weight_decay(model), lr=1e-3, weight_decay=0.05)
 
@@ -166,12 +167,12 @@ def no_weight_decay(model: nn.Module) -> list[dict[str, Any]]:
         model: A model.
 
     Returns:
-        Groups as ``torch.optim`` takes them, in the order of ``model.parameters()``. Each
-        parameter is in one of them, those that require no gradient too. A group without parameters
-        is left out.
+        Parameter groups for ``torch.optim``, in the order of ``model.parameters()``. Each parameter
+        is in one group, including parameters that do not require a gradient. A group without
+        parameters is left out.
 
     Raises:
-        SurgeryError: If the model is none.
+        SurgeryError: If the model is not a module.
     """
     expect_model(model, "no_weight_decay")
     own = {

@@ -1,4 +1,4 @@
-"""``bn.unfreeze``: ``bn.freeze`` is taken back, and frozen classes become ordinary ones."""
+"""``bn.unfreeze``: reverts ``bn.freeze``, and converts frozen classes to trainable layers."""
 
 import logging
 from collections.abc import Iterable
@@ -21,21 +21,21 @@ from batchnorm.surgery.options import Filter
 
 _VERB = "unfreeze"
 MADE = "weight and bias are parameters now"
-# In place of an epsilon of 0, by which a batch is not normalized. A variance of 1e-5 and more does
-# not change by it in float32.
+# Replaces an epsilon of 0, which training does not allow. Adding it to a variance of 1e-5 or more
+# does not change the float32 value.
 LEAST_EPS = 1e-12
 
 UNKNOWN = """\
-its class is none of ours, torch's, torchvision's or timm's, and does not compute \
+its class is not of this library, torch, torchvision or timm, and does not compute \
 (x - running_mean) / sqrt(running_var + eps) * weight + bias"""
 
 NEW = """\
-bn.%s made parameters of the weight and bias of %s: an optimizer that was built before does not \
-have them; pass optimizer=, or build it after"""
+bn.%s converted weight and bias of %s to parameters: an optimizer that was created before does not \
+have them; pass optimizer=, or create it afterwards"""
 
 
 class Ordinary(NamedTuple):
-    """The class that a layer of a frozen class becomes, and its epsilon."""
+    """The class to which a layer of a frozen class is converted, and its epsilon."""
 
     cls: type[Layer]
     eps: float
@@ -44,27 +44,28 @@ class Ordinary(NamedTuple):
 def unfreeze(
     model: Model, *, filter: Filter | None = None, optimizer: Optimizer | None = None
 ) -> Model:
-    """Let frozen batch normalizations train again, in place.
+    """Make frozen batch normalizations trainable again, in place.
 
-    What ``bn.freeze`` did is taken back: class, momentum, counter and ``requires_grad`` are what
-    they were, and an optimizer that has the parameters goes on. Layers of a frozen class
-    (torchvision's and timm's, and any with the same four buffers that computes the same, such as
-    detectron2's and transformers') become layers of this library, with weight and bias as
-    parameters, momentum 0.1 and a counter of 0. ``statistics=bn.Frozen()`` becomes ``bn.Batch()``.
+    - The effect of ``bn.freeze`` is reverted: class, momentum, counter and ``requires_grad`` are
+      restored, and an optimizer with the parameters stays valid.
+    - Layers of a frozen class become layers of this library, with weight and bias as parameters,
+      momentum 0.1 and a counter of 0. Frozen classes are those of torchvision and timm, and classes
+      with the same four buffers that compute the same, as in detectron2 and transformers.
+    - ``statistics=bn.Frozen()`` becomes ``bn.Batch()``.
 
     Args:
         model: The model; changed in place.
-        filter: ``filter(name, module)`` says whether a layer is unfrozen; all by default.
-        optimizer: Gets the parameters that are made of buffers, into its first group. A warning
-            names them where there is none.
+        filter: ``filter(name, module)`` returns whether a layer is unfrozen; all by default.
+        optimizer: Parameters that were buffers are added to its first group. Without an optimizer a
+            warning lists them.
 
     Returns:
         The model.
 
     Raises:
-        SurgeryError: If there is no batch normalization, or a frozen one that cannot be unfrozen;
+        SurgeryError: If there is no batch normalization, or a frozen layer cannot be unfrozen;
             nothing is changed then.
-        OptionError: If an option is wrong; likewise.
+        OptionError: If an option is invalid; nothing is changed then.
     """
     found = layers.found(model, _VERB)
     layers.expect_optimizer(optimizer)
@@ -91,7 +92,7 @@ def unfreeze(
 
 
 def state_of(layer: Any) -> Switches:
-    """Return what is frozen of a batch normalization, by a switch, its source or its class."""
+    """Return what is frozen in a batch normalization, by switches, its source or its class."""
     if isinstance(layer, Layer) and layer.frozen is not None:
         switches = layer.frozen
     else:
@@ -104,7 +105,7 @@ def state_of(layer: Any) -> Switches:
 
 
 def ordinary(verb: str, name: str, layer: nn.Module) -> Ordinary:
-    """Return what a layer of a frozen class becomes.
+    """Return the class and epsilon to which a layer of a frozen class is converted.
 
     Raises:
         SurgeryError: If its tensors have no values, or it computes something else.
@@ -124,7 +125,7 @@ def ordinary(verb: str, name: str, layer: nn.Module) -> Ordinary:
 
 
 def shown(layer: nn.Module) -> str:
-    """Return the name of a layer's class as edits tell it."""
+    """Return the name of a layer's class, as shown in edits."""
     name = type(layer).__name__
     return f"bn.{name}" if isinstance(layer, Layer) else name
 
@@ -132,7 +133,7 @@ def shown(layer: nn.Module) -> str:
 def thawed(
     verb: str, name: str, layer: nn.Module, plan: Ordinary
 ) -> tuple[Done, list[nn.Parameter]]:
-    """Make a layer of a frozen class an ordinary one; return the edit and its new parameters."""
+    """Convert a layer of a frozen class; return the edit and the new parameters."""
     was = shown(layer)
     change, made = thaw(layer, plan.cls, plan.eps)
     edit = Edit((name,), verb, was, shown(layer), MADE)
@@ -140,14 +141,14 @@ def thawed(
 
 
 def tell(verb: str, done: Iterable[Done], known: bool) -> None:
-    """Log which layers have parameters that no optimizer knows."""
+    """Log a warning with the layers whose new parameters are in no optimizer."""
     names = [step.edit.names[0] for step in done if step.edit.reason == MADE]
     if names and not known:
         logging.getLogger("batchnorm").warning(NEW, verb, ", ".join(map(repr, names)))
 
 
 def _plans(some: dict[nn.Module, str]) -> dict[nn.Module, Ordinary]:
-    """Decide what is done to layers of frozen classes, before anything is changed."""
+    """Plan the conversion of layers of frozen classes, before anything is changed."""
     found = {}
     for layer, name in some.items():
         if is_frozen_class(layer):
@@ -156,7 +157,7 @@ def _plans(some: dict[nn.Module, str]) -> dict[nn.Module, Ordinary]:
 
 
 def _release(one: Placed, others: list[Placed]) -> None:
-    """Take back what froze a layer; where a later edit stands on its class, the switches alone."""
+    """Undo the freeze of a layer; if a later edit depends on its class, only the switches."""
     change: Any = one.entry.change
     if first_on_top(one, others) is None:
         take_back([one])
@@ -167,7 +168,7 @@ def _release(one: Placed, others: list[Placed]) -> None:
 
 
 def _by_batch(name: str, layer: Any) -> Done:
-    """Let a layer that was built with ``statistics=bn.Frozen()`` normalize by the batch."""
+    """Make a layer with ``statistics=bn.Frozen()`` normalize by the batch."""
     was = shown(layer)
     change = exchange(layer, {"statistics": BATCH})
     edit = Edit((name,), _VERB, was, was, f"statistics={BATCH}")
