@@ -46,7 +46,7 @@ def check_output(path: Path, force: bool) -> None:
     """
     folder = path.parent
     if not folder.is_dir():
-        raise FileNotFoundError(f"the folder {folder} of {path.name} does not exist; create it")
+        raise FileNotFoundError(f"the folder {folder} does not exist; create it for {path.name}")
     if path.is_dir():
         raise IsADirectoryError(f"expected the name of a file, got the folder {path}")
     if not os.access(folder, os.W_OK):

@@ -129,14 +129,14 @@ BAD = {
     "whole model": (lambda path: torch.save(LINEAR, path), *UNREADABLE),
     "garbage": (
         lambda path: path.write_bytes(b"not a checkpoint at all" * 10),
-        "is no checkpoint that can be read",
+        "is not a checkpoint that can be read",
     ),
     "truncated": (
         lambda path: path.write_bytes(path.with_stem("in").read_bytes()[:-50]), "damaged"
     ),
     "other model": (
         lambda path: torch.save(LINEAR.state_dict(), path),
-        "no checkpoint of this model", "Missing key",
+        "not a checkpoint of this model", "Missing key",
     ),
     "list": (lambda path: torch.save([torch.ones(2)], path), "has no state dict"),
 }  # fmt: skip

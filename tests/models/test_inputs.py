@@ -90,7 +90,7 @@ def test_a_call_whose_input_cannot_be_told_is_refused():
 def test_scripted_modules_are_refused_and_the_others_are_as_before():
     plain, scripted = nn.BatchNorm1d(4), torch.jit.script(nn.BatchNorm1d(4))
     with (
-        pytest.raises(SurgeryError, match="scripted BatchNorm1d.*it was made from"),
+        pytest.raises(SurgeryError, match="scripted BatchNorm1d.*the original module"),
         replaced_forward([(plain, plain.forward), (scripted, scripted.forward)]),
     ):
         pass

@@ -100,10 +100,10 @@ def write_all(folder, layers, large):
         ("pth", _old(state)),
     ):
         for share in (0.02, 0.5, 0.98):
-            path = file(f"cut at {share}.{ending}", "damaged|cannot be read|no safetensors")
+            path = file(f"cut at {share}.{ending}", "damaged|cannot be read")
             path.write_bytes(content[: int(len(content) * share)])
         file(f"empty.{ending}", "is empty").write_bytes(b"")
-        file(f"noise.{ending}", "no checkpoint|safetensors").write_bytes(os.urandom(5000))
+        file(f"noise.{ending}", "not a checkpoint|safetensors").write_bytes(os.urandom(5000))
 
     _archives(file)
     _pickles(file, folder)
@@ -118,7 +118,7 @@ def write_all(folder, layers, large):
     torch.save(torch.ones(3), file("a tensor.pt", "no state dict"))
     torch.save(many_layers(layers), file("many layers.pt", None))
     file("many layers.safetensors", None).write_bytes(save(many_layers(layers)))
-    os.mkfifo(file("pipe.pt", "no regular file"))
+    os.mkfifo(file("pipe.pt", "not a regular file"))
     return files
 
 
@@ -140,7 +140,8 @@ def _large(file):
     zipped(file("bomb in the pickle.pt", "compressed"), plain + zeros, (), zipfile.ZIP_DEFLATED)
     zipped(file("many objects.pt", "far more objects"), b"\x80\x02(" + b"}" * (8 << 20) + b"t.")
     zipped(
-        file("long pickle.pt", "no checkpoint|far more"), b"\x80\x02" + b"N0" * (20 << 20) + b"N."
+        file("long pickle.pt", "not a checkpoint|far more"),
+        b"\x80\x02" + b"N0" * (20 << 20) + b"N.",
     )
     with_header(file("huge.safetensors", "its header has"), b" " * (40 << 20))
     with_header(file("spaces.safetensors", "safetensors"), b" " * (30 << 20))
@@ -169,7 +170,7 @@ def _pickles(file, folder):
     """Pickles that call something, or go on for ever."""
     one = [(f"l{i}.running_{part}", torch.ones(1)) for i in range(40) for part in ("mean", "var")]
     expanded = {name: value.expand(1 << 20) for name, value in one}
-    torch.save(expanded, file("expanded.pt", "more than their memory holds"))
+    torch.save(expanded, file("expanded.pt", "more than their memory"))
     ran = folder / "ran"
     code = pickle.dumps({"bn.running_mean": Code(f"touch '{ran}'")}, protocol=2)
     zipped(file("code.pt", "would call posix.system"), code)
@@ -263,13 +264,13 @@ def _indexes(file, state):
         "gone": (where | {"bn.running_mean": "gone.bin", "bn.running_var": "gone.bin"}, "not in"),
         "wrong": (where | {"bn.running_mean": "shard.safetensors"}, "no such tensor"),
         "fifo": (dict.fromkeys(where, "pipe.pt"), "not in"),
-        "numbers": (dict.fromkeys(where, 3), "no index"),
-        "list": ([1], "no index"),
+        "numbers": (dict.fromkeys(where, 3), "not an index"),
+        "list": ([1], "not an index"),
     }
     for name, (content, words) in others.items():
         file(f"{name}.index.json", words).write_text(json.dumps({"weight_map": content}))
-    file("text.index.json", "no JSON").write_text("{")
-    file("deep.index.json", "no JSON").write_text("[" * 100_000)
+    file("text.index.json", "not JSON").write_text("{")
+    file("deep.index.json", "not JSON").write_text("[" * 100_000)
     file("plain.index.json", None).write_text(json.dumps({"weight_map": where}))
     itself = file("itself.index.json", "which is an index")
     itself.write_text(json.dumps({"weight_map": dict.fromkeys(where, "itself.index.json")}))

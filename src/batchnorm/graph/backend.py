@@ -22,8 +22,8 @@ class Fused(NamedTuple):
     """What a captured graph does with a normalization.
 
     Attributes:
-        state: ``fused``, ``alone`` (in a graph, but nothing was fused with it), or ``unseen`` (no
-            graph has run it).
+        state: ``fused``, ``alone`` (in a graph, but no operation was fused with it), or ``unseen``
+            (no graph has run it).
         partners: The operations fused with it: "add", then the activation's name.
         reason: Why it is alone or unseen, or why no further operation was fused.
     """
@@ -33,7 +33,7 @@ class Fused(NamedTuple):
     reason: str = ""
 
 
-# Keyed by the id of a layer's tensors, which the graph gets as arguments.
+# Keyed by the ids of a layer's tensors, which are arguments of the graph.
 _SEEN: dict[int, tuple[weakref.ref[Tensor], Fused]] = {}
 
 
@@ -105,14 +105,14 @@ def backend(
     """Fuse each normalization of a captured graph with the addition and activation that follow it.
 
     ``torch.compile`` calls this with every graph that it captures. The fused graph is run eagerly,
-    operation by operation, under ordinary autograd. Layers of ``torch.nn`` and of this library are
-    the same nodes.
+    operation by operation, under ordinary autograd. Layers of ``torch.nn`` and of this library
+    produce the same nodes.
 
     Args:
         gm: The graph; changed in place.
         example_inputs: Its inputs.
-        options: Those of ``torch.compile(..., options=)``. ``{"inner": "inductor"}`` compiles the
-            fused graph by Inductor.
+        options: The options of ``torch.compile(..., options=)``. ``{"inner": "inductor"}`` compiles
+            the fused graph by Inductor.
 
     Returns:
         The function that runs the graph.

@@ -1,9 +1,10 @@
 """Regions of ``torch.utils.checkpoint`` in a captured graph that is run eagerly.
 
 Dynamo captures a region as a separate graph, called by a ``tag_activation_checkpoint`` node with
-buffers as arguments. Run as captured, the node saves its arguments, the region updates the running
-statistics among them, and backward raises a version error. Here the node is replaced by a call of
-``torch.utils.checkpoint.checkpoint``, and tensors that the region writes to are bound by closure.
+buffers as arguments. If this node ran as captured, it would save its arguments, the region would
+update the running statistics among them, and backward would raise a version error. Therefore the
+node is replaced by a call of ``torch.utils.checkpoint.checkpoint``, and tensors that the region
+mutates are bound by a closure.
 """
 
 import operator
@@ -34,7 +35,7 @@ def regions(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModule]]:
 
 
 def run_eagerly(node: fx.Node, body: fx.GraphModule) -> None:
-    """Make a node call torch's ``checkpoint`` of a body whose nodes have been rewritten."""
+    """Replace a node by a call of torch's ``checkpoint`` with the rewritten body."""
     written = tuple(
         index
         for index, given in enumerate(body.graph.find_nodes(op="placeholder"))

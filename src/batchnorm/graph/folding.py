@@ -1,8 +1,8 @@
-"""The rule for frozen normalizations behind a convolution or linear map: scaled weights.
+"""Folds frozen normalizations of a graph into the convolution or linear map before them.
 
-Of a layer that ``bn.freeze(model, folded=True)`` froze, ``F.batch_norm`` bears a note in a graph
-(``nn.traced``). Where its input is the result of a convolution or of ``F.linear`` that nothing else
-uses, both nodes become one call of ``ops.scaled.normalized``.
+``F.batch_norm`` nodes of layers with ``bn.freeze(model, folded=True)`` have an annotation
+(``nn.traced``). If the input of such a node is the result of a convolution or of ``F.linear`` with
+no other user, both nodes become one call of ``ops.scaled.normalized``.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from batchnorm.nn.traced import NOTE
 from batchnorm.ops.scaled import Map, normalized
 
-# torch's functions are builtins, whose signatures Python does not know: names in order, defaults.
+# Parameter names in order, with defaults: torch's builtin functions have no Python signatures.
 _CONV = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 _TRANSPOSED = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
 _KNOWN: dict[Any, dict[str, Any]] = {
@@ -28,14 +28,14 @@ _KNOWN: dict[Any, dict[str, Any]] = {
 
 
 def fold(node: fx.Node, norm: Mapping[str, Any]) -> str | None:
-    """Make a noted normalization and the map before it one call.
+    """Replace an annotated normalization and the map before it by one call.
 
     Args:
         node: The normalization.
-        norm: Its arguments by name, defaults included.
+        norm: Its arguments by name, including defaults.
 
     Returns:
-        The name of the map; None where the normalization bears no note, or cannot be folded.
+        The name of the map; None if the normalization is not annotated or cannot be folded.
     """
     if (node.meta.get("custom") or {}).get(NOTE) != "folded":
         return None
@@ -59,7 +59,7 @@ def fold(node: fx.Node, norm: Mapping[str, Any]) -> str | None:
 
 
 def _is_next(before: fx.Node, node: fx.Node) -> bool:
-    """Return whether nothing runs between two nodes but what the second is given besides."""
+    """Return whether only placeholders, attributes and detach nodes are between two nodes."""
     between = before.next
     while between is not node:
         if between.op in ("placeholder", "get_attr") or between.target == "detach":
@@ -70,12 +70,12 @@ def _is_next(before: fx.Node, node: fx.Node) -> bool:
 
 
 def _map(node: fx.Node, given: dict[str, Any]) -> Map | None:
-    """Return the map of a node, or None where its arguments are not plain numbers."""
+    """Return the map of a node, or None if its arguments are not plain numbers."""
     x, y = (one.meta.get("example_value") for one in (given["input"], node))
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         return None
     if "stride" not in given:
-        return Map() if x.ndim == 2 else None  # else the normalized axis is not the last
+        return Map() if x.ndim == 2 else None  # of more axes, axis 1 is not the output's channels
     spatial = y.ndim - 2
     names = ("stride", "padding", "dilation")
     sizes = [_sizes(given[name], spatial) for name in names]
@@ -88,7 +88,7 @@ def _map(node: fx.Node, given: dict[str, Any]) -> Map | None:
 
 
 def _sizes(value: Any, spatial: int) -> tuple[int, ...] | None:
-    """Return a number for each spatial axis; None for padding in words, and for symbols."""
+    """Return one number per spatial axis; None for padding as a string, and for symbolic sizes."""
     values = (value,) * spatial if isinstance(value, int) else value
     if not isinstance(values, tuple | list) or not all(type(one) is int for one in values):
         return None

@@ -1,9 +1,10 @@
 """The graph pass: fuses each normalization with the addition and activation that follow it.
 
-The graph is Dynamo's, before autograd: its nodes are calls of PyTorch's API, each with a fake
-tensor as its result (``meta["example_value"]``). ``F.batch_norm``, of a layer of ``torch.nn`` or of
-this library, and the increment of its ``num_batches_tracked`` become one call of ``step``. An
-addition or activation becomes an argument of that call if it is the only user of the result.
+The graph is captured by Dynamo, before autograd: its nodes are calls of PyTorch's API, each with a
+fake tensor as its result (``meta["example_value"]``). ``F.batch_norm``, from a layer of
+``torch.nn`` or of this library, and the increment of its ``num_batches_tracked`` become one call of
+``step``. An addition or activation becomes an argument of this call if it is the only user of the
+result.
 """
 
 import inspect
@@ -25,12 +26,12 @@ _SIGNATURE = inspect.signature(F.batch_norm)
 _WRITTEN = {operator.add: torch.add, operator.iadd: Tensor.add_}
 # Arguments of step, by position.
 _RESIDUAL, _ACT = 6, 7
-# Nodes that switch autocast, grad mode or inference mode for the nodes after them.
+# Nodes that change autocast, grad mode or inference mode for the nodes after them.
 _SWITCHES = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode",
              "_exit_inference_mode")  # fmt: skip
 
 
-FOLDED = "frozen: computed by the scaled weights of what is before it"
+FOLDED = "frozen: computed by the scaled weights of the layer before it"
 
 
 class Normalization(NamedTuple):
@@ -52,7 +53,7 @@ def fuse(gm: fx.GraphModule, eager: bool = True) -> list[Normalization]:
 
     Args:
         gm: The graph.
-        eager: Whether the graph will be run eagerly, so that regions must call torch's checkpoint.
+        eager: Whether the graph will be run eagerly; regions must then call torch's checkpoint.
     """
     found: list[Normalization] = []
     for node, body in checkpoint.regions(gm):
@@ -68,8 +69,8 @@ def fuse(gm: fx.GraphModule, eager: bool = True) -> list[Normalization]:
     folded = {node: _folded(node) for node in normalizations}
     found += filter(None, folded.values())
     nodes = [_taken(node) for node, done in folded.items() if done is None]
-    # Last to first: where two normalizations are added, only the later one can take the other's
-    # result as its residual.
+    # Last to first: if the results of two normalizations are added, only the later normalization
+    # can have the other's result as its residual.
     for node in reversed(nodes):
         partners: list[str] = []
         while not isinstance(name := _absorb(gm.graph, node), Refusal):
@@ -80,7 +81,7 @@ def fuse(gm: fx.GraphModule, eager: bool = True) -> list[Normalization]:
 
 
 def _tensors(node: fx.Node) -> tuple[fx.Node, ...]:
-    """Return the statistics, weight and bias of a call of ``step``, as far as it has them."""
+    """Return the statistics, weight and bias of a call of ``step``, without those that are None."""
     _, running, _, _, weight, bias, *_ = node.args
     stored = (running.mean, running.var) if isinstance(running, RunningBuffers) else ()
     return tuple(one for one in (*stored, weight, bias) if isinstance(one, fx.Node))
@@ -93,7 +94,7 @@ class Refusal(str):
 
 
 def _folded(node: fx.Node) -> Normalization | None:
-    """Fold a normalization that bears the note of ``bn.freeze`` into what is before it."""
+    """Fold a normalization with the annotation of ``bn.freeze`` into the layer before it."""
     given = _arguments(node)
     stored = (given[one] for one in ("running_mean", "running_var", "weight", "bias"))
     tensors = tuple(one for one in stored if isinstance(one, fx.Node))
@@ -116,7 +117,7 @@ def _taken(node: fx.Node) -> fx.Node:
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
-    """Return the arguments of a call of F.batch_norm by name, in its order, defaults included."""
+    """Return the arguments of a call of F.batch_norm by name, in order, including defaults."""
     given = _SIGNATURE.bind(*node.args, **node.kwargs)
     given.apply_defaults()
     return given.arguments
@@ -153,7 +154,7 @@ def _absorb(graph: fx.Graph, node: fx.Node) -> str:
     if act != IDENTITY:
         return Refusal("")
     if len(node.users) != 1:
-        return Refusal(f"its result goes to {len(node.users)} operations")
+        return Refusal(f"its result is used by {len(node.users)} operations")
     (follower,) = node.users
     found = _read(follower, node)
     if found is None:
@@ -161,7 +162,7 @@ def _absorb(graph: fx.Graph, node: fx.Node) -> str:
     if not _alike(follower, node):
         return Refusal(f"{_name(follower)} changes shape, dtype, device or requires_grad")
     if switch := _switched(node, follower):
-        return Refusal(f"{switch} lies between it and {_name(follower)}")
+        return Refusal(f"{switch} is between it and {_name(follower)}")
     args = list(node.args)
     if found.residual is None:
         name, args[_ACT] = found.act.name, found.act
@@ -178,15 +179,15 @@ def _absorb(graph: fx.Graph, node: fx.Node) -> str:
 
 
 def _read(call: fx.Node, y: fx.Node) -> torch_calls.Absorbable | None:
-    """Return what a node computes of y, with a residual given as a node; None if not fusable."""
+    """Return the operation of a node on y, with the residual as a node; None if not fusable."""
     target: Any = call.target
     func: Any = getattr(Tensor, target, None) if call.op == "call_method" else target
     func = _WRITTEN.get(func, func)
     # r += y is r + y if nothing else reads the memory of r.
     if func is Tensor.add_ and call.args[0] is not y and _is_alone(call.args[0], call):
         func = torch.add
-    # recognize() compares tensors by identity. A node that is no tensor (a computed slope) is not
-    # an argument that it can read.
+    # recognize() compares tensors by identity; it cannot read an argument that is a node but not a
+    # tensor (a computed slope).
     nodes = {id(_example(node)): node for node in call.all_input_nodes}
     if not all(isinstance(_example(node), Tensor) for node in nodes.values()):
         return None
@@ -200,7 +201,7 @@ def _read(call: fx.Node, y: fx.Node) -> torch_calls.Absorbable | None:
 
 
 def _alike(one: fx.Node, other: fx.Node) -> bool:
-    """Whether two results have the same shape, dtype, device, layout and requires_grad."""
+    """Return whether two results have the same shape, dtype, device, layout and requires_grad."""
     a, b = _example(one), _example(other)
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return False
@@ -208,7 +209,7 @@ def _alike(one: fx.Node, other: fx.Node) -> bool:
 
 
 def _switched(node: fx.Node, follower: fx.Node) -> str:
-    """Return the name of a node between two that switches autocast or grad mode, or ""."""
+    """Return the name of a node between two nodes that changes autocast or grad mode, or ""."""
     between = node.next
     while between is not follower:
         if (name := _name(between)) in _SWITCHES:
@@ -220,17 +221,17 @@ def _switched(node: fx.Node, follower: fx.Node) -> str:
 def _missing(residual: fx.Node, node: fx.Node, follower: fx.Node) -> str:
     """Return why a residual cannot be read at the node of the normalization; "" if it can."""
     if _kind(_example(residual)) != _kind(_example(follower)):
-        return "what is added is broadcast, or of another dtype or device"
+        return "the added tensor is broadcast, or of another dtype or device"
     if not residual < node:
-        return "what is added is computed after it"
+        return "the added tensor is computed after it"
     for one in _aliases(residual, follower):
         if any(node < user < follower for user in one.users if user.target is not operator.getitem):
-            return "what is added is used, or written to, between it and the addition"
+            return "the added tensor is used or modified between it and the addition"
     return ""
 
 
 def _is_alone(node: Any, user: fx.Node) -> bool:
-    """Whether the graph computes a tensor, and only ``user`` reads its memory."""
+    """Return whether the graph computes a tensor whose memory only ``user`` reads."""
     if not isinstance(node, fx.Node) or not node.op.startswith("call") or len(node.users) != 1:
         return False
     source = node.args[0] if node.target is operator.getitem else node
@@ -238,7 +239,7 @@ def _is_alone(node: Any, user: fx.Node) -> bool:
 
 
 def _aliases(node: fx.Node, end: fx.Node) -> set[fx.Node]:
-    """Return the nodes before ``end`` whose result shares the storage, or contains a part of it."""
+    """Return the nodes before ``end`` whose result shares storage with a node's result."""
     memory = _memory(_example(node))
     return {
         other

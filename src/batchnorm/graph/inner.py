@@ -1,7 +1,7 @@
 """Lowering of fused graphs for Inductor: ``options={"inner": "inductor"}``.
 
-A training step becomes an opaque operation of this library; for small inputs it becomes elementwise
-operations and sums, which Inductor fuses with their neighbours. Evaluation becomes
+A training step becomes an opaque operation of this library, or, for small inputs, elementwise
+operations and sums, which Inductor fuses with adjacent operations. Evaluation becomes
 ``F.batch_norm``, an addition and an activation, for which Inductor generates one loop.
 """
 
@@ -20,7 +20,7 @@ from batchnorm.ops import scaled
 from batchnorm.ops.activations import Activation
 from batchnorm.ops.call import RunningBuffers
 
-# The most elements of a small input: images, and (N, C). See docs/decisions/0012-compile.md.
+# Maximum elements of a small input: images, and (N, C). See docs/decisions/0012-compile.md.
 MOST_SMALL, MOST_SMALL_ROWS = 3 << 14, 1 << 18
 
 

@@ -1,11 +1,11 @@
 """Training steps in graphs that Inductor compiles (``graph.inner``).
 
-Large inputs: custom operations, ``batchnorm::forward`` with its gradient, ``forward_alone`` and
-``backward``. They are registered with little Python between the dispatcher and the kernels, since
-small layers call them often. They are opaque to the compiler; results have the strides of
-``empty_like(x)``. Small inputs: ``SmallForward``, plain operations that Inductor makes part of its
-generated loops; the Python of a custom operation would take as long as the layer. Means and sums
-are taken in float64, as in ``reference``, everything else in the compute dtype.
+- Large inputs: custom operations, ``batchnorm::forward`` with its gradient, ``forward_alone`` and
+  ``backward``. There is little Python between the dispatcher and the kernels, since small layers
+  call them often. They are opaque to the compiler; results have the strides of ``empty_like(x)``.
+- Small inputs: ``SmallForward``, plain operations for which Inductor generates loops; the Python
+  overhead of a custom operation would be as long as the layer. Means and sums are computed in
+  float64, as in ``reference``, everything else in the compute dtype.
 """
 
 from typing import Any
@@ -49,7 +49,7 @@ def _quick(x: Tensor, name: str, *given: Any) -> Any:
 def _checked(
     x: Tensor, axis: int, epilogue: Epilogue = Epilogue(), stats: Tensor | None = None
 ) -> Backend:
-    """Return the backend after checking shapes, which callers of an operation have not done."""
+    """Return the backend after checking shapes, which callers of an operation do not check."""
     axis = layout.channel_axis(x.ndim, axis)
     rows = {} if stats is None else {"each row of stats": stats[0]}
     layout.check_per_channel(x, axis, None, weight=epilogue.weight, bias=epilogue.bias, **rows)
@@ -80,7 +80,7 @@ def _forward(
     return like(x, y), stats
 
 
-# ``forward`` is differentiable in y. A graph after AOTAutograd contains ``forward_alone``.
+# ``forward`` is differentiable in y; AOTAutograd replaces it by ``forward_alone``.
 forward = in_graphs("forward", _fake_forward)(_forward)
 forward_alone = in_graphs("forward_alone", _fake_forward)(_forward)
 
@@ -144,7 +144,7 @@ LIBRARY.impl("forward", _differentiable, "Autograd")
 
 
 class SmallForward(torch.autograd.Function):
-    """``reference.forward`` and its gradient; the partitioner decides what a graph saves of it."""
+    """``reference.forward`` and its gradient; the partitioner decides which tensors to save."""
 
     @staticmethod
     def forward(
@@ -161,7 +161,7 @@ class SmallForward(torch.autograd.Function):
         dtype, view = layout.compute_dtype(x), layout.per_channel_shape(x.ndim, axis)
         count = layout.values_per_channel(x.shape, axis)
         wide = x.to(layout.wide(x.device))
-        # Multiply by a reciprocal: Inductor inlines per-channel values into the loop over elements.
+        # Multiply by a reciprocal: Inductor recomputes per-channel values for each element.
         mean = _total(wide, axis) * (1 / count)
         m2 = _total((wide - mean.view(view)).square(), axis)
         rstd = reference.reciprocal_std(m2, count, eps).to(dtype)
@@ -175,9 +175,9 @@ class SmallForward(torch.autograd.Function):
         if residual is not None:
             z = z + residual
         y = act(z).to(x.dtype)
-        # Save the product: the weight itself may be written to before backward.
+        # Save the product: the weight itself may be modified before backward.
         scale = rstd if weight is None else rstd * weight.to(dtype)
-        # The caller may write to y, which is z without an activation: a residual is added in place.
+        # Without an activation y is z, and the caller may modify y in place (+= residual).
         source = None if act == IDENTITY else y if act.from_output else z
         ctx.save_for_backward(deviation, rstd, scale, source)
         ctx.rest = act, axis, count, dtype_of(weight), dtype_of(bias)

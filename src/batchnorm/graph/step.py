@@ -22,9 +22,9 @@ def step(
 ) -> Tensor:
     """Return act(F.batch_norm(x, ...) + residual), and in training increment the counter.
 
-    The last four are an Epilogue; a node cannot have it as one argument, because torch.fx writes a
-    NamedTuple inside of a NamedTuple (act) as text that names an unknown class. Statistics and
-    counter are not updated in the recomputation of activation checkpointing.
+    The last four arguments are an Epilogue. A node cannot have an Epilogue as an argument, because
+    torch.fx generates code with an undefined class name for a NamedTuple (act) in a NamedTuple.
+    Statistics and counter are not updated in the recomputation of activation checkpointing.
     """
     epilogue = Epilogue(weight, bias, residual, act)
     y = hot.call(x, epilogue, running, training, eps)

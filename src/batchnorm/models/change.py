@@ -1,8 +1,8 @@
 """The values in a module's undo record: ``Edit`` (log line), ``Change`` (undo), ``Record``.
 
-A record is the one attribute that surgery adds to modules (``_batchnorm_edits`` in ``__dict__``).
-It is stored in the module that the edit is about, so copies, pickles and other models that contain
-the module have it. A record is immutable: an edit replaces it by a new one.
+A record is the only attribute that surgery adds to modules (``_batchnorm_edits`` in ``__dict__``).
+It is stored in the edited module, so copies, pickles and other models that contain the module have
+it. A record is immutable: an edit replaces it by a new record.
 """
 
 import copy
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from batchnorm.nn.foreign import RECORD
 
-# What a verb is given and returns.
+# The type of a model that a verb gets and returns.
 Model = TypeVar("Model", bound=nn.Module)
 
 FORGOTTEN = "bn.forget(model) dropped the tensors that undo needs"
@@ -24,13 +24,13 @@ PICKLED = (
     "`with bn.keep_undo(): torch.save(model, path)` writes them too"
 )
 
-# Whether pickles made now hold the tensors that undo keeps; bn.keep_undo sets it.
+# Whether pickles contain the tensors that undo keeps; set by bn.keep_undo.
 whole_pickles: ContextVar[bool] = ContextVar("whole_pickles", default=False)
 
 
 @dataclass(frozen=True)
 class Edit:
-    """What a verb of surgery did to one module, or to several at once: a line of ``bn.edits``.
+    """The edit of one or several modules by a verb of surgery: a line of ``bn.edits``.
 
     Attributes:
         names: The first name of each module in the model; ``""`` is the model itself.
@@ -38,9 +38,9 @@ class Edit:
         before: The class before, or a description of several.
         after: The class afterwards, or None if nothing was changed.
         reason: Why nothing was changed, or a note.
-        evidence: Numbers that were measured to prove the edit, by name.
-        keys: Key of the state dict before, below the first module -> its key now; of a verb that
-            renames some.
+        evidence: Numbers that were measured to verify the edit, by name.
+        keys: For a verb that renames keys of the state dict: old key -> new key, relative to the
+            first module.
     """
 
     names: tuple[str, ...]
@@ -69,18 +69,18 @@ class Edit:
 class Change:
     """The inverse of one edit. Each verb derives a class with an ``undo``.
 
-    Its attributes are what ``undo`` needs. The owner, the module whose record has the change, is an
-    argument and never an attribute: a reference cycle would keep a module's memory until the
-    garbage collector runs. Parts of the owner may be kept (a module that was replaced).
+    Its attributes are the data that ``undo`` needs. The owner, the module whose record has the
+    change, is an argument and never an attribute: a reference cycle would keep a module's memory
+    until the garbage collector runs. Parts of the owner may be kept (a module that was replaced).
     """
 
     @property
     def commutes(self) -> bool:
-        """Whether it may be undone before later edits of other verbs, as hooks may."""
+        """Whether it may be undone before later edits of other verbs; true for hooks."""
         return False
 
     def undo(self, owner: nn.Module) -> None:
-        """Restore the owner; parameters that still exist keep their present values."""
+        """Restore the owner; parameters that still exist keep their current values."""
         raise NotImplementedError
 
     def loses(self, owner: nn.Module) -> str | None:  # noqa: ARG002
@@ -90,7 +90,7 @@ class Change:
     def parts(self) -> Mapping[str, nn.Module]:
         """Return the modules that are kept for ``undo``: former name in the owner -> module.
 
-        Their records are part of the model's: undone after this change, counted, forgotten.
+        Their records belong to the model's records, and are undone after this change.
         """
         return {}
 
@@ -101,14 +101,14 @@ class Change:
     def without_tensors(self, why: str) -> "Change":
         """Return this change without its tensors: ``Dropped(why)`` if it has any.
 
-        A verb whose ``undo`` works without them returns such a change instead.
+        A verb whose ``undo`` works without tensors overrides this.
         """
         return Dropped(why) if any(True for _ in self.tensors()) else self
 
 
 @dataclass(frozen=True)
 class Dropped(Change):
-    """A change that cannot be undone any more, and why."""
+    """A change that can no longer be undone, and the reason."""
 
     why: str
 
@@ -117,7 +117,7 @@ class Entry(NamedTuple):
     """One edit in a record.
 
     Attributes:
-        when: Orders all edits: nanoseconds since 1970, or more if the clock was set back.
+        when: Order of all edits: nanoseconds since 1970, or more if the clock was set back.
         edit: The log line, with names relative to the owner of the record.
         change: How to undo it; None if nothing was changed.
     """
@@ -131,7 +131,7 @@ class Entry(NamedTuple):
 class Record:
     """The entries of a module, oldest first.
 
-    Copies have everything. Pickles leave out the tensors that undo keeps, except under
+    Copies are complete. Pickles leave out the tensors that undo keeps, except under
     ``bn.keep_undo``.
     """
 

@@ -26,34 +26,34 @@ STANDS = """\
 bn.undo(model, {verb!r}) cannot undo an edit of a module that a later edit has changed too:
     {edit}
     later, by {later_verb}: {later}
-Undo the later one first, bn.undo(model, {later_verb!r}), or everything, bn.undo(model)."""
+Undo the later edit first, bn.undo(model, {later_verb!r}), or all edits, bn.undo(model)."""
 
 GONE = "bn.undo cannot undo {verb} of {edit}: {why}. Nothing was changed."
 
 LOSES = """\
 bn.undo would lose {what}, by undoing {verb} of {edit}. {so_far}; \
-bn.undo(model, ..., force=True) undoes it and loses them."""
+bn.undo(model, ..., force=True) undoes it anyway."""
 
-LATER_ONES = "The {count} edits after it were undone, this one and those before it were not"
+LATER_ONES = "The {count} edits after it were undone; this edit and all earlier edits were not"
 
 
 class Edits(tuple[Edit, ...]):  # noqa: SLOT001 (a tuple with an attribute has a dictionary)
-    """The edits of a model in the order of its modules; prints one line for each.
+    """The edits of a model in the order of its modules; printed as one line per edit.
 
     Attributes:
-        kept: Bytes of the tensors that ``bn.undo`` needs and the model itself does not have.
+        kept: Bytes of the tensors that ``bn.undo`` needs, besides the tensors of the model.
     """
 
     kept: int = 0
 
     @property
     def changed(self) -> "Edits":
-        """Those that changed a module."""
+        """The edits that changed a module."""
         return Edits(edit for edit in self if not edit.skipped)
 
     @property
     def skipped(self) -> "Edits":
-        """Those that left a module as it was."""
+        """The edits that left a module unchanged."""
         return Edits(edit for edit in self if edit.skipped)
 
     def __str__(self) -> str:
@@ -65,21 +65,21 @@ class Edits(tuple[Edit, ...]):  # noqa: SLOT001 (a tuple with an attribute has a
 
 
 def edits(model: nn.Module) -> Edits:
-    """Return the log of what surgery changed in a model, and what it left unchanged and why.
+    """Return the log of changes to a model, and of modules left unchanged with the reasons.
 
     Args:
-        model: A model, or a part of it. Modules that a verb left unchanged are listed by the model
-            that the verb was called with.
+        model: A model, or a part of it. Modules that a verb left unchanged are logged in the model
+            that was passed to the verb.
 
     Returns:
-        The edits that have not been undone, with present names; several conversions of one layer
-        are one edit. ``.kept`` is the number of bytes that undo keeps besides the model's own.
+        The edits that have not been undone, with current names; several conversions of one layer
+        are one edit. ``.kept`` is the number of bytes of tensors that are kept for undo.
     """
     expect_model(model, "edits")
     placed = stack(model)
     log: dict[tuple[object, ...], Edit] = {}
     for one in placed:
-        # What was left at first and changed later has one line, in its first place.
+        # A module that was first left unchanged and changed later has one line, at its first place.
         line: tuple[object, ...] = (one.edit.verb, one.edit.names)
         if line in log and not log[line].skipped:
             line = (*line, one.entry.when)
@@ -92,23 +92,23 @@ def edits(model: nn.Module) -> Edits:
 def undo(model: Model, verb: str | None = None, *, force: bool = False) -> Model:
     """Undo what surgery did to a model, newest edit first.
 
-    Parameters and statistics keep their present values. All edits are checked before anything is
-    changed, with one exception: if two edits concern the same module and training between them
-    would be lost, that is known only after the later one is undone; undo then stops and says so.
+    Parameters and statistics keep their current values. All edits are checked before anything is
+    changed, with one exception: if two edits changed the same module and undoing the earlier edit
+    would lose training, this is detected only after the later edit was undone; undo then raises.
 
     Args:
-        model: A model, one that contains it, or a part of it; changed in place. An edit of several
-            modules is stored in, and undone through, the module that contains them.
-        verb: Which edits, such as ``"convert"``; all by default.
-        force: Whether trained values may be lost that the earlier model has no place for.
+        model: A model, a model that contains it, or a part of it; changed in place. An edit of
+            several modules is stored in the module that contains them, and undone from there.
+        verb: The verb whose edits to undo, such as ``"convert"``; all by default.
+        force: Whether to undo edits if trained values are lost that the earlier model cannot store.
 
     Returns:
         The model.
 
     Raises:
-        SurgeryError: If a later edit of another verb touches the same module, or one below or
-            above it; if trained values would be lost, without ``force=True``; if what undo kept
-            was dropped by ``bn.forget`` or left out of a pickle; or if the model is none.
+        SurgeryError: If a later edit of another verb changed the same module, a descendant or an
+            ancestor; if trained values would be lost, without ``force=True``; if the kept tensors
+            were dropped by ``bn.forget`` or left out of a pickle; or if it is not a model.
         OptionError: If the model has no edits of that verb.
     """
     expect_model(model, "undo")
@@ -129,7 +129,7 @@ def undo(model: Model, verb: str | None = None, *, force: bool = False) -> Model
         change = one.entry.change
         if isinstance(change, Dropped):
             raise SurgeryError(GONE.format(verb=one.edit.verb, edit=one.edit, why=change.why))
-        # If a newer edit of the module is undone first, only then are its values known.
+        # If a newer edit of the module is undone first, the values are known only after that.
         if not force and first_on_top(one, wanted) is None and _loss(one):
             raise _lost(one, "Nothing was changed")
     newer = 0
@@ -144,8 +144,8 @@ def undo(model: Model, verb: str | None = None, *, force: bool = False) -> Model
 def forget(model: Model) -> Model:
     """Drop the tensors that ``bn.undo`` keeps: ``bn.edits(model).kept`` bytes.
 
-    The log stays. Edits that can be undone without those tensors still can, for example those of
-    ``bn.convert``; for the others ``bn.undo`` raises from now on.
+    The log stays. Edits that need no tensors can still be undone, for example those of
+    ``bn.convert``; for all others ``bn.undo`` raises from now on.
 
     Args:
         model: A model, or a part of it.
@@ -154,7 +154,7 @@ def forget(model: Model) -> Model:
         The model.
 
     Raises:
-        SurgeryError: If the model is none.
+        SurgeryError: If it is not a model.
     """
     expect_model(model, "forget")
     for owner in {one.owner: None for one in stack(model)}:
@@ -164,10 +164,10 @@ def forget(model: Model) -> Model:
 
 @contextlib.contextmanager
 def keep_undo() -> Iterator[None]:
-    """In this block, pickles of models contain the tensors that ``bn.undo`` keeps.
+    """Include the tensors that ``bn.undo`` keeps in pickles of models, in a ``with`` block.
 
-    Otherwise a pickle of a model has the log, and can be undone as far as that needs no tensors, as
-    for ``bn.convert``. Copies (``copy.deepcopy``) always have everything.
+    Otherwise a pickle of a model has the log, and only edits that need no tensors can be undone,
+    such as those of ``bn.convert``. Copies (``copy.deepcopy``) are always complete.
 
         with bn.keep_undo():
             torch.save(model, path)
@@ -180,7 +180,7 @@ def keep_undo() -> Iterator[None]:
 
 
 def expect_model(model: object, verb: str) -> None:
-    """Raise if a verb of surgery was given something that is no model."""
+    """Raise if the argument of a verb of surgery is not a model."""
     if not isinstance(model, nn.Module):
         raise SurgeryError(
             f"bn.{verb} expected a model (torch.nn.Module), got {type(model).__name__}"

@@ -1,4 +1,4 @@
-"""What a model is called with: how batches and example inputs become arguments."""
+"""Conversion of batches and example inputs to the arguments of a model."""
 
 import dataclasses
 import inspect
@@ -11,9 +11,9 @@ from batchnorm.errors import BatchNormError, OptionError
 from batchnorm.models.trees import is_record
 
 UNKNOWN = """\
-expected a batch that is a tensor, a tuple or list (its first item is passed, or as many as \
-forward has parameters without a default), a mapping or a dataclass (passed as keywords), got \
-{kind}{remedy}"""
+expected a batch that is a tensor, a tuple or list (as many items are passed as forward has \
+parameters without a default, at least the first), a mapping or a dataclass (passed as keywords), \
+got {kind}{remedy}"""
 
 UNEXPECTED = """\
 a batch has the items {items}, which are passed as keywords, but {model}.forward has no \
@@ -30,14 +30,14 @@ class Example(NamedTuple):
 
 
 def examples(model: nn.Module, data: Any) -> Iterator[Example]:
-    """Yield the calls that data stand for.
+    """Yield the calls of a model for example data.
 
-    A tensor is the one argument of one call; a tuple has its positional arguments, as for
-    ``torch.export``; a mapping or a dataclass its keywords. Anything else is an iterable of
-    batches, and each becomes a call as in ``call_of``.
+    A tensor is the only argument of one call; a tuple has the positional arguments of one call, as
+    for ``torch.export``; a mapping or a dataclass the keyword arguments. Anything else must be an
+    iterable of batches, each of which becomes a call as in ``call_of``.
 
     Raises:
-        OptionError: If the data are nothing of all that, or a batch is not.
+        OptionError: If the data or a batch have another type.
     """
     if isinstance(data, Example):
         yield data
@@ -58,13 +58,14 @@ def examples(model: nn.Module, data: Any) -> Iterator[Example]:
 
 
 def call_of(model: nn.Module, batch: Any, error: type[BatchNormError]) -> Example:
-    """Return the call that a batch of a data loader stands for.
+    """Return the call of a model for a batch of a data loader.
 
-    A tensor is the argument; of a tuple or list the first item, or as many items as ``forward`` has
-    parameters without a default; a mapping or a dataclass gives keywords.
+    A tensor is the only argument. A tuple or list gives as many positional arguments as ``forward``
+    has parameters without a default, at least the first item. A mapping or a dataclass gives the
+    keyword arguments.
 
     Raises:
-        BatchNormError: Of the type ``error``, if it is of a kind that says nothing about how.
+        BatchNormError: Of the type ``error``, if the batch has another type.
     """
     remedy = REMEDY if error is not OptionError else ""
     if isinstance(batch, Tensor):
@@ -84,7 +85,7 @@ def _needed(model: nn.Module) -> int:
     """Return how many positional parameters of forward have no default."""
     try:
         parameters = inspect.signature(model.forward).parameters.values()
-    except (TypeError, ValueError):  # nothing that Python can look into
+    except (TypeError, ValueError):  # there is no signature
         return 1
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(p.kind in positional and p.default is p.empty for p in parameters)

@@ -1,11 +1,11 @@
-"""One forward pass of a model as a value: its calls, and the tensors that they read and made.
+"""One forward pass of a model as a value: its calls, and the tensors that they read and return.
 
-``models.following.flow`` makes it by running the model once on example inputs. It describes that
-pass only: if Python read the values of tensors (``Flow.reads``), another input may run other calls,
-so nothing may be concluded about calls that did not run.
+``models.following.flow`` records it by running the model once on example inputs. It describes this
+pass only: if Python read the values of tensors (``Flow.reads``), another input may lead to other
+calls.
 
-A tensor is identified by its storage and the number of writes to the storage before. A view has the
-memory of its base, and a tensor that is written to in place is another value afterwards.
+A tensor is identified by its storage and the number of earlier writes to the storage. A view has
+the memory of its base, and a tensor that is modified in place is a different value afterwards.
 """
 
 import functools
@@ -21,18 +21,18 @@ class Value:
     """A tensor with the contents that it had at one point of the pass.
 
     Attributes:
-        number: Its place in ``Flow.values``.
+        number: Index in ``Flow.values``.
         memory: Number of its storage.
-        version: Number of writes of the pass to any part of that storage before.
+        version: Number of earlier writes of the pass to any part of this storage.
         shape: Sizes.
-        stride: In elements; none where the tensor is not strided.
-        offset: Of the first element in the storage.
-        dtype: As text, such as ``"torch.float32"``.
+        stride: Strides in elements; empty if the tensor is not strided.
+        offset: Offset of the first element in the storage.
+        dtype: The dtype as text, such as ``"torch.float32"``.
         origin: Where the storage comes from: ``"input"``, ``"parameter"``, ``"buffer"``, ``"call"``
-            (made in this pass) or ``"outside"``: state that the model keeps elsewhere, a constant,
-            or the result of code that does not go through PyTorch's dispatcher.
-        names: Of the parameter or buffer; several if it is shared.
-        producer: Number of the call that made this value; None if none was seen.
+            (created in this pass) or ``"outside"``: state that the model keeps elsewhere, a
+            constant, or the result of code that bypasses PyTorch's dispatcher.
+        names: Names of the parameter or buffer; several if it is shared.
+        producer: Number of the call that produced this value; None if unknown.
     """
 
     number: int
@@ -55,25 +55,25 @@ class Ref(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call of a module, or of one of ATen's operators.
+    """A call of a module, or of an ATen operator.
 
     Attributes:
-        number: Its place in ``Flow.calls``. A module's call comes before those inside of it.
+        number: Index in ``Flow.calls``. The call of a module comes before the calls inside of it.
         name: The module's first name in the model, "" for the model itself; or the operator, such
             as ``"aten.convolution.default"``.
-        module: Whether it is a module's.
+        module: Whether it is the call of a module.
         leaf: Whether the module has no children, or is a batch normalization.
-        api: The function of torch's API in which an operator ran, such as ``"conv2d"``; "" where
-            Python called none, as in TorchScript and in autograd's backward.
+        api: The function of torch's API that ran an operator, such as ``"conv2d"``; "" if Python
+            called none, as in TorchScript and in autograd's backward.
         nth: Number of earlier calls of the same name.
-        within: Number of the enclosing call of a module; None for the outermost.
+        within: Number of the enclosing call of a module; None for the outermost call.
         inputs: Numbers of its tensor arguments, in order, with repetitions.
-        outputs: Numbers of the tensors that it returned, and of those it wrote to, after the write.
-        writes: Numbers of the arguments that it wrote to, before the write.
-        view: Whether an operator only made a view of an argument.
-        arguments: Arguments of an operator by name, defaults included, each tensor as a ``Ref``;
-            of a module, the tensors given by keyword.
-        tells: Whether a module returned something besides tensors: a number, a string, an object.
+        outputs: Numbers of the returned tensors, and of the mutated tensors after the write.
+        writes: Numbers of the mutated arguments, before the write.
+        view: Whether an operator only returned a view of an argument.
+        arguments: Arguments of an operator by name, including defaults, each tensor as a ``Ref``;
+            of a module, the tensors passed by keyword.
+        tells: Whether a module returned anything besides tensors: a number, a string, an object.
     """
 
     number: int
@@ -91,18 +91,18 @@ class Call:
     tells: bool = False
 
 
-# Reads of a tensor's gradient, which come after the pass.
+# Reads of a tensor's gradient, which happen after the pass.
 WATCHED = frozenset({"retain_grad", "register_hook", "register_post_accumulate_grad_hook"})
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A tensor whose values Python read: later Python code may depend on them in any way.
+    """A tensor whose values Python read; later Python code may depend on them.
 
     Attributes:
-        how: Such as ``"__bool__"``, ``"item"``, ``"tolist"``, ``"numpy"``, ``"data_ptr"``; also an
-            operator whose result has a size that depends on values, such as ``"nonzero"``. Where
-            it is in ``WATCHED``, what is read is the gradient.
+        how: ``"__bool__"``, ``"item"``, ``"tolist"``, ``"numpy"``, ``"data_ptr"`` and so on; also
+            an operator whose output size depends on values, such as ``"nonzero"``. For a name in
+            ``WATCHED`` the gradient is read.
         value: Number of the tensor.
         within: Number of the enclosing call of a module; None outside of the model.
         after: Number of calls that had begun before.
@@ -122,11 +122,11 @@ class Flow:
         values: All tensors, in the order in which they occurred.
         calls: All calls, in the order in which they began; one that raised has no outputs.
         inputs: Numbers of the model's tensor arguments.
-        outputs: Numbers of the tensors that it returned.
-        kept: Numbers of the storages made in the pass that were still alive after the model's
-            result was deleted: usually because the model keeps them.
+        outputs: Numbers of the returned tensors.
+        kept: Numbers of the storages created in the pass that were still alive after the model's
+            result was deleted, usually because the model keeps them.
         reads: The tensors whose values Python read; printing does not count.
-        unseen: Descriptions of what the pass did but could not be recorded.
+        unseen: Descriptions of operations that could not be recorded.
         names: Any name of a module -> its first name.
         parameters: Name of a parameter or buffer -> number of its value before the pass.
         normalizations: First names of the batch normalizations of the model.
@@ -163,7 +163,7 @@ class Flow:
         return found
 
     def producer(self, value: int) -> Call | None:
-        """Return the call that made a tensor: of a leaf module, or an operator outside of one."""
+        """Return the call that produced a tensor: a leaf module, or an operator outside of one."""
         number = self.values[value].producer
         return None if number is None else self.step(number)
 
@@ -195,7 +195,7 @@ class Flow:
         found = {}
         for number in self._readers.get((one.memory, one.version), ()):
             call = self.step(number)
-            # Of a value made and read inside one module, the consumers are operators.
+            # If a value is produced and read inside the same module, the consumers are operators.
             call = self.calls[number] if call.number == made else call
             found[call.number] = call
         return tuple(found.values())
@@ -203,8 +203,8 @@ class Flow:
     def readers(self, value: int) -> tuple[Call, ...]:
         """Return the operators that read a tensor's memory with these contents, through any view.
 
-        Those that only make views are left out. Among them are calls of modules whose kernels
-        PyTorch does not see.
+        Operators that only return views are left out. Calls of modules whose kernels bypass
+        PyTorch's dispatcher are included.
         """
         return tuple(map(self.calls.__getitem__, self._readers.get(self._at(value), ())))
 
@@ -220,9 +220,9 @@ class Flow:
         return tuple(read for read in self.reads if self._at(read.value) == self._at(value))
 
     def sole_consumer(self, value: int) -> Call | None:
-        """Return the one call that uses a tensor; None if there is another use, or none.
+        """Return the only call that uses a tensor; None if there are other uses, or no call.
 
-        Other uses are a second call, being returned or kept by the model, and a read by Python.
+        Other uses: a second call, a return or store by the model, a read by Python.
         """
         consumers = self.consumers(value)
         if len(consumers) != 1 or self.leaves(value) or self.reads_of(value):
@@ -231,7 +231,7 @@ class Flow:
 
     @property
     def changed(self) -> tuple[Value, ...]:
-        """Tensors from before the pass that it wrote to, with the contents before the write."""
+        """Tensors from before the pass that it mutated, with the contents before the write."""
         written = {value: None for call in self.calls for value in call.writes}
         return tuple(v for v in map(self.values.__getitem__, written) if v.origin != "call")
 
@@ -240,12 +240,12 @@ class Flow:
         return self.dependencies(self.normalizations).get(self.names[name], frozenset())
 
     def dependencies(self, names: Iterable[str]) -> dict[str, frozenset[str]]:
-        """Return, for each of some modules, on the results of which of them its inputs depended.
+        """Return, for each module of ``names``, those of ``names`` on which its input depends.
 
         Dependencies follow the storages of tensors. The results of a call depend on all of its
-        inputs; those of a batch normalization not on its own buffers. A tensor from outside is
-        assumed to depend on everything that Python had read before. Numbers and branches that
-        Python computed from what it read are not followed.
+        inputs, except that the results of a batch normalization do not depend on its own buffers.
+        A tensor from outside is assumed to depend on everything that Python has read before.
+        Numbers and branches that Python computed from values it read are not followed.
 
         Args:
             names: First names of leaf modules, such as batch normalizations.
@@ -256,7 +256,7 @@ class Flow:
         order = list(names)
         bits = {name: 1 << i for i, name in enumerate(order)}
         needs = {call.name: 0 for call in self.calls if call.module and call.name in bits}
-        made = [0] * len(self.calls)  # what the results of each call depend on
+        made = [0] * len(self.calls)  # dependencies of the results of each call, as bit masks
         outside: dict[int, int] = {}
         reads, told = iter([*self.reads, None]), 0
         read = next(reads)
@@ -276,12 +276,12 @@ class Flow:
             if call.module and call.name in needs:
                 needs[call.name] |= given
             elif step.name in needs:
-                # Operators inside the layer read tensors that its call did not, for example those
-                # that a transform of torch.func has unwrapped.
+                # Operators inside the layer read tensors that are not arguments of its call, for
+                # example tensors that a transform of torch.func has unwrapped.
                 before = (v for v in inputs if (self.values[v].producer or 0) < step.number)
                 needs[step.name] |= functools.reduce(operator.or_, map(marks, before), 0)
             around = 0 if call.within is None else made[call.within]
-            # The results of a module with children are made by the calls inside of it.
+            # The results of a module with children are produced by the calls inside of it.
             whole = call.leaf or not call.module
             made[call.number] = around | (given if whole else 0) | bits.get(call.name, 0)
         return {
@@ -313,8 +313,8 @@ class Flow:
         for call in self.calls:
             values = call.inputs if not (call.module or call.view) else ()
             if call.module and any(self.values[v].producer == call.number for v in call.outputs):
-                # A kernel outside of the dispatcher made the result: it may have read all inputs,
-                # parameters and buffers of the module.
+                # A kernel that bypasses the dispatcher produced the result: it may have read all
+                # inputs, parameters and buffers of the module.
                 own = (v for n, v in self.parameters.items() if n.rpartition(".")[0] == call.name)
                 values = (*call.inputs, *own)
             for at in dict.fromkeys(map(self._at, values)):

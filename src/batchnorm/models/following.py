@@ -1,9 +1,9 @@
 """Records one forward pass of a model as a ``Flow``.
 
-Three interceptions, each for what the others miss: replaced ``forward`` methods for calls of
-modules; a ``TorchDispatchMode`` for every operator with its tensors; a ``TorchFunctionMode`` for
-the names of API functions, and for reads that run no operator (``tolist``, ``numpy``). Layers of
-this library use operators of torch under the dispatch mode, so they are recorded like others.
+Three interceptions are used: replaced ``forward`` methods for calls of modules; a
+``TorchDispatchMode`` for every operator with its tensors; a ``TorchFunctionMode`` for the names of
+API functions, and for reads that run no operator (``tolist``, ``numpy``). Layers of this library
+use operators of torch under the dispatch mode, so they are recorded like all other layers.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from batchnorm.models.record import Args, Kwargs, Operator, Record
 from batchnorm.models.trees import tensors_in, tensors_within
 from batchnorm.models.walk import unwrapped, walk
 
-# Functions that give values or memory to Python without a data-dependent operator.
+# Functions that return values or memory to Python without running an operator.
 _READING = {"tolist", "numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage"}
 _READING |= WATCHED
 _PRINTING = {"__repr__", "__format__", "__str__"}
@@ -40,11 +40,11 @@ the example inputs could not be passed through the model: in {layer}, {kind}: {e
 
 
 def flow(model: nn.Module, /, *args: object, **kwargs: object) -> Flow:
-    """Run a model once on example inputs, in its present mode, and return the recorded pass.
+    """Run a model once on example inputs, in its current mode, and return the recorded pass.
 
-    Afterwards the model is as before, also if it raises: modes, buffers, attributes assigned in
-    ``forward``, random number generators, hooks. Not restored are changes inside lists and other
-    objects, in parameters and in the inputs; ``Flow.changed`` names the tensors.
+    Afterwards the model's modes, buffers, attributes assigned in ``forward`` and hooks, and the
+    random number generators are restored, also if it raises. Changes inside lists and other
+    objects, in parameters and in the inputs are not restored; ``Flow.changed`` has the tensors.
 
     Compiled models are run in eager mode, and models in DataParallel wrappers without the wrapper.
 
@@ -57,8 +57,8 @@ def flow(model: nn.Module, /, *args: object, **kwargs: object) -> Flow:
         The pass, without references to tensors.
 
     Raises:
-        SurgeryError: If the model is none, has lazy parameters, or raises; with the innermost
-            module whose ``forward`` raised, and the error as its cause.
+        SurgeryError: If it is not a module, has lazy parameters, or raises; the message has the
+            innermost module whose ``forward`` raised, and the error is the cause.
     """
     if not isinstance(model, nn.Module):
         raise SurgeryError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -66,7 +66,7 @@ def flow(model: nn.Module, /, *args: object, **kwargs: object) -> Flow:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise SurgeryError(LAZY.format(name=name))
-    # Without Dynamo loaded nothing can be compiled, and set_stance would import it.
+    # If Dynamo is not loaded, no model is compiled, and set_stance would import it.
     eager = is_dynamo_loaded()
     stance = torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext()
     record = Record()
@@ -91,7 +91,7 @@ def follow(model: nn.Module, run: Callable[[], object], given: object = ()) -> F
         given: A value with the tensors that the model gets as inputs.
 
     Raises:
-        Exception: What the model raises.
+        Exception: Any exception of the model.
     """
     return _follow(Record(), model, run, given)
 

@@ -1,6 +1,6 @@
-"""Interception of calls of layers: ``entering`` shows their inputs, ``replaced_forward`` replaces.
+"""Interception of calls of layers: ``entering`` observes inputs, ``replaced_forward`` replaces.
 
-In a block, ``module.forward`` is another function, assigned to the instance. Forward pre-hooks
+In a block, another function is assigned to the instance as ``module.forward``. Forward pre-hooks
 would miss calls of ``layer.forward(x)``, and could not make a layer normalize by other statistics,
 as calibration does.
 """
@@ -24,12 +24,12 @@ from batchnorm.sources.grouped import Grouped
 Forward = Callable[..., object]  # type: ignore[explicit-any]
 
 UNNAMED = """\
-expected the layer's input as the first argument or as input=, got the keywords {names}: which of \
-them is normalized cannot be told"""
+expected the layer's input as the first argument or as input=, got the keywords {names}: it is \
+unknown which of them is normalized"""
 
 SCRIPTED = """\
-expected modules with a forward in Python, got the scripted {kind}, whose calls cannot be seen; \
-use the module that it was made from"""
+expected modules with a forward in Python, got the scripted {kind}, whose calls cannot be \
+intercepted; use the original module"""
 
 
 class Entered(NamedTuple):
@@ -40,7 +40,7 @@ class Entered(NamedTuple):
         axis: Its channel axis.
         selection: Which elements count, and how much: layers of this library take a mask, lengths
             or weights.
-        grouped: The same with the groups of samples that the call gives.
+        grouped: The same, with the groups of samples of the call.
     """
 
     x: Tensor
@@ -53,7 +53,7 @@ class Entered(NamedTuple):
         return self._of(self.selection)
 
     def by_group(self) -> Moments:
-        """Return those of each group, (groups, C); without groups, of all samples, (C,)."""
+        """Return count, mean and m2 per group, (groups, C), or of all samples, (C,)."""
         return self._of(self.grouped)
 
     def _of(self, selection: Selection) -> Moments:
@@ -96,7 +96,8 @@ def entering(
 
     Args:
         layers: Name -> layer, of any class.
-        see: Gets the name and the input. If it writes to the tensor, the layer gets the new values.
+        see: Called with the name and the input. If it modifies the tensor, the layer gets the
+            new values.
     """
 
     def around(
@@ -123,7 +124,7 @@ def replaced_forward(pairs: Iterable[tuple[nn.Module, Forward]]) -> Iterator[Non
         pairs: Modules, and the new ``forward`` of each.
 
     Raises:
-        SurgeryError: If one is a ``ScriptModule``.
+        SurgeryError: If a module is a ``ScriptModule``.
     """
     with contextlib.ExitStack() as stack:
         for module, new in pairs:

@@ -1,4 +1,4 @@
-"""Models and checkpoints that a command names."""
+"""Loading of models and checkpoints that are arguments of a command."""
 
 import importlib
 import sys
@@ -16,10 +16,10 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def named(path: str) -> object:
-    """Return what ``"package.module:name"`` names; modules are also looked for where one stands.
+    """Return the object ``"package.module:name"``; modules are also searched in the current folder.
 
     Raises:
-        OptionError: If there is no such thing.
+        OptionError: If it cannot be imported.
     """
     module, colon, name = path.partition(":")
     if not (module and colon and name):
@@ -36,10 +36,10 @@ def named(path: str) -> object:
 
 
 def built(found: object, kind: type[Thing], path: str) -> Thing:
-    """Return what was named, or what it returns when it is called.
+    """Return the object if it is of type ``kind``, else the result of calling it.
 
     Raises:
-        OptionError: If that is of another kind.
+        OptionError: If the result is of another type.
     """
     made = found() if callable(found) and not isinstance(found, kind) else found
     if not isinstance(made, kind):
@@ -48,7 +48,7 @@ def built(found: object, kind: type[Thing], path: str) -> Thing:
 
 
 def load(model: nn.Module, state: Mapping[str, object], path: Path | None) -> str:
-    """Load a state dict; return the prefix that its names had before those of the model.
+    """Load a state dict; return the prefix of its names before the names in the model.
 
     Raises:
         CheckpointError: If it is of another model.
@@ -60,5 +60,5 @@ def load(model: nn.Module, state: Mapping[str, object], path: Path | None) -> st
     try:
         model.load_state_dict(plain)
     except RuntimeError as error:
-        raise CheckpointError(f"{path} is no checkpoint of this model: {error}") from error
+        raise CheckpointError(f"{path} is not a checkpoint of this model: {error}") from error
     return best

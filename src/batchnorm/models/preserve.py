@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm.compat.modules import buffers as buffers_of
 from batchnorm.models.walk import walk
 
-# What nn.Module itself keeps of a module: parameters, children, hooks, by name.
+# Names of the dicts and sets of nn.Module: parameters, children, hooks and others.
 _TABLES = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set)]
 
 
@@ -20,7 +20,7 @@ _TABLES = [name for name, value in vars(nn.Module()).items() if isinstance(value
 def preserved(model: nn.Module) -> Iterator[None]:
     """Restore a model after the block, also after an exception.
 
-    Restored are the mode of every module and its buffers (the same tensors with the same values);
+    This restores the mode of every module and its buffers (the same tensors with the same values);
     ``momentum``, ``track_running_stats`` and ``forward`` of every batch normalization; and the
     state of the random number generators.
     """
@@ -53,7 +53,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Undo what modules assign to their attributes, and what they register."""
+    """Restore attributes that modules assign in the block, and what they register."""
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     kept = [(vars(m), dict(vars(m))) for m in modules]
     tables = [vars(m)[name] for m in modules for name in _TABLES if name in vars(m)]
@@ -72,7 +72,7 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _ids(table: dict[str, object] | set[str]) -> list[object]:
-    """Return what tells tables with other objects apart; tensors have no equality."""
+    """Return the ids of a table's objects, for comparison; tensors have no boolean equality."""
     if isinstance(table, dict):
         return [(key, id(value)) for key, value in table.items()]
     return [*sorted(table)]
@@ -102,6 +102,6 @@ def _copies(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def _put_back(buffer: torch.Tensor | None, copy: torch.Tensor) -> None:
     assert buffer is not None
-    # Written only if changed, so that other buffers keep their version.
+    # Write only if changed, so that unchanged buffers keep their version.
     if not torch.equal(buffer, copy):
         buffer.copy_(copy)

@@ -1,4 +1,4 @@
-"""The record that ``following`` writes while a model runs: calls, tensors and reads, by number."""
+"""The record of a running pass, written by ``following``: numbered calls, tensors and reads."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ class Record:
         self.unseen: dict[str, None] = {}
         self.parameters: dict[str, int] = {}
         self.api = ""
-        # True while the recorder reads a tensor, or one is printed: calls are then not recorded.
+        # True while the recorder reads a tensor or a tensor is printed: calls are not recorded.
         self.is_aside = False
         # The innermost module whose forward raised an error.
         self.failed = ""
@@ -43,12 +43,12 @@ class Record:
         self._numbers: dict[object, int] = {}
         # A weak reference keeps the storage's address from being reused, not its memory.
         self._memory: dict[StorageWeakRef, int] = {}
-        # The same with first and last address.
+        # The same storages with first and last address.
         self._addresses: list[tuple[StorageWeakRef, int, int, int]] = []
         # Tensors without a storage (sparse, wrapped by torch.func), kept so their ids stay unique.
         self._without_memory: dict[int, tuple[Tensor, int]] = {}
         self._origins: list[tuple[str, tuple[str, ...]]] = []
-        # For each storage, the calls that made it and wrote to it.
+        # For each storage, the calls that created it and wrote to it.
         self._writers: list[list[int | None]] = []
         self._blank: set[int] = set()
 
@@ -75,8 +75,8 @@ class Record:
 
         Args:
             tensor: The tensor.
-            origin: ``Value.origin`` of its storage, if that is new.
-            producer: The call that made it; by default the last one that wrote to its storage.
+            origin: ``Value.origin`` of its storage, if the storage is new.
+            producer: The call that produced it; by default the last call that wrote to its storage.
         """
         with self.aside():
             memory = self._memory_of(tensor, origin, producer)
@@ -171,7 +171,7 @@ class Record:
         self.reads += [Read(how, value, self._within, after) for value in values]
 
     def kept(self) -> frozenset[int]:
-        """Return the numbers of storages that calls made and that are still alive."""
+        """Return the numbers of storages that calls created and that are still alive."""
         return frozenset(
             number
             for reference, number in self._memory.items()
@@ -203,9 +203,9 @@ class Record:
         producer: int | None,
         number: int,
     ) -> int:
-        """Return the number of a living storage in whose memory a new one lies, or the new number.
+        """Return the number of a live storage whose memory contains a new storage, or ``number``.
 
-        Such a storage is made without an operator, of memory that was given to other code
+        Such a storage is created without an operator, from memory that was passed to other code
         (DLPack, numpy).
         """
         start, size = storage.data_ptr(), storage.nbytes()
@@ -229,11 +229,11 @@ class Record:
         tensors: list[Tensor],
         inputs: tuple[int, ...],
     ) -> None:
-        """Record reads by operators whose result is no tensor, or has a data-dependent size."""
+        """Record reads by operators whose result is not a tensor or has a data-dependent size."""
         how = self.api or str(func)
         sized = torch.Tag.dynamic_output_shape in tags
         if sized and str(func).startswith("aten.index."):
-            # Indices of integers give as many values as there are indices.
+            # Integer indices give as many values as there are indices; boolean ones do not.
             sized = any(tensor.dtype in _MASKS for tensor in tensors[1:])
         if sized or torch.Tag.data_dependent_output in tags or not hasattr(func, "tags"):
             self.read(how, inputs)
@@ -241,7 +241,7 @@ class Record:
     def _notice_blank(
         self, name: str, read: set[int], written: set[int], made: tuple[int, ...], view: bool
     ) -> None:
-        """Add to ``unseen`` uninitialized memory that is read and no operator has written to."""
+        """Add reads of uninitialized memory that no operator has written to ``unseen``."""
         if not view:
             if read & self._blank:
                 where = "" if self._within is None else self.calls[self._within].name

@@ -15,14 +15,14 @@ from batchnorm.models.change import Change, Edit, Entry, record_of, write
 
 
 class Done(NamedTuple):
-    """What a verb did to one module or several, as an argument of ``record``.
+    """The edit of one or several modules by a verb, as an argument of ``record``.
 
     Attributes:
         edit: The entry of the log, with names relative to the model.
         change: How to undo it; None if nothing was changed.
-        owner: The name of the module that stores the record: the smallest one that contains all
-            that the change touches.
-        instead_of: An entry of the owner that this one replaces, if the change undoes both.
+        owner: The name of the module that stores the record: the smallest module that contains all
+            changed modules.
+        instead_of: An entry of the owner that this entry replaces, if the change undoes both.
     """
 
     edit: Edit
@@ -40,10 +40,10 @@ class Placed(NamedTuple):
 
 
 def record(model: nn.Module, done: Sequence[Done]) -> None:
-    """Add what a verb has done to the records of the model's modules.
+    """Add the edits of a verb to the records of the model's modules.
 
-    An edit that changed nothing is stored in the model's own record, and replaces an older one of
-    the same verb and modules.
+    An edit that changed nothing is stored in the model's own record, and replaces an older such
+    edit of the same verb and modules.
     """
     left = {
         (entry.edit.verb, entry.edit.names): entry
@@ -51,7 +51,7 @@ def record(model: nn.Module, done: Sequence[Done]) -> None:
         if entry.change is None
     }
     placed = [*stack(model), *(old for one in done if one.change for old in _inside(one.change))]
-    # Time orders edits across processes. If the clock was set back, count on from the newest edit.
+    # Edits are ordered by time. If the clock was set back, count on from the newest edit.
     now = max([time.time_ns(), *(one.entry.when + 1 for one in placed)])
     new: dict[nn.Module, list[Entry]] = {}
     gone: set[int] = set()
@@ -68,7 +68,7 @@ def record(model: nn.Module, done: Sequence[Done]) -> None:
 def stack(model: nn.Module) -> list[Placed]:
     """Return the entries of all records of a model and its modules, oldest first.
 
-    Included are modules that a change has removed from the model and keeps for undo.
+    This includes modules that a change has removed from the model and keeps for undo.
     """
     # If such a module is still in the model under another name, that name is used.
     once: dict[int, Placed] = {}
@@ -114,9 +114,10 @@ def first_on_top(one: Placed, others: Iterable[Placed]) -> Placed | None:
 def newest(
     model: nn.Module, verb: str, kind: type[Change]
 ) -> tuple[dict[nn.Module, Placed], set[nn.Module]]:
-    """Return the newest change of a verb by its owner, and the owners on whose a later one stands.
+    """Return owner -> newest change of a verb, and the owners with a later change of another verb.
 
-    A verb that is called again replaces its change where no later one of another verb stands on it.
+    A verb that is called again replaces its newest change, unless a later change of another verb
+    depends on it.
 
     Args:
         model: The model.
@@ -134,7 +135,7 @@ def newest(
 
 
 def take_back(placed: Sequence[Placed]) -> None:
-    """Undo changes, newest first, and remove their entries, and those that changed nothing."""
+    """Undo changes, newest first, and remove their entries and the entries without a change."""
     for owner, entry, _ in reversed(placed):
         if entry.change is not None:
             entry.change.undo(owner)

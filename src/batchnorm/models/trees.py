@@ -1,4 +1,4 @@
-"""The tensors in arguments and results of models, which may be nested."""
+"""The tensors in nested arguments and results of models."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -42,7 +42,7 @@ def has_others(value: Any) -> bool:
 
 
 def replaced(value: Any, new: Callable[[Tensor], Any]) -> Any:
-    """Return nested mappings, lists and tuples with something else for each tensor."""
+    """Return nested mappings, lists and tuples with each tensor replaced by ``new(tensor)``."""
     if isinstance(value, Tensor):
         return new(value)
     if isinstance(value, Mapping):
@@ -72,7 +72,7 @@ def tensors_within(value: Any) -> list[Tensor]:
             waiting += reversed(list(one.values()))
         elif isinstance(one, list | tuple | set | frozenset):
             waiting += reversed(list(one))
-        # Of a mapping or a list too: subclasses have attributes of their own.
+        # Also for mappings and lists: their subclasses may have attributes.
         waiting += reversed(list(getattr(one, "__dict__", {}).values()))
     return found
 
@@ -106,12 +106,12 @@ def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
 def _rebuilt(value: Any, items: dict[str, Any]) -> Any:
     try:
         return type(value)(items)
-    except TypeError:  # a mapping with a constructor of its own, as defaultdict
+    except TypeError:  # a mapping with another constructor, such as defaultdict
         return items
 
 
 def same(a: Any, b: Any) -> bool:
-    """Return whether two values are alike in structure, layout and every value; in doubt, no."""
+    """Return whether two values have equal structure, layout and values; False if unknown."""
     if type(a) is not type(b):
         return False
     if isinstance(a, Tensor):

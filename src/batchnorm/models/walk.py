@@ -1,7 +1,7 @@
-"""Batch normalizations of a model: ``kind_of`` one, ``walk`` all; removal of wrappers.
+"""The batch normalizations of a model: ``kind_of``, ``walk``; removal of wrappers.
 
-Everything that walks, converts, freezes or checks models asks ``kind_of``. Classes of torchvision
-and timm are recognized by their full names, so that neither needs to be imported.
+All code that walks, converts, freezes or checks models uses ``kind_of``. Classes of torchvision and
+timm are recognized by their full names, so that neither needs to be imported.
 """
 
 from typing import Literal, NamedTuple, cast
@@ -25,13 +25,13 @@ class Kind(NamedTuple):
     """Properties of the class of a batch normalization, not of its options.
 
     Attributes:
-        family: ``"ours"`` with every subclass; ``"torch"``, ``"timm"`` or ``"torchvision"`` by
-            exact type; ``"scripted"`` for what ``torch.jit`` compiled; ``"foreign"`` for any other
-            class that derives from torch's or has ``BatchNorm`` in its name.
+        family: ``"ours"`` including subclasses; ``"torch"``, ``"timm"`` or ``"torchvision"`` by
+            exact type; ``"scripted"`` for modules compiled by ``torch.jit``; ``"foreign"`` for any
+            other class that derives from torch's or has ``BatchNorm`` in its name.
         derived: Whether it derives from torch's ``_BatchNorm`` and has that class's attributes.
         frozen: Whether its class normalizes by the stored statistics in every mode.
         synced: Whether its class normalizes by the statistics of all processes.
-        lazy: Whether its class is one of torch's that get their parameters at the first input.
+        lazy: Whether its class is a lazy class of torch, whose first input creates the parameters.
     """
 
     family: Family
@@ -60,8 +60,8 @@ def kind_of(module: nn.Module) -> Kind | None:
     """Return the kind of a batch normalization, or None for any other module.
 
     An unknown class that does not derive from torch's ``_BatchNorm`` is ``"foreign"`` if its name
-    contains ``BatchNorm``, like detectron2's ``FrozenBatchNorm2d``; a block that has batch
-    normalizations in it, like transformers' ``FastSpeech2ConformerBatchNormConvLayer``, is none.
+    contains ``BatchNorm``, like detectron2's ``FrozenBatchNorm2d``. A block that contains batch
+    normalizations, like transformers' ``FastSpeech2ConformerBatchNormConvLayer``, does not count.
     """
     if isinstance(module, Layer):
         return Kind("ours", frozen=isinstance(module, FrozenBatchNorm2d | FrozenBatchNormAct2d))
@@ -92,10 +92,10 @@ class Found(NamedTuple):
 
 
 def walk(model: nn.Module) -> list[Found]:
-    """Return every batch normalization of a model, in order; a shared one once.
+    """Return every batch normalization of a model, in order; a shared layer once.
 
-    These are instances of torch's ``_BatchNorm``: this library's, ``torch.nn``'s, SyncBatchNorm,
-    timm's. Classes that do not derive from it are left out.
+    These are instances of torch's ``_BatchNorm``: those of this library, ``torch.nn``,
+    SyncBatchNorm and timm. Classes that do not derive from it are left out.
     """
     names: dict[_BatchNorm, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -108,7 +108,7 @@ def walk(model: nn.Module) -> list[Found]:
 def use_estimate(model: Model, name: str) -> Model:
     """Select the estimate that evaluation uses, in all layers of a model.
 
-    ``running_mean`` and ``running_var`` then hold that estimate. A layer without ``estimator=``
+    ``running_mean`` and ``running_var`` then contain this estimate. A layer without ``estimator=``
     has one estimate, named ``"running"``, or ``"cumulative"`` if ``momentum`` is None.
 
     Args:
@@ -120,8 +120,8 @@ def use_estimate(model: Model, name: str) -> Model:
         The model.
 
     Raises:
-        EstimateError: If a layer does not keep that estimate, as layers with ``bn.Grouped``, whose
-            groups have that of the first estimator alone; nothing is changed then.
+        EstimateError: If a layer does not have the estimate. The groups of ``bn.Grouped`` have only
+            the estimate of the first estimator. Nothing is changed then.
     """
     layers = [found for found in walk(model) if found.layer.track_running_stats]
     if not layers:
@@ -154,7 +154,8 @@ def _kept(layer: _BatchNorm) -> list[str]:
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside of DistributedDataParallel, DataParallel and ``torch.compile``.
 
-    The forward of these communicates with other processes, or runs code compiled without hooks.
+    The forward of these wrappers communicates with other processes, or runs compiled code without
+    hooks.
     """
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):

@@ -7,8 +7,8 @@ from batchnorm.nn.base import Layer
 from batchnorm.scopes.scope import Scope
 
 SAMPLES = """\
-bn.groups has {given} ids, and the layer's input of shape {shape} has {samples} samples; the first \
-axis must be the samples at every layer"""
+bn.groups has {given} ids, and the layer's input of shape {shape} has {samples} samples; samples \
+must be on the first axis in every layer"""
 
 
 class Groups(Scope):
@@ -33,22 +33,23 @@ class Groups(Scope):
 
 
 def groups(model: nn.Module, ids: Tensor) -> Groups:
-    """Give every batch normalization of a model ``groups=ids`` in a ``with`` block.
+    """Call every batch normalization of a model with ``groups=ids`` in a ``with`` block.
 
         with bn.groups(model, ids):
             y = model(x)
 
-    The innermost block counts for a layer. It holds in the thread or asyncio task that entered it.
-    An argument ``groups=`` that a call gives itself goes before. Recomputation under activation
+    The innermost block applies to a layer, in the thread or asyncio task that entered it. An
+    explicit argument ``groups=`` of a call has precedence. The recomputation of activation
     checkpointing gets the same ids, also after the block.
 
     Args:
-        model: A model, whose batch normalizations are of this library (``bn.convert``).
-        ids: The group of each sample, integers from 0, (N,).
+        model: A model whose batch normalizations are of this library (``bn.convert``).
+        ids: Group id of each sample, integers from 0, (N,).
 
     Raises:
-        OptionError: If the model has other batch normalizations or is compiled; at the end, if no
-            layer was called. At a layer, if it is recomputed and was called in several blocks.
-        LayoutError: At a layer, if its input has another number of samples.
+        OptionError: If the model has other batch normalizations or is compiled; at the end of the
+            block, if no layer was called; in a layer, if it is recomputed and was called in several
+            blocks.
+        LayoutError: In a layer, if its input has another number of samples.
     """
     return Groups(model, ids)

@@ -1,4 +1,4 @@
-"""``bn.masked``: padded steps count for nothing, at every layer of a model."""
+"""``bn.masked``: excludes padded steps from the statistics, in every layer of a model."""
 
 from collections.abc import Mapping
 from types import TracebackType
@@ -15,18 +15,18 @@ from batchnorm.scopes import strides
 from batchnorm.scopes.scope import Scope
 
 UNKNOWN = """\
-bn.masked cannot tell the time axis of an input of shape {shape}: axes of {known} steps are known, \
-from what the model was given and the convolutions and poolings it called. Name a module whose \
-input has this axis, with its lengths: lengths={{"": lengths, "decoder": others}}, or hand \
-lengths= to the layer"""
+bn.masked cannot find the time axis of an input of shape {shape}: axes of {known} steps are known, \
+from the model's inputs and the convolutions and poolings that it called. Pass the lengths of a \
+module whose input has this axis: lengths={{"": lengths, "decoder": others}}, or pass lengths= to \
+the layer"""
 
 SEVERAL_AXES = """\
 bn.masked finds more than one axis that may be time in an input of shape {shape}: axes {axes} have \
-{known} steps; hand lengths= or mask= to the layer"""
+{known} steps; pass lengths= or mask= to the layer"""
 
 STEPS = """\
-bn.masked cannot tell which axis of the input of {name}, of shape {shape}, is time; give \
-mask=, (N, steps) and True where a step counts, in place of lengths="""
+bn.masked cannot tell which axis of the input of {name}, of shape {shape}, is time; pass \
+mask=, (N, steps) and True where a step counts, instead of lengths="""
 
 CONFLICT = """\
 activation checkpointing recomputes a layer that was called with inputs of one shape, {shape}, and \
@@ -83,7 +83,7 @@ class Masked(Scope):
         super().__exit__(kind, error, trace)
 
     def arguments(self, layer: Layer, x: Tensor) -> dict[str, Tensor]:
-        """Return the mask of a layer's input; nothing where it has no time axis."""
+        """Return the mask of a layer's input; nothing if it has no time axis."""
         lengths, axis = self._along(layer, x)
         key = layer, x.shape
         if key in self._used and not _same(self._used[key], lengths):
@@ -93,7 +93,7 @@ class Masked(Scope):
         return {} if lengths is None else {"mask": _mask(x, axis, lengths)}
 
     def again(self, layer: Layer, x: Tensor) -> dict[str, Tensor]:
-        """Return the mask that the layer got in the forward pass."""
+        """Return the mask that the layer had in the forward pass."""
         lengths = self._used.get((layer, x.shape), CONFLICT)
         if isinstance(lengths, str):
             raise OptionError(lengths.format(shape=tuple(x.shape)))
@@ -107,7 +107,7 @@ class Masked(Scope):
         return [i for i in range(x.ndim) if i != channels][1:]
 
     def _along(self, layer: Layer, x: Tensor) -> tuple[Tensor | None, int]:
-        """Return the lengths for a layer's input, and along which axis; None if it has no time."""
+        """Return the lengths for a layer's input, and the axis; None if it has no time axis."""
         axes = self._axes(layer, x)
         samples = {len(part.lengths) for _, part in self._parts.values()}
         fits = x.shape[0 if layer.axis % x.ndim else 1] in samples
@@ -173,14 +173,14 @@ def _of_mask(mask: Tensor) -> Part:
     lengths = mask.sum(1)
     if not torch.equal(mask, torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]):
         raise OptionError(
-            "expected a mask that is True at the start of each sample and False behind; others "
-            "cannot be followed through strides; hand mask= to the layers"
+            "expected a mask that is True at the start of each sample and False afterwards; other "
+            "masks cannot be propagated through strides; pass mask= to the layers"
         )
     return Part(lengths, mask.shape[1])
 
 
 def _steps(name: str, x: Tensor, lengths: Tensor) -> int:
-    """Return the padded length: the size of an axis that is the largest length, or exceeds it."""
+    """Return the padded length: the axis size that equals the largest length, else a larger one."""
     longest = int(lengths.max()) if len(lengths) else 0
     sizes = {size for size in x.shape[1:] if size == longest}
     sizes = sizes or {size for size in x.shape[1:] if size > longest}
@@ -205,31 +205,31 @@ def _same(one: Tensor | str | None, other: Tensor | None) -> bool:
 
 
 def masked(model: nn.Module, lengths: Given = None, mask: Given = None) -> Masked:
-    """Let padded steps count for nothing at every batch normalization, in a ``with`` block.
+    """Exclude padded steps in every batch normalization of a model, in a ``with`` block.
 
         with bn.masked(model, lengths=lengths):  # of samples that were padded to one length
             loss = criterion(model(x), target)
 
-    Each layer gets ``mask=`` along its time axis. That axis is found by its size: the size of the
-    model's input is known, and convolutions, poolings, padding and ``nn.Upsample`` that the model
-    calls tell which size follows, and how many of its steps each sample has by itself. If two of
-    them give one size, the one that was called last counts. A layer without a time axis, (N, C),
-    gets no mask.
+    Each layer is called with ``mask=`` along its time axis, which is found by its size. The size
+    and the lengths of the model's input are known; for each convolution, pooling, padding and
+    ``nn.Upsample`` that the model calls, the size and the lengths of the output are computed. If
+    two of these modules give the same size, the last call counts. A layer without a time axis, (N,
+    C), gets no mask.
 
-    The innermost block counts for a layer; everything else as in ``bn.groups``.
+    Blocks can be nested as those of ``bn.groups``.
 
     Args:
-        model: A model, whose batch normalizations are of this library (``bn.convert``).
-        lengths: How many steps of each sample count, from its start, (N,). Or a mapping from names
-            of submodules to lengths of *their* inputs, ``""`` for the model: needed where a model
-            makes a new time axis, such as that of a decoder.
-        mask: The same as booleans, (N, steps), True at the start of each sample. It says how long
-            the axis is, which lengths cannot where the input has several axes.
+        model: A model whose batch normalizations are of this library (``bn.convert``).
+        lengths: Number of steps of each sample that count, from its start, (N,). Or a mapping from
+            names of submodules to the lengths of *their* inputs, ``""`` for the model: needed if a
+            model creates a new time axis, such as that of a decoder.
+        mask: The same as booleans, (N, steps), True at the start of each sample. It determines the
+            padded length, which lengths do not if the input has several axes.
 
     Raises:
-        OptionError: Neither or both are given, a mask is not True at the start and False behind,
-            the model has other batch normalizations or is compiled; at the end, if no layer was
-            called.
-        LayoutError: At a layer, if its time axis cannot be told.
+        OptionError: If neither or both are given, a mask is not True at the start and False
+            afterwards, or the model has other batch normalizations or is compiled; at the end of
+            the block, if no layer was called.
+        LayoutError: In a layer, if its time axis cannot be found.
     """
     return Masked(model, lengths, mask)

@@ -1,12 +1,12 @@
-"""A ``with`` block in which every layer of a model is given arguments that the model cannot pass.
+"""A ``with`` block that adds arguments to the call of every layer of a model.
 
-The block is an entry of a context variable, so that it holds in the thread or asyncio task that
-entered it. Layers get a forward pre-hook, which adds the arguments where the block is the innermost
-one of its kind; outside of blocks a layer has no hook and no cost.
+The block is an entry of a context variable, so it applies to the thread or asyncio task that
+entered it. A forward pre-hook of each layer adds the arguments if the block is the innermost block
+of its kind; outside of blocks a layer has no hook and no overhead.
 
-Activation checkpointing calls forward again inside backward, often after the block and, on GPUs,
-in another thread. So the hooks of layers that were checkpointed in a block stay until the next
-ordinary forward pass after it, and give a recomputation the same arguments.
+Activation checkpointing calls forward again in backward, often after the block and, on GPUs, in
+another thread. Therefore the hooks of layers that were checkpointed in a block stay until the next
+ordinary forward pass after it, and add the same arguments to the recomputation.
 """
 
 from contextvars import ContextVar, Token
@@ -25,22 +25,22 @@ from batchnorm.nn.base import Layer
 
 _open: ContextVar[tuple["Scope", ...]] = ContextVar("batchnorm_scopes", default=())
 
-# The blocks of which a layer has hooks, oldest first.
+# Layer -> the blocks whose hooks it has, oldest first.
 _hooked: WeakKeyDictionary[nn.Module, list["Scope"]] = WeakKeyDictionary()
 
 POSITIONAL = ("input", "residual", "mask", "lengths", "weights", "groups")
 
 NO_LAYERS = """\
-{verb} gives {what} to batch normalizations of this library, and the model has {found}; call \
-bn.convert(model) first, which bn.undo(model) takes back"""
+{verb} passes {what} to batch normalizations of this library, and the model has {found}; call \
+bn.convert(model) first, which bn.undo(model) reverts"""
 
 COMPILED = """\
-{verb} reaches layers by hooks, which compiled code does not see, and {name} is compiled; enter \
-the block with the model as it was before torch.compile, or hand {what} to the layers"""
+{verb} uses hooks of layers, which compiled code does not run, and {name} is compiled; use the \
+model from before torch.compile, or pass {what} to the layers"""
 
 UNUSED = """\
-no batch normalization of the model was called inside of {verb}(...); a model that was compiled \
-by torch.compile does not see the block, nor do threads that were started inside"""
+no batch normalization of the model was called inside of {verb}(...); the block has no effect in a \
+model compiled by torch.compile, nor in threads started inside of it"""
 
 SEVERAL = """\
 activation checkpointing recomputes {name}, which was called in more than one {verb} block before \
@@ -52,10 +52,10 @@ class Scope:
 
     Attributes:
         verb: The public name, for messages.
-        what: The arguments it gives, for messages.
+        what: The added arguments, for messages.
         layers: Layer -> its name.
-        pending: How often a layer was checkpointed in the block and not recomputed yet.
-        token: Of the context variable, while the block is open.
+        pending: Layer -> number of checkpointed calls in the block that are not recomputed yet.
+        token: Token of the context variable, while the block is open.
     """
 
     verb: str
@@ -115,7 +115,7 @@ class Scope:
         return {**self.__dict__, "token": None}
 
     def is_innermost(self, layer: nn.Module) -> bool:
-        """Return whether this is the innermost block of its kind for a layer, in this thread."""
+        """Return whether this is the innermost block of its kind for a layer in this thread."""
         for scope in reversed(_open.get()):
             if type(scope) is type(self) and layer in scope.layers:
                 return scope is self

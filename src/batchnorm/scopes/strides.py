@@ -1,4 +1,4 @@
-"""How many steps count behind a convolution, a pooling or an upsampling."""
+"""The number of steps that count after a convolution, a pooling or an upsampling."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,15 +16,15 @@ KINDS = (*_CONVOLUTIONS, *_TRANSPOSED, *_MAX, *_AVERAGE, *_UPSAMPLED, *_PADDED)
 
 
 def after(module: nn.Module, lengths: Tensor, axis: int) -> Tensor | None:
-    """Return the lengths of outputs that samples of these lengths have by themselves.
+    """Return the output lengths that a module would give for each sample without padding.
 
     Args:
-        module: One of ``KINDS``.
-        lengths: Of the inputs, (N,).
-        axis: Which of the spatial axes.
+        module: A module of a type in ``KINDS``.
+        lengths: Lengths of the inputs, (N,).
+        axis: Index of the spatial axis.
 
     Returns:
-        (N,), at least 0; None where the module gives no number for the axis.
+        (N,), at least 0; None if the module has no number for the axis.
     """
     own: Any = module
 

@@ -1,1 +1,1 @@
-"""Checkpoints opened tensor by tensor, and the batch norms found in them by their tensors."""
+"""Reading checkpoints tensor by tensor, and finding batch norms in them by tensor names."""

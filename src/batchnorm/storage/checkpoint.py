@@ -1,4 +1,4 @@
-"""A checkpoint that is open: names and shapes at once, values one tensor at a time."""
+"""An open checkpoint: names and shapes are known, values are read one tensor at a time."""
 
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,26 +12,27 @@ from torch import Tensor
 from batchnorm.compat.tensors import storage_key
 from batchnorm.errors import CheckpointError
 
-# A vector of statistics has one value for each channel. Longer tensors are no such vectors, and
-# reading one would cost the memory that reading tensor by tensor saves.
+# A vector of statistics has one value per channel. A longer tensor is not such a vector, and
+# reading it would need much memory.
 MOST_CHANNELS = 1 << 20
-# Values of vectors beyond those that their memory holds, as strides of 0 make them. With more, a
-# checkpoint of a few kilobytes would take minutes to read.
+# Maximum number of repeated values in vectors (from strides of 0). Without this limit, a checkpoint
+# of a few kilobytes could take minutes to read.
 MOST_REPEATED = 1 << 26
-# Headers, indexes and pickles describe tensors and do not hold them.
+# Maximum size of headers, indexes and pickles, which describe tensors but do not contain them.
 MOST_DESCRIPTION = 32 << 20
 
 
 @dataclass(frozen=True)
 class Group:
-    """The tensors of one batch norm; None for those that are not there.
+    """The names of the tensors of one batch norm; None for tensors that do not exist.
 
     Attributes:
-        layer: The layer's name as the checkpoint has it, prefixes included.
-        mean: The names of its tensors, as those that follow.
-        eps: ε, where the format says it.
-        training: Whether the layer normalizes by the batch in use too, where the format says it.
-        rows: The names of mean and variance of each group of samples (``bn.Grouped``), (groups, C).
+        layer: The layer's name in the checkpoint, including prefixes.
+        mean: Name of the mean; the following attributes are names of the other tensors.
+        eps: ε, if the format has it.
+        training: Whether the layer also normalizes by the batch in evaluation, if the format has
+            it.
+        rows: Names of mean and variance per group of samples (``bn.Grouped``), (groups, C).
     """
 
     layer: str
@@ -46,7 +47,7 @@ class Group:
 
 
 class Vector(NamedTuple):
-    """The values of a vector in float64 (the real parts of complex ones), and their own dtype."""
+    """The values of a vector in float64 (real parts of complex values), and the stored dtype."""
 
     values: Tensor
     dtype: torch.dtype
@@ -54,15 +55,16 @@ class Vector(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a file, a folder or a state dict, none of them read yet.
+    """The tensors of a file, a folder or a state dict, which are read on request.
 
     Attributes:
-        subject: The path, or words for a state dict; every message begins with it.
-        names: The name of every tensor.
-        shape: The shape of a tensor, without reading it; None where it is no plain dense tensor.
-        read: The tensor of a name, on the CPU. Only ``vector`` should be called by others.
-        nodes: The batch norms of a format of graphs, which knows them; None for other formats.
-        content: The state dict, or what it lies in; None for files that hold tensors alone.
+        subject: The path, or a description of a state dict; all messages begin with it.
+        names: Names of all tensors.
+        shape: Name -> shape of a tensor, without reading it; None if it is not a plain dense
+            tensor.
+        read: Name -> tensor on the CPU. Other modules should call ``vector`` only.
+        nodes: The batch norms, for a graph format, which lists them; None for other formats.
+        content: The state dict, or the object that contains it; None for files of tensors only.
     """
 
     subject: str
@@ -73,9 +75,9 @@ class Checkpoint:
     content: Any = None
 
     def length(self, name: str) -> int | None:
-        """Return how many values a vector has; None where the tensor is no vector.
+        """Return the number of values of a vector; None if the tensor is not a vector.
 
-        Sizes of one do not count: (1, C, 1, 1) is a vector of C values.
+        Axes of size 1 are ignored: (1, C, 1, 1) is a vector of C values.
         """
         shape = self.shape(name)
         if shape is None:
@@ -87,10 +89,10 @@ class Checkpoint:
         return length if length <= MOST_CHANNELS else None
 
     def vector(self, name: str) -> Vector:
-        """Return the values of a vector (``length`` is not None), flat.
+        """Return the values of a vector (``length`` is not None) with shape (C,).
 
         Raises:
-            CheckpointError: If the file ends before them or they cannot be decoded.
+            CheckpointError: If the file is too short, or the values cannot be decoded.
         """
         try:
             tensor = self.read(name).detach().reshape(-1)
@@ -101,7 +103,7 @@ class Checkpoint:
         except (RuntimeError, ValueError, TypeError, IndexError, MemoryError) as error:
             raise CheckpointError(
                 f"{self.subject}: the tensor {name!r} cannot be read ({first_line(error)}); the "
-                "file is damaged, or of a dtype that torch cannot convert; write it anew"
+                "file is damaged, or has a dtype that torch cannot convert; write it again"
             ) from error
 
 
@@ -109,7 +111,7 @@ def of_state(state: Any, subject: str) -> Checkpoint:
     """Return the tensors of a state dict, also of one inside other mappings, lists and tuples.
 
     Raises:
-        CheckpointError: If its vectors have far more values than their memory holds.
+        CheckpointError: If its vectors have far more values than their memory.
     """
     tensors = dict(_tensors(state))
     _check_repeats([tensor for tensor in tensors.values() if _is_plain(tensor)], subject)
@@ -129,19 +131,19 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _check_repeats(tensors: Iterable[Tensor], subject: str) -> None:
-    """Refuse vectors that share or repeat so many values that reading them would take minutes."""
+    """Raise if vectors share or repeat so many values that reading them would take minutes."""
     vectors = [tensor for tensor in tensors if tensor.numel() <= MOST_CHANNELS]
     held = {storage_key(t): t.untyped_storage().nbytes() // t.element_size() for t in vectors}
     repeated = sum(tensor.numel() for tensor in vectors) - sum(held.values())
     if repeated > MOST_REPEATED:
         raise CheckpointError(
-            f"{subject} was not read: its vectors have {repeated:,} values more than their memory "
-            "holds, by shared storages or strides of 0; save contiguous tensors of their own"
+            f"{subject} was not read: its vectors have {repeated:,} values more than their memory, "
+            "by shared storages or strides of 0; save contiguous tensors with separate storages"
         )
 
 
 def _tensors(state: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and tensors. A container that is met again is passed over, itself included."""
+    """Yield names and tensors; each container is visited once, so cycles are allowed."""
     seen: set[int] = set()
     todo: list[tuple[str, Any]] = [("", state)]
     while todo:
@@ -165,12 +167,12 @@ def check_file(path: Path) -> int:
     """Return the size of a file in bytes.
 
     Raises:
-        CheckpointError: If it is a pipe, a device or the like, which may never end, or empty.
-        OSError: If there is none, or it cannot be looked at.
+        CheckpointError: If it is empty, or not a regular file (a pipe or device may never end).
+        OSError: If it does not exist or cannot be accessed.
     """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
-        raise CheckpointError(f"{path} is no regular file; expected a checkpoint on disk")
+        raise CheckpointError(f"{path} is not a regular file; expected a checkpoint on disk")
     if found.st_size == 0:
         raise CheckpointError(f"{path} is empty; copy or write the checkpoint again")
     return found.st_size

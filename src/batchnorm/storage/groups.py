@@ -1,12 +1,12 @@
-"""The batch norms of a checkpoint, found by their tensors and not by a model's code."""
+"""The batch norms of a checkpoint, found by the names of tensors, without a model's code."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 
 from batchnorm.storage.checkpoint import Checkpoint, Group
 
-# Names of means and variances, of torch, TensorFlow and Paddle among others. Those of the first
-# table are used for nothing else; those of the second are batch norms only beside a γ or β.
+# Names of means and variances in torch, TensorFlow, Paddle and others. The names of the first table
+# are unambiguous; those of the second are batch norms only together with a γ or β.
 STATISTICS = (
     ("running_mean", "running_var"),
     ("running_mean", "running_variance"),
@@ -17,21 +17,21 @@ PLAIN = (("_mean", "_variance"), ("mean", "variance"), ("mean", "var"))
 WEIGHTS = ("weight", "gamma", "scale")
 BIASES = ("bias", "beta", "offset")
 COUNTER = "num_batches_tracked"
-# Of layers of this library with bn.Grouped: the mean of all samples, mean and variance of groups.
+# Names in layers with bn.Grouped: mean of all samples; mean and variance per group.
 OF_ALL, OF_GROUPS = "running_mean", ("group_mean", "group_var")
-# Each of the first table with those that it stands beside, and whether it is a mean.
+# Each name of the first table with the names that accompany it, and whether it is a mean.
 _WORDS = tuple(
     (word, tuple(pair[1 - at] for pair in STATISTICS if pair[at] == word), at == 0)
     for at in (0, 1)
     for word in dict.fromkeys(pair[at] for pair in STATISTICS)
 )
 _SEPARATORS = (".", "/")
-# TensorFlow's names end in the number of an output.
+# TensorFlow's names end with the number of an output.
 _OUTPUT = ":0"
 
 
 def batch_norms(checkpoint: Checkpoint) -> tuple[Group, ...]:
-    """Return the batch norms of a checkpoint, in its own order."""
+    """Return the batch norms of a checkpoint, in the checkpoint's order."""
     return tuple(_found(checkpoint)) if checkpoint.nodes is None else checkpoint.nodes
 
 
@@ -64,7 +64,7 @@ def _group(name: str, names: set[str]) -> Group | None:
 
 
 def _plain(name: str, names: set[str], checkpoint: Checkpoint) -> Group | None:
-    """Return the group of a tensor named just "mean", if γ or β of its length is beside it."""
+    """Return the group of a tensor named "mean", if it is accompanied by a γ or β of its length."""
     stem, end = _stem(name)
     for mean, variance in PLAIN:
         prefix = stem.removesuffix(mean)
@@ -88,7 +88,7 @@ def _with_rest(prefix: str, end: str, mean: str | None, var: str | None, names: 
 
 
 def _with_rows(group: Group, names: set[str], checkpoint: Checkpoint) -> Group:
-    """Add the rows of groups of samples (``bn.Grouped``), and leave out γ and β that have rows."""
+    """Add the statistics per group (``bn.Grouped``); leave out γ and β that have rows."""
     prefix = (group.mean or "").removesuffix(OF_ALL)
     mean, var = (prefix + one for one in OF_GROUPS)
     if group.mean is None or mean not in names or var not in names:
@@ -102,7 +102,7 @@ def _with_rows(group: Group, names: set[str], checkpoint: Checkpoint) -> Group:
 
 
 def _is_no_layer(group: Group, checkpoint: Checkpoint) -> bool:
-    """Return whether mean and variance are of one shape that is no vector, as of an image."""
+    """Return whether mean and variance have the same shape but are not vectors (an image's)."""
     if group.mean is None or group.var is None:
         return False
     shape = checkpoint.shape(group.mean)
@@ -114,6 +114,6 @@ def _is_no_layer(group: Group, checkpoint: Checkpoint) -> bool:
 
 
 def _stem(name: str) -> tuple[str, str]:
-    """Return a name without the number of an output, and that number."""
+    """Return a name without the output number, and the number."""
     stem = name.removesuffix(_OUTPUT)
     return stem, name[len(stem) :]

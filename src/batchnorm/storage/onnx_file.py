@@ -1,4 +1,4 @@
-"""ONNX models: nodes of BatchNormalization with their initializers, also in files beside them."""
+"""ONNX models: BatchNormalization nodes with their initializers, also in external files."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ _MEAN = "running_mean"
 
 
 def open_onnx(path: Path) -> Checkpoint:
-    """Open an ONNX model; tensors in files beside it are read one by one.
+    """Open an ONNX model; tensors in external files are read one by one.
 
     Raises:
         CheckpointError: If it is damaged, or a tensor of a batch norm is not in the model.
@@ -36,19 +36,19 @@ def open_onnx(path: Path) -> Checkpoint:
         nodes = _nodes(graph, tensors)
     except OSError:
         raise
-    except Exception as error:  # protobuf's DecodeError is no public name
+    except Exception as error:  # protobuf's DecodeError is not public
         raise CheckpointError(
-            f"{path} is no ONNX model, or a damaged one ({first_line(error)}); export it again"
+            f"{path} is not an ONNX model, or is damaged ({first_line(error)}); export it again"
         ) from error
 
     def read(name: str) -> Tensor:
         try:
             array = onnx.numpy_helper.to_array(tensors[name], base_dir=str(path.parent))
             return torch.from_numpy(array.copy())
-        except Exception as error:  # checks of paths and sizes raise classes of their own
+        except Exception as error:  # onnx raises several classes
             raise CheckpointError(
-                f"{path}: the tensor {name!r} cannot be read ({first_line(error)}); the model or a "
-                "file beside it is damaged"
+                f"{path}: the tensor {name!r} cannot be read ({first_line(error)}); the model or "
+                "an external file is damaged"
             ) from error
 
     return Checkpoint(

@@ -1,4 +1,4 @@
-"""Open a checkpoint of any kind: by its ending, its first bytes, or the index of a folder."""
+"""Opens a checkpoint of any format, by its suffix, its first bytes, or the index of a folder."""
 
 import functools
 import json
@@ -20,12 +20,12 @@ ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".onnx")
 
 
 def find(folder: Path) -> Path:
-    """Return the checkpoint of a folder: its index, or its only file of a checkpoint.
+    """Return the checkpoint of a folder: its index, or its only checkpoint file.
 
-    Where weights are there both as .safetensors and in another format, the former are taken.
+    If weights exist as .safetensors and in another format, .safetensors is used.
 
     Raises:
-        CheckpointError: If there is none, or several.
+        CheckpointError: If there is no checkpoint, or several.
         OSError: If the folder cannot be read.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
@@ -41,12 +41,12 @@ def find(folder: Path) -> Path:
         return found[0]
     if not found and (folder / ".metadata").exists():
         raise CheckpointError(
-            f"{folder} is a checkpoint of torch.distributed.checkpoint; make one file of it: "
+            f"{folder} is a checkpoint of torch.distributed.checkpoint; convert it to one file: "
             "torch.distributed.checkpoint.format_utils.dcp_to_torch_save(folder, 'weights.pt')"
         )
     names = ", ".join(path.name for path in found[:5])
     raise CheckpointError(
-        f"{folder} has {len(found)} checkpoints ({names}, ...); name the file to look at"
+        f"{folder} has {len(found)} checkpoints ({names}, ...); pass the file to read"
         if found
         else f"{folder} has no checkpoint: expected *{INDEX}, or a file that ends in "
         f"{', '.join(ENDINGS)}"
@@ -55,14 +55,15 @@ def find(folder: Path) -> Path:
 
 @contextmanager
 def opened_index(path: Path, opened: Any) -> Iterator[Checkpoint]:
-    """Open an index; a shard is opened when the first of its tensors is asked for.
+    """Open an index; a shard is opened when its first tensor is read.
 
     Args:
         path: The file that ends in .index.json.
-        opened: What opens one shard, a context manager of a path.
+        opened: A context manager that opens the shard at a path.
 
     Raises:
-        CheckpointError: If the index is damaged, leaves its folder, or a shard is missing.
+        CheckpointError: If the index is damaged, has a path outside of its folder, or a shard is
+            missing.
         OSError: If it cannot be read.
     """
     where = read_index(path)
@@ -86,8 +87,8 @@ def opened_index(path: Path, opened: Any) -> Iterator[Checkpoint]:
                 shards[file] = stack.enter_context(opened(full))
             if name not in shards[file].names:
                 raise CheckpointError(
-                    f"{path} says that {name!r} is in {file!r}, which has no such tensor; index "
-                    "and shards are of different checkpoints"
+                    f"{path} maps {name!r} to {file!r}, which has no such tensor; index and shards "
+                    "are of different checkpoints"
                 )
             return shards[file]
 
@@ -98,41 +99,41 @@ def opened_index(path: Path, opened: Any) -> Iterator[Checkpoint]:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Return which file of the folder has each tensor.
+    """Return tensor name -> file in the folder.
 
     Raises:
-        CheckpointError: If it is no such index, or names files outside of its folder.
+        CheckpointError: If it is not an index, or has files outside of its folder.
         OSError: If it cannot be read.
     """
     if check_file(path) > MOST_DESCRIPTION:
         raise CheckpointError(
-            f"{path} was not loaded: it has more than {MOST_DESCRIPTION:,} bytes, far more than an "
-            "index needs"
+            f"{path} was not loaded: it has more than {MOST_DESCRIPTION:,} bytes, the limit for an "
+            "index"
         )
     try:
         index = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON, or damaged ({error}); copy it again") from error
+        raise CheckpointError(f"{path} is not JSON, or damaged ({error}); copy it again") from error
     where = index.get("weight_map") if isinstance(index, Mapping) else None
     if not isinstance(where, Mapping) or not all(isinstance(v, str) for v in where.values()):
         raise CheckpointError(
-            f"{path} is no index of shards: expected an object with 'weight_map', which maps names "
-            "of tensors to names of files"
+            f"{path} is not an index of shards: expected an object with 'weight_map', which maps "
+            "names of tensors to names of files"
         )
     for file in set(where.values()):
         if not _inside(file):
             raise CheckpointError(
                 f"{path} names the shard {file!r}, which is outside of its folder; nothing was "
-                "opened. Shards lie beside their index or in folders below it"
+                "opened. Shards must be in the folder of the index or in folders below it"
             )
     return dict(where)
 
 
 def _inside(file: str) -> bool:
-    """Return whether a relative path stays in its folder, on whichever system it was written.
+    """Return whether a relative path, with separators of any system, stays in its folder.
 
-    Links are followed: caches of model hubs link to files elsewhere, and a file that is opened is
-    read as a checkpoint and in no other way.
+    Links are followed: caches of model hubs link to files elsewhere, and the opened file is only
+    read as a checkpoint.
     """
     parts = PureWindowsPath(file).parts
     absolute = PureWindowsPath(file).anchor or PurePosixPath(file).is_absolute()
@@ -144,14 +145,14 @@ EXPECTED = ".safetensors, .pt, .pth, .onnx, an index of shards (.index.json), or
 
 @contextmanager
 def opened(path: Path, mapped: bool = True) -> Iterator[Checkpoint]:
-    """Open a checkpoint for the time of the block; no code in it is run.
+    """Open a checkpoint in a ``with`` block; code in it is never run.
 
     Args:
-        path: A file, or a folder with one.
-        mapped: Whether tensors may stay on the disk, where nothing must change them meanwhile.
+        path: A file, or a folder with a checkpoint.
+        mapped: Whether tensors may be memory-mapped; the file must not change in the block then.
 
     Raises:
-        CheckpointError: If it is of another kind, damaged, or would run code.
+        CheckpointError: If it has another format, is damaged, or would run code.
         MissingExtraError: If a package is needed and not installed.
         OSError: If it cannot be read.
     """
@@ -163,7 +164,7 @@ def opened(path: Path, mapped: bool = True) -> Iterator[Checkpoint]:
     except OSError as error:
         if str(path) in str(error):
             raise
-        # What a wrong offset in a file leads to; such errors of the system do not name the file.
+        # Errors that a wrong offset in a file causes; their messages do not have the path.
         raise CheckpointError(
             f"{path} is damaged or cannot be read ({first_line(error)}); copy or write it again"
         ) from error
@@ -186,6 +187,6 @@ def _opened(path: Path, mapped: bool) -> AbstractContextManager[Checkpoint]:
     if start[8:9] == b"{":
         return safetensors_file.opened(path)
     raise CheckpointError(
-        f"{path} is no checkpoint that can be read: expected {EXPECTED}, got a file that begins "
+        f"{path} is not a checkpoint that can be read: expected {EXPECTED}, got a file that begins "
         f"with the bytes {start[:8].hex(' ')}"
     )

@@ -1,8 +1,8 @@
-"""What a pickle would do, read from its opcodes, before anything of it is carried out.
+"""Checks a pickle by reading its opcodes, before it is loaded.
 
-``torch.load(weights_only=True)`` runs no code. It does call constructors that take memory or time
-by an argument: ``bytearray(10**11)``, or ``codecs.encode(text, "punycode")``, whose time grows with
-the square of the length. The names that a state dict needs are fewer than those that it allows.
+``torch.load(weights_only=True)`` runs no code. But it calls constructors whose arguments determine
+memory or time: ``bytearray(10**11)``, or ``codecs.encode(text, "punycode")``, whose time grows with
+the square of the length. This check allows only the names that a state dict needs.
 """
 
 import io
@@ -14,8 +14,8 @@ from typing import IO
 from batchnorm.errors import CheckpointError
 from batchnorm.storage.checkpoint import MOST_DESCRIPTION, first_line
 
-# Opcodes of a pickle: some 28 describe a tensor, which takes 280 bytes of a file at least, so that
-# a checkpoint has one for 10 bytes at most, and some for what is beside its tensors.
+# Maximum number of opcodes: about 28 describe a tensor, which takes at least 280 bytes of a file,
+# so a checkpoint has at most one opcode per 10 bytes, plus some for the rest.
 FREE, BYTES_PER_OPCODE = 400_000, 8
 
 _REBUILD = (
@@ -33,13 +33,13 @@ ALLOWED = re.compile(
     r"|_codecs encode"
     r"|(builtins|__builtin__) (set|complex)"
 )
-# Opcodes that make an object of a class whose name is not in the opcode itself.
+# Opcodes that create an object of a class whose name is not in the opcode itself.
 HIDDEN = {"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEWOBJ_EX", "PERSID"}
 SLOW = {"punycode", "idna"}
 
 CODE = """\
-{path} was not loaded: it holds more than tensors and plain values, and loading it would call \
-{name}. Where you trust its origin, convert it once:
+{path} was not loaded: it has more than tensors and plain values, and loading it would call \
+{name}. If you trust its origin, convert it once:
     state = torch.load("{path}", weights_only=False, map_location="cpu")
     torch.save(state_dict, "weights.pt")
 where state_dict is the part of state that maps names to tensors, such as state["state_dict"] or \
@@ -47,22 +47,23 @@ state.state_dict()."""
 
 
 def check(file: IO[bytes], size: int, path: str, pickles: int = 1) -> None:
-    """Refuse pickles that would do more than put tensors into containers.
+    """Raise if pickles would do more than put tensors into containers.
 
     Args:
-        file: Where they begin, one behind the other.
-        size: Bytes of the whole checkpoint, which bound how much there can be to describe.
-        path: For messages.
-        pickles: How many there are.
+        file: The file, positioned at the first of the consecutive pickles.
+        size: Bytes of the whole checkpoint, which limit the number of opcodes.
+        path: The path, for messages.
+        pickles: Number of pickles.
 
     Raises:
-        CheckpointError: If one is damaged, too long, or calls something else; it names what.
+        CheckpointError: If a pickle is damaged, too long, or calls anything else; the message has
+            the name.
     """
     data = file.read(MOST_DESCRIPTION + 1)
     stream = io.BytesIO(data)
     left = FREE + size // BYTES_PER_OPCODE
     with warnings.catch_warnings():
-        # Python warns of unknown escapes in the texts of a pickle, which damage makes.
+        # Python warns about unknown escapes in the texts of a damaged pickle.
         warnings.simplefilter("ignore", DeprecationWarning)
         for _ in range(pickles):
             left -= _check_one(stream, left, path, len(data) > MOST_DESCRIPTION)
@@ -92,7 +93,7 @@ def _check_one(stream: io.BytesIO, most: int, path: str, cut: bool) -> int:
         if cut:
             raise _too_long(path) from error
         raise CheckpointError(
-            f"{path} is damaged: its pickle ends early or is none ({first_line(error)}); copy or "
+            f"{path} is damaged: its pickle is truncated or invalid ({first_line(error)}); copy or "
             "write the checkpoint again"
         ) from error
     if encodes and slow:

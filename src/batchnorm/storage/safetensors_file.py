@@ -1,4 +1,4 @@
-"""Files of safetensors: the header is read, the tensors stay on the disk until they are read."""
+"""Safetensors files: the header is read at once, tensors are read on request."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +15,10 @@ _LENGTH = 8
 
 @contextmanager
 def opened(path: Path) -> Iterator[Checkpoint]:
-    """Open a .safetensors file for the time of the block.
+    """Open a .safetensors file in a ``with`` block.
 
     Raises:
-        CheckpointError: If it is damaged, or its header larger than a description needs to be.
+        CheckpointError: If it is damaged, or its header is too large.
         MissingExtraError: If safetensors is not installed.
         OSError: If it cannot be read.
     """
@@ -31,7 +31,7 @@ def opened(path: Path) -> Iterator[Checkpoint]:
         names = tuple(handle.keys())
     except OSError:
         raise
-    except Exception as error:  # safetensors' own class, or what its parser raises
+    except Exception as error:  # safetensors' error class, or any error of its parser
         raise _damaged(path, first_line(error)) from error
     with handle:
         yield Checkpoint(
@@ -43,7 +43,7 @@ def opened(path: Path) -> Iterator[Checkpoint]:
 
 
 def check_header(path: Path) -> None:
-    """Refuse a header that is longer than the file, or than any description of tensors."""
+    """Raise if the header is longer than the file, or longer than ``MOST_DESCRIPTION``."""
     size = check_file(path)
     with path.open("rb") as file:
         start = file.read(_LENGTH + 1)
@@ -58,7 +58,7 @@ def check_header(path: Path) -> None:
 
 
 def _asked(path: Path, question: Any) -> Any:
-    """Answer a question to safetensors; its errors become ours."""
+    """Call a function of safetensors; its errors become ``CheckpointError``."""
     try:
         answer: Tensor | list[int] = question()
     except Exception as error:  # SafetensorError derives from Exception alone
@@ -68,8 +68,8 @@ def _asked(path: Path, question: Any) -> Any:
 
 def _damaged(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} is no safetensors file, or a damaged one ({reason}); copy or write it again, or "
-        "give a .pt file its own ending"
+        f"{path} is not a safetensors file, or is damaged ({reason}); copy or write it again, or "
+        "rename a .pt file"
     )
 
 

@@ -22,10 +22,10 @@ expected a checkpoint that ends in .safetensors, {pickles}, got {path}"""
 def read_state(path: Path) -> dict[str, Any]:
     """Return the state dict of a checkpoint, on the CPU.
 
-    Of a file with more in it, the part named ``state_dict``, ``model`` or the like.
+    If the file has more than a state dict, the entry ``state_dict``, ``model`` or similar is used.
 
     Raises:
-        CheckpointError: If it is damaged, of another kind, or would run code.
+        CheckpointError: If it is damaged, has another format, or would run code.
         MissingExtraError: If safetensors is needed and not installed.
         OSError: If it cannot be read.
     """
@@ -36,16 +36,16 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def write_state(state: Mapping[str, Any], path: Path) -> None:
-    """Write a state dict in one step, in the format that the path's ending says.
+    """Write a state dict atomically, in the format of the path's suffix.
 
     Raises:
-        CheckpointError: If the ending is unknown, or safetensors cannot hold a value.
+        CheckpointError: If the suffix is unknown, or safetensors does not support a value.
         MissingExtraError: If safetensors is needed and not installed.
         OSError: If it cannot be written.
     """
     if path.suffix == ".safetensors":
         _check_tensors(state)
-        # Tensors that share memory are written one by one.
+        # Tensors that share memory are written separately.
         whole = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
         write_atomically(path, safetensors().save(whole, {"format": "pt"}))
     elif path.suffix in PICKLES:
@@ -57,18 +57,18 @@ def write_state(state: Mapping[str, Any], path: Path) -> None:
 
 
 def check_target(path: Path, force: bool, state: Mapping[str, Any] | None = None) -> None:
-    """Refuse what ``write_state`` could not write later, before time is spent on the state.
+    """Check that ``write_state`` can write a file, before the state is computed.
 
     Args:
-        path: Where the checkpoint shall be.
-        force: Whether a file that is there may be replaced.
-        state: What will be written, with other values; None if that is not known.
+        path: Path of the checkpoint.
+        force: Whether an existing file may be replaced.
+        state: A state dict with the same names and types; None if unknown.
 
     Raises:
-        OptionError: If the ending is unknown.
-        CheckpointError: If safetensors cannot hold a value.
+        OptionError: If the suffix is unknown.
+        CheckpointError: If safetensors does not support a value.
         MissingExtraError: If safetensors is needed and not installed.
-        OSError: If there is no such folder, or a file is there and ``force`` is not given.
+        OSError: If the folder does not exist, or the file exists and ``force`` is False.
     """
     check_output(path, force)
     if path.suffix == ".safetensors":

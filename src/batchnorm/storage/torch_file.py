@@ -1,4 +1,4 @@
-"""Files of ``torch.save``: zip archives, mapped and not read, and the format before torch 1.6."""
+"""Files of ``torch.save``: memory-mapped zip archives, and the format before torch 1.6."""
 
 import warnings
 import zipfile
@@ -17,18 +17,18 @@ from batchnorm.storage.checkpoint import (
 )
 from batchnorm.storage.pickles import check
 
-# How a file of torch < 1.6 begins: a pickle of a number that torch chose.
+# First bytes of a file of torch < 1.6: a pickled magic number.
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 ZIP = b"PK"
-# A magic number, a version, the machine, the state dict, the keys of its storages.
+# Pickles of magic number, version, system information, state dict, keys of the storages.
 LEGACY_PICKLES = 5
 
 
 def open_zip(path: Path, size: int, mapped: bool = True) -> Checkpoint:
-    """Open what ``torch.save`` writes; ``mapped`` tensors stay on the disk until they are read.
+    """Open a file of ``torch.save``; ``mapped`` tensors are read from disk on request.
 
     Raises:
-        CheckpointError: If it is damaged, compressed, no checkpoint, or would run code.
+        CheckpointError: If it is damaged, compressed, not a checkpoint, or would run code.
         OSError: If it cannot be read.
     """
     try:
@@ -41,7 +41,7 @@ def open_zip(path: Path, size: int, mapped: bool = True) -> Checkpoint:
                 raise CheckpointError(_what_else(path, names))
             if len(described) > 1 or described[0].file_size > MOST_DESCRIPTION:
                 raise CheckpointError(
-                    f"{path} is no checkpoint of torch.save: expected one data.pkl of at most "
+                    f"{path} is not a checkpoint of torch.save: expected one data.pkl of at most "
                     f"{MOST_DESCRIPTION:,} bytes"
                 )
             with archive.open(described[0]) as file:
@@ -54,7 +54,7 @@ def open_zip(path: Path, size: int, mapped: bool = True) -> Checkpoint:
 
 
 def open_legacy(path: Path, size: int) -> Checkpoint:
-    """Open a file of torch < 1.6, whose tensors are read at once: it has no index of them."""
+    """Open a file of torch < 1.6; all tensors are read at once, since the format has no index."""
     with path.open("rb") as file:
         check(file, size, str(path), LEGACY_PICKLES)
     return _opened(path, {})
@@ -63,11 +63,11 @@ def open_legacy(path: Path, size: int) -> Checkpoint:
 def _opened(path: Path, options: dict[str, Any]) -> Checkpoint:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the error says it all
+            warnings.simplefilter("ignore")  # the error has all information
             loaded = torch.load(path, map_location="cpu", weights_only=True, **options)
     except OSError:
         raise
-    except Exception as error:  # torch raises whatever a damaged pickle led to
+    except Exception as error:  # a damaged pickle can cause any exception
         raise _damaged(path, error) from error
     if not isinstance(loaded, Mapping | list | tuple):
         raise CheckpointError(
@@ -83,13 +83,13 @@ def _opened(path: Path, options: dict[str, Any]) -> Checkpoint:
 
 
 def _check_members(members: list[zipfile.ZipInfo], path: Path, size: int) -> None:
-    """Refuse members that would take more memory than the file has bytes."""
+    """Raise if members would take more memory than the file has bytes."""
     total = 0
     for one in members:
         if one.compress_type != zipfile.ZIP_STORED or one.flag_bits & 1:
             raise CheckpointError(
                 f"{path} was not loaded: its member {one.filename!r} is compressed or encrypted, "
-                "which torch.save never does; unpack it and save the state dict anew"
+                "which torch.save never does; unpack it and save the state dict again"
             )
         total += one.file_size
         if one.file_size != one.compress_size or one.header_offset + one.file_size > size:
@@ -101,11 +101,11 @@ def _check_members(members: list[zipfile.ZipInfo], path: Path, size: int) -> Non
 def _what_else(path: Path, names: set[str]) -> str:
     if "constants.pkl" in names or any(name.startswith("code/") for name in names):
         return (
-            f"{path} is a TorchScript archive, which holds code; save its tensors alone: "
+            f"{path} is a TorchScript archive, which contains code; save its tensors alone: "
             f'torch.save(torch.jit.load("{path}").state_dict(), "weights.pt")'
         )
     return (
-        f"{path} is a zip archive without data.pkl, and so not written by torch.save; expected "
+        f"{path} is a zip archive without data.pkl, so torch.save did not write it; expected "
         ".safetensors, .pt, .pth, .onnx or a folder with shards"
     )
 

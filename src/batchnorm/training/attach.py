@@ -15,20 +15,19 @@ from batchnorm.surgery.layers import OPTIMIZER
 _VERB = "attach"
 
 NONE = """\
-bn.attach found no layer whose estimator steps with an optimizer in {kind}; \
-bn.convert(model, estimator=bn.Running(0.1, every="optimizer")) gives each layer one"""
+bn.attach found no layer with an estimator that steps with an optimizer in {kind}; \
+bn.convert(model, estimator=bn.Running(0.1, every="optimizer")) sets this estimator"""
 
 OTHERS = """\
-bn.attach expected the optimizer of {kind}, got one that has none of its parameters; its steps say \
-nothing about the batches of this model"""
+bn.attach expected the optimizer of {kind}, got an optimizer that has none of its parameters"""
 
 TWICE = """\
-bn.attach: {name!r} steps with {which} already, and would step twice; call remove() of what the \
-first bn.attach returned. Nothing was changed"""
+bn.attach: {name!r} steps with {which} already, and would step twice; call remove() of the result \
+of the first bn.attach. Nothing was changed"""
 
 
 class Attachment:
-    """What ``bn.attach`` returns."""
+    """The result of ``bn.attach``: a registration that can be removed."""
 
     def __init__(self, layers: list[Layer], optimizer: Optimizer) -> None:
         self._layers = layers
@@ -37,7 +36,7 @@ class Attachment:
         self._hook = optimizer.register_step_post_hook(self._after_step)
 
     def remove(self) -> None:
-        """End it: the layers keep what they have, and can be attached again."""
+        """Remove the hook; the layers keep their statistics and can be attached again."""
         self._hook.remove()
         for layer in self._layers:
             if layer.bank is not None:
@@ -50,27 +49,27 @@ class Attachment:
 
 
 def attach(model: nn.Module, optimizer: Optimizer) -> Attachment:
-    """Let estimators ``bn.Running(every="optimizer")`` make a step after each of an optimizer.
+    """Update estimators ``bn.Running(every="optimizer")`` after each step of an optimizer.
 
-    The step is by the merged Moments of the training batches since the last one: with gradient
-    accumulation, by the statistics of the large batch. It is a hook of the optimizer
-    (``register_step_post_hook``), so a step that a ``GradScaler`` skips is none. Copies of the
-    model or of the optimizer are not attached.
+    The update uses the merged Moments of the training batches since the last step: with gradient
+    accumulation, the statistics of the large batch. It runs in a hook of the optimizer
+    (``register_step_post_hook``), so a step that a ``GradScaler`` skips causes no update. Copies of
+    the model or of the optimizer are not attached.
 
         model = bn.convert(model, estimator=bn.Running(0.1, every="optimizer"))
         bn.attach(model, optimizer)
 
     Args:
-        model: The model, also as wrapped by DistributedDataParallel or ``torch.compile``.
-        optimizer: The one that steps its parameters.
+        model: The model; may be wrapped by DistributedDataParallel or ``torch.compile``.
+        optimizer: The optimizer of the model's parameters.
 
     Returns:
-        An object whose ``remove()`` ends it.
+        An object whose ``remove()`` removes the hook.
 
     Raises:
-        OptionError: If no layer has such an estimator, one is attached already, or the optimizer is
-            none or has none of the model's parameters. Nothing is changed then.
-        SurgeryError: If the model is none.
+        OptionError: If no layer has such an estimator, a layer is attached already, or
+            ``optimizer`` is not an optimizer of the model's parameters. Nothing is changed then.
+        SurgeryError: If it is not a model.
     """
     expect_model(model, _VERB)
     if not isinstance(optimizer, Optimizer):

@@ -1,4 +1,4 @@
-"""``bn.guard``: a step that a ``GradScaler`` skips leaves no trace in the running statistics."""
+"""``bn.guard``: reverts running statistics after a step that a ``GradScaler`` skips."""
 
 import copy
 from collections.abc import Iterable
@@ -32,10 +32,10 @@ class Kept(NamedTuple):
 
 
 class Guard:
-    """What ``bn.guard`` returns: a block around each step of the optimizer.
+    """The result of ``bn.guard``: a context manager for each step of the optimizer.
 
     Attributes:
-        skipped: How many steps were skipped so far.
+        skipped: Number of steps skipped so far.
     """
 
     def __init__(self, layers: Iterable[nn.Module], scaler: GradScaler) -> None:
@@ -67,13 +67,13 @@ class Guard:
 
 
 def guard(model: nn.Module, scaler: GradScaler) -> Guard:
-    """Restore the running statistics of steps that a ``GradScaler`` skips.
+    """Restore the running statistics after steps that a ``GradScaler`` skips.
 
-    Where gradients overflow, the scaler leaves out the optimizer's step, but the forward pass has
-    moved the running statistics by a batch that may be NaN. The block copies running statistics and
-    counters, and writes them back if the scale was lowered when it ends, which is how ``update()``
-    answers a skipped step; and after an exception. With gradient accumulation the block is around
-    all micro-batches of a step.
+    If gradients overflow, the scaler skips the optimizer's step, but the forward pass has already
+    updated the running statistics by a batch that may have NaN. The block copies running statistics
+    and counters, and restores them at its end if the scale was lowered (``update()`` lowers it
+    after a skipped step), and after an exception. With gradient accumulation, put all micro-batches
+    of a step into one block.
 
         guard = bn.guard(model, scaler)
         for x, y in loader:
@@ -85,14 +85,14 @@ def guard(model: nn.Module, scaler: GradScaler) -> Guard:
 
     Args:
         model: The model; batch normalizations of any library.
-        scaler: ``torch.amp.GradScaler``, of any device.
+        scaler: ``torch.amp.GradScaler``, for any device.
 
     Returns:
-        The block, to be entered again for each step; ``skipped`` counts.
+        A context manager, to be entered for each step; ``skipped`` is the number of skipped steps.
 
     Raises:
-        OptionError: If the scaler is none.
-        SurgeryError: If the model is none, or keeps no statistics.
+        OptionError: If the scaler is not a ``GradScaler``.
+        SurgeryError: If it is not a model, or has no running statistics.
     """
     expect_model(model, _VERB)
     if not isinstance(scaler, GradScaler):
@@ -107,7 +107,7 @@ def _keep(layer: nn.Module) -> Kept:
     copies = {name: b.clone() for name, b in buffers(layer).items() if b is not None}
     if not isinstance(layer, Layer):
         return Kept(layer, copies)
-    # States are replaced at each step, never written to.
+    # States are replaced at each step, never modified in place.
     states = None if layer.bank is None else copy.copy(layer.bank.states)
     return Kept(layer, copies, states, layer.memory)
 

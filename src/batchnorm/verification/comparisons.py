@@ -1,6 +1,6 @@
-"""Comparisons with float64, computed on the CPU by operations of torch that use nothing of ours.
+"""Comparisons with float64 results, computed on the CPU by operations of torch only.
 
-The definition of batch normalization stands here once more, differentiated by autograd.
+This module has a second definition of batch normalization, differentiated by autograd.
 """
 
 import itertools
@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z, "relu": torch.relu, "silu": torch.nn.functional.silu,
 }  # fmt: skip
 EPS = 1e-5
-# Backends that compute in the dtype of the input between two operations, as torch does.
+# Backends that round to the dtype of the input between two operations, as torch does.
 ROUNDED = ("aten",)
 
 
@@ -34,8 +34,8 @@ class Found(NamedTuple):
     """One comparison.
 
     Attributes:
-        what: What was compared, in words.
-        worst: The largest error, as a multiple of what is allowed.
+        what: Description of the comparison.
+        worst: The largest error, as a multiple of the allowed error.
     """
 
     what: str
@@ -55,7 +55,7 @@ def _compare(
 ) -> Found:
     """Compare with float64; size and ratio are s and |mean| / std of ``verify``.
 
-    rounding is that of a narrower dtype to which the backend rounds on the way.
+    rounding is the unit roundoff v of a narrower dtype for intermediate results.
     """
     arithmetic, result = ROUNDING[got.dtype]
     arithmetic, result = max(arithmetic, rounding), max(result, rounding)
@@ -84,13 +84,13 @@ def laws(device: torch.device) -> Iterator[Found]:
         for name, found in ways.items():
             for of, right in expected.items():
                 got = getattr(found, of).cpu().double()
-                # Rounding of x - mean where x was rounded to float32 is no error of ours.
+                # The input was rounded to float32, which limits the accuracy of x - mean.
                 error = (got - right).abs() / right.abs() / (64 * u * (1 + ratio))
                 yield Found(f"{name}: {of}, mean / std {ratio:g}", float(error.max()))
 
 
 def selections(device: torch.device) -> Iterator[Found]:
-    """Normalization with elements left out, weighted, and in groups."""
+    """Normalization with masked elements, weights, and groups."""
     numbers = torch.Generator().manual_seed(1)
     x = torch.randn(12, 6, 20, generator=numbers)
     mask = torch.rand(12, 20, generator=numbers) < 0.7
@@ -113,7 +113,7 @@ def selections(device: torch.device) -> Iterator[Found]:
 
 
 def _exact(x: Tensor, weight: Tensor | None, bias: Tensor | None, act: str) -> Tensor:
-    """Return the definition, in the dtype of x, which is float64; channels are on axis 1."""
+    """Return the normalized x by definition, in float64; channels are on axis 1."""
     axes = [axis for axis in range(x.ndim) if axis != 1]
     over = (-1, *[1] * (x.ndim - 2))
     mean = x.mean(axes, keepdim=True)
@@ -136,7 +136,7 @@ class _Case(NamedTuple):
 
     @property
     def rounding(self) -> float:
-        """Roundoff of the dtype to which the backend rounds on the way."""
+        """Unit roundoff of the dtype of the backend's intermediate results."""
         return ROUNDING[self.dtype][1] if self.rounded else 0
 
     def __str__(self) -> str:
@@ -151,10 +151,10 @@ def _cases(device: torch.device, rounded: bool) -> Iterator[_Case]:
     for case in itertools.product(SHAPES, dtypes, (False, True), (0.0, 1e3), ACTIVATIONS):
         one = _Case(*case, rounded)
         narrow = one.dtype in (torch.bfloat16, torch.float16)
-        # In 16 bits a mean of 1000 leaves no deviations; relu's gradient jumps at 0.
+        # In 16 bits a mean of 1000 rounds deviations away; relu's gradient is discontinuous at 0.
         if one.ratio and (narrow or one.act == "relu"):
             continue
-        # (N, C) has one memory order: it would be computed twice.
+        # (N, C) has only one memory order.
         if not one.last or len(SHAPES[one.shape]) > 2:
             yield one
 

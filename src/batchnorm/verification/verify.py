@@ -16,14 +16,14 @@ CAVEAT = "These checks have been tried on CPUs only."
 
 
 class Check(NamedTuple):
-    """A kind of comparisons.
+    """The result of one kind of comparisons.
 
     Attributes:
-        name: Which.
-        comparisons: How many were made.
-        worst: The largest error of all, as a multiple of what is allowed.
-        at: Which comparison that was.
-        skipped: Why none was made; empty where some were.
+        name: Name of the kind.
+        comparisons: Number of comparisons.
+        worst: The largest error, as a multiple of the allowed error.
+        at: The comparison with the largest error.
+        skipped: The reason if there were no comparisons, else empty.
     """
 
     name: str
@@ -34,17 +34,17 @@ class Check(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Whether every error is allowed."""
+        """Whether every error is within its bound."""
         return self.worst <= 1
 
 
 class Verification(NamedTuple):
-    """What ``bn.verify`` found.
+    """The result of ``bn.verify``.
 
     Attributes:
         device: The device.
         checks: All kinds of comparisons.
-        seconds: How long they took.
+        seconds: Duration.
     """
 
     device: str
@@ -81,25 +81,25 @@ class Verification(NamedTuple):
 def verify(device: torch.device | str = "cpu", *, watch: Watch | None = None) -> Verification:
     r"""Check the laws of Moments and the bounds on accuracy on a device; under a minute.
 
-    Compared with float64 are outputs, gradients of input, weight and bias, and running statistics,
-    for each backend, dtype, layout and activation, with means of 0 and of 1000 deviations; masks,
-    weights and groups of samples; and evaluation. Allowed is
+    Outputs, gradients of input, weight and bias, and running statistics are compared with float64,
+    for each backend, dtype, layout and activation, with means of 0 and of 1000 standard deviations;
+    also masks, weights and groups of samples, and evaluation. The allowed error is
 
     .. math:: |y - y_{64}| \le 8 u \Big(1 + \tfrac{|\mu|}{\sigma}\Big) s + (4u + v)\,|y_{64}|
 
-    where u is the roundoff of float32 (of float64, times the logarithm of the count, for float64
-    inputs), v that of a narrower dtype and s the largest factor behind the normalization. Random
-    numbers have a generator of their own.
+    where u is the unit roundoff of float32 (for float64 inputs that of float64, times the logarithm
+    of the count), v that of a narrower dtype, and s the largest factor after the normalization. A
+    separate random generator is used.
 
     Args:
-        device: Where to compute.
-        watch: Shows progress, as ``batchnorm.progress.bars`` yields it; a bar by default.
+        device: The device to check.
+        watch: Shows progress, as yielded by ``batchnorm.progress.bars``; a bar by default.
 
     Returns:
         The checks and a verdict.
 
     Raises:
-        DeviceError: If there is no such device.
+        DeviceError: If the device is not available.
     """
     try:
         place = torch.zeros((), device=device).device
