@@ -1,1 +1,1 @@
-"""What is wrong with batch norms: evidence as plain numbers, rules that judge it, and findings."""
+"""Diagnosis of batch norms: evidence as plain numbers, rules on the evidence, and findings."""

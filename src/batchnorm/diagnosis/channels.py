@@ -28,9 +28,9 @@ def page_of(diagnosis: Diagnosis, path: Path | None, language: str = "en") -> Re
     """Return a report for ``to_html``: findings, layers, a heat map of channels, each layer.
 
     Args:
-        diagnosis: What ``bn.inspect`` found in the checkpoint.
-        path: The checkpoint, of which the vectors are read once more; None for a model.
-        language: ``"en"`` or ``"zh"``, of all but names.
+        diagnosis: The result of ``bn.inspect`` for the checkpoint.
+        path: The checkpoint, whose vectors are read again; None for a model.
+        language: ``"en"`` or ``"zh"``, for everything except names.
 
     Raises:
         OptionError: If the language is another one.
@@ -43,7 +43,7 @@ def page_of(diagnosis: Diagnosis, path: Path | None, language: str = "en") -> Re
             layers = tuple(_channels(checkpoint, diagnosis))
     sections = [_sortable(section) for section in report.sections]
     if diagnosis.measured:
-        sections.insert(-1, _entered(diagnosis))  # before what was not seen
+        sections.insert(-1, _entered(diagnosis))  # before the rules that were not checked
     extra = [
         Section("Channels", (heat_of(layers),)),
         Section("Each layer", details_of(layers)),
@@ -63,7 +63,7 @@ def _entered(diagnosis: Diagnosis) -> Section:
 
 
 def _histogram(feed: Feed) -> Plot:
-    """Return normalized values, with mean ± deviation by the stored statistics and as they are."""
+    """Return normalized values, with mean ± deviation as stored and as measured."""
     assert feed.mean is not None
     assert feed.deviation is not None
     width = 2 * REACH / BINS
@@ -89,7 +89,7 @@ def _histogram(feed: Feed) -> Plot:
 
 
 def _channels(checkpoint: Checkpoint, diagnosis: Diagnosis) -> Iterator[Channels]:
-    """Yield the vectors of layers that are batch norms of one size, of the first ones."""
+    """Yield the vectors of the first layers whose tensors have consistent sizes."""
     groups = zip(batch_norms(checkpoint), diagnosis.layers, strict=True)
     for group, layer in list(groups)[:MOST_ROWS]:
         if layer.statistics is None:

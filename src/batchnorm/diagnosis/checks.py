@@ -1,12 +1,12 @@
-"""Comparisons of a model in eval mode with itself: no labels, and no bound but that of rounding.
+"""Comparisons of a model in eval mode with itself, without labels, up to rounding.
 
-What a model computes for a sample should not depend on the samples beside it, on their order or
-number, on padding that a mask leaves out, nor on being compiled or exported. Two outputs are the
-same where they differ by no more than 64 times the larger of
+The output for a sample should not depend on the other samples of the batch, on their order or
+number, on masked padding, or on compilation or export. Two outputs count as equal if they differ by
+no more than 64 times the larger of
 
 - the ulp of 1 of the output's dtype times its largest value, and
-- the difference that one ulp in each value of the input makes, up or down at random, unless two
-  runs differ anyway.
+- the difference caused by changing each value of the input by one ulp, up or down at random, unless
+  two runs differ anyway.
 """
 
 import math
@@ -31,7 +31,7 @@ Run = Callable[[Any], Any]
 
 
 class _CannotError(Exception):
-    """A check does not apply; the reason in words."""
+    """A check does not apply; the argument is the reason."""
 
 
 def compared(model: nn.Module, batch: Any, run: Run, plain: bool, graphs: bool) -> Iterator[Check]:
@@ -41,7 +41,7 @@ def compared(model: nn.Module, batch: Any, run: Run, plain: bool, graphs: bool) 
         model: The model; the caller restores it.
         batch: A batch.
         run: Passes a batch to the model.
-        plain: Whether ``run`` calls the model with the batch and does nothing else.
+        plain: Whether ``run`` only calls the model with the batch.
         graphs: Whether the model is compiled and exported.
     """
     checks = _Checks(model, batch, run, plain)
@@ -100,7 +100,7 @@ class _Checks:
         return _apart(joined, [tensor[order] for tensor in self._base])
 
     def padded(self) -> float:
-        """More positions that the mask leaves out."""
+        """The batch with more masked positions."""
         more, mask, added = _padded(self._batch)
         pairs = [_valid(a, b, mask, added) for a, b in zip(self._of(more), self._base, strict=True)]
         return _apart([a for a, _ in pairs], [b for _, b in pairs])
@@ -170,7 +170,7 @@ def _rows(batch: Any, order: Tensor) -> Any:
 
 
 def _padded(batch: Any) -> tuple[Any, Tensor, int]:
-    """Return a batch with more positions that its mask leaves out, the mask, and their number."""
+    """Return a batch with more masked positions, the mask, and the number of added positions."""
     masks = [
         value
         for name, value in (batch.items() if isinstance(batch, Mapping) else ())
@@ -193,7 +193,7 @@ def _padded(batch: Any) -> tuple[Any, Tensor, int]:
 
 
 def _valid(a: Tensor, b: Tensor, mask: Tensor, added: int) -> tuple[Tensor, Tensor]:
-    """Return the positions of two outputs that the mask leaves in."""
+    """Return the positions of two outputs that are not masked."""
     length = mask.shape[1]
     for axis in range(1, a.ndim):
         if (a.shape[axis], b.shape[axis]) == (length + added, length):

@@ -1,4 +1,4 @@
-"""What ``batchnorm doctor`` does: build model, data and optimizer by name, and diagnose them."""
+"""The command ``batchnorm doctor``: builds model, data and optimizer by name; runs a diagnosis."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -25,18 +25,18 @@ from batchnorm.surgery.repair import repair
 
 @dataclass(frozen=True)
 class Job:
-    """What to diagnose, and with what.
+    """The arguments of ``batchnorm doctor``; names have the form ``"package.module:name"``.
 
     Attributes:
-        model: ``"package.module:name"`` of a model, or of a function that returns one.
-        data: The same of an iterable of batches.
-        checkpoint: File with the weights; None for the model as it is built.
-        forward: The same of ``forward(model, batch)``.
-        optimizer: The same of an optimizer, or of a function of the model that returns one.
-        loss: The same of ``loss(output, batch)``, for training steps.
-        device: Where model and batches go.
+        model: Name of a model, or of a function that returns a model.
+        data: Name of an iterable of batches, or of a function that returns it.
+        checkpoint: File with the weights; None to use the model as built.
+        forward: Name of a function ``forward(model, batch)``.
+        optimizer: Name of an optimizer, or of a function of the model that returns an optimizer.
+        loss: Name of a function ``loss(output, batch)``, for training steps.
+        device: Device of model and batches.
         baseline: JSON of an earlier run, whose findings are left out.
-        plan: Which rules judge, and what is done for them.
+        plan: The rules to apply, and the options of ``diagnose``.
     """
 
     model: str
@@ -51,13 +51,13 @@ class Job:
 
 
 class Doctor:
-    """A job that is prepared: the model is built and its weights are loaded.
+    """A prepared job: the model is built and its weights are loaded.
 
     Raises:
-        OptionError: A name that cannot be imported, what it gives is of another kind or raises, a
-            device that is not there, a rule that does not exist, a baseline of another kind.
-        CheckpointError: A checkpoint that cannot be read, would run code, or is of another model.
-        OSError: A file that cannot be read.
+        OptionError: If a name cannot be imported, its object has another type or raises, the device
+            is not available, a rule does not exist, or the baseline has another format.
+        CheckpointError: If the checkpoint cannot be read, would run code, or is of another model.
+        OSError: If a file cannot be read.
     """
 
     def __init__(self, job: Job) -> None:
@@ -83,7 +83,7 @@ class Doctor:
         self.examination = self._prepared()
 
     def _loaded(self) -> tuple[dict[str, Any], str]:
-        """Load the checkpoint, and return its state dict and what its names begin with."""
+        """Load the checkpoint, and return its state dict and the prefix of its names."""
         path = self._job.checkpoint
         if path is None:
             return dict(self.model.state_dict()), ""
@@ -91,7 +91,7 @@ class Doctor:
         return state, load(self.model, state, path)
 
     def data(self) -> Iterable[Any]:
-        """Return the batches, made anew where a function makes them."""
+        """Return the batches; if ``data`` is a function, call it again."""
         made = _made(self._job.data, lambda: built(self._data, Iterable, self._job.data))  # type: ignore[type-abstract]
         return cast("Iterable[Any]", made)
 
@@ -99,7 +99,7 @@ class Doctor:
         return Examination(self.model, self.data(), self._forward, self._optimizer, self._plan)
 
     def diagnosis(self) -> Diagnosis:
-        """Return what was found so far, without what the baseline has."""
+        """Return the findings so far, without those of the baseline."""
         found = self.examination.diagnosis()
         new = unknown(found.findings, self._known)
         left = len(found.findings) - len(new)
@@ -107,14 +107,14 @@ class Doctor:
         return replace(found, subject=subject, findings=new, known=left)
 
     def fix(self, before: Diagnosis, out: Path) -> "Fixed":
-        """Apply the remedies that a checkpoint can carry, and write it.
+        """Apply the remedies that change only the state dict, and write a new checkpoint.
 
-        What no batch normalization can use is replaced, as by ``bn.repair``, and layers with
-        findings that ask for it are calibrated on the data. The rest is left as it was, and so is
-        the checkpoint that was read.
+        Unusable statistics are replaced, as by ``bn.repair``, and layers with findings whose remedy
+        is a calibration are calibrated on the data. Everything else, including the input
+        checkpoint, is unchanged.
 
         Args:
-            before: What was found.
+            before: The findings.
             out: The file to write.
         """
         repaired = repair(self.state)
@@ -130,12 +130,12 @@ class Doctor:
 
 
 class Fixed(NamedTuple):
-    """What was mended.
+    """The result of ``--fix``.
 
     Attributes:
         calibrated: The layers that were calibrated.
-        repaired: What ``bn.repair`` replaced, in words.
-        after: The diagnosis of the mended model.
+        repaired: Descriptions of the repairs of ``bn.repair``.
+        after: The diagnosis of the fixed model.
     """
 
     calibrated: Sequence[str]
@@ -143,7 +143,7 @@ class Fixed(NamedTuple):
     after: Diagnosis
 
     def section(self, before: Diagnosis) -> Section:
-        """Return what was done, and findings and distances before and after."""
+        """Return the changes, and findings and distances before and after."""
         rules = sorted({one.rule for one in (*before.findings, *self.after.findings)})
         counts = [Counter(one.rule for one in d.findings) for d in (before, self.after)]
         found = tuple((rule, counts[0][rule], counts[1][rule]) for rule in rules)
@@ -156,7 +156,7 @@ class Fixed(NamedTuple):
         columns = ("layer", "distance before", "after", "effect before", "after")
         done = [Text(text) for text in self.repaired]
         if not (rows or done):
-            done = [Text("No finding has a remedy that a checkpoint can carry.")]
+            done = [Text("No finding has a remedy that changes only the state dict.")]
         tables = (
             Table("Findings", ("rule", "before", "after"), found),
             Table("Calibrated", columns, tuple(rows)),
@@ -164,7 +164,7 @@ class Fixed(NamedTuple):
         return Section("Mended", (*done, *(table for table in tables if table.rows)))
 
 
-# Rules whose remedy is to calibrate.
+# Rules whose remedy is a calibration.
 CALIBRATED = {
     "BN101", "BN102", "BN104", "BN201", "BN205", "BN402",
     "BN501", "BN502", "BN503", "BN506", "BN508",
@@ -172,16 +172,16 @@ CALIBRATED = {
 
 
 def check_fix(job: Job, out: Path | None, force: bool) -> None:
-    """Refuse a target of ``--fix`` before anything is computed.
+    """Check the target of ``--fix`` before anything is computed.
 
     Raises:
-        OptionError: If there is none, or it is the checkpoint that is read.
-        OSError: If it exists and ``force`` is not given, or its folder does not.
+        OptionError: If there is none, or it is the input checkpoint.
+        OSError: If it exists and ``force`` is False, or its folder does not exist.
     """
     if out is None:
-        raise OptionError("expected --out FILE for the mended checkpoint beside --fix")
+        raise OptionError("expected --out FILE, the path of the fixed checkpoint, with --fix")
     if job.checkpoint is not None and out.resolve() == job.checkpoint.resolve():
-        raise OptionError(f"expected another file than the checkpoint {out}, which stays as it is")
+        raise OptionError(f"expected another file than the input checkpoint {out}")
     check_target(out, force)
 
 
@@ -197,7 +197,7 @@ def _optimizer(found: Any, model: nn.Module, job: Job) -> Optimizer:
 
 
 def _made(path: str, make: Callable[[], Any]) -> Any:
-    """Return what a function of the user makes, with its name in any error."""
+    """Return the result of a function of the user; errors have its name."""
     try:
         return make()
     except BatchNormError:

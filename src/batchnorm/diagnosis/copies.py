@@ -10,18 +10,18 @@ from torch import Tensor
 
 from batchnorm.storage.checkpoint import Checkpoint, Group
 
-# Parts of a name that say: what is below it is an average of another network of the file.
+# Parts of a name that denote an averaged copy of another network of the file.
 _AVERAGED = re.compile(
     r"(^|_)(ema|teacher|shadow|swa|averaged?|momentum|target|k)(_|$)|ema$", re.IGNORECASE
 )
-# Parts of a name that wrap a network and are not of it.
+# Parts of a name that come from wrappers of a network.
 _WRAPPERS = {"module", "model", "_orig_mod", "state_dict", "network", "net"}
 EPS = 1e-5
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A layer, its averaged copy, and how far their statistics are apart.
+    """A layer, its averaged copy, and the distance of their statistics.
 
     Attributes:
         layer: The layer.
@@ -29,7 +29,7 @@ class Copy:
         shift: Root mean square of the difference of the means, in deviations of the layer.
         stretch: Median of the factor between the variances, at least 1.
         weight: Root mean square of the difference of γ, relative to that of the layer's γ.
-        count: The layer's counter; None where there is none.
+        count: The layer's counter; None without a counter.
         copy_count: The copy's counter.
     """
 
@@ -43,7 +43,7 @@ class Copy:
 
 
 def find_copies(checkpoint: Checkpoint, groups: Sequence[Group]) -> tuple[Copy, ...]:
-    """Return each averaged copy beside the layer that it is a copy of."""
+    """Return each averaged copy with its original layer."""
     tails: defaultdict[tuple[str, ...], list[tuple[int, Group]]] = defaultdict(list)
     copies = []
     for group in groups:

@@ -1,7 +1,7 @@
-"""``diagnose``: run a model on data, and judge its batch norms by what is measured.
+"""``diagnose``: runs a model on data, measures its batch norms, and applies rules.
 
-Evidence is gathered in stages, each of which may fail alone: what the others found is still judged.
-The model is as before afterwards, also if a stage raises.
+Evidence is collected in stages. If a stage fails, the rules are applied to the evidence of the
+other stages. The model is restored afterwards, also if a stage raises.
 """
 
 import functools
@@ -35,12 +35,12 @@ from batchnorm.progress import meter
 from batchnorm.storage.checkpoint import of_state
 
 STOPPED = """\
-{reason}. What was measured before is in this error's attribute diagnosis; the model is as before"""
+{reason}. The results so far are in this error's attribute diagnosis; the model is as before"""
 ONCE = """\
 expected data that can be read again for training steps, got {kind}, which can be read once; pass \
 a list or a DataLoader"""
 STEPS = "training steps"
-# Rules on statistics alone that say that a layer's are of no use: no data are needed to see it.
+# Rules on a checkpoint after which a layer's statistics are known to be unusable, without data.
 SPOILED = ("BN101", "BN102", "BN104", "BN105", "BN106", "BN107", "BN201", "BN203", "BN205")
 
 
@@ -59,37 +59,37 @@ def diagnose(
     group: Group = False,
     progress: bool = True,
 ) -> Diagnosis:
-    """Run a model on data, and say what is wrong with its batch norms and what to do.
+    """Run a model on data, and report faults of its batch norms, with remedies.
 
-    In one pass the layers normalize by the batch, as in training, and what enters each is measured:
-    its mean and variance are what the stored statistics should be (as ``bn.calibrate`` computes
-    them). On the first 32 samples follow: the output with these statistics in one layer at a time,
-    the gap between training and eval, which statistics move in which mode, and the flow of data.
-    The rules of ``bn.inspect`` judge the state dict as well. With ``steps`` a copy of the model is
-    trained, and what shows only then is judged.
+    In one pass the layers normalize by the batch, as in training, and mean and variance of each
+    layer's input are measured: the statistics that ``bn.calibrate`` would store. On the first 32
+    samples it measures: the output with these statistics in one layer at a time, the difference
+    between training and eval, the updates of statistics in each mode, and the flow of data. The
+    rules of ``bn.inspect`` are applied to the state dict. With ``steps``, a copy of the model is
+    trained, for rules on training steps.
 
     Args:
-        model: A model, in the mode in which it would be used next; it is as before afterwards.
-        data: Batches as it is trained on, as ``bn.calibrate`` takes them.
-        forward: ``forward(model, batch)``, for batches of any other kind.
+        model: A model, in the mode in which it would be used next; restored afterwards.
+        data: Batches of training data, as for ``bn.calibrate``.
+        forward: ``forward(model, batch)``, for batches of any other type.
         optimizer: The optimizer that trains it, for rules on γ and β, and for ``steps``.
-        loss: ``loss(output, batch)`` of what the model returns, one number; for ``steps``.
-        steps: How many training steps a copy of the model makes on the data, with a copy of the
-            optimizer (its settings and state) or, without one, SGD with a learning rate of 0.01.
-        select: Rules to judge by: identifiers or their beginnings. All by default.
+        loss: ``loss(output, batch)``, one number, for ``steps``.
+        steps: Number of training steps of a copy of the model on the data, with a copy of the
+            optimizer (settings and state), by default SGD with a learning rate of 0.01.
+        select: Rules to apply: identifiers or their beginnings. All by default.
         ignore: Rules to leave out.
-        max_batches: Most batches that are read; None for all.
-        graphs: Whether to compile and export the model as well, and compare what these compute.
-        group: A process group, None for all processes: their statistics are compared, and each
-            calls ``diagnose``. False for this process alone.
-        progress: Whether to show a bar on a terminal.
+        max_batches: Maximum number of batches; None for all.
+        graphs: Whether to compile and export the model as well, and compare the outputs.
+        group: A process group, None for all processes: statistics are compared over the processes,
+            which must all call ``diagnose``. False for this process alone.
+        progress: Whether to show a progress bar on a terminal.
 
     Returns:
-        A ``Diagnosis``: ``findings``, ``measured`` for each layer, and what could not be checked.
+        A ``Diagnosis``: ``findings``, ``measured`` for each layer, and checks that were impossible.
 
     Raises:
-        OptionError: An option is wrong, or the model is none.
-        DiagnosisError: The data or the model fail; ``error.diagnosis`` has what was found before.
+        OptionError: If an option is invalid, or it is not a model.
+        DiagnosisError: If the data or the model fail; ``error.diagnosis`` has the results so far.
     """
     plan = Plan(tuple(select), tuple(ignore), max_batches, graphs, group, loss, steps)
     examination = Examination(model, data, forward, optimizer, plan)
@@ -105,7 +105,7 @@ def diagnose(
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rules judge, and what is done for them; ``diagnose`` says what each means."""
+    """The rules to apply and the options of ``diagnose``, which documents them."""
 
     select: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
@@ -116,10 +116,10 @@ class Plan:
     steps: int = 0
 
     def check(self) -> None:
-        """Refuse a loss without steps, and steps without a loss.
+        """Check the options; loss and steps must be passed together.
 
         Raises:
-            OptionError: Naming the option.
+            OptionError: If an option is invalid.
         """
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
             raise OptionError(f"expected steps to be an integer >= 0, got {self.steps!r}")
@@ -135,10 +135,10 @@ class Plan:
 
 
 class Examination:
-    """One run of ``diagnose``: evidence in stages, and the judgement of what there is.
+    """One run of ``diagnose``: collects evidence in stages, then applies the rules.
 
     Attributes:
-        error: What ended it before its end.
+        error: The exception that ended the run early, or None.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class Examination:
         self.error: BaseException | None = None
 
     def run(self, progress: bool = True) -> None:
-        """Gather all evidence, up to the first failure of the data, the model, or Ctrl-C."""
+        """Collect all evidence, until a failure of the data or the model, or Ctrl-C."""
         model = self._model
         try:
             self._chosen, skipped = choose(model, lambda name, layer: True)  # noqa: ARG005
@@ -208,7 +208,7 @@ class Examination:
                     self._stage(STEPS, functools.partial(self._train, batches))
 
     def _first(self, run: Callable[[Any], Any]) -> None:
-        """Look at the first batch from all sides."""
+        """Run all stages that use the first batch."""
         model = self._model
         layers = {one.name: one.layer for one in self._chosen}
         first = functools.partial(run, self._seen.first)
@@ -242,7 +242,7 @@ class Examination:
         self._stage("activations that were dropped", functools.partial(self._find_lost, run))
 
     def _stage(self, name: str, work: Callable[[], None]) -> None:
-        """Run one stage, and note its failure; nothing after Ctrl-C."""
+        """Run one stage, and record its failure; do nothing after Ctrl-C."""
         if self.error is not None:
             return
         try:
@@ -279,7 +279,7 @@ class Examination:
                     self._wiring[name] = replace(known, lost=act, follower=follower)
 
     def reason(self) -> str:
-        """Return in words what ended the run."""
+        """Return a description of the failure that ended the run."""
         error, read = self.error, self._seen.batches
         after = f" after {read} batches" if read else ""
         if isinstance(error, KeyboardInterrupt):
@@ -333,12 +333,12 @@ class Examination:
         )
 
     def _spoiled(self) -> set[str]:
-        """Return the layers of which rules on the statistics alone say that they are of no use."""
+        """Return the layers whose statistics are unusable by the rules on the checkpoint."""
         rules = [rule for rule in CHECKPOINT if rule.id in SPOILED]
         return {found.subject for found in judge(self._checkpoint, rules)[0]}
 
     def diagnosis(self) -> Diagnosis:
-        """Judge what there is."""
+        """Apply the rules to the evidence."""
         use = self.use()
         on_state = [rule for rule in CHECKPOINT if rule in self._rules]
         on_run = [rule for rule in RUN if rule in self._rules]
@@ -358,10 +358,10 @@ def _checkpoint(model: nn.Module) -> Evidence:
 
 
 def _check_values(model: nn.Module) -> None:
-    """Refuse tensors without values.
+    """Check that all tensors have values.
 
     Raises:
-        OptionError: Naming the first.
+        OptionError: If one has not; the message has the first.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):

@@ -1,12 +1,13 @@
-r"""How far normalized values are off where statistics are not those of the data.
+r"""The error of normalized values if the stored statistics differ from those of the data.
 
-With the stored mean m and variance v, values of mean μ and variance σ² become, in units of the
-deviation that they should have, :math:`z_s = r z + d` with
+With the stored mean m and variance v, values of mean μ and variance σ² are normalized to
+:math:`z_s = r z + d` with
 
 .. math:: d = \frac{\mu - m}{\sqrt{v + \varepsilon}}, \qquad
     r = \sqrt{\frac{\sigma^2 + \varepsilon}{v + \varepsilon}}
 
-where z has mean 0 and variance 1, so that :math:`E (z_s - z)^2 = d^2 + (r - 1)^2`.
+where z are the correctly normalized values, of mean 0 and variance 1, so that
+:math:`E (z_s - z)^2 = d^2 + (r - 1)^2`.
 """
 
 from typing import NamedTuple
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from batchnorm.calibration.stored import Statistics, usable
 
-# Of one channel; a single dead one would outweigh all others otherwise.
+# Maximum per channel; otherwise a single dead channel would dominate.
 MOST = 4.0
 
 
 class Distance(NamedTuple):
-    """How far off a layer is; ``diagnosis.use.Fit`` says what each is."""
+    """The error of a layer's normalized values; ``diagnosis.use.Fit`` documents the fields."""
 
     distance: float
     shift: float
@@ -30,7 +31,7 @@ class Distance(NamedTuple):
 
 
 def distance(stored: Statistics, true: Statistics, eps: float) -> Distance:
-    """Return how far off values of some statistics are when they are normalized by others.
+    """Return the error of values with statistics ``true`` that are normalized by ``stored``.
 
     Args:
         stored: Mean and variance that normalize, (C,), float64.

@@ -1,4 +1,4 @@
-"""What is known of the batch norms of a checkpoint, as plain numbers; rules see nothing else."""
+"""The evidence about the batch norms of a checkpoint, as plain numbers, for the rules."""
 
 import math
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from batchnorm.report.said import say
 from batchnorm.storage.checkpoint import Checkpoint, Group, Vector
 from batchnorm.storage.groups import batch_norms
 
-# ε of torch.nn and of most networks, where the checkpoint does not say it.
+# ε of torch.nn and of most networks, if the checkpoint does not have it.
 DEFAULT_EPS = 1e-5
 # Below this variance a channel is constant: with ε = 1e-5 its normalized values deviate by
 # sqrt(σ² / (σ² + ε)) < 0.0032 from their mean, whatever γ is.
 CONSTANT = 1e-10
-# A channel whose |γ| is below this share of the layer's largest gives β and little else.
+# A channel whose |γ| is below this share of the layer's largest returns almost only β.
 NEGLIGIBLE = 1e-3
 FLOAT16_MOST = 65504.0
-# How many channels of a kind are named.
+# Maximum number of listed channels.
 NAMED = 8
 
 
@@ -28,13 +28,13 @@ class Statistics:
     """Numbers of the stored mean μ and variance σ², over the channels.
 
     Attributes:
-        dtype: The dtype they are stored in, of the variance where there are two.
+        dtype: The stored dtype; the variance's if the two differ.
         not_finite: Channels with NaN or infinity in either.
         negative: Channels with a variance below 0.
         zero: Channels with a variance of exactly 0.
         constant: Channels with a variance from 0 to ``CONSTANT``.
-        channels: The first channels that one of these four counts.
-        at_start: Whether all means are 0 and all variances 1, as a new layer has them.
+        channels: The first channels counted in one of the four attributes above.
+        at_start: Whether all means are 0 and all variances 1, as in a new layer.
         all_zero: Whether all means and all variances are 0.
         most_mean: The largest finite |μ|.
         least_var: The smallest finite σ².
@@ -60,12 +60,12 @@ class Affine:
 
     Attributes:
         not_finite: Channels with NaN or infinity in either.
-        at_start: Whether all γ have one value (1, or 0 at the end of a residual branch), all β too.
+        at_start: Whether all γ are equal (1, or 0 at the end of a residual branch), and all β too.
         zero: Whether every γ is 0.
         most_weight: The largest finite |γ|.
         gain: The largest |γ| / sqrt(σ² + ε) of channels that are not constant.
         negligible: Channels with |γ| at most ``NEGLIGIBLE`` times the largest.
-        channels: The first of them.
+        channels: The first negligible channels.
     """
 
     not_finite: int
@@ -91,17 +91,17 @@ class Layer:
     """One batch norm of a checkpoint.
 
     Attributes:
-        name: As the checkpoint has it.
+        name: The name in the checkpoint.
         channels: The number of means.
-        problem: Why its tensors are no batch norm of one size, in words; "" where they are.
-        missing: The name of the statistic that is not there; "" where both are.
-        odd: The dtype of statistics that are no floating-point numbers; "" where they are.
-        statistics: None where one of the three above is not "".
-        affine: None where there is no γ.
-        counter: None where there is none.
-        eps: ε, as the checkpoint says or ``DEFAULT_EPS``.
-        training: Whether it normalizes by the batch in use too; None where it isn't known.
-        rows: The statistics of groups of samples, (groups, C), flat as those of one layer.
+        problem: Description of inconsistent sizes of its tensors; "" if they are consistent.
+        missing: The name of a missing statistic; "" if both exist.
+        odd: The dtype of statistics that are not floating-point numbers; "" otherwise.
+        statistics: None if one of the three attributes above is not "".
+        affine: None if there is no γ.
+        counter: None if there is no counter.
+        eps: ε of the checkpoint, or ``DEFAULT_EPS``.
+        training: Whether it also normalizes by the batch in evaluation; None if unknown.
+        rows: The statistics per group of samples, (groups, C), flattened to one layer.
     """
 
     name: str
@@ -119,7 +119,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """All that was read: the layers, and pairs of a layer and its averaged copy."""
+    """The evidence of a checkpoint: layers, and pairs of a layer and its averaged copy."""
 
     subject: str
     layers: tuple[Layer, ...]
@@ -128,7 +128,7 @@ class Evidence:
 
 
 def gather(checkpoint: Checkpoint) -> Evidence:
-    """Read the tensors of every batch norm, one layer at a time, and keep numbers of them.
+    """Read the tensors of every batch norm, one layer at a time, and return the evidence.
 
     Raises:
         CheckpointError: If a tensor cannot be read.
@@ -183,7 +183,7 @@ def _of_rows(checkpoint: Checkpoint, layer: str, mean: str, var: str) -> Layer:
 
 
 def _problem(checkpoint: Checkpoint, group: Group) -> str:
-    """Say which tensor has another size than the means; "" where all fit."""
+    """Return a description of a tensor whose size differs from the means'; "" if all fit."""
     assert group.mean is not None
     channels = checkpoint.length(group.mean)
     if not channels:
@@ -206,7 +206,7 @@ def _statistics(mean: Tensor, var: Vector) -> Statistics:
     least, most = _ends(wide)
     dtype = _name(var.dtype)
     if math.isfinite(low + high + least + most) and least > CONSTANT:
-        # The ends say it all, which matters where there are thousands of layers.
+        # Minimum and maximum suffice, which saves time for thousands of layers.
         at_start = low == high == 0 and least == most == 1
         return Statistics(dtype, 0, 0, 0, 0, (), at_start, False, max(-low, high), least, most)
     finite = mean.isfinite() & wide.isfinite()
@@ -241,7 +241,7 @@ def _affine(weight: Tensor, bias: Tensor | None, var: Tensor, eps: float) -> Aff
     alive = var > CONSTANT
     gains = torch.where(alive, size / (var.clamp(min=0) + eps).sqrt(), 0.0)
     small = size <= NEGLIGIBLE * most if most else torch.zeros_like(alive)
-    # Of one channel no spread is seen, and a trained γ is no round number.
+    # One channel is always "equal"; but a trained γ is not exactly 0 or 1.
     usual = low in (0, 1) and bias_low == 0
     return Affine(
         not_finite,
@@ -257,7 +257,7 @@ def _affine(weight: Tensor, bias: Tensor | None, var: Tensor, eps: float) -> Aff
 def _counter(value: Vector) -> Counter:
     dtype = value.dtype
     if dtype.is_floating_point:
-        most = 2 / torch.finfo(dtype).eps  # the next integer is no number of this dtype
+        most = 2 / torch.finfo(dtype).eps  # the next integer is not representable
     elif dtype is torch.bool or dtype.is_complex:
         most = 1.0
     else:
@@ -266,13 +266,13 @@ def _counter(value: Vector) -> Counter:
 
 
 def _ends(values: Tensor) -> tuple[float, float]:
-    """Return the smallest and the largest value; NaN where there is one."""
+    """Return the smallest and the largest value; NaN if there is a NaN."""
     low, high = torch.aminmax(values)
     return float(low), float(high)
 
 
 def _most(values: Tensor) -> float:
-    """Return the largest finite size; 0 where there is none."""
+    """Return the largest finite absolute value; 0 if there is none."""
     low, high = _ends(values)
     if math.isfinite(low + high):
         return max(-low, high)

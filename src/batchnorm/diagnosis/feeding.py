@@ -1,4 +1,4 @@
-"""What enters each layer during a pass over the data, summed up batch by batch."""
+"""Statistics of each layer's inputs in a pass over the data, accumulated batch by batch."""
 
 import math
 import statistics
@@ -15,35 +15,35 @@ from batchnorm.layout import channel_axis
 from batchnorm.models.inputs import Entered
 from batchnorm.moments import Moments, merge
 
-# Batches of which more than the Moments is looked at: enough for a variance between batches.
+# Number of batches for which more than the Moments is computed: enough for a variance between them.
 LOOKED_AT = 64
-# Of the histogram of normalized values: its parts, its ends, and how many values of a call it has.
+# The histogram of normalized values: number of bins, range, and number of values per call.
 BINS, REACH, SOME = 64, 8.0, 16_384
-# Batches that are needed for one.
+# Minimum number of batches for a variance between batches.
 FEWEST = 4
 
 
 class Fed:
-    """What entered one layer."""
+    """Statistics of the inputs of one layer."""
 
     def __init__(self, eps: float, stored: Statistics) -> None:
         self._eps, self._stored = eps, usable(stored)
         self._counts = torch.zeros(BINS)
-        # Of the values that were counted, normalized by the stored statistics.
+        # Moments of the values in the histogram, normalized by the stored statistics.
         self._normalized = Moments.zero(1)
         self._sees_images = False
         self._padded: list[float] = []
         self.batches, self._now, self._most = 0, 0, 0
         self._values: list[float] = []
         self._calls: list[Moments] = []
-        # Of batches: their means, the variance that these should have, and independent values.
+        # Per batch: mean, expected variance of the mean, and number of independent values.
         self._means: list[Tensor] = []
         self._expected: list[Tensor] = []
         self._independent: list[float] = []
         self._repeats: list[float] = []
 
     def see(self, given: Entered) -> None:
-        """Look at the input of one call."""
+        """Accumulate the input of one call."""
         number, self._now = self._now, self._now + 1
         self._most = max(self._most, self._now)
         x = given.x.detach()
@@ -89,14 +89,14 @@ class Fed:
             self._normalized = merge(self._normalized, Moments.of(z[:, None]))
 
     def next(self, padding: float) -> None:
-        """End a batch, of whose images a mask leaves out a share."""
+        """End a batch; ``padding`` is the masked share of its images."""
         self.batches += self._now > 0
         if self._now and self._sees_images:
             self._padded.append(padding)
         self._now, self._sees_images = 0, False
 
     def feed(self) -> Feed:
-        """Return what was found."""
+        """Return the accumulated statistics."""
         return Feed(
             self.batches,
             self._most,
@@ -163,9 +163,10 @@ def _statistics(found: Moments) -> Statistics:
 
 
 def _repeats(x: Tensor) -> float:
-    """Return the share of positions that repeat the one before, where samples differ in it.
+    """Return the share of positions equal to the previous one; 0 if it is the same in all samples.
 
-    Of (N, C, L) positions are those of each sample; of (N, C) the rows, as of packed sequences.
+    Positions are the steps of each sample for (N, C, L), and the rows for (N, C), as for packed
+    sequences.
     """
     pairs = x[..., 1:] == x[..., :-1] if x.ndim == 3 else x[1:] == x[:-1]
     same = pairs.all(1)

@@ -1,6 +1,6 @@
-"""``inspect``: judge the batch norms of a checkpoint, without the model's code.
+"""``inspect``: applies rules to the batch norms of a checkpoint, without the model's code.
 
-Findings of an earlier run, its baseline, are left out.
+Findings of an earlier run (a baseline) are left out.
 """
 
 import json
@@ -22,16 +22,16 @@ from batchnorm.storage.opening import opened
 
 Known = frozenset[tuple[str, str]]
 
-EXPECTED = "expected what `batchnorm inspect --format json --out FILE` wrote"
+EXPECTED = "expected a file written by `batchnorm inspect --format json --out FILE`"
 
 
 def read_baseline(path: Path) -> Known:
     """Return rule and subject of each finding of an earlier run.
 
-    The checkpoint's name does not count, so that the baseline of one epoch serves the next.
+    The checkpoint's name is ignored, so that the baseline of one epoch can be used for the next.
 
     Raises:
-        OptionError: If the file is of another kind.
+        OptionError: If the file has another format.
         OSError: If it cannot be read.
     """
     try:
@@ -46,7 +46,7 @@ def read_baseline(path: Path) -> Known:
 
 
 def unknown(findings: Iterable[Finding], known: Known) -> tuple[Finding, ...]:
-    """Return the findings that are not known."""
+    """Return the findings that the baseline does not have."""
     return tuple(one for one in findings if (one.rule, one.subject) not in known)
 
 
@@ -57,26 +57,27 @@ def inspect(
     ignore: Sequence[str] = (),
     baseline: "str | os.PathLike[str] | None" = None,
 ) -> Diagnosis:
-    """Judge the batch norms of a checkpoint by its tensors alone.
+    """Apply rules to the batch norms of a checkpoint, by its tensors alone.
 
     Batch norms are found by tensors named running_mean and running_var, or as TensorFlow and Paddle
-    name them, below any prefix; in ONNX models by their nodes. Only their tensors are read. Nothing
-    in the file is run: of ``.pt`` files no more than tensors and plain values is loaded.
+    name them, below any prefix; in ONNX models by their nodes. Only their tensors are read. No code
+    in the file is run: only tensors and plain values are loaded from ``.pt`` files.
 
     Args:
         path_or_state: A ``.safetensors``, ``.pt``, ``.pth`` or ``.onnx`` file, an index of shards,
-            a folder with one of these, or a state dict, also one inside other mappings.
-        select: Rules to judge by: identifiers or their beginnings. All by default.
+            a folder with one of these, or a state dict, which may be nested in other mappings.
+        select: Rules to apply: identifiers or their beginnings. All by default.
         ignore: Rules to leave out.
-        baseline: JSON of an earlier run; findings that it has are left out.
+        baseline: JSON of an earlier run, whose findings are left out.
 
     Returns:
-        A ``Diagnosis``: ``findings``, the evidence of each layer, and what could not be checked.
+        A ``Diagnosis``: ``findings``, the evidence of each layer, and checks that were impossible.
 
     Raises:
-        CheckpointError: If the checkpoint is damaged, of another kind, or would run code.
+        CheckpointError: If the checkpoint is damaged, has another format, or would run code.
         MissingExtraError: If safetensors or onnx is needed and not installed.
-        OptionError: If a rule is unknown, the baseline of another kind, or the state no mapping.
+        OptionError: If a rule is unknown, the baseline has another format, or the state is not a
+            mapping.
         OSError: If the file cannot be read.
     """
     rules = chosen(select, ignore)

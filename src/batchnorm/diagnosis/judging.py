@@ -1,4 +1,4 @@
-"""Judging evidence by rules: findings, the gravest first, and what could not be judged."""
+"""Applies rules to evidence: findings by severity, and rules that could not be applied."""
 
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
@@ -12,7 +12,7 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 
 
 def judge(evidence: E, rules: Sequence[Rule[E]]) -> tuple[list[Finding], dict[str, str]]:
-    """Return all findings, the gravest first, and the reasons of rules that have no evidence."""
+    """Return all findings, the most severe first, and rule -> reason if evidence is missing."""
     lacks = {rule.id: rule.lacks(evidence) for rule in rules}
     findings = [
         finding for rule in rules if not lacks[rule.id] for finding in rule.findings(evidence)
@@ -21,5 +21,5 @@ def judge(evidence: E, rules: Sequence[Rule[E]]) -> tuple[list[Finding], dict[st
 
 
 def by_severity(findings: Iterable[Finding]) -> list[Finding]:
-    """Return findings with the gravest first, those of one severity in their order."""
+    """Return findings sorted by severity, the most severe first; the sort is stable."""
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))

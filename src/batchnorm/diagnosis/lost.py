@@ -1,4 +1,4 @@
-"""Activations that a conversion dropped: with one in its place, statistics behind fit again."""
+"""Finds activations that a conversion dropped: with them, the next layer's statistics fit again."""
 
 import contextlib
 import functools
@@ -18,7 +18,7 @@ from batchnorm.diagnosis.probing import FAR, Run, Seen
 from batchnorm.models.inputs import Forward, entering, replaced_forward
 from batchnorm.moments import Moments, merge
 
-# What may have stood behind a layer. Of several that fit, the one that fits best is named.
+# Candidates for the dropped activation; the best fit is reported.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "silu": functional.silu,
@@ -26,17 +26,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
     "leaky_relu": functional.leaky_relu,
 }
-# The distance must fall to this share of what it was.
+# The distance must decrease to this share.
 FALLS = 0.5
 
 
 def lost(seen: Seen, layers: MeasuredLayers, run: Run) -> dict[str, tuple[str, str]]:
-    """Return, for layers that lack one, the activation and the layer that fits with it.
+    """Return, for layers that lack an activation, the activation and the layer that then fits.
 
-    Looked at are layers after which the next one is far off. All normalize by the batch.
+    Only layers are tested for which the next layer's statistics do not fit. All layers normalize by
+    the batch.
     """
     order: dict[str, None] = {}
-    # Before the layers get statistics of batches in their buffers.
+    # Read before the buffers of the layers are replaced by batch statistics.
     stored = {name: read(Place(name, layer)) for name, layer in layers.by_name.items()}
     layers.configure((), None)
     with entering(layers.by_name, lambda name, _: order.setdefault(name)):
@@ -63,7 +64,7 @@ def _distance(
     stored: Statistics,
     act: Callable[[Tensor], Tensor],
 ) -> float:
-    """Return how far the follower is off when something is done to the output of a layer."""
+    """Return the distance of the next layer if ``act`` is applied to the output of a layer."""
     found: list[Moments] = []
     with (
         _acting(layer, act),

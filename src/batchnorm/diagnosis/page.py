@@ -1,4 +1,4 @@
-"""Write docs/rules.md or check it: ``python -m batchnorm.diagnosis.page PATH [--check]``."""
+"""Writes or checks docs/rules.md: ``python -m batchnorm.diagnosis.page PATH [--check]``."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ from batchnorm.files import write_atomically
 
 
 def main(arguments: list[str]) -> int:
-    """Return 1 where ``--check`` is given and the page is not what the rules say."""
+    """Return 1 with ``--check`` if the page differs from the rules, else 0."""
     path = Path(arguments[0])
     if "--check" not in arguments[1:]:
         write_atomically(path, page())

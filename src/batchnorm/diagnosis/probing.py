@@ -1,4 +1,4 @@
-"""Runs a model on data: what enters its layers, and what true statistics would change."""
+"""Runs a model on data: inputs of its layers, and the effect of true statistics on the output."""
 
 import contextlib
 import functools
@@ -23,7 +23,7 @@ from batchnorm.errors import LayoutError
 from batchnorm.models.inputs import Forward, entering, replaced_forward
 from batchnorm.models.trees import mapped, tensors_within
 
-# Samples of the first batch, on which the model is run again and again.
+# Number of samples of the first batch, on which the model is run repeatedly.
 FEW = 32
 
 Run = Callable[[Any], Any]
@@ -31,18 +31,18 @@ Run = Callable[[Any], Any]
 
 @dataclass
 class Seen:
-    """What passes over the data have found so far.
+    """The results of the passes over the data.
 
     Attributes:
-        fed: Layer -> what entered it.
+        fed: Layer -> statistics of its inputs.
         true: Layer -> its true statistics.
-        fits: Layer -> how far the stored ones are from these.
-        gaps: Layer -> its gap between training and eval.
-        gap: That of the model's output.
-        first: The first batch, of ``FEW`` samples at most, on the model's device.
-        batches: How many were read.
-        refused: Why a batch cannot be normalized by itself, as one of a single sample.
-        error: What ended the pass before its end.
+        fits: Layer -> distance of the stored statistics from the true statistics.
+        gaps: Layer -> difference of its output between training and eval.
+        gap: The same for the model's output.
+        first: The first batch, of at most ``FEW`` samples, on the model's device.
+        batches: Number of batches that were read.
+        refused: Why a batch cannot be normalized by its own statistics (a single sample).
+        error: The exception that ended the pass early, or None.
     """
 
     fed: dict[str, Fed] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Seen:
 
 
 class _Reading:
-    """Reads batches and runs them, until one of both fails."""
+    """Reads batches and runs the model on them, until either fails."""
 
     def __init__(self, seen: Seen, batches: Batches, run: Run, layers: MeasuredLayers) -> None:
         self._seen, self._batches, self._run, self._layers = seen, batches, run, layers
@@ -76,7 +76,7 @@ class _Reading:
             self._seen.error = error
 
     def run(self, batch: Any) -> None:
-        """Run a batch; where that fails, what was measured of it is dropped."""
+        """Run a batch; if it fails, drop its measurements."""
         seen, padding = self._seen, padding_of(batch)
         try:
             self._run(batch)
@@ -129,12 +129,13 @@ def _fit(stored: Statistics, true: Statistics, found: Measured, eps: float) -> F
     )
 
 
-# A layer is off by more than FAR, and statistics of another one fit it closer than NEAR of that.
+# Two layers are swapped if each is off by more than FAR, and the statistics of the other layer
+# reduce this to less than the share NEAR.
 FAR, NEAR = 0.5, 0.25
 
 
 def _swapped(seen: Seen, stored: Mapping[str, Statistics], layers: MeasuredLayers) -> None:
-    """Find pairs of layers of which each has the statistics that the other needs."""
+    """Find pairs of layers that have each other's statistics."""
     far = [name for name, fit in seen.fits.items() if fit.distance > FAR]
 
     def near(name: str, other: str) -> bool:
@@ -176,9 +177,9 @@ def compare(seen: Seen, layers: MeasuredLayers, run: Run) -> None:
 
 
 def apart(out: Any, reference: Any) -> float | None:
-    """Return the root mean square of the difference, over the deviation of the reference.
+    """Return rms(out - reference) / std(reference).
 
-    Of several tensors the largest; None where there is no floating tensor, or one is not finite.
+    For several tensors, the largest; None if there is no floating tensor, or one is not finite.
     """
     found = []
     for a, b in zip(tensors_within(out), tensors_within(reference), strict=False):

@@ -1,4 +1,4 @@
-"""All rules, the choice among them, and the page that is written from them."""
+"""All rules, their selection, and the page that is generated from them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,11 +15,11 @@ from batchnorm.diagnosis.rules_use import USE, UseRule
 from batchnorm.diagnosis.rules_values import VALUES
 from batchnorm.errors import OptionError
 
-# Rules on a checkpoint alone, as `batchnorm inspect` uses them.
+# Rules on a checkpoint, which `batchnorm inspect` applies.
 CHECKPOINT: tuple[Rule[Evidence], ...] = tuple(
     sorted((*VALUES, *HISTORY, *SCALE), key=lambda rule: rule.id)
 )
-# Rules on a model that is run on data, which `batchnorm doctor` uses besides.
+# Rules on a model that is run on data, which only `batchnorm doctor` applies.
 RUN: tuple[UseRule, ...] = tuple(
     sorted((*USE, *MODEL, *TRAINING, *CHECKS, *STEPS), key=lambda rule: rule.id)
 )
@@ -28,13 +28,12 @@ ALL: tuple[Rule[Any], ...] = (*CHECKPOINT, *RUN)
 _HEAD = """\
 # Rules
 
-Each finding of [`batchnorm inspect`](inspect.md) and [`batchnorm doctor`](doctor.md) names the rule
-that it is from. BN0 to BN4 judge a checkpoint; BN5 to BN9 need the model and data, and only the
-doctor has them; BN9 judges training steps on a copy of the model (`--steps`). `--explain BN101`
-prints one of them, `--select` and `--ignore` choose among them. An identifier
-is never given to another rule.
+Each finding of [`batchnorm inspect`](inspect.md) and [`batchnorm doctor`](doctor.md) has the
+identifier of its rule. BN0 to BN4 apply to a checkpoint; BN5 to BN9 need the model and data, so
+only the doctor applies them; BN9 applies to training steps of a copy of the model (`--steps`).
+`--explain BN101` prints a rule, `--select` and `--ignore` select rules. Identifiers are not reused.
 
-This page is written from the rules themselves: `python -m batchnorm.diagnosis.page docs/rules.md`.
+This page is generated: `python -m batchnorm.diagnosis.page docs/rules.md`.
 
 | rule | severity | what is found |
 | --- | --- | --- |
@@ -52,7 +51,7 @@ def chosen(
         rules: The rules to choose from.
 
     Raises:
-        OptionError: If one of them is the beginning of no identifier.
+        OptionError: If an entry is not the beginning of any identifier.
     """
     for start in (*select, *ignore):
         if not start or not any(rule.id.startswith(start) for rule in rules):
@@ -69,7 +68,7 @@ def rule_of(identifier: str) -> Rule[Any]:
     """Return the rule of an identifier.
 
     Raises:
-        OptionError: If there is none.
+        OptionError: If there is no such rule.
     """
     for rule in ALL:
         if rule.id == identifier.upper():

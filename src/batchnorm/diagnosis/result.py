@@ -1,4 +1,4 @@
-"""A diagnosis as a value: what was found, in what, and what could not be checked."""
+"""The result of a diagnosis: findings, evidence, and rules that could not be checked."""
 
 import json
 from collections import Counter
@@ -17,21 +17,21 @@ from batchnorm.report.model import Finding, Report, Severity
 from batchnorm.report.said import say
 from batchnorm.report.terminal import to_text
 
-# Raised when a field of to_json() is renamed, removed or changes its meaning.
+# Incremented when a field of to_json() is renamed, removed or changes its meaning.
 JSON_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What rules found in the batch norms of a checkpoint or a model.
+    """The findings of rules about the batch norms of a checkpoint or a model.
 
     Attributes:
         subject: The checkpoint's path, "state dict", or the model's class.
         layers: The evidence for each layer, in the checkpoint's order.
-        findings: Findings, the gravest first; findings of one severity in the order of the rules.
-        not_checked: Why a rule could not be judged, by its identifier.
-        known: How many findings a baseline left out.
-        measured: What ``bn.diagnose`` measured of each layer, in the model's order.
+        findings: Findings, the most severe first; of equal severity in the order of the rules.
+        not_checked: Identifier of a rule -> reason why it could not be checked.
+        known: Number of findings left out because the baseline has them.
+        measured: Measurements of ``bn.diagnose`` for each layer, in the model's order.
     """
 
     subject: str
@@ -42,7 +42,7 @@ class Diagnosis:
     measured: tuple[LayerUse, ...] = ()
 
     def at_least(self, severity: Severity) -> tuple[Finding, ...]:
-        """Return the findings of a severity and the graver ones."""
+        """Return the findings of at least a severity."""
         counted = SEVERITIES[: SEVERITIES.index(severity) + 1]
         return tuple(finding for finding in self.findings if finding.severity in counted)
 
@@ -50,8 +50,8 @@ class Diagnosis:
         """Return the findings by rule, and a table of the layers, for any renderer.
 
         Args:
-            layers: Whether the table of the layers is in it.
-            most: How many findings of one rule are listed; None for all.
+            layers: Whether to include the table of layers.
+            most: Maximum number of listed findings per rule; None for all.
             language: ``"en"`` or ``"zh"``.
 
         Raises:
@@ -63,7 +63,7 @@ class Diagnosis:
         return translated(report, language, CHINESE)
 
     def left_out(self) -> tuple[str, ...]:
-        """Return in words what was not judged and what is not shown."""
+        """Return descriptions of unchecked rules and of findings that are not shown."""
         reasons: dict[str, list[str]] = {}
         for rule, reason in self.not_checked.items():
             reasons.setdefault(reason, []).append(rule)
@@ -77,7 +77,7 @@ class Diagnosis:
         return tuple(words)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the diagnosis as plain values, as ``to_json`` writes them."""
+        """Return the diagnosis as plain values; ``to_json`` writes them as JSON."""
         counts = Counter(finding.severity for finding in self.findings)
         return {
             "version": JSON_VERSION,
@@ -93,7 +93,7 @@ class Diagnosis:
     def to_json(self) -> str:
         """Return the diagnosis as JSON text; docs/inspect.md describes the fields.
 
-        JSON has no NaN and no infinity: such a number becomes ``null``.
+        JSON has no NaN or infinity: such numbers become ``null``.
         """
         return _json(self.to_dict())
 

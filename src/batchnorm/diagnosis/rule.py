@@ -1,4 +1,4 @@
-"""A rule: what it is called, what it judges, and the pure function that judges."""
+"""A rule: identifier, texts, and the pure function that checks evidence."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ E = TypeVar("E")
 
 @dataclass(frozen=True)
 class Found:
-    """What a rule found at one place; the rule adds its identifier, severity and remedy."""
+    """A result of a rule's check; the rule adds its identifier, severity and remedy."""
 
     subject: str
     message: str
@@ -23,13 +23,13 @@ class Rule(Generic[E]):
     """One rule of a diagnosis.
 
     Args:
-        id: Such as ``"BN101"``; an identifier is never given to another rule.
+        id: Identifier such as ``"BN101"``; identifiers are not reused.
         severity: ``error`` (results are wrong), ``warning`` (they may be) or ``info``.
-        title: What is the matter, in a few words.
-        why: What follows from it, and by which bound it is judged and why by that.
+        title: The fault, in a few words.
+        why: Consequences and cause, and the bound of the check with its reason.
         remedy: What to do, with the call to make.
-        check: The findings in some evidence.
-        lacks: What evidence is missing for the rule, in words; "" where it can be judged.
+        check: Evidence -> findings.
+        lacks: Evidence -> description of missing evidence; "" if the rule can be checked.
     """
 
     id: str
@@ -48,5 +48,5 @@ class Rule(Generic[E]):
         ]
 
     def explained(self) -> str:
-        """Return the rule in a few lines: what, why, what to do."""
+        """Return the rule as text: title, reason, remedy."""
         return f"{self.id} ({self.severity}): {self.title}\n\n{self.why}\n\nRemedy: {self.remedy}"

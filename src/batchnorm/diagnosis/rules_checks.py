@@ -53,17 +53,17 @@ CHECKS: tuple[UseRule, ...] = (
         "repeated",
         "The same batch twice",
         "Two runs in eval mode differ",
-        "The model draws random numbers in eval mode or keeps something from one call for the "
-        "next, such as statistics that still move.",
+        "The model draws random numbers in eval mode or keeps state between calls, such as "
+        "statistics that are still updated.",
         "Look for dropout with training=True and for BN703.",
     ),
     _rule(
         "BN802",
         "alone",
         "A sample alone and among others",
-        "A sample's result depends on the samples beside it",
-        "Something normalizes or mixes over the batch in eval mode: predictions change with the "
-        "batch that a sample comes in, and those of one sample are of another kind.",
+        "A sample's result depends on the other samples of the batch",
+        "The model normalizes or mixes over the batch in eval mode: the prediction for a sample "
+        "changes with the batch, and differs for a batch of one.",
         _BATCH,
     ),
     _rule(
@@ -71,8 +71,8 @@ CHECKS: tuple[UseRule, ...] = (
         "reordered",
         "The batch in another order",
         "A sample's result depends on its place in the batch",
-        "What the model computes for a sample depends on its index in the batch: a reshape mixes "
-        "samples with another axis, or neighbouring samples form groups.",
+        "The result for a sample depends on its index in the batch: a reshape mixes samples with "
+        "another axis, or consecutive samples form groups.",
         "Look for views and reshapes that do not keep the batch axis first.",
     ),
     _rule(
@@ -80,7 +80,7 @@ CHECKS: tuple[UseRule, ...] = (
         "split",
         "The batch in two halves",
         "Results depend on the size of the batch",
-        "In eval mode results of one batch and of its halves differ: accuracy would depend on the "
+        "In eval mode the results of a batch and of its halves differ: accuracy depends on the "
         "batch size of the evaluation.",
         _BATCH,
     ),
@@ -89,17 +89,17 @@ CHECKS: tuple[UseRule, ...] = (
         "padded",
         "With more padding that the mask leaves out",
         "Padding changes results",
-        "Positions that the mask leaves out reach the others: a batch norm, a convolution or a "
-        "mean over time does not know the mask.",
-        "Give the mask to the layers: layer(x, mask=mask) of this library.",
+        "Masked positions change the results of other positions: a batch norm, a convolution or a "
+        "mean over time does not use the mask.",
+        "Pass the mask to the layers: layer(x, mask=mask) with layers of this library.",
     ),
     _rule(
         "BN806",
         "compiled",
         "By torch.compile and eager",
         "The compiled model computes something else",
-        "Graphs are captured with the values that Python had then: a flag, a mode or a buffer "
-        "that was replaced later is not seen.",
+        "A graph is captured with the Python values of that time: a flag, a mode or a buffer that "
+        "is replaced later has no effect.",
         "Compile after the last change of modes and buffers; bn.same(model, compiled, data) shows "
         "by how much outputs differ.",
     ),
@@ -108,7 +108,8 @@ CHECKS: tuple[UseRule, ...] = (
         "exported",
         "By torch.export and eager",
         "The exported model computes something else",
-        "An exported program has one path through Python code, and the layers' mode of then.",
+        "An exported program has one path through the Python code, and the mode that the layers "
+        "had during export.",
         "Export in eval mode; bn.prepare_for_export(model, example) replaces what exporters "
         "compute wrongly.",
     ),

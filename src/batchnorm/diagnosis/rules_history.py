@@ -1,4 +1,4 @@
-"""Rules on how statistics came about: never updated, miscounted, of another age."""
+"""Rules on the history of statistics: never updated, wrong counters, outdated copies."""
 
 import math
 from collections import Counter as Tally
@@ -10,8 +10,8 @@ from batchnorm.diagnosis.rules_values import CALIBRATE, Judged, LayerRule, each,
 from batchnorm.report.model import Table
 from batchnorm.report.said import say
 
-# An averaged copy whose means are off by a whole deviation, or whose variances by a factor of 4
-# (deviations by 2), normalizes to something else than its weights were trained with.
+# If the means of an averaged copy differ by a standard deviation, or its variances by a factor of 4
+# (standard deviations by 2), its weights were trained with differently normalized inputs.
 MOST_SHIFT, MOST_STRETCH = 1.0, 4.0
 
 
@@ -53,7 +53,7 @@ def _counted_not_moved(layer: Layer) -> Judged:
 
 
 def _quiet(evidence: Evidence) -> list[Layer]:
-    """Return layers as new, which no other rule speaks of."""
+    """Return layers with the values of a new layer, which no other rule reports."""
     return [
         layer
         for layer in evidence.layers
@@ -202,10 +202,10 @@ HISTORY: tuple[LayerRule, ...] = (
         "BN201",
         "error",
         "Statistics were never updated",
-        "In training the batch normalizes; in use these statistics do, which say that every input "
-        "has mean 0 and variance 1. The layer was trained with momentum=0 or in a frame that "
-        "keeps buffers apart: an averaged model whose buffers are not averaged, a functional call "
-        "without them, or an export of parameters alone.",
+        "Evaluation uses these statistics, which correspond to inputs of mean 0 and variance 1, "
+        "while training normalized by the batch. Causes: momentum=0; an averaged model whose "
+        "buffers are not averaged; a functional call without buffers; an export of parameters "
+        "alone.",
         CALIBRATE,
         each(_never_updated),
         no_layers,
@@ -213,9 +213,9 @@ HISTORY: tuple[LayerRule, ...] = (
     Rule(
         "BN202",
         "warning",
-        "A layer that no training step went through",
-        "The layer is unused, was added after training, or its weights were not found when a "
-        "checkpoint was loaded with strict=False.",
+        "A layer that was not trained",
+        "The layer is unused, was added after training, or a checkpoint without its weights was "
+        "loaded with strict=False.",
         "If the layer is used: load or train it, then bn.calibrate(model, data). If not, remove "
         "it.",
         _alone_at_start,
@@ -225,30 +225,29 @@ HISTORY: tuple[LayerRule, ...] = (
         "BN203",
         "info",
         "Nothing was trained",
-        "Means are 0, variances 1, and γ and β have one value in every layer, as in a model that "
-        "was just built.",
-        "Nothing, if this is a start of training. Else the wrong model was saved.",
+        "Means are 0, variances 1, and γ and β are constant in every layer, as in a new model.",
+        "None, if this is the start of training. Otherwise the wrong model was saved.",
         _all_at_start,
         no_layers,
     ),
     Rule(
         "BN204",
         "info",
-        "The counter is 0, but statistics have moved",
-        "Files that were converted from other libraries or by old torch have no count. With a "
-        "fixed momentum nothing follows. With momentum=None the next training step replaces the "
-        "statistics, for the counter says that it is the first.",
-        "Before training goes on with momentum=None, set num_batches_tracked to the number of "
-        "steps.",
+        "The counter is 0, but statistics have been updated",
+        "Checkpoints converted from other libraries or by old versions of torch have no counter. "
+        "With a fixed momentum this has no effect. With momentum=None the next training step "
+        "replaces the statistics, because a counter of 0 makes it the first step.",
+        "Before training is continued with momentum=None, set num_batches_tracked to the number "
+        "of steps.",
         _not_counted,
         _no_counter,
     ),
     Rule(
         "BN205",
         "warning",
-        "Steps were counted, but the statistics never moved",
-        "The layer has run in training mode with momentum=0.0, or its statistics were reset or "
-        "lost afterwards while the counter was kept.",
+        "Steps were counted, but the statistics were never updated",
+        "The layer ran in training mode with momentum=0.0, or its statistics were reset or lost "
+        "afterwards, but not the counter.",
         CALIBRATE,
         each(_counted_not_moved),
         _no_counter,
@@ -257,10 +256,10 @@ HISTORY: tuple[LayerRule, ...] = (
         "BN206",
         "info",
         "Layers counted different numbers of steps",
-        "This is as it should be where some layers were frozen or come from another training, and "
-        "where a layer is called several times in a step. It is not where all were trained "
-        "together: then some layers were left out of steps, or woken by train().",
-        "If all layers were trained together, look which layers stand out, and calibrate: "
+        "This is correct if some layers were frozen or come from another training, or if a layer "
+        "is called several times in a step. If all layers were trained together, some layers were "
+        "not called in every step, or train() has put frozen layers into training mode.",
+        "If all layers were trained together, find the layers that differ, and calibrate: "
         "bn.calibrate(model, data).",
         _different_counts,
         _no_counter,
@@ -268,9 +267,9 @@ HISTORY: tuple[LayerRule, ...] = (
     Rule(
         "BN207",
         "error",
-        "The counter is negative or no number",
-        "It overflowed, or was averaged or cast with the weights. With momentum=None the "
-        "statistics are divided by it.",
+        "The counter is negative or not an integer",
+        "It overflowed, or was averaged or cast with the weights. With momentum=None the weight of "
+        "each step is computed from it.",
         "Set it to the number of steps: layer.num_batches_tracked.fill_(steps), of dtype int64.",
         each(_impossible_count),
         _no_counter,
@@ -278,10 +277,10 @@ HISTORY: tuple[LayerRule, ...] = (
     Rule(
         "BN208",
         "warning",
-        "The counter cannot count any further",
+        "The counter has reached the limit of its dtype",
         "Adding 1 to the largest count of a dtype gives the same number in floating point (256 in "
-        "bfloat16, 2048 in float16) and a negative one in integers. With momentum=None each "
-        "further step then counts too much.",
+        "bfloat16, 2048 in float16) and a negative number in integers. With momentum=None the "
+        "weight of each further step is then too large.",
         "Store it as int64: state[name] = state[name].long(), with the true number of steps.",
         each(_full_count),
         _no_counter,
@@ -289,12 +288,12 @@ HISTORY: tuple[LayerRule, ...] = (
     Rule(
         "BN402",
         "warning",
-        "An averaged copy has statistics of another age",
-        "The statistics of an EMA, SWA or teacher network belong to its own weights. Here they "
-        "differ from those of the network that is averaged by more than 1 deviation (means) or a "
-        "factor of 4 (variances): the buffers were copied once and never again, or not averaged "
+        "An averaged copy has outdated statistics",
+        "The statistics of an EMA, SWA or teacher network must belong to its own weights. Here "
+        "they differ from those of the original network by more than 1 standard deviation (means) "
+        "or a factor of 4 (variances): the buffers were copied only once, or were not averaged "
         "with the weights.",
-        "Calibrate the averaged network itself: bn.calibrate(averaged, data).",
+        "Calibrate the averaged network: bn.calibrate(averaged, data).",
         _another_age,
         _no_copy,
     ),

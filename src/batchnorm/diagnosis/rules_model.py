@@ -1,4 +1,4 @@
-"""Rules on what lies around layers in a model, and on what enters them."""
+"""Rules on the operations around layers in a model, and on the inputs of layers."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from batchnorm.diagnosis.rules_use import Judged, UseRule, each, no_batch_norm, 
 from batchnorm.diagnosis.use import LayerUse, Use
 from batchnorm.report.said import say
 
-# Inputs of one call are off from those of all by half of a deviation.
+# The inputs of one call differ from those of all calls by half of a standard deviation.
 APART = 0.5
 PADDED = 0.05
 
@@ -78,7 +78,7 @@ def _plain(use: Use) -> Iterator[Found]:
 
 
 def _odd_ones(use: Use) -> Iterator[Found]:
-    """Yield layers of a class of their own whose ε or momentum is not that of the other class."""
+    """Yield layers of a rare class whose ε or momentum differs from that of the other layers."""
     kinds = Counter(layer.kind for layer in use.layers)
     if len(kinds) < 2:
         return
@@ -120,7 +120,7 @@ def _lost(layer: LayerUse) -> Judged:
 
 
 def why(use: Use, stage: str, words: str) -> str:
-    """Return words, with the error that ended a stage."""
+    """Return the description, with the error that ended a stage."""
     error = dict(use.failed).get(stage, "").partition("\n")[0]
     if not error:
         return say(words)
@@ -142,11 +142,11 @@ MODEL: tuple[UseRule, ...] = (
     Rule(
         "BN601",
         "warning",
-        "One layer for inputs of different kinds",
-        "The layer is called several times in a pass, and keeps one average of inputs whose means "
-        "or deviations differ by half of a deviation: in training each call is normalized by its "
-        "own statistics, in eval by the common ones.",
-        "A layer for each call, or statistics for each kind: statistics=bn.Grouped(count, affine).",
+        "One layer for inputs with different statistics",
+        "The layer is called several times in a pass, and has one running average for inputs that "
+        "differ by half of a standard deviation or more: in training each call is normalized by "
+        "its own statistics, in eval by the common statistics.",
+        "Use a layer for each call, or statistics per group: statistics=bn.Grouped(count, affine).",
         each(_apart),
         no_run,
     ),
@@ -154,9 +154,9 @@ MODEL: tuple[UseRule, ...] = (
         "BN602",
         "info",
         "A layer is not used",
-        "It was not called. Its statistics stay as they are; DistributedDataParallel asks for "
+        "It was not called. Its statistics are not updated; DistributedDataParallel needs "
         "find_unused_parameters=True.",
-        "Remove it, or give data that take its branch.",
+        "Remove it, or use data for which the model calls it.",
         _unused,
         no_run,
     ),
@@ -164,9 +164,9 @@ MODEL: tuple[UseRule, ...] = (
         "BN603",
         "info",
         "A bias before the layer",
-        "Normalization subtracts the mean, and with it the bias before, whose gradient is 0 but "
-        "for rounding. It costs memory and time, and is no error.",
-        "Build the layer before with bias=False.",
+        "Normalization subtracts the mean, and with it the bias, whose gradient is 0 up to "
+        "rounding. The bias takes memory and time, but does not change results.",
+        "Construct the layer before with bias=False.",
         each(_bias),
         _no_flow,
     ),
@@ -174,8 +174,8 @@ MODEL: tuple[UseRule, ...] = (
         "BN604",
         "warning",
         "Dropout before the layer",
-        "Dropout raises the variance in training and not in eval, so that the stored variance is "
-        'too large in use (Li et al. 2018, "Understanding the Disharmony between Dropout and '
+        "Dropout increases the variance in training but not in eval, so the stored variance is "
+        'too large for eval (Li et al. 2018, "Understanding the Disharmony between Dropout and '
         'Batch Normalization by Variance Shift").',
         "Move the dropout behind the last batch norm; or calibrate, which measures without "
         "dropout: bn.calibrate(model, data).",
@@ -186,22 +186,22 @@ MODEL: tuple[UseRule, ...] = (
         "BN605",
         "warning",
         "Padding counts in the statistics",
-        "Positions that repeat the one before in every channel, in another number for each "
-        "sample, are padding. They pull the mean to its value and make results depend on the "
-        "lengths of other samples. In images a border of one value may be background as well: "
-        "there a mask of the batch, (N, H, W), has to tell.",
-        "Tell the layer what counts: layer(x, mask=mask) or lengths=lengths of this library's "
-        "layers, bn.convert(model) makes them.",
+        "Positions that equal the previous position in every channel, and whose number differs "
+        "between samples, are padding. Padding moves the mean towards its value and makes results "
+        "depend on the lengths of other samples. In images a constant border may also be "
+        "background, so padding is detected only by a mask in the batch, (N, H, W).",
+        "Pass the valid positions: layer(x, mask=mask) or lengths=lengths with layers of this "
+        "library (bn.convert(model)).",
         each(_padding),
         no_run,
     ),
     Rule(
         "BN606",
         "info",
-        "A layer normalizes by the batch in eval, too",
+        "A layer also normalizes by the batch in eval",
         "With track_running_stats=False there are no stored statistics: a sample's result depends "
         "on the others in its batch.",
-        "If that is not meant: bn.set_options(model, track_running_stats=True), then calibrate.",
+        "If this is not intended: bn.set_options(model, track_running_stats=True), then calibrate.",
         _plain,
         _nothing,
     ),
@@ -209,8 +209,8 @@ MODEL: tuple[UseRule, ...] = (
         "BN607",
         "warning",
         "Layers of another class have another ε or momentum",
-        "A conversion of some layers to another class that does not take over eps and momentum "
-        "leaves the class's defaults.",
+        "Some layers were converted to another class without copying eps and momentum, so they "
+        "have the defaults of that class.",
         "Convert from the original with bn.convert(model), which keeps them, or set them: "
         "bn.set_options(model, eps=..., momentum=...).",
         _odd_ones,
@@ -220,11 +220,11 @@ MODEL: tuple[UseRule, ...] = (
         "BN608",
         "error",
         "An activation was dropped",
-        "The next layer was trained on inputs that went through an activation, which is not there "
-        "any more: classes that end in one (timm's BatchNormAct2d, this library's activation=) "
-        "were replaced by ones that do not, as torch's convert_sync_batchnorm does.",
-        "Convert from the original with bn.convert(model), which keeps activations, or put it "
-        "behind the layer.",
+        "The next layer was trained on the output of an activation that no longer exists: a class "
+        "with an activation (timm's BatchNormAct2d, this library's activation=) was replaced by a "
+        "class without, as torch's convert_sync_batchnorm does.",
+        "Convert from the original with bn.convert(model), which keeps activations, or add the "
+        "activation after the layer.",
         each(_lost),
         _no_flow,
     ),

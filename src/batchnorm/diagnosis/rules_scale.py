@@ -1,4 +1,4 @@
-"""Rules on sizes: constant channels, exploding γ/σ, channels that do nothing, range of float16."""
+"""Rules on magnitudes: constant channels, large γ/σ, negligible channels, range of float16."""
 
 from batchnorm.diagnosis.evidence import CONSTANT, FLOAT16_MOST, Evidence, Layer
 from batchnorm.diagnosis.rule import Rule
@@ -118,11 +118,11 @@ SCALE: tuple[LayerRule, ...] = (
         "BN301",
         "warning",
         "γ is very large",
-        "|γ| is the deviation of the normalized output. Above 100 the weights have diverged or "
-        "are about to: in the checkpoints that the bound was compared with, trained networks stay "
+        "|γ| is the standard deviation of the output. Above 100 the weights have diverged or will "
+        "diverge: in the checkpoints that were used to choose the bound, trained networks stay "
         "below 14.",
-        "Train with a lower learning rate, or with weight decay on γ; look when it began in "
-        "earlier checkpoints.",
+        "Train with a lower learning rate, or with weight decay on γ; check in earlier checkpoints "
+        "when it began.",
         each(_large_weight),
         no_affine,
     ),
@@ -130,12 +130,11 @@ SCALE: tuple[LayerRule, ...] = (
         "BN302",
         "warning",
         "γ / σ is very large",
-        "In use the input is multiplied by γ / sqrt(σ² + ε). Above 1000 the rounding of a "
-        "bfloat16 input near 1 moves the output by more than 1, and so does each small shift "
-        "between training data and use. Constant channels are left out: BN303 and BN304 are about "
-        "them.",
-        "Look at what enters the layer: its deviation is far below sqrt(ε) or γ has diverged. "
-        "Scale the input up, or train with a larger eps.",
+        "In eval the input is multiplied by γ / sqrt(σ² + ε). Above 1000, rounding a bfloat16 "
+        "input near 1 changes the output by more than 1, and so does a small shift of the data. "
+        "Constant channels are left out: BN303 and BN304 report them.",
+        "Check the input of the layer: its standard deviation is far below sqrt(ε), or γ has "
+        "diverged. Scale the input up, or train with a larger eps.",
         each(_large_gain),
         no_affine,
     ),
@@ -143,10 +142,10 @@ SCALE: tuple[LayerRule, ...] = (
         "BN303",
         "warning",
         "At least half of the channels are constant",
-        "Below a variance of 1e-10, ε = 1e-5 outweighs the variance by far: the output is β, "
-        "whatever comes in. For most of a layer that means a dead layer before it, an input that "
-        "is far too small, or statistics that were lost.",
-        "Look at the layer before. If its output does vary: " + CALIBRATE,
+        "Below a variance of 1e-10, ε = 1e-5 dominates: the output is β for any input. If most "
+        "channels are affected, the layer before is dead, the input is far too small, or the "
+        "statistics were lost.",
+        "Check the layer before. If its output does vary: " + CALIBRATE,
         each(_mostly_constant),
         no_layers,
     ),
@@ -154,9 +153,8 @@ SCALE: tuple[LayerRule, ...] = (
         "BN304",
         "info",
         "Some channels are constant",
-        "Their output is β, whatever comes in. Trained networks have a few such channels, behind "
-        "filters that died. An input that is not constant in use would be multiplied by γ / "
-        "sqrt(ε).",
+        "Their output is β for the training data. Trained networks have a few such channels, after "
+        "dead filters. If the input is not constant in eval, it is multiplied by γ / sqrt(ε).",
         "The channels can be removed. If their input does vary: bn.calibrate(model, data).",
         each(_some_constant),
         no_layers,
@@ -165,9 +163,9 @@ SCALE: tuple[LayerRule, ...] = (
         "BN305",
         "info",
         "Channels could be pruned",
-        "A channel with a γ near 0 gives β and little else, so that the layers around it can do "
-        "without it and get β as a constant. The bound is a thousandth of the layer's largest |γ|.",
-        "Prune these channels with a library for it, then bn.calibrate(model, data).",
+        "A channel with γ near 0 returns almost only β, so it can be removed and β added as a "
+        "constant to the next layer. The bound is a thousandth of the layer's largest |γ|.",
+        "Prune these channels with a pruning library, then bn.calibrate(model, data).",
         each(_negligible),
         no_affine,
     ),
@@ -175,8 +173,8 @@ SCALE: tuple[LayerRule, ...] = (
         "BN306",
         "warning",
         "Every γ is 0 after training",
-        "The layer gives β and nothing of its input. Layers at the end of residual branches begin "
-        "like that and leave 0 at the first step of an optimizer that knows γ.",
+        "The output is β and does not depend on the input. Layers at the end of residual branches "
+        "are initialized with γ = 0, which the first optimizer step changes if it has γ.",
         "Check that the optimizer has γ: it is in model.parameters() and has requires_grad=True.",
         each(_all_weights_zero),
         no_affine,
@@ -194,7 +192,7 @@ SCALE: tuple[LayerRule, ...] = (
         "BN403",
         "warning",
         "An ONNX node normalizes by the batch",
-        "With training_mode=1 results depend on what else is in a batch, and the stored "
+        "With training_mode=1 results depend on the other samples of the batch, and the stored "
         "statistics are not used.",
         "Export in eval mode: model.eval() before torch.onnx.export(model, ...).",
         each(_normalizes_by_batch),

@@ -1,4 +1,4 @@
-"""Rules on training steps that a copy of the model made: what no single pass shows."""
+"""Rules on training steps of a copy of the model, for faults that a single pass does not show."""
 
 from collections.abc import Iterator
 
@@ -26,7 +26,7 @@ def _frozen_moves(use: Use) -> Iterator[Found]:
     for layer in use.layers:
         training, stepped = layer.training, layer.stepped
         asleep = use.mode and not training.mode
-        # Where a pass without gradients moves them, BN701 has said it.
+        # If a pass without gradients updates them, BN701 reports it.
         if stepped is None or not stepped.moved or not (asleep or training.moves is False):
             continue
         yield Found(
@@ -134,33 +134,33 @@ STEPS: tuple[UseRule, ...] = (
         "BN901",
         "error",
         "Training steps give NaN or infinity",
-        "From this step on every later one keeps it: in the running average, and by the gradient "
-        "in all weights.",
-        "Lower the learning rate, clip gradients, or use bfloat16 in the place of float16; look at "
-        "the input of this step.",
+        "The values stay NaN or infinite in all later steps: in the running average, and by the "
+        "gradient in all weights.",
+        "Lower the learning rate, clip gradients, or use bfloat16 instead of float16; check the "
+        "input of this step.",
         _not_finite,
         _no_steps,
     ),
     Rule(
         "BN902",
         "warning",
-        "Training steps move the statistics of a frozen layer",
-        "The layer is in eval mode, or a pass in training mode leaves its statistics as they are; "
-        "in training steps they move all the same: something switches it on when gradients are "
-        "recorded, or writes to its buffers.",
-        "Look for train() and for writes to buffers in forward and in hooks; "
-        "bn.freeze(model, filter=...) keeps statistics in any mode.",
+        "Training steps update the statistics of a frozen layer",
+        "The layer is in eval mode, or a pass in training mode does not update its statistics; but "
+        "training steps do: the model puts it into training mode when gradients are recorded, or "
+        "writes to its buffers.",
+        "Check train() and writes to buffers in forward and in hooks; "
+        "bn.freeze(model, filter=...) keeps the statistics fixed in any mode.",
         _frozen_moves,
         _no_steps,
     ),
     Rule(
         "BN903",
         "warning",
-        "Training steps do not move the statistics",
-        "A pass without gradients moves them: in training the forward pass takes another way, such "
-        "as torch.func.functional_call with copies of the buffers, or something restores them "
-        "after each step.",
-        "Let training steps call the model itself, or take over the buffers of the copy; "
+        "Training steps do not update the statistics",
+        "A pass without gradients updates them, but the forward pass in training does not: it uses "
+        "torch.func.functional_call with copies of the buffers, for example, or the buffers are "
+        "restored after each step.",
+        "Call the model itself in training steps, or copy the buffers back; "
         "bn.calibrate(model, data) measures the statistics after training.",
         each(_stands),
         _no_steps,
@@ -170,10 +170,11 @@ STEPS: tuple[UseRule, ...] = (
         "warning",
         "γ or β gets no gradient",
         "They have requires_grad=True and the layer is called, but the loss does not depend on "
-        "them: its output is detached or not used, or everything behind it is dead. One step is "
-        "not enough to tell, for a γ that begins at 0 stops gradients in the first one.",
-        "Look for detach() and torch.no_grad() behind the layer, and for outputs that the loss "
-        "leaves out; if γ and β should stay: bn.freeze(model, filter=...).",
+        "them: its output is detached or unused, or the layers after it are dead. One step is not "
+        "enough to decide, because a γ that is initialized with 0 blocks gradients in the first "
+        "step.",
+        "Check detach() and torch.no_grad() after the layer, and outputs that the loss does not "
+        "use; if γ and β should not change: bn.freeze(model, filter=...).",
         _no_gradient,
         _no_steps,
     ),
@@ -181,9 +182,9 @@ STEPS: tuple[UseRule, ...] = (
         "BN905",
         "info",
         "Training steps do not call a layer",
-        "The model takes another way when gradients are recorded. The statistics of the layer stay "
-        "as they are, and it is used with them in eval.",
-        "Look for torch.is_grad_enabled() and for layers that are skipped at random.",
+        "The model calls other layers when gradients are recorded. The statistics of this layer "
+        "are not updated, but eval uses them.",
+        "Check torch.is_grad_enabled() and layers that are skipped at random.",
         each(_not_called),
         _no_steps,
     ),
@@ -192,10 +193,10 @@ STEPS: tuple[UseRule, ...] = (
         "warning",
         "The running average lags behind the weights",
         "With this optimizer the weights change so much within 1 / momentum steps that the average "
-        "of these steps is not the statistics at the weights of the end: off by half of a "
-        "deviation and more, by more than 4 standard errors, and the output moves.",
-        "Compute the statistics anew before each evaluation: bn.calibrate(model, data); or train "
-        "with a lower learning rate or a larger momentum.",
+        "over these steps differs from the statistics at the final weights: by at least half of a "
+        "standard deviation and more than 4 standard errors, and the output changes.",
+        "Recompute the statistics before each evaluation: bn.calibrate(model, data); or train with "
+        "a lower learning rate or a larger momentum.",
         _lags,
         _no_optimizer,
     ),
@@ -204,8 +205,8 @@ STEPS: tuple[UseRule, ...] = (
         "warning",
         "A step updates the statistics more than once",
         "Activation checkpointing runs the forward pass again in backward, and torch's layers then "
-        "take the same batch into the average again: a momentum of 0.1 acts as 0.19.",
-        "bn.convert(model): layers of this library recognize the second pass.",
+        "update the average by the same batch again: a momentum of 0.1 acts as 0.19.",
+        "bn.convert(model): layers of this library detect the recomputation.",
         each(_counted_twice),
         _no_steps,
     ),

@@ -1,4 +1,4 @@
-"""Rules on how layers behave in training and eval, and on the training around them."""
+"""Rules on the behaviour of layers in training and eval mode, and on optimizer and data."""
 
 from collections.abc import Iterator
 
@@ -132,41 +132,41 @@ TRAINING: tuple[UseRule, ...] = (
     Rule(
         "BN701",
         "warning",
-        "Frozen parameters, moving statistics",
-        "requires_grad=False keeps γ and β, and not the running statistics: in training mode the "
-        "layer normalizes by the batch and its statistics follow the new data.",
-        "Freeze all of it: bn.freeze(model, filter=...).",
+        "Frozen parameters, but statistics are updated",
+        "requires_grad=False freezes γ and β, but not the running statistics: in training mode the "
+        "layer normalizes by the batch and updates its statistics with the new data.",
+        "Freeze the whole layer: bn.freeze(model, filter=...).",
         each(_moves_untrained),
         _no_pass,
     ),
     Rule(
         "BN702",
         "warning",
-        "model.train() wakes a frozen layer",
-        "eval() on a layer lasts until the next train() of a module around it, which most training "
-        "loops call in each epoch.",
-        "bn.freeze(model, filter=...) lasts through train().",
+        "model.train() unfreezes a layer",
+        "eval() on a layer is effective until the next train() of a parent module, which most "
+        "training loops call in each epoch.",
+        "bn.freeze(model, filter=...) is not changed by train().",
         _woken,
         _not_training,
     ),
     Rule(
         "BN703",
         "error",
-        "Statistics move in eval mode",
+        "Statistics are updated in eval mode",
         "The layer normalizes by the batch and updates its statistics although the model is in "
         "eval mode: each prediction changes the next.",
-        "Look for train(), a forward that sets training=True, or a train() without effect around "
-        "the layer; bn.freeze(model) keeps statistics in any mode.",
+        "Check calls of train(), a forward that sets training=True, or an overridden train() of a "
+        "parent module; bn.freeze(model) keeps the statistics fixed in any mode.",
         each(_moves_in_eval),
         _no_eval,
     ),
     Rule(
         "BN704",
         "warning",
-        "Statistics do not move in training",
-        "momentum=0.0 or a forward without the buffers: the layer is trained with the statistics "
-        "of batches, and used with those of its start.",
-        "bn.set_options(model, momentum=0.1); if it should be frozen, freeze all of it: "
+        "Statistics are not updated in training",
+        "The momentum is 0.0, or forward does not use the buffers: training normalizes by the "
+        "batch, but eval by the initial statistics.",
+        "bn.set_options(model, momentum=0.1); if it should be frozen, freeze the whole layer: "
         "bn.freeze(model, filter=...).",
         each(_stands),
         _no_pass,
@@ -174,9 +174,9 @@ TRAINING: tuple[UseRule, ...] = (
     Rule(
         "BN705",
         "warning",
-        "γ or β is unknown to the optimizer",
-        "The parameters want gradients, and no step changes them: they were replaced or added "
-        "after the optimizer was made.",
+        "γ or β is not in the optimizer",
+        "The parameters have requires_grad=True, but no step changes them: they were replaced or "
+        "added after the optimizer was created.",
         'Add them: optimizer.add_param_group({"params": [layer.weight, layer.bias]}).',
         each(_unknown),
         _no_optimizer,
@@ -185,8 +185,8 @@ TRAINING: tuple[UseRule, ...] = (
         "BN706",
         "info",
         "Weight decay on γ or β",
-        "Decay of γ and β does not keep the function small, as that of weights between "
-        "normalizations does not either; common recipes leave them out.",
+        "Weight decay of γ and β does not regularize the function, nor does weight decay of "
+        "weights before a normalization; common recipes exclude γ and β.",
         "optimizer = torch.optim.SGD(bn.no_weight_decay(model), ...).",
         _decay,
         _no_optimizer,
@@ -195,8 +195,8 @@ TRAINING: tuple[UseRule, ...] = (
         "BN707",
         "warning",
         "The last batch has one sample",
-        "With one value per channel the variance is 0 and torch raises; with few values the step "
-        "is normalized by noise, and enters the running average like all others.",
+        "With one value per channel the variance is 0 and torch raises; with few values the "
+        "statistics are noisy, but have the same weight in the running average.",
         "DataLoader(..., drop_last=True).",
         _last_of_one,
         _no_loader,

@@ -1,4 +1,4 @@
-"""Rules on stored statistics against those of the data, and on the batches themselves."""
+"""Rules that compare stored statistics with those of the data, and rules on the batches."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,21 +12,21 @@ from batchnorm.report.said import say
 UseRule = Rule[Use]
 Judged = tuple[str, dict[str, Cell]] | None
 
-# Normalized values are off by half of their deviation, in most channels by more than chance allows,
-# and the output of the model notices.
+# Normalized values are off by half of their standard deviation, in most channels by more than 4
+# standard errors, and the output of the model changes by 0.02 of its deviation.
 FAR, CHANCE, NOTICED = 0.5, 4.0, 0.02
-# The start is told apart from other causes where it still weighs as much.
+# The initial values are named as the cause if they still have this weight.
 START = 0.05
-# An average with a memory of 1 / momentum steps; networks in use have 10 to 100.
+# Bounds on momentum: the average covers 1 / momentum steps; usual are 10 to 100.
 LONG_MEMORY, SHORT_MEMORY = 1 / 300, 0.5
-# All channels are off by one factor, up to this deviation of its logarithm.
+# All channels are off by the same factor, up to this standard deviation of its logarithm.
 ONE_FACTOR = 0.15
 # Independent values per channel: the mean of a batch is off by 1/sqrt(6) = 0.41 deviations.
 FEW_VALUES = 6.0
 
 
 def each(judge: Callable[[LayerUse], Judged]) -> Callable[[Use], Iterator[Found]]:
-    """Return a check that judges one layer after the other."""
+    """Return a check that applies ``judge`` to every layer."""
     return partial(_each, judge)
 
 
@@ -38,12 +38,12 @@ def _each(judge: Callable[[LayerUse], Judged], use: Use) -> Iterator[Found]:
 
 
 def no_run(use: Use) -> str:
-    """Return what lacks where no batch went through the model."""
+    """Return the missing evidence if no batch was run, else ""."""
     return no_batch_norm(use) or ("" if use.batches else say("no batch went through the model"))
 
 
 def no_batch_norm(use: Use) -> str:
-    """Return what lacks where there is no batch norm."""
+    """Return the missing evidence if there is no batch norm, else ""."""
     return "" if use.layers else say("no batch norm with stored statistics")
 
 
@@ -53,19 +53,19 @@ def _no_errors(use: Use) -> str:
 
 
 def is_far(layer: LayerUse) -> Fit | None:
-    """Return how far the stored statistics are from the data where that is too far."""
+    """Return the fit of a layer whose stored statistics are too far from the data, else None."""
     return None if layer.known_wrong or not too_far(layer.fit) else layer.fit
 
 
 def too_far(fit: Fit | None) -> bool:
-    """Whether statistics are off by more than chance allows, so that the output notices."""
+    """Return whether statistics differ significantly from the data and change the output."""
     if fit is None or fit.errors is None or fit.distance <= FAR or fit.errors < CHANCE:
         return False
     return fit.effect is None or fit.effect >= NOTICED
 
 
 def _cause(layer: LayerUse, use: Use) -> str:
-    """Return the rule that names why a layer's statistics are far from those of the data."""
+    """Return the rule for the most likely cause of the distance from the data."""
     fit = is_far(layer)
     if fit is None:
         return ""
@@ -81,10 +81,9 @@ def _cause(layer: LayerUse, use: Use) -> str:
 
 
 def _is_shifted(fit: Fit, layer: LayerUse, use: Use) -> bool:
-    """Whether the layer sees the input before any other one, which is scaled or moved as a whole.
+    """Return whether a first layer's input is scaled or shifted as a whole.
 
-    Behind a batch norm that normalizes by the batch nothing is left of such a change, so that all
-    other layers fit.
+    A batch norm that normalizes by the batch removes such a change, so all later layers fit.
     """
     if layer.wiring is None or layer.wiring.behind or fit.spread > ONE_FACTOR:
         return False
@@ -176,7 +175,7 @@ def _unshuffled(use: Use) -> Iterator[Found]:
         return
     name = max(scatter, key=lambda one: scatter[one] or 0.0)
     found, batches = scatter[name] or 0.0, min(use.batches, 64)
-    # The variance of a variance of so many batches is 2 / (batches - 1): six deviations.
+    # The relative variance of a variance estimated from n batches is 2 / (n - 1): six deviations.
     if found > 1 + 6 * (2 / (batches - 1)) ** 0.5:
         yield Found(
             name,
@@ -203,32 +202,32 @@ USE: tuple[UseRule, ...] = (
     _far(
         "BN501",
         "Stored statistics are not those of the data",
-        "What entered the layer has another mean or variance than is stored, by half of a "
-        "deviation and more, in most channels by more than 4 standard errors, and the output "
-        "moves. The running average lags behind weights that still change, the weights were "
-        "changed after it (averaged, merged, loaded without it), or the data are others.",
+        "Mean or variance of the layer's input differ from the stored values by half of a standard "
+        "deviation or more, in most channels by more than 4 standard errors, and the output "
+        "changes. The running average lags behind changing weights, the weights were changed "
+        "without it (averaged, merged, loaded), or these are not the training data.",
         CALIBRATE,
     ),
     _far(
         "BN502",
         "Too few steps for the momentum",
-        "The running average began at mean 0 and variance 1, and (1 - momentum)^steps of that is "
-        "still in it: more than a twentieth.",
-        CALIBRATE + " Or train with momentum=None, which averages all steps alike.",
+        "The running average starts at mean 0 and variance 1. These initial values have the weight "
+        "(1 - momentum)^steps, here more than a twentieth.",
+        CALIBRATE + " Or train with momentum=None, which weights all steps equally.",
     ),
     _far(
         "BN503",
         "The average lags: its momentum is very small",
-        "torch's momentum is the weight of the new batch: with less than 1/300 the average "
-        "remembers weights of hundreds of steps ago.",
+        "torch's momentum is the weight of the new batch: below 1/300 the average includes "
+        "statistics of the network's weights from hundreds of steps ago.",
         CALIBRATE + " For the next training: bn.set_options(model, momentum=0.1).",
     ),
     Rule(
         "BN504",
         "warning",
-        "The average is little more than the last batch",
-        "torch's momentum is the weight of the new batch: 0.9 or 0.99 of Keras is 0.1 or 0.01 "
-        "here. Above 0.5 the statistics are those of one batch or two.",
+        "The average is dominated by the last batch",
+        "torch's momentum is the weight of the new batch: 0.9 or 0.99 in Keras is 0.1 or 0.01 "
+        "here. Above 0.5 the statistics are those of one or two batches.",
         "bn.set_options(model, momentum=0.1), then " + CALIBRATE[0].lower() + CALIBRATE[1:],
         each(_short_memory),
         no_batch_norm,
@@ -237,30 +236,30 @@ USE: tuple[UseRule, ...] = (
         "BN505",
         "warning",
         "Batches are too small",
-        "In training the layer normalizes by so few independent values that its mean is off by "
-        "0.4 deviations or more, at random, in each step. Neighbouring pixels are alike: they are "
-        "counted by how much the means of samples differ.",
-        "Larger batches; statistics of all processes, bn.convert(model, statistics=bn.Synced()); "
-        "or fixed ones: bn.freeze(model).",
+        "In training the layer normalizes by so few independent values that the mean of each batch "
+        "has a random error of 0.4 standard deviations or more. Neighbouring pixels are "
+        "correlated, so the number of independent values is estimated from the differences "
+        "between the means of samples.",
+        "Use larger batches; statistics of all processes, bn.convert(model, "
+        "statistics=bn.Synced()); or fixed statistics: bn.freeze(model).",
         each(_few_values),
         no_run,
     ),
     _far(
         "BN506",
-        "The input is scaled or moved against training",
-        "Layers that see the input before any other batch norm are off, all their channels by one "
-        "factor, and those behind fit: the data are scaled or offset in another way than in "
-        "training.",
+        "The input is scaled or shifted compared with training",
+        "In layers before any other batch norm, all channels are off by the same factor, and all "
+        "later layers fit: the data are scaled or shifted differently than in training.",
         "Compare the preprocessing with that of training. If these data are right: " + CALIBRATE,
     ),
     Rule(
         "BN507",
         "warning",
-        "Batches are not shuffled, or of one domain each",
-        "Means of batches differ by more than six deviations of what chance does. Each step then "
-        "normalizes by the statistics of some part of the data, and the average remembers the "
-        "last ones.",
-        "Shuffle: DataLoader(..., shuffle=True). For domains with statistics of their own: "
+        "Batches are not shuffled, or each has one domain",
+        "The means of batches vary more than those of random batches, by more than six standard "
+        "deviations. Each step then normalizes by the statistics of a part of the data, and the "
+        "running average has those of the last batches.",
+        "Shuffle: DataLoader(..., shuffle=True). For separate statistics per domain: "
         "statistics=bn.Grouped(count, affine).",
         _unshuffled,
         _no_scatter,
@@ -268,9 +267,9 @@ USE: tuple[UseRule, ...] = (
     _far(
         "BN508",
         "Two layers have each other's statistics",
-        "The stored statistics of each of two layers fit the inputs of the other: names were "
-        "mixed up when a checkpoint was converted.",
-        "Exchange the two in the state dict, also γ and β if they came from there.",
+        "The stored statistics of each of two layers fit the inputs of the other layer: names were "
+        "swapped when a checkpoint was converted.",
+        "Swap the two in the state dict, also γ and β if they were converted with them.",
         "error",
     ),
 )

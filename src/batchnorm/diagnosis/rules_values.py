@@ -1,4 +1,4 @@
-"""Rules on single values of a checkpoint: numbers that no batch norm can have, and odd storage."""
+"""Rules on single values of a checkpoint: impossible numbers, sizes and dtypes."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,13 +13,13 @@ Judged = tuple[str, dict[str, Cell]] | None
 LayerRule = Rule[Evidence]
 
 CALIBRATE = (
-    "Compute the statistics anew from training data: bn.calibrate(model, data), or batchnorm "
+    "Recompute the statistics from training data: bn.calibrate(model, data), or batchnorm "
     "calibrate --model pkg.mod:factory --data pkg.mod:loader --checkpoint IN --out OUT."
 )
 
 
 def each(judge: Callable[[Layer], Judged]) -> Callable[[Evidence], Iterator[Found]]:
-    """Return a check that judges one layer after the other."""
+    """Return a check that applies ``judge`` to every layer."""
     return partial(_each, judge)
 
 
@@ -32,7 +32,7 @@ def _each(judge: Callable[[Layer], Judged], evidence: Evidence) -> Iterator[Foun
 
 
 def with_rows(judge: Callable[[Layer], Judged]) -> Callable[[Evidence], Iterator[Found]]:
-    """Return a check that judges each layer, and the statistics of its groups of samples alike."""
+    """Return a check that applies ``judge`` to every layer and to its statistics per group."""
     return partial(_with_rows, judge)
 
 
@@ -43,18 +43,18 @@ def _with_rows(judge: Callable[[Layer], Judged], evidence: Evidence) -> Iterator
 
 
 def no_layers(evidence: Evidence) -> str:
-    """Return what lacks where there is no batch norm."""
+    """Return the missing evidence if there is no batch norm, else ""."""
     return "" if evidence.layers else say("no batch norm with stored statistics")
 
 
 def no_affine(evidence: Evidence) -> str:
-    """Return what lacks where no layer has γ."""
+    """Return the missing evidence if no layer has γ, else ""."""
     some = any(layer.affine is not None for layer in evidence.layers)
     return "" if some else say("no batch norm with γ")
 
 
 def listed(channels: tuple[int, ...]) -> str:
-    """Return the first channels of some in words, for the evidence."""
+    """Return a list of the first channels as text, for the evidence."""
     return ", ".join(map(str, channels))
 
 
@@ -150,7 +150,7 @@ VALUES: tuple[LayerRule, ...] = (
         "Batch norms are found by tensors named running_mean and running_var, or as TensorFlow "
         "and Paddle name them. A network may have none, have folded them into its convolutions, "
         "or keep no statistics (track_running_stats=False).",
-        "Nothing, if that is expected. Else look at the names of the tensors in the file.",
+        "None, if this is expected. Otherwise check the names of the tensors in the file.",
         _none_found,
         lambda _: "",
     ),
@@ -159,8 +159,8 @@ VALUES: tuple[LayerRule, ...] = (
         "error",
         "Statistics are NaN or infinite",
         "Every output of such a channel is NaN or independent of its input. A batch with NaN or an "
-        "overflow of float16 spoils a running average for good: each later step keeps a part of "
-        "it.",
+        "overflow of float16 makes the running average NaN or infinite, and it stays so in all "
+        "later steps.",
         CALIBRATE,
         with_rows(_not_finite),
         no_layers,
@@ -169,9 +169,9 @@ VALUES: tuple[LayerRule, ...] = (
         "BN102",
         "error",
         "A variance is negative",
-        "1 / sqrt(σ² + ε) is NaN, or wrong where ε hides it. No average of variances is negative: "
-        "the buffer was written by something else, such as an extrapolation of weights, or "
-        "damaged.",
+        "1 / sqrt(σ² + ε) is NaN, or wrong if σ² + ε > 0. An average of variances cannot be "
+        "negative: the buffer was damaged or written by other code, such as an extrapolation of "
+        "weights.",
         CALIBRATE,
         with_rows(_negative),
         no_layers,
@@ -180,8 +180,8 @@ VALUES: tuple[LayerRule, ...] = (
         "BN103",
         "error",
         "γ or β is NaN or infinite",
-        "Every output of such a channel is NaN or infinite. They are trained parameters, which no "
-        "calibration restores.",
+        "Every output of such a channel is NaN or infinite. They are trained parameters, which a "
+        "calibration cannot restore.",
         "Go back to the last checkpoint without such a finding.",
         each(_affine_not_finite),
         no_affine,
@@ -190,8 +190,8 @@ VALUES: tuple[LayerRule, ...] = (
         "BN104",
         "warning",
         "All statistics are 0",
-        "A new layer has means of 0 and variances of 1, and no data have a mean and a variance of "
-        "0 in every channel. In use each channel is multiplied by γ / sqrt(ε), 316 γ for ε = 1e-5.",
+        "A new layer has means of 0 and variances of 1, and no data have mean 0 and variance 0 in "
+        "every channel. In eval each channel is multiplied by γ / sqrt(ε), 316 γ for ε = 1e-5.",
         CALIBRATE,
         each(_all_zero),
         no_layers,
@@ -199,10 +199,10 @@ VALUES: tuple[LayerRule, ...] = (
     Rule(
         "BN105",
         "error",
-        "Statistics are no floating-point numbers",
+        "Statistics are not floating-point numbers",
         "Means and variances were rounded to integers or became complex when the file was "
         "written; a variance below 0.5 is then 0.",
-        "Write the checkpoint anew from the model. " + CALIBRATE,
+        "Write the checkpoint again from the model. " + CALIBRATE,
         each(_odd_dtype),
         no_layers,
     ),
@@ -210,10 +210,10 @@ VALUES: tuple[LayerRule, ...] = (
         "BN106",
         "error",
         "Tensors of one layer have different sizes",
-        "Mean, variance, γ and β have one value for each channel, and the counter has one. A "
-        "model cannot load them otherwise: they are of different networks, or a channel was "
-        "pruned in some of them only.",
-        "Write the checkpoint anew from the model; prune all tensors of a layer alike.",
+        "Mean, variance, γ and β must have one value per channel, and the counter one value; "
+        "otherwise a model cannot load them. The tensors are from different networks, or a channel "
+        "was pruned only in some of them.",
+        "Write the checkpoint again from the model; prune all tensors of a layer in the same way.",
         with_rows(_sizes),
         no_layers,
     ),
@@ -221,9 +221,9 @@ VALUES: tuple[LayerRule, ...] = (
         "BN107",
         "error",
         "Mean or variance is missing",
-        "load_state_dict(strict=False) leaves the missing one as it was, 0 or 1 in a new model, "
-        "without a word.",
-        "Write the checkpoint anew from the model. " + CALIBRATE,
+        "load_state_dict(strict=False) silently keeps the model's value for the missing statistic, "
+        "0 or 1 in a new model.",
+        "Write the checkpoint again from the model. " + CALIBRATE,
         each(_half_of_a_pair),
         no_layers,
     ),
@@ -231,12 +231,12 @@ VALUES: tuple[LayerRule, ...] = (
         "BN401",
         "warning",
         "Statistics are stored with 16 bits",
-        "bfloat16 keeps 8 binary digits: a running average with momentum 0.1 stops moving once a "
-        "step changes it by less than the last of them, and means far from 0 are rounded by up to "
-        "a 256th part. float16 ends at 65504 and rounds small variances to 0.",
+        "bfloat16 has 8 significant bits: a running average with momentum 0.1 no longer changes "
+        "when an update is smaller than the last bit, and means far from 0 have a relative error "
+        "of up to 1/256. The largest float16 is 65504, and small variances are rounded to 0.",
         "Keep statistics in float32: bn.convert(model) before .half(), or call .float() on the "
         "batch "
-        "norms. Where training went on in 16 bits: " + CALIBRATE,
+        "norms. If training was continued in 16 bits: " + CALIBRATE,
         each(_sixteen_bits),
         no_layers,
     ),

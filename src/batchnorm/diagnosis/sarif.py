@@ -1,4 +1,4 @@
-"""Diagnoses as SARIF 2.1.0, the format in which code hosts take findings of analysers."""
+"""Diagnoses as SARIF 2.1.0, the format in which code hosts accept findings of analysers."""
 
 import json
 from collections.abc import Sequence
@@ -18,7 +18,8 @@ _LEVELS: dict[Severity, str] = {"error": "error", "warning": "warning", "info": 
 def to_sarif(diagnoses: Sequence[Diagnosis], rules: Sequence[Rule[Any]]) -> str:
     """Return one run with the findings of all diagnoses.
 
-    A finding is at its checkpoint (``physicalLocation``) and its layer (``logicalLocations``).
+    The location of a finding is its checkpoint (``physicalLocation``) and its layer
+    (``logicalLocations``).
     """
     numbers = {rule.id: i for i, rule in enumerate(rules)}
     driver = {

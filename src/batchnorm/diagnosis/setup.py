@@ -1,4 +1,4 @@
-"""What a model does in training and in eval, and what optimizer and loader do with it."""
+"""Evidence on a model's training and eval mode, and on optimizer and data loader."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +21,7 @@ Statistics = dict[str, tuple[Tensor, Tensor]]
 
 @dataclass
 class Moves:
-    """Which layers' statistics moved in a pass, by mode; None before it was made."""
+    """Which layers' statistics were updated in a pass, by mode; None before the pass."""
 
     woken: dict[str, bool] = field(default_factory=dict)
     asleep: dict[str, bool] = field(default_factory=dict)
@@ -30,7 +30,7 @@ class Moves:
 
 
 def modes(model: nn.Module, layers: Mapping[str, _BatchNorm], moves: Moves) -> None:
-    """Note which layers ``train()`` and ``eval()`` switch; to be called in ``preserved``."""
+    """Record which layers ``train()`` and ``eval()`` switch; to be called in ``preserved``."""
     model.train()
     moves.woken = {name: layer.training for name, layer in layers.items()}
     model.eval()
@@ -48,7 +48,7 @@ def moved(
 
 
 def changed(before: Statistics, after: Statistics) -> dict[str, bool]:
-    """Return which layers have other statistics than before."""
+    """Return which layers' statistics have changed."""
     return {
         name: any(not torch.equal(a, b) for a, b in zip(before[name], after[name], strict=True))
         for name in before
@@ -71,7 +71,7 @@ def training(
     moves: Moves,
     optimizer: Optimizer | None,
 ) -> dict[str, Training]:
-    """Return what is known of each layer's training."""
+    """Return the evidence on the training of each layer."""
     rates = {
         id(parameter): float(group.get("weight_decay") or 0.0)
         for group in (optimizer.param_groups if optimizer is not None else ())
@@ -96,7 +96,7 @@ def training(
 
 
 def between(ranks: Ranks, layers: Mapping[str, _BatchNorm]) -> dict[str, float]:
-    """Return how far each layer's statistics on any process are from those on the first."""
+    """Return the largest distance of each layer's statistics from those of rank 0."""
     own = {name: usable(read(Place(name, layer))) for name, layer in layers.items()}
     first, *others = ranks.exchange(own)
     return {
@@ -106,9 +106,9 @@ def between(ranks: Ranks, layers: Mapping[str, _BatchNorm]) -> dict[str, float]:
 
 
 def leftover(data: Any) -> int | None:
-    """Return how many samples the last batch of an epoch has; None where a loader does not say.
+    """Return the number of samples in the last batch of an epoch of a loader; None if unknown.
 
-    A list of batches is looked at itself by the pass over it.
+    For a list of batches, the pass over the data finds it.
     """
     if not isinstance(data, DataLoader) or data.batch_size is None:
         return None
@@ -122,7 +122,7 @@ def leftover(data: Any) -> int | None:
 
 
 def steps_of(layer: _BatchNorm) -> float | None:
-    """Return what a layer's counter says."""
+    """Return the value of a layer's counter, or None."""
     counter = layer.num_batches_tracked
     if counter is None or counter.is_meta:
         return None

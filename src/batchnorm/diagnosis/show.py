@@ -66,7 +66,7 @@ def report_of(
     most: int | None,
     measured: Sequence[LayerUse] = (),
 ) -> Report:
-    """Return the report; ``Diagnosis.report`` says what the last two are."""
+    """Return the report; ``Diagnosis.report`` documents the last arguments."""
     sections = [_section(group, most) for group in _by_rule(findings)]
     if with_layers and layers:
         rows = tuple(map(_row, layers))
@@ -80,7 +80,7 @@ def report_of(
 
 
 def summary(layers: Sequence[Layer], findings: Sequence[Finding]) -> str:
-    """Return in one sentence how many layers there are and what was found."""
+    """Return one sentence with the number of layers and findings."""
     counts = Counter(finding.severity for finding in findings)
     found = [
         say(words[counts[severity] > 1], count=counts[severity])
@@ -99,7 +99,7 @@ def summary(layers: Sequence[Layer], findings: Sequence[Finding]) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a name as it may be shown: characters that steer a terminal are written as codes."""
+    """Return a name with control characters escaped, which could control a terminal."""
     if isinstance(text, Said):
         values = text.values.items()
         return say(
@@ -151,7 +151,7 @@ def _row(layer: Layer) -> tuple[Cell, ...]:
 
 
 def by_effect(measured: Sequence[LayerUse]) -> list[LayerUse]:
-    """Return the layers, those that matter most first."""
+    """Return the layers, those with the largest effect first."""
 
     def weight(one: LayerUse) -> tuple[float, float]:
         fit = one.fit
@@ -171,7 +171,7 @@ def _ranked(measured: Sequence[LayerUse], most: int | None) -> Table:
 
 
 def _whole(number: float | None) -> float | None:
-    """Return a number of three digits and more without a fraction."""
+    """Return a number of three or more digits without a fraction."""
     return round(number) if number is not None and 100 <= number < math.inf else number
 
 

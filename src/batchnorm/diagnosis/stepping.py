@@ -1,6 +1,6 @@
-"""Training steps on a copy of a model: what can be seen of its batch norms only while it trains.
+"""Training steps on a copy of a model: evidence about its batch norms in training.
 
-The copy and the copy of the optimizer are thrown away; data are read from their beginning again.
+The copies of model and optimizer are discarded; the data are read again from the beginning.
 """
 
 import copy
@@ -24,17 +24,17 @@ from batchnorm.models.walk import Found
 from batchnorm.report.said import say
 
 Loss = Callable[[Any, Any], Tensor]
-# Of SGD without momentum, where no optimizer was given.
+# Learning rate of SGD without momentum, used if there is no optimizer.
 RATE = 0.01
 
 
 @dataclass
 class Seen:
-    """What training steps have found so far.
+    """The results of the training steps.
 
     Attributes:
-        steps: Of the model; None before the first step is done.
-        layers: Layer -> what happened to it.
+        steps: Results for the model; None before the first step is done.
+        layers: Layer -> results for the layer.
     """
 
     steps: Steps | None = None
@@ -42,17 +42,17 @@ class Seen:
 
 
 class _NotFiniteError(Exception):
-    """A number of a step is NaN or infinite: where, and which."""
+    """A value of a step is NaN or infinite; the arguments are the layer and the value."""
 
 
 class Stepping:
-    """A copy of a model and of its optimizer, and the steps that are done with them.
+    """A copy of a model and of its optimizer, for training steps.
 
     Args:
-        model: The model; in the mode in which it was given if that is training mode.
-        optimizer: The optimizer of the model, of which settings and state are copied; None for SGD
+        model: The model; its submodules keep their modes if it is in training mode.
+        optimizer: The optimizer of the model, whose settings and state are copied; None for SGD
             with the learning rate ``RATE``.
-        chosen: The batch norms to look at, as layers of the model.
+        chosen: The batch norms to examine, as layers of the model.
         forward: Passes a batch to the model.
         loss: ``loss(output, batch)``.
     """
@@ -65,7 +65,7 @@ class Stepping:
         forward: Forward,
         loss: Loss,
     ) -> None:
-        # In one copy, so that parameters of the copied optimizer are those of the copied model.
+        # Copied together, so that the copied optimizer has the parameters of the copied model.
         self._model, copied = copy.deepcopy((model, optimizer))
         if copied is None:
             wanting = [p for p in self._model.parameters() if p.requires_grad]
@@ -82,11 +82,11 @@ class Stepping:
         self._calls = dict.fromkeys(self._layers, 0)
         self._gradients: dict[str, list[float]] = {}
         self._running = False
-        # Layers that were finite at first: of others rules on the statistics alone speak.
+        # Layers that are finite at first; for all others the rules on checkpoints report it.
         self._whole = [name for name, layer in self._layers.items() if _is_whole(layer)]
 
     def run(self, seen: Seen, batches: Batches, options: Options, steps: int) -> None:
-        """Do some steps, and measure how far the running statistics are off after them."""
+        """Do training steps, and measure the distance of the running statistics after them."""
         if not self._model.training:
             self._model.train()
         layers = self._layers
@@ -114,7 +114,7 @@ class Stepping:
             seen.layers[name] = Stepped(calls, moved[name], updates, least, fits.get(name))
 
     def _called(self, name: str, _: object) -> None:
-        # Not those in backward, which activation checkpointing makes.
+        # Calls in backward, by activation checkpointing, are not counted.
         self._calls[name] += self._running
 
     def _closure(self, batch: Any) -> float:
@@ -136,7 +136,7 @@ class Stepping:
         return float(loss.detach())
 
     def _note_gradients(self, name: str, layer: nn.Module) -> None:
-        """Keep the largest |gradient| of γ and of β, each over all steps."""
+        """Update the largest |gradient| of γ and of β over all steps."""
         own = [p for p in layer.parameters(recurse=False) if p.requires_grad]
         sizes = [-1.0 if p.grad is None else float(p.grad.abs().max()) for p in own]
         known = self._gradients.get(name, [-1.0] * len(sizes))
@@ -148,7 +148,7 @@ class Stepping:
                 raise _NotFiniteError("", say("The parameter {name}", name=name))
 
     def _fits(self, batches: Batches, options: Options) -> dict[str, Fit]:
-        """Return how far the statistics after the steps are from those of the data."""
+        """Return the distances of the statistics after the steps from those of the data."""
         seen = probing.Seen()
 
         def run(batch: Any) -> Any:
@@ -164,7 +164,7 @@ class Stepping:
 
 
 def _cycle(batches: Batches, steps: int) -> Iterator[Any]:
-    """Yield so many batches of at least two samples, from the first one again where they end."""
+    """Yield ``steps`` batches of at least two samples; restart the data when they end."""
     left = steps
     while left:
         before = left
@@ -179,10 +179,10 @@ def _cycle(batches: Batches, steps: int) -> Iterator[Any]:
 
 
 def _scalar(loss: Any) -> Tensor:
-    """Return a loss.
+    """Return the loss, after checking it.
 
     Raises:
-        CalibrationError: If it is no number with a gradient.
+        CalibrationError: If it is not a scalar tensor with a gradient.
     """
     if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
         return loss

@@ -1,4 +1,4 @@
-"""What is known of a model that was run on data, as plain numbers; rules on models see no more."""
+"""The evidence about a model that was run on data, as plain numbers, for the rules on models."""
 
 from dataclasses import dataclass
 
@@ -7,24 +7,24 @@ from batchnorm.diagnosis.evidence import Evidence
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How far the stored statistics of a layer are from those of the data.
+    """The distance of a layer's stored statistics from those of the data.
 
-    With the stored mean m and variance v, and μ and σ² of everything that entered the layer, which
-    normalized by batches as in training:
+    With the stored mean m and variance v, and mean μ and variance σ² of all inputs of the layer in
+    a pass in which all layers normalize by the batch:
 
     Attributes:
         distance: Root mean square over the channels of sqrt(d² + (r - 1)²), each at most 4, with
-            d = (μ - m) / sqrt(v + ε) and r = sqrt((σ² + ε) / (v + ε)): the root mean square by
-            which the normalized values are off.
+            d = (μ - m) / sqrt(v + ε) and r = sqrt((σ² + ε) / (v + ε)): the root mean square error
+            of the normalized values.
         shift: Root mean square of d, each at most 4.
         stretch: Median of r.
         errors: Median over the channels of the larger difference, of the means or of the variances,
-            in standard errors; None where fewer than two batches reached the layer.
-        spread: Standard deviation of log r over the channels: 0 where all are off by one factor.
-        effect: Root mean square by which the model's output moves when this layer alone gets the
-            true statistics, over the deviation of the output; None where that is not known.
-        fits: The layer whose inputs the stored statistics fit where they do not fit those of their
-            own, and whose stored statistics fit the inputs of this one; "" where there is none.
+            in standard errors; None if fewer than two batches reached the layer.
+        spread: Standard deviation of log r over the channels: 0 if all are off by the same factor.
+        effect: Root mean square change of the model's output if this layer alone gets the true
+            statistics, relative to the output's standard deviation; None if unknown.
+        fits: Another layer, if the stored statistics of each of the two layers fit the inputs of
+            the other layer; "" if there is none.
     """
 
     distance: float
@@ -38,28 +38,28 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class Feed:
-    """What entered a layer.
+    """Statistics of the inputs of a layer.
 
     Attributes:
-        batches: How many batches reached it.
-        calls: The most calls of it in one pass of the model.
-        values: Values per channel in a call, the median of all.
-        independent: By the variance of the means of samples, to how many independent values those
-            of a batch amount; None where it is not known.
-        scatter: Variance of the means of batches over that which batches of samples drawn at random
-            would have; about 1 for shuffled batches; None where it is not known.
+        batches: Number of batches that reached it.
+        calls: Largest number of calls in one pass of the model.
+        values: Median number of values per channel in a call.
+        independent: Number of independent values per channel in a batch, estimated from the
+            variance of the means of samples; None if unknown.
+        scatter: Variance of the means of batches, relative to that of random batches; about 1 for
+            shuffled batches; None if unknown.
         apart: The largest distance, as ``Fit.distance``, of the inputs of one call in a pass from
-            those of all; 0 for one call.
-        repeats: Share of the positions whose values equal those of the position before in every
-            channel, where their number differs between samples: padding. 0 for images.
-        padded: Share of the pixels of the batches' images that a mask of the batch leaves out, of
-            which the layer knows nothing; 0 where there is no mask.
-        histogram: How many of some values fall into each of 64 parts of [-8, 8], after they were
-            normalized by the stored statistics; what lies beyond counts in the outermost ones.
-        mean: Mean of these normalized values: 0 where the stored statistics fit.
-        deviation: Their standard deviation: about 1 where the stored statistics fit.
+            those of all calls; 0 for one call.
+        repeats: Share of the positions whose values equal those of the previous position in every
+            channel, if their number differs between samples: padding. 0 for images.
+        padded: Share of the images' pixels that are masked by a mask of the batch, which the layer
+            does not use; 0 if there is no mask.
+        histogram: Numbers of values in each of 64 bins of [-8, 8], normalized by the stored
+            statistics; values outside count in the outermost bins.
+        mean: Mean of these normalized values: 0 if the stored statistics fit.
+        deviation: Their standard deviation: about 1 if the stored statistics fit.
         gap: Root mean square of the difference between the layer's output in training, without
-            dropout, and in eval, over that in training; None where it is not known.
+            dropout, and in eval, relative to that in training; None if unknown.
     """
 
     batches: int
@@ -78,17 +78,17 @@ class Feed:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """How a layer behaves in training, in eval, and what the optimizer does to it.
+    """The behaviour of a layer in training and eval mode, and its parameters in the optimizer.
 
     Attributes:
-        mode: Whether it was in training mode when the model was given.
+        mode: Whether it was in training mode before the diagnosis.
         woken: Whether ``model.train()`` puts it in training mode.
-        asleep: Whether ``model.eval()`` takes it out of training mode.
-        moves: Whether its statistics moved in a pass in training mode; None where none was made.
-        moves_in_eval: The same in eval mode.
-        trained: Whether γ or β has requires_grad; None where there is neither.
-        known: Whether the optimizer has all of them that have; None without an optimizer.
-        decay: Its largest weight decay on them; None likewise.
+        asleep: Whether ``model.eval()`` puts it in eval mode.
+        moves: Whether a pass in training mode updates its statistics; None if there was no pass.
+        moves_in_eval: The same for eval mode.
+        trained: Whether γ or β has requires_grad; None if it has neither.
+        known: Whether the optimizer has all trained parameters; None without an optimizer.
+        decay: The largest weight decay of γ and β; None without an optimizer.
     """
 
     mode: bool
@@ -103,15 +103,15 @@ class Training:
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
-    """What lies around a layer in the flow of data.
+    """The operations around a layer in the flow of data.
 
     Attributes:
-        bias: The layer before, whose output enters this one alone and has a bias; "" for none.
-        dropout: The active dropout before it with no other batch norm in between; "" for none.
+        bias: A linear map with a bias whose output is used by this layer only; "" for none.
+        dropout: The active dropout before it, without another batch norm in between; "" for none.
         behind: Whether its input depends on the result of another batch norm.
-        lost: An activation behind it with which the statistics of ``follower`` fit, which do not
-            fit without; "" for none.
-        follower: The layer that is called next, where ``lost`` is not "".
+        lost: An activation that, inserted after the layer, makes the statistics of ``follower``
+            fit; "" for none.
+        follower: The layer that is called next, if ``lost`` is not "".
     """
 
     bias: str = ""
@@ -123,16 +123,16 @@ class Wiring:
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """What training steps on a copy of the model did to a layer.
+    """The effect of training steps of a copy of the model on a layer.
 
     Attributes:
-        calls: How often it was called in the forward passes of all steps.
-        moved: Whether its running statistics moved.
-        updates: By how much its counter went up; None where it has none.
-        gradient: The largest absolute gradient of γ in all steps, or of β where that is smaller;
-            negative where no gradient reached one of them; None where neither is trained.
-        fit: How far the running statistics were from those of the data at the weights of the end;
-            None where that was not measured.
+        calls: Number of calls in the forward passes of all steps.
+        moved: Whether its running statistics changed.
+        updates: Increase of its counter; None without a counter.
+        gradient: The smaller of the largest absolute gradients of γ and β over all steps; negative
+            if one of them got no gradient; None if neither is trained.
+        fit: The distance of the running statistics from those of the data at the final weights;
+            None if not measured.
     """
 
     calls: int
@@ -147,9 +147,9 @@ class Steps:
     """Training steps on a copy of the model.
 
     Attributes:
-        done: How many.
-        layer: The layer in which the last one found a number that is not finite; "" for none.
-        wrong: Which number that was, in words; "" where all were finite.
+        done: Number of steps.
+        layer: The layer in which the last step found a value that is not finite; "" for none.
+        wrong: Description of this value; "" if all were finite.
     """
 
     done: int
@@ -159,19 +159,19 @@ class Steps:
 
 @dataclass(frozen=True, slots=True)
 class LayerUse:
-    """One batch norm of a model, with what was measured of it; None where something was not.
+    """One batch norm of a model, with its measurements; None for values not measured.
 
     Attributes:
         name: Its first name in the model.
         kind: The full name of its class.
-        channels: How many.
+        channels: Number of channels.
         eps: ε.
-        momentum: Of the running average; None for the average of all steps.
-        steps: What its counter says.
-        known_wrong: Whether a rule on the statistics alone is about it: no data are needed then.
+        momentum: Momentum of the running average; None for the average of all steps.
+        steps: Value of its counter.
+        known_wrong: Whether a rule on the checkpoint already reports its statistics.
         ranks: The largest difference of its statistics between processes, as ``Fit.distance``;
             None in a single process.
-        stepped: What training steps did to it; None where none were made.
+        stepped: The effect of training steps; None without steps.
     """
 
     name: str
@@ -190,7 +190,7 @@ class LayerUse:
 
     @property
     def start(self) -> float:
-        """The share that the values of a new layer still have in the running average."""
+        """The weight of the initial values in the running average."""
         if self.momentum is None or self.steps is None:
             return 0.0
         return float((1 - min(max(self.momentum, 0.0), 1.0)) ** self.steps)
@@ -198,13 +198,13 @@ class LayerUse:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One comparison of a model's output with itself; no labels are needed.
+    """One comparison of a model's output with itself, without labels.
 
     Attributes:
-        name: Which, such as ``"alone"``.
-        difference: The largest difference of the outputs; None where it could not be made.
-        allowed: What rounding may do: see ``checks``.
-        reason: Why it could not be made.
+        name: Name of the comparison, such as ``"alone"``.
+        difference: The largest difference of the outputs; None if it was not possible.
+        allowed: The difference that rounding can cause: see ``checks``.
+        reason: Why it was not possible.
     """
 
     name: str
@@ -215,22 +215,22 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """All that was seen of a model.
+    """The evidence about a model.
 
     Attributes:
-        checkpoint: What its state dict says.
+        checkpoint: Evidence of its state dict.
         layers: Its batch norms with stored statistics.
-        plain: Its batch norms without.
-        mode: Whether it was in training mode when it was given.
-        batches: How many batches of data were read.
+        plain: Its batch norms without stored statistics.
+        mode: Whether it was in training mode before the diagnosis.
+        batches: Number of batches that were read.
         gap: Root mean square of the difference between the model's outputs in training, without
-            dropout, and in eval, over the deviation of that in training; None where not known.
-        optimizer: Whether one was given.
-        leftover: Samples in the last batch of an epoch of the loader; None where that is unknown.
-        refused: Whether a batch could not be normalized by itself: it had one value per channel.
+            dropout, and in eval, relative to the deviation in training; None if unknown.
+        optimizer: Whether there is an optimizer.
+        leftover: Samples in the last batch of an epoch of the loader; None if unknown.
+        refused: Whether a batch had one value per channel and could not be normalized.
         checks: Comparisons of the model with itself.
-        failed: What went wrong while it was measured, by what was measured.
-        steps: Training steps on a copy of the model; None where none were made.
+        failed: Stage -> its error.
+        steps: Training steps on a copy of the model; None without steps.
     """
 
     checkpoint: Evidence

@@ -1,4 +1,4 @@
-"""What lies around a layer in the flow of data: a bias or a dropout before it."""
+"""The operations before a layer in the flow of data: a bias or a dropout."""
 
 from collections.abc import Mapping
 
@@ -7,12 +7,12 @@ from torch import nn
 from batchnorm.diagnosis.use import Wiring
 from batchnorm.models.flow import Call, Flow
 
-# Calls that are walked back from a layer to find a dropout.
+# Maximum number of calls to follow back from a layer to find a dropout.
 FURTHEST = 200
 
 
 def wiring(flow: Flow, model: nn.Module, names: list[str]) -> dict[str, Wiring]:
-    """Return the surroundings of each layer that was called in a pass in training mode."""
+    """Return the wiring of each layer that was called in a pass in training mode."""
     modules = dict(model.named_modules())
     needs = flow.dependencies(flow.normalizations)
     found = {}
@@ -28,7 +28,7 @@ def wiring(flow: Flow, model: nn.Module, names: list[str]) -> dict[str, Wiring]:
 
 
 def _bias(flow: Flow, modules: Mapping[str, nn.Module], calls: tuple[Call, ...]) -> str:
-    """Return the one linear map with a bias that feeds a layer which is called once."""
+    """Return the linear map with a bias before a layer that is called once, or ""."""
     if len(calls) != 1:
         return ""
     value = calls[0].inputs[0]
@@ -43,7 +43,7 @@ def _bias(flow: Flow, modules: Mapping[str, nn.Module], calls: tuple[Call, ...])
 
 
 def _dropout(flow: Flow, modules: Mapping[str, nn.Module], call: Call) -> str:
-    """Return an active dropout on the way to a layer, behind the batch norms before it."""
+    """Return an active dropout before a layer, after the previous batch norms, or ""."""
     waiting: list[int] = [call.inputs[0]]
     seen: set[int] = set()
     while waiting and len(seen) < FURTHEST:

@@ -191,9 +191,7 @@ def recipe_of(tensor: Tensor) -> Recomputable | None:
     origin = base(tensor)
     made = tensor if origin is None else origin
     recipe: Recomputable | None = _RECIPES.get(made)
-    if (
-        recipe is None or made.data_ptr() != recipe.pointer
-    ):  # y.data = z does not change the version
+    if recipe is None or made.data_ptr() != recipe.pointer:  # y.data = z keeps the version
         return None
     if tensor.dtype != made.dtype or tensor.is_conj() or tensor.is_neg():
         return None  # a view with another dtype, which as_strided cannot create
