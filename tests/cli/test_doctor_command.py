@@ -170,7 +170,7 @@ def test_findings_can_be_written_explained_and_left_out():
     log = json.loads(doctor(f"{arguments} --format sarif").stdout)
     (result,) = log["runs"][0]["results"]
     assert (result["ruleId"], result["level"]) == ("BN701", "warning")
-    assert "requires_grad=False keeps γ and β" in run("doctor", "--explain", "bn701").stdout
+    assert "requires_grad=False freezes γ and β" in run("doctor", "--explain", "bn701").stdout
     assert bn.inspect({}).measured == ()
 
 
