@@ -94,8 +94,8 @@ def test_a_file_that_is_damaged_or_of_another_kind_is_refused(tmp_path):
     other = pytest.importorskip("safetensors.torch").save({"a": torch.ones(2)})
     for content, words in (
         (path.read_bytes()[:-9], "damaged"),
-        (b"", "no safetensors"),
-        (b"\x08" + b"\0" * 40, "no safetensors"),
+        (b"", "not a safetensors"),
+        (b"\x08" + b"\0" * 40, "not a safetensors"),
         (other, "another kind"),
     ):
         path.write_bytes(content)

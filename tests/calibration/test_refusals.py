@@ -30,7 +30,7 @@ REFUSED = [
     (nn.Sequential(nn.LazyBatchNorm2d()), images(), {}, "lazy|uninitialized|first"),
     (nn.Sequential(bn.LazyBatchNorm2d()), images(), {}, "lazy|uninitialized|first"),
     (net().to("meta"), BATCHES, {}, "layer '1' is on the device 'meta'"),
-    (torch.jit.script(net()), BATCHES, {}, "calibrate the one it was made from"),
+    (torch.jit.script(net()), BATCHES, {}, "calibrate the original model"),
     (bn.BatchNorm1d(2), [], {}, "at least one batch"),
     (nn.BatchNorm1d(2).eval(), [], {}, "at least one batch"),
     (net(), 3, {}, "expected data to be an iterable of batches, got int"),

@@ -62,8 +62,8 @@ def test_a_wrong_option_is_a_usage_error_in_plain_lines(arguments):
     ("arguments", "words"),
     [
         (("--part", "no such cell"), "no name has the part"),
-        (("--out", "file"), "cannot make the folder file"),
-        (("--out", "file/folder"), "cannot make the folder file/folder"),
+        (("--out", "file"), "cannot create the folder file"),
+        (("--out", "file/folder"), "cannot create the folder file/folder"),
         pytest.param(
             ("--device", "cuda"),
             "expected a CUDA device",

@@ -67,7 +67,7 @@ def test_the_exit_status_says_what_was_found(arguments, status, files):
 def test_files_that_can_be_read_are_shown_beside_errors_of_the_others(files):
     (files / "noise.pt").write_bytes(b"noise" * 99)
     done = inspected("noise.pt", "gone.pt", "wrong.pt")
-    assert_refused(done, "noise.pt is no checkpoint that can be read", "gone.pt", code=2)
+    assert_refused(done, "noise.pt is not a checkpoint that can be read", "gone.pt", code=2)
     assert len(done.stderr.splitlines()) == 2
     assert "The variance of 1 of 24 channels is negative, down to -0.25." in done.stdout
 
@@ -79,7 +79,7 @@ def test_text_groups_findings_by_rule(files):
         "2 batch norms; 1 error",
         "error BN102: A variance is negative",
         "2      The variance of 1 of 24",
-        "Remedy: Compute the statistics anew",
+        "Remedy: Recompute the statistics",
         "Not checked: BN402 (no averaged copy (ema, teacher, swa, ...) beside a layer).",
     ):
         assert f"\n{line}" in text, line
