@@ -52,14 +52,25 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.delitem(sys.modules, "recipe", raising=False)
     (tmp_path / "recipe.py").write_text(RECIPE)
-    recipe = runpy.run_path("recipe.py")
-    model = recipe["model"]()
+    state = network().state_dict()
+    save_file(state, tmp_path / "in.safetensors")
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "in.pt")
+    return tmp_path
+
+
+def network():
+    """The model of the recipe, with a weight that is not in the recipe."""
+    model = runpy.run_path("recipe.py")["model"]()
     with torch.no_grad():
         model[0].weight.mul_(2)
-    save_file(model.state_dict(), tmp_path / "in.safetensors")
-    torch.save({"state_dict": model.state_dict(), "epoch": 3}, tmp_path / "in.pt")
-    bn.calibrate(model, recipe["batches"]())
-    return tmp_path, model.state_dict()
+    return model
+
+
+@pytest.fixture
+def expected(folder):
+    model = network()
+    bn.calibrate(model, runpy.run_path("recipe.py")["batches"]())
+    return model.state_dict()
 
 
 GIVEN = ("calibrate", "--model", "recipe:model", "--data", "recipe:batches")
@@ -77,8 +88,7 @@ def assert_state(path, expected):
 @pytest.mark.parametrize(
     ("source", "target"), [("in.safetensors", "out.safetensors"), ("in.pt", "out.pt")]
 )
-def test_a_checkpoint_gets_exact_statistics(source, target, folder):
-    folder, expected = folder
+def test_a_checkpoint_gets_exact_statistics(source, target, folder, expected):
     done = run(*GIVEN, "--checkpoint", source, "--out", target, "--save", "day.safetensors")
     assert done.exit_code == 0, done.stderr
     assert_state(folder / target, expected)
@@ -90,7 +100,6 @@ def test_a_checkpoint_gets_exact_statistics(source, target, folder):
 
 
 def test_options_reach_the_library(folder):
-    folder, _ = folder
     done = run(
         *("calibrate", "--model", "recipe:model", "--data", "recipe:pairs", "--forward", "recipe:forward"),
         *("--checkpoint", "in.safetensors", "--out", "out.safetensors", "--upstream", "population"),
@@ -101,8 +110,7 @@ def test_options_reach_the_library(folder):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("data", lanes(["recipe:batches", "recipe:share"], slow=["recipe:share"]))
-def test_under_torchrun_the_work_is_shared_and_one_file_written(data, folder):
-    folder, expected = folder
+def test_under_torchrun_the_work_is_shared_and_one_file_written(data, folder, expected):
     done = processes.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"),
@@ -144,7 +152,6 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_checkpoint_is_refused_without_running_it(kind, folder):
-    folder, _ = folder
     path = folder / ("bad.safetensors" if kind == "truncated" else "bad.pt")
     write, *words = BAD[kind]
     write(path)
@@ -153,8 +160,7 @@ def test_a_bad_checkpoint_is_refused_without_running_it(kind, folder):
     assert not (folder / "out.pt").exists()
 
 
-def test_an_existing_file_is_kept_unless_forced(folder):
-    folder, expected = folder
+def test_an_existing_file_is_kept_unless_forced(folder, expected):
     out = folder / "out.safetensors"
     out.write_bytes(b"precious")
     given = (*GIVEN, "--checkpoint", "in.safetensors", "--out", out.name)
@@ -197,8 +203,7 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA 
         (("--checkpoint", "mixed.pt", "--out", "out.safetensors"), ("'epoch' is int", ".pt"), 1),
     ],
 )
-def test_an_option_is_refused_before_the_data_are_asked_for(options, words, code, folder):
-    folder, expected = folder
+def test_an_option_is_refused_before_the_data_are_asked_for(options, words, code, folder, expected):
     torch.save({**expected, "epoch": 3}, folder / "mixed.pt")
     (folder / "recipe.py").write_text(RECIPE + MIXED)
     given = {
@@ -245,7 +250,6 @@ def test_an_error_is_one_line_however_narrow_the_terminal_and_has_no_codes(folde
     ],
 )
 def test_files_that_cannot_be_merged_are_refused_in_one_line(options, words, code, folder):
-    folder, _ = folder
     out = () if "--out" in options else ("--out", "out.pt")
     bn.calibrate(nn.BatchNorm1d(4), [torch.randn(8, 4)]).save(folder / "0.safetensors")
     assert_refused(run("merge", *options, *out), *words, code=code)
@@ -253,7 +257,6 @@ def test_files_that_cannot_be_merged_are_refused_in_one_line(options, words, cod
 
 
 def test_calibrations_and_checkpoints_are_merged(folder):
-    folder, _ = folder
     recipe = runpy.run_path("recipe.py")
     for i in range(2):
         part = bn.calibrate(recipe["model"](), recipe["batches"]()[i::2])

@@ -12,7 +12,7 @@ import batchnorm as bn
 from batchnorm.errors import CollectiveError
 from support.lanes import lanes
 from support.ranks import across_ranks
-from support.twins import Calls
+from support.twins import Calls, assert_close
 
 BACKENDS = {
     "eager": {},
@@ -110,7 +110,7 @@ def test_a_graph_has_the_bits_and_the_messages_of_eager_mode(kind):
             assert sent == expected and len(sent) == (0 if alone else 6), (backend, rank, sent)
             for one, other in zip(compiled, eager, strict=True):
                 if "inductor" in backend or alone:  # what is between the layers rounds elsewhere
-                    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+                    assert_close(one, other, size=64)
                 else:
                     assert torch.equal(one, other), (backend, rank)
 
@@ -185,7 +185,7 @@ def test_several_forwards_before_a_backward_under_ddp_are_those_of_the_whole_bat
     for eager, compiled in across_ranks(_under_ddp, 2):
         for found in (eager, compiled):
             for one, other in zip(found, expected, strict=True):
-                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+                assert_close(one, other, size=64)
 
 
 def _checkpointed(rank):

@@ -214,7 +214,7 @@ def test_statistics_are_frozen_at_an_epoch_and_folded_at_the_end(library, lightn
     assert not torch.equal(first[1].weight, last[1].weight)
     assert not callback.folded.report.left
     assert not any("BatchNorm" in type(layer).__name__ for layer in model.modules())
-    torch.testing.assert_close(model.net(X), last.eval()(X), rtol=1e-4, atol=1e-5)
+    assert_close(model.net(X), last.eval()(X), size=16)
     with pytest.raises(OptionError, match="number of the first frozen epoch.*got -1"):
         ours.FreezeCallback(-1)
 

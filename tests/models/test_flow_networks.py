@@ -1,14 +1,12 @@
 """Answers of a flow about networks of torchvision, against graphs that torch.fx traces of them."""
 
 from collections import Counter
-from typing import NamedTuple
 
 import pytest
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.models.flow import Flow
 from batchnorm.models.following import flow
 from support.lanes import lanes
 from support.third_party import torchvision
@@ -27,20 +25,11 @@ HALVES = {"shufflenet_v2_x0_5"}
 VIEWS = {"flatten", "view", "chunk", "transpose", "contiguous", "size", "getattr", "getitem"}
 
 
-class Followed(NamedTuple):
-    """A network, its traced graph, and a pass in eval and in training."""
-
-    name: str
-    model: nn.Module
-    graph: fx.Graph
-    evaluated: Flow
-    trained: Flow
-
-
 @pytest.fixture(
     scope="module", params=lanes(NETWORKS, fast=NETWORKS.keys() - LARGE, slow=["densenet121"])
 )
 def network(request):
+    """Name, model, traced graph, and a pass in evaluation and in training."""
     torch.manual_seed(1)
     model = torchvision().models.get_model(request.param, weights=None, **NETWORKS[request.param])
     x = torch.randn(2, 3, 64, 64)
@@ -52,7 +41,7 @@ def network(request):
             found.append(flow(model, x))
         assert torch.equal(numbers, torch.get_rng_state())
         assert all(p.grad is None for p in model.parameters())
-    return Followed(request.param, model, fx.Tracer().trace(model.eval()), *found)
+    return request.param, model, fx.Tracer().trace(model.eval()), *found
 
 
 def name_of(node):
@@ -104,8 +93,8 @@ def test_consumers_are_those_of_the_traced_graph(network):
 
 
 def test_dependencies_are_the_ancestors_in_the_traced_graph(network):
-    found, ancestors = network.trained, {}
-    for node in network.graph.nodes:
+    (_, _, graph, _, found), ancestors = network, {}
+    for node in graph.nodes:
         above = [ancestors[one] | {one} for one in node.all_input_nodes]
         ancestors[node] = frozenset().union(*above)
     every = found.dependencies(found.normalizations)
@@ -119,5 +108,5 @@ def test_dependencies_are_the_ancestors_in_the_traced_graph(network):
 
 
 def test_nothing_of_a_network_is_kept_unseen_or_read(network):
-    for found in (network.evaluated, network.trained):
+    for found in network[3:]:
         assert not found.kept and not found.unseen and not found.reads
