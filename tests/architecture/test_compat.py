@@ -43,7 +43,7 @@ ACTIVE = {
 
 
 @pytest.mark.parametrize("what", ACTIVE)
-def test_what_is_active_is_seen(what):
+def test_active_modes_and_transforms_are_seen(what):
     run, expected = ACTIVE[what]
     found = []
     run(lambda x: (found.append(answers()), x.sum())[1])

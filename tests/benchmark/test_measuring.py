@@ -79,7 +79,7 @@ def test_without_tcmalloc_glibc_is_told_to_keep_pages(monkeypatch):
         assert call(faults_of_a_step) < 8
 
 
-def test_regime_that_cannot_be_had_is_refused_with_what_to_do(monkeypatch):
+def test_a_regime_that_is_not_available_is_refused_with_a_remedy(monkeypatch):
     with pytest.raises(OptionError, match="default, kept; got 'fast'"):
         served.variables("fast")
     monkeypatch.setattr("platform.system", lambda: "Darwin")

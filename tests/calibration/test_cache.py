@@ -155,7 +155,7 @@ def test_the_same_bits_in_networks_of_all_kinds(name, size):
     assert_the_same_bits(model, data, size, passes=3 if name == "skips" else None)
 
 
-def test_a_hidden_path_is_noticed_and_then_nothing_is_skipped():
+def test_no_module_is_skipped_where_a_module_reads_an_attribute_of_another():
     """A module hands a tensor to a later one by an attribute."""
     torch.manual_seed(2)
     first = Calls(lambda m, x: (setattr(m, "seen", x), m.linear(x))[1], linear=Counted(6, 6))

@@ -160,7 +160,7 @@ def test_a_batch_that_cannot_be_cut_is_left_out_unless_it_is_the_first():
         assert found.samples == samples
 
 
-def test_standard_errors_are_honest():
+def test_two_standard_errors_cover_about_95_percent_of_the_true_values():
     """Of 1200 channels of 1000 values each, the errors cover the truth as they should."""
     torch.manual_seed(1)
     data = torch.randn(100, 40, 25, 12).square()  # chi-squared: mean 1, variance 2, skewed
@@ -232,7 +232,7 @@ def three():
         (lambda model: lambda name, layer: isinstance(layer, bn.BatchNorm2d), {"1.1"}),
     ],
 )
-def test_layers_are_asked_for_by_name_pattern_module_or_question(layers, expected):
+def test_layers_are_selected_by_name_pattern_module_or_function(layers, expected):
     model = three()
     model[1][0].eval()
     layers = layers(model) if callable(layers) else layers
@@ -243,7 +243,7 @@ def test_layers_are_asked_for_by_name_pattern_module_or_question(layers, expecte
     assert {name.removesuffix(".running_mean") for name, b in means.items() if b.any()} == expected
 
 
-def test_layers_that_were_not_asked_for_go_by_what_they_keep():
+def test_layers_that_are_not_selected_normalize_by_their_stored_statistics():
     model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
     found = bn.calibrate(model, images(), layers="1")
     expected = nn.BatchNorm2d(3).eval()(torch.cat(images()))

@@ -48,7 +48,7 @@ def test_a_calibration_that_is_saved_and_loaded_is_the_same(options, tmp_path):
         assert all(map(torch.equal, values, (*other.new, *other.groups, *other.change)))
 
 
-def test_days_merged_are_one_calibration_of_all_days(tmp_path):
+def test_merged_calibrations_equal_one_calibration_of_all_batches(tmp_path):
     days = [data(seed) for seed in range(3)]
     parts = [bn.calibrate(network(), day) for day in days]
     merged = parts[0].merge(*parts[1:])
@@ -66,7 +66,7 @@ def test_days_merged_are_one_calibration_of_all_days(tmp_path):
     assert_same_state(model, twin)
 
 
-def test_what_does_not_belong_together_is_not_merged():
+def test_calibrations_of_other_channels_or_another_upstream_are_not_merged():
     first = bn.calibrate(network(), data(0))
     with pytest.raises(CalibrationError, match="'1'.*5 and 6"):
         first.merge(bn.calibrate(network(6), data(0)))
@@ -207,7 +207,7 @@ def test_one_state_comes_back_as_it_is_and_a_state_of_weight_0_may_hold_anything
         (lambda s: None, [1, math.nan], "finite"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_averaged_is_named(change, counts, words):
+def test_states_that_cannot_be_averaged_are_refused_and_named(change, counts, words):
     both = states(2)
     change(both[1])
     with pytest.raises(OptionError, match=words):

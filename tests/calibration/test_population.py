@@ -40,7 +40,7 @@ def assert_same_but_for_rounding(found, expected):
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d, bn.BatchNorm1d, nn.SyncBatchNorm])
-def test_the_same_answer_whatever_the_batches(layer):
+def test_population_statistics_do_not_depend_on_the_batch_sizes(layer):
     x = torch.randn(96, 6) * 2 + 1
     found = []
     for sizes in ([96], [1] * 96, [5] * 19 + [1], [64, 32], [1, 95]):
@@ -77,7 +77,7 @@ def test_parallel_branches_share_a_pass(name):
     assert_self_consistent(model, data, ratio=400)
 
 
-def test_after_n_repeats_n_levels_are_exact_and_the_rest_says_how_far_it_moved():
+def test_n_passes_make_n_levels_exact_and_report_the_remaining_change():
     x = torch.randn(200, 6)
     exact = dense()
     bn.calibrate(exact, x.split(20), upstream="population")
@@ -109,7 +109,7 @@ def thrice(m, x):
     return m.after(x)
 
 
-def test_a_layer_that_enters_itself_is_repeated_until_it_settles():
+def test_a_layer_whose_input_depends_on_its_output_is_repeated_until_it_converges():
     x = torch.randn(64, 5) + 1
     linear = nn.Linear(5, 5)
     models = [norms(thrice, ("norm", "after"), 5, linear=linear) for _ in range(2)]
@@ -131,7 +131,7 @@ def moody(m, x):
 
 
 @pytest.mark.parametrize("first", [1.0, -1.0])
-def test_batches_that_take_other_ways_are_noticed(first):
+def test_batches_that_call_other_layers_are_calibrated_exactly(first):
     data = list(torch.randn(60, 4).split(6))
     for i, x in enumerate(data):
         x[0, 0] = x[0, 0].abs() * first * (1 if i < 5 else -1)
@@ -149,7 +149,7 @@ def by_chance(m, x):
     return x
 
 
-def test_a_model_that_never_does_the_same_twice_comes_to_an_end():
+def test_a_calibration_of_a_model_with_random_control_flow_ends():
     model = norms(by_chance, "abcd")
     bn.calibrate(model, torch.randn(80, 4).split(8), upstream="population")
 
@@ -190,7 +190,7 @@ def test_a_failure_in_any_pass_leaves_everything_as_it_was(at, error):
         bn.calibrate(model, torch.randn(40, 6).split(4), upstream="population", forward=forward)
 
 
-def test_poisoned_statistics_and_nan_batches_do_not_spoil_it():
+def test_stored_nan_and_batches_of_nan_do_not_change_population_statistics():
     x = torch.randn(40, 6)
     model, twin = dense(), dense()
     model[4].running_mean.fill_(torch.nan)
@@ -203,7 +203,7 @@ def test_poisoned_statistics_and_nan_batches_do_not_spoil_it():
     assert_same_but_for_rounding(statistics(model), statistics(twin))
 
 
-def test_frozen_layers_pass_on_what_they_keep():
+def test_frozen_layers_normalize_by_their_stored_statistics_during_a_calibration():
     model = dense()
     with torch.no_grad():
         model[4].running_var.fill_(9)

@@ -195,7 +195,7 @@ def test_a_limit_of_samples_is_that_of_all_together():
 
 
 @pytest.mark.parametrize("kind", FAILURES)
-def test_a_failure_anywhere_is_one_everywhere_and_changes_nothing(kind):
+def test_an_error_in_one_process_is_raised_in_all_and_changes_no_model(kind):
     first, second = FAILURES[kind]
     said = [one["failure", kind] for one in job(2)]
     assert re.match(first, said[0], re.DOTALL), said[0]

@@ -168,7 +168,7 @@ def test_calls_that_cannot_be_measured_are_named(call, words, upstream):
     layout=[torch.contiguous_format, torch.channels_last],
     affine=[True, False],
 )
-def test_what_torchs_layers_return_meanwhile_is_normalized_by_the_batch(dtype, layout, affine):
+def test_torchs_layers_normalize_by_the_batch_during_a_calibration(dtype, layout, affine):
     layer = nn.BatchNorm2d(5, affine=affine)
     model = nn.Sequential(layer.to(dtype), nn.ReLU())
     passed = []

@@ -75,7 +75,7 @@ def test_the_printed_table_has_a_line_for_each_layer_with_its_numbers():
     assert re.search(r"^Unchanged\n.*\n-+\n3 +keeps no statistics", text, re.MULTILINE)
 
 
-def test_what_one_batch_cannot_tell_is_a_dash_in_the_table_and_absent_from_the_plot():
+def test_errors_of_a_single_batch_are_a_dash_in_the_table_and_absent_from_the_plot():
     torch.manual_seed(5)
     found = bn.calibrate(nn.BatchNorm1d(3), [torch.randn(8, 3)])
     (line,) = [line for line in str(found).splitlines() if line.startswith("(the model)")]
@@ -161,7 +161,7 @@ def test_a_terminal_is_shown_batches_samples_a_second_and_the_error(shown, monke
     assert re.search(r"[\d,]+ samples/s  standard error 0\.\d+", text)
 
 
-def test_stages_have_a_bar_each_that_stays(shown):
+def test_each_stage_keeps_its_progress_bar(shown):
     def work():
         with progress.bars() as watch:
             watch("first", 1, 4)
@@ -174,7 +174,7 @@ def test_stages_have_a_bar_each_that_stays(shown):
     assert "2/4" in second and "a note" in second
 
 
-def test_where_nothing_is_shown_the_error_is_not_computed(capsys):
+def test_the_standard_error_is_not_computed_without_a_terminal(capsys):
     def error():
         raise AssertionError
 

@@ -150,7 +150,7 @@ def test_the_exit_status_says_what_was_found_and_errors_are_one_line(arguments, 
     assert "Traceback" not in done.output
 
 
-def test_what_was_measured_before_a_failure_is_shown():
+def test_doctor_prints_what_it_measured_before_the_data_failed():
     done = doctor("--model patient:small --data patient:fails --format json")
     (found,) = json.loads(done.stdout)
     (layer,) = found["measured"]

@@ -74,7 +74,7 @@ def failing(rank):
         return f"{type(error).__name__}: {error}"
 
 
-def test_one_that_fails_keeps_its_error_and_the_others_hear_of_it(found):
+def test_an_error_of_one_rank_is_raised_there_and_named_in_the_other_ranks(found):
     said = found["failing"]
     assert said[1] == "ValueError: the disk is full"
     for other in (said[0], said[2]):
@@ -94,7 +94,7 @@ def outsider(rank):
         return str(error)
 
 
-def test_a_process_outside_of_the_group_is_told(found):
+def test_a_process_outside_of_the_group_is_refused(found):
     first, second, _ = found["outsider"]
     assert first == 1
     assert "member of the given group" in second

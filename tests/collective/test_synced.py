@@ -107,7 +107,7 @@ def test_synced_in_one_process_is_the_batch():
     assert repr(bn.Synced()) == "Synced()"
 
 
-def test_there_and_back_between_plain_layers_torch_s_synchronized_ones_and_ours():
+def test_a_model_is_converted_from_torchs_synchronized_layers_to_ours_and_back():
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
     model = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))

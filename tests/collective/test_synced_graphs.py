@@ -135,7 +135,7 @@ def _skipping(rank):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_process_that_skips_a_layer_of_a_graph_is_told_apart_in_all():
+def test_a_process_that_skips_a_layer_of_a_graph_is_named_in_all_processes():
     for told, same in across_ranks(_skipping, 2):
         assert same
         words = "rank 0 is in the forward pass .*'second.a' here.* rank 1 .*'second.b' here"

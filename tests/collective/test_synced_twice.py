@@ -107,5 +107,5 @@ def _renormed(rank):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_adjusted_statistics_refuse_a_second_derivative():
+def test_renorm_of_synced_statistics_refuses_a_second_derivative():
     across_ranks(_renormed, 2)

@@ -247,7 +247,7 @@ def test_every_contender_has_one_colour_and_every_paragraph_a_second_language(to
     assert colours["with BN"] == {0} and colours["without BN"] == {1}
 
 
-def test_a_unit_before_and_after_normalization_and_an_inserted_one(tour):
+def test_a_unit_after_normalization_is_an_affine_map_of_the_unit_before(tour):
     for study in tour.studies:
         units = torch.tensor([study.unit_before, study.unit_after], dtype=torch.float64)
         assert units.shape == (2, 100)

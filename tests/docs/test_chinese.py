@@ -63,7 +63,7 @@ SAME = {
 
 
 @pytest.mark.parametrize("what", SAME)
-def test_both_pages_have_the_same(what):
+def test_the_english_and_the_chinese_readme_have_the_same(what):
     find, least = SAME[what]
     english, chinese = map(find, PAGES)
     assert len(english) >= least

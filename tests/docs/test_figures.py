@@ -150,7 +150,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_what_the_rows_do_not_say_fails(root, check, what):
+def test_the_check_fails_where_a_page_differs_from_its_rows(root, check, what):
     change, *words = WRONG[what]
     change(root)
     status, said = check()
@@ -188,7 +188,7 @@ NO_FIGURES = (
 )  # fmt: skip
 
 
-def test_what_is_no_measured_figure_passes_and_a_figure_is_found_once(root, check):
+def test_numbers_that_are_no_measurements_pass_and_a_figure_is_found_once(root, check):
     assert [kind for _, kind in typed.figures("| 1.20 × | 30 % |\n", [])] == ["ratio", "percentage"]
     texts = "\n\n".join(f"Of {text} it is." for text in NO_FIGURES)
     typed_by_hand(f"{texts}\n\n```\n1.5× 3 ms\n```")(root)
@@ -257,7 +257,7 @@ SEVERAL = "networks network=resnet50 size=160 network=mobilenet_v2 regime=kept l
         ),
     ],
 )
-def test_what_an_inline_marker_may_ask_for(root, spec, form):
+def test_an_inline_marker_shows_the_figure_that_it_asks_for(root, spec, form):
     synthetic_rows.write(root / "benchmarks" / "data", ["use/throughput.csv"])
     assert re.fullmatch(form, inline.text(spec, Rows(root / "benchmarks" / "data")))
 
@@ -267,6 +267,6 @@ def test_what_an_inline_marker_may_ask_for(root, spec, form):
     [f"{SEVERAL} : ratio", f"{CONVERTED} : ratio in km", f"{CONVERTED} : nothing", f"{CONVERTED} : f(x) in s",
      f"{CONVERTED} size : ratio", f"{CONVERTED} : ratio + 1", "networks colour=red : ratio"],
 )  # fmt: skip
-def test_what_an_inline_marker_may_not_ask_for(root, spec):
+def test_a_wrong_inline_marker_is_refused(root, spec):
     with pytest.raises(CitationError):
         inline.text(spec, Rows(root / "benchmarks" / "data"))

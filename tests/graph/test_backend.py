@@ -204,7 +204,7 @@ FUSED_IN_A_MODEL = {
 
 
 @pytest.mark.parametrize("name", FUSED_IN_A_MODEL)
-def test_operations_are_fused_and_equal_eager_in_a_model_where(name):
+def test_models_of_two_normalizations_are_fused_and_equal_eager(name):
     forward, expected = FUSED_IN_A_MODEL[name]
     plain = Net(forward)
     plain.register_buffer("steps", torch.tensor(0))
@@ -215,7 +215,7 @@ def test_operations_are_fused_and_equal_eager_in_a_model_where(name):
     assert {name: found[name].partners for name in expected} == expected
 
 
-def test_autocast_that_ends_between_is_kept():
+def test_a_normalization_under_autocast_is_not_fused_with_an_activation_outside_of_it():
     def forward(m, x):
         with torch.autocast("cpu", torch.bfloat16):
             y = one(m, x)
@@ -230,7 +230,7 @@ def test_autocast_that_ends_between_is_kept():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_evaluation_and_training_without_gradients(mode):
+def test_evaluation_and_training_without_gradients_equal_eager(mode):
     plain = Net(lambda m, x: F.relu(one(m, x) + x))
     other = compiled(plain, fullgraph=True)
     for training in (True, False):

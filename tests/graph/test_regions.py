@@ -126,7 +126,7 @@ def test_model_that_dynamo_does_not_capture_runs_as_in_eager_mode():
 
 
 @pytest.mark.parametrize("back", [False, True], ids=["converted", "and undone"])
-def test_conversion_after_compiling(back):
+def test_a_model_that_is_converted_after_compiling_equals_eager(back):
     plain = Checkpointed(reentrant=None)
     other = compiled(plain)
     assert_same(plain, other, [images(0)])

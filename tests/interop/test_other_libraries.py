@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("network", ["plain", "residual"])
 @pytest.mark.parametrize("library", ["keras", "flax"])
-def test_ported_models_go_on_as_there(library, network, monkeypatch):
+def test_ported_models_train_as_in_keras_and_flax(library, network, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "torch")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     pytest.importorskip(library)
@@ -29,7 +29,7 @@ def test_ported_models_go_on_as_there(library, network, monkeypatch):
 
 
 @pytest.mark.slow
-def test_training_is_that_of_keras():
+def test_batch_renormalization_trains_as_in_keras():
     """y, the gradient of x and the averages over 40 steps; float32 on both sides."""
     os.environ.setdefault("KERAS_BACKEND", "torch")
     keras = pytest.importorskip("keras", minversion="3.15")
@@ -64,7 +64,7 @@ def test_training_is_that_of_keras():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", [wav2vec2_conformer, fastspeech2_conformer])
-def test_valid_outputs_change_as_in_evaluation_however_much_is_padded(make):
+def test_padding_changes_valid_outputs_of_masked_training_as_in_evaluation(make):
     found = changes(make)
     for masked, stored in zip(found["train, masked"], found["eval"], strict=True):
         # A little more: what convolutions read across an end enters the statistics too.

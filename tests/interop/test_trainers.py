@@ -238,7 +238,7 @@ def test_the_trainers_observe_every_batch_and_leave_no_hook(lightning, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["lightning", "huggingface", "opacus"])
-def test_a_missing_library_is_said_in_one_line(name, monkeypatch):
+def test_a_missing_library_is_named_in_one_line(name, monkeypatch):
     lightnings = ("lightning", "lightning.pytorch", "pytorch_lightning")
     for module in (*lightnings, "transformers", "opacus", "opacus.validators"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -297,7 +297,9 @@ def test_opacus_refuses_and_replaces_a_registered_layer_as_that_of_torch(layer, 
         (lambda: bn.convert(timm().layers.BatchNormAct2d(6)), {}, "without its drop layer"),
     ],
 )
-def test_opacus_is_kept_from_replacing_a_layer_that_does_more(layer, options, words, opacus):
+def test_opacus_refuses_to_replace_a_layer_with_an_activation_another_axis_or_a_drop_layer(
+    layer, options, words, opacus
+):
     opacus.register()
     model = nn.Sequential(layer())
     described = str(model)

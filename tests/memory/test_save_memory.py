@@ -218,7 +218,7 @@ def test_a_write_by_data_before_backward_gives_the_gradients_without_it():
         assert_close(step(saving, x, True, edit), step(plain, x, False, edit), exact=True)
 
 
-def test_gradients_of_gradients_retained_graphs_and_partial_ones():
+def test_save_memory_supports_second_gradients_retained_graphs_and_partial_gradients():
     model = residual(nn.SiLU())
     plain, saving = bn.convert(copy.deepcopy(model)), bn.convert(copy.deepcopy(model))
     x = torch.randn(3, 3, 9, 9)
@@ -240,7 +240,7 @@ def test_gradients_of_gradients_retained_graphs_and_partial_ones():
         torch.testing.assert_close(*second_order)
 
 
-def test_outer_hooks_still_see_what_is_kept():
+def test_outer_saved_tensor_hooks_see_the_tensors_that_save_memory_saves():
     model, x = bn.convert(Between(lambda y: y)), torch.randn(3, 3, 9, 9)
     expected = [step(model, x, False) for _ in range(3)][-1]
     seen = []
@@ -261,7 +261,7 @@ def test_checkpointed_blocks_have_the_same_bits(reentrant):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_a_block_inside_of_a_checkpointed_region(reentrant):
+def test_save_memory_inside_of_a_checkpointed_region_has_eagers_gradients(reentrant):
     class Inside(Between):
         def forward(self, x):
             return checkpoint(self.inner, x, use_reentrant=reentrant)

@@ -73,7 +73,7 @@ def living_inputs(model: nn.Module, x: Tensor) -> float:
     return sum(alive) / len(alive)
 
 
-def test_of_a_pooled_activation_the_result_and_the_places_are_kept():
+def test_a_pooled_activation_is_recomputed_and_the_pooled_tensor_and_its_indices_are_saved():
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1),
         nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
@@ -108,7 +108,7 @@ def test_an_error_or_a_nested_block_leaves_no_hooks():
     assert saved_tensor_hooks() is None
 
 
-def test_a_model_without_our_layers_is_as_it_was():
+def test_save_memory_changes_nothing_in_a_model_of_torchs_layers():
     model, x = residual(), torch.randn(3, 3, 9, 9)
     assert_close(step(copy.deepcopy(model), x, True), step(model, x, False), exact=True)
 
@@ -122,7 +122,7 @@ def test_a_block_of_save_memory_is_entered_once():
     assert saved_tensor_hooks() is None
 
 
-def test_an_interrupt_is_cleaned_up_by_the_next_pass():
+def test_hooks_that_an_interrupt_leaves_are_removed_by_the_next_pass():
     def interrupted(m, x):
         raise KeyboardInterrupt
 
@@ -137,7 +137,7 @@ def test_an_interrupt_is_cleaned_up_by_the_next_pass():
     assert saved_tensor_hooks() is None
 
 
-def test_transforms_and_graphs_of_a_model_that_is_switched_on():
+def test_save_memory_of_a_model_equals_the_plain_model_in_transforms_and_graphs():
     model = bn.save_memory(bn.convert(residual().eval()))
     plain = bn.convert(copy.deepcopy(bn.undo(copy.deepcopy(model))))
     x = torch.randn(2, 3, 9, 9)
@@ -175,7 +175,7 @@ def test_sparse_tensors_saved_for_backward_have_the_same_bits():
     check_bits(Calls(graph, first=nn.Linear(3, 8), bn=nn.BatchNorm1d(8)), torch.randn(4, 3))
 
 
-def test_save_memory_holds_for_its_thread():
+def test_save_memory_applies_to_its_thread_alone():
     x = torch.randn(3, 3, 9, 9)
     model = bn.convert(residual())
 

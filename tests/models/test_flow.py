@@ -426,7 +426,7 @@ def test_a_flow_is_data_and_holds_no_tensors():
         found.calls = ()
 
 
-def test_what_cannot_be_followed_is_refused_in_words():
+def test_a_function_and_a_lazy_module_cannot_be_followed():
     with pytest.raises(SurgeryError, match="expected a torch.nn.Module, got function"):
         flow(lambda x: x, 3)
     with pytest.raises(SurgeryError, match="uninitialized '0.weight'.*pass a batch through"):

@@ -36,7 +36,7 @@ def test_a_layer_that_is_called_past_its_hooks_is_seen():
     assert seen[0] == "one"
 
 
-def test_what_a_hook_gives_the_layer_is_what_enters_it():
+def test_the_result_of_a_forward_pre_hook_is_what_enters_the_layer():
     layer = nn.BatchNorm1d(4)
     layer.register_forward_pre_hook(lambda _, args: (args[0] * 0 + 7,))
     ((_, given),) = seen_in({"one": layer}, lambda: layer(torch.randn(5, 4)))
@@ -44,7 +44,7 @@ def test_what_a_hook_gives_the_layer_is_what_enters_it():
 
 
 @pytest.mark.parametrize("by_name", [True, False])
-def test_masks_and_axes_come_along_and_moments_count_what_the_mask_leaves(by_name):
+def test_moments_of_an_input_are_of_the_values_that_its_mask_leaves(by_name):
     layer = bn.BatchNorm(4, axis=-1)
     x, mask = torch.randn(5, 6, 4), torch.rand(5, 6) > 0.4
     run = (lambda: layer(input=x, mask=mask)) if by_name else (lambda: layer(x, None, mask=mask))
@@ -56,7 +56,7 @@ def test_masks_and_axes_come_along_and_moments_count_what_the_mask_leaves(by_nam
         oracle.assert_close(found, exact, oracle.tolerance("float64", 30, size=30))
 
 
-def test_blocks_may_be_nested_and_give_back_what_was_there():
+def test_nested_blocks_restore_the_forward_of_a_layer():
     layer = nn.BatchNorm1d(4)
     own = layer.forward
     layer.forward = mine = lambda x: own(x) * 2
@@ -71,7 +71,7 @@ def test_blocks_may_be_nested_and_give_back_what_was_there():
     assert torch.equal(doubled, own(x) * 2)
 
 
-def test_an_exception_passes_and_everything_is_given_back():
+def test_an_exception_of_a_callback_is_raised_and_forward_is_restored():
     model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
 
     def refuse(name, given):
@@ -82,7 +82,7 @@ def test_an_exception_passes_and_everything_is_given_back():
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_a_call_whose_input_cannot_be_told_is_refused():
+def test_a_call_without_a_known_name_of_its_input_is_refused():
     with pytest.raises(LayoutError, match=r"first argument or as input=, got the keywords \['x'\]"):
         entered(nn.BatchNorm1d(4), (), {"x": torch.randn(5, 4)})
 

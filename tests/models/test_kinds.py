@@ -77,13 +77,13 @@ def test_kind_of_a_module_is_decided_by_its_class(name):
     assert found == ([module] if kind is not None and kind.derived else [])
 
 
-def test_a_parametrized_layer_is_no_exact_type():
+def test_a_parametrized_layer_counts_as_foreign():
     layer = nn.BatchNorm2d(3)
     nn.utils.parametrize.register_parametrization(layer, "weight", nn.Softplus())
     assert kind_of(layer) == Kind("foreign")
 
 
-def test_a_block_that_holds_a_batch_normalization_is_none_itself():
+def test_a_container_of_a_batch_normalization_is_no_batch_normalization():
     class BatchNormBlock(nn.Sequential):
         pass
 
