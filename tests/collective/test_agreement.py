@@ -39,19 +39,17 @@ def test_merging_over_processes_is_merging_in_the_order_of_ranks(found):
         parts = [bn.Moments.of(part(rank, count)) for rank, count in enumerate(counts)]
         expected = bn.merge(*parts)
         for one in found["merging"]:
-            assert torch.equal(one[i][1], expected.mean)
-            assert torch.equal(one[i][2], expected.m2)
-            assert float(one[i][0, 0]) == float(expected.count)
+            count, mean, m2 = one[i]
+            assert torch.equal(mean, expected.mean) and torch.equal(m2, expected.m2)
+            assert float(count[0]) == float(expected.count)
 
 
 def disagreeing(rank):
-    ranks = Ranks()
-    said = []
+    ranks, said = Ranks(), []
     for mine in ([("a", 3), ("b", 3 + rank)], [1] * (rank + 1), {"x": rank}):
-        try:
+        with pytest.raises(CollectiveError) as raised:
             ranks.agree("layers", mine)
-        except CollectiveError as error:  # noqa: PERF203
-            said.append(str(error))
+        said.append(str(raised.value))
     return [*said, ranks.exchange(rank), [t.tolist() for t in ranks.gather(torch.tensor([rank]))]]
 
 
@@ -77,21 +75,17 @@ def failing(rank):
 def test_an_error_of_one_rank_is_raised_there_and_named_in_the_other_ranks(found):
     said = found["failing"]
     assert said[1] == "ValueError: the disk is full"
-    for other in (said[0], said[2]):
-        assert (
-            other
-            == "CollectiveError: rank 1 failed, so all ranks raise: ValueError: the disk is full"
-        )
+    other = "CollectiveError: rank 1 failed, so all ranks raise: ValueError: the disk is full"
+    assert said[0] == said[2] == other
 
 
 def outsider(rank):
     group = torch.distributed.new_group([0])
     if rank == 0:
         return Ranks(group).size
-    try:
+    with pytest.raises(CollectiveError) as raised:
         Ranks(group)
-    except CollectiveError as error:
-        return str(error)
+    return str(raised.value)
 
 
 def test_a_process_outside_of_the_group_is_refused(found):

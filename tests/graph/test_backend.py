@@ -9,7 +9,7 @@ from torch import nn
 
 import batchnorm as bn
 from support.captured import assert_same, compiled, partners
-from support.twins import assert_close
+from support.twins import Calls, assert_close
 
 C = 6
 
@@ -19,22 +19,15 @@ def images(batch=4, seed=0):
     return torch.randn(batch, C, 5, 5, dtype=torch.float64, generator=generator)
 
 
-class Net(nn.Module):
-    """Two convolutions with normalizations, and what a test does with their results."""
-
-    def __init__(self, forward):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv1, self.conv2 = nn.Conv2d(C, C, 1), nn.Conv2d(C, C, 3, padding=1)
-        self.bn1, self.bn2 = nn.BatchNorm2d(C), nn.BatchNorm2d(C)
-        self.body = forward
-        self.double()
-        with torch.no_grad():
-            for layer in (self.bn1, self.bn2):
-                layer.weight.uniform_(0.5, 1.5), layer.bias.uniform_(-0.5, 0.5)
-
-    def forward(self, x):
-        return self.body(self, x)
+def net(forward):
+    """Two convolutions with normalizations, and the function that calls them."""
+    torch.manual_seed(0)
+    convolutions = {"conv1": nn.Conv2d(C, C, 1), "conv2": nn.Conv2d(C, C, 3, padding=1)}
+    model = Calls(forward, **convolutions, bn1=nn.BatchNorm2d(C), bn2=nn.BatchNorm2d(C)).double()
+    for layer in (model.bn1, model.bn2):
+        nn.init.uniform_(layer.weight, 0.5, 1.5)
+        nn.init.uniform_(layer.bias, -0.5, 0.5)
+    return model
 
 
 def one(m, x):
@@ -66,21 +59,16 @@ FUSED = {
 HARDSIGMOID = {"hardsigmoid": (lambda y, x: F.hardsigmoid(y), ("hardsigmoid",))}
 
 
-class SideBySide(nn.Module):
+def side_by_side(uses):
     """Normalizations of one tensor, and what a test does with the result of each."""
 
-    def __init__(self, uses):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(C, C, 1).double()
-        self.norms = nn.ModuleDict({name: nn.BatchNorm2d(C).double() for name in uses})
-        self.uses = uses
+    def call(m, x):
+        x = m.conv(x)
+        return torch.cat([use(m.norms[name](x), x).flatten(1) for name, use in uses.items()], 1)
 
-    def forward(self, x):
-        x = self.conv(x)
-        return torch.cat(
-            [use(self.norms[name](x), x).flatten(1) for name, use in self.uses.items()], 1
-        )
+    torch.manual_seed(0)
+    norms = nn.ModuleDict({name: nn.BatchNorm2d(C) for name in uses})
+    return Calls(call, conv=nn.Conv2d(C, C, 1), norms=norms).double()
 
 
 def _residual_written_between(m, x):
@@ -153,7 +141,7 @@ ALONE_IN_A_MODEL = (
 
 @pytest.mark.parametrize(("kinds", "relative"), [(FUSED, 1e-9), (HARDSIGMOID, 1e-6)])
 def test_operations_behind_normalizations_are_fused_and_equal_eager(kinds, relative):
-    plain = SideBySide({name: use for name, (use, _) in kinds.items()})
+    plain = side_by_side({name: use for name, (use, _) in kinds.items()})
     other = compiled(plain, fullgraph=True)
     found = assert_same(plain, other, [images(seed=s) for s in range(2)], relative)
     expected = {f"norms.{name}": wanted for name, (_, wanted) in kinds.items()}
@@ -161,7 +149,7 @@ def test_operations_behind_normalizations_are_fused_and_equal_eager(kinds, relat
 
 
 def test_operations_that_would_change_the_meaning_are_not_fused():
-    plain = SideBySide({name: use for name, (use, _) in ALONE.items()})
+    plain = side_by_side({name: use for name, (use, _) in ALONE.items()})
     found = assert_same(plain, compiled(plain, fullgraph=True), [images(seed=s) for s in range(2)])
     for name, (_, reason) in ALONE.items():
         layer = found[f"norms.{name}"]
@@ -171,7 +159,7 @@ def test_operations_that_would_change_the_meaning_are_not_fused():
 
 @pytest.mark.parametrize("forward", ALONE_IN_A_MODEL)
 def test_normalization_stays_alone_where_its_model_would_compute_something_else(forward):
-    plain = Net(forward)
+    plain = net(forward)
     found = assert_same(plain, compiled(plain), [images(seed=s) for s in range(2)])["bn1"]
     assert (found.state, found.partners) == ("alone", ()), found
     assert found.reason
@@ -206,7 +194,7 @@ FUSED_IN_A_MODEL = {
 @pytest.mark.parametrize("name", FUSED_IN_A_MODEL)
 def test_models_of_two_normalizations_are_fused_and_equal_eager(name):
     forward, expected = FUSED_IN_A_MODEL[name]
-    plain = Net(forward)
+    plain = net(forward)
     plain.register_buffer("steps", torch.tensor(0))
     plain.plain1 = nn.BatchNorm2d(C, affine=False).double()
     plain.plain2 = nn.BatchNorm2d(C, track_running_stats=False).double()
@@ -221,7 +209,7 @@ def test_a_normalization_under_autocast_is_not_fused_with_an_activation_outside_
             y = one(m, x)
         return F.relu(y)
 
-    plain = Net(forward).float()
+    plain = net(forward).float()
     other = compiled(plain, fullgraph=True)
     x = images().float()
     assert_close(other(x), plain(x), size=16)
@@ -231,7 +219,7 @@ def test_a_normalization_under_autocast_is_not_fused_with_an_activation_outside_
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_evaluation_and_training_without_gradients_equal_eager(mode):
-    plain = Net(lambda m, x: F.relu(one(m, x) + x))
+    plain = net(lambda m, x: F.relu(one(m, x) + x))
     other = compiled(plain, fullgraph=True)
     for training in (True, False):
         plain.train(training), other.train(training)
@@ -241,7 +229,7 @@ def test_evaluation_and_training_without_gradients_equal_eager(mode):
 
 
 def test_a_graph_serves_other_batch_sizes():
-    plain = Net(lambda m, x: F.relu(one(m, x) + x))
+    plain = net(lambda m, x: F.relu(one(m, x) + x))
     torch.compiler.reset()
     graphs = []
 
@@ -265,7 +253,7 @@ def test_batch_norms_that_no_graph_has_run_are_unseen():
 
 
 def test_unknown_option_is_an_error_before_anything_is_captured():
-    plain = Net(lambda m, x: one(m, x))
+    plain = net(lambda m, x: one(m, x))
     other = torch.compile(plain, backend=bn.graph.backend, options={"inner": "nothing"})
     with pytest.raises(Exception, match="OptionError|expected no options for the torch.compile"):
         other(images())
