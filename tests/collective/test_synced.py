@@ -1,4 +1,4 @@
-"""Statistics over processes: as if the shares of all were one batch in one process."""
+"""Statistics over processes: as if the shares of all were one batch in one process; frozen layers in DDP."""
 
 import copy
 
@@ -9,7 +9,7 @@ from torch import nn
 import batchnorm as bn
 from support import oracle, third_party
 from support.ranks import across_ranks
-from support.twins import assert_close, assert_same_state
+from support.twins import assert_close, assert_same_state, randomize
 
 # Samples of each rank, and which of all samples a mask leaves; None without a mask.
 CASES = {
@@ -79,28 +79,6 @@ def test_the_shares_of_all_are_one_batch():
                 oracle.assert_close(parts[0], expected, oracle.STORED, what)
 
 
-def _converted(rank):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
-    model = bn.convert(nn.SyncBatchNorm.convert_sync_batchnorm(model))
-    ddp = nn.parallel.DistributedDataParallel(model)
-    torch.manual_seed(rank)
-    for _ in range(3):
-        ddp.zero_grad()
-        ddp(torch.randn(2 + rank, 3, 4, 4) + rank).square().mean().backward()
-    return {n: p.grad for n, p in model.named_parameters()} | dict(model.named_buffers())
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_a_converted_sync_batch_norm_trains_under_ddp():
-    """Torch's own runs on GPUs alone; what stands for it is the arithmetic above."""
-    one, other = across_ranks(_converted, 2)
-    for name, value in one.items():
-        assert torch.equal(value, other[name]), name
-    assert int(one["1.num_batches_tracked"]) == 3
-
-
 def test_synced_in_one_process_is_the_batch():
     x = torch.randn(4, 3)
     assert torch.equal(bn.BatchNorm1d(3, statistics=bn.Synced())(x), bn.BatchNorm1d(3)(x))
@@ -138,3 +116,41 @@ def test_a_synchronized_layer_of_timm_is_converted_and_back():
     copy.deepcopy(model)
     assert type(bn.undo(model)[0]) is before
     assert list(model.state_dict()) == keys and not hasattr(act, "statistics")
+
+
+def network():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.SyncBatchNorm(2)
+    )
+    randomize(model)
+    return model
+
+
+def _train(rank, folded):
+    model = bn.freeze(network(), folded=folded)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    run = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    for step in range(3):
+        torch.manual_seed(10 * step + rank)  # a share of its own
+        optimizer.zero_grad()
+        run(torch.randn(2, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+    state = model.state_dict()
+    moved = sorted(name for name, t in before.items() if not torch.equal(t, state[name]))
+    bn.unfreeze(model)
+    kinds = [type(m).__name__ for m in model]
+    return {"moved": moved, "state": state, "kinds": kinds, "frozen": bn.frozen(model)}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("folded", [False, True])
+def test_frozen_layers_stay_and_processes_agree(folded):
+    found = across_ranks(_train, 2, folded)
+    for one in found:
+        assert one["moved"] == ["0.bias", "0.weight", "3.bias", "3.weight"]
+        assert one["kinds"] == ["Conv2d", "BatchNorm2d", "ReLU", "Conv2d", "SyncBatchNorm"]
+        assert not one["frozen"]
+    assert_close(dict(found[0]["state"]), dict(found[1]["state"]), exact=True)
