@@ -48,7 +48,7 @@ WIDE = {
 
 
 def plain(t):
-    return None if t is None else t.detach().double().numpy()
+    return None if t is None else t.detach().double().resolve_neg().numpy()
 
 
 class Case:
