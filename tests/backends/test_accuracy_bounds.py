@@ -114,7 +114,7 @@ def check(route, rows, layout, act="identity", gradients=True):
 
 
 @pytest.mark.parametrize(("route", "layout"), WAYS)
-def test_values_and_gradients_keep_the_bound(route, layout):
+def test_values_and_gradients_are_within_the_bound_of_accuracy(route, layout):
     for ratio in (0.0, -3.0, 1e3, 1e6):
         check(route, torch.randn(2048, 3) + ratio, layout)
     check(route, torch.randn(2048, 3) * torch.tensor([1e-4, 1.0, 1e4]) + 5, layout)
@@ -139,7 +139,7 @@ def test_a_small_input_in_a_graph_may_have_a_weight_and_no_bias():
 @pytest.mark.parametrize("layout", lanes(LAYOUTS, slow=["(N,C)"]))
 @pytest.mark.parametrize("route", BACKENDS)
 @pytest.mark.parametrize("ratio", lanes([0.0, 1e6], slow=[1e6]))
-def test_ten_million_values_keep_the_bound(route, layout, ratio):
+def test_ten_million_values_are_within_the_bound_of_accuracy(route, layout, ratio):
     """By float64 in torch, as the oracle would take minutes."""
     rows = torch.randn(10_000_000, 3) + ratio
     x, axis = of_rows(rows, layout)
@@ -158,7 +158,7 @@ EVALUATED = [way for way in WAYS if way[0] in (*BACKENDS, "compiled")]
 
 @pytest.mark.parametrize("ratio", [0.0, 1e3, 1e6])
 @pytest.mark.parametrize(("route", "layout"), EVALUATED)
-def test_evaluation_keeps_the_bound(route, layout, ratio):
+def test_evaluation_is_within_the_bound_of_accuracy(route, layout, ratio):
     x, axis = of_rows(torch.randn(4096, 3) + ratio, layout)
     layer = bn.BatchNorm(3, axis=axis, eps=EPS).eval()
     wide = rows_of(x, axis).double()
@@ -287,12 +287,14 @@ def test_a_whole_step_has_the_same_bits_for_any_number_of_threads(route, act, la
 @pytest.mark.parametrize("ratio", [0.0, 1e6])
 @pytest.mark.parametrize("layout", lanes(LAYOUTS, slow=["(N,C)"]))
 @pytest.mark.parametrize("route", lanes(ROUTES, slow=[*BACKENDS, "compiled"]))
-def test_a_million_values_with_their_gradients_on_every_route(route, layout, ratio):
+def test_a_million_values_and_their_gradients_are_within_the_bound_on_every_route(
+    route, layout, ratio
+):
     check(route, torch.randn(1_000_000, 3) + ratio, layout)
 
 
 @each(route=ROUTES, layout=["(N,C)", "NCHW"])
-def test_the_size_of_the_values_does_not_matter(route, layout):
+def test_values_of_any_size_are_normalized_as_values_of_size_1(route, layout):
     """Squares of 1e18 add up to more than float32 holds; 1 / std is taken before they are rounded."""
     x, axis = of_rows(torch.randn(4096, 3), layout)
     wide, weight, bias = (t.double().numpy() for t in (x, WEIGHT, BIAS))
@@ -304,5 +306,5 @@ def test_the_size_of_the_values_does_not_matter(route, layout):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_half_residual_costs_the_gradient_no_digits(backend, dtype):
+def test_a_residual_in_half_does_not_round_the_gradient_of_the_input(backend, dtype):
     check_half_residual(backend, "silu", dtype, WEIGHT, BIAS)

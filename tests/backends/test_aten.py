@@ -32,7 +32,7 @@ def looser(case, dtype):
 
 @pytest.mark.parametrize("layout", ["rows", "line", "image", "channels_last", "volume", "strided"])
 @pytest.mark.parametrize("act", [a for a in ACTS if a.name not in COARSE], ids=str)
-def test_every_function_is_the_textbook(layout, act):
+def test_every_function_of_aten_equals_the_float64_oracle(layout, act):
     for dtype, adds in itertools.product(DTYPES, (False, True)):
         case = looser(Case(layout, act, dtype, adds), dtype)
         epilogue = Epilogue(case.weight, case.bias, case.residual)
@@ -41,7 +41,7 @@ def test_every_function_is_the_textbook(layout, act):
         assert y.stride() == case.x.stride()
 
 
-def test_the_result_and_its_recipe_have_the_same_bits():
+def test_an_output_that_aten_recomputes_has_the_same_bits():
     x, weight, bias = torch.randn(4, 3, 5).bfloat16(), torch.randn(3), torch.randn(3)
     y, stats = aten.forward(x, Epilogue(weight, bias, x, RELU), EPS, 1)
     assert torch.equal(
@@ -93,7 +93,7 @@ def test_the_aten_backend_says_why_it_declines_a_call(words, x, epilogue, axis):
     assert words in aten.serves(x, epilogue, axis, "train")
 
 
-def test_a_call_that_aten_declines_is_an_error_where_it_was_asked_for():
+def test_a_call_that_aten_declines_raises_where_aten_was_chosen_by_name():
     assert aten.serves(X, Epilogue(ONES, ONES, X), 1, "train") is None
     with bn.use_backend("aten"):
         assert choice.chosen(X) is aten

@@ -31,13 +31,15 @@ from support.twins import assert_close
 
 @pairs(layout=LAYOUTS, act=ACTS, dtype=DTYPES, residual=[False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_function_of_a_backend_is_the_textbook(backend, layout, act, dtype, residual):
+def test_every_function_of_a_backend_equals_the_float64_oracle(
+    backend, layout, act, dtype, residual
+):
     check_functions(BACKENDS[backend], case_of(layout, act, dtype, residual))
 
 
 @pairs(layout=LAYOUTS, act=ACTS[:4] + ACTS[5:6], dtype=DTYPES, residual=[False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_training_step_is_the_textbook(backend, layout, act, dtype, residual):
+def test_a_training_step_equals_the_float64_oracle(backend, layout, act, dtype, residual):
     case = case_of(layout, act, dtype, residual)
     with bn.use_backend(backend):
         y, moments, gradients = run(case)
@@ -69,7 +71,7 @@ def test_constant_statistics_get_no_gradient_and_x_gets_the_plain_one(backend, a
 @pytest.mark.parametrize("param", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_any_pair_of_input_and_parameter_dtypes(backend, dtype, param):
+def test_any_pair_of_input_and_parameter_dtypes_equals_the_float64_oracle(backend, dtype, param):
     case = Case("image", Activation("relu"), dtype, param=param)
     with bn.use_backend(backend):
         y, _, (dx, dweight, dbias, _) = run(case)
@@ -120,7 +122,7 @@ def test_values_and_slopes_where_activations_bend_and_at_nan_are_torchs(backend,
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_cotangents_of_any_strides_count_alike(backend):
+def test_output_gradients_in_any_memory_order_give_the_same_result(backend):
     case = Case("image", Activation("relu"), "float32", residual=True)
     dense = case.dy
     orders = dense.contiguous(memory_format=torch.channels_last), arrange(dense, "strided")
@@ -179,7 +181,7 @@ def test_an_unknown_backend_is_refused_and_the_known_ones_are_named(monkeypatch)
     assert bn.env()["backends"]["tpu"] == "this machine has no such device"
 
 
-def test_a_backend_that_was_asked_for_does_not_decline_in_silence(monkeypatch):
+def test_a_backend_chosen_by_name_that_declines_raises_an_error(monkeypatch):
     class Choosy:
         serves = staticmethod(lambda *_: "it has four channels")
 

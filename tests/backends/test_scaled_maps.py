@@ -50,7 +50,7 @@ def expected(function, tensors, kind):
 
 
 @pairs(kind=MAPS, few=(False, True), gamma=("random", "one is 0"), frozen=(False, True))
-def test_outputs_and_gradients_are_those_of_float64(kind, few, gamma, frozen):
+def test_a_normalized_map_has_the_outputs_and_gradients_of_float64(kind, few, gamma, frozen):
     given, function, tensors = arguments(kind, few, gamma)
     assert (given.outputs_per_weight(*tensors[:2]) < SMALL) == few
     learned = (0, 1, 2) if frozen else (0, 1, 2, 5, 6)
@@ -69,7 +69,7 @@ def test_outputs_and_gradients_are_those_of_float64(kind, few, gamma, frozen):
 
 @pytest.mark.parametrize("kind", MAPS)
 @pytest.mark.parametrize("few", [False, True])
-def test_can_be_differentiated_twice(kind, few):
+def test_a_normalized_map_can_be_differentiated_twice(kind, few):
     given, _, tensors = arguments(kind, few, "random", torch.float64)
     x, weight, bias, mean, var, gamma, beta = tensors
     learned = [one.requires_grad_() for one in (x, weight, bias, gamma, beta)]

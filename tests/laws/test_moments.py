@@ -155,7 +155,7 @@ def test_merging_along_an_axis_is_merging_two_at_a_time(number, channels_of_coun
             assert_close(parts[i], want, count=number, ratio=1e3, size=size)
 
 
-def test_counts_beyond_float32_and_float64_integers():
+def test_counts_that_float32_cannot_hold_are_exact():
     one = Moments.of(torch.tensor([[1.0]]))
     many = Moments.of(torch.tensor([[0.0]])).scale(2.0**53 - 1)
     assert float(many.merge(one).count) == 2.0**53
@@ -164,7 +164,7 @@ def test_counts_beyond_float32_and_float64_integers():
     assert many.variance(1).item() == 1
 
 
-def test_narrow_numbers_promote_and_never_the_other_way():
+def test_merging_float32_and_float64_moments_gives_float64():
     x = torch.randn(4, 2)
     assert bn.functional.normalize(x)[1].mean.dtype == torch.float64
     narrow = Moments(4, torch.randn(2), torch.rand(2))

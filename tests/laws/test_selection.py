@@ -145,7 +145,7 @@ PAIRS = [
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("name", "kind", "dtype"), PAIRS)
-def test_outputs_and_gradients_are_those_of_the_textbook(name, kind, dtype, backend):
+def test_masks_weights_and_groups_equal_the_float64_oracle(name, kind, dtype, backend):
     case = Case(name, kind, dtype)
     number = list(SHAPES).index(name) + KINDS.index(kind)
     act = activation(["identity", "relu", "silu", "gelu", "leaky_relu", "relu6"][number % 6])
@@ -165,7 +165,7 @@ def test_outputs_and_gradients_are_those_of_the_textbook(name, kind, dtype, back
 
 @each(name=["sequence", "dense", "channels last"], kind=KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_large_mean_costs_no_digits(name, kind, backend):
+def test_variances_of_groups_are_accurate_for_a_large_mean(name, kind, backend):
     case = Case(name, kind, torch.float32, offset=1e4)
     with bn.use_backend(backend):
         moments = bn.Moments(*run(case)[1])
@@ -188,7 +188,7 @@ def test_two_threads_give_the_bits_of_one(dtype, kind, backend):
 
 
 @each(kind=KINDS, act=["silu", None])
-def test_gradients_of_gradients(kind, act):
+def test_second_derivatives_with_weights_and_groups_are_those_of_finite_differences(kind, act):
     case = Case("tiny", kind)
     # Numbers in place of NaN: finite differences are taken there too.
     x, residual = (t.nan_to_num(0.7) for t in (case.x, case.residual))

@@ -122,7 +122,7 @@ def test_options_that_contradict_or_do_not_exist_are_refused(options, words):
         lambda: bn.Running(math.inf),
     ],
 )
-def test_estimators_check_their_options(make):
+def test_estimators_refuse_options_out_of_range(make):
     with pytest.raises(ValueError, match="expected"):
         make()
 

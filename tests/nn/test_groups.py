@@ -275,7 +275,7 @@ def test_the_variance_of_all_groups_is_exact_for_a_large_mean(source, chosen):
 
 
 @each(options=[{"statistics": bn.Ghost(2)}, {}], training=[True, False])
-def test_an_empty_batch_has_an_empty_result_and_counts_nothing(options, training):
+def test_an_empty_batch_of_groups_has_an_empty_result_and_is_not_counted(options, training):
     layer = bn.BatchNorm1d(4, **options).train(training)
     y = layer(torch.randn(0, 4), groups=None if options else torch.zeros(0, dtype=torch.long))
     assert y.shape == (0, 4)

@@ -187,7 +187,7 @@ def test_any_axis_equals_moving_the_channels_to_axis_1(rank: int, axis: int) -> 
         assert_same_state(ours, theirs)
 
 
-def test_the_layers_are_torch_nns_for_isinstance() -> None:
+def test_layers_are_instances_of_the_classes_of_torch_nn() -> None:
     layers = {kind: ours(3) for kind, (ours, _) in PAIRS.items()}
     for kind, (_, theirs) in PAIRS.items():
         assert [name for name, layer in layers.items() if isinstance(layer, theirs)] == [kind]

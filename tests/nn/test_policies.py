@@ -137,7 +137,7 @@ def test_a_policy_is_shown_where_it_is_not_the_default(option):
     assert f"{option}='skip'" in shown and "on_" not in shown.replace(option, "")
 
 
-def test_stored_needs_running_statistics():
+def test_the_policy_stored_needs_running_statistics():
     with pytest.raises(OptionError, match="needs running statistics"):
         bn.BatchNorm1d(C, track_running_stats=False, on_single_value="stored")
     model = nn.Sequential(bn.BatchNorm1d(C, track_running_stats=False))
@@ -185,6 +185,6 @@ def one_value_in_each_rank(rank, size):
 
 
 @pytest.mark.slow
-def test_ranks_of_one_value_are_a_batch_of_several():
+def test_ranks_with_one_value_each_are_normalized_as_one_batch():
     first, second = across_ranks(one_value_in_each_rank, 2, 2)
     assert first == second

@@ -49,7 +49,7 @@ class Paper:
 
 
 @each(dtype=[torch.float64, torch.float32], case=["whole", "masked", "ghost"])
-def test_many_steps_are_those_of_the_paper(dtype, case):
+def test_many_steps_of_renorm_are_those_of_the_paper(dtype, case):
     torch.manual_seed(0)
     source = bn.Renorm(**RENORM, of=bn.Ghost(4) if case == "ghost" else bn.Batch())
     layer, paper = bn.BatchNorm1d(3, statistics=source, dtype=dtype), Paper(3, **RENORM)
@@ -138,7 +138,7 @@ def test_a_recomputation_uses_the_state_of_its_forward_pass(reentrant):
         sum(outputs).square().sum().backward()
 
 
-def test_frozen_and_empty_steps_keep_the_state():
+def test_frozen_and_empty_steps_keep_the_state_of_renorm():
     layer = trained()
     before = copy.deepcopy(layer)
     layer(torch.randn(0, 3))

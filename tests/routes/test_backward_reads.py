@@ -254,7 +254,7 @@ def test_a_graph_with_a_residual_that_broadcasts_reads_what_forward_read():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_an_input_written_to_by_data_counts_with_its_new_values_as_in_torch(training):
+def test_backward_reads_new_values_of_an_input_written_to_by_data_as_in_torch(training):
     x, dy = torch.randn(2, 8, CHANNELS, dtype=torch.float64)
     found = []
     for layer in (bn.BatchNorm1d(CHANNELS), nn.BatchNorm1d(CHANNELS)):

@@ -40,7 +40,7 @@ def assert_same_step(compiled, plain, x):
     activation=["relu", "silu"],
     training=[True, False, False, True],
 )
-def test_compiled_whole_equals_eager(activation, options, training):
+def test_a_model_compiled_as_one_graph_equals_eager(activation, options, training):
     torch.compiler.reset()
     plain = Block(activation, **options).train(training)
     twin = copy.deepcopy(plain)
@@ -135,14 +135,14 @@ def captured(layer, x):
     return seen
 
 
-def test_compiled_step_has_the_nodes_of_torchs_own_layer():
+def test_a_compiled_step_has_the_nodes_of_torchs_own_layer():
     x = torch.randn(4, 3)
     expected = captured(nn.BatchNorm1d(3), x)
     assert sorted(captured(bn.BatchNorm1d(3), x)) == sorted(expected)
     assert sorted(captured(bn.convert(nn.BatchNorm1d(3)), x)) == sorted(expected)
 
 
-def test_step_under_vmap_is_plain_operations():
+def test_a_step_under_vmap_is_captured_as_plain_operations():
     layer = bn.BatchNorm1d(3, track_running_stats=False)
     function = torch.func.vmap(lambda x: layer(x))
     assert not any("batch_norm" in name for name in captured(function, torch.randn(1, 4, 3)))

@@ -118,7 +118,7 @@ def test_the_function_of_torch_moves_its_buffers_on_every_route():
         assert_close(route(x), run(F.batch_norm, x), size=4)
 
 
-def test_the_name_of_an_activation_is_read_inside_a_graph_without_a_word():
+def test_the_name_of_an_activation_is_read_inside_a_graph_without_a_warning():
     """Warnings are errors here; Dynamo warns of a cache it cannot see into."""
     x = torch.randn(6, 3)
     names = ("relu", "leaky_relu(0.2)", nn.ELU(0.5), nn.ReLU)
@@ -153,7 +153,7 @@ def test_nested_vmap_equals_a_loop(outer):
 
 
 @pytest.mark.parametrize("i", range(5))
-def test_vmap_over_any_argument_alone(i):
+def test_vmap_over_any_argument_alone_equals_a_loop(i):
     mask = torch.tensor([True, False, True, True, True, False])
     given = [torch.randn(6, 3), *torch.randn(2, 3), torch.randn(6, 3), mask]
     function = lambda x, w, b, r, m: normalize(x, w, b, r, mask=m, activation="tanh")
@@ -261,7 +261,9 @@ def test_a_traced_evaluation_with_a_residual_takes_other_batch_sizes():
 
 
 @pytest.mark.slow
-def test_exported_and_traced_evaluations_of_every_kind_travel_alone_with_any_batch_size(tmp_path):
+def test_exported_and_traced_evaluations_load_without_this_package_and_take_any_batch_size(
+    tmp_path,
+):
     batch = {0: torch.export.Dim("batch", min=2, max=64)}
     kinds = {
         "dense": (bn.BatchNorm1d(3, activation="elu"), (6, 3)),

@@ -47,7 +47,7 @@ def test_an_input_may_be_its_own_residual():
     assert gradgradcheck(function, (x, weight, bias), fast_mode=True)
 
 
-def test_constant_statistics_have_derivatives_of_all_orders_too():
+def test_stored_statistics_have_first_and_second_derivatives():
     mean, var = torch.randn(3).double(), torch.rand(3).double() + 0.5
     inputs = make(5, 3), make(3), make(3), make(5, 3)
     options = {"statistics": bn.Frozen(), "mean": mean, "var": var, "activation": "elu"}
@@ -78,12 +78,12 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_a_functional_transform_equals_that_of_the_textbook(name):
+def test_a_transform_of_torch_func_equals_that_of_the_plain_formula(name):
     given = torch.randn(3, 5, 3).double().unbind()
     torch.testing.assert_close(*(TRANSFORMS[name](function, *given) for function in (ours, plain)))
 
 
-def test_dual_numbers_through_a_layer():
+def test_a_layer_takes_dual_numbers_of_forward_ad():
     layer = bn.BatchNorm1d(3, activation="tanh").double()
     x, v = torch.randn(2, 5, 3).double()
     with forward_ad.dual_level():
@@ -93,7 +93,7 @@ def test_dual_numbers_through_a_layer():
     assert int(layer.num_batches_tracked) == 1
 
 
-def test_an_ensemble_of_layers_under_vmap():
+def test_an_ensemble_of_layers_under_vmap_equals_a_loop():
     models = [
         nn.Sequential(nn.Linear(4, 3), bn.BatchNorm1d(3, activation="relu")) for _ in range(3)
     ]
@@ -104,7 +104,7 @@ def test_an_ensemble_of_layers_under_vmap():
     torch.testing.assert_close(state[1]["1.running_mean"][1], models[1][1].running_mean)
 
 
-def test_a_layer_takes_tensors_without_memory():
+def test_a_layer_evaluates_fake_tensors():
     layer, x = bn.BatchNorm2d(3, activation="relu").eval(), torch.randn(2, 3, 4, 4)
     with torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert layer(mode.from_tensor(x)).shape == x.shape

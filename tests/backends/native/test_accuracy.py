@@ -167,7 +167,7 @@ def test_bounds_hold_for_16_bit_inputs(simd, layout, kind, dtype):
 
 @pytest.mark.parametrize("kind", ["zeros", "two values", "in order"])
 @pytest.mark.parametrize("layout", ["rows", "planes", "chunks of planes"])
-def test_float64_keeps_its_own_digits(simd, layout, kind):
+def test_moments_of_float64_have_the_accuracy_of_float64(simd, layout, kind):
     rng, shape = np.random.default_rng(3), SHAPES[layout]
     x = tensor(KINDS[kind](shape, rng), shape, torch.float64)
     found = cpu.moments(x, 1)

@@ -55,17 +55,17 @@ def check(case):
     residual=[False, True],
     indirect=("simd",),
 )
-def test_every_instruction_set_is_the_textbook(simd, layout, dtype, act, residual):
+def test_every_instruction_set_equals_the_float64_oracle(simd, layout, dtype, act, residual):
     check(Case(layout, act, dtype, residual))
 
 
 @pairs(simd=SIMD, layout=WIDE, dtype=DTYPES, act=SMOOTH, residual=[False, True], indirect=("simd",))
-def test_shapes_of_many_values_are_the_textbook(simd, layout, dtype, act, residual):
+def test_shapes_of_many_values_equal_the_float64_oracle(simd, layout, dtype, act, residual):
     check(Case(layout, act, dtype, residual))
 
 
 @pairs(dtype=[torch.float32, torch.float64], layout=["rows", "image", "channels_last"])
-def test_running_statistics_follow_torch(layout, dtype):
+def test_running_statistics_of_the_native_kernels_are_those_of_torch(layout, dtype):
     x = Case(layout, Activation("identity"), "float32").x
     ours = torch.randn(3, dtype=dtype), torch.rand(3, dtype=dtype)
     theirs = tuple(t.double() for t in ours)

@@ -167,7 +167,7 @@ def test_a_compiled_layer_served_by_torch_has_torchs_own_operation_in_its_graph(
 
 
 @pytest.mark.slow
-def test_without_the_native_module_torchs_kernels_serve_networks_and_save_memory_without_a_word():
+def test_without_the_native_module_torchs_kernels_serve_networks_and_save_memory():
     done = blocked("""
         import contextlib, copy, warnings
         with warnings.catch_warnings():

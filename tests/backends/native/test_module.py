@@ -105,7 +105,7 @@ def test_tensors_that_do_not_belong_together_are_declined_and_nothing_is_changed
     assert_close(list(given.values()), before, exact=True)
 
 
-def test_a_view_that_means_the_negative_of_its_memory():
+def test_a_negative_view_is_read_as_the_negative_of_its_memory():
     x, one = torch.randn(3, 4, 5, 5), torch.ones(4)
     negative, relu = torch._neg_view(x), Epilogue(act=Activation("relu"))
     found, expected = (cpu.forward(t, relu, 1e-5, 1) for t in (negative, -x))

@@ -113,6 +113,6 @@ def check(shape, dtype):
 
 @pytest.mark.parametrize("dtype", lanes(UNIT, fast=[torch.float32], slow=[torch.bfloat16]), ids=str)
 @pytest.mark.parametrize("shapes", lanes([dense, planes], fast=[planes], slow=[dense]))
-def test_rows_of_any_width_and_planes_of_any_size(simd, shapes, dtype):
+def test_native_steps_of_any_width_equal_torch_in_float64(simd, shapes, dtype):
     for shape in shapes():
         check(shape, dtype)

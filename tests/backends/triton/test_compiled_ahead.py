@@ -176,7 +176,7 @@ def test_tiles_of_every_size_compile(channels, dtype, samples):
     assert found
 
 
-def test_what_changes_from_step_to_step_compiles_nothing():
+def test_other_batch_sizes_and_momenta_compile_no_new_kernel():
     """Sizes and momentum are arguments of the kernels."""
     with ahead.launches() as first:
         ahead.step(tensor((256, 64, 56, 56), True))
@@ -208,7 +208,7 @@ class Called(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("shape", [(256, 512), (8, 64, 56, 56)], ids=str)
-def test_a_call_is_nothing_but_memory_of_torch_and_launches(shape):
+def test_a_call_allocates_and_launches_and_does_nothing_else(shape):
     """So it can be captured in a graph: nothing is read back, copied or computed on the way."""
     x, called = tensor(shape), Called()
     with ahead.launches() as found, called:

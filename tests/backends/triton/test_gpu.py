@@ -48,7 +48,7 @@ def alike(one, other):
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_same_bits_every_time_and_on_every_stream(shape, last):
+def test_a_step_has_the_same_bits_every_time_and_on_every_stream(shape, last):
     layer, *given = prepared(shape, last=last)
     first = step(layer, *given)
     for _ in range(5):
@@ -64,7 +64,7 @@ def test_the_same_bits_every_time_and_on_every_stream(shape, last):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("ours", [True, False])
-def test_both_backends_agree_with_the_reference(shape, dtype, ours):
+def test_triton_and_aten_agree_with_the_reference_on_a_gpu(shape, dtype, ours):
     layer, *given = prepared(shape, dtype)
     assert chosen(given[0]) is aten
     twin = copy.deepcopy(layer)
@@ -78,7 +78,7 @@ def test_both_backends_agree_with_the_reference(shape, dtype, ours):
 
 @pytest.mark.parametrize("ours", [True, False])
 @pytest.mark.parametrize("shape", [(32, 64, 28, 28), (512, 1024)], ids=str)
-def test_what_save_memory_makes_again_has_the_same_bits(shape, ours):
+def test_what_save_memory_recomputes_has_the_same_bits(shape, ours):
     layer, x, residual, dy = prepared(shape, last=True)
     found = []
     for kept in (True, False):
@@ -105,7 +105,7 @@ def test_a_step_in_a_graph_moves_the_running_statistics_at_every_replay():
     assert alike(layer.buffers(), twin.buffers())
 
 
-def test_nothing_waits_for_the_gpu():
+def test_a_step_does_not_synchronize_with_the_gpu():
     layer, *given = prepared((64, 32, 14, 14))
     step(layer, *given)
     with torch.cuda.device(0):
@@ -124,7 +124,7 @@ def test_a_tensor_on_another_gpu_is_computed_on_that_gpu():
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_more_than_2_31_elements(last):
+def test_tensors_of_more_than_2_31_elements_are_normalized_on_a_gpu(last):
     shape = (700, 64, 224, 224)
     if torch.cuda.mem_get_info()[0] < 12 * 1024**3:
         pytest.skip("needs 12 GiB")

@@ -126,7 +126,9 @@ def test_many_small_tiles_give_what_one_large_one_gives(tiny_tiles, layout, resi
 
 
 @pytest.mark.parametrize("act", ["relu", "leaky_relu(0.3)", "silu"])
-def test_a_half_residual_costs_the_gradient_no_digits_between_passes(tiny_tiles, act):
+def test_a_residual_in_half_does_not_round_the_gradient_of_the_input_between_passes(
+    tiny_tiles, act
+):
     check_half_residual("triton", act, torch.bfloat16)
 
 
@@ -222,7 +224,7 @@ def test_the_step_keeps_the_digits_of_a_momentum_and_of_float64():
     assert int(layer.num_batches_tracked) == 1
 
 
-def test_gradients_of_gradients():
+def test_second_derivatives_with_triton_are_those_of_finite_differences():
     given = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((5, 3), 3, 3)]
     call = lambda *t: bn.functional.normalize(*t, activation="silu")[0]
     with bn.use_backend("triton"):
@@ -253,14 +255,14 @@ def test_the_triton_backend_says_why_it_declines_a_call(words, x, epilogue):
     assert words in cuda.serves(x, epilogue, 1, "train")
 
 
-def test_a_call_that_triton_declines_is_an_error_where_it_was_asked_for():
+def test_a_call_that_triton_declines_raises_where_triton_was_chosen_by_name():
     x, ones = torch.ones(4, 3), torch.ones(3)
     assert cuda.serves(x, Epilogue(ones, ones, x), 1, "train") is None
     with bn.use_backend("triton"), pytest.raises(BackendError, match="Triton kernels take float32"):
         bn.ops.routes.select(x.long())
 
 
-def test_the_interpreter_serves_only_where_it_is_asked_for(monkeypatch):
+def test_triton_in_its_interpreter_serves_only_where_it_is_chosen_by_name(monkeypatch):
     monkeypatch.setattr(cuda, "forward", None)
     assert bn.functional.normalize(torch.randn(4, 3))[0].shape == (4, 3)
 
@@ -279,7 +281,9 @@ print("triton" in sys.modules, bn.env()["backends"]["triton"])
         ("import sys; sys.modules['triton'] = None", "1", "not installed"),
     ],
 )
-def test_the_environment_says_what_there_is_and_importing_costs_nothing(before, interpreted, said):
+def test_env_says_whether_triton_is_available_and_importing_does_not_load_it(
+    before, interpreted, said
+):
     if torch.version.cuda is not None and interpreted == "0":
         pytest.skip("torch is built with CUDA")
     environment = {**os.environ, "TRITON_INTERPRET": interpreted}
@@ -298,7 +302,7 @@ LARGE = {
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_statistics_keep_the_bound_over_many_tiles(name):
+def test_statistics_over_many_tiles_are_within_the_bound_of_accuracy(name):
     """Half a million values a channel, in shares of several tiles."""
     x = LARGE[name]()
     mean, m2 = cuda.moments(x, 1)
@@ -383,7 +387,7 @@ def test_many_channels_of_few_values_and_few_channels_of_many_values(tiles, shap
 @pytest.mark.parametrize("mean", [0, 1000])
 @pytest.mark.parametrize("act", ["relu", "silu"])
 @pytest.mark.parametrize("shape", [(8, 48), (30, 4), (3, 6, 5, 5)], ids=str)
-def test_a_result_that_is_made_again_has_the_same_bits(tiles, shape, dtype, mean, act):
+def test_an_output_that_is_recomputed_has_the_same_bits(tiles, shape, dtype, mean, act):
     """As save_memory does it: by another kernel where one pass made it first."""
     (x, residual), (weight, bias) = torch.randn(2, *shape).to(dtype), torch.randn(2, shape[1])
     x = x + mean

@@ -34,7 +34,7 @@ def test_bench_without_a_gpu_ends_in_one_line(tmp_path, monkeypatch, capsys):
 
 
 @without_gpu
-def test_the_session_says_what_it_needs(tmp_path, monkeypatch, capsys):
+def test_the_session_without_a_gpu_exits_with_what_it_needs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["cuda_session.py", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="2"):
         cuda_session.main()
