@@ -72,7 +72,8 @@ def normalize(
         axis: The channel axis.
 
     Returns:
-        y in x's dtype, and the Moments by which it was normalized, without a gradient.
+        y in x's dtype, and the Moments of the batch by which it was normalized, without a gradient;
+        with ``bn.Frozen()``, Moments of count 0.
 
     Raises:
         LayoutError: If the rank is wrong, a mask does not fit, or a channel has a single value.
@@ -84,7 +85,8 @@ def normalize(
     axis = layout.channel_axis(x.ndim, axis)
     selection = selected(x, axis, mask, lengths, weights, groups, count)
     rest = (activation, mean, var, eps, axis)
-    return by_source(prepare(x, weight, bias, residual, selection, *rest), statistics)
+    y, moments = by_source(prepare(x, weight, bias, residual, selection, *rest), statistics)
+    return y, Moments.zero(x.shape[axis], x.device) if moments is None else moments
 
 
 def selected(
@@ -146,6 +148,7 @@ def batch_norm(
     layout.check_enough_values(call.x, call.axis)
     y, moments = routes.normalize_batch(call)
     if running_mean is not None and running_var is not None:
+        assert moments is not None  # the call has no ``running``
         move(running_mean, running_var, moments, momentum)
     return y
 
@@ -162,7 +165,7 @@ def by_source(
     source: Source,
     recall: Callable[[Moments], Recalled] = _no_state,
     layer: nn.Module | None = None,
-) -> tuple[Tensor, Moments]:
+) -> tuple[Tensor, Moments | None]:
     """Normalize a training step by the statistics that a source chooses.
 
     Args:
@@ -172,8 +175,8 @@ def by_source(
         layer: The layer, for sources that compare layers over processes.
 
     Returns:
-        y, and the Moments for the estimators. Their count is 0 if the source uses stored statistics
-        or if the running statistics of ``call`` have been updated already.
+        y, and the Moments for the estimators; None if the source uses stored statistics, or if the
+        backend has updated the running statistics in ``call.running``.
 
     Raises:
         OptionError: If the source uses stored statistics and there are none, or eps <= 0.
@@ -185,7 +188,7 @@ def by_source(
         if call.mean is None or call.var is None:
             raise OptionError(STORED.format(source=source))
         y = routes.normalize_by(call, call.mean, call.var)
-        return y, Moments.zero(call.mean.numel(), call.mean.device)
+        return y, None
     sharing = None
     if source.plan == "own":
         samples = call.x.shape[0 if call.axis else 1]

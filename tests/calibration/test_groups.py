@@ -152,6 +152,10 @@ def test_calibrations_of_groups_are_merged_stored_and_applied(tmp_path):
     plain = nn.ModuleDict({"bn1": nn.BatchNorm2d(4), "bn2": nn.BatchNorm2d(5)})
     with refused(BatchNormError, r"'bn1\[0\]'", plain):
         first.apply(plain)
+    alone = bn.calibrate(plain["bn1"], [torch.randn(9, 4, 1, 1)])
+    grouped = bn.BatchNorm2d(4, statistics=bn.Grouped(2))
+    with refused(BatchNormError, "'' stores statistics of group 0", grouped):
+        alone.apply(grouped)
 
 
 def assert_close_state(found, expected):
@@ -169,11 +173,6 @@ def one_alone():
 REFUSED = {
     "no ids": (lambda: [(x,) for x, *_ in batches(masked=False)], {}, "bn.groups"),
     "one value of a group in a batch": (one_alone, {}, "one in group 1 .*\n.*population"),
-    "one value of a group in all": (
-        one_alone,
-        {"upstream": "population"},
-        r"'bn1\[1\]' got 1 values",
-    ),
 }
 
 
@@ -183,6 +182,28 @@ def test_batches_without_statistics_of_groups_are_refused_and_change_nothing(nam
     net = Net()
     with refused(BatchNormError, message, net):
         calibrate(net, data(), **options)
+
+
+def test_a_group_with_a_single_value_keeps_its_statistics():
+    net = Net()
+    before = net.bn1.group_mean[1].clone(), net.bn1.group_var[1].clone()
+    result = calibrate(net, one_alone(), upstream="population")
+    assert result.skipped["bn1[1]"] == "a single value of this group"
+    assert result.skipped["bn1[3]"] == "no samples of this group"
+    assert torch.equal(net.bn1.group_mean[1], before[0])
+    assert torch.equal(net.bn1.group_var[1], before[1])
+    assert {"bn1[0]", "bn1[2]"} < result.layers.keys()
+
+
+@pytest.mark.parametrize(("batches", "read"), [({2}, 50), ({2, 30}, 31)])
+def test_a_target_error_is_reached_only_when_each_group_had_values_in_two_batches(batches, read):
+    ids = [torch.tensor([0] * 60 + [int(number in batches)] * 4) for number in range(50)]
+    data = [(torch.randn(64, 4), some) for some in ids]
+    layer = bn.BatchNorm1d(4, statistics=bn.Grouped(2))
+    call = lambda model, batch: model(batch[0], groups=batch[1])
+    result = bn.calibrate(layer, data, forward=call, target_error=100.0)
+    assert result.reached == (len(batches) > 1)
+    assert read <= result.batches < read + 5
 
 
 def test_a_layer_without_statistics_of_groups_normalizes_each_group_by_its_own():

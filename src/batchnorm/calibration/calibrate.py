@@ -25,7 +25,7 @@ from batchnorm.calibration.measure import measured
 from batchnorm.calibration.passes import Passes
 from batchnorm.calibration.population import Population
 from batchnorm.calibration.result import Calibration, LayerStatistics, store
-from batchnorm.calibration.stored import Statistics, places, read
+from batchnorm.calibration.stored import Place, Statistics, places, read
 from batchnorm.collective import Group, Ranks
 from batchnorm.errors import CalibrationError
 from batchnorm.models.preserve import preserved
@@ -74,7 +74,8 @@ def calibrate(
         upstream: Statistics by which earlier layers normalize: ``"batch"`` or ``"population"``.
         max_batches: Maximum number of batches per process and pass.
         max_samples: Maximum number of samples per pass, over all processes; the last batch is cut.
-        target_error: Stop when ``Calibration.error`` is this small, after at least 8 batches.
+        target_error: Stop when ``Calibration.error`` is this small, after at least 8 batches,
+            and each layer and group of samples with values has them in two batches or more.
         layers: Names, patterns, modules or ``layers(name, module)``; default: all but frozen.
         passes: With ``"population"``, this many full passes with all layers in eval mode.
         cache_bytes: With ``"population"``, memory for results that the next pass can reuse.
@@ -149,8 +150,9 @@ def _result(
         for name, place in where.items()
         if name in passes.found
     }
+    seen = {name for one in passes.results for name in one.layers}
     unused = {
-        name: say("not called" if place.group is None else "no samples of this group")
+        name: _why_unused(place, name in seen)
         for name, place in where.items()
         if name not in layers and (place.group is None or place.name in layers)
     }
@@ -175,6 +177,12 @@ def _result(
     )
 
 
+def _why_unused(place: Place, seen: bool) -> str:
+    if place.group is None:
+        return say("not called")
+    return say("a single value of this group" if seen else "no samples of this group")
+
+
 def _check(passes: Passes, allow_nan: bool) -> None:
     tallies = [result.tally for result in passes.results]
     if not any(tally.batches for tally in tallies):
@@ -188,9 +196,10 @@ def _check(passes: Passes, allow_nan: bool) -> None:
             "no layer to calibrate was called: the model's forward does not use these layers, or "
             "all batches were empty; the model is unchanged"
         )
+    seen = {name for result in passes.results for name in result.layers}
     for name, layer in passes.layers.by_name.items():
         _, *groups = passes.layers.keys([name])
-        if groups and name in passes.found and passes.found.keys().isdisjoint(groups):
+        if groups and name in passes.found and seen.isdisjoint(groups):
             raise CalibrationError(NO_IDS.format(layer=name, source=layer.statistics))
     for name, one in passes.found.items():
         if float(one.moments.count) < 2 and not allow_nan:

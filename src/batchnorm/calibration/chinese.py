@@ -14,6 +14,7 @@ CHINESE = {
     "reason": "原因",
     "not called": "未被调用",
     "no samples of this group": "没有这一组的样本",
+    "a single value of this group": "这一组只有一个值",
     "calibrated on {batches} batches": "用 {batches} 个批次校准",
     "{samples:,} samples": "{samples:,} 个样本",
     "upstream={upstream}, {passes} passes": "upstream={upstream}，{passes} 遍",

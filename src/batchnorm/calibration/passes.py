@@ -129,6 +129,8 @@ class Passes:
         result = _Pass(self, names).run(batches, run)
         self.results.append(result)
         for name, one in result.layers.items():
+            if float(one.moments.count) < 2 and self.layers.places[name].group is not None:
+                continue  # a group of samples keeps its statistics, as one without samples
             self.remaining.pop(name, None)
             self.found[name] = one
             # The variance of a single value is 0.
@@ -206,8 +208,11 @@ class _Pass:
         words = self._ranks.exchange(word)
         if self._target is not None:
             groups = self._groups()
-            used = int((groups.count > 0).any(1).sum())  # type: ignore[union-attr, operator]
-            if used >= FEWEST and largest_error(groups, self._eps) <= self._target:
+            used = groups.count > 0  # type: ignore[operator]
+            # Of values in a single group of batches there is no standard error.
+            known = bool((used.sum(0) != 1).all())  # type: ignore[union-attr]
+            few = int(used.any(1).sum()) < FEWEST  # type: ignore[union-attr]
+            if known and not few and largest_error(groups, self._eps) <= self._target:
                 return True
         return None if all(said == _DONE for said in words) else False
 

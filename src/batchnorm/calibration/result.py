@@ -19,6 +19,11 @@ from batchnorm.report.model import Report
 from batchnorm.report.plots import to_figure
 from batchnorm.report.terminal import to_text
 
+NO_GROUP = """\
+layer {layer!r} stores statistics of group {group} of its samples, and this calibration is of a \
+layer without that group; the model is unchanged. Calibrate a model whose layer has the same \
+statistics=bn.Grouped(...)"""
+
 
 @dataclass(frozen=True)
 class LayerStatistics:
@@ -130,12 +135,14 @@ class Calibration:
             The model.
 
         Raises:
-            CalibrationError: If a layer is missing, has another number of channels, or no buffers.
+            CalibrationError: If a layer is missing, has another number of channels, has no
+                buffers, or stores statistics of a group of samples that was not calibrated.
         """
         known = places({
             name: found.layer for found in walk(unwrapped(model))
             for name in (found.name, *found.aliases)
         })  # fmt: skip
+        both = {*self.layers, *self.skipped}
         for name, found in self.layers.items():
             place = known.get(name)
             has = None if place is None else place.layer.running_mean
@@ -147,6 +154,9 @@ class Calibration:
                     f"expected a layer {name!r} of {found.new.mean.numel()} channels in "
                     f"{type(model).__name__}, got {came}; the model is unchanged"
                 )
+        for name, place in known.items():
+            if place.group is not None and place.name in self.layers and name not in both:
+                raise CalibrationError(NO_GROUP.format(layer=place.name, group=place.group))
         store(self.layers, known)
         return model
 

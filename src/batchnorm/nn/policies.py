@@ -24,7 +24,8 @@ def by_source(layer: Attributes, call: Arguments) -> tuple[Tensor, Moments | Non
     """Normalize a training step by the layer's source, or as its policy requires.
 
     Returns:
-        y, and the Moments that update the running statistics; None if these must not change.
+        y, and the Moments that update the running statistics; None if these must not change, or if
+        the backend has updated them.
 
     Raises:
         SingleValueError: For one value per channel, with on_single_value="error".
@@ -39,7 +40,7 @@ def by_source(layer: Attributes, call: Arguments) -> tuple[Tensor, Moments | Non
         if policy.on_single_value == "error":
             raise
         return (_by_stored if policy.on_single_value == "stored" else _by_itself)(call), None
-    if policy.on_nonfinite != "propagate":
+    if moments is not None and policy.on_nonfinite != "propagate":
         moments = _checked(moments, raises=policy.on_nonfinite == "error")
     return y, moments
 

@@ -32,7 +32,7 @@ step is not among the last {KEPT} steps, whose states the layer keeps; call back
 forward passes"""
 
 
-def by_source(layer: Attributes, call: Arguments) -> tuple[Tensor, Moments]:
+def by_source(layer: Attributes, call: Arguments) -> tuple[Tensor, Moments | None]:
     """Normalize a training step by the layer's source; ``step`` updates the state afterwards."""
     source = layer.statistics
     if not keeps_state(source):

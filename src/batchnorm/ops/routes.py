@@ -29,12 +29,12 @@ _DEVICES = ("cpu", "cuda")
 _WIDE = (torch.float32, torch.float64)
 
 
-def normalize_batch(call: Arguments) -> tuple[Tensor, Moments]:
+def normalize_batch(call: Arguments) -> tuple[Tensor, Moments | None]:
     """Normalize by the statistics of the input; with groups of samples, of each group.
 
     Returns:
-        y, and the Moments that normalized it, without a gradient. Their count is 0 if the backend
-        has updated ``call.running``, so that the caller does not update it again.
+        y, and the Moments that normalized it, without a gradient; None if the backend has updated
+        the running statistics in ``call.running``.
     """
     whole = call.selection.is_whole
     if not whole:
@@ -74,7 +74,7 @@ def normalize_batch(call: Arguments) -> tuple[Tensor, Moments]:
     else:
         y, stats = reference.forward(x, call.epilogue, *rest, None, selection)
     if running is not None:
-        return y, Moments(0.0, stats[0], stats[1])
+        return y, None
     count = size if whole else selection.counts(x, call.axis)
     return y, Moments.of_variance(count, stats[0], stats[1])
 
