@@ -31,6 +31,7 @@ TARGETS = {
         "nn/test_layers.py",
         "nn/test_groups.py",
         "nn/test_unusual_state.py",
+        "nn/test_masked_unusual_state.py",
     ],
     "estimators/running.py": STATES,
     "estimators/merged.py": ESTIMATORS,

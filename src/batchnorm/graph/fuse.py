@@ -48,7 +48,7 @@ class Normalization(NamedTuple):
     reason: str
 
 
-def fuse(gm: fx.GraphModule, eager: bool = True) -> list[Normalization]:
+def fuse(gm: fx.GraphModule, eager: bool) -> list[Normalization]:
     """Rewrite the normalizations of a graph, and of the checkpointed regions in it.
 
     Args:
