@@ -72,8 +72,7 @@ def normalize(
         axis: The channel axis.
 
     Returns:
-        y in x's dtype, and the Moments of the batch by which it was normalized, without a gradient;
-        with ``bn.Frozen()``, Moments of count 0.
+        y in x's dtype, and the detached Moments of the batch, of count 0 with ``bn.Frozen()``.
 
     Raises:
         LayoutError: If the rank is wrong, a mask does not fit, or a channel has a single value.
