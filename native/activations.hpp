@@ -3,9 +3,9 @@
 //   forward(z, slope)        a = act(z)
 //   backward(dy, z, slope)   dy * act'(z); at the kinks and for NaN as torch's own backward functions do
 //   backward_y(dy, y, slope) the same from the output, where the output tells (from_y)
-//   usual                    whether its loops are built with and without a residual
+//   usual                    whether loops are compiled separately for calls with and without a residual
 //
-// A mask selects, it does not multiply: an infinite dy behind a closed gate gives 0.
+// Masks select instead of multiplying, so that an infinite dy where the derivative is 0 gives 0.
 #pragma once
 
 #include "math.hpp"

@@ -1,8 +1,8 @@
-// The Python module: torch tensors in, torch tensors out; None for a memory layout that the kernels do not take.
+// The Python module: functions from torch tensors to torch tensors; None for a memory layout that the kernels do not support.
 //
-// Every function takes the input, then what lies as it does, then vectors over the channels, and at the end weights and groups
-// of samples, (ids, how many groups, weights, counts), or None; src/batchnorm/ops/backends/cpu.py
-// is the way in and relies on this order.
+// Arguments: the input, then tensors with the input's layout, then vectors over the channels, and at the end weights and groups
+// of samples, (ids, number of groups, weights, counts), or None. src/batchnorm/ops/backends/cpu.py calls these functions and
+// relies on this order.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
@@ -21,7 +21,7 @@ namespace {
 
 using Handle = nb::handle;
 
-// mean and m2 in float64, into the vectors that are given.
+// Writes mean and m2 in float64 to the vectors.
 bool moments(Handle x, int axis, Handle mean, Handle m2, int threads, Handle selection) {
     Call call(x, axis, threads);
     call.select(selection);
@@ -47,7 +47,7 @@ nb::object normalize(Handle x, Handle residual, Handle weight, Handle bias, Hand
     return y;
 }
 
-// Normalize by stored statistics, finished by the kernel: for small inputs tensor operations would cost more than it does.
+// Normalize by stored statistics; the kernel also computes rstd, since tensor operations would dominate for small inputs.
 nb::object evaluate(Handle x, Handle residual, Handle weight, Handle bias, Handle mean, Handle var, int axis, int activation,
                     double slope, double eps, int threads, Handle selection) {
     Call call(x, axis, threads);
@@ -81,7 +81,7 @@ nb::object forward(Handle x, Handle residual, Handle weight, Handle bias, int ax
     const Made stats = call.stats();
     call.stats(stats.data);
     const bool counts = call.run(kernels(call.x.dtype).forward);
-    // After the kernel, so that a failed call changes nothing; an empty batch does not count as a step.
+    // After the kernel, so that a failed call changes nothing; an empty batch is not counted.
     if (count && counts) ++*count;
     return nb::make_tuple(y, stats.object);
 }
@@ -106,7 +106,7 @@ void cotangent(Call& call, Handle dy, Handle residual, Handle y, Handle stats, i
     call.activation(activation, slope);
 }
 
-// dz, which the residual's gradient is: without an activation and weights it is dy itself.
+// dz, the gradient of the residual; without an activation and weights it is dy itself.
 nb::object gradients(Call& call, Handle dy, bool want_residual, nb::object& dresidual) {
     const Made dx = empty_like(call.x);
     call.args.dx = dx.data;
@@ -157,7 +157,7 @@ nb::object backward(Handle x, Handle dy, Handle residual, Handle y, Handle stats
     return nb::make_tuple(dx, dresidual, sums.dz, sums.dz_xhat);
 }
 
-// nanobind accepts None for any argument; the functions check it. The last is the selection, and may be left out.
+// nanobind accepts None for any argument; the functions check it. The last argument is the selection, which is optional.
 template <class R, class... A, size_t... I>
 void define(nb::module_& m, const char* name, R (*function)(A...), std::index_sequence<I...>) {
     m.def(name, function, (static_cast<void>(I), nb::arg().none())..., nb::arg().none() = nb::none());

@@ -1,4 +1,4 @@
-// The arguments of one call, made from tensors and checked here; the kernels check nothing.
+// The arguments of one call, created from tensors and checked here; the kernels do not check them.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -12,8 +12,8 @@
 
 namespace batchnorm {
 
-// A memory layout that the kernels do not take clears `in_order`: the binding returns None, and Python calls again with
-// contiguous copies. A tensor that would be read or written out of bounds raises.
+// `in_order` becomes false for a memory layout that the kernels do not support: the binding then returns None, and Python
+// calls again with contiguous copies. A tensor that would be accessed out of bounds raises.
 constexpr int64_t stats_rows = 6;
 
 struct Call {
@@ -21,7 +21,7 @@ struct Call {
     Tensor x;
     bool in_order;
     bool selects = false;   // whether there are weights or groups
-    bool grouped = false;   // whether vectors over the channels have a row for each group
+    bool grouped = false;   // whether vectors over the channels have one row per group
     Selection selection;
 
     Call(nanobind::handle input, int axis, int threads) {
@@ -34,7 +34,7 @@ struct Call {
     int64_t bytes() const { return x.elements() * size_of(x.dtype); }
     DType wide() const { return x.dtype == DType::float64 ? DType::float64 : DType::float32; }
 
-    // A tensor that lies as x does; None where that is allowed.
+    // A tensor with the memory layout of x, or None if allowed.
     void* like(nanobind::handle object, const char* name) {
         Tensor t;
         if (object.is_none() || !in_order) return nullptr;
@@ -42,18 +42,18 @@ struct Call {
         return in_order ? checked(t, name) : nullptr;
     }
 
-    // One value per channel, in any dtype; None where that is allowed.
+    // One value per channel, in any dtype, or None if allowed.
     Param param(nanobind::handle object, const char* name, bool by_group) {
         Tensor t;
         if (object.is_none() || !in_order) return {};
         in_order = read(object, t) && is_rows(t, 1, by_group);
-        // Groups may share a row, which has no stride then.
+        // If groups share a row, it has no stride between groups.
         const bool shared = in_order && by_group && t.strides[0] == 0 && (args.channels < 2 || t.strides[1] == 1);
         in_order = in_order && (shared || t.contiguous());
         return in_order ? Param{checked(t, name), t.dtype, shared || !by_group ? 0 : args.channels} : Param{};
     }
 
-    // Rows of one value per channel in the dtype of the arithmetic; a single row has one axis.
+    // Rows of one value per channel in the compute dtype; a single row has one axis.
     void* rows(nanobind::handle object, const char* name, int64_t count) {
         return rows_of(wide(), object, name, count);
     }
@@ -62,7 +62,7 @@ struct Call {
 
     void* row(void* start, int index) const { return static_cast<char*>(start) + index * args.channels * selection.groups * size_of(wide()); }
 
-    // (ids of the samples or None, how many groups, weights or None, counts of the groups or None), or None.
+    // (ids of the samples or None, number of groups, weights or None, counts of the groups or None), or None.
     void select(nanobind::handle object) {
         if (object.is_none()) return;
         const nanobind::tuple parts = nanobind::cast<nanobind::tuple>(object);
@@ -83,7 +83,7 @@ struct Call {
         }
     }
 
-    // A new vector over the channels, or one for each group.
+    // A new vector over the channels, or one row per group.
     Made vector() const { return grouped ? empty(selection.groups, args.channels, wide()) : empty(args.channels, wide()); }
     Made stats() const { return grouped ? empty(stats_rows, selection.groups, args.channels, wide()) : empty(stats_rows, args.channels, wide()); }
 
@@ -95,7 +95,7 @@ struct Call {
         if (both && in_order) args.rest = row(args.rstd, 1);
     }
 
-    // The rows of stats: mean, var, rstd, its rest, and the weight and bias that forward used.
+    // The rows of stats: mean, var, high and low part of rstd, and the weight and bias that forward used.
     void stats(void* start) {
         args.mean = start;
         args.var = row(start, 1);
@@ -139,7 +139,7 @@ struct Call {
         args.slope = slope;
     }
 
-    // Where the result goes: to a new tensor, or to one that is given, which may be exactly x or the residual.
+    // The output: a new tensor, or an argument, which may be x or the residual itself.
     nanobind::object output(nanobind::handle given) {
         if (given.is_none()) {
             Made made = empty_like(x);
@@ -151,7 +151,7 @@ struct Call {
         return nanobind::borrow(given);
     }
 
-    // Returns whether any element counted.
+    // Returns whether any element has weight > 0.
     bool run(Kernel kernel) const {
         constexpr int64_t gil_kept_below = 16384;  // elements
         if (x.elements() < gil_kept_below) return compute(kernel);
@@ -170,15 +170,15 @@ struct Call {
         int64_t size = 0;
         selection.ids = integers(ids, size);
         selection.samples = size;
-        // Groups need samples on the outermost axis; if channels are there, the call is not served.
-        // An empty tensor has no memory, and its ids no address.
+        // Groups need samples on the outermost axis; a call with channels there is not served.
+        // An empty tensor has no memory, and its ids have no address.
         in_order = in_order && (selection.ids ? size == 0 || args.outer % size == 0 : x.elements() == 0);
         for (int64_t i = 0; i < size && selection.ids; ++i)
             if (selection.ids[i] < 0 || selection.ids[i] >= selection.groups)
                 reject("group ids must be in 0.." + std::to_string(selection.groups - 1) + ", got " + std::to_string(selection.ids[i]));
     }
 
-    // Whether a tensor has `count` rows of a number per channel (and group); a single row has no axis for it.
+    // Whether a tensor has `count` rows of one number per channel (and group); a single row has no such axis.
     bool is_rows(const Tensor& t, int64_t count, bool by_group) const {
         const int axes = (count > 1) + by_group + 1;
         if (t.rank != axes || t.shape[axes - 1] != args.channels) return false;
@@ -215,7 +215,7 @@ struct Call {
         return t.data;
     }
 
-    // Each element is read before it is written: the output may be exactly the memory of an input, but must not overlap it in part.
+    // Each element is read before it is written: the output may have the same memory as an input, but must not overlap it partly.
     void apart(const void* in) const {
         const auto a = reinterpret_cast<uintptr_t>(args.y), b = reinterpret_cast<uintptr_t>(in);
         if (!a || !b || a == b) return;

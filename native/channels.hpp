@@ -1,4 +1,4 @@
-// Work done once per channel: final statistics, the update of the running ones, coefficients of the element loops.
+// Computations per channel: final statistics, updates of running statistics, coefficients of the element loops.
 #pragma once
 
 #include <cmath>
@@ -7,15 +7,15 @@
 
 namespace batchnorm::BATCHNORM_ISA {
 
-constexpr int together = lanes<double>;  // channels that are finished at once, all in double
+constexpr int together = lanes<double>;  // channels that are computed at once, in double
 
-// The channels first..last in groups: f(c, how many).
+// Calls f(c, number of channels) for groups of the channels first..last.
 template <class Use>
 inline void for_channels(int64_t first, int64_t last, Use&& use) {
     for (int64_t c = first; c < last; c += together) use(c, last - c < together ? int(last - c) : together);
 }
 
-// The numbers of `n` channels from c on, as doubles; the lanes past them are zero.
+// The values of `n` channels from c on, as doubles; further lanes are zero.
 template <class E>
 inline D numbers(const E* p, int64_t c, int n) {
     if constexpr (sizeof(E) >= 4)
@@ -41,7 +41,7 @@ inline void put_numbers(E* p, int64_t c, int n, D v) {
     for (int i = 0; i < n; ++i) p[c + i] = E(v[i]);
 }
 
-// A parameter in the arithmetic's dtype, so that backward, which reads a copy in that dtype, computes with the same number.
+// A parameter rounded to the compute dtype: backward reads a copy in this dtype and must use the same number.
 template <class A>
 inline D parameter(const Param& p, int64_t c, int n, double absent) {
     const D v = numbers(p, c, n, absent);
@@ -68,8 +68,8 @@ inline void step_running(const Param& p, int64_t c, int n, double momentum, D va
     else put_numbers(static_cast<float*>(p.data), c, n, moved);
 }
 
-// The moments of one channel in double and in two passes, where the fast ones are infinite or NaN: because the input is, or
-// because the square of a deviation overflowed in float. For an input that is not finite the mean is its sum over the count: NaN or infinite.
+// The Moments of one channel, by two passes in double, used if the fast result is infinite or NaN: the input is not finite, or
+// the square of a deviation overflowed in float. For a non-finite input the mean is sum / count: NaN or infinite.
 template <class T>
 inline void plain_moments(const Args& a, int64_t c, double& mean, double& m2) {
     using A = Real<T>;
@@ -101,7 +101,7 @@ void finish_moments(const Args& a, int64_t first, int64_t last, double* mean, do
     const double count = a.values();
     for_channels(first, last, [&](int64_t c, int n) {
         D m = numbers(mean, c, n), q = numbers(m2, c, n);
-        if (horizontal((m - m) + (q - q)) != 0) {  // NaN, or the difference of infinities
+        if (horizontal((m - m) + (q - q)) != 0) {  // true for NaN and infinity
             for (int i = 0; i < n; ++i)
                 if (!is_finite(mean[c + i]) || !is_finite(m2[c + i])) plain_moments<T>(a, c + i, mean[c + i], m2[c + i]);
             m = numbers(mean, c, n), q = numbers(m2, c, n);
@@ -129,7 +129,7 @@ void finish_moments(const Args& a, int64_t first, int64_t last, double* mean, do
     });
 }
 
-// As an estimator does, the unbiased variance divides by at least 1: the sum of weights may be smaller.
+// As in the estimators, the divisor of the unbiased variance is at least 1; a sum of weights may be smaller.
 inline void move_by_groups(const Args& a, const double* counts, int64_t groups) {
     for_channels(0, a.channels, [&](int64_t c, int n) {
         Moments<D> all{0, {}, {}};
@@ -143,8 +143,8 @@ inline void move_by_groups(const Args& a, const double* counts, int64_t groups) 
     });
 }
 
-// The coefficients that normalize n channels. The pivot is subtracted before scaling. It is the mean where that is large, so that no
-// digits are cancelled, and 0 where the mean is small, so that the subtraction does not round the values.
+// The coefficients that normalize n channels. The pivot is subtracted before scaling. It is the mean if the mean is large, to
+// avoid cancellation, and 0 if the mean is small, since the subtraction would only round the values.
 template <class A>
 struct Normal {
     D mean, rstd, exact, pivot;  // exact: 1 / std before it was rounded
@@ -162,9 +162,9 @@ struct Normal {
     }
 };
 
-// Splits a scale into two summands of its sign, neither of them 0 unless the scale is: an infinite deviation times 0, or a
-// sum of infinities of opposite signs, would be NaN. The first is the float next below the scale's magnitude: the bits of a
-// double less one, cut to a float's.
+// Splits a scale into two summands of the same sign, neither of them 0 unless the scale is 0: an infinite deviation times 0, or
+// the sum of infinities of opposite signs, would be NaN. The first summand is the largest float below the scale's magnitude:
+// the bits of the double minus one, truncated to float.
 inline void split(D scale, float* most, float* rest, int64_t c, int n) {
     using Bits = Lanes<int64_t, together>;
     const auto size = magnitude(scale);
@@ -203,7 +203,7 @@ template <class A>
 void backward_coefs(const Args& a, int64_t first, int64_t last, double count, const Coefs<A>& k) {
     for_channels(first, last, [&](int64_t c, int n) {
         const Normal<A> s(a, c, n);
-        // Without the scale: rstd * rstd would leave the range of float where the variance is near its end.
+        // Without the scale, since rstd * rstd would overflow or underflow float for extreme variances.
         const D c1 = -s.rstd * numbers(static_cast<const A*>(a.sum_dz_xhat), c, n) / count;
         put_numbers(k.c1, c, n, c1);
         put_numbers(k.c0, c, n, -numbers(static_cast<const A*>(a.sum_dz), c, n) / count - (s.mean - s.pivot) * c1);
@@ -221,7 +221,7 @@ void finish_sums(const Args& a, int64_t first, int64_t last, const double* sum, 
     });
 }
 
-// The loops for this activation, chosen once per call.
+// The loops for an activation, selected once per call.
 template <class T, bool Columns>
 struct Loops {
     using A = Real<T>;
@@ -252,7 +252,7 @@ struct Loops {
         normalize = normalize_block<T, Act, S, Columns>;
         choose_backward<Act, Act::uses_z ? S : Source::X>();
     }
-    // Weights are not usual: one loop takes any source of z.
+    // Weights are rare: one loop serves all sources of z.
     template <class Act>
     void choose_weighted(const void* y) {
         normalize = normalize_block<T, Act, Source::Either, false, true>;
@@ -281,22 +281,22 @@ inline const void* extra_of(const Args& a) {
     return from_y && a.y_saved ? a.y_saved : a.residual;
 }
 
-// Whether the pass over the sums writes dz (the residual's gradient), and the second pass reads it in place of dy and of the
-// tensor for act'(z). Not for 16-bit data: dx would inherit the rounding of dz.
+// Whether the pass that computes the sums writes dz (the residual's gradient), and the second pass reads dz instead of dy and
+// the tensor for act'(z). Not for 16-bit data, where dx would have the rounding error of dz.
 template <class T>
 inline bool dz_on_the_way(const Args& a) {
     const bool selects = a.activation == Activation::relu || a.activation == Activation::relu6;
     return a.dresidual && (sizeof(T) >= 4 || selects);
 }
 
-constexpr int64_t stream_bytes = int64_t(8) << 20;  // outputs above this go past the cache
+constexpr int64_t stream_bytes = int64_t(8) << 20;  // larger outputs bypass the cache
 
-// Streaming stores need whole aligned lines in every row.
+// Streaming stores need complete aligned cache lines in every row.
 inline bool lines_aligned(const void* p, int64_t row_bytes) {
     return ((reinterpret_cast<uintptr_t>(p) | uintptr_t(row_bytes)) & 63) == 0;
 }
 
-// The blocks of the two passes of backward: for the sums, and for dx. If the first writes dz, the second reads it as dy.
+// The blocks of the two passes of backward, for the sums and for dx. If the first writes dz, the second reads it as dy.
 template <class T, bool Columns>
 struct Backward {
     Block<T> first, second;

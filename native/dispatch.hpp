@@ -1,4 +1,4 @@
-// The set of kernels for this processor's instruction sets, chosen once.
+// The kernels for this processor's instruction set, selected once.
 #pragma once
 
 #include "args.hpp"
@@ -6,7 +6,7 @@
 namespace batchnorm {
 
 const Kernels& kernels(DType dtype);
-const char* simd_name();               // of the set in use
-bool use_simd(const char* name);       // for tests: false where this processor or build lacks it
+const char* simd_name();               // name of the instruction set in use
+bool use_simd(const char* name);       // for tests: false if this processor or build does not support it
 
 }  // namespace batchnorm

@@ -9,10 +9,10 @@ namespace nb = nanobind;
 namespace batchnorm {
 namespace {
 
-// The alignment of torch's own CPU tensors: blocks freed by either then fit the other's next request.
+// The alignment of torch's CPU tensors, so that freed blocks can be reused by both.
 constexpr std::align_val_t line{64};
 
-// The part of DLPack's ABI that is used, as its version 1 fixes it.
+// The used part of DLPack's ABI, version 1.
 constexpr int32_t device_cpu = 1;
 enum Kind : uint8_t { kind_int = 0, kind_float = 2, kind_bfloat = 4 };
 
@@ -49,7 +49,7 @@ PyObject* tensor_type = nullptr;
 PyObject* is_neg = nullptr;
 bool spoiling = false;
 
-// Owns the memory of a tensor that was made here.
+// Owns the memory of a tensor created here.
 struct Owned : DLManaged {
     std::unique_ptr<int64_t[]> extents;  // sizes, then strides
 

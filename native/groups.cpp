@@ -16,9 +16,9 @@ namespace {
 
 // The part of the tensor that belongs to one group.
 struct Group {
-    int64_t* order = nullptr;  // its planes, or its rows of weight > 0
-    int64_t outer = 0;         // how many
-    int64_t first = 0;         // where it begins, if it lies in one piece
+    int64_t* order = nullptr;  // indices of its planes, or of its rows of weight > 0
+    int64_t outer = 0;         // number of indices
+    int64_t first = 0;         // first index, if they are consecutive
     bool scaled = false;
     Part part;
 };
@@ -81,7 +81,7 @@ class Groups {
     const DType dtype_;
     const int64_t wide_;
     std::vector<Group> groups_;
-    std::vector<int64_t> order_;  // of all groups, one after the other
+    std::vector<int64_t> order_;  // indices of all groups, concatenated
 
     template <class P>
     static void shift(P*& pointer, int64_t bytes) {
@@ -89,7 +89,7 @@ class Groups {
         if (pointer) pointer = static_cast<Byte*>(pointer) + bytes;
     }
 
-    // Rows of weight 0 belong to no group.
+    // Rows of weight 0 are in no group.
     template <class Use>
     void each(Use&& use) {
         const int64_t of_sample = s_.samples > 0 ? a_.outer / s_.samples : 0;
@@ -126,7 +126,7 @@ class Groups {
     }
 };
 
-// What no group writes: rows of weight 0.
+// Zeroes the rows that no group writes: those of weight 0.
 void clear_rows(const Args& a, const Groups& groups, DType dtype, int64_t first, int64_t last) {
     const size_t bytes = size_t(a.channels * size_of(dtype));
     for (int64_t row = first; row < last; ++row) {
@@ -138,7 +138,7 @@ void clear_rows(const Args& a, const Groups& groups, DType dtype, int64_t first,
 
 }  // namespace
 
-// A group that is more than a thread's share is computed by all threads, the others by one each: which, shows in no bit.
+// A group larger than a thread's share is computed by all threads, other groups by one thread each; both give the same bits.
 double run_selected(const Args& a, const Selection& s, DType dtype, Kernel kernel) {
     Args whole = a;
     std::vector<double> exact;
@@ -165,7 +165,7 @@ double run_selected(const Args& a, const Selection& s, DType dtype, Kernel kerne
         common::for_each(team, 0, int64_t(shared.size()), 1, [&](int64_t i) {
             try {
                 kernel(groups.args_of(shared[size_t(i)], 1));
-            } catch (...) {  // out of memory; nothing may leave a parallel region
+            } catch (...) {  // out of memory; no exception may leave a parallel region
                 failed.store(true, std::memory_order_relaxed);
             }
         });

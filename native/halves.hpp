@@ -8,7 +8,7 @@ namespace batchnorm::BATCHNORM_ISA {
 inline float widen(float16 h) {
     const uint32_t sign = uint32_t(h.bits & 0x8000) << 16, rest = h.bits & 0x7fff;
     if (rest >= 0x7c00) return bit_cast<float>(sign | 0x7f800000u | ((rest & 0x3ff) << 13));
-    // 2^112 brings the exponent up to float's bias and makes subnormal halves normal on the way.
+    // Multiplying by 2^112 adjusts the exponent to float's bias and makes subnormal halves normal.
     return bit_cast<float>(sign | bit_cast<uint32_t>(bit_cast<float>(rest << 13) * 5.192296858534828e33f));
 }
 
@@ -16,12 +16,12 @@ inline uint16_t narrow_half(float f) {
     const uint32_t bits = bit_cast<uint32_t>(f), sign = (bits >> 16) & 0x8000u, rest = bits & 0x7fffffffu;
     if (rest > 0x7f800000u) return uint16_t(sign | 0x7e00u);
     if (rest >= 0x477ff000u) return uint16_t(sign | 0x7c00u);
-    // Below the smallest normal half: let the float adder round at the half's last place.
+    // Below the smallest normal half, a float addition rounds at the half's last place.
     if (rest < 0x38800000u) return uint16_t(sign | (bit_cast<uint32_t>(bit_cast<float>(rest) + 0.5f) - 0x3f000000u));
     return uint16_t(sign | ((rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13));
 }
 
-// One number of any type.
+// Loads and stores of a single number of any type.
 inline double scalar(double v) { return v; }
 inline double scalar(float v) { return v; }
 inline double scalar(float16 v) { return widen(v); }

@@ -19,7 +19,7 @@ inline D expm1(D v) { return each_lane(v, [](double a) { return std::expm1(a); }
 inline D tanh(D v) { return each_lane(v, [](double a) { return std::tanh(a); }); }
 inline D normal_cdf(D v) { return each_lane(v, [](double a) { return 0.5 * std::erfc(-0.70710678118654752 * a); }); }
 
-// Cephes expf: x = n ln 2 + r, a polynomial in r, and 2^n in two steps so that it may be subnormal or infinite. NaN passes.
+// Cephes expf: x = n ln 2 + r, a polynomial in r, and 2^n in two factors, so that it may be subnormal or infinite. NaN stays NaN.
 inline F exp(F x) {
     x = x > 89.0f ? splat<F>(89.0f) : x;
     x = x < -104.0f ? splat<F>(-104.0f) : x;

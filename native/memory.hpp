@@ -6,7 +6,7 @@
 
 namespace batchnorm {
 
-// Memory for one call on one thread, 64-byte aligned; kept for the next call where it is small.
+// Memory for one call on one thread, 64-byte aligned; small blocks are kept for the next call.
 class Scratch {
   public:
     explicit Scratch(size_t bytes);  // throws std::bad_alloc

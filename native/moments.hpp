@@ -1,11 +1,11 @@
-// The one concept: count, mean and m2 (sum of squared deviations), merged after Chan, Golub and LeVeque 1983.
+// Moments: count, mean and m2 (sum of squared deviations), merged after Chan, Golub and LeVeque 1983.
 #pragma once
 
-// Everything in here is compiled once per instruction set, each copy in a namespace of its own: an inline
-// function shared between them could be linked from the wrong copy and fault on an older CPU.
+// This file is compiled once per instruction set, each time in a separate namespace. If the copies shared inline functions,
+// the linker could choose one that an older CPU cannot run.
 namespace batchnorm::BATCHNORM_ISA {
 
-// V is double for one channel, or a vector of doubles for several channels that share their count.
+// V is double for one channel, or a vector of doubles for several channels with the same count.
 template <class V>
 struct Moments {
     double count;
@@ -13,8 +13,8 @@ struct Moments {
     V m2;
 };
 
-// The only place in C++ with this formula. An empty part is left out by a selection and not by a product with 0: its NaN or
-// infinity must not spread.
+// The only place in C++ with this formula. An empty part is excluded by a selection, not multiplied by 0, since 0 * NaN and
+// 0 * infinity are NaN.
 template <class V>
 inline Moments<V> merge(const Moments<V>& a, const Moments<V>& b) {
     if (b.count == 0) return a;
@@ -26,7 +26,7 @@ inline Moments<V> merge(const Moments<V>& a, const Moments<V>& b) {
     return {count, a.mean + d * w, a.m2 + b.m2 + d * d * nw};
 }
 
-// Moments from the mean and q = sum((x - reference)^2), where the reference is near the mean.
+// Moments from the mean and q = sum((x - reference)^2), for a reference near the mean.
 template <class V>
 inline Moments<V> from_deviations(double count, V mean, V reference, V q) {
     const V rest = mean - reference, m2 = q - rest * rest * count;

@@ -16,7 +16,7 @@
 namespace batchnorm {
 namespace {
 
-struct alignas(64) Counter {  // on a cache line of its own
+struct alignas(64) Counter {  // on a separate cache line
     std::atomic<int64_t> next{0};
 };
 
@@ -68,7 +68,7 @@ void run_team(int threads, void (*body)(void*, Team&), void* context) {
 
 #else
 
-// Without OpenMP, and in builds for a race checker, which does not understand its barriers.
+// Without OpenMP, and in builds for a race checker, which does not support OpenMP's barriers.
 const char* threading() { return "std::thread"; }
 
 void Team::barrier() {

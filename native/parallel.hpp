@@ -1,4 +1,4 @@
-// Threads: one parallel region per call, tasks taken in any order, results that do not depend on the thread that computes them.
+// Threads: one parallel region per call. Tasks run in any order; results do not depend on the thread that computes them.
 #pragma once
 
 #include <cstdint>
@@ -6,21 +6,21 @@
 namespace batchnorm {
 
 constexpr int max_phases = 4, max_shares = 16;
-constexpr int64_t alone_below = 49153;  // elements: below it one thread is faster than waking others
+constexpr int64_t alone_below = 49153;  // elements; below this, one thread is faster than several
 
 class Team {
   public:
     Team(int id, int size, void* shared) : id(id), size(size), shared_(shared) {}
     const int id, size;
-    int64_t take(int phase, int share, int64_t grain);  // where the next `grain` tasks of a share begin, counted from 0
+    int64_t take(int phase, int share, int64_t grain);  // index of the next `grain` tasks of a share, from 0
     void barrier();
 
   private:
     void* shared_;
 };
 
-// Calls body(context, team) on every thread of the team. Serial where threads is 1 and in a forked child,
-// where the OpenMP runtime of the parent would hang.
+// Calls body(context, team) on every thread of the team. Serial if threads is 1, and in a forked child, where the parent's
+// OpenMP runtime would hang.
 void run_team(int threads, void (*body)(void*, Team&), void* context);
 bool in_forked_child();
 void watch_fork();
@@ -28,9 +28,9 @@ const char* threading();
 
 namespace BATCHNORM_ISA {
 
-// f(i) for n tasks. Every thread begins with a contiguous share of tasks, divided as torch's own loops are:
-// what it wrote in the operation before is in its cache. When done it takes tasks from the others' shares.
-// `back`: every share from its end.
+// f(i) for n tasks. Every thread starts with a contiguous share of tasks, divided as in torch's loops, because the thread's
+// cache has the data that it wrote in the previous operation. Then it takes tasks from other shares.
+// `back`: process every share from its end.
 template <class F>
 inline void for_each(Team& team, int phase, int64_t n, int64_t grain, F&& f, bool back = false) {
     const int shares = team.size < max_shares ? team.size : max_shares;

@@ -1,11 +1,11 @@
-// The kernels for inner > 1, as walks over planes.
+// The kernels for inner > 1, which process planes.
 #pragma once
 
 #include "planes.hpp"
 
 namespace batchnorm::BATCHNORM_ISA {
 
-// Moments of every chunk of every channel, and their fold.
+// Moments of every chunk of every channel, and their merge.
 template <class T>
 struct PlaneMoments {
     using A = Real<T>;
@@ -13,8 +13,8 @@ struct PlaneMoments {
     const Planes<T>& p;
     double *mean, *m2, *work;
     A* reference;
-    double* counts = nullptr;       // of chunks, where there are weights
-    int64_t* heaviest = nullptr;    // offset of the element of most weight in a chunk, -1 where all are 0
+    double* counts = nullptr;       // sums of weights per chunk, with weights only
+    int64_t* heaviest = nullptr;    // offset of the element with the largest weight in a chunk, -1 if all are 0
     bool* masks = nullptr;          // whether a chunk's weights are 0 and 1
 
     static size_t need(const Planes<T>& p) {
@@ -80,8 +80,7 @@ struct PlaneMoments {
         masks[chunk] = others == 0;
     }
 
-    // About a value of most weight: the squares about it are then at most as many times those about the mean as there are
-    // values.
+    // The reference is a value of largest weight: the sum of squares about it is then at most n times that about the mean.
     void lift_weighted(const Team& team, int64_t chunk, int64_t c0, int64_t c1) const {
         double* sums = work + team.id * 2 * H * p.panel;
         const T* x = static_cast<const T*>(p.a.x);
@@ -101,7 +100,7 @@ struct PlaneMoments {
         }
     }
 
-    // A mean of a few values from all over the chunk; of many planes, from their middles: values at the borders often differ from the rest.
+    // The mean of a few values spread over the chunk; with many planes, from their middles, since values at borders often differ.
     A guess(int64_t chunk, int64_t c) const {
         constexpr int64_t W = lanes<A>, samples = 4, steps = 2 * samples;
         const int64_t first = p.first(chunk), many = p.first(chunk + 1) - first;
@@ -169,7 +168,7 @@ void normalize_planes(const Args& a) {
     const Coefs<A> k = take_coefs<T>(scratch, a.channels);
     forward_coefs(a, 0, a.channels, k);
     const Block<T> whole{static_cast<const T*>(a.x), nullptr, static_cast<const T*>(a.residual), static_cast<T*>(a.y), nullptr, 0, 0, 0, p.streams(a.y)};
-    // In memory order: without a second pass nothing has to stay in the cache.
+    // In memory order, since there is no second pass that needs data in the cache.
     parallel(p.threads(), [&](Team& team) {
         for_each(team, 0, p.positions * p.panels, 1 + 32768 / (p.panel * p.part + 1), [&](int64_t t) {
             const int64_t c0 = t % p.panels * p.panel;
@@ -179,7 +178,7 @@ void normalize_planes(const Args& a) {
     });
 }
 
-// Sums of every chunk of every channel, and their fold.
+// Sums of every chunk of every channel, and their total.
 template <class T>
 struct PlaneSums {
     static constexpr int H = lanes<double>;

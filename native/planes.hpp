@@ -1,8 +1,8 @@
-// Drivers for (outer, C, inner) with inner > 1: in memory, a sample is a plane of `inner` elements per channel.
+// Drivers for (outer, C, inner) with inner > 1: each sample has a plane of `inner` elements per channel.
 //
-// A task is a panel of neighbouring channels, so that memory is read in long runs. Where all of a panel fits the cache, one
-// task does statistics and normalization, and memory is read once; where channels are few or large, tasks are chunks of
-// panels, in phases. A channel's chunks depend on the shape alone and are folded in index order: both give the same bits.
+// A task is a panel of adjacent channels, so that memory is read in long runs. If a panel fits into the cache, one task computes
+// statistics and normalization, and memory is read once. If channels are few or large, tasks are chunks of panels, in phases.
+// A channel's chunks depend on the shape only and are merged in index order, so both ways give the same bits.
 #pragma once
 
 #include "channels.hpp"
@@ -11,20 +11,20 @@
 
 namespace batchnorm::BATCHNORM_ISA {
 
-constexpr int64_t chunk_elements = 65536;           // of one channel
-constexpr int64_t run_bytes = int64_t(128) << 10;    // read in one go
-constexpr int64_t panel_bytes = int64_t(4) << 20;   // of all tensors of a panel, in the cache
-constexpr int64_t fused_bytes = int64_t(6) << 20;   // of all tensors of one channel
+constexpr int64_t chunk_elements = 65536;           // elements of one channel per chunk
+constexpr int64_t run_bytes = int64_t(128) << 10;    // bytes of a contiguous run
+constexpr int64_t panel_bytes = int64_t(4) << 20;   // bytes of all tensors of a panel that fit into the cache
+constexpr int64_t fused_bytes = int64_t(6) << 20;   // bytes of all tensors of one channel
 
-// Addressing. A long plane is cut into parts; what is read in one go is one part, of every channel of a panel.
+// Addressing. A long plane is divided into parts; a run is one part of every channel of a panel.
 template <class T>
 class Planes {
   public:
     using A = Real<T>;
     const Args& a;
     const int64_t stride, parts, part, positions, chunks, panel, panels;
-    const int64_t* const order;  // of the samples; null as they lie
-    const A* const weights;      // of the elements, null for 1
+    const int64_t* const order;  // indices of the samples; null for memory order
+    const A* const weights;      // weights of the elements; null for 1
 
     Planes(const Args& a, int tensors)
         : a(a), stride(a.channels * a.inner), parts((a.inner + chunk_elements - 1) / chunk_elements),
@@ -35,10 +35,10 @@ class Planes {
 
     int64_t first(int64_t chunk) const { return positions * chunk / chunks; }
 
-    // Elements of one channel in a chunk.
+    // Number of elements of one channel in a chunk.
     double count(int64_t chunk) const { return double(before(first(chunk + 1)) - before(first(chunk))); }
 
-    // f(offset in the tensor, elements): a chunk of one channel, in memory's order.
+    // Calls f(offset in the tensor, elements) for a chunk of one channel, in memory order.
     template <class Use>
     void each_position(int64_t chunk, Use&& use) const {
         for (int64_t p = first(chunk); p < first(chunk + 1); ++p) position(p, use);
@@ -50,7 +50,7 @@ class Planes {
         use((order ? order[sample] : sample) * stride + at, a.inner - at < part ? a.inner - at : part);
     }
 
-    // The weights of elements at an offset of a channel; of all channels they are the same.
+    // The weights of elements at an offset in a channel; they are the same for all channels.
     const A* weights_at(int64_t offset) const { return weights ? weights + offset / stride * a.inner + offset % stride : nullptr; }
 
     int64_t last_of(int64_t panel_first) const { return panel_first + panel < a.channels ? panel_first + panel : a.channels; }
@@ -110,8 +110,8 @@ Coefs<Real<T>> take_coefs(Scratch& scratch, int64_t channels) {
 template <class T>
 size_t need_coefs(int64_t channels) { return Coefs<Real<T>>::arrays * Scratch::need<Real<T>>(channels); }
 
-// The common shape of every call: lift(team, chunk, c0, c1) makes partials of a panel, finish(c0, c1) ends its channels,
-// apply(chunk, c0, c1) runs over it again.
+// The common structure of all calls: lift(team, chunk, c0, c1) computes partial results of a panel, finish(c0, c1) completes its
+// channels, apply(chunk, c0, c1) is the second pass over it.
 template <class T, class Lift, class Finish, class Apply>
 void over_planes(const Planes<T>& p, int tensors, bool lifts, bool applies, Lift lift, Finish finish, Apply apply) {
     const auto first = [&](int64_t panel) { return panel * p.panel; };

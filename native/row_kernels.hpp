@@ -1,11 +1,11 @@
-// The kernels for inner = 1, as walks over rows.
+// The kernels for inner = 1, which process rows.
 #pragma once
 
 #include "rows.hpp"
 
 namespace batchnorm::BATCHNORM_ISA {
 
-// Moments of every chunk, then of all: the result is in the first row of mean and m2.
+// Moments of every chunk, then of all chunks: the result is in the first row of mean and m2.
 template <class T>
 struct RowMoments {
     using A = Real<T>;
@@ -39,7 +39,7 @@ struct RowMoments {
         const auto lift = [&](int64_t j, int64_t some) { lift_rows<T>(x + j, numbers, rows, r.width, some, w.from(j), all_mean + j, all_m2 + j); };
         mean_of_rows<T>(x, numbers, rows, r.width, n, w);
         lift(0, n);
-        // By blocks of columns and not by panels, which depend on the number of threads.
+        // By blocks of columns, since panels depend on the number of threads.
         for (int64_t j = 0; j < n; j += column_block) {
             const int64_t some = n - j < column_block ? n - j : column_block;
             if (!any_far(double(rows), some, w.from(j), all_mean + j)) continue;
@@ -48,8 +48,8 @@ struct RowMoments {
         }
     }
 
-    // In double, about a row of most weight: the squares about it are then at most as many times those about the mean as
-    // there are rows.
+    // In double, about a row of largest weight: the sum of squares about it is then at most n times that about the mean, for n
+    // rows.
     void weighted(int64_t index, int64_t first, int64_t rows, int64_t column, int64_t n, const ColumnSums<A>& w) const {
         const T* x = static_cast<const T*>(r.a.x) + column;
         const RowNumbers row = r.numbers(first);
@@ -74,7 +74,7 @@ struct RowMoments {
         r.each_part(team, phase, [&](int64_t index, int64_t first, int64_t rows, int64_t column, int64_t n) { part(team, index, first, rows, column, n); });
     }
 
-    // Of a strip of channels: chunks in index order, then the repeats of a channel, then the rest.
+    // For a strip of channels: merge chunks in index order, then the repeats of a channel, then the remaining rows.
     void fold(int64_t first, int64_t last) const {
         const Args& a = r.a;
         double count = r.count(0);
@@ -132,7 +132,7 @@ void normalize_rows(const Args& a) {
     parallel(r.threads(), [&](Team& team) { r.apply(team, 0, whole, [&](const Block<T>& b, int64_t) { loops.normalize(b, k, A(a.slope)); }); });
 }
 
-// Sums of every chunk in double, folded in index order.
+// Sums of every chunk in double, added in index order.
 template <class T>
 struct RowSums {
     using A = Real<T>;

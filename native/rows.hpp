@@ -1,7 +1,7 @@
-// Drivers for inner = 1: rows of C neighbouring channels, as in channels-last images and dense (N, C) layers.
+// Drivers for inner = 1: rows of C adjacent channels, as in channels-last images and dense (N, C) layers.
 //
-// Two passes over memory. Rows are dealt out in chunks whose number depends on the shape alone; each chunk keeps
-// its own moments per channel, and the chunks are folded in index order.
+// Two passes over memory. Rows are distributed in chunks, whose number depends on the shape only. Each chunk has separate
+// Moments per channel, and the chunks are merged in index order.
 #pragma once
 
 #include <numeric>
@@ -12,16 +12,16 @@
 
 namespace batchnorm::BATCHNORM_ISA {
 
-// Few channels: `repeat` rows are taken as one wide row, whose columns are the channels over and over,
-// so that vectors stay full. What is left over is a narrower row at the end.
+// With few channels, `repeat` rows are processed as one wide row, in which the channels repeat, so that vectors are full. The
+// remaining rows form a narrower row at the end.
 template <class T>
 class Rows {
   public:
     using A = Real<T>;
-    static constexpr int64_t strip = 64;  // channels finished by one task
+    static constexpr int64_t strip = 64;  // channels completed by one task
     const Args& a;
-    const int64_t* const order;      // which rows of memory they are; null as they lie
-    const A* const weights;          // of the rows of the tensor, null for 1
+    const int64_t* const order;      // indices of the rows in memory; null for memory order
+    const A* const weights;          // weights of the rows of the tensor; null for 1
     const int64_t repeat, width, rows, rest, columns, chunk_rows, chunks, panel, panels;
 
     explicit Rows(const Args& a, int64_t wanted = 1)
@@ -38,10 +38,10 @@ class Rows {
         return bytes >= stream_bytes && out != a.x && lines_aligned(out, width * int64_t(sizeof(T)));
     }
 
-    // The partial sums of all: f(chunk, its first row, its rows, its first column, its columns). The rest is a chunk at the end.
+    // Partial sums: f(chunk, first row, number of rows, first column, number of columns). Remaining rows are a chunk at the end.
     template <class Lift>
     void each_part(Team& team, int phase, Lift&& lift) const {
-        // At most as many columns at a time as the work space has.
+        // At most as many columns at a time as the work space holds.
         const auto part = [&](int64_t chunk, int64_t first, int64_t some, int64_t at, int64_t end) {
             lift(chunk, first, some, at, end - at < panel ? end - at : panel);
         };
@@ -60,7 +60,7 @@ class Rows {
 
     RowNumbers numbers(int64_t first) const { return {order, first}; }
 
-    // Rows in a chunk, or the sum of their weights.
+    // Number of rows in a chunk, or the sum of their weights.
     double count(int64_t chunk) const {
         if (!weights) return double(rows_in(chunk));
         double sum = 0;
@@ -75,7 +75,7 @@ class Rows {
     }
     size_t need_coefs() const { return Coefs<A>::arrays * Scratch::need<A>(columns); }
 
-    // Strips of channels, dealt out: f(first, last). Columns are repeated only where one strip holds all channels.
+    // Calls f(first, last) for strips of channels, in parallel. Columns are repeated only if one strip has all channels.
     template <class Use>
     void each_strip(Team& team, int phase, Use&& use) const {
         for_each(team, phase, (a.channels + strip - 1) / strip, 1, [&](int64_t i) {
@@ -84,7 +84,7 @@ class Rows {
         });
     }
 
-    // Repeats the coefficients of channels in the columns behind them.
+    // Copies the coefficients of the channels to the repeated columns.
     template <class... Number>
     void repeat_columns(Number*... k) const {
         for (int64_t j = a.channels; j < width; ++j) (void(k[j] = k[j - a.channels]), ...);
@@ -107,7 +107,7 @@ class Rows {
         return b;
     }
 
-    // All rows through f(block, first row), from the end: what the statistics read last is what the cache still holds.
+    // Calls f(block, first row) for all rows, from the end, since the cache still has the rows that the statistics read last.
     template <class Use>
     void apply(Team& team, int phase, const Block<T>& whole, Use&& use) const {
         if (rest && team.id == 0) use(block(whole, rows, 1, rest * a.channels), rows);
@@ -121,14 +121,14 @@ class Rows {
 
   private:
     static bool shared(const Args& a) { return a.outer * a.channels >= alone_below; }
-    // About 8 vectors, and whole ones, so that every row begins like the first.
+    // About 8 complete vectors, so that every row has the same alignment.
     static int64_t wide(const Args& a) {
         const int64_t unit = lanes<A> / std::gcd(a.channels, int64_t(lanes<A>)), most = 8 * lanes<A> / a.channels;
         const int64_t some = most < unit ? unit : most / unit * unit;
         return a.outer < 4 * some ? 1 : some;
     }
-    // At least 256 rows, where there are so many: what is done once per chunk then costs little. But rather `wanted` chunks of
-    // fewer rows than chunks that are cut by columns: what came before was dealt out to threads by rows.
+    // At least 256 rows if possible, which makes the overhead per chunk small. But `wanted` chunks of fewer rows are better than
+    // a division by columns: the previous operation was distributed to threads by rows.
     static int64_t rows_of_chunk(int64_t rows, int64_t width, int64_t wanted) {
         int64_t chunks = rows * (width < 256 ? width : 256) / 65536;
         if (chunks < wanted) chunks = wanted < rows / row_block ? wanted : rows / row_block;
@@ -138,7 +138,7 @@ class Rows {
         return (even + row_block - 1) / row_block * row_block;
     }
 
-    // All, in one run through memory, unless that leaves threads without work. Columns are independent.
+    // All columns, in one pass over memory, unless some threads would have no work. Columns are independent.
     int64_t columns_of_part() const {
         if (chunks >= 2 * threads()) return columns;
         const int64_t some = padded(width * chunks / (2 * threads()));

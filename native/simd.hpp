@@ -5,7 +5,7 @@
 
 namespace batchnorm::BATCHNORM_ISA {
 
-// A store that bypasses the cache, for aligned addresses: such an output is evicted before it is read again.
+// A store that bypasses the cache, for aligned addresses, used if the output would be evicted before it is read again.
 template <class T>
 inline void store_streaming(T* p, Vec<Real<T>> v) {
 #if defined(__SSE2__)
@@ -22,7 +22,7 @@ inline void store_streaming(T* p, Vec<Real<T>> v) {
     store(p, v);
 }
 
-// Into the second level of the cache; the address may lie anywhere.
+// Prefetch into the second-level cache; the address need not be valid.
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 inline void streaming_done() {
@@ -31,7 +31,7 @@ inline void streaming_done() {
 #endif
 }
 
-// The first n elements; the lanes past them are zero.
+// Load the first n elements; further lanes are zero.
 template <class T>
 inline Vec<Real<T>> load_part(const T* p, int n) {
 #if defined(__AVX512F__)
@@ -55,7 +55,7 @@ inline void store_part(T* p, Vec<Real<T>> v, int n) {
     std::memcpy(p, whole, size_t(n) * sizeof(T));
 }
 
-// Zero in the lanes past the first n.
+// Set the lanes after the first n to zero.
 template <class A>
 inline Vec<A> keep_first(Vec<A> v, int n) {
 #if defined(__AVX512F__)

@@ -1,5 +1,5 @@
-// The element loops. A block is `rows` rows of n elements, `stride` apart. Either every row is a part of another channel
-// (Columns = false: n runs over space), or every column is a channel (Columns = true: n runs over channels).
+// The element loops. A block has `rows` rows of n elements, `stride` apart. Either every row belongs to another channel
+// (Columns = false: n counts positions), or every column is a channel (Columns = true: n counts channels).
 #pragma once
 
 #include "activations.hpp"
@@ -8,11 +8,11 @@
 
 namespace batchnorm::BATCHNORM_ISA {
 
-// For functions called from several places in a loop: if not inlined, they would pass vectors through memory.
+// For functions called from several places in a loop, which would pass vectors through memory if not inlined.
 #define BATCHNORM_INLINE __attribute__((always_inline))
 
-// The tensors z is computed from: x alone, x and the residual, or either, tested at every vector (separate loops would cost
-// build time and gain little). And those for act'(z): the same, or the output.
+// The tensors from which z is computed: x, x and the residual, or either, tested for every vector (separate loops would cost
+// build time and gain little). For act'(z): the same, or the output.
 enum class Source { X, Residual, Either, Y };
 
 template <class T>
@@ -21,11 +21,11 @@ struct Block {
     const T* dy;
     const T* extra;  // residual, or saved output
     T* out;
-    T* dz;  // where dz is wanted as a tensor (the residual's gradient)
+    T* dz;  // output for dz (the residual's gradient), or null
     int64_t rows, stride, n;
     bool stream;
-    const void* weights = nullptr;  // of the n elements, the same for every row; read by the loops that are Weighted
-    const int64_t* order = nullptr;  // which row of memory each row is; null: they lie one after the other
+    const void* weights = nullptr;  // weights of the n elements, the same for every row; only for Weighted loops
+    const int64_t* order = nullptr;  // index of each row in memory; null: consecutive rows
 
     int64_t offset(int64_t row) const { return (order ? order[row] : row) * stride; }
 };
@@ -33,11 +33,11 @@ struct Block {
 template <class A>
 constexpr int64_t block_elements = 128 * lanes<A>;  // summed in the compute dtype: few additions per lane
 
-// Arrays of one number per channel have room to the end of the widest vector, whatever their type.
+// Arrays of one number per channel are padded to the widest vector, for any type.
 inline int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
 
 // Per channel: z = (x - pivot) * (scale + rest) + shift,  dx = (dz + (x - pivot) * c1 + c0) * scale.
-// Arrays are readable up to a whole number of vectors.
+// Arrays can be read up to a multiple of the vector width.
 template <class A>
 struct Coefs {
     static constexpr int arrays = 6;
@@ -45,7 +45,7 @@ struct Coefs {
     Coefs from(int64_t i) const { return {pivot + i, scale + i, rest + i, shift + i, c1 + i, c0 + i}; }
 };
 
-// Calls f(i, left) for every vector of n elements: left is the number of lanes in use, a constant for whole vectors.
+// Calls f(i, left) for every vector of n elements; left is the number of lanes in use, a constant for complete vectors.
 template <int W>
 struct Whole {
     constexpr operator int() const { return W; }
@@ -76,7 +76,7 @@ inline Vec<A> used(Vec<A> v, Whole<W>) { return v; }
 template <class A>
 inline Vec<A> used(Vec<A> v, int left) { return keep_first<A>(v, left); }
 
-// The coefficients of one vector: of one channel, or of as many channels as it has lanes.
+// The coefficients of one vector: of one channel, or of one channel per lane.
 template <class T>
 struct CoefVectors {
     using A = Real<T>;
@@ -91,8 +91,8 @@ struct CoefVectors {
         return {load(k.pivot + i), load(k.scale + i), load(k.rest + i), load(k.shift + i), load(k.c1 + i), load(k.c0 + i)};
     }
 
-    // z as forward and backward both compute it, so that both see the same mask. `rest` is the rounding error of the
-    // scale; it is below the precision of 16-bit results.
+    // z, computed identically in forward and backward, so that both get the same act'. `rest` is the rounding error of the
+    // scale, which is below the precision of 16-bit results.
     V z(V deviation) const {
         if constexpr (sizeof(T) == 4) return fma(deviation, scale, fma(deviation, rest, shift));
         else return fma(deviation, scale, shift);
@@ -105,13 +105,13 @@ BATCHNORM_INLINE inline void each_of(Function&& f, std::integer_sequence<int, I.
 template <int N, class Function>
 BATCHNORM_INLINE inline void each(Function&& f) { each_of(f, std::make_integer_sequence<int, N>{}); }
 
-// Whether an activation takes less time than the loads around it.
+// Whether an activation takes less time than the loads.
 template <class Act>
 constexpr bool selects = Act::from_y || !Act::uses_z;
 
-// Calls f(row, how many, their offsets) for the rows of a block whose columns are channels. Four rows go together, so that
-// what belongs to a column is read once for all of them, a quarter of the block apart: of neighbours several lie in a page,
-// where the hardware reads ahead for one run only. Runs of no more than a page are not worth it.
+// Calls f(row, number of rows, their offsets) for the rows of a block whose columns are channels. Four rows are processed
+// together, so that the values of a column are read once for all four. They are a quarter of the block apart: adjacent rows may
+// be in the same page, for which the hardware prefetches only one run. For runs of at most a page this does not pay.
 template <class Act, class T, class Function>
 BATCHNORM_INLINE inline void for_rows(const Block<T>& b, Function&& f) {
     constexpr int together = 4;
@@ -132,7 +132,7 @@ BATCHNORM_INLINE inline void for_rows(const Block<T>& b, Function&& f) {
     }
 }
 
-// Calls f(coefficients, offset, left, element of the row) for every vector of a block.
+// Calls f(coefficients, offset, left, index in the row) for every vector of a block.
 template <class Act, bool Columns, class T, class Function>
 BATCHNORM_INLINE inline void for_block(const Block<T>& b, const Coefs<Real<T>>& k, Function&& f) {
     constexpr int W = lanes<Real<T>>;
@@ -154,21 +154,21 @@ BATCHNORM_INLINE inline void for_block(const Block<T>& b, const Coefs<Real<T>>& 
 template <Source S>
 inline bool adds(const void* residual) { return S == Source::Residual || (S == Source::Either && residual); }
 
-// The weights of a vector of elements; of a loop that is not Weighted, none.
+// The weights of a vector of elements; nothing for loops that are not Weighted.
 template <bool Weighted, class T, class Left>
 BATCHNORM_INLINE inline auto weights_of(const Block<T>& b, int64_t i, Left left) {
     if constexpr (Weighted) return get(static_cast<const Real<T>*>(b.weights) + i, left);
     else return 0;
 }
 
-// v where the weight is not 0, else 0: selected and not multiplied, for v may be NaN.
+// v where the weight is not 0, else 0; selected instead of multiplied, since v may be NaN.
 template <bool Weighted, class V, class W>
 BATCHNORM_INLINE inline V counted(V v, W weights) {
     if constexpr (Weighted) return weights > 0 ? v : V{};
     else return v;
 }
 
-// Blocks are copied below: behind a reference their pointers would be read again after every store.
+// Blocks are passed by value below: through a reference, their pointers would be reloaded after every store.
 template <class T, class Act, Source S, bool Columns, bool Weighted = false>
 void normalize_block(const Block<T>& block, const Coefs<Real<T>>& k, Real<T> slope) {
     const Block<T> b = block;
@@ -192,7 +192,7 @@ BATCHNORM_INLINE inline Vec<Real<T>> dz_at(const Block<T>& b, const CoefVectors<
     }
 }
 
-// dx (and dz where wanted) of a block. An element's share in the gradient of the statistics is its weight.
+// dx (and dz if requested) of a block. The gradient through the statistics is multiplied by the element's weight.
 template <class T, class Act, Source S, bool Columns, bool Weighted = false>
 void input_block(const Block<T>& block, const Coefs<Real<T>>& k, Real<T> slope) {
     const Block<T> b = block;
@@ -201,14 +201,14 @@ void input_block(const Block<T>& block, const Coefs<Real<T>>& k, Real<T> slope) 
         const auto deviation = get(b.x + at, left) - c.pivot;
         const auto dz = counted<Weighted>(dz_at<Act, S>(b, c, deviation, at, left, slope), weights);
         if (b.dz) put(b.dz + at, dz, left, b.stream);
-        // Without the product where it is 0, as with constant statistics: x may be infinite.
+        // Without the product if the factor is 0 (constant statistics), since x may be infinite.
         auto rest = c.c1 == 0 ? c.c0 : fma(c.c1, deviation, c.c0);
         if constexpr (Weighted) rest *= weights;
         put(b.out + at, counted<Weighted>((dz + rest) * c.scale, weights), left, b.stream);
     });
 }
 
-// Adds dz and dz * (x - pivot) of every row to two vectors of doubles per row; dz is written where wanted.
+// Adds dz and dz * (x - pivot) of every row to two vectors of doubles per row; dz is written if requested.
 template <class T, class Act, Source S, bool Weighted = false>
 void sums_block(const Block<T>& block, const Coefs<Real<T>>& k, Real<T> slope, double* sums) {
     using A = Real<T>;
@@ -246,7 +246,7 @@ void sums_block(const Block<T>& block, const Coefs<Real<T>>& k, Real<T> slope, d
     }
 }
 
-// The same for columns: sum[j] and dot[j] of column j, set by the first rows and added to by the rest.
+// The same for columns: sum[j] and dot[j] of column j are set by the first rows and increased by all others.
 template <class T, class Act, Source S>
 void sums_columns(const Block<T>& block, const Coefs<Real<T>>& k, Real<T> slope, Real<T>* sum, Real<T>* dot) {
     using A = Real<T>;

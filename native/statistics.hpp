@@ -1,5 +1,5 @@
-// Moments of blocks, then merged in double, in index order. Sums are exact, or nearly so; squares are of deviations from
-// a reference near the mean.
+// Moments of blocks, which are merged in double in index order. Sums are exact or nearly exact; squares are those of deviations
+// from a reference near the mean.
 #pragma once
 
 #include "moments.hpp"
@@ -7,8 +7,8 @@
 
 namespace batchnorm::BATCHNORM_ISA {
 
-// Adds Count vectors to a sum; at(g) is where the g-th lies. Four numbers of half the digits add up in float exactly, or
-// nearly so; doubles are converted on their way from memory.
+// Adds Count vectors to a sum; at(g) is the address of the g-th vector. Float sums of four 16-bit numbers are exact or nearly
+// exact; doubles are added one by one.
 template <int Count, class A, class At, class Left>
 inline void add_vectors(WideSum<A>& sum, At at, Left left) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(at(0))>>;
@@ -41,7 +41,7 @@ inline void add_span(const T* p, int64_t n, Vec<Real<T>> reference, double* to) 
             q[u] = fma(d, d, q[u]);
         });
     }
-    // What is left is few enough to add up in the compute dtype, where that is exact.
+    // The remaining values are few enough for sums in the compute dtype, if these are exact.
     V few = {};
     const auto add = [&](V v) {
         if constexpr (sizeof(T) == 2) few += v;
@@ -65,7 +65,7 @@ inline void add_span(const T* p, int64_t n, Vec<Real<T>> reference, double* to) 
     store(to + H, load(to + H) + pairs(((q[0] + q[1]) + (q[2] + q[3])) + ((q[4] + q[5]) + (q[6] + q[7]))));
 }
 
-// As add_span, of the values whose weight is not 0.
+// As add_span, for the values whose weight is not 0.
 template <class T>
 inline void add_masked_span(const T* p, const Real<T>* weights, int64_t n, Vec<Real<T>> reference, double* to) {
     using A = Real<T>;
@@ -92,7 +92,7 @@ inline void add_masked_span(const T* p, const Real<T>* weights, int64_t n, Vec<R
     store(to + H, load(to + H) + pairs(((q[0] + q[1]) + (q[2] + q[3])) + ((q[4] + q[5]) + (q[6] + q[7]))));
 }
 
-// The same for rows of n values, each a part of another channel; weights are null where all values count.
+// The same for rows of n values, each of another channel; weights are null if all values count.
 template <class T>
 void add_planes(const T* x, const Real<T>* weights, int64_t rows, int64_t stride, int64_t n, const Real<T>* reference, double* to) {
     using A = Real<T>;
@@ -104,8 +104,8 @@ void add_planes(const T* x, const Real<T>* weights, int64_t rows, int64_t stride
         }
 }
 
-// The same for elements with weights, all in double: sums of w * (x - reference), and of w * (x - reference)^2. The reference
-// is one of the values, which may lie many deviations from the mean; in double that costs no digits that are promised.
+// The same for elements with weights, in double: sums of w * (x - reference) and of w * (x - reference)^2. The reference is one
+// of the values and may be many standard deviations from the mean; in double the accuracy is still sufficient.
 template <class T>
 inline void add_weighted(const T* x, const Real<T>* weights, int64_t n, double reference, double* to) {
     using A = Real<T>;
@@ -137,23 +137,23 @@ inline double sum_of_weights(const A* weights, int64_t n) {
     return horizontal(sum.folded());
 }
 
-// Whether a reference lies too far from the mean for the squares about it to be accurate, and could lie nearer: what is
-// taken off the squares is at most half of them, so that their error at most doubles.
+// Whether a reference is too far from the mean for accurate squares, and a better reference exists. If not, the correction of
+// the sum of squares is at most half of it, so the error at most doubles.
 template <class A, class V>
 inline auto is_far(double count, V mean, V reference, V square) {
     const V off = mean - reference, rounding = mean * (sizeof(A) == 4 ? 1e-7 : 2e-16);
     return (off * off * count > square * 0.5) & (off * off > rounding * rounding);
 }
 
-// Rows that are summed in the compute dtype. Rounding has one direction where all squares are the same, so these are few.
+// Number of rows that are summed in the compute dtype; small, since rounding errors add up if all squares are equal.
 constexpr int64_t row_block = 32, square_block = 16;
 constexpr int64_t column_block = 64;  // columns that share one decision about their reference
 
-// Room for the sums of one thread: a number per column in each.
+// Arrays for the sums of one thread, with one number per column each.
 template <class A>
 struct ColumnSums {
     A *ref, *q;                          // reference and squares of a block
-    double *sum, *square;                // of all rows
+    double *sum, *square;                // sums over all rows
 
     static constexpr int narrow = 2, wide = 2;
     ColumnSums from(int64_t i) const { return {ref + i, q + i, sum + i, square + i}; }
@@ -162,21 +162,21 @@ struct ColumnSums {
     }
 };
 
-// Adds n numbers of the compute dtype to as many doubles; both may be read up to a whole vector.
+// Adds n numbers of the compute dtype to n doubles; both may be read up to a multiple of the vector width.
 template <class A>
 inline void add_wide(double* to, const A* from, int64_t n) {
     for (int64_t i = 0; i < n; i += lanes<double>) store(to + i, load(to + i) + load_wide(from + i));
 }
 
-// Which row of memory the i-th of some rows is.
+// The index in memory of the i-th row.
 struct RowNumbers {
-    const int64_t* order;  // null: as they lie
+    const int64_t* order;  // null: memory order
     int64_t first, step = 1;
     int64_t operator()(int64_t i) const { return order ? order[first + i * step] : first + i * step; }
     RowNumbers from(int64_t i, int64_t apart = 1) const { return {order, first + i * step, step * apart}; }
 };
 
-// Adds x of `rows` <= square_block rows to sum, and with Squares (x - ref)^2 to square; `left_rows` are there, counting these.
+// Adds x of `rows` <= square_block rows to sum, and with Squares (x - ref)^2 to square; `left_rows` rows remain, including these.
 template <class T, bool Squares = true>
 void add_rows(const T* x, const RowNumbers& numbers, int64_t rows, int64_t left_rows, int64_t stride, int64_t n, const ColumnSums<Real<T>>& to) {
     using A = Real<T>;
@@ -214,17 +214,17 @@ void add_rows(const T* x, const RowNumbers& numbers, int64_t rows, int64_t left_
     if constexpr (Squares) add_wide(square_of, q, n);
 }
 
-// A first reference: the mean of up to 16 rows spread over the chunk, since neighbouring rows are often alike.
+// A first reference: the mean of up to 16 rows spread over the chunk, since adjacent rows are often similar.
 template <class T>
 void mean_of_rows(const T* x, const RowNumbers& numbers, int64_t rows, int64_t stride, int64_t n, const ColumnSums<Real<T>>& w) {
     const int64_t some = rows < 8 ? rows : rows < 128 ? 8 : 16, step = some > 0 ? rows / some : 0;
     w.clear(n);
     add_rows<T, false>(x, numbers.from(step / 2, step), some, 0, stride, n, w);
-    // To the end of the last vector: what lies there takes part in the question whether any reference is far.
+    // Up to the end of the last vector, because the padding takes part in the test whether any reference is far.
     for (int64_t i = 0; i < padded(n); ++i) w.ref[i] = Real<T>(w.sum[i] / double(some > 0 ? some : 1));
 }
 
-// Adds w * (x - reference) and w * (x - reference)^2 of a row of weight w, in double; the reference is one of the rows.
+// Adds w * (x - reference) and w * (x - reference)^2 for a row of weight w, in double; the reference is one of the rows.
 template <class T>
 void add_weighted_row(const T* x, double weight, int64_t n, const ColumnSums<Real<T>>& to) {
     using A = Real<T>;
@@ -255,7 +255,7 @@ void lift_rows(const T* x, const RowNumbers& numbers, int64_t rows, int64_t stri
     }
 }
 
-// Whether the reference of any of n columns lay too far from its mean.
+// Whether the reference of any of n columns was too far from its mean.
 template <class A>
 bool any_far(double count, int64_t n, const ColumnSums<A>& w, const double* mean) {
     bool any = false;

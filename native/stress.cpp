@@ -1,5 +1,5 @@
-// Every kernel at odd shapes with many threads, for the sanitizers; also checks that the bits do not depend on the threads.
-// Built by `make sanitize`, without Python, whose own findings would hide ours.
+// Runs every kernel with irregular shapes and many threads, for the sanitizers; also checks that the bits do not depend on the
+// number of threads. Built by `make sanitize` without Python, whose sanitizer reports would hide ours.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -23,7 +23,7 @@ struct Shape {
     int64_t elements() const { return outer * channels * inner; }
 };
 
-// Exactly as large as needed, so that a step beyond the end is seen. Large ones begin on a line, as streaming stores want it.
+// Buffers of the exact size, so that accesses beyond the end are detected. Large buffers are aligned for streaming stores.
 template <class E>
 struct Placed {
     using value_type = E;
@@ -37,7 +37,7 @@ struct Placed {
 };
 using Bytes = std::vector<char, Placed<char>>;
 
-// Roughly normal, about 0.5; much faster than std::normal_distribution.
+// Approximately normal with mean 0.5; much faster than std::normal_distribution.
 class Source {
   public:
     float next() {
@@ -53,10 +53,11 @@ class Source {
     uint64_t state_ = 1;
 };
 
-// Values as they come; nought in every third channel where a first reference is taken, and 3 more elsewhere; or, in places, none.
+// Input values: random; or, in every third channel, 0 where the first reference is computed and larger by 3 elsewhere; or
+// special values at some positions.
 enum class Data { plain, far, special };
 
-// Near an odd multiple of a sixteenth of a plane or in its middle, or in one of 16 rows.
+// Near an odd multiple of a sixteenth of a plane or near its middle, or in one of 16 rows.
 bool sampled(const Shape& s, int64_t i) {
     const int64_t at = i % s.inner, sample = i / s.inner / s.channels;
     if (s.inner == 1) return sample % 16 == 0;
@@ -86,7 +87,7 @@ Bytes random_tensor(const Shape& s, Data data, DType dtype, Source& source) {
         } else {
             uint32_t bits;
             std::memcpy(&bits, &value, 4);
-            // The upper half is the bfloat16; read as a float16 it is another value, finite or not; both are valid input.
+            // The upper half is the bfloat16; read as float16 it is another value, finite or not, which is valid input too.
             const uint16_t half = static_cast<uint16_t>(bits >> 16);
             std::memcpy(at, &half, 2);
         }
@@ -94,7 +95,7 @@ Bytes random_tensor(const Shape& s, Data data, DType dtype, Source& source) {
     return bytes;
 }
 
-// The whole; rows or planes of five groups, mixed and of different sizes, one of them empty; a mask; weights; groups with weights.
+// Selections: all elements; five interleaved groups of different sizes, one of them empty; a mask; weights; groups with weights.
 enum class Chosen { whole, groups, mask, weights, both };
 
 struct Inputs {
@@ -133,7 +134,7 @@ struct Inputs {
           bias(random_tensor({1, s.channels, 1}, Data::plain, DType::bfloat16, source)) {}
 };
 
-// Which of two NaN operands a sum returns is the compiler's choice: all NaN get the same bits before the comparison.
+// The compiler determines which of two NaN operands a sum returns: all NaN get the same bits before the comparison.
 template <class Bits>
 void unify(Bytes& bytes, Bits infinity) {
     for (size_t at = 0; at < bytes.size(); at += sizeof(Bits)) {
@@ -199,7 +200,7 @@ std::vector<Bytes> run(Inputs& in, Activation activation, bool residual, int thr
     return out;
 }
 
-// Every activation, and with every other one a residual; returns how many runs had other bits than on one thread.
+// Runs every activation, every second one with a residual; returns the number of runs whose bits differ from one thread's.
 int compare(const Shape& s, DType dtype, int& runs) {
     int wrong = 0;
     for (Data data : {Data::plain, Data::far, Data::special}) {
@@ -226,16 +227,16 @@ int compare(const Shape& s, DType dtype, int& runs) {
 
 int main() {
     const Shape shapes[] = {
-        // Odd sizes on both walks, and none.
+        // Odd sizes for planes and rows, and empty tensors.
         {1, 1, 1}, {3, 5, 7}, {2, 3, 4099}, {37, 19, 1}, {5, 133, 1}, {9, 67, 131}, {2111, 37, 1},
         {0, 4, 3}, {0, 7, 1}, {3, 4, 0}, {4, 0, 1}, {2, 0, 5},
-        // Panels with a rest; several chunks of parts of planes, fused on two threads and not on four; planes of three parts.
+        // Panels with a remainder; several chunks of parts of planes, fused on two threads but not on four; planes of three parts.
         {5, 37, 700}, {2, 9, 65600, true}, {1, 2, 140003, true},
-        // Panels and chunks of rows; few channels, side by side, with a rest.
+        // Panels and chunks of rows; few channels, repeated in a row, with a remainder.
         {256, 700, 1}, {1024, 133, 1}, {40001, 5, 1},
-        // Long rows, which go together.
+        // Long rows, of which four are processed together.
         {1030, 1037, 1, true}, {515, 2053, 1, true},
-        // Past the cache.
+        // Outputs that bypass the cache.
         {32, 4, 16384, true}, {16384, 128, 1, true},
     };
     int runs = 0, wrong = 0;

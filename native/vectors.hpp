@@ -1,4 +1,4 @@
-// Vectors of the width of this compilation's instruction set, of float and double: load, store, convert, add up.
+// Vectors of float and double with the width of this instruction set: load, store, convert, sum.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ constexpr int vector_bytes = 32;
 constexpr int vector_bytes = 16;
 #endif
 
-// GNU vector extensions, understood by gcc and clang on every target.
+// GNU vector extensions, supported by gcc and clang on every target.
 template <class E, int Bytes>
 struct VectorOf {
     typedef E type __attribute__((vector_size(Bytes)));
@@ -37,7 +37,7 @@ using D = Lanes<double, vector_bytes / 8>;
 using FI = Lanes<int32_t, float_lanes>;
 using FU = Lanes<uint32_t, float_lanes>;
 
-// The compute dtype of each data dtype, and the vector of it.
+// The compute dtype of each data dtype, and its vector type.
 template <class T> struct Compute { using type = float; };
 template <> struct Compute<double> { using type = double; };
 template <class T> using Real = typename Compute<T>::type;
@@ -57,7 +57,7 @@ inline To bit_cast(From from) {
 template <class V, class A>
 inline V splat(A a) { return V{} + a; }
 
-// Explicit, because the build forbids contraction: the same expression then has the same bits wherever it is inlined.
+// Explicit fma, since the build disables contraction so that an expression has the same bits wherever it is inlined.
 inline F fma(F a, F b, F c) {
 #if defined(__AVX512F__)
     return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -102,7 +102,7 @@ inline D load(const double* p) { D v; std::memcpy(&v, p, sizeof(v)); return v; }
 inline void store(float* p, F v) { std::memcpy(p, &v, sizeof(v)); }
 inline void store(double* p, D v) { std::memcpy(p, &v, sizeof(v)); }
 
-// A vector of doubles from as many floats.
+// Load floats as a vector of doubles.
 inline D load_wide(const float* p) {
 #if defined(__AVX512F__)
     return (D)_mm512_cvtps_pd(_mm256_loadu_ps(p));
@@ -116,7 +116,7 @@ inline D load_wide(const float* p) {
 }
 inline D load_wide(const double* p) { return load(p); }
 
-// As many floats from a vector of doubles, rounded.
+// Store a vector of doubles as floats, rounded.
 inline void store_narrow(float* p, D v) {
 #if defined(__AVX512F__)
     _mm256_storeu_ps(p, _mm512_cvtpd_ps((__m512d)v));
@@ -143,7 +143,7 @@ inline D sqrt(D v) {
 inline D pairs(F v) { return half_of<0>(v) + half_of<1>(v); }
 inline D pairs(D v) { return v; }
 
-// A sum in double of every lane of a vector.
+// Sums in double, one per lane of a vector.
 template <class A>
 struct WideSum {
     static constexpr int parts = int(sizeof(double) / sizeof(A));
@@ -171,7 +171,7 @@ struct WideSum {
     }
 };
 
-// In a fixed order, so that the sum has the same bits every time.
+// Added in a fixed order, so that the bits are always the same.
 inline double horizontal(D v) {
     double sum = 0;
     for (int i = 0; i < vector_bytes / 8; ++i) sum += v[i];

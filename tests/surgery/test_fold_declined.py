@@ -83,7 +83,7 @@ CASES = {
         lambda m, x: m.norm(F.conv2d(x, m.blur)), {"blur": nn.Buffer(torch.randn(3, 3, 2, 2))},
         "is a buffer",
     ),
-    "never reached": (lambda m, x: m.conv(x), {}, "never reached"),
+    "never reached": (lambda m, x: m.conv(x), {}, "no example called it"),
     "a branch": (
         lambda m, x: m.norm(y) if (y := m.conv(x)).mean() < 1e9 else y, {}, "also read by mean"
     ),
@@ -166,7 +166,7 @@ def test_a_scripted_part_is_left():
 )
 def test_a_normalization_that_is_given_a_mask_or_weights_is_left(chosen):
     model = net(lambda m, x: m.norm(m.conv(x), **chosen(x)), norm=bn.BatchNorm2d(3))
-    assert "given a mask" in reason(model)
+    assert "called with a mask" in reason(model)
 
 
 def routed(m, x):
@@ -180,7 +180,7 @@ def test_a_list_of_examples_proves_for_the_paths_that_they_take():
     small, large = torch.randn(X), torch.full(X, 1e3)
     first = {"first": nn.Conv2d(3, 3, 1), "first_norm": nn.BatchNorm2d(3)}
     model = net(routed, other=nn.BatchNorm2d(3), **first)
-    reasons = {"norm": "pass a list", "first_norm": "pass a list", "other": "never reached"}
+    reasons = {"norm": "pass a list", "first_norm": "pass a list", "other": "no example called it"}
     for name, why in reasons.items():
         assert why in reason(model, small, name=name)
     done = bn.fold(model, [small, large])

@@ -57,8 +57,8 @@ LEFT = {
         lambda: model_of(both, nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
         "computed by modules",
     ),
-    "own class": (lambda: model_of(both, Own(4, 4)), "forward of its own"),
-    "own forward": (lambda: model_of(both, replaced()), "forward of its own"),
+    "own class": (lambda: model_of(both, Own(4, 4)), "overrides forward"),
+    "own forward": (lambda: model_of(both, replaced()), "overrides forward"),
 }
 
 
@@ -97,6 +97,6 @@ def test_a_model_and_an_optimizer_are_unchanged_if_the_model_fails_after_the_ins
 
 def test_an_insertion_that_bn_same_does_not_prove_is_undone():
     model = model_of(lambda m, x: both(m, x) * (1 + isinstance(m.a, nn.Sequential)))
-    with refused(SurgeryError, "changed what the model computes in evaluation", model):
+    with refused(SurgeryError, "would change the model.s results in evaluation", model):
         bn.insert(model, X)
     assert isinstance(bn.insert(model, X, init="normalize").a, nn.Sequential)

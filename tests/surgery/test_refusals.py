@@ -255,7 +255,7 @@ INSERT = {
 REMOVE = {
     "no model": (SurgeryError, lambda: 3, {}, "expected a model"),
     "an empty model": (SurgeryError, nn.Sequential, {}, "found no batch normalization in Sequential"),
-    "none inserted": (SurgeryError, network, {}, "that bn.insert put there; pass example_inputs="),
+    "none inserted": (SurgeryError, network, {}, "that bn.insert inserted; pass example_inputs="),
     "how": (OptionError, inserted(), {"how": "drop"}, "how='fold' or 'strip', got 'drop'"),
     "optimizer": (OptionError, inserted(), {"optimizer": 3}, "torch.optim.Optimizer"),
     "filter": (OptionError, inserted(), {"filter": 3}, "filter=function"),

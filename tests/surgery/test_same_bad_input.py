@@ -66,7 +66,7 @@ REFUSED = {
     "data of no kind": (OptionError, "got int", Net, Net, 3),
     "batch of no kind": (OptionError, "expected a batch.*got str", Net, Net, ["words"]),
     "no such file": (Exception, "none.onnx", Net, lambda: "none.onnx", X),
-    "one dtype only": (ComparisonError, "In its own dtype it runs", narrow, Net, X),
+    "one dtype only": (ComparisonError, "It runs in its own dtype", narrow, Net, X),
     "mode": (OptionError, "mode to be one of", Net, Net, X, {"mode": "both"}),
     "tolerance": (OptionError, "tolerance to be a number", Net, Net, X, {"tolerance": -1}),
     "NaN": (OptionError, "tolerance to be a number", Net, Net, X, {"tolerance": float("nan")}),

@@ -1,7 +1,7 @@
 """The commands: each parses its options, calls one function of the library, and shows the result.
 
-What a command needs is imported in its body, so that ``--help`` and ``env`` answer at once and do
-not ask for packages that only the demo needs.
+A command's imports are in its body, so that ``--help`` and ``env`` are fast and do not need the
+packages of the demo.
 """
 
 from pathlib import Path

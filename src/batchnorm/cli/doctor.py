@@ -1,4 +1,4 @@
-"""``batchnorm doctor``: run a model on data, and judge its batch norms."""
+"""``batchnorm doctor``: runs a model on data, and diagnoses its batch norms."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -104,7 +104,7 @@ def doctor(
 
 
 class _Shown(NamedTuple):
-    """How findings are shown, and whether ``out`` is for a mended checkpoint."""
+    """How findings are shown, and whether ``out`` is for a fixed checkpoint."""
 
     form: Format
     language: Language
@@ -114,7 +114,7 @@ class _Shown(NamedTuple):
 
 
 def _examine(job: "Job", how: _Shown, fail_on: FailOn, debug: bool) -> int:
-    """Run the diagnosis, show what there is, and return the exit status."""
+    """Run the diagnosis, show the results so far, and return the exit status."""
     from batchnorm.diagnosis.commands import Doctor
 
     prepared = Doctor(job)

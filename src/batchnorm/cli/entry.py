@@ -1,4 +1,4 @@
-"""The entry point, which imports the commands' packages and reports a missing one in a line."""
+"""The entry point: imports the commands' packages and reports a missing package in one line."""
 
 import os
 import sys
@@ -12,8 +12,8 @@ def main() -> int:
     """Run the command line; return its exit code, 2 where a package is missing, 130 on Ctrl-C."""
     code = _run()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # Threads of torch.distributed abort the end of one process in ten or twenty, when all its
-        # work is done and its files are closed: it leaves without that end.
+        # At exit, threads of torch.distributed abort one process in ten or twenty. All work is done
+        # and all files are closed here, so exit without the interpreter's shutdown.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -22,7 +22,7 @@ def main() -> int:
 
 def _run() -> int:
     try:
-        # Imported here, so that a missing package ends in one line and not in a traceback.
+        # Imported here, so that a missing package is reported in one line, without a traceback.
         from batchnorm.cli.app import app
 
         app()

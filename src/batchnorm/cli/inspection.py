@@ -1,4 +1,4 @@
-"""``batchnorm inspect``: judge checkpoints without the code of their models."""
+"""``batchnorm inspect``: checks checkpoints without the code of their models."""
 
 import enum
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from batchnorm.report.model import Report
 
 UNUSABLE = 2
-# Findings of one rule that are listed without --layers.
+# Maximum number of listed findings per rule without --layers.
 MOST_OF_A_RULE = 10
 
 
@@ -128,7 +128,7 @@ def inspect(
         done = [_judged(path, baseline, chosen) for path in checkpoints]
         usable = [one for one in done if one is not None]
         if not usable and form is Format.HTML:
-            pass  # why has been said of each checkpoint
+            pass  # the reason has been printed for each checkpoint
         elif out is not None:
             write_atomically(out, written(usable, form, layers, rules, language))
         elif form is Format.TEXT:
@@ -146,7 +146,7 @@ def inspect(
 
 
 def _judged(path: Path, baseline: Path | None, chosen: dict[str, list[str]]) -> "Diagnosis | None":
-    """Return the diagnosis of one checkpoint, or say why there is none."""
+    """Return the diagnosis of one checkpoint; print the reason if it is not possible."""
     from batchnorm.diagnosis.inspect import inspect as judge
     from batchnorm.errors import CheckpointError, MissingExtraError
 
@@ -164,10 +164,10 @@ def written(
     rules: "Sequence[Rule[Any]]",
     language: Language = Language.EN,
 ) -> str:
-    """Return all diagnoses as text of a format; a page is of one.
+    """Return all diagnoses as text in a format; a page has only one diagnosis.
 
     Raises:
-        OptionError: If a page is asked for, and there are several diagnoses.
+        OptionError: If the format is a page and there are several diagnoses.
     """
     from batchnorm.diagnosis.result import to_json
     from batchnorm.diagnosis.sarif import to_sarif
@@ -204,7 +204,7 @@ def _page(done: "list[Diagnosis]", language: Language) -> str:
 
 
 def reports(done: "list[Diagnosis]", layers: bool, language: Language) -> "list[Report]":
-    """Return a report of each diagnosis, shortened where the layers are not asked for."""
+    """Return a report of each diagnosis, shortened without ``layers``."""
     most = None if layers else MOST_OF_A_RULE
     return [one.report(layers, most, language.value) for one in done]
 
@@ -215,10 +215,10 @@ def spaced(things: "list[Report]") -> "list[Report | str]":
 
 
 def words(given: list[str] | None) -> list[str]:
-    """Return the rules that an option names: it may be given several times, with commas."""
+    """Return the rules of an option, which may be repeated and have commas."""
     return [word.strip().upper() for part in given or [] for word in part.split(",")]
 
 
 def _naming(message: str, path: Path) -> str:
-    """Return a message that names the file, which one of the operating system may not do."""
+    """Return a message with the file's name, which messages of the operating system may lack."""
     return message if str(path) in message else f"{path}: {message}"

@@ -17,10 +17,10 @@ errors = Console(stderr=True)
 
 @contextlib.contextmanager
 def told_in_one_line(failed: int = 1) -> Iterator[None]:
-    """Turn this library's errors and Ctrl-C into one line and an exit code.
+    """Convert this library's errors and Ctrl-C to one line and an exit code.
 
-    The code is 2 for an option or device that cannot be used, 130 after Ctrl-C, and for work that
-    failed ``failed``.
+    The code is 2 for an option or device that cannot be used, 130 after Ctrl-C, and ``failed`` for
+    any other failure.
     """
     try:
         yield
@@ -38,7 +38,7 @@ def told_in_one_line(failed: int = 1) -> Iterator[None]:
 def show(*things: Report | Section | Block | object) -> None:
     """Print reports, their sections and blocks, and anything else as a line.
 
-    Blocks fit the terminal; where output goes to a file or a pipe, lines are as long as they are.
+    Blocks are fitted to the terminal; output to a file or a pipe is not wrapped.
     """
     width = console.width if console.is_terminal else None
     for thing in things:
@@ -47,5 +47,5 @@ def show(*things: Report | Section | Block | object) -> None:
 
 
 def complain(text: str) -> None:
-    """Print one line on standard error, behind the command's name."""
+    """Print one line on standard error, after the command's name."""
     errors.print(Text(f"batchnorm: {without_codes(text)}"), soft_wrap=True)

@@ -1,1 +1,1 @@
-"""Whether two models compute the same, and two checkpoints hold the same."""
+"""Comparison of the computations of two models, and of the contents of two checkpoints."""

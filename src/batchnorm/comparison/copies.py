@@ -1,4 +1,4 @@
-"""Copies of models in float64 and in their own dtype, and runs of them under equal conditions."""
+"""Copies of models in float64 and in their own dtype, and runs of the copies with equal seeds."""
 
 import contextlib
 import copy
@@ -28,7 +28,7 @@ LAZY = """\
 expected {which} with parameters that have shapes, got the uninitialized {name!r}; pass a batch \
 through the model first"""
 
-COPY = "{which} ({kind}) cannot be copied, and is compared by copies only: {error}"
+COPY = "{which} ({kind}) cannot be copied, and models are compared by copies only: {error}"
 
 RAISED = "{which} raised{where}{how}: {kind}: {error}"
 
@@ -39,8 +39,8 @@ class Copy:
     Attributes:
         which: ``"a"`` or ``"b"``, for messages.
         model: The copy.
-        how: What was done to it, for messages.
-        failed_in: Name of the innermost module that ran when it raised.
+        how: Description of the copy, for messages.
+        failed_in: Name of the innermost module that was running when it raised.
     """
 
     def __init__(self, which: str, model: nn.Module, mode: str, dtype: torch.dtype | None) -> None:
@@ -69,15 +69,14 @@ class Copy:
         """Pass an example through the copy.
 
         Args:
-            example: The arguments; floating tensors are given in the dtype of the model, on its
-                device, where it has one.
+            example: The arguments; floating tensors are cast to the dtype and device of the model.
             see: Called with each ``Event``.
-            gradients: Whether to run backward, too, from random cotangents; gradients of inputs are
-                those of the model's own event.
-            seed: Of all generators.
+            gradients: Whether to run backward from random cotangents; gradients of inputs are part
+                of the model's own event.
+            seed: Seed of all generators.
 
         Raises:
-            ComparisonError: If the model raises, with the module in which it did.
+            ComparisonError: If the model raises; the message has the module.
         """
         if see is not None and self._recorder is None:
             self._recorder = Recorder(self.model)
@@ -124,7 +123,7 @@ class Copy:
                 tensor = tensor.to(self._device)
             tensor = tensor.detach().clone()
             if gradients and tensor.is_floating_point():
-                # A model may write to what it is given, which a leaf does not allow.
+                # A model may modify its input in place, which a leaf does not allow.
                 tensor = tensor.requires_grad_().clone()
                 tensor.retain_grad()
             return tensor
@@ -133,10 +132,10 @@ class Copy:
 
 
 class Done(NamedTuple):
-    """What a run gave.
+    """The result of a run.
 
     Attributes:
-        result: What the model returned.
+        result: The result of the model.
         is_random: Whether random numbers were drawn.
     """
 
@@ -164,9 +163,9 @@ def _has_slope(value: Any) -> bool:
 
 
 class _InOrder(TorchFunctionMode):
-    """Draws the numbers of dropout in the order of positions, not of memory.
+    """Draws the random numbers of dropout in logical order instead of memory order.
 
-    Two models may hold the same tensor in other orders, as channels-last.
+    Two models may have the same tensor in different memory orders, such as channels-last.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -180,10 +179,10 @@ class _InOrder(TorchFunctionMode):
 
 
 def plain(which: str, model: Any) -> nn.Module:
-    """Return the model inside of wrappers, after a look at its parameters.
+    """Return the model inside of wrappers, after a check of its parameters.
 
     Raises:
-        ComparisonError: If it is none, or has parameters without values.
+        ComparisonError: If it is not a module, or has parameters without values.
     """
     if not isinstance(model, nn.Module):
         raise ComparisonError(
@@ -210,8 +209,8 @@ def seed_all(seed: int) -> None:
 
 @contextlib.contextmanager
 def in_python() -> Iterator[None]:
-    """Let compiled parts of models run their Python code, where calls of modules can be seen."""
-    # Only what has loaded Dynamo can have compiled anything.
+    """Run compiled parts of models as Python code, in which calls of modules can be intercepted."""
+    # If Dynamo is not loaded, nothing is compiled.
     if is_dynamo_loaded():
         with torch.compiler.set_stance("force_eager"):
             yield
@@ -220,15 +219,15 @@ def in_python() -> Iterator[None]:
 
 
 def spacing(models: list[nn.Module]) -> float:
-    """Return the ulp of 1 in the finest floating dtype of the parameters of some models."""
+    """Return the ulp of 1 in the most precise floating dtype of the models' parameters."""
     dtypes = {p.dtype for m in models for p in m.parameters() if p.is_floating_point()}
     return min((torch.finfo(d).eps for d in dtypes), default=torch.finfo(torch.float32).eps)
 
 
 def perturb(model: nn.Module, original: nn.Module) -> None:
-    """Move the parameters and floating buffers of a float64 copy by an ulp of the original's dtype.
+    """Change parameters and floating buffers of a float64 copy by one ulp of the original's dtype.
 
-    Up or down at random, the same at every call: relative to each value, 2^-23 in float32.
+    The signs are random, the same at every call; the relative change is 2^-23 in float32.
     """
     generator = torch.Generator().manual_seed(SEED)
     pairs = zip(

@@ -1,7 +1,7 @@
-"""Comparing outputs with what has no modules to look into: compiled, exported, scripted, ONNX.
+"""Comparison of outputs with models without accessible modules: compiled, exported, scripted, ONNX.
 
 Rule: the largest error against a in float64 may be 4 times the largest error of a in its own dtype,
-or 4 ulp of the output's scale where that is more.
+or 4 ulp of the output's scale, whichever is larger.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,18 +26,18 @@ from batchnorm.models.trees import mapped
 TIMES = 4
 
 ONLY_OUTPUTS = """\
-expected mode="eval" without gradients= and names= against {kind}, of which outputs alone are \
+expected mode="eval" without gradients= and names= against {kind}, of which only outputs are \
 compared"""
 
 
 @dataclass(frozen=True)
 class Runner:
-    """Something that can be called like a model.
+    """An object that can be called like a model.
 
     Attributes:
-        kind: What it is, in words.
-        run: From arguments to what it returns.
-        by_order: Whether outputs are compared in order, without the names that a gives them.
+        kind: Description of the object.
+        run: Arguments -> result.
+        by_order: Whether outputs are compared in order, ignoring their names in a.
     """
 
     kind: str
@@ -46,11 +46,11 @@ class Runner:
 
 
 def runner(b: Any) -> Runner | None:
-    """Return how to run what is no plain model; None for plain models and for everything else.
+    """Return a runner for a compiled, exported, scripted or ONNX model; None for other objects.
 
     Raises:
         MissingExtraError: If it is an ONNX file and onnxruntime is not installed.
-        ComparisonError: If the file is not there or damaged.
+        ComparisonError: If the file does not exist or is damaged.
     """
     if isinstance(b, torch.export.ExportedProgram):
         model = b.module()
@@ -65,7 +65,7 @@ def runner(b: Any) -> Runner | None:
 
 
 def same(a: nn.Module, b: Runner, calls: Iterable[Example], tolerance: float | None) -> Same:
-    """Compare outputs by the rule of this module, or by a tolerance of their scale."""
+    """Compare outputs by the rule of this module, or by a tolerance relative to their scale."""
     wide, own = Copy("a", a, "eval", torch.float64), Copy("a", a, "eval", None)
     u, batches = spacing([a]), 0
     worst: dict[str, tuple[Gap, float, int]] = {}
@@ -109,7 +109,7 @@ def same(a: nn.Module, b: Runner, calls: Iterable[Example], tolerance: float | N
 
 
 def _plain(found: tuple[Leaf, ...], b: Runner) -> tuple[Leaf, ...]:
-    """Return tensors in order, where names are not kept."""
+    """Return tensors in order; without names for runners that do not keep them."""
     if not b.by_order:
         return found
     tensors = [value for _, value in found if isinstance(value, Tensor)]

@@ -1,4 +1,4 @@
-"""How far two values lie apart, leaf by leaf of what models take and return."""
+"""The distances of two values, per tensor of the arguments and results of models."""
 
 import dataclasses
 import math
@@ -17,12 +17,12 @@ class Gap(NamedTuple):
     """The distance of two tensors, as plain numbers.
 
     Attributes:
-        error: The largest absolute difference; inf where one has a NaN or an infinity that the
-            other has not, or where shapes differ.
-        scale: The largest finite absolute value of the first.
-        nans: Places at which both have a NaN.
-        exact: Whether nothing but 0 is allowed: integers, bools, plain values.
-        words: What differs, where numbers do not say it.
+        error: The largest absolute difference; inf if only one has a NaN or an infinity at some
+            position, or if shapes differ.
+        scale: The largest finite absolute value of the first tensor.
+        nans: Number of positions at which both have a NaN.
+        exact: Whether only 0 is allowed: for integers, bools, plain values.
+        words: Description of a difference that is not a number.
     """
 
     error: float
@@ -33,9 +33,9 @@ class Gap(NamedTuple):
 
 
 def leaves(value: Any, path: str = "") -> Iterator[Leaf]:
-    """Yield path and value of all that is in nested containers, such as ``("['a'][0]", tensor)``.
+    """Yield path and value of all items of nested containers, such as ``("['a'][0]", tensor)``.
 
-    Of other objects the tensors within are told, without a path of their own.
+    Tensors in other objects are numbered instead of having a path.
     """
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -57,7 +57,7 @@ def leaves(value: Any, path: str = "") -> Iterator[Leaf]:
 
 
 def gap(a: Any, b: Any) -> Gap:
-    """Return how far ``b`` lies from ``a``; NaN and infinities have to stand at the same places."""
+    """Return the distance of ``b`` from ``a``; NaN and infinities must be at the same positions."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return _plain_gap(a, b)
     if a.shape != b.shape:
@@ -75,7 +75,7 @@ def gap(a: Any, b: Any) -> Gap:
         )
     both = x.isnan() & y.isnan()
     nans = int(both.sum())
-    # An infinity less itself is NaN.
+    # infinity - infinity is NaN.
     equal = (x == y) | both
     error, scale = _largest(torch.where(equal, 0, x), torch.where(equal, 0, y), x)
     words = "NaN or infinite in one of them" if math.isinf(error) else ""
@@ -94,7 +94,7 @@ def _plain_gap(a: Any, b: Any) -> Gap:
 
 
 def _comparable(tensor: Tensor) -> Tensor:
-    """Return it dense, in the widest dtype of its kind."""
+    """Return the tensor dense, in the widest dtype of its kind."""
     tensor = tensor.detach()
     if tensor.layout is not torch.strided or tensor.is_mkldnn:
         tensor = tensor.to_dense()
@@ -106,7 +106,7 @@ def _comparable(tensor: Tensor) -> Tensor:
 
 
 def _largest(x: Tensor, y: Tensor, whole: Tensor | None = None) -> tuple[float, float]:
-    """Return the largest difference, and the largest finite value of the first."""
+    """Return the largest difference, and the largest finite value of the first tensor."""
     if not x.numel():
         return 0.0, 0.0
     whole = x if whole is None else whole

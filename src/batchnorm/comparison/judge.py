@@ -1,10 +1,10 @@
-"""From distances to differences: what rounding explains, and what it does not.
+"""Decides which distances exceed rounding errors.
 
 The bound of a tensor is 16 · u · S · A. u is the ulp of 1 in the parameters' dtype. S is the
-largest absolute value of the tensor in a. A, the amplification, is how much of a change by one ulp
-in all parameters and statistics arrives, in units of u · S: measured by running a copy of a that
-is changed so. In one batch norm A is |γ|/σ times the size of its input over the size of its
-output.
+largest absolute value of the tensor in a. A, the amplification, is the change of the tensor, in
+units of u · S, when all parameters and statistics change by one ulp; it is measured by running a
+copy of a with this change. For one batch norm A is |γ|/σ times the size of its input over the size
+of its output.
 """
 
 import math
@@ -18,29 +18,29 @@ from batchnorm.comparison.result import Difference, LayerRow
 from batchnorm.comparison.tape import Alternative, Measuring, Spot, Tape
 
 ULPS = 16
-# Float64's own rounding in sums of some thousand terms, of the size of what enters a layer.
+# Rounding of float64 in sums of some thousand terms, relative to the input of a layer.
 FLOOR = 2.0**-44
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What is allowed.
+    """The bound on differences.
 
     Attributes:
         u: The ulp of 1.
-        tolerance: The user's: largest difference over scale; None for the formula.
+        tolerance: The user's bound on difference / scale; None to use the formula.
     """
 
     u: float
     tolerance: float | None = None
 
     def of(self, gap: Gap, moved: float, size: float) -> float:
-        """Return how far a tensor may be off.
+        """Return the allowed difference of a tensor.
 
         Args:
-            gap: With the tensor's scale.
-            moved: How far a change of all parameters by an ulp has moved it.
-            size: The largest value of what entered the layer.
+            gap: The distance, with the tensor's scale.
+            moved: The tensor's change when all parameters change by one ulp.
+            size: The largest value of the layer's input.
         """
         if gap.exact:
             return 0.0
@@ -49,25 +49,25 @@ class Bound:
         return ULPS * max(self.u * gap.scale, moved) + FLOOR * max(size, gap.scale)
 
     def amplification(self, gap: Gap, moved: float) -> float:
-        """Return how many ulp of its scale a tensor moves where all parameters move by one."""
+        """Return a tensor's change, in ulp of its scale, when all parameters change by one ulp."""
         step = self.u * gap.scale
         return max(1.0, moved / step) if step and math.isfinite(moved) else 1.0
 
 
 @dataclass
 class Batch:
-    """One batch: what a did, and how far b was from it.
+    """One batch: the run of a, and the distances of b.
 
     Attributes:
-        number: Of the batch.
+        number: Number of the batch.
         tape: The run of a.
         b: The run of b.
-        moved: The run of a with all parameters changed by an ulp; None if it was not needed.
-        bound: What is allowed.
+        moved: The run of a with all parameters changed by one ulp; None if not needed.
+        bound: The bound on differences.
         edited: Names of modules in a that surgery has changed in one of the models.
-        fused: Calls in a that were merged with another -> that other call.
-        excused: Calls whose output differs for that reason, or because surgery says so.
-        notes: What is to be told besides.
+        fused: Calls in a that were merged with another call -> the other call.
+        excused: Calls whose output may differ because of a merge or an edit of surgery.
+        notes: Notes for the result.
     """
 
     number: int
@@ -81,7 +81,7 @@ class Batch:
     notes: dict[str, None] = field(default_factory=dict)
 
     def is_near(self) -> bool:
-        """Return whether all is within the bound for A = 1."""
+        """Return whether all distances are within the bound for A = 1."""
         return not any(
             gap.error > self.allowed(spot, path, gap)
             for spot, measured in self.b.found.items()
@@ -94,7 +94,7 @@ class Batch:
         return self.bound.of(gap, self.moved_by(spot, path), self._size(spot))
 
     def moved_by(self, spot: Spot, path: str) -> float:
-        """Return how far one tensor was moved by the change of all parameters."""
+        """Return the change of one tensor when all parameters change by one ulp."""
         measured = None if self.moved is None else self.moved.found.get(spot)
         gaps = dict(measured.gaps) if measured else {}
         error = gaps[path].error if path in gaps else 0.0
@@ -131,10 +131,10 @@ class Batch:
         return found
 
     def judge(self, options: Mapping[str, str]) -> list[tuple[int, Difference]]:
-        """Return the differences of outputs and of their gradients, with their place in the run.
+        """Return the differences of outputs and their gradients, with their position in the run.
 
         Args:
-            options: Name in a -> the options that differ, in words.
+            options: Name in a -> description of the options that differ.
         """
         found: list[tuple[int, Difference]] = []
         excused = self.excused
@@ -174,7 +174,7 @@ class Batch:
         return [*found, *self._lost_gradients()]
 
     def _lost_gradients(self) -> Iterator[tuple[int, Difference]]:
-        """Yield where one model has a gradient and the other has none."""
+        """Yield differences where only one model has a gradient."""
         lost = [
             (spot[0], path)
             for spot, taped in self.tape.events.items()
@@ -214,9 +214,9 @@ class Batch:
         return bool(made & excused)
 
     def _merged_wrongly(self, key: Key, bad: list[tuple[str, Gap]]) -> Alternative | None:
-        """Return the call with which a layer was merged, where its result is near, but not equal.
+        """Return the call with which a layer was merged, if its result is close, but not equal.
 
-        That is one whose result is less than half as far, and that does nothing by now.
+        Its result must have less than half the distance, and the layer itself must do nothing.
         """
         limit = max(gap.error for _, gap in bad) / 2
         for one in self.b.alternatives.get(key, ()):
@@ -232,7 +232,7 @@ class Batch:
         return None
 
     def _differs_before(self, key: Key, wrong: set[Key]) -> bool:
-        """Return whether what a layer is given differs, though no layer before did."""
+        """Return whether a layer's input differs although no earlier layer's output did."""
         measured = self.b.found.get((key, "in"))
         if measured is None or wrong:
             return False

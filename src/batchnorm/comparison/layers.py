@@ -21,11 +21,11 @@ _SHOWN = 4
 
 
 class Layers:
-    """What can be told of the pairs without running anything, and of their state after runs.
+    """Comparison of the pairs without running them, and of their state after runs.
 
     Attributes:
         edited: Names in a of modules that surgery has merged with others, in either model.
-        differing: Name in a -> the options that differ, in words.
+        differing: Name in a -> description of the options that differ.
     """
 
     def __init__(
@@ -47,12 +47,12 @@ class Layers:
         self.differing = {name: told(some) for name, some in found.items() if some}
 
     def modes(self, a: nn.Module, b: nn.Module) -> None:
-        """Add where one module trains and the other does not, in the copies that are run."""
+        """Add pairs of which only one is in training mode, in the copies that are run."""
         first, second = modules(a), modules(b)
         for name, other in self._matching.pairs.items():
             pair = first[name], second[other]
             flags = tuple(module.training for module in pair)
-            # torch.fx makes modules of no class of their own, which read no flag.
+            # torch.fx creates plain nn.Module containers, whose mode has no effect.
             if flags[0] != flags[1] and not any(type(module) is nn.Module for module in pair):
                 words = f"training {flags[0]} and {flags[1]}"
                 self.differing[name] = ", ".join(filter(None, (self.differing.get(name), words)))
@@ -88,12 +88,12 @@ class Layers:
     def after(
         self, models: tuple[nn.Module, nn.Module], moved: nn.Module | None, bound: Bound, what: str
     ) -> Iterator[Difference]:
-        """Yield what differs in copies after runs.
+        """Yield the differences of state in copies after runs.
 
         Args:
             models: The copies of a and b.
-            moved: A copy of a that was run with other parameters.
-            bound: What is allowed.
+            moved: A copy of a that was run with changed parameters.
+            bound: The bound on differences.
             what: ``"statistic"`` (buffers) or ``"gradient"`` (of parameters).
         """
         a, b = (modules(model) for model in models)
@@ -124,10 +124,10 @@ class Layers:
                 )  # fmt: skip
 
     def merged_notes(self, merged: Mapping[str, str]) -> Iterator[str]:
-        """Yield which layers were merged with others.
+        """Yield notes on layers that were merged with others.
 
         Args:
-            merged: Name in a -> the layer of which it computes the result, in one of the models.
+            merged: Name in a -> the layer whose result it computes, in one of the models.
         """
         if merged:
             shown = [f"{name or WHOLE} ({other})" for name, other in merged.items()]
@@ -137,7 +137,7 @@ class Layers:
             yield f"changed by surgery, not compared where they differ: {_some(rest)}"
 
     def notes(self, called: Collection[str], told_already: Collection[str]) -> Iterator[str]:
-        """Yield which layers have no partner, and options that differ without an effect."""
+        """Yield notes on layers without a partner, and on options that differ without effect."""
         groups: dict[str, list[str]] = defaultdict(list)
         for name, words in self.differing.items():
             if name not in told_already and name not in self.edited:

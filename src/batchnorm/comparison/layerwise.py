@@ -1,4 +1,4 @@
-"""Two models run on the same batches, and what is found layer by layer."""
+"""Runs two models on the same batches, and compares them layer by layer."""
 
 import math
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ from batchnorm.comparison.tape import Measuring, Tape
 from batchnorm.errors import ComparisonError
 from batchnorm.models.examples import Example
 
-# Outputs come first, with parameters and statistics as they are given; then what a step makes.
+# Order of differences: outputs, parameters and statistics first, then the results of a step.
 _STAGES = {"gradient": 1, "statistic": 2}
 
-ONLY_OWN = "{error}. In its own dtype it runs: it cannot be compared in float64"
+ONLY_OWN = "{error}. It runs in its own dtype, but cannot be compared in float64"
 
 
 class Comparison:
-    """The copies of two models, and what was found so far."""
+    """The copies of two models, and the results so far."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Comparison:
             own.add(example, number, run.result, done.is_random)
 
     def _run(self, copy: Copy, which: int, example: Example, see: Any, number: int) -> Any:
-        """Run a copy in float64; of b, note what it raised, if it raises in its own dtype too."""
+        """Run a copy in float64; for b, record an error if it also raises in its own dtype."""
         try:
             return copy.run(example, see, self._gradients, number)
         except ComparisonError as error:
@@ -112,7 +112,7 @@ class Comparison:
         try:
             self._moved.run(example, measuring.see, self._gradients, number)
         except ComparisonError:
-            return None  # in a branch that Python took after the change only
+            return None  # the change led Python into another branch
         return measuring
 
     def _add(self, one: Difference, place: float, stage: int = 0) -> None:
@@ -127,7 +127,7 @@ class Comparison:
             self._add(one, self._places.get((one.layer, at), math.inf) + 0.5, _STAGES[what])
 
     def result(self) -> Same:
-        """Return what was found."""
+        """Return the result."""
         if not self._batches:
             raise ComparisonError("expected at least one batch of data, got none")
         for one in self._layers.parameters(self._merged):

@@ -1,4 +1,4 @@
-"""Which module of one model is compared with which of another: by name, by a map, by order."""
+"""Pairs the modules of two models: by name, by a mapping, by order."""
 
 import difflib
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ expected names= to map names of modules of {first} to names of modules of {secon
 
 
 class Matching(NamedTuple):
-    """The pairs, and what has no partner.
+    """The pairs, and the layers without a partner.
 
     Attributes:
         pairs: Name in a -> name in b.
-        only: Names of layers (modules without children) that only a has, and that only b has.
+        only: Names of layers (modules without children) that exist only in a, and only in b.
     """
 
     pairs: dict[str, str]
@@ -27,17 +27,17 @@ class Matching(NamedTuple):
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Return whether a module has no children but what computes its parameters."""
+    """Return whether a module has no children, except parametrizations."""
     return all(name == "parametrizations" for name, _ in module.named_children())
 
 
 def class_of(module: nn.Module) -> str:
-    """Return the name of a module's class, the same with and without parametrizations."""
+    """Return the name of a module's class, ignoring parametrizations."""
     return type(module).__name__.removeprefix("Parametrized")
 
 
 def modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of a model, by names without what torch.compile adds to them."""
+    """Return the modules of a model, by names without the prefix of torch.compile."""
     found = {}
     for name, module in model.named_modules():
         found[".".join(part for part in name.split(".") if part != "_orig_mod")] = module
@@ -47,11 +47,11 @@ def modules(model: nn.Module) -> dict[str, nn.Module]:
 def match(a: nn.Module, b: nn.Module, names: Mapping[str, str | None] | None) -> Matching:
     """Pair the modules of two models.
 
-    1. By name, or by what ``names`` says of it or of a module around it, where both are of one
-       class, both are batch norms, both have children, or one is ``nn.Identity``. Not so inside of
-       two ``nn.Sequential`` of different lengths: names there are positions.
-    2. Layers that are left, in order, where class and shapes of parameters are alike.
-    3. What is left and has the same name.
+    1. By name, or by ``names`` for the module or its parents, if both have the same class, both are
+       batch norms, both have children, or one is ``nn.Identity``. Not inside of two
+       ``nn.Sequential`` of different lengths, where names are positions.
+    2. The remaining layers in order, if class and shapes of parameters are equal.
+    3. The remaining modules with equal names.
     """
     first, second = modules(a), modules(b)
     names = names or {}
@@ -108,7 +108,7 @@ def _check(
 
 
 def _renamed(name: str, names: Mapping[str, str | None]) -> str | None:
-    """Return what a name is called in the other model, by the longest prefix that is mapped."""
+    """Return a name in the other model, by the longest prefix that is mapped."""
     prefix = name
     while True:
         if prefix in names:

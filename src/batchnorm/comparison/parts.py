@@ -12,23 +12,23 @@ from batchnorm.compat.modules import has_forward_hooks
 from batchnorm.models.walk import kind_of
 from batchnorm.nn.foreign import RECORD
 
-# Rounding to a dtype and back moves a value by half an ulp; a few of these are no other value.
+# Casting to a dtype and back changes a value by half an ulp; a few such changes are allowed.
 ULPS = 4
 
 _PLAIN = (bool, int, float, str, torch.dtype, tuple, type(None))
-# Whether a module trains is asked of the copies that are run.
+# The mode is compared in the copies that are run.
 _NO_OPTIONS = {"training", RECORD}
 
 
 class Part(NamedTuple):
-    """A parameter or buffer that two modules have.
+    """A parameter or buffer that both modules have.
 
     Attributes:
         name: Its name in the module.
         kind: ``"parameter"``, ``"statistic"`` (a floating buffer) or ``"counter"``.
         gap: The distance, in float64.
-        different: How many values differ by more than is allowed.
-        steps: The largest difference in ulp of the value that it is of.
+        different: Number of values that differ by more than the bound.
+        steps: The largest difference in ulp of its value.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Part(NamedTuple):
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return the own parameters and buffers of a module, by name."""
+    """Return the direct parameters and buffers of a module, by name."""
     return {
         **dict(module.named_parameters(recurse=False)),
         **dict(module.named_buffers(recurse=False)),
@@ -47,10 +47,10 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def parts(x: nn.Module, y: nn.Module, tolerance: float | None, most: int = ULPS) -> Iterator[Part]:
-    """Compare the parameters and buffers that two modules have under one name and in one shape.
+    """Compare the parameters and buffers of two modules with equal names and shapes.
 
-    Value by value, |Δ| <= 4 ulp of the finer dtype × |value|; with a tolerance, |Δ| <= tolerance ×
-    the largest value. Integers are equal or not.
+    The bound per value is |Δ| <= 4 ulp of the more precise dtype × |value|; with a tolerance
+    |Δ| <= tolerance × the largest value. Integers must be equal.
     """
     others = tensors_of(y)
     trained = dict(x.named_parameters(recurse=False))
@@ -108,5 +108,5 @@ def options(x: nn.Module, y: nn.Module) -> dict[str, tuple[Any, Any]]:
 
 
 def told(found: dict[str, tuple[Any, Any]]) -> str:
-    """Return options that differ in words."""
+    """Return a description of options that differ."""
     return ", ".join(f"{name} {a} and {b}" for name, (a, b) in found.items())

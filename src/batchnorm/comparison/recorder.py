@@ -1,7 +1,7 @@
-"""Seeing what every module of a model is given and returns, in order, with its values.
+"""Records the arguments and results of every module call of a model, in order.
 
-It works on copies of models, which it does not give back: ``forward`` of every module is replaced,
-and hooks come last, so that what other hooks change is seen.
+It is used on copies of models, which are not restored: ``forward`` of every module is replaced, and
+hooks are added last, so that changes by other hooks are recorded.
 """
 
 import functools
@@ -27,15 +27,15 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Event:
-    """What a call of a module was given, what it returned, or the gradient of that.
+    """The arguments of a module call, its result, or the gradient of the result.
 
     Attributes:
-        key: Name of the module, and how many calls of it came before.
-        at: Which of the three.
-        within: Name of the module in which it was called; None for the model itself.
-        is_leaf: Whether the module is a layer, without children, or a batch norm.
-        leaves: Path and value of each part; tensors as they are at this moment, not copies.
-        sources: The calls that returned these tensors before, where they come as they were.
+        key: Name of the module, and the number of its earlier calls.
+        at: Arguments, result or gradient.
+        within: Name of the calling module; None for the model itself.
+        is_leaf: Whether the module has no children or is a batch norm.
+        leaves: Path and value of each item; tensors are not copied.
+        sources: The calls that returned these tensors, if they have not been modified since.
     """
 
     key: Key
@@ -47,12 +47,12 @@ class Event:
 
 
 class Recorder:
-    """Calls ``see(event)`` at each call of a module of a model, before and after it.
+    """Calls ``see(event)`` before and after each module call of a model.
 
     Attributes:
-        see: May be set anew for every run.
-        open: Names of the modules that run now; after an exception, those that it went through.
-        gradients: Whether gradients of outputs are told as well, during backward.
+        see: May be replaced for every run.
+        open: Names of the running modules; after an exception, the modules it passed through.
+        gradients: Whether to record gradients of outputs as well, in backward.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -83,7 +83,7 @@ class Recorder:
     def _run(
         self, name: str, module: nn.Module, original: Forward, /, *args: Any, **kwargs: Any
     ) -> Any:
-        if is_transformed():  # of vmap and the like there are no values yet
+        if is_transformed():  # inside of vmap and the like tensors have no values
             if self._pending and self._pending[-1] is module:
                 self._pending.pop()
             self._results.setdefault(name, []).append(None)
@@ -128,7 +128,7 @@ class Recorder:
 
 @dataclass
 class _Open:
-    """A call that has begun."""
+    """A running call."""
 
     key: Key
     within: str | None
@@ -136,17 +136,17 @@ class _Open:
 
 
 class Unwritten(Generic[Found]):
-    """Values of tensors, which count as long as the tensor lives and is not written to."""
+    """Values attached to tensors, valid while the tensor exists and is not modified."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[Tensor], int, Found]] = {}
 
     def put(self, tensor: Tensor, value: Found) -> None:
-        """Set the value of a tensor as it is now."""
+        """Set the value for the current version of a tensor."""
         self._known[id(tensor)] = weakref.ref(tensor), version(tensor), value
 
     def get(self, tensor: Tensor) -> Found | None:
-        """Return the value of a tensor, or None where it has none any more."""
+        """Return the value of a tensor, or None if it has none or was modified."""
         known = self._known.get(id(tensor))
         if known is None or known[0]() is not tensor or known[1] != version(tensor):
             return None
@@ -154,16 +154,16 @@ class Unwritten(Generic[Found]):
 
 
 class _Makers(Unwritten[Key]):
-    """Which call returned a tensor."""
+    """Tensor -> the call that returned it."""
 
     def add(self, found: tuple[Leaf, ...], key: Key) -> list[tuple[str, Tensor]]:
-        """Remember the maker of tensors; return those that had none."""
+        """Store the call that returned tensors; return the tensors that had none."""
         new = [(p, t) for p, t in found if isinstance(t, Tensor) and self.get(t) is None]
         for _, tensor in new:
             self.put(tensor, key)
         return new
 
     def of(self, found: tuple[Leaf, ...]) -> tuple[Key, ...]:
-        """Return the makers of tensors, where they have one."""
+        """Return the calls that returned the tensors, if known."""
         makers = (self.get(t) for _, t in found if isinstance(t, Tensor))
         return tuple(dict.fromkeys(key for key in makers if key is not None))

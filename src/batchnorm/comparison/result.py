@@ -1,4 +1,4 @@
-"""What a comparison of two models found."""
+"""The result of a comparison of two models."""
 
 import math
 from dataclasses import dataclass
@@ -17,20 +17,20 @@ MOST = 12
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing in which two models differ.
+    """One difference between two models.
 
     Attributes:
         layer: Name of the module in a; "" is the model itself.
-        kind: ``"output"``, ``"input"`` (of what a module does between the layers inside of it),
+        kind: ``"output"``, ``"input"`` (of operations between the layers of a module),
             ``"gradient"``, ``"statistic"``, ``"parameter"``, ``"raised"`` or ``"output of b"``.
-        what: Which part, such as a path in what a module returns or the name of a parameter.
+        what: The part, such as a path in a module's result or the name of a parameter.
         error: The largest absolute difference in float64.
-        allowed: What rounding may make of it.
+        allowed: The bound for rounding errors.
         scale: The largest absolute value in a.
-        amplification: How many times as much as one ulp of the scale arrives from a change of all
-            parameters and statistics by one ulp; 1 at least.
-        batch: Number of the batch in which it showed first.
-        message: All of that in words.
+        amplification: Change of the tensor, in ulp of its scale, when all parameters and statistics
+            change by one ulp; at least 1.
+        batch: Number of the first batch with this difference.
+        message: Description of the difference.
     """
 
     layer: str
@@ -44,7 +44,7 @@ class Difference:
     message: str
 
     def finding(self) -> Finding:
-        """Return it as a block of a report."""
+        """Return the difference as a block of a report."""
         evidence: dict[str, Cell] = {
             "difference": self.error,
             "allowed": self.allowed,
@@ -57,7 +57,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """The largest difference at the output of one layer, over all batches, of its bound."""
+    """The largest difference of one layer's output, over all batches, and its bound."""
 
     layer: str
     error: float
@@ -70,13 +70,13 @@ class Same:
     """Whether two models compute the same up to rounding; true in a condition if they do.
 
     Attributes:
-        differences: What differs, the first layer first: parameters and outputs in the order in
-            which a runs, then gradients in the order of backward, then statistics.
-        notes: What differs without changing results, what was not compared, and why.
-        layers: A row for each layer of a whose output was compared, in the order of calls.
+        differences: Differences, the first layer first: parameters and outputs in the order of a's
+            calls, then gradients in the order of backward, then statistics.
+        notes: Differences without effect on results, and parts that were not compared.
+        layers: One row per layer of a whose output was compared, in the order of calls.
         rounding: The largest error of the outputs of a, and of b, in their own dtype against
-            float64, over the scale; None where it is not known.
-        batches: How many batches were compared.
+            float64, relative to the scale; None if unknown.
+        batches: Number of compared batches.
         mode: ``"eval"`` or ``"train"``.
     """
 
@@ -98,16 +98,16 @@ class Same:
 
     @property
     def error(self) -> float:
-        """The largest difference of a layer's output over its scale; 0 where none was compared."""
+        """The largest difference of a layer's output over its scale; 0 if none was compared."""
         shares = (row.error / row.scale if row.scale else row.error for row in self.layers)
         return max(shares, default=0.0)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one line of plain numbers per compared layer, for tables and plots."""
+        """Return one row of plain numbers per compared layer, for tables and plots."""
         return [vars(row) | {} for row in self.layers]
 
     def report(self) -> Report:
-        """Return it as plain values, for the renderers of ``batchnorm.report``."""
+        """Return the result as plain values, for the renderers of ``batchnorm.report``."""
         findings = tuple(one.finding() for one in self.differences)
         sections = []
         if findings:

@@ -10,11 +10,11 @@ from batchnorm.models.examples import Example
 
 
 class Rounding:
-    """Runs a copy in its own dtype beside the one in float64.
+    """Runs a copy in its own dtype in addition to the float64 copy.
 
     Attributes:
-        largest: The largest error of an output over its scale; None where nothing is known.
-        raised: What the copy raised.
+        largest: The largest error of an output over its scale; None if unknown.
+        raised: The error of the copy, or None.
     """
 
     def __init__(self, copy: Copy) -> None:
@@ -27,10 +27,10 @@ class Rounding:
 
         Args:
             example: The batch.
-            seed: Of all generators.
-            expected: What the copy in float64 returned.
-            is_random: Whether random numbers were drawn, which are others in another dtype: the
-                batch is run for what it does to the model, and no error is taken.
+            seed: Seed of all generators.
+            expected: The result of the float64 copy.
+            is_random: Whether random numbers were drawn. They differ between dtypes, so the batch
+                is run only to update the model, and no error is computed.
         """
         if self.raised is not None:
             return

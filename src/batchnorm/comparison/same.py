@@ -1,9 +1,9 @@
-"""``bn.same``: whether two models compute the same on some data, and where they do not.
+"""``bn.same``: compares two models layer by layer on some data.
 
-Both are copied, and the copies cast to float64, so that a difference is no rounding of the
+Copies of both models are cast to float64, so that differences are not rounding errors of the
 computation. The output of a layer may then differ by 16 · u · S · A:
 
-- u is the ulp of 1 in the parameters' dtype, the finest where there are several (2^-23 in float32);
+- u is the ulp of 1 in the parameters' most precise dtype (2^-23 in float32);
 - S is the largest absolute value of the tensor in ``a``;
 - A, the amplification, is by how many u · S the tensor moves where all parameters and statistics of
   ``a`` move by one ulp, up or down at random, and 1 at least. It is measured by a run of ``a`` so
@@ -41,37 +41,37 @@ def same(
     tolerance: float | None = None,
     names: Mapping[str, str | None] | None = None,
 ) -> Same:
-    """Compare two models layer by layer, in float64, on the same data; the module says how closely.
+    """Compare two models layer by layer, in float64, on the same data, up to rounding errors.
 
-    The models are copied, and not run or changed themselves. Layers are compared that have the same
-    name and kind, then those in the same order. Layers of one model alone are left out, as those
-    that ``bn.edits`` says were merged; one whose output is that of a layer behind it in the other
-    model counts as merged, too.
+    The models are copied; the originals are neither run nor changed. Layers are paired by name and
+    kind, then by order. Layers that exist in only one model are left out, and so are layers that
+    were merged: by ``bn.edits``, or because the output equals that of a later layer in the other
+    model.
 
-    Of a model that ``torch.compile`` returned, an ``ExportedProgram``, a scripted model or an ONNX
-    file, outputs alone are compared, as they are: their error against ``a`` in float64 may be 4
+    For a result of ``torch.compile``, an ``ExportedProgram``, a scripted model or an ONNX file,
+    only outputs are compared, in their own dtype: their error against ``a`` in float64 may be 4
     times that of ``a`` in its own dtype.
 
     Args:
         a: A model.
-        b: Another, or the path of an ONNX file, which needs ``onnxruntime``.
+        b: Another model, or the path of an ONNX file, which needs ``onnxruntime``.
         data: A tensor, a tuple (positional arguments), a mapping (keywords), or an iterable of
             batches, as for ``bn.calibrate``.
-        mode: ``"eval"`` or ``"train"``. A model in that mode is compared as it is, also where
-            modules inside are in the other; else it is switched. In ``"train"`` both draw the same
-            random numbers, and statistics are compared after the last batch.
-        gradients: Whether to compare gradients, too, of layers' outputs, parameters and inputs, for
-            random cotangents.
-        tolerance: The largest difference over S that is allowed, in place of the formula.
-        names: Module of ``a`` -> its name in ``b``, also for what is inside; None leaves it out.
+        mode: ``"eval"`` or ``"train"``. A model that is in the other mode is switched; otherwise
+            modules inside keep their modes. In ``"train"`` both models draw the same random
+            numbers, and statistics are compared after the last batch.
+        gradients: Whether to compare gradients of layers' outputs, parameters and inputs as well,
+            for random cotangents.
+        tolerance: The allowed difference relative to S, instead of the formula.
+        names: Module of ``a`` -> its name in ``b``, also for its submodules; None leaves it out.
 
     Returns:
         The result; true in a condition if they are the same. It prints the first difference.
 
     Raises:
-        ComparisonError: There are no data, ``a`` fails on them, or a model cannot be copied.
-        OptionError: An option is wrong.
-        MissingExtraError: onnxruntime is needed and not installed.
+        ComparisonError: If there are no data, ``a`` fails on them, or a model cannot be copied.
+        OptionError: If an option is invalid.
+        MissingExtraError: If onnxruntime is needed and not installed.
     """
     _check(mode, tolerance)
     first = plain("a", a)
@@ -85,7 +85,7 @@ def same(
         if other is not None:
             return foreign.same(first, other, calls, tolerance)
         second = plain("b", b)
-        # Hooks and closures of the copies may reach the models themselves.
+        # Hooks and closures of the copies may refer to the original models.
         with preserved(first), preserved(second):
             work = Comparison(first, second, mode, gradients, tolerance, names)
             for number, example in enumerate(calls):

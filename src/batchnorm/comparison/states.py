@@ -1,4 +1,4 @@
-"""What differs between two state dicts: keys, shapes, and how far each tensor moved.
+"""The differences of two state dicts: keys, shapes, and the change of each tensor.
 
 With ε = 1e-5, for a, b the two states; root mean square and largest over the channels:
 
@@ -6,7 +6,7 @@ With ε = 1e-5, for a, b the two states; root mean square and largest over the c
                                   variance: |ln((σ²_b + ε) / (σ²_a + ε))|
     any other floating tensor     sqrt(mean((b − a)²)) / sqrt(mean(a²))
 
-The first is in standard deviations of what enters the layer; ln of 0.02 is 1 % of a deviation.
+The first is in standard deviations of the layer's input; ln of 0.02 is 1 % of a deviation.
 """
 
 import math
@@ -36,8 +36,8 @@ class Moved(NamedTuple):
     Attributes:
         layer: Its name.
         mean: Root mean square and largest over the channels, in standard deviations.
-        var: The same of the logarithm of the ratio.
-        batches: How many batches b counted more than a; None where there is no such count.
+        var: The same for the logarithm of the ratio of variances.
+        batches: Difference of the counters of b and a; None without counters.
     """
 
     layer: str
@@ -47,15 +47,15 @@ class Moved(NamedTuple):
 
 
 class Changed(NamedTuple):
-    """Another entry that differs.
+    """Any other entry that differs.
 
     Attributes:
         name: Its key.
-        moved: Root mean square of the difference over that of a; None where there is no such
-            number: integers, values that are no tensors.
+        moved: Root mean square of the difference over that of a; None for integers and values that
+            are not tensors.
         largest: The largest difference.
-        values: How many values differ.
-        total: How many there are.
+        values: Number of values that differ.
+        total: Number of values.
     """
 
     name: str
@@ -67,14 +67,14 @@ class Changed(NamedTuple):
 
 @dataclass(frozen=True)
 class StateDiff:
-    """What differs between two state dicts; false in a condition if nothing does.
+    """The differences between two state dicts; false in a condition if there is none.
 
     Attributes:
-        only: Keys that only a has, and that only b has.
-        shapes: Key -> both shapes and dtypes, where one of these differs.
+        only: Keys that only a has, and keys that only b has.
+        shapes: Key -> shapes and dtypes in a and b, if they differ.
         statistics: Layers whose running statistics differ.
-        tensors: What else differs.
-        compared: How many keys both have.
+        tensors: All other entries that differ.
+        compared: Number of keys in both.
     """
 
     only: tuple[tuple[str, ...], tuple[str, ...]]
@@ -88,7 +88,7 @@ class StateDiff:
         return bool(self.only[0] or self.only[1] or self.shapes or self.statistics or self.tensors)
 
     def report(self) -> Report:
-        """Return it as plain values, for the renderers of ``batchnorm.report``."""
+        """Return the differences as plain values, for the renderers of ``batchnorm.report``."""
         tables = [
             Table(
                 "Keys of one checkpoint",
@@ -123,7 +123,7 @@ class StateDiff:
         return Report("Two checkpoints", (words,), sections)
 
     def section(self) -> Section:
-        """Return it for a terminal."""
+        """Return the differences for a terminal."""
         whole = self.report()
         blocks = [block for part in whole.sections for block in part.blocks]
         return Section(whole.title, (Text(self._words()), *blocks))
@@ -144,7 +144,7 @@ class StateDiff:
 
 
 def diff(a: Mapping[str, Any], b: Mapping[str, Any]) -> StateDiff:
-    """Compare two state dicts, key by key; NaN at the same place is equal."""
+    """Compare two state dicts, key by key; NaN at the same position counts as equal."""
     only = tuple(k for k in a if k not in b), tuple(k for k in b if k not in a)
     both = [key for key in a if key in b]
     shapes, moved, tensors = {}, [], []
@@ -198,7 +198,7 @@ def _moved(layer: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Moved | No
 
 
 def _sizes(values: Tensor) -> tuple[float, float]:
-    """Return root mean square and largest, of those that are numbers; NaN where one is not."""
+    """Return root mean square and maximum of the values; NaN if a value is NaN."""
     if not values.numel():
         return 0.0, 0.0
     return float(values.square().mean().sqrt()), float(values.abs().max())

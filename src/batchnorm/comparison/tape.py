@@ -1,4 +1,4 @@
-"""What one run of the first model did, with copies of its tensors; others are measured by it."""
+"""The recorded run of the first model, with copies of its tensors, to compare other runs with."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,14 +9,14 @@ from torch import Tensor
 from batchnorm.comparison.gaps import Gap, Leaf, gap
 from batchnorm.comparison.recorder import At, Event, Key, Unwritten
 
-# How many modules may have been merged into one: convolution, batch norm, activation, dropout.
+# Maximum number of modules merged into one: convolution, batch norm, activation, dropout.
 _LONGEST = 4
 
 Spot = tuple[Key, At]
 
 
 class Taped(NamedTuple):
-    """An event with copies of its tensors, and its place in the order of the run."""
+    """An event with copies of its tensors, and its position in the run."""
 
     order: int
     event: Event
@@ -30,7 +30,7 @@ class Tape:
     _copies: Unwritten[Tensor] = field(default_factory=Unwritten)
 
     def see(self, event: Event) -> None:
-        """Take an event down."""
+        """Record an event."""
         kept = tuple((path, self._kept(value)) for path, value in event.leaves)
         taped = Event(event.key, event.at, event.within, event.is_leaf, kept, event.sources)
         spot = event.key, event.at
@@ -43,7 +43,7 @@ class Tape:
     def _kept(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        # What a module returns is what the next one is given: one copy, unless it was written to.
+        # A module's result is the next module's argument: copy it once, unless it was modified.
         copy = self._copies.get(value)
         if copy is None:
             copy = value.detach().clone()
@@ -51,15 +51,14 @@ class Tape:
         return copy
 
     def leaves(self, key: Key, at: At) -> tuple[Leaf, ...] | None:
-        """Return what was seen at a call, or None where there was no such call."""
+        """Return the recorded values of a call, or None if there was no such call."""
         taped = self.events.get((key, at))
         return None if taped is None else taped.event.leaves
 
     def followers(self, key: Key) -> Iterator[Spot]:
-        """Yield what the calls of layers that follow a call return, one after another.
+        """Yield the results of the layer calls that follow a call, as long as there is only one.
 
-        Only as far as there is one such call. Of a batch norm with an activation of its own also
-        what that is given.
+        For a batch norm with an activation, also the argument of the activation.
         """
         for _ in range(_LONGEST):
             found = [
@@ -87,13 +86,13 @@ class Tape:
 
 
 class Alternative(NamedTuple):
-    """Where the output of a call that differs lies close to that of another call.
+    """Another call whose result is close to the differing output of a call.
 
     Attributes:
-        of: ``"a"`` if the other call is a's and its result is compared with the output in b;
-            ``"b"`` the other way round.
+        of: ``"a"`` if the other call is in a and is compared with the output in b; ``"b"`` if the
+            other call is in b.
         key: The other call, by its name in that model.
-        at: Whether its result counts, or what it is given.
+        at: Whether its result or its argument is compared.
         gaps: Path and distance.
     """
 
@@ -116,7 +115,7 @@ class Measured(NamedTuple):
 
 
 def compare(a: tuple[Leaf, ...], b: tuple[Leaf, ...]) -> tuple[tuple[str, Gap], ...]:
-    """Return the distance of each leaf; where the structures differ, that they do."""
+    """Return the distance of each leaf; if structures differ, a gap that describes it."""
     paths = [tuple(path for path, _ in some) for some in (a, b)]
     if paths[0] != paths[1]:
         odd = sorted(set(paths[0]) ^ set(paths[1])) or ["another order"]
@@ -127,7 +126,7 @@ def compare(a: tuple[Leaf, ...], b: tuple[Leaf, ...]) -> tuple[tuple[str, Gap], 
 
 
 def _values(a: tuple[Leaf, ...], b: tuple[Leaf, ...]) -> tuple[tuple[str, Gap], ...]:
-    """Return the distance of tensors in order, whatever the names of their places."""
+    """Return the distances of tensors in order, ignoring their paths."""
     several = [[value for _, value in some if isinstance(value, Tensor)] for some in (a, b)]
     if len(several[0]) != len(several[1]):
         return compare(a, b)
@@ -136,20 +135,20 @@ def _values(a: tuple[Leaf, ...], b: tuple[Leaf, ...]) -> tuple[tuple[str, Gap], 
 
 
 class Measuring:
-    """Measures the events of another run by a tape.
+    """Measures the distances of another run from a tape.
 
     Attributes:
         found: Call and kind of event -> distances.
-        alternatives: Call whose output differs -> other calls that may do the same by now.
+        alternatives: Call whose output differs -> other calls that may compute the same.
     """
 
     def __init__(self, tape: Tape, names: dict[str, str], small: float) -> None:
         self._tape, self._names, self._small = tape, names, small
         self.found: dict[Spot, Measured] = {}
         self.alternatives: dict[Key, list[Alternative]] = {}
-        # Call in b, or name of a module in which it is made -> calls of a to compare it with.
+        # Call in b, or the module in which it is made -> calls of a to compare with it.
         self._waiting: dict[Key, list[Key]] = {}
-        # Where there is a gradient that the tape has not: call and path.
+        # Call and path of gradients that the tape does not have.
         self.extra: list[tuple[Key, str]] = []
         self._inner: dict[str, list[Key]] = {}
 

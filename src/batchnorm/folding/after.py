@@ -1,4 +1,4 @@
-"""What stays of a folded batch normalization: what it did behind its result, zeros, or nothing."""
+"""Modules that replace a folded batch normalization: residual and activation, zeros, or nothing."""
 
 from typing import Any
 
@@ -9,15 +9,15 @@ from batchnorm.nn.base import Layer
 from batchnorm.ops.activations import IDENTITY, Activation
 
 SELECTED = """\
-expected no mask, lengths, weights or groups: the batch normalization that took them was folded or \
-written out, and all elements are treated alike; bn.undo(model) brings it back"""
+expected no mask, lengths, weights or groups: the batch normalization was folded or written out, \
+so all elements count equally; bn.undo(model) restores it"""
 
 
 def expect_whole(*selection: None) -> None:
-    """Refuse a mask, lengths, weights or groups: only the batch normalization could use them.
+    """Raise for a mask, lengths, weights or groups, which only a batch normalization supports.
 
     Raises:
-        OptionError: If one of them is given.
+        OptionError: If one of them is passed.
     """
     if any(one is not None for one in selection):
         raise OptionError(SELECTED)
@@ -28,7 +28,7 @@ class Rest(nn.Module):
 
     Attributes:
         activation: Applied last; of a layer of this library.
-        contiguous: Whether the result is laid out in order of its axes, as that of the layer was.
+        contiguous: Whether to make the result contiguous, as the layer's result was.
     """
 
     def __init__(self, activation: Activation, *, contiguous: bool) -> None:
@@ -48,15 +48,15 @@ class Rest(nn.Module):
         """Return act(input + residual).
 
         Args:
-            input: What the folded layers make: the normalized tensor.
+            input: The output of the folded layers: the normalized tensor.
             residual: Added before the activation.
-            mask: None, as those behind it; a layer that is given one of them is not folded.
+            mask: None, like the following arguments; a layer that uses one of them is not folded.
             lengths: None.
             weights: None.
             groups: None.
 
         Raises:
-            OptionError: If one of them is given.
+            OptionError: If one of the last four is passed.
         """
         expect_whole(mask, lengths, weights, groups)
         y = input.contiguous() if self.contiguous else input
@@ -66,27 +66,27 @@ class Rest(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        """Return what differs from doing nothing."""
+        """Return the options that are not at their defaults."""
         return "" if self.activation == IDENTITY else f"activation={str(self.activation)!r}"
 
 
 class Zeros(nn.Module):
-    """A batch normalization that was folded into a convolution beside it: adds nothing any more."""
+    """Replaces a batch normalization that was folded into a parallel convolution: adds 0."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return zeros in the shape of the input, in the memory of one."""
+        """Return zeros of the input's shape, expanded from one element."""
         return input.new_zeros(()).expand_as(input)
 
 
 def rest_of(module: nn.Module, *, contiguous: bool, zeros: bool = False) -> nn.Module:
-    """Return a new module that does what a batch normalization does behind its result.
+    """Return a module with the operations of a batch normalization after the normalization.
 
-    Children that it has for that stay its children.
+    The batch normalization's children for these operations become children of the new module.
 
     Args:
         module: The batch normalization.
-        contiguous: Whether its result was laid out in another order than its input.
-        zeros: Whether what it made is now made by a convolution beside it.
+        contiguous: Whether its result had another memory order than its input.
+        zeros: Whether a parallel convolution now computes its result.
     """
     layer: Any = module
     children = {name: child for name, child in module.named_children() if name in ("drop", "act")}

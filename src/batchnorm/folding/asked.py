@@ -1,4 +1,4 @@
-"""What ``bn.fold`` is asked: which models, examples and options it takes; some for other verbs."""
+"""Checks of the models, examples and options of ``bn.fold`` and other verbs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,19 +18,19 @@ from batchnorm.surgery.layers import SCRIPTED
 from batchnorm.surgery.options import Filter
 
 WRAPPED = """\
-bn.{verb} expected the model inside of {kind}, which holds on to its parameters; call it before \
-the model is wrapped, or pass the .module of {name!r}"""
+bn.{verb} expected the model inside of {kind}, which keeps references to its parameters; call it \
+before the model is wrapped, or pass the .module of {name!r}"""
 
 COMPILED = """\
 bn.{verb} expected modules that are not compiled, got the compiled {name!r}; call it first and \
-compile the model then"""
+compile the model afterwards"""
 
 META = """\
 bn.{verb} expected tensors with values, got {name!r} on the meta device; load the model first"""
 
 INFERENCE = """\
-bn.{verb} expected to be called outside of torch.inference_mode, in which operators cannot be seen \
-one by one, and new parameters could not be trained; use torch.no_grad instead"""
+bn.{verb} expected to be called outside of torch.inference_mode, in which operators cannot be \
+recorded and new parameters could not be trained; use torch.no_grad instead"""
 
 EXAMPLES = """\
 expected example inputs: a tensor, a tuple (positional arguments), a mapping (keyword arguments), \
@@ -38,11 +38,11 @@ or a list of these, got {got}"""
 
 SHARED = "expected shared='decline' or 'copy', got {got!r}"
 
-FILTER = "expected filter=function of (name, module), true for those to change, got {got!r}"
+FILTER = "expected filter=function of (name, module), true for layers to change, got {got!r}"
 
 
 def check(model: nn.Module, shared: str, wanted: Filter | None) -> None:
-    """Refuse models and options of ``bn.fold`` that cannot be."""
+    """Check the model and the options of ``bn.fold``."""
     if shared not in ("decline", "copy"):
         raise OptionError(SHARED.format(got=shared))
     check_filter(wanted)
@@ -50,13 +50,13 @@ def check(model: nn.Module, shared: str, wanted: Filter | None) -> None:
 
 
 def check_filter(wanted: Filter | None) -> None:
-    """Refuse a ``filter=`` that is no function."""
+    """Raise if ``filter=`` is not a function."""
     if wanted is not None and not callable(wanted):
         raise OptionError(FILTER.format(got=wanted))
 
 
 def check_model(model: nn.Module, verb: str) -> None:
-    """Refuse models that a verb cannot run and change: scripted, compiled, wrapped, or on meta."""
+    """Raise for models that a verb cannot change: scripted, compiled, wrapped or on meta."""
     expect_model(model, verb)
     if isinstance(model, torch.jit.ScriptModule):
         raise SurgeryError(SCRIPTED.format(verb=verb, kind=type(model).__name__))
@@ -74,7 +74,7 @@ def check_model(model: nn.Module, verb: str) -> None:
 
 
 def examples(given: Any) -> list[Example]:
-    """Return the calls that example inputs stand for."""
+    """Return the calls for example inputs."""
     found = given if isinstance(given, list) else [given]
     if not found:
         raise OptionError(EXAMPLES.format(got="an empty list"))
@@ -95,11 +95,11 @@ def passed(model: nn.Module, example: Example) -> Flow:
     """Run the model on an example, and return the pass.
 
     Raises:
-        SurgeryError: If it raises, with the layer in which it did.
+        SurgeryError: If the model raises; the message has the layer.
     """
     return flow(model, *example.args, **example.kwargs)
 
 
 def scene(model: nn.Module, example: Example, *, covers: bool) -> Scene:
-    """Run the model on an example; raises as ``passed`` does."""
+    """Run the model on an example and return the scene; raises the errors of ``passed``."""
     return Scene(model, passed(model, example), covers=covers)

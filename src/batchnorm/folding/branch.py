@@ -2,10 +2,10 @@
 
     conv(x) + (scale * x + shift)  =  conv'(x)
 
-RepVGG and MobileOne train such branches. The weight of ``conv'`` has ``scale`` added at the centre
-of its kernel, from each channel to itself, and its bias has ``shift`` added. That takes a
-convolution whose result has the shape of its input, place for place: stride 1, as many channels, an
-odd kernel and a padding of half of it.
+RepVGG and MobileOne train such branches. In ``conv'``, ``scale`` is added to the weight at the
+centre of the kernel, from each channel to itself, and ``shift`` to the bias. This requires a
+convolution that maps each position to itself: stride 1, equal numbers of channels, an odd kernel,
+and a padding of half the kernel.
 """
 
 from collections.abc import Iterator
@@ -20,25 +20,25 @@ from batchnorm.folding.walk import ACTIVATED, IN_PLACE, Walk
 from batchnorm.models.flow import Call
 
 NO_SUM = "its result is not added to that of a convolution of its input"
-FUNCTIONAL = "a call of batch_norm cannot be left out"
+FUNCTIONAL = "a call of batch_norm cannot be removed"
 
 _ADDITIONS = {f"aten.add{at}.{kind}" for at in ("", "_") for kind in ("Tensor", "Scalar")}
 
 
 class BranchWalk(Walk):
-    """A search for a convolution beside a normalization.
+    """A search for a convolution parallel to a normalization.
 
     Attributes:
-        end: Number of the sum of both results.
+        end: Number of the call that adds both results.
     """
 
     end: int
 
     def beside(self, one: Instance) -> None:
-        """Fold a normalization into a convolution that reads what it normalizes.
+        """Fold a normalization into a convolution with the same input.
 
         Raises:
-            Declined: If it can't be.
+            Declined: If this is not possible.
         """
         if not one.affine.plain:
             raise Declined(ACTIVATED)
@@ -71,7 +71,7 @@ class BranchWalk(Walk):
             value = self.end
 
     def _summands(self, call: Call) -> list[int] | None:
-        """Return the tensors that a call adds; None if it does something else."""
+        """Return the tensors that a call adds; None for other operators."""
         step = Step(call, self._flow)
         if call.name not in _ADDITIONS or step.given.get("alpha", 1) != 1:
             return None
@@ -81,7 +81,7 @@ class BranchWalk(Walk):
         return [one.number for one in found]
 
     def _convolutions(self, value: int, x: int, reader: int) -> Iterator[list[Call]]:
-        """Yield the calls that lead from a summand to a convolution of x, which is the last."""
+        """Yield the calls from a summand back to a convolution of x, which is the last call."""
         try:
             self._scene.check_between(value, reader)
         except Declined:
@@ -104,7 +104,7 @@ class BranchWalk(Walk):
 
 
 def _keeps_places(step: Step, x: int) -> bool:
-    """Return whether the centre of the kernel is multiplied by the element of x at that place."""
+    """Return whether each output is computed with the kernel's centre at the same position of x."""
     given, sizes = step.given, step.tensor("weight").shape[2:]
     shapes = step.tensor("input").shape, step.output.shape
     return (
@@ -123,14 +123,14 @@ def _keeps_places(step: Step, x: int) -> bool:
 
 
 def _demands(step: Step, one: Instance) -> list[Demand]:
-    """Return what becomes of the weight and bias of a convolution."""
+    """Return the demanded changes of the weight and bias of a convolution."""
     weight, affine = step.tensor("weight"), one.affine
     if affine.axis % len(weight.shape) != 1:
         raise Declined(NO_SUM)
     added = torch.zeros(weight.shape, dtype=torch.float64)
     channel = torch.arange(weight.shape[0])
     taps = added.flatten(2)
-    # In a group, the inputs are numbered from 0. All sizes are odd: the centre is in the middle.
+    # Within a group, inputs are numbered from 0. All sizes are odd, so the kernel has a centre.
     taps[channel, channel % weight.shape[1], taps.shape[2] // 2] = affine.scale
     return [
         Demand(weight.number, _plus(added)),

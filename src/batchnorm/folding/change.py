@@ -1,4 +1,4 @@
-"""Applying folds to a model, and the change that takes them back."""
+"""Applying folds to a model, and the change that undoes them."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +14,11 @@ from batchnorm.folding.plan import Fold
 from batchnorm.models.change import Change
 from batchnorm.nn.foreign import RECORD
 
-TRAINED = "what training made of {name}"
+TRAINED = "the trained values of {name}"
 
 
 class Whole(NamedTuple):
-    """A module as it was: its class and all of its attributes."""
+    """The earlier state of a module: its class and all of its attributes."""
 
     cls: type[nn.Module]
     attributes: dict[str, Any]
@@ -26,13 +26,13 @@ class Whole(NamedTuple):
 
 @dataclass(frozen=True)
 class Unfold(Change):
-    """Gives parameters their memory back, and modules their class and attributes.
+    """Restores the memory of parameters, and the class and attributes of modules.
 
     Attributes:
-        modules: Name from the owner -> the module as it was.
-        stored: Name of a parameter or buffer from the owner -> the memory that it had.
-        new: Names of the biases that layers have got.
-        written: Name of every tensor that was written or made -> checksum of its contents.
+        modules: Name relative to the owner -> earlier state of the module.
+        stored: Name of a parameter or buffer relative to the owner -> earlier tensor.
+        new: Names of the biases that were added to layers.
+        written: Name of every written or created tensor -> checksum of its contents.
     """
 
     modules: dict[str, Whole] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Unfold(Change):
     written: dict[str, int] = field(default_factory=dict)
 
     def undo(self, owner: Any) -> None:
-        """Put everything back; kept tensors go to the device and dtype that the layers have now."""
+        """Restore everything, with kept tensors cast to the layers' current device and dtype."""
         for name in self.new:
             layer, _, bias = name.rpartition(".")
             setattr(owner.get_submodule(layer), bias, None)
@@ -57,7 +57,7 @@ class Unfold(Change):
             module.__class__ = cls
 
     def loses(self, owner: Any) -> str | None:
-        """Return which parameters were changed since the fold."""
+        """Return which parameters have changed since the fold."""
         for name, checksum in self.written.items():
             tensor = _tensor(owner, name)
             if tensor is None or checksum_of(tensor) != checksum:
@@ -65,7 +65,7 @@ class Unfold(Change):
         return None
 
     def tensors(self) -> Iterable[Tensor]:
-        """Return the memory that parameters had, and the tensors of modules as they were."""
+        """Return the earlier tensors of parameters and modules."""
         found = list(self.stored.values())
         for _, attributes in self.modules.values():
             for table in ("_parameters", "_buffers"):
@@ -76,12 +76,12 @@ class Unfold(Change):
 
 
 class Group(NamedTuple):
-    """Folds that change the same parameters, and so are one edit.
+    """Folds that change the same parameters, and therefore are one edit.
 
     Attributes:
-        owner: Name of the smallest module that has all of it.
+        owner: Name of the smallest module that contains all changed modules.
         folds: The folds.
-        leaves: What they change.
+        leaves: The tensors that they change.
     """
 
     owner: str
@@ -96,7 +96,7 @@ class Group(NamedTuple):
 
 
 def grouped(folds: Sequence[Fold]) -> list[Group]:
-    """Return folds in groups that have no parameter in common."""
+    """Return folds in groups without common parameters."""
     groups: list[list[Fold]] = []
     for fold in folds:
         leaves = set(fold.changes)
@@ -114,16 +114,16 @@ def grouped(folds: Sequence[Fold]) -> list[Group]:
 def apply(
     model: nn.Module, group: Group, ledger: Ledger, started: Callable[[Unfold], None]
 ) -> Unfold:
-    """Change a model as a group of folds says.
+    """Apply a group of folds to a model.
 
     Args:
         model: The model.
         group: The folds.
-        ledger: What becomes of the parameters.
-        started: Given the change before anything is done; it takes back a part as well.
+        ledger: The changes of the parameters.
+        started: Called with the change before anything is done, so that a part can be undone.
     """
     owner = model.get_submodule(group.owner)
-    # A parametrization goes first: what it leaves has new tables.
+    # Remove parametrizations first, since this replaces the tables of a module.
     leaves = sorted(group.leaves, key=lambda leaf: leaf.kind != "computed")
     values = {leaf: ledger.rounded(leaf) for leaf in leaves}
     change = Unfold()
@@ -154,12 +154,12 @@ def apply(
 
 
 def as_it_is(module: nn.Module) -> Whole:
-    """Return the class and the attributes that a module has now."""
+    """Return the current class and attributes of a module."""
     return Whole(type(module), dict(vars(module)))
 
 
 def become(module: nn.Module, other: nn.Module) -> None:
-    """Let a module be another one from now on, for everything that refers to it."""
+    """Replace class and attributes of a module by those of another; references stay valid."""
     now = vars(module)
     record = {RECORD: now[RECORD]} if RECORD in now else {}
     attributes = dict(vars(other)) | record
@@ -176,19 +176,19 @@ def checksum_of(tensor: Tensor) -> int:
 
 
 def _remove_parametrization(layer: nn.Module, name: str) -> None:
-    """Give a layer a parameter in the place of the one that is computed; tables are new ones."""
+    """Replace a parametrized tensor of a layer by a parameter, in new tables."""
     with torch.no_grad():
         weight = nn.Parameter(weight_now(layer, name).detach().clone())
     attributes = vars(layer)
     if normalizes_weight(layer, name):
-        # The hook of torch.nn.utils.weight_norm sets a plain attribute.
+        # torch.nn.utils.weight_norm's hook sets a plain attribute.
         del attributes[name]
         attributes["_forward_pre_hooks"] = type(attributes["_forward_pre_hooks"])()
         gone = {f"{name}_g", f"{name}_v"}
     else:
         attributes["_modules"] = dict(attributes["_modules"])
         attributes["_modules"].pop("parametrizations")
-        # torch made a subclass for this one object when it was parametrized.
+        # When the layer was parametrized, torch created a subclass for this object.
         layer.__class__ = type(layer).__bases__[0]
         gone = set()
     kept = {key: value for key, value in attributes["_parameters"].items() if key not in gone}
@@ -208,7 +208,7 @@ def _tensor(owner: nn.Module, name: str) -> Any:
 
 
 def _common(names: Sequence[str]) -> str:
-    """Return the name of the smallest module that has all of some."""
+    """Return the name of the smallest module that contains all of the named modules."""
     split = [name.split(".") if name else [] for name in names]
     parts: list[str] = []
     for level in zip(*split, strict=False):

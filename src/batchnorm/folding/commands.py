@@ -1,4 +1,4 @@
-"""What the command ``batchnorm fold`` does: from a checkpoint to a folded checkpoint."""
+"""The command ``batchnorm fold``, from a checkpoint to a folded checkpoint."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +13,15 @@ from batchnorm.storage.states import check_target, read_state, write_state
 
 @dataclass(frozen=True)
 class Job:
-    """What to fold, and where the result goes.
+    """The arguments of ``batchnorm fold``; names have the form ``"package.module:name"``.
 
     Attributes:
-        model: ``"package.module:name"`` of a model or of a function that returns one.
-        example: The same of example inputs, or of a function that returns them.
-        checkpoint: File with the weights; None for the model as it is built.
+        model: Name of a model or of a function that returns a model.
+        example: Name of example inputs, or of a function that returns them.
+        checkpoint: File with the weights; None to use the model as built.
         out: File for the folded state dict.
-        shared: As of ``bn.fold``.
-        force: Whether a file that exists is replaced.
+        shared: As in ``bn.fold``.
+        force: Whether an existing file is replaced.
     """
 
     model: str
@@ -33,13 +33,13 @@ class Job:
 
 
 def run(job: Job) -> Folded[nn.Module]:
-    """Fold a checkpoint and write it, in one step, once everything is proved.
+    """Fold a checkpoint, and write it atomically after all folds were verified.
 
     Raises:
-        OptionError: A name that cannot be imported, or an option out of its range.
-        CheckpointError: A checkpoint that cannot be read, would run code, or is of another model.
-        SurgeryError: Whatever ``bn.fold`` raises.
-        OSError: A file that cannot be read or written, or an output file that exists.
+        OptionError: If a name cannot be imported, or an option is out of its range.
+        CheckpointError: If the checkpoint cannot be read, would run code, or is of another model.
+        SurgeryError: Any error of ``bn.fold``.
+        OSError: If a file cannot be read or written, or the output file exists.
     """
     check_target(job.out, job.force)
     model: nn.Module = built(named(job.model), nn.Module, job.model)

@@ -1,4 +1,4 @@
-"""Copies of modules that a model has under several names, where each name may get its own."""
+"""Separate copies of modules that a model has under several names, for ``shared="copy"``."""
 
 import copy
 from collections.abc import Iterable
@@ -11,27 +11,27 @@ from torch import Tensor, nn
 from batchnorm.models.change import Change, Edit
 from batchnorm.models.stack import Done
 
-TRAINED = "what training made of the copy {name}"
+TRAINED = "the trained values of the copy {name}"
 
 
 @dataclass(frozen=True)
 class Shared(Change):
-    """A name has got a copy of the module that it shared with another name.
+    """Undoes the replacement of a shared module by a copy, under one of its names.
 
     Attributes:
         child: The name in the owner.
-        original: The module that it was.
+        original: The shared module.
     """
 
     child: str
     original: nn.Module
 
     def undo(self, owner: Any) -> None:
-        """Let the name be that of the shared module again."""
+        """Set the name to the shared module again."""
         setattr(owner, self.child, self.original)
 
     def loses(self, owner: Any) -> str | None:
-        """Return the copy, if its parameters are not those of the original any more."""
+        """Return a description of the copy, if its parameters differ from the original's."""
         ours, theirs = (
             [*module.parameters(), *module.buffers()]
             for module in (getattr(owner, self.child), self.original)
@@ -40,7 +40,7 @@ class Shared(Change):
         return None if same else TRAINED.format(name=self.child)
 
     def tensors(self) -> Iterable[Tensor]:
-        """Return the tensors of the shared module, which the model has, too."""
+        """Return the tensors of the shared module, which are also part of the model."""
         return [*self.original.parameters(), *self.original.buffers()]
 
 
@@ -52,7 +52,7 @@ class Copies:
         self._made: list[tuple[str, str, nn.Module]] = []
 
     def make(self) -> None:
-        """Put a copy in the place of every further name of a module that has parameters."""
+        """Replace a module with parameters by a copy, under every name except the first."""
         first: dict[int, str] = {}
         for name, module in list(self._model.named_modules(remove_duplicate=False)):
             inside = any(name.startswith(f"{done}.") for done, _, _ in self._made)
@@ -66,17 +66,17 @@ class Copies:
                 setattr(self._model.get_submodule(parent), child, copy.deepcopy(module))
 
     def parameters(self) -> dict[nn.Parameter, nn.Parameter]:
-        """Return the parameters of the copies that are there, with those that they copy."""
+        """Return parameter of a copy -> original parameter, for all copies in the model."""
         found: dict[nn.Parameter, nn.Parameter] = {}
         for name, _, module in self._made:
             copied = self._model.get_submodule(name)
-            # Folded layers may have lost some; those that are left have the same names.
+            # Folded layers may have fewer parameters; the remaining ones have the same names.
             originals = dict(module.named_parameters())
             found |= {p: originals[n] for n, p in copied.named_parameters() if n in originals}
         return found
 
     def put_back(self) -> None:
-        """Undo all that are left."""
+        """Undo all remaining copies."""
         while self._made:
             name, _, module = self._made[-1]
             parent, _, child = name.rpartition(".")
@@ -84,7 +84,7 @@ class Copies:
             self._made.pop()
 
     def keep(self, changed: Iterable[str]) -> list[Done]:
-        """Undo those that were not needed, and return the edits of the others.
+        """Undo the copies that were not needed, and return the edits of the others.
 
         Args:
             changed: Names of modules that were changed.

@@ -1,4 +1,4 @@
-"""A batch normalization in evaluation, written as arithmetic of PyTorch: no operator of its own."""
+"""A batch normalization in evaluation as elementary arithmetic, without a batch norm operator."""
 
 from typing import Any
 
@@ -14,14 +14,15 @@ ATTRIBUTES = ("num_features", "momentum", "affine", "track_running_stats")
 
 
 class Explicit(nn.Module):
-    """y = (x - mean) / sqrt(var + eps) * weight + bias, and what the layer does behind it.
+    """y = (x - mean) / sqrt(var + eps) * weight + bias, then residual, drop layer and activation.
 
-    mean and var are the stored statistics; those of the input, var biased, where none are stored.
-    Computed in float32 or wider. Parameters and buffers are those of the layer, under its names.
+    mean and var are the stored statistics, or the input's mean and biased variance if none are
+    stored. Computed in at least float32. Parameters and buffers are those of the layer, with the
+    same names.
 
     Attributes:
         eps: Added to var.
-        axis: Of the channels.
+        axis: The channel axis.
         rest: Residual, drop layer and activation.
     """
 
@@ -48,18 +49,18 @@ class Explicit(nn.Module):
         weights: None = None,
         groups: None = None,
     ) -> Tensor:
-        """Return what the layer computes in evaluation.
+        """Return the layer's result in evaluation.
 
         Args:
             input: Channels on ``axis``.
-            residual: Added before the activation, where the layer takes one.
-            mask: None, as the others; only the layer itself can be given them.
+            residual: Added before the activation, if the layer supports it.
+            mask: None, like the following arguments, which are not supported.
             lengths: None.
             weights: None.
             groups: None.
 
         Raises:
-            OptionError: If one of them is given.
+            OptionError: If one of the last four is passed.
         """
         expect_whole(mask, lengths, weights, groups)
         own: Any = self

@@ -1,4 +1,4 @@
-"""``bn.prepare_for_export``: a model in evaluation for exporters, with the model's own numbers."""
+"""``bn.prepare_for_export``: changes a model so that exporters reproduce its evaluation."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -24,12 +24,12 @@ _VERB = "prepare_for_export"
 MODE = "expected mode='fold', 'freeze' or 'explicit', got {got!r}"
 
 INPUTS = """\
-expected example_inputs with mode='fold', got None: bn.fold runs the model to see which layer is \
-in front of which; mode='freeze' and mode='explicit' need none"""
+expected example_inputs with mode='fold', got None: bn.fold runs the model to find which layer \
+precedes which; mode='freeze' and mode='explicit' need no inputs"""
 
 TRAINING = """\
 bn.prepare_for_export expected a model in evaluation, got {name!r} ({kind}) in training mode: it \
-would be exported with dropout, and normalizing by the batch; call model.eval() first"""
+would be exported with dropout, and would normalize by the batch; call model.eval() first"""
 
 BATCH = "it stores no statistics; written out, it normalizes by the input as before"
 WRITTEN = "written out as arithmetic"
@@ -41,30 +41,30 @@ def prepare_for_export(
     *,
     mode: Literal["fold", "freeze", "explicit"] = "fold",
 ) -> Model:
-    """Let exporters see a model in evaluation as it computes, in place; ``bn.undo`` takes it back.
+    """Change a model in place so that an export computes the same as the model in evaluation.
 
-    - ``"fold"``: ``bn.fold``; what cannot be folded stays a batch normalization.
-    - ``"freeze"``: ``bn.freeze``: exporters that call ``model.train()`` get evaluation's numbers.
+    - ``"fold"``: ``bn.fold``; layers that cannot be folded stay batch normalizations.
+    - ``"freeze"``: ``bn.freeze``; exporters that call ``model.train()`` get evaluation's results.
     - ``"explicit"``: each layer is written out as subtraction, multiplication and addition, for
-      runtimes without an operator of batch normalization.
+      runtimes without a batch normalization operator.
 
-    In each mode, layers without stored statistics (``track_running_stats=False``), which normalize
-    by the input in evaluation too, are written out so: exporters write an operator for training in
-    their place. Calls of ``F.batch_norm`` outside of layers stay, except what is folded.
+    In each mode, layers without stored statistics (``track_running_stats=False``), which also
+    normalize by the input in evaluation, are written out: exporters would emit an operator in
+    training mode for them. Calls of ``F.batch_norm`` outside of layers stay, unless folded.
+    ``bn.undo`` reverts everything.
 
     Args:
         model: The model in evaluation; changed in place.
-        example_inputs: As of ``bn.fold``; needed to fold, and not used otherwise.
+        example_inputs: As for ``bn.fold``; used with ``"fold"`` only.
         mode: ``"fold"``, ``"freeze"`` or ``"explicit"``.
 
     Returns:
         The model.
 
     Raises:
-        SurgeryError: If a module is in training mode, if there is no batch normalization, or one
-            that has to be written out and cannot be: of a class of its own, with hooks, without
-            values; nothing is changed then.
-        OptionError: If an option is wrong, or inputs are missing; likewise.
+        SurgeryError: If a module is in training mode, there is no batch normalization, or a layer
+            cannot be written out: it is a subclass, has hooks or has no values. Nothing is changed.
+        OptionError: If an option is invalid, or inputs are missing; nothing is changed then.
     """
     if mode not in ("fold", "freeze", "explicit"):
         raise OptionError(MODE.format(got=mode))
@@ -117,7 +117,7 @@ def _is_arithmetic(layer: nn.Module) -> bool:
 
 
 def _unable(layer: nn.Module) -> str:
-    """Return why a layer cannot be written out; "" where it can."""
+    """Return why a layer cannot be written out; "" if it can."""
     kind = kind_of(layer)
     assert kind is not None
     if kind.family == "scripted" or "forward" in vars(layer):

@@ -1,4 +1,4 @@
-"""Which scale and shift a batch normalization is in use, and why one has none."""
+"""Scale and shift of a batch normalization in evaluation, or the reason why it has none."""
 
 from typing import Any, NamedTuple
 
@@ -14,11 +14,11 @@ from batchnorm.sources.grouped import Grouped
 from batchnorm.surgery.freezing import is_frozen_class, measured_eps
 
 TRAINING = "it is in training mode, and normalizes by the batch; call model.eval() first"
-BATCH = "it keeps no statistics, and normalizes by the batch in eval mode too"
+BATCH = "it keeps no statistics, and also normalizes by the batch in eval mode"
 ADAPTED = 'it mixes its statistics with those of the batch; bn.undo(model, "adapt") first'
-HOOKS = "hooks on it would no longer see what it is given or what it makes"
-OWN = "it is a class of its own, and what it computes is not known"
-SCRIPTED = "it is scripted or traced; fold the model before torch.jit sees it"
+HOOKS = "hooks on it would no longer get its input and output"
+OWN = "it is a class of its own, whose computation is not known"
+SCRIPTED = "it is scripted or traced; fold the model before torch.jit compiles it"
 META = "its tensors are on the meta device; load or initialize them first"
 LAZY = "it has no parameters yet; run the model once, then fold"
 INFINITE = "its statistics or parameters are not finite"
@@ -27,13 +27,13 @@ SHARDED = "its {name} is a {kind}, not a whole tensor"
 
 
 class Affine(NamedTuple):
-    """y = scale * x + shift for each channel, and what is computed behind it.
+    """y = scale * x + shift for each channel.
 
     Attributes:
         scale: weight / sqrt(var + eps), float64.
         shift: bias - mean * scale, float64.
-        axis: Of the channels.
-        plain: Whether nothing is computed behind it.
+        axis: The channel axis.
+        plain: Whether no residual, drop layer or activation follows.
     """
 
     scale: Tensor
@@ -58,10 +58,10 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def affine_of(module: nn.Module) -> Affine | str | None:
-    """Return what a module computes as a batch normalization.
+    """Return the affine map of a module that is a batch normalization in evaluation.
 
     Returns:
-        The map; why it can't be folded; or None where its operators have to be looked at.
+        The map; or the reason why it cannot be folded; or None if the class does not determine it.
     """
     kind = kind_of(module)
     assert kind is not None
@@ -84,7 +84,7 @@ def affine_of(module: nn.Module) -> Affine | str | None:
 
 
 def unusable(module: nn.Module) -> str | None:
-    """Return why what a module computes in use does not follow from its tensors."""
+    """Return why a module's tensors do not determine its result in evaluation, or None."""
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for name, tensor in named.items():
         if tensor.is_meta:
@@ -104,7 +104,7 @@ def finite(found: Affine) -> Affine | str:
 
 
 def _read(layer: Any, family: str) -> Affine | str:
-    # A parametrized weight is computed here.
+    # Reading a parametrized weight computes it.
     with torch.no_grad():
         weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
         scale, shift = affine(layer.running_mean, layer.running_var, weight, bias, layer.eps)
@@ -124,7 +124,7 @@ def is_torchs(module: nn.Module) -> bool:
 
 
 def _frozen_elsewhere(module: nn.Module) -> Affine | str:
-    """Read a frozen layer of another library, if it proves to be what its name says."""
+    """Read a frozen layer of another library, after verifying its formula."""
     if not is_frozen_class(module) or "forward" in vars(module):
         return OWN
     if reason := unusable(module):

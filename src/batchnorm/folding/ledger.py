@@ -1,8 +1,8 @@
-"""What has become of parameters so far: the maps that were folded into each, in order.
+"""The changes of parameters so far: the maps that were folded into each parameter, in order.
 
-A weight may take several: of the normalization before its layer, and of the one behind. They are
-composed in float64 and applied to the stored values once, at the end. ``bias_takers`` are the
-layers without a bias that would use one.
+A weight may get several maps: of the normalization before its layer, and of the normalization after
+it. They are composed in float64 and applied to the stored values once, at the end. ``bias_takers``
+returns the layers without a bias whose forward would add one.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,14 +18,14 @@ from batchnorm.models.flow import Flow
 
 
 class Leaf(NamedTuple):
-    """A tensor that a map can go into.
+    """A tensor into which a map can be folded.
 
     Attributes:
-        layer: Name of the module that has it.
-        name: Of the parameter in the module.
+        layer: Name of its module.
+        name: Name of the parameter in the module.
         shape: Sizes.
-        kind: ``"parameter"``; ``"new"`` for a bias that the module is to get; ``"computed"`` for a
-            weight that a parametrization computes, which it takes the place of.
+        kind: ``"parameter"``; ``"new"`` for a bias to be added to the module; ``"computed"`` for a
+            weight that replaces a parametrization.
     """
 
     layer: str
@@ -49,14 +49,14 @@ class Affines(NamedTuple):
         return cls(*found.factors())
 
     def then(self, other: "Affines") -> "Affines":
-        """Return both, this one first."""
+        """Return the composition: this map, then ``other``."""
         return Affines(self.scale * other.scale, self.shift * other.scale + other.shift)
 
     def __call__(self, tensor: Tensor) -> Tensor:  # noqa: D102
         return tensor * self.scale + self.shift
 
     def equals(self, other: "Affines") -> bool:
-        """Return whether both are the same to the last bit."""
+        """Return whether both are bitwise equal."""
         return all(map(torch.equal, self, other))
 
 
@@ -67,8 +67,8 @@ class Ledger:
     """The maps that were folded into each leaf.
 
     Args:
-        stored: Returns the values of a leaf as they are in the model, in float64.
-        dtype: Returns the dtype in which they are stored.
+        stored: Leaf -> its values in the model, in float64.
+        dtype: Leaf -> the dtype in which it is stored.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Ledger:
         return leaf in self._found
 
     def with_changes(self, changes: Changes) -> "Ledger":
-        """Return a ledger that has these, too."""
+        """Return a ledger with further changes."""
         new = Ledger(self._stored, self._dtype)
         new._found = dict(self._found)
         for leaf, one in changes.items():
@@ -92,7 +92,7 @@ class Ledger:
         return new
 
     def exact(self, leaf: Leaf) -> Tensor:
-        """Return the values of a leaf by now, in float64."""
+        """Return the values of a leaf after all maps, in float64."""
         stored = self._stored(leaf)
         return self._found[leaf](stored) if leaf in self._found else stored
 
@@ -101,7 +101,7 @@ class Ledger:
         return self.exact(leaf).to(self._dtype(leaf))
 
 
-# Their forward adds ``bias`` if it is there. A subclass may have another forward.
+# Classes whose forward adds ``bias`` if it is not None; a subclass may have another forward.
 TAKES_BIAS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
     nn.Linear,
@@ -109,14 +109,14 @@ TAKES_BIAS = (
 
 
 def bias_takers(model: nn.Module, run: Callable[[], Flow]) -> Mapping[str, Leaf]:
-    """Return the biases that layers without one would use.
+    """Return the possible new biases of layers without a bias.
 
-    Where a class is not torch's own, its layers get a bias of zeros for one pass, which shows
-    whether an operator inside of the layer reads it.
+    Layers of classes that are not torch's get a bias of zeros for one pass, which shows whether an
+    operator inside of the layer reads it.
 
     Args:
         model: The model.
-        run: Runs it on an example.
+        run: Runs the model on an example.
     """
     found: dict[str, Leaf] = {}
     unknown: dict[str, Leaf] = {}

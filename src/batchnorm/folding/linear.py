@@ -1,10 +1,10 @@
-"""Operators that multiply by a parameter: where maps come to an end.
+"""Operators that multiply by a parameter, into which maps are folded.
 
     scale * (x * weight + bias) + shift  =  x * (scale * weight) + (scale * bias + shift)
     (scale * x + shift) * weight + bias  =  x * (scale * weight) + (bias + shift * weight)
 
-where ``*`` is a convolution or a product of matrices. In a transposed convolution the outputs of a
-group are the second axis of the weight, in any other one the first.
+where ``*`` is a convolution or a matrix product. In a transposed convolution the outputs of a group
+are on the second axis of the weight, in all others on the first.
 """
 
 import torch
@@ -68,7 +68,7 @@ def _matrices_back(step: Step, out: Map) -> list[list[Demand]]:
     scaled = out.without_shift()
     if rank - 2 not in varies:
         on_right = scaled._replace(where=where)
-        # A bias that a layer is to get has one number for each column.
+        # A new bias of a layer has one number per column.
         new = out._replace(where=where.reshape(-1)) if varies in ((), (rank - 1,)) else None
         return [[Demand(right, on_right), *to_bias(step, bias, out, new)]]
     if rank - 1 not in varies and step.flow.values[left].origin == "parameter":
@@ -85,7 +85,7 @@ def _matrices_forth(step: Step, operand: int, given: Map, current: Current) -> l
     if operand == left and right != left and rank - 2 not in varies:
         demands = [Demand(right, scaled._replace(where=where.transpose(-1, -2)))]
         if given.shifts:
-            # A shift that is the same for all features is still added for each of them.
+            # A shift that is equal for all features must be expanded to one value per feature.
             shift = given.shift[where].expand(*where.shape[:-1], step.flow.values[left].shape[-1])
             added = shift @ current(right)
             varied = added.shape[:-1].numel() > 1
@@ -108,7 +108,7 @@ def _matrices_forth(step: Step, operand: int, given: Map, current: Current) -> l
 
 
 def _operands(step: Step) -> tuple[int, int, str | None]:
-    """Return the numbers of both matrices, and the name of the argument that is added."""
+    """Return the value numbers of both matrices, and the name of the added argument."""
     given = step.given
     if "beta" in given:
         if given["beta"] != 1 or given["alpha"] != 1:
@@ -119,13 +119,13 @@ def _operands(step: Step) -> tuple[int, int, str | None]:
 
 
 def to_bias(step: Step, name: str | None, found: Map, new: Map | None = None) -> list[Demand]:
-    """Return what has to become of the bias.
+    """Return the demand on the bias.
 
     Args:
         step: The call.
-        name: The argument that is the bias; None where the operator has none.
+        name: Name of the bias argument; None if the operator has none.
         found: The map of the result.
-        new: The same for a bias that the layer is to get; ``found`` by default.
+        new: The map for a new bias of the layer; ``found`` by default.
     """
     bias = step.value(name) if name else None
     if bias is not None:
@@ -138,7 +138,7 @@ def _shift(shift: Tensor) -> Map:
 
 
 def _normalization_back(step: Step, out: Map) -> list[list[Demand]]:
-    """Rule of a batch normalization that stays: its own weight and bias take the map."""
+    """Rule of a batch normalization that is not folded: the map goes into its weight and bias."""
     if step.given.get("training", step.given.get("train", False)):
         raise step.declined("which normalizes by the statistics of the batch")
     if any(axis != 1 for axis in out.varies_along(len(step.output.shape))):

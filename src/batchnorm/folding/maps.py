@@ -1,9 +1,9 @@
-"""The map that moves through a network: each element of a tensor times a scale plus a shift.
+"""The map that is propagated through a network: scale times a tensor plus shift, elementwise.
 
-A batch normalization in use multiplies each channel by ``scale`` and adds ``shift``. ``Map.where``
-says of every element of some tensor which channel's numbers it gets, in whatever way the channels
-lie there. It has size 1 along the axes on which nothing depends, so that "one number per row" is a
-question about a shape, never about values.
+A batch normalization in evaluation multiplies each channel by ``scale`` and adds ``shift``.
+``Map.where`` is the channel index of every element of a tensor, for any arrangement of the
+channels. It has size 1 along axes on which the map does not depend, so dependence on an axis is
+decided by shapes, never by values.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,13 +16,13 @@ from batchnorm.models.flow import Value
 
 Shape = Sequence[int]
 
-PART = "a part of the tensor that {name} makes is normalized, and the rest is not"
-MIXED = "one element of what {name} makes is normalized in several ways"
-REPEATED = "{name} is repeated along an axis on which the channels that are normalized lie"
+PART = "a part of the output of {name} is normalized, and the rest is not"
+MIXED = "one element of the output of {name} is normalized in several ways"
+REPEATED = "{name} is repeated along the axis of the normalized channels"
 
 
 class Declined(Exception):  # noqa: N818 (not an error: the reason why a fold is not done)
-    """Why a map cannot move further."""
+    """A map cannot be propagated further; the argument is the reason."""
 
 
 class Map(NamedTuple):
@@ -31,7 +31,7 @@ class Map(NamedTuple):
     Attributes:
         where: Index of the channel, int64; its shape broadcasts to that of the tensor.
         scale: One number per channel, float64.
-        shift: Likewise.
+        shift: One number per channel, float64.
     """
 
     where: Tensor
@@ -40,7 +40,7 @@ class Map(NamedTuple):
 
     @property
     def shifts(self) -> bool:
-        """Whether anything is added at all."""
+        """Whether any shift is not 0."""
         return bool(self.shift.any())
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ class Map(NamedTuple):
         return self.scale[self.where], self.shift[self.where]
 
     def at(self, where: Tensor) -> "Map":
-        """Return the same numbers at other places."""
+        """Return the map with other indices."""
         return self._replace(where=compact(where))
 
     def without_shift(self) -> "Map":
@@ -56,19 +56,19 @@ class Map(NamedTuple):
         return self._replace(shift=torch.zeros_like(self.shift))
 
     def varies_along(self, rank: int) -> tuple[int, ...]:
-        """Return the axes of a tensor of so many axes along which the map is not the same."""
+        """Return the axes, of a tensor with ``rank`` axes, along which the map varies."""
         sizes = (1,) * (rank - self.where.ndim) + tuple(self.where.shape)
         return tuple(axis for axis, size in enumerate(sizes) if size > 1)
 
 
 def per_channel(rank: int, axis: int, scale: Tensor, shift: Tensor) -> Map:
-    """Return the map of a tensor of so many axes with channels on one of them."""
+    """Return the map of a tensor with ``rank`` axes and channels on ``axis``."""
     where = torch.arange(len(scale)).view([-1 if i == axis % rank else 1 for i in range(rank)])
     return Map(where, scale, shift)
 
 
 def compact(where: Tensor) -> Tensor:
-    """Return the indices with size 1 along every axis on which they do not depend."""
+    """Return the indices with size 1 along every axis along which they are constant."""
     for axis in range(where.ndim):
         first = where.narrow(axis, 0, 1)
         if where.shape[axis] > 1 and torch.equal(where, first.expand_as(where)):
@@ -77,10 +77,10 @@ def compact(where: Tensor) -> Tensor:
 
 
 def reduced(found: Map, shape: Shape, name: str) -> Map:
-    """Return the map of an operand that was broadcast to a tensor with that map.
+    """Return the map of an operand that was broadcast to a tensor with the map ``found``.
 
     Raises:
-        Declined: If it depends on an axis along which the operand was repeated.
+        Declined: If the map varies along an axis along which the operand was repeated.
     """
     where = found.where
     while where.ndim > len(shape):
@@ -95,33 +95,33 @@ def reduced(found: Map, shape: Shape, name: str) -> Map:
 
 
 def before(found: Map, shape: Shape, moves: Callable[[Tensor], Tensor], name: str) -> Map:
-    """Return the map of what was given to a function that only moves elements.
+    """Return the map of the input of a function that only moves elements.
 
     Args:
-        found: The map of what it returned.
-        shape: The shape of what it was given.
+        found: The map of the output.
+        shape: The shape of the input.
         moves: The function.
-        name: What made the tensor that it was given, for the reason.
+        name: Name of the input's producer, for the reason.
 
     Raises:
-        Declined: If an element went nowhere, or to places with different numbers.
+        Declined: If an element is not in the output, or at positions with different maps.
     """
     count = int(torch.Size(shape).numel())
-    # Numbers of elements, as floats: not every operator moves integers.
+    # Element indices as floats, since not every operator supports integers.
     source = moves(torch.arange(count, dtype=torch.float64).view(tuple(shape))).long()
     return found.at(_gathered(found.where, source, count, name).view(tuple(shape)))
 
 
 def after(found: Map, shape: Shape, moves: Callable[[Tensor], Tensor]) -> Map:
-    """Return the map of what a function that only moves elements returned."""
+    """Return the map of the output of a function that only moves elements."""
     return found.at(moves(found.where.expand(tuple(shape)).double()).long())
 
 
 def through_view(found: Map, have: Value, want: Value, name: str) -> Map:
-    """Return the map of a tensor from that of another one in the same memory.
+    """Return the map of a tensor from the map of another tensor in the same memory.
 
     Raises:
-        Declined: If not all of it is known, or one element has different numbers.
+        Declined: If the map is known only in part, or is ambiguous for an element.
     """
     if _geometry(have) == _geometry(want):
         return found
@@ -134,7 +134,7 @@ def through_view(found: Map, have: Value, want: Value, name: str) -> Map:
 
 
 def viewed(tensor: Tensor, have: Value, want: Value) -> Tensor:
-    """Return the contents of a view, from those of another one in the same memory."""
+    """Return the contents of a view, from another view of the same memory."""
     if _geometry(have) == _geometry(want):
         return tensor
     given, wanted = _offsets(have), _offsets(want)
@@ -146,7 +146,7 @@ def viewed(tensor: Tensor, have: Value, want: Value) -> Tensor:
 def _gathered(
     where: Tensor, source: Tensor, count: int, name: str, *, whole: bool = True
 ) -> Tensor:
-    """Return the index of each of ``count`` sources, of which element ``source`` came."""
+    """Return the channel index of each of ``count`` input elements, at positions ``source``."""
     table = torch.full((count,), -1)
     where, source = where.expand(source.shape).flatten(), source.flatten()
     table[source] = where
@@ -158,13 +158,13 @@ def _gathered(
 
 
 def _geometry(value: Value) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    # The stride of an axis of one element says nothing.
+    # The stride of an axis of size 1 is irrelevant.
     strides = tuple(s for s, n in zip(value.stride, value.shape, strict=True) if n > 1)
     return value.shape, strides, value.offset
 
 
 def _offsets(value: Value) -> Tensor:
-    """Return where in the memory each element lies."""
+    """Return the memory offset of each element."""
     total = torch.tensor(value.offset)
     for size, stride in zip(value.shape, value.stride, strict=True):
         total = total.unsqueeze(-1) + torch.arange(size) * stride

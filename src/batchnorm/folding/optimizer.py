@@ -1,4 +1,4 @@
-"""An optimizer goes on with the parameters that a model has after a fold."""
+"""Updates an optimizer for the parameters of a folded model."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,16 +12,16 @@ def rewire(
     beside: Mapping[nn.Parameter, nn.Parameter],
     changed: Sequence[nn.Parameter],
 ) -> Callable[[], None]:
-    """Let an optimizer have the parameters of a folded model.
+    """Replace parameters in an optimizer by those of a folded model.
 
     Args:
         optimizer: The optimizer.
-        gone: Parameters that the model does not have any more; they leave their groups.
-        beside: New parameter -> the one whose group it joins, if that is in one.
-        changed: Parameters with new values: what the optimizer remembers of them starts anew.
+        gone: Parameters that the model no longer has; they are removed from their groups.
+        beside: New parameter -> the parameter whose group it joins, if that has a group.
+        changed: Parameters with new values, whose optimizer state is reset.
 
     Returns:
-        A function that gives it its groups and its memory back.
+        A function that restores the groups and the state.
     """
     groups: list[list[nn.Parameter]] = [list(group["params"]) for group in optimizer.param_groups]
     forgotten = {
@@ -31,7 +31,7 @@ def rewire(
     for group, before in zip(optimizer.param_groups, groups, strict=True):
         members = set(map(id, before))
         joining = [new for new, like in beside.items() if id(like) in members]
-        # In place, since torch.optim.LBFGS goes on to use this very list.
+        # In place, since torch.optim.LBFGS keeps a reference to this list.
         group["params"][:] = [one for one in before if id(one) not in leaving] + joining
 
     def restore() -> None:

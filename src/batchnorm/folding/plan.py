@@ -1,4 +1,4 @@
-"""Deciding for every batch normalization of a model, before anything is changed."""
+"""Plans the folds of a model's batch normalizations, before anything is changed."""
 
 import contextlib
 from collections import defaultdict
@@ -20,7 +20,7 @@ from batchnorm.folding.walk import Walk
 WAYS: tuple[Way, ...] = ("backward", "forward")
 BOTH = "{back}; and not into what follows: {forth}"
 SHARED = "it is called {count} times in one pass"
-DIFFERENT = "what it would be folded into is not the same in all calls"
+DIFFERENT = "it would be folded into different parameters in different calls"
 ALONE = "{leaf} is also used without it, by {who}"
 WRONG = "folding it was off by {error:.3g} units in the last place, more than {most}"
 RANGE = "{leaf} would not fit into {dtype}"
@@ -28,16 +28,16 @@ NEUTRAL = "the statistics and parameters of its call are used elsewhere, too"
 
 
 class Fold(NamedTuple):
-    """One batch normalization that can be folded, and into what.
+    """One batch normalization that can be folded, with the changes of parameters.
 
     Attributes:
-        name: Of the layer.
+        name: Name of the layer.
         instance: Its first call.
-        changes: Leaf -> how it changes.
-        way: Whether it goes into what makes its input, into what reads its result, or into a
-            convolution of the same input.
-        error: The largest of its proof, in units in the last place.
-        restrided: Whether its result lay in another order of memory than its input.
+        changes: Leaf -> its change.
+        way: Whether it is folded into the producer of its input, into the consumer of its result,
+            or into a convolution of the same input.
+        error: The largest error in its proof, in units in the last place.
+        restrided: Whether its result had another memory order than its input.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Fold(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What can be folded, in order; why the rest can't; and what parameters become."""
+    """The folds, in order; the reasons for layers that are not folded; and the ledger."""
 
     folds: list[Fold]
     left: dict[str, str]
@@ -61,9 +61,9 @@ class Planner:
 
     Args:
         model: The model.
-        scenes: Passes of it, one for each example.
-        agree: Whether a layer that is called several times may be folded where all calls agree.
-        bias_takers: Names of modules without a bias, which would use one.
+        scenes: Passes of the model, one per example.
+        agree: Whether a layer that is called several times may be folded if all calls agree.
+        bias_takers: Name -> new bias, for modules that would add a bias.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class Planner:
         self._ledger = Ledger(self._stored, self._dtype)
 
     def plan(self, names: Sequence[str]) -> Plan:
-        """Decide for some batch normalizations.
+        """Plan the folds of some batch normalizations.
 
         Args:
-            names: In the order in which they are called.
+            names: Their names, in the order of their calls.
         """
         folds, left, waiting = [], {}, {}
         for name in names:
@@ -93,7 +93,7 @@ class Planner:
             except Declined as why:
                 left[name] = str(why)
                 waiting[name] = calls
-        # A convolution beside it may have a normalization of its own, which is folded first.
+        # A parallel convolution may have a normalization, which is folded first.
         for name, calls in waiting.items():
             with contextlib.suppress(Declined):
                 folds.append(self._try(name, calls, "beside"))
@@ -142,7 +142,7 @@ class Planner:
         return Fold(name, calls[0][1], changes, way, error, _is_restrided(calls))
 
     def _check_uses(self, calls: Sequence[tuple[Scene, Instance]], walks: Sequence[Walk]) -> None:
-        """Raise if what changes is also used where the normalization is not."""
+        """Raise if a changed parameter is also used without the normalization."""
         reached: defaultdict[Scene, set[int]] = defaultdict(set)
         for (scene, _), walk in zip(calls, walks, strict=True):
             reached[scene] |= walk.calls
@@ -164,9 +164,9 @@ class Planner:
                 raise Declined(RANGE.format(leaf=leaf, dtype=rounded.dtype))
 
     def _neutral(self, scene: Scene, one: Instance) -> dict[Leaf, Affines]:
-        """Return what makes a call of ``F.batch_norm`` return its input, to the last bit.
+        """Return the changes that make a call of ``F.batch_norm`` return its input bitwise.
 
-        Mean 0 and weight 1, bias 0, and a variance to which eps adds up to 1.
+        Mean 0, weight 1, bias 0, and a variance such that var + eps = 1.
         """
         flow = scene.flow
         given = flow.calls[one.call].arguments
@@ -204,7 +204,7 @@ class Planner:
 
 
 def _is_restrided(calls: Sequence[tuple[Scene, Instance]]) -> bool:
-    """Return whether something views the result in a way that its input could not be viewed."""
+    """Return whether the result is viewed in a way that is not possible for the input."""
     for scene, one in calls:
         x, y = scene.flow.values[one.x], scene.flow.values[one.y]
         if x.stride != y.stride and any(

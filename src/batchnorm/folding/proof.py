@@ -1,8 +1,8 @@
-"""The proof of one fold: the operators between are run again, in float64, on random inputs.
+"""The proof of one fold: the operators on its way are run again, in float64, on random inputs.
 
-Run twice: with the parameters as they were and the normalization behind (or before), and with the
-parameters that will be stored and without it. What differs is the rounding of these parameters, so
-the bound is 16 units in the last place of their dtype times the same computation of magnitudes.
+They run twice: with the old parameters and the normalization, and with the new parameters, rounded
+as they will be stored, without it. The results differ by the rounding of the parameters. The bound
+is 16 units in the last place of their dtype times the same computation with absolute values.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,8 @@ from batchnorm.models.flow import Value
 
 ULPS = 16
 
-# Into what makes the input, into what reads the result, or into a convolution of the same input:
-# the names of methods of the walk.
+# Names of methods of the walk: fold into the producer of the input, into the consumer of the
+# result, or into a convolution of the same input.
 Way = Literal["backward", "forward", "beside"]
 Values = Callable[[Leaf], Tensor]
 
@@ -30,15 +30,15 @@ Values = Callable[[Leaf], Tensor]
 def error_of(
     scene: Scene, walk: BranchWalk, one: Instance, way: Way, before: Ledger, then: Ledger
 ) -> float:
-    """Return the largest error of a fold in units in the last place, times the magnitude.
+    """Return the largest error of a fold, in units in the last place relative to the magnitude.
 
     Args:
         scene: The pass.
-        walk: The way that was found in it.
+        walk: The search in this pass.
         one: The normalization.
-        way: How it is folded.
-        before: The parameters without it.
-        then: The parameters with it.
+        way: The way of the fold.
+        before: The parameters without the fold.
+        then: The parameters with the fold.
     """
     flow = scene.flow
     x = flow.values[one.x]
@@ -68,13 +68,13 @@ def error_of(
     difference = (got - expected).abs()
     if not bool(difference.isfinite().all()):
         return float("inf")
-    # Where the magnitude is 0 the result is, too; float64 rounds there as anywhere.
+    # Allow float64 rounding where the magnitude, and so the result, is 0.
     floor = torch.finfo(torch.float64).eps * expected.abs().amax() + torch.finfo(torch.float64).tiny
     return float((difference / (eps * size + floor)).max())
 
 
 class _Noise:
-    """Random numbers for what the operators are given: the same for the same memory."""
+    """Random values for inputs of operators, equal for tensors of the same memory."""
 
     def __init__(self, scene: Scene) -> None:
         self._flow = scene.flow
@@ -97,7 +97,7 @@ class _Noise:
 
 
 class _Replay:
-    """The operators of a walk, run again."""
+    """Runs the operators of a walk again."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What ``bn.fold`` returns: the model, what was done, and how it was proved."""
+"""The result of ``bn.fold``: the model, the edits, and the report of the proof."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ PATHS = {
 
 @dataclass(frozen=True)
 class Report:
-    """What was folded and what was not.
+    """Which layers were folded, and the errors.
 
     Attributes:
-        folded: Names of the batch normalizations that are gone.
-        left: Name of one that stays -> why.
-        examples: How many example inputs were run.
+        folded: Names of the folded batch normalizations.
+        left: Name of a batch normalization that was not folded -> reason.
+        examples: Number of example inputs.
         worst: The largest error of a single fold on random inputs, in units in the last place of
-            the parameters, times the magnitude of what is summed; at most 16.
-        gap: The largest difference of the model's outputs in float64 over what is allowed.
-        error_before: Error of the unfolded model in its own dtype, relative, against float64.
-        error: The same of the folded model.
+            the parameters, relative to the sum of absolute values; at most 16.
+        gap: The largest difference of the model's outputs in float64, relative to the bound.
+        error_before: Relative error of the unfolded model in its own dtype, against float64.
+        error: The same for the folded model.
         kept: Bytes that ``unfold`` needs.
     """
 
@@ -40,7 +40,7 @@ class Report:
 
     @property
     def paths(self) -> str:
-        """For what it was proved."""
+        """The example paths for which the fold was verified."""
         return PATHS[min(self.examples, 2)]
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class Report:
         lines += [f"  {name or '(the model)'}: left: {why}" for name, why in self.left.items()]
         if self.folded:
             single = f"single folds within {self.worst:.2g} of 16 units in the last place"
-            whole = f"outputs within {self.gap:.2g} of what is allowed"
+            whole = f"outputs within {self.gap:.2g} of the bound"
             lines += [
                 f"{self.paths}: {single}, {whole}",
                 f"error against float64: {self.error_before:.2e} unfolded, {self.error:.2e} folded",
@@ -57,7 +57,7 @@ class Report:
         return "\n".join(lines)
 
     def as_data(self) -> dict[str, Any]:
-        """Return it as plain values, for JSON."""
+        """Return the report as plain values, for JSON."""
         return {
             "folded": list(self.folded),
             "left": dict(self.left),
@@ -75,9 +75,9 @@ class Folded(Generic[Model]):
     """A model whose batch normalizations were folded, as ``bn.fold`` returns it.
 
     Attributes:
-        model: The model; the object that was given.
-        edits: What was done to it and what was left, as ``bn.edits`` tells it.
-        report: What was folded, why the rest was not, and the proof.
+        model: The model; the same object that was passed.
+        edits: The edits, as in ``bn.edits``, including layers left unchanged.
+        report: Folded layers, reasons for the others, and errors.
     """
 
     def __init__(
@@ -87,17 +87,17 @@ class Folded(Generic[Model]):
         self._restore = restore
 
     def unfold(self, *, force: bool = False) -> Model:
-        """Give back the model that was folded: ``bn.undo(model, "fold")``.
+        """Restore the unfolded model: ``bn.undo(model, "fold")``.
 
-        Parameters, buffers, modules and hooks are those from before, bit for bit, and so are the
-        parameter groups of ``optimizer=``.
+        Parameters, buffers, modules and hooks are restored bitwise, and so are the parameter groups
+        of ``optimizer=``.
 
         Args:
-            force: Whether the training of folded parameters may be lost.
+            force: Whether training of folded parameters may be lost.
 
         Raises:
-            SurgeryError: As ``bn.undo`` does: if folded parameters were trained since, if a later
-                edit stands on a fold, or if what undo kept was dropped.
+            SurgeryError: As for ``bn.undo``: if folded parameters have been trained since, a later
+                edit depends on a fold, or the kept tensors were dropped.
         """
         if any(edit.verb == "fold" for edit in edits(self.model)):
             undo(self.model, "fold", force=force)

@@ -1,4 +1,4 @@
-"""One pass of a model as a fold sees it: normalizations, hooks, what Python decided in it."""
+"""One recorded pass of a model, for folding: normalizations, hooks, Python branches."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -14,22 +14,22 @@ from batchnorm.folding.maps import Declined
 from batchnorm.models.flow import WATCHED, Call, Flow, Ref
 from batchnorm.models.walk import kind_of
 
-MASKED = "it is given a mask, lengths, weights or groups, and does not treat all elements alike"
-ODD = "what it is given, and what it returns, cannot be told"
-COMPUTED = "it is called with statistics or parameters that are no tensors of a module"
+MASKED = "it is called with a mask, lengths, weights or groups, so elements do not count equally"
+ODD = "its inputs and outputs cannot be determined"
+COMPUTED = "it is called with statistics or parameters that are not tensors of a module"
 
-ELSEWHERE = "what it makes or is given between is also read by {who}"
+ELSEWHERE = "a tensor between is also read by {who}"
 RETURNED = "a tensor between is returned, or kept by the model"
 READ = "a tensor between is read by Python ({how})"
-GRADIENT = "the gradient of a tensor between is asked for ({how})"
+GRADIENT = "the gradient of a tensor between is read ({how})"
 TWICE = "{who} reads a tensor between more than once"
-HOOKED = "hooks on {name} see a tensor between"
-GLOBAL = "global hooks of torch.nn see every tensor"
+HOOKED = "hooks on {name} get a tensor between"
+GLOBAL = "global hooks of torch.nn get every tensor"
 BRANCH = (
-    "Python branched on a value ({how}) in the forward of {name}, and one run shows one way; pass "
-    "a list of example inputs that covers all of them"
+    "Python branched on a value ({how}) in the forward of {name}, and one run covers one branch; "
+    "pass a list of example inputs that covers all branches"
 )
-OUTSIDE = "it comes from outside of what PyTorch sees"
+OUTSIDE = "its input comes from code that bypasses PyTorch's dispatcher"
 GIVEN = "it is an input of the model"
 
 
@@ -37,13 +37,13 @@ class Instance(NamedTuple):
     """One call of a batch normalization.
 
     Attributes:
-        name: Of the module; of a call of ``F.batch_norm`` of the one that has its statistics.
+        name: Name of the module; for a call of ``F.batch_norm`` the module with its statistics.
         call: Number of the call of the module, or of the operator.
-        x: Number of the value that is normalized.
-        y: Of the value that is returned.
-        affine: What it computes.
+        x: Number of the normalized value.
+        y: Number of the returned value.
+        affine: The affine map.
         functional: Whether it is a call of ``F.batch_norm`` outside of a layer.
-        extended: Whether the layer was called with more than the tensor.
+        extended: Whether the layer was called with more arguments than the tensor.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Instance(NamedTuple):
 
 
 class Scene:
-    """One pass, and the model that it is of.
+    """One recorded pass, and its model.
 
     Attributes:
         flow: The pass.
@@ -86,7 +86,7 @@ class Scene:
         return self._tensors[name]
 
     def around(self, number: int) -> Iterator[Call]:
-        """Yield the calls of modules around a call, the innermost first; itself, if a module's."""
+        """Yield the module calls that enclose a call, innermost first, including a module call."""
         call: Call = self.flow.calls[number]
         if call.module:
             yield call
@@ -95,20 +95,20 @@ class Scene:
             yield call
 
     def is_within(self, number: int, outer: int) -> bool:
-        """Return whether a call happened inside of another one, or is it."""
+        """Return whether a call is inside of another call, or the same call."""
         return number == outer or any(call.number == outer for call in self.around(number))
 
     def who(self, number: int) -> str:
-        """Return a call in words."""
+        """Return a description of a call."""
         call = self.flow.calls[number]
         name = next((one.name for one in self.around(number)), "")
         return f"{call.api or call.name} in {name or 'the model'}"
 
     def check_between(self, value: int, reader: int) -> None:
-        """Raise unless a tensor goes to one call and nowhere else.
+        """Check that a tensor is used only by one call.
 
         Raises:
-            Declined: With where it goes.
+            Declined: If it has another use, which is the reason.
         """
         flow = self.flow
         for call in flow.readers(value):
@@ -130,10 +130,10 @@ class Scene:
                 raise Declined(HOOKED.format(name=name or "the model"))
 
     def check_branches(self, calls: set[int]) -> None:
-        """Raise if Python decided something in a module in which one of some calls happened.
+        """Check that Python did not branch in a module that contains one of some calls.
 
         Raises:
-            Declined: With the module, and what it read.
+            Declined: If it did; the reason has the module and the read.
         """
         for number in sorted(calls):
             for call in self.around(number):
@@ -142,7 +142,7 @@ class Scene:
                     raise Declined(BRANCH.format(how=how, name=name))
 
     def _known(self) -> dict[str, Affine | str]:
-        """Return what the batch normalizations that were called are, where their class says it."""
+        """Return the maps of the called batch normalizations that their class determines."""
         found = {}
         for name in dict.fromkeys(call.name for call in self.flow.calls if call.module):
             if kind_of(self._modules[name]) is not None:
@@ -206,7 +206,7 @@ class Scene:
         return any(call.name in known for call in self.around(number))
 
     def _name_of(self, argument: object) -> str | None:
-        """Return the name of a parameter or buffer; "" if it is something else, None if nothing."""
+        """Return the name of a parameter or buffer; "" for other tensors, None for None."""
         if not isinstance(argument, Ref):
             return None
         value = self.flow.values[argument.value]
@@ -214,7 +214,7 @@ class Scene:
         return value.names[0] if whole else ""
 
     def _touched(self) -> Mapping[tuple[int, int], list[str]]:
-        """Return which modules took or returned a tensor: memory and version -> names."""
+        """Return the modules that got or returned a tensor: memory and version -> names."""
         found: defaultdict[tuple[int, int], list[str]] = defaultdict(list)
         for call in self.flow.calls:
             if call.module:
@@ -223,7 +223,7 @@ class Scene:
         return found
 
     def _branched(self) -> dict[int, str]:
-        """Return the calls of modules in which Python read what depends on the input, and how."""
+        """Return the module calls in which Python read a value that depends on the input."""
         depends = self._dependent()
         found: dict[int, str] = {}
         for read in self.flow.reads:
@@ -232,7 +232,7 @@ class Scene:
             frame = read.within
             while frame is not None:
                 found.setdefault(frame, read.how)
-                # What it returns beside tensors may carry what it read.
+                # A result that is not a tensor may depend on the read value.
                 frame = self.flow.calls[frame].within if self.flow.calls[frame].tells else None
         return found
 

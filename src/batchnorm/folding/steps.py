@@ -1,4 +1,4 @@
-"""What a rule of the table of operations is given, and what it answers."""
+"""The arguments and results of the rules for operators."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,11 +13,11 @@ STANDS = "{what} stands between, {why}"
 
 
 class Demand(NamedTuple):
-    """What has to become of an operand, so that the result is mapped.
+    """The map that an operand must get, so that the result is mapped.
 
     Attributes:
-        operand: Number of the value; None for a bias that the layer does not have yet.
-        map: How it has to be mapped.
+        operand: Number of the value; None for a new bias of the layer.
+        map: The required map.
     """
 
     operand: int | None
@@ -36,19 +36,19 @@ class Step(NamedTuple):
         return self.call.arguments
 
     def value(self, name: str) -> Value | None:
-        """Return the tensor that an argument is, if it is one."""
+        """Return an argument that is a tensor, or None."""
         found = self.given.get(name)
         return self.flow.values[found.value] if isinstance(found, Ref) else None
 
     def tensor(self, name: str) -> Value:
-        """Return the tensor that an argument is.
+        """Return an argument that is a tensor.
 
         Raises:
-            Declined: If it is none.
+            Declined: If it is not a tensor.
         """
         found = self.value(name)
         if found is None:
-            raise self.declined(f"whose {name} is no tensor")
+            raise self.declined(f"whose {name} is not a tensor")
         return found
 
     @property
@@ -58,13 +58,13 @@ class Step(NamedTuple):
 
     @property
     def what(self) -> str:
-        """What it is called, for a reason: the function of the API, or the operator."""
+        """The name for reasons: the function of the API, or the operator."""
         api = self.call.api
         named = api and not api.startswith("__") and api != "_conv_forward"
         return api if named else self.call.name.removeprefix("aten.").partition(".")[0]
 
     def declined(self, why: str) -> Declined:
-        """Return a reason that names the call."""
+        """Return an exception whose reason has the name of the call."""
         return Declined(STANDS.format(what=self.what, why=why))
 
     def run(self, operands: Mapping[int, Tensor], **others: Any) -> Any:
@@ -84,7 +84,7 @@ Run = Callable[[Step, Mapping[int, Tensor]], Any]
 
 
 def refuse_forth(step: Step, operand: int, given: Map, current: Current) -> Map:  # noqa: ARG001
-    """Let no map through."""
+    """Rule of operators through which no map can be propagated."""
     raise step.declined("which does not commute with a scale and a shift of one operand")
 
 
@@ -94,15 +94,15 @@ def run_again(step: Step, operands: Mapping[int, Tensor]) -> Any:
 
 
 class Rule(NamedTuple):
-    """How a map moves through an operator.
+    """How a map is propagated through an operator.
 
     Attributes:
-        back: From the map of the result to what has to become of the operands; several answers
-            in order of preference.
-        forth: From the map of one operand to that of the result, or to what has to become of the
-            others so that the result stays what it is.
+        back: Map of the result -> demands on the operands; several alternatives in order of
+            preference.
+        forth: Map of an operand -> map of the result, or demands on the other operands for which
+            the result does not change.
         run: Computes the result again from other operands.
-        bound: Computes a bound of the result from magnitudes; ``run`` by default.
+        bound: Computes a bound of the result from absolute values; ``run`` by default.
     """
 
     back: Back
@@ -112,7 +112,7 @@ class Rule(NamedTuple):
 
 
 def with_tensors(value: Any, tensor: Callable[[int], Any]) -> Any:
-    """Return arguments with tensors in the places of their numbers."""
+    """Return arguments with each ``Ref`` replaced by its tensor."""
     if isinstance(value, Ref):
         return tensor(value.value)
     if isinstance(value, dict):
@@ -123,7 +123,7 @@ def with_tensors(value: Any, tensor: Callable[[int], Any]) -> Any:
 
 
 def operator(name: str) -> Any:
-    """Return an operator by the name that a flow has of it, such as ``"aten.add.Tensor"``."""
+    """Return an operator by its name in a flow, such as ``"aten.add.Tensor"``."""
     found: Any = torch.ops
     for part in name.split("."):
         found = getattr(found, part)

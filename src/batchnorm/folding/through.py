@@ -1,4 +1,4 @@
-"""Operators through which a map moves: they keep elements apart, average them or add them.
+"""Operators through which a map is propagated: they move, average or add elements.
 
 scale * (a + b) + shift = (scale * a + shift) + scale * b
 scale * mean(v) + shift = mean(scale * v + shift)        if the weights of the mean sum to 1
@@ -14,14 +14,14 @@ from torch import Tensor
 from batchnorm.folding.maps import Map, after, before, reduced
 from batchnorm.folding.steps import Current, Demand, Rule, Step, run_again
 
-PADS = "which averages the zeros of its padding in, and the shift is none there"
+PADS = "which averages over the zeros of its padding, to which no shift is added"
 SIGN = "which commutes with positive scales alone"
 POSITIONS = "which mixes elements that are normalized differently"
-NUMBER = "which multiplies by zero, or by what is no number"
+NUMBER = "which multiplies by zero, or by a value that is not a number"
 TWO = "of tensors that both vary"
 
 
-# The same elements in the same places.
+# Operators that keep elements at their positions.
 
 
 def _same_back(step: Step, out: Map) -> list[list[Demand]]:
@@ -36,7 +36,7 @@ def _same_run(step: Step, operands: Mapping[int, Tensor]) -> Tensor:
     return operands[step.tensor("self").number]
 
 
-# The same elements in other places, some of them several times.
+# Operators that move or repeat elements.
 
 
 def _moves(step: Step, number: int) -> Any:
@@ -133,7 +133,7 @@ def _beside_back(step: Step, out: Map) -> list[list[Demand]]:
 
 
 def _beside_forth(step: Step, operand: int, given: Map, current: Current) -> Map:  # noqa: ARG001
-    """Rule of ``cat``: the other parts are left as they are."""
+    """Rule of ``cat``: the other parts get the identity."""
     axis = step.given["dim"] % len(step.output.shape)
     one = given.scale.new_ones(1)
     scale, shift = torch.cat([given.scale, one]), torch.cat([given.shift, 0 * one])
@@ -149,7 +149,7 @@ def _beside_forth(step: Step, operand: int, given: Map, current: Current) -> Map
 
 
 def _factor(step: Step) -> float:
-    """Return by what ``add`` and ``sub`` multiply the second operand."""
+    """Return the factor of the second operand of ``add`` and ``sub``."""
     alpha = float(step.given.get("alpha", 1))
     return -alpha if "sub" in step.call.name else alpha
 
@@ -202,7 +202,7 @@ def _sum_bound(step: Step, operands: Mapping[int, Tensor]) -> Tensor:
 
 
 def _multiplier(step: Step) -> float | None:
-    """Return the number by which a tensor is multiplied; None where it is a tensor."""
+    """Return the number by which a tensor is multiplied; None if it is a tensor."""
     if "neg" in step.call.name:
         return -1.0
     if step.value("other") is not None:

@@ -1,4 +1,4 @@
-"""``bn.fold``: batch normalizations become part of the layers around them."""
+"""``bn.fold``: folds batch normalizations into adjacent layers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from batchnorm.surgery.layers import expect_optimizer
 from batchnorm.surgery.options import Filter
 
 NOT_WANTED = "filter= said no"
-UNREACHED = "the examples never reached it"
+UNREACHED = "no example called it"
 
 
 def fold(
@@ -31,35 +31,36 @@ def fold(
     filter: Filter | None = None,
     optimizer: Optimizer | None = None,
 ) -> Folded[Model]:
-    """Fold the batch normalizations of a model in eval mode into the layers around them.
+    """Fold the batch normalizations of a model in eval mode into adjacent layers.
 
-    In use a batch normalization is y = s · x + t per channel, with s = weight / sqrt(var + eps) and
-    t = bias − mean · s. It goes into the layer that makes x (weight · s, bias · s + t), through
-    everything that keeps channels apart: views, ``cat``, sums of linear branches, average pooling;
-    or else into the layer that reads y. The model is run once for each example to see which tensor
-    goes where; nothing is traced symbolically.
+    In eval mode a batch normalization is y = s · x + t per channel, with
+    s = weight / sqrt(var + eps) and t = bias − mean · s. It is folded into the layer that produces
+    x (weight · s, bias · s + t), also through operators that keep channels separate (views,
+    ``cat``, sums of linear branches, average pooling), or into the layer that reads y. The model is
+    run once per example to record which tensor is used where; nothing is traced symbolically.
 
-    A batch normalization is left as it was, with a reason, where a tensor between goes elsewhere,
-    is returned, kept or hooked, where a layer is shared, where it normalizes by the batch, or where
-    Python branched on a value. Every fold is proved on random inputs in float64, and the model on
-    the examples; what exceeds the bound is undone and told.
+    A batch normalization is not folded, with a reason, if a tensor in between has other uses, is
+    returned, kept or hooked, a layer is shared, it normalizes by the batch, or Python branched on a
+    value. Every fold is verified on random inputs in float64, and the model on the examples; folds
+    that exceed the bound are undone and reported.
 
     Args:
         model: The model in eval mode; changed in place.
         example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword
-            arguments; or a list of these, which is taken to cover every way through the model.
-        shared: What becomes of layers that are used several times: ``"decline"`` leaves them;
-            ``"copy"`` gives each of several names its own copy, and folds where all calls agree.
-        filter: ``filter(name, module)`` says whether a batch normalization is folded.
-        optimizer: Goes on with the parameters of the folded model; what it remembers of changed
-            ones starts anew.
+            arguments; or a list of these, which must cover every path through the model.
+        shared: Treatment of layers that are used several times: ``"decline"`` does not fold them;
+            ``"copy"`` makes a copy for each further name, and folds if all calls agree.
+        filter: ``filter(name, module)`` returns whether a batch normalization is folded.
+        optimizer: Gets the parameters of the folded model; the state of changed parameters is
+            reset.
 
     Returns:
-        ``.model``, ``.edits``, ``.report``; ``.unfold()`` takes it back to the last bit.
+        ``.model``, ``.edits``, ``.report``; ``.unfold()`` restores the model bitwise.
 
     Raises:
-        OptionError: If an option is wrong; the model is then as it was.
-        SurgeryError: If it is scripted, compiled, wrapped, on the meta device, or raises; likewise.
+        OptionError: If an option is invalid; nothing is changed then.
+        SurgeryError: If it is scripted, compiled, wrapped, on the meta device, or raises; nothing
+            is changed then.
     """
     examples = _checked(model, example_inputs, shared, filter, optimizer)
     copies, work, restore = Copies(model), None, None
@@ -104,7 +105,7 @@ def _plan(
     shared: str,
     takers: Mapping[str, Leaf],
 ) -> Plan:
-    """Decide for every batch normalization."""
+    """Plan the fold of every batch normalization."""
     left: dict[str, str] = {}
     for scene in scenes:
         left |= {name: why for name, why in scene.left.items() if name not in left}

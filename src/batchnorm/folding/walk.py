@@ -1,7 +1,7 @@
-"""Following a map from a normalization to the parameters that can take it.
+"""Propagates the map of a normalization to the parameters into which it can be folded.
 
-``backward`` goes to what made the normalized tensor, ``forward`` to what reads the result. Each
-ends in changes of parameters, or raises ``Declined`` with the first thing that stands in the way.
+``backward`` follows the producers of the normalized tensor, ``forward`` the consumers of the
+result. Both end with changes of parameters, or raise ``Declined`` with the first obstacle.
 """
 
 from collections.abc import Collection, Mapping
@@ -27,27 +27,27 @@ PARTLY = "a tensor between was written to in part ({who})"
 SHARED = "{leaf} is used {count} times in one pass"
 TIED = "{leaf} and {other} are one tensor"
 BUFFER = "{leaf} is a buffer"
-COMPUTED = "{what} is multiplied by what the forward computes, and by no parameter"
-FROZEN_DTYPE = "{leaf} is {dtype}, and no floating-point tensor"
+COMPUTED = "{what} is multiplied by a tensor that forward computes, not by a parameter"
+FROZEN_DTYPE = "{leaf} is {dtype}, not a floating-point tensor"
 AGAIN = "{leaf} would have to be scaled twice"
 NEW_BIAS = "{layer} ({kind}) has no bias that the shift could go into"
 BEHIND = "the activation or the addition of {name} stands between"
 SCRIPTED = "{leaf} belongs to a scripted module"
 ROWS = "the bias of {layer} is not one number for each channel that is normalized"
 ACTIVATED = "it has an activation, a drop layer or an addition of its own behind it"
-NOWHERE = "its result is read by nothing that a scale could go into"
+NOWHERE = "no layer that could take the scale reads its result"
 SEVERAL = "its result is read by {count} calls ({who})"
-IN_PLACE = "{who} writes to its result, which would be what was normalized"
+IN_PLACE = "{who} writes to its result, which would then be the normalization's input"
 
 
 class Walk:
-    """One search, with what it has found.
+    """One search, with its results.
 
     Attributes:
-        changes: Leaf -> how it changes.
-        calls: Numbers of the operators that were passed.
+        changes: Leaf -> its change.
+        calls: Numbers of the operators on the way.
         reached: Leaf -> number of the operator that reads it.
-        computed: Number of a tensor that a parametrization computed -> the weight that it is.
+        computed: Number of a tensor that a parametrization computed -> the weight.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class Walk:
         self.computed: dict[int, Leaf] = {}
 
     def backward(self, one: Instance) -> None:
-        """Fold a normalization into what makes its input.
+        """Fold a normalization into the producer of its input.
 
         Raises:
-            Declined: If it can't be.
+            Declined: If this is not possible.
         """
         rank = len(self._flow.values[one.x].shape)
         found = per_channel(rank, one.affine.axis, one.affine.scale, one.affine.shift)
@@ -78,10 +78,10 @@ class Walk:
         self._make(one.x, found, one.call)
 
     def forward(self, one: Instance) -> None:
-        """Fold a normalization into what reads its output.
+        """Fold a normalization into the consumer of its output.
 
         Raises:
-            Declined: If it can't be.
+            Declined: If this is not possible.
         """
         if not one.affine.plain:
             raise Declined(ACTIVATED)
@@ -97,7 +97,7 @@ class Walk:
             value, found = answer
 
     def _pass_on(self, value: int, found: Map) -> "tuple[int, Map] | list[Demand]":
-        """Take a map over the one call that reads a tensor."""
+        """Propagate a map through the only call that reads a tensor."""
         reader = self._reader(value)
         self._scene.check_between(value, reader)
         call = self._flow.calls[reader]
@@ -123,7 +123,7 @@ class Walk:
         return readers[0].number
 
     def _make(self, value: int, found: Map, reader: int) -> None:
-        """Let a tensor be mapped by what makes it."""
+        """Propagate the map of a tensor to its producer."""
         one = self._flow.values[value]
         if one.origin in ("parameter", "buffer"):
             self._absorb(one, found, reader)
@@ -156,12 +156,12 @@ class Walk:
         self._first_of(rule.back(step, mapped), call.number)
 
     def identity_that_made(self, one: Value) -> Instance | None:
-        """Return the folded normalization that returned a tensor, or what it is a view of."""
+        """Return the folded normalization that returned a tensor or the base of a view."""
         values = self._flow.values
         return next((i for i in self._identities if _same_memory(values[i.y], one)), None)
 
     def _first_of(self, answers: Any, reader: int) -> None:
-        """Meet the first of several sets of demands that can be met."""
+        """Fulfil the first of several alternative sets of demands that is possible."""
         reason: Declined | None = None
         for answer in answers:
             kept = dict(self.changes), set(self.calls), dict(self.reached)
@@ -184,7 +184,7 @@ class Walk:
                 self._make(operand, found, reader)
 
     def maker(self, one: Value) -> tuple[Call, Value] | None:
-        """Return the operator that made a tensor, or what it is a view of, and its result."""
+        """Return the operator that produced a tensor or the base of a view, and its result."""
         producers = {v.producer for v in (one, *self._flow.views(one.number))}
         for call in (self._flow.calls[number] for number in producers if number is not None):
             outputs = map(self._flow.values.__getitem__, () if call.view else call.outputs)
@@ -201,7 +201,7 @@ class Walk:
         return TABLE[call.name], step
 
     def _absorb(self, one: Value, found: Map, reader: int) -> None:
-        """Let a parameter take a map."""
+        """Fold a map into a parameter."""
         leaf = self._leaf(one)
         if one.origin == "buffer":
             raise Declined(BUFFER.format(leaf=leaf))
@@ -239,7 +239,7 @@ class Walk:
         self.reached[leaf] = reader
 
     def _computed_weight(self, one: Value, reader: int) -> Leaf | None:
-        """Return the weight that a parametrization of the layer around a call has computed."""
+        """Return the weight that a parametrization of the enclosing layer computed."""
         call = next(self._scene.around(reader))
         module = self._scene.module(call.name)
         if normalizes_weight(module) and one.shape == module.weight.shape:  # type: ignore[union-attr]
@@ -267,7 +267,7 @@ class Walk:
             raise Declined(SHARED.format(leaf="a parametrized weight", count=count))
 
     def _give_bias(self, found: Map, reader: int) -> None:
-        """Let the layer in which a call happened get a bias, if that makes a difference."""
+        """Add a bias to the layer that encloses a call, if there is a shift."""
         call = next(self._scene.around(reader))
         leaf = self._bias_takers.get(call.name)
         if not found.shifts and leaf not in self._ledger:
@@ -281,7 +281,7 @@ class Walk:
         self._change(leaf, found._replace(where=where), reader)
 
     def _current(self, value: int) -> Tensor:
-        """Return the present values of a parameter that an operator was given."""
+        """Return the current values of a parameter that is an operator's argument."""
         one = self._flow.values[value]
         computed = None
         for call in self._flow.readers(value):

@@ -1,7 +1,6 @@
-"""The proof of the whole: outputs on the examples in float64, before and after.
+"""The comparison of the model's outputs on the examples, before and after, in float64.
 
-Parameters and buffers get float64 copies of their memory for the duration of a run, and then their
-own memory back.
+During a run, parameters and buffers are replaced by float64 copies; then they are restored.
 """
 
 import contextlib
@@ -22,12 +21,12 @@ OWN = 4
 
 
 class Outputs(NamedTuple):
-    """What a model makes of examples: of each its tensors, and those that some layers return.
+    """The output tensors of a model for each example, and the outputs of some layers.
 
     Attributes:
-        exact: In float64, or in the model's own dtypes where it cannot run in float64.
-        own: In its own dtypes.
-        layers: Name of a layer -> what it returned in float64, call by call.
+        exact: Outputs in float64, or in the model's own dtypes if it cannot run in float64.
+        own: Outputs in the model's own dtypes.
+        layers: Name of a layer -> its results in float64, call by call.
         is_wide: Whether ``exact`` is in float64.
     """
 
@@ -38,7 +37,7 @@ class Outputs(NamedTuple):
 
 
 def outputs(model: nn.Module, examples: Sequence[Example], watched: Sequence[str] = ()) -> Outputs:
-    """Run a model on examples, in its own dtypes and in float64; it is given back as it was."""
+    """Run a model on examples, in its own dtypes and in float64; the model is restored."""
     own = [_run(model, example) for example in examples]
     layers: dict[str, list[Tensor]] = {name: [] for name in watched}
     try:
@@ -50,11 +49,11 @@ def outputs(model: nn.Module, examples: Sequence[Example], watched: Sequence[str
 
 
 def gap(before: Outputs, after: Outputs, eps: float) -> float:
-    """Return the largest difference over what is allowed: 16 · eps · scale + 4 · own error.
+    """Return the largest difference relative to the bound 16 · eps · scale + 4 · own error.
 
     Args:
-        before: The unfolded model.
-        after: The folded one.
+        before: Outputs of the unfolded model.
+        after: Outputs of the folded model.
         eps: The spacing of the parameters' dtype at 1.
     """
     worst = 0.0
@@ -65,14 +64,14 @@ def gap(before: Outputs, after: Outputs, eps: float) -> float:
             if a.shape != b.shape:
                 return float("inf")
             allowed = ULPS * eps * _largest(a) + OWN * _largest(rounded.to(a) - a)
-            # Without float64 there is no error of the original to compare with.
+            # Without float64 the error of the unfolded model is unknown.
             allowed *= 1 if before.is_wide else ULPS
             worst = max(worst, _ratio(a, b, allowed))
     return worst
 
 
 def first_gap(before: Outputs, after: Outputs, names: Sequence[str], eps: float) -> str | None:
-    """Return the layer whose output differs most, of some."""
+    """Return the first layer of ``names`` whose output differs, or None."""
     worst, found = 0.0, None
     for name in names:
         pairs = zip(before.layers.get(name, ()), after.layers.get(name, ()), strict=False)
@@ -135,7 +134,7 @@ def _wide(example: Example) -> Example:
 
 @contextlib.contextmanager
 def _widened(model: nn.Module) -> Iterator[None]:
-    """Let the parameters and buffers of a model be float64 in a block."""
+    """Replace the parameters and buffers of a model by float64 copies in a block."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     kept = [(t, t.data) for t in tensors.values() if t.is_floating_point()]
     try:

@@ -1,4 +1,4 @@
-"""Applying what was planned, proving it, and writing it to the log."""
+"""Applies the planned folds, verifies them, and records the edits."""
 
 import copy
 import logging
@@ -31,7 +31,7 @@ UNPROVED = "undone: the outputs of the model differed by {gap:.3g} times what is
 
 
 class Work:
-    """The folds of one call, while they are applied and proved."""
+    """The folds of one call of ``bn.fold``, while they are applied and verified."""
 
     def __init__(self, model: nn.Module, examples: Sequence[Example], plan: Plan) -> None:
         self._model, self._examples, self._plan = model, examples, plan
@@ -46,7 +46,7 @@ class Work:
         self.edits = Edits()
 
     def apply(self) -> None:
-        """Change the model, compare it with what it was, and undo what does not agree."""
+        """Apply all folds, compare outputs, and undo folds that exceed the bound."""
         groups = grouped(self._plan.folds)
         if not groups:
             return
@@ -69,7 +69,7 @@ class Work:
         apply(self._model, group, ledger, lambda change: self._groups.append((group, change)))
 
     def _undo_worst(self, found: float, eps: float) -> None:
-        """Undo the group with the first layer whose output differs, or all."""
+        """Undo the group of the first layer whose output differs, or all groups."""
         names = [fold.name for group, _ in self._groups for fold in group.folds]
         groups = [group for group, _ in self._groups]
         after = outputs(self._model, self._examples, names)
@@ -83,9 +83,9 @@ class Work:
                 self._left |= {f.name: UNPROVED.format(gap=found) for f in group.folds}
 
     def _compare(self, original: nn.Module | None) -> None:
-        """Undo all, if ``bn.same`` finds the outputs of the model different.
+        """Undo all folds if ``bn.same`` finds that the model's outputs differ.
 
-        What layers between take and return may differ: a scale may wait for the next one.
+        Inputs and outputs of intermediate layers may differ, by a scale that a later layer applies.
         """
         if original is None or not self._groups:
             return
@@ -102,7 +102,7 @@ class Work:
             self._left |= left
 
     def take_back(self) -> None:
-        """Undo everything that was done so far."""
+        """Undo all folds applied so far."""
         while self._groups:
             group, change = self._groups[-1]
             change.undo(self._model.get_submodule(group.owner))
@@ -111,11 +111,11 @@ class Work:
     def rewire(
         self, optimizer: Optimizer | None, copies: Mapping[nn.Parameter, nn.Parameter]
     ) -> Callable[[], None] | None:
-        """Let an optimizer go on with the parameters that the model has now.
+        """Update an optimizer for the current parameters of the model.
 
         Args:
             optimizer: The optimizer.
-            copies: Parameter of a copy of a layer -> that of the layer.
+            copies: Parameter of a copied layer -> parameter of the original layer.
         """
         if optimizer is None:
             return None
@@ -136,7 +136,7 @@ class Work:
         return optimizers.rewire(optimizer, gone, beside, changed)
 
     def _older(self, group: Group, change: Unfold, layer: str) -> nn.Parameter:
-        """Return a parameter that a layer had before it was folded into."""
+        """Return a parameter that a layer had before the fold."""
         whole = change.modules.get(layer[len(group.owner) :].lstrip("."))
         if whole is not None:
             return _parameters_of(whole.attributes)[-1]
@@ -145,14 +145,14 @@ class Work:
 
     @property
     def changed(self) -> list[str]:
-        """Names of the modules that were changed."""
+        """Names of the changed modules."""
         return [name for group, _ in self._groups for name in group.names]
 
     def tell(self, before: Sequence[Done]) -> None:
-        """Write the log.
+        """Record the edits.
 
         Args:
-            before: What was done before the folds.
+            before: Edits made before the folds.
         """
         done = list(before)
         done += [self._done(group, change) for group, change in self._groups]
@@ -177,7 +177,7 @@ class Work:
         return Done(edit, change, group.owner)
 
     def report(self) -> Report:
-        """Return what was done."""
+        """Return the report."""
         folds = [fold for group, _ in self._groups for fold in group.folds]
         return Report(
             tuple(fold.name for fold in folds),

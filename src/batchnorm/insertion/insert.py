@@ -30,31 +30,31 @@ def insert(
     filter: Filter | None = None,
     optimizer: Optimizer | None = None,
 ) -> Model:
-    """Put a batch normalization between linear maps and the activations behind them, in place.
+    """Insert batch normalizations between linear maps and the activations after them, in place.
 
-    Where the output of a convolution or ``nn.Linear`` goes to an activation and nowhere else, be it
-    a module or a function, the layer becomes a ``Sequential`` of itself, without bias, and the
-    normalization. It stays the same object, so the model's code calls it as before; parameters stay
-    the same objects, and state dicts from before can be loaded. ``bn.edits`` has the new keys.
+    If the output of a convolution or ``nn.Linear`` is used only by an activation (a module or a
+    function), the layer becomes a ``Sequential`` of itself, without bias, and the normalization. It
+    stays the same object, so the model's code is unchanged; parameters stay the same objects, and
+    older state dicts can be loaded. ``bn.edits`` has the new keys.
 
     Mean μ and variance σ² are those of the layer's outputs on the examples, in evaluation, without
-    the bias that is dropped. ``"preserve"`` sets γ = sqrt(σ² + ε), β = mean of the outputs: the
-    model computes in evaluation what it did, which ``bn.same`` proves. In training it normalizes by
-    the batch, and so computes something else. ``"normalize"`` sets γ = 1, β = 0, with the
-    statistics that layers see behind each other (``bn.calibrate``).
+    the removed bias. ``"preserve"`` sets γ = sqrt(σ² + ε) and β = mean of the outputs: the results
+    in evaluation do not change, which ``bn.same`` verifies. In training it normalizes by the batch,
+    so results differ. ``"normalize"`` sets γ = 1, β = 0, and statistics for which all other layers
+    are normalized as well (``bn.calibrate``).
 
-    A layer is left, with a reason in ``bn.edits``, where its output goes elsewhere too, where it is
-    parametrized or has a ``forward`` of its own, and where the model reads its attributes, such as
+    A layer is left unchanged, with a reason in ``bn.edits``, if its output has other uses, it is
+    parametrized or overrides ``forward``, or the model reads its attributes, such as
     ``self.conv.weight``.
 
     Args:
         model: The model, without compiled parts or wrappers; changed in place.
         example_inputs: Data for the statistics: a tensor, a tuple of positional arguments or a
-            mapping of keyword arguments; or a list of these. The first is followed to find places.
+            mapping of keyword arguments; or a list of these. The first is recorded to find places.
         where: ``"before_activation"``.
         init: ``"preserve"`` or ``"normalize"``.
-        filter: ``filter(name, module)`` says whether a layer gets a normalization.
-        optimizer: Loses the biases, and gets γ and β into the group of the weight.
+        filter: ``filter(name, module)`` returns whether a layer gets a normalization.
+        optimizer: The biases are removed from it, and γ and β added to the group of the weight.
 
     Returns:
         The model.
@@ -62,7 +62,7 @@ def insert(
     Raises:
         SurgeryError: If there is no such layer; if the model calls one twice in a pass; if it is
             compiled, scripted, wrapped or on the meta device, or raises; nothing is changed then.
-        OptionError: If an option is wrong; likewise.
+        OptionError: If an option is invalid; nothing is changed then.
     """
     _check(model, where, init, filter, optimizer)
     examples = asked.examples(example_inputs)

@@ -1,7 +1,7 @@
-"""What a linear layer becomes: itself and a normalization, one after the other.
+"""The class that replaces a linear layer: a ``Sequential`` of the layer and a normalization.
 
-The module stays the same object, so every reference to it stays valid; the layer that it was goes
-on as its child "0", with the same parameters.
+The module stays the same object, so every reference to it stays valid. Its child "0" is a new layer
+with the same parameters.
 """
 
 from collections.abc import Mapping
@@ -23,15 +23,15 @@ batch normalization, and [0] is the layer"""
 
 
 class Inserted(nn.Sequential):
-    """A linear layer ``[0]`` without bias, and the batch normalization ``[1]`` behind it.
+    """A linear layer ``[0]`` without bias, and the batch normalization ``[1]`` after it.
 
-    State dicts of the layer alone can be loaded. The weight goes to ``[0]``, and the normalization
-    gets γ = sqrt(running_var + ε) and β = running_mean + bias, by which evaluation computes what
-    the layer alone computed.
+    State dicts of the layer alone can be loaded: the weight goes to ``[0]``, and the normalization
+    gets γ = sqrt(running_var + ε) and β = running_mean + bias, so that evaluation gives the same
+    result as the layer alone.
     """
 
     def __getattr__(self, name: str) -> Any:
-        """Raise for an attribute of the layer inside, and note that it was asked for."""
+        """Raise for an attribute of the layer inside, and record the access."""
         modules: Mapping[str, Any] = vars(self).get("_modules", {})
         if name not in modules and hasattr(modules.get("0"), name):
             vars(self).get("asked", set()).add(name)
@@ -39,7 +39,7 @@ class Inserted(nn.Sequential):
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Raise for an attribute of the layer inside, which would not change here."""
+        """Raise for an attribute of the layer inside, where the assignment would have no effect."""
         inner = vars(self).get("_modules", {}).get("0")
         own = name in vars(self) or hasattr(type(self), name)
         if inner is not None and not own and hasattr(inner, name):
@@ -59,13 +59,13 @@ class Inserted(nn.Sequential):
         old = [key for key in state if _is_of_layer(key[len(prefix) :])]
         if old:
             had = norm.state_dict()
-            # What has no values, on the meta device, is missing; torch says so.
+            # Tensors on the meta device have no values and count as missing; torch reports that.
             known = {f"{prefix}1.{key}": value for key, value in had.items() if not value.is_meta}
             shift = state.get(f"{prefix}bias")
             if shift is None and self._had_bias():
                 missing.append(f"{prefix}bias")
             fits = shift is None or shift.shape == norm.running_mean.shape
-            # A bias of another size is loaded as it is, for torch's error about sizes.
+            # A bias of another size is passed on, so that torch raises its error about sizes.
             gamma, beta = preserving(norm, shift) if fits else (shift, shift)
             if not norm.running_mean.is_meta:
                 known |= {f"{prefix}1.weight": gamma, f"{prefix}1.bias": beta}
@@ -86,7 +86,7 @@ def _is_of_layer(key: str) -> bool:
 
 
 def preserving(norm: Any, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return γ and β by which a normalization in evaluation adds ``shift``, and nothing else.
+    """Return γ and β with which a normalization in evaluation only adds ``shift``.
 
     Args:
         norm: The normalization, with statistics.
@@ -102,10 +102,10 @@ def preserving(norm: Any, shift: Tensor | None) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Insertion(Unfold):
-    """A layer as it was before ``bn.insert``."""
+    """The state of a layer before ``bn.insert``."""
 
     def undo(self, owner: Any) -> None:
-        """Let the module be the layer again, with its present weight and its bias of before."""
+        """Restore the layer, with its current weight and its earlier bias."""
         now = {name: one for name, one in tables(owner[0])[0].items() if one is not None}
         super().undo(owner)
         tables(owner)[0].update(now)
@@ -117,10 +117,10 @@ class Insertion(Unfold):
 
 @dataclass(frozen=True)
 class Removal(Unfold):
-    """A layer with its normalization as it was before ``bn.remove``."""
+    """The state of a layer with its normalization before ``bn.remove``."""
 
     def undo(self, owner: Any) -> None:
-        """Put the normalization back, in the mode that the layer was switched to since."""
+        """Restore the normalization, in the layer's current mode."""
         super().undo(owner)
         if owner.training != self.modules[""].attributes["training"]:
             owner.train(owner.training)
@@ -132,7 +132,7 @@ class Removal(Unfold):
 
 
 def wrap(layer: nn.Module, norm: Layer) -> Insertion:
-    """Put a normalization behind a layer, in place, and drop the layer's bias."""
+    """Insert a normalization after a layer, in place, and remove the layer's bias."""
     whole = as_it_is(layer)
     inner: Any = whole.cls.__new__(whole.cls)
     attributes = {key: value for key, value in whole.attributes.items() if key != RECORD}
@@ -147,17 +147,17 @@ def wrap(layer: nn.Module, norm: Layer) -> Insertion:
 
 
 def seal(layer: nn.Module, change: Insertion) -> None:
-    """Note the values of γ and β, so that undo can say if training has changed them."""
+    """Store the values of γ and β, so that undo can detect training."""
     for name in ("1.weight", "1.bias"):
         change.written[name] = checksum_of(layer.get_parameter(name))
 
 
 def unwrap(layer: nn.Module, bias: nn.Parameter | None = None) -> Removal:
-    """Let a module be the layer inside of it again.
+    """Replace an ``Inserted`` by the layer inside of it, in place.
 
     Args:
         layer: An ``Inserted``.
-        bias: The bias that it gets; None to leave it as it is.
+        bias: The new bias; None to keep it unchanged.
     """
     change = Removal(modules={"": as_it_is(layer)})
     inner = layer.get_submodule("0")

@@ -1,4 +1,4 @@
-"""Where a batch normalization can be inserted, and the statistics of what it will be given."""
+"""Places where a batch normalization can be inserted, and the statistics of its input."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,7 +16,7 @@ from batchnorm.moments import Moments
 from batchnorm.nn.base import Layer
 from batchnorm.nn.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 
-# ATen's operators of activations; F.selu and F.celu are elu, F.relu6 is hardtanh.
+# ATen operators of activations; F.selu and F.celu use elu, F.relu6 uses hardtanh.
 ACTIVATIONS = frozenset(
     (
         "relu", "sigmoid", "tanh", "gelu", "silu", "mish", "elu", "leaky_relu", "hardtanh",
@@ -26,12 +26,12 @@ ACTIVATIONS = frozenset(
     )
 )  # fmt: skip
 
-# Classes in the file of torch's activations that mix elements.
+# Classes in torch.nn.modules.activation that are not elementwise.
 NO_ACTIVATIONS = (nn.MultiheadAttention, nn.Softmax, nn.Softmin, nn.LogSoftmax, nn.Softmax2d)
 
 TWICE = """\
-bn.insert cannot put one batch normalization behind {name!r} ({kind}), which the model calls \
-{count} times in a pass: the statistics of the calls would be one. Nothing was changed; \
+bn.insert cannot insert a batch normalization after {name!r} ({kind}), which the model calls \
+{count} times in a pass: the calls would share statistics. Nothing was changed; \
 filter=lambda name, module: ... leaves layers out"""
 
 FEW = """\
@@ -44,7 +44,7 @@ bn.insert expected finite values behind {name!r}, got NaN or infinite ones. Noth
 ELSEWHERE = "its output is also read by {who}"
 RETURNED = "its output is returned, or kept by the model"
 PYTHON = "Python reads values of its output ({how})"
-OWN = "its class, or this object, has a forward of its own"
+OWN = "its class or the instance overrides forward"
 PARAMETRIZED = "its parameters are computed by modules inside of it"
 UNBATCHED = "its output has no batch axis: shape {shape}"
 
@@ -76,13 +76,13 @@ class Place(NamedTuple):
             norm = _BY_RANK[layer.weight.ndim](channels, **options)
         bias = layer.weight if layer.bias is None else layer.bias
         norm.weight.requires_grad_(layer.weight.requires_grad)
-        norm.bias.requires_grad_(bias.requires_grad)  # it goes on as the bias
+        norm.bias.requires_grad_(bias.requires_grad)  # β replaces the bias
         norm.training = layer.training
         return norm
 
 
 def found(model: nn.Module, seen: Flow) -> Iterator[Place | tuple[str, str]]:
-    """Yield the places of a pass, and name and reason of layers that have none of their own."""
+    """Yield the places of a pass, and name and reason of layers without a place."""
     for call in seen.calls:
         layer: Any = model.get_submodule(call.name) if call.module else None
         if not isinstance(layer, TAKES_BIAS) or call.nth or not call.outputs:
@@ -96,7 +96,7 @@ def found(model: nn.Module, seen: Flow) -> Iterator[Place | tuple[str, str]]:
 
 
 def _activates(model: nn.Module, seen: Flow, reader: Call) -> bool:
-    """Return whether an operator is an activation, or happens inside of a module that is one."""
+    """Return whether an operator is an activation, or is inside of an activation module."""
     parts = reader.name.split(".")
     if parts[0] == "aten" and parts[1].removesuffix("_") in ACTIVATIONS:
         return True
@@ -106,7 +106,7 @@ def _activates(model: nn.Module, seen: Flow, reader: Call) -> bool:
 
 
 def _unable(seen: Flow, call: Call, layer: Any, shape: Sequence[int]) -> str:
-    """Return why a normalization cannot be between a layer and its activation; "" where it can."""
+    """Return why a normalization cannot be inserted after a layer; "" if it can."""
     value = call.outputs[0]
     if all(type(layer).forward is not cls.forward for cls in TAKES_BIAS) or "forward" in vars(
         layer
@@ -129,7 +129,7 @@ def _unable(seen: Flow, call: Call, layer: Any, shape: Sequence[int]) -> str:
 def measured(
     model: nn.Module, places: Sequence[Place], examples: Sequence[Example]
 ) -> Mapping[str, Moments]:
-    """Return the Moments of what layers return, over all examples, in the model's present mode.
+    """Return the Moments of the layers' outputs, over all examples, in the model's current mode.
 
     Raises:
         SurgeryError: If a layer is called several times for one example, if its output is not
@@ -148,7 +148,7 @@ def measured(
                     raise SurgeryError(
                         TWICE.format(name=name, kind=type(layer).__name__, count=count)
                     )
-                # A layer that another example does not reach has no values there.
+                # A layer that this example does not call has no values.
                 outputs[name] += [] if len(outputs[name]) == number else [_nothing(layer)]
     merged = {}
     for name, some in outputs.items():

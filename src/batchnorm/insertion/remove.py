@@ -22,7 +22,7 @@ from batchnorm.surgery.options import Filter
 HOW = "expected how='fold' or 'strip', got {got!r}"
 
 NONE = """\
-bn.remove found no batch normalization in {kind} that bn.insert put there; pass example_inputs= \
+bn.remove found no batch normalization in {kind} that bn.insert inserted; pass example_inputs= \
 to remove others"""
 
 TOUCHED = "the layer in front of it was changed by {verb} since; undo that first"
@@ -39,30 +39,30 @@ def remove(
 ) -> Model:
     """Remove batch normalizations from a model, in place.
 
-    Without ``example_inputs`` those that ``bn.insert`` put there, whose layer is known; the
-    ``Sequential`` becomes the layer again, under its former keys. With them, all of a model, as far
-    as ``bn.fold`` can; the others are left, with a reason in ``bn.edits``.
+    Without ``example_inputs``, only the normalizations of ``bn.insert`` are removed, and the
+    ``Sequential`` becomes the layer again, with its former keys. With ``example_inputs``, all that
+    ``bn.fold`` can fold are removed; others are left unchanged, with a reason in ``bn.edits``.
 
-    ``"fold"`` computes s = γ / sqrt(σ² + ε) into the layer, W·s and (b − μ)·s + β: evaluation is
-    what it was, proved as by ``bn.fold``. ``"strip"`` drops the normalization with everything that
-    it learned, and gives the layer the bias that ``bn.insert`` dropped; an activation of the
+    ``"fold"`` folds s = γ / sqrt(σ² + ε) into the layer, W·s and (b − μ)·s + β: evaluation does not
+    change, which is verified as by ``bn.fold``. ``"strip"`` removes the normalization and its
+    learned values, and restores the bias that ``bn.insert`` removed; an activation of the
     normalization stays.
 
     Args:
         model: The model, in any mode; changed in place.
-        example_inputs: As of ``bn.fold``.
+        example_inputs: As for ``bn.fold``.
         how: ``"fold"`` or ``"strip"``.
-        filter: ``filter(name, module)`` says whether a batch normalization is removed.
-        optimizer: Loses γ and β, and gets biases that layers get into the group of the weight; what
-            it remembers of changed parameters starts anew.
+        filter: ``filter(name, module)`` returns whether a batch normalization is removed.
+        optimizer: γ and β are removed from it, new biases are added to the group of the weight, and
+            the state of changed parameters is reset.
 
     Returns:
         The model.
 
     Raises:
-        SurgeryError: If there is none to remove, or one that ``bn.insert`` put there cannot be;
-            nothing is changed then.
-        OptionError: If an option is wrong; likewise.
+        SurgeryError: If there is nothing to remove, or a normalization of ``bn.insert`` cannot be
+            removed; nothing is changed then.
+        OptionError: If an option is invalid; nothing is changed then.
     """
     if how not in ("fold", "strip"):
         raise OptionError(HOW.format(got=how))
@@ -94,7 +94,7 @@ def _is_inside(model: nn.Module, name: str) -> bool:
 def _inserted(
     model: nn.Module, some: Sequence[tuple[str, nn.Module]]
 ) -> Iterator[tuple[str, Inserted]]:
-    """Yield each layer whose normalization is to go that ``bn.insert`` put there, with its name."""
+    """Yield name and ``Inserted`` for each normalization of ``bn.insert`` to be removed."""
     for name, _ in some:
         if _is_inside(model, name):
             around = name.rpartition(".")[0]
@@ -129,14 +129,14 @@ def _fold(
 
 
 class _Apart(nn.Module):
-    """Layers with their normalizations, each with an input of its own."""
+    """Layers with their normalizations, each with a separate input."""
 
     def __init__(self, some: Sequence[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(some)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Return what each layer makes of its input."""
+        """Return the output of each layer for its input."""
         return tuple(layer(x) for layer, x in zip(self.layers, inputs, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""What ``bn.remove`` does to single layers, and ``how="strip"``."""
+"""The changes of single layers by ``bn.remove``, and ``how="strip"``."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,19 +19,19 @@ from batchnorm.models.stack import Done, record
 from batchnorm.surgery import layers
 
 VERB = "remove"
-NO_BIAS = "the bias that bn.insert dropped is not known any more ({why}); use how='fold'"
-STRIPPED = "stripped: the function is another"
+NO_BIAS = "the bias that bn.insert removed is no longer known ({why}); use how='fold'"
+STRIPPED = "stripped: the model computes something else"
 
 
 def refused(name: str, wrapper: Inserted, reason: str) -> SurgeryError:
-    """Return the error that says why the normalization behind a layer cannot be removed."""
+    """Return the error for a layer whose normalization cannot be removed."""
     return layers.refuse(VERB, f"{name}.1", wrapper[1], reason)
 
 
 def unwrapped(
     name: str, wrapper: Inserted, bias: nn.Parameter | None = None, reason: str = ""
 ) -> Done:
-    """Let a module be its layer alone, and return the edit."""
+    """Replace an ``Inserted`` by its layer, and return the edit."""
     change = unwrap(wrapper, bias)
     edit = Edit((name,), VERB, Inserted.__name__, type(wrapper).__name__, reason)
     return Done(edit, change, name)
@@ -39,7 +39,7 @@ def unwrapped(
 
 @contextmanager
 def in_eval(model: nn.Module) -> Iterator[None]:
-    """Run a block with a model in evaluation; modules get their modes back."""
+    """Put a model in eval mode in a block; the modes of modules are restored."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -56,7 +56,7 @@ def strip(
     example_inputs: Any,
     optimizer: Optimizer | None,
 ) -> None:
-    """Drop normalizations with what they learned; ``others`` as far as the examples reach them."""
+    """Remove normalizations with their learned values; of ``others`` those that examples call."""
     examples = [] if example_inputs is None else asked.examples(example_inputs)
     with in_eval(model):
         reached = {call.name for one in examples for call in asked.passed(model, one).calls}
@@ -96,7 +96,7 @@ def strip(
 
 
 def _bias(name: str, wrapper: Inserted) -> nn.Parameter | None:
-    """Return the bias that ``bn.insert`` dropped; None if there was none."""
+    """Return the bias that ``bn.insert`` removed; None if there was none."""
     entry = [one for one in record_of(wrapper) if one.edit.verb == "insert" and one.change][-1]
     if "bias" not in entry.edit.keys:
         return None

@@ -1,4 +1,4 @@
-"""The insertions of one call of ``bn.insert``, while they are made and proved."""
+"""Makes and verifies the insertions of one call of ``bn.insert``."""
 
 import copy
 import logging
@@ -24,10 +24,10 @@ from batchnorm.models.stack import Done, record
 
 VERB = "insert"
 
-ASKED = "the model reads {names} of it, which its Sequential with a normalization does not have"
+ASKED = "the model reads its {names}, which a Sequential with a normalization does not have"
 
 UNPROVED = """\
-bn.insert(init='preserve') changed what the model computes in evaluation. Nothing was changed. \
+bn.insert(init='preserve') would change the model's results in evaluation. Nothing was changed. \
 {why}"""
 
 UNCOPIED = """\
@@ -37,14 +37,14 @@ bn.insert(init='preserve') compares the model with a copy of it, and it cannot b
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a model in evaluation, and give it back as it was."""
+    """Put a model in eval mode in a block, and restore it."""
     with preserved(model), attributes_kept(model):
         model.eval()
         yield
 
 
 class Work:
-    """The insertions of one call, while they are made and proved."""
+    """The insertions of one call, while they are made and verified."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Work:
         self._made: dict[str, Insertion] = {}
 
     def run(self, init: str, moments: Mapping[str, Any], optimizer: Optimizer | None) -> None:
-        """Change the model, prove it, and write the log; on any exception it is as before."""
+        """Change the model, verify it, and record the edits; on any exception restore it."""
         original = self._copied() if init == "preserve" and self.places else None
         restore: Callable[[], None] | None = None
         try:
@@ -86,14 +86,14 @@ class Work:
         try:
             with self._settled():
                 return copy.deepcopy(self._model)
-        except Exception as error:  # whatever a model's tensors or attributes raise
+        except Exception as error:  # a model's tensors and attributes may raise anything
             raise SurgeryError(UNCOPIED.format(error=error)) from error
 
     @contextmanager
     def _settled(self) -> Iterator[None]:
-        """Let attributes that a pass computes, such as a normed weight, be without a gradient.
+        """Detach attributes that a pass computes, such as a weight of weight_norm, in a block.
 
-        Tensors with one cannot be copied.
+        Tensors with a grad_fn cannot be copied.
         """
         with evaluating(self._model):
             with torch.no_grad():
@@ -117,7 +117,7 @@ class Work:
             self._made.pop(name).undo(self._model.get_submodule(name))
 
     def _asked(self) -> dict[str, set[str]]:
-        """Run the model, and return which attributes it reads of layers that have changed."""
+        """Run the model, and return the attributes that it reads of changed layers."""
         wrappers: dict[str, Any] = {name: self._model.get_submodule(name) for name in self._made}
         reads: dict[str, set[str]] = {name: set() for name in wrappers}
         with evaluating(self._model), torch.no_grad():
@@ -137,7 +137,7 @@ class Work:
             self._left[name] = ASKED.format(names=", ".join(f".{one}" for one in sorted(read)))
 
     def _normalize(self) -> None:
-        """Set γ = 1, β = 0, and the statistics that evaluation has then."""
+        """Set γ = 1, β = 0, and the statistics that evaluation then has."""
         norms: dict[str, Any] = {f"{n}.1": self._model.get_submodule(f"{n}.1") for n in self._made}
         with torch.no_grad():
             for norm in norms.values():

@@ -24,12 +24,13 @@ class CalibrateCallback(TrainerCallback):
 
         trainer = Trainer(model, args, callbacks=[CalibrateCallback(max_samples=10_000)], ...)
 
-    Of a schedule-free optimizer the weights that evaluation uses are calibrated.
+    With a schedule-free optimizer, the weights for evaluation are calibrated.
 
     Args:
-        data: Batches; by default the trainer's training data, with their labels as the model's
-            ``forward`` takes them. With data also before evaluations and saves within an epoch.
-        options: Of ``bn.calibrate``, such as ``upstream``, or ``target_error`` to stop at a
+        data: Batches; by default the trainer's training data, including labels if the model's
+            ``forward`` has them. With ``data`` it also runs before evaluations and saves within an
+            epoch.
+        options: Options of ``bn.calibrate``, such as ``upstream``, or ``target_error`` to stop at a
             standard error.
 
     Attributes:
@@ -63,11 +64,11 @@ class FreezeCallback(TrainerCallback):
 
     Args:
         epoch: The first epoch, from 0, that normalizes by stored statistics.
-        example_inputs: Of the model, for ``bn.fold``; without them nothing is folded.
-        options: Of ``bn.freeze``; ``affine=False`` unless given: γ and β go on training.
+        example_inputs: Example inputs of the model, for ``bn.fold``; None: nothing is folded.
+        options: Options of ``bn.freeze``; by default ``affine=False``, so γ and β are trained.
 
     Attributes:
-        folded: What ``bn.fold`` returned; None before, and without example inputs.
+        folded: The result of ``bn.fold``; None before, and without example inputs.
     """
 
     def __init__(self, epoch: int, example_inputs: Any = None, **options: Any) -> None:
@@ -89,10 +90,10 @@ class ObserveCallback(TrainerCallback):
         trainer = Trainer(model, args, callbacks=[ObserveCallback(every=20)], ...)
 
     Args:
-        options: Of ``bn.observe``.
+        options: Options of ``bn.observe``.
 
     Attributes:
-        observer: What was seen; None before the training.
+        observer: The ``Observer``; None before the training.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -100,7 +101,7 @@ class ObserveCallback(TrainerCallback):
         self.observer: Observer | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
-        """Begin to observe; of an earlier training that an exception ended, the hooks go."""
+        """Start observing; remove hooks of an earlier training that an exception ended."""
         if self.observer is not None:
             self.observer.close()
         self.observer = observe(given["model"], **self._options)

@@ -16,7 +16,7 @@ from batchnorm.models.walk import walk
 from batchnorm.observation.observer import Observer, observe
 
 try:
-    # Both packages have their own classes: that of the one which is in use.
+    # Both packages have separate classes: use those of the package that is imported.
     if "pytorch_lightning" not in sys.modules:
         from lightning.pytorch import Callback
     else:
@@ -31,16 +31,16 @@ except ImportError:
 
 
 class CalibrateCallback(Callback):
-    """Calls ``bn.calibrate`` where an epoch's training is over, before what is then validated.
+    """Calls ``bn.calibrate`` at the end of an epoch's training, before validation.
 
         trainer = Trainer(callbacks=[CalibrateCallback(max_samples=10_000)])
 
-    Of a schedule-free optimizer the weights that evaluation uses are calibrated.
+    With a schedule-free optimizer, the weights for evaluation are calibrated.
 
     Args:
-        data: Batches; by default the trainer's training data. Validations in the midst of an epoch
-            are only preceded by a calibration if data are given: the trainer still reads its own.
-        options: Of ``bn.calibrate``, such as ``upstream``, or ``target_error`` to stop at a
+        data: Batches; by default the trainer's training data. Calibration before validations within
+            an epoch needs ``data``, because the trainer is still iterating over its own data.
+        options: Options of ``bn.calibrate``, such as ``upstream``, or ``target_error`` to stop at a
             standard error.
 
     Attributes:
@@ -54,17 +54,17 @@ class CalibrateCallback(Callback):
         self.calibration: Calibration | None = None
 
     def on_train_batch_end(self, _: Any, pl_module: nn.Module, *__: Any, **___: Any) -> None:
-        """Remember which layers train: at validation all are in eval."""
+        """Store which layers are in training mode; at validation all are in eval mode."""
         self._trained = [found.layer for found in walk(pl_module) if found.layer.training]
         self._stale = True
 
     def on_validation_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Calibrate, unless nothing was trained since."""
+        """Calibrate, unless nothing was trained since the last calibration."""
         if self._data is not None or trainer.is_last_batch:
             self._calibrate(trainer, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Calibrate what was trained after the last validation."""
+        """Calibrate, if the model was trained after the last validation."""
         self._calibrate(trainer, pl_module)
 
     def _calibrate(self, trainer: Any, module: nn.Module) -> None:
@@ -72,7 +72,7 @@ class CalibrateCallback(Callback):
             return
         options = {"layers": self._trained, **self._options}
         data = trainer.train_dataloader if self._data is None else self._data
-        # Validation runs in inference mode; what is computed here outlives it.
+        # Validation runs in inference mode, but the statistics are used after it.
         with torch.inference_mode(mode=False), evaluated_weights(trainer.optimizers):
             self.calibration = calibrate(module, data, **options)
         self._stale = False
@@ -85,11 +85,11 @@ class FreezeCallback(Callback):
 
     Args:
         epoch: The first epoch, from 0, that normalizes by stored statistics.
-        example_inputs: Of the module, for ``bn.fold``; without them nothing is folded.
-        options: Of ``bn.freeze``; ``affine=False`` unless given: γ and β go on training.
+        example_inputs: Example inputs of the module, for ``bn.fold``; None: nothing is folded.
+        options: Options of ``bn.freeze``; by default ``affine=False``, so γ and β are trained.
 
     Attributes:
-        folded: What ``bn.fold`` returned; None before, and without example inputs.
+        folded: The result of ``bn.fold``; None before, and without example inputs.
     """
 
     def __init__(self, epoch: int, example_inputs: Any = None, **options: Any) -> None:
@@ -111,10 +111,10 @@ class ObserveCallback(Callback):
         trainer = Trainer(callbacks=[ObserveCallback(every=20, jsonl="layers.jsonl")])
 
     Args:
-        options: Of ``bn.observe``.
+        options: Options of ``bn.observe``.
 
     Attributes:
-        observer: What was seen; None before the training.
+        observer: The ``Observer``; None before the training.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -122,7 +122,7 @@ class ObserveCallback(Callback):
         self.observer: Observer | None = None
 
     def on_train_start(self, _: Any, pl_module: nn.Module) -> None:
-        """Begin to observe."""
+        """Start observing."""
         self.observer = observe(pl_module, **self._options)
 
     def on_train_batch_start(self, *_: Any) -> None:
@@ -131,7 +131,7 @@ class ObserveCallback(Callback):
             self.observer.begin_step()
 
     def on_before_backward(self, *_: Any) -> None:
-        """End the step: a backward pass may run layers again."""
+        """End the step, since a backward pass may run layers again."""
         if self.observer is not None:
             self.observer.end_step()
 

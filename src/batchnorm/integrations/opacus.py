@@ -1,4 +1,4 @@
-"""Opacus: registers this library's layers with its validator and fixer, which use exact types."""
+"""Opacus: registers this library's layers with its validator, which looks up exact types."""
 
 from typing import Any
 
@@ -40,17 +40,17 @@ something else; {remedy}"""
 
 
 def register(*subclasses: type[Layer]) -> None:
-    """Let ``ModuleValidator`` refuse and replace the layers of this library as those of torch.nn.
+    """Make ``ModuleValidator`` reject and replace layers of this library like those of torch.nn.
 
-    A layer that the replacement would compute without its activation or channel axis is refused by
-    ``ModuleValidator.fix`` with an error; the model given to it is unchanged.
+    ``ModuleValidator.fix`` raises for a layer whose activation or channel axis the replacement
+    would lose; its model is unchanged then.
 
     Args:
-        subclasses: Further classes that derive from the layers here, which are also looked up by
-            exact type.
+        subclasses: Further subclasses of this library's layers, which are also looked up by exact
+            type.
 
     Raises:
-        OptionError: If one is no class of a layer.
+        OptionError: If one is not a class of a layer.
     """
     for cls in subclasses:
         if not (isinstance(cls, type) and issubclass(cls, Layer)):

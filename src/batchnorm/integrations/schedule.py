@@ -1,4 +1,4 @@
-"""What the callbacks of trainers share: freezing at an epoch, and weights of evaluation."""
+"""Common parts of the trainers' callbacks: freezing at an epoch, and weights for evaluation."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -16,10 +16,10 @@ EPOCH = "expected epoch= to be the number of the first frozen epoch, from 0, got
 
 @contextlib.contextmanager
 def evaluated_weights(optimizers: Iterable[Any]) -> Iterator[None]:
-    """Give a model the weights that evaluation uses, in this block.
+    """Set a model to its weights for evaluation in a block.
 
-    A schedule-free optimizer that is in training mode has others in the parameters: its ``eval()``
-    and ``train()`` exchange them.
+    A schedule-free optimizer in training mode has other weights in the parameters; its ``eval()``
+    and ``train()`` swap them.
     """
     training = [one for one in optimizers if any(g.get("train_mode") for g in one.param_groups)]
     for one in training:
@@ -32,7 +32,7 @@ def evaluated_weights(optimizers: Iterable[Any]) -> Iterator[None]:
 
 
 class Schedule:
-    """When a model is frozen, and with what it is folded."""
+    """The epoch at which a model is frozen, and the example inputs to fold it."""
 
     def __init__(self, epoch: int, example_inputs: Any, options: dict[str, Any]) -> None:
         if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0:
@@ -42,13 +42,13 @@ class Schedule:
         self._is_frozen = False
 
     def begin_epoch(self, model: nn.Module, epoch: int) -> None:
-        """Freeze the model where its time has come; also in a training that is resumed later."""
+        """Freeze the model from the scheduled epoch on, also if training is resumed later."""
         if epoch >= self._epoch and not self._is_frozen:
             freeze(model, **self._options)
             self._is_frozen = True
 
     def end(self, model: nn.Module) -> Folded[Any] | None:
-        """Fold the model, which is in evaluation from then on."""
+        """Put the model in eval mode and fold it."""
         if self._example_inputs is None:
             return None
         return fold(model.eval(), self._example_inputs)

@@ -1,1 +1,1 @@
-"""What enters activations and batch normalizations while a model trains."""
+"""Statistics of the inputs of activations and batch normalizations while a model trains."""

@@ -1,4 +1,4 @@
-"""What is known of one layer at one sampled step, and the numbers that are computed for it."""
+"""The statistics of one layer at one sampled step, and their computation."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -17,32 +17,32 @@ NO_NORM: OfNorm = (None,) * 5
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    r"""One layer at one sampled step; None where a number does not apply or is not known.
+    r"""The statistics of one layer at one sampled step; None if not applicable or unknown.
 
-    "Change" is between the last two batches, "drift" between this window of batches and that of the
-    sample before. Both are root mean squares over channels, of the difference of means in
-    deviations, :math:`(\mu' - \mu) / \sigma`, or of the logarithm of the ratio of deviations,
-    :math:`\ln(\sigma' / \sigma)`; channels with deviation 0 are left out. They include what differs
-    between batches by chance.
+    "Change" is between the last two batches, "drift" between the windows of batches of this and the
+    previous sample. Both are root mean squares over channels, of the difference of means in
+    standard deviations, :math:`(\mu' - \mu) / \sigma`, or of the logarithm of the ratio of standard
+    deviations, :math:`\ln(\sigma' / \sigma)`; channels with deviation 0 are left out. They include
+    the random variation between batches.
 
     Attributes:
         step: Number of the training step, from 1.
         layer: Name of the layer, with ``" (call 2)"`` for the second call in a step.
-        norm: Whether it is a batch normalization; else it is an activation.
-        percentiles: The ``PERCENTILES`` of what enters the activation, which is the output of a
-            normalization before any activation of its own.
-        flat: Share of these values where the activation's slope is below a fifth of its greatest.
-        mean_change: Of the input of the layer, per step.
-        deviation_change: The same for deviations.
-        mean_drift: Of the input of the layer, since the sample before.
-        deviation_drift: The same for deviations.
+        norm: Whether it is a batch normalization; otherwise it is an activation.
+        percentiles: The ``PERCENTILES`` of the activation's input: for a normalization, its output
+            before its own activation.
+        flat: Share of these values where the activation's slope is below a fifth of its maximum.
+        mean_change: Change of the mean of the layer's input, per step.
+        deviation_change: The same for standard deviations.
+        mean_drift: Drift of the mean of the layer's input, since the previous sample.
+        deviation_drift: The same for standard deviations.
         scale: Euclidean norm of γ.
         inverse: Median over channels of 1 / sqrt(σ² + ε) of the batch.
-        largest_inverse: The largest of them.
-        mean_off: Distance of the running mean from the last batches' mean, in their deviations
-            (root mean square over channels).
-        variance_off: The same for the running variance, relative to theirs.
-        batches: How many last batches these are.
+        largest_inverse: The maximum over channels.
+        mean_off: Distance of the running mean from the mean of the last batches, in their standard
+            deviations (root mean square over channels).
+        variance_off: The same for the running variance, relative to the variance of the batches.
+        batches: Number of these last batches.
     """
 
     step: int
@@ -62,7 +62,7 @@ class Observation:
     batches: int = 1
 
     def numbers(self) -> Iterator[tuple[str, float]]:
-        """The quantities that are known, by name; percentiles as ``p5`` to ``p95``."""
+        """The known quantities by name; percentiles as ``p5`` to ``p95``."""
         yield from ((f"p{at}", x) for at, x in zip(PERCENTILES, self.percentiles, strict=False))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -78,7 +78,7 @@ def percentiles(values: Tensor) -> tuple[float, ...]:
 
 
 def differences(old: Moments, new: Moments) -> tuple[float | None, float | None]:
-    """Return the difference of means, in deviations, and of the logarithms of deviations."""
+    """Return the difference of means in standard deviations, and of log standard deviations."""
     before, after = old.variance().sqrt(), new.variance().sqrt()
     some = (before > 0) & (after > 0)
     return (
@@ -92,8 +92,8 @@ def of_norm(layer: nn.Module, last: Moments, batches: Sequence[Moments]) -> OfNo
 
     Args:
         layer: The normalization.
-        last: Moments of the present batch.
-        batches: Moments of the last batches, oldest first, with the present one.
+        last: Moments of the current batch.
+        batches: Moments of the last batches, oldest first, including the current batch.
     """
     weight = getattr(layer, "weight", None)
     inverse = (last.variance() + float(getattr(layer, "eps", 0.0))).rsqrt()

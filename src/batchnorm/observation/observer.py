@@ -1,4 +1,4 @@
-"""``observe``: follow, while a model trains, what enters its activations and normalizations."""
+"""``observe``: records statistics of the inputs of activations and normalizations in training."""
 
 import contextlib
 from collections.abc import Callable
@@ -23,18 +23,18 @@ from batchnorm.report.chinese import translated
 from batchnorm.report.model import Report
 from batchnorm.report.terminal import to_text
 
-# Sampled steps in memory; of more, every second is dropped. Files have all.
+# Maximum number of sampled steps in memory; then every second step is dropped. Files have all.
 MOST = 400
 
 
 class Hook:
-    """A hook of the observed model. Copies of it, and of the model, call nothing."""
+    """A hook of the observed model; its copies, in copies of the model, do nothing."""
 
     def __init__(self, call: Callable[..., None] | None = None) -> None:
         self._call = call
 
     def __call__(self, *args: Any) -> None:
-        """Pass the arguments on."""
+        """Call the function with the arguments."""
         if self._call is not None:
             self._call(*args)
 
@@ -46,30 +46,29 @@ class Hook:
 
 
 class Observer:
-    """Follow what enters the activations and batch normalizations of a model while it trains.
+    """Record the inputs of activations and batch normalizations of a model while it trains.
 
     A training step is a call of the model in training mode with gradients enabled. The first step
-    and each ``every``-th are sampled; before a sampled step, the Moments of the inputs of
-    ``batches - 1`` steps are taken as well. Between these steps only the call is counted. The model
-    computes what it computes without an observer; if it is compiled, measured steps run eagerly.
+    and every ``every``-th step are sampled; before a sampled step, the Moments of the inputs of
+    ``batches - 1`` steps are measured as well. All other steps are only counted. The results of the
+    model do not change; if it is compiled, measured steps run eagerly.
     ``bn.observe`` is this class, which is a context manager: leave its block, or call ``close()``,
     to remove its two hooks.
 
     Args:
-        model: The model that the training calls; it may be compiled, converted, or
-            DistributedDataParallel, of which each process sees its own batches.
-        every: Steps from one sampled step to the next.
-        batches: How many last batches, the sampled one included, the running statistics are
-            compared with; at most ``every``.
-        jsonl: A file to which each observation is appended as a line of JSON; of several processes
-            the first one writes.
+        model: The model that the training calls. It may be compiled, converted, or
+            DistributedDataParallel, in which case each process records its own batches.
+        every: Number of steps from one sampled step to the next.
+        batches: Number of last batches, including the sampled one, with which the running
+            statistics are compared; at most ``every``.
+        jsonl: A file to which each observation is appended as a line of JSON; only rank 0 writes.
         tensorboard: An object with ``add_scalar(name, value, step)``, such as a ``SummaryWriter``.
-        hooks: Whether a step is a call of the model. With False a step is what lies between
-            ``begin_step()`` and ``end_step()``, for trainings that call parts of the model.
+        hooks: Whether a step is a call of the model. If False, ``begin_step()`` and ``end_step()``
+            delimit a step, for training loops that call parts of the model.
 
     Attributes:
-        steps: How many training steps there were.
-        unseen: Names of scripted layers, whose calls cannot be seen.
+        steps: Number of training steps so far.
+        unseen: Names of scripted layers, whose calls cannot be observed.
 
     Raises:
         OptionError: If a number is below 1, the model has nothing to observe, or it is
@@ -92,7 +91,7 @@ class Observer:
                 raise OptionError(f"expected {name} to be an integer >= 1, got {number!r}")
         if isinstance(model, nn.DataParallel):
             raise OptionError(
-                "expected a model that one process runs on one device, got DataParallel, whose "
+                "expected a model that runs on one device per process, got DataParallel, whose "
                 "copies run in threads; use DistributedDataParallel"
             )
         self.model, self.every, self._batches = model, every, min(batches, every)
@@ -101,7 +100,7 @@ class Observer:
             kind = type(unwrapped(model)).__name__
             raise OptionError(
                 f"expected a model with layers inside, got a single {kind}; "
-                f"pass torch.nn.Sequential(layer), and train that"
+                f"pass torch.nn.Sequential(layer), and train that module"
             )
         if not found:
             raise OptionError(
@@ -120,13 +119,14 @@ class Observer:
         if hooks:
             self._hooks = [
                 model.register_forward_pre_hook(Hook(self._before)),
-                # Before those of other observers: what each replaces it restores in reverse order.
+                # Before the hooks of other observers, so that replacements are undone in reverse
+                # order.
                 model.register_forward_hook(Hook(self._after), always_call=True, prepend=True),
             ]
 
     @property
     def observations(self) -> tuple[Observation, ...]:
-        """Return what is in memory, by step, in the order of the layers."""
+        """Return the observations in memory, by step and layer."""
         return tuple(one for step in self._kept for one in step)
 
     def report(self, language: str = "en") -> Report:
@@ -142,7 +142,7 @@ class Observer:
         return translated(report, language, CHINESE)
 
     def close(self) -> None:
-        """Remove the hooks; what was seen stays. May be called again."""
+        """Remove the hooks; the observations stay. May be called repeatedly."""
         self._end(complete=False)
         for hook in self._hooks:
             hook.remove()
@@ -151,7 +151,7 @@ class Observer:
             sink.close()
 
     def begin_step(self) -> None:
-        """Begin a training step, where ``hooks=False``; of a step within a step nothing is done."""
+        """Begin a training step, with ``hooks=False``; a nested step has no effect."""
         if self._open is not None:
             return
         self.steps += 1
@@ -161,14 +161,14 @@ class Observer:
             return
         stack = contextlib.ExitStack()
         if is_dynamo_loaded():
-            # Compiled code calls no layer; this step runs uncompiled, and nothing is recompiled.
+            # Compiled code calls no layer: run this step eagerly, without recompilation.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         seen, _ = points(unwrapped(self.model))
         stack.enter_context(self._tracks.measuring(seen, sampled))
         self._open = stack
 
     def end_step(self) -> None:
-        """End the step that ``begin_step`` began: before its backward pass, which may recompute."""
+        """End the current step; to be called before backward, which may recompute layers."""
         self._end(complete=True)
 
     def __enter__(self) -> "Observer":  # noqa: PYI034 (typing has Self from Python 3.11 on)
@@ -188,7 +188,7 @@ class Observer:
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
         if torch.compiler.is_compiling():
             return
-        # Ctrl-C ends a forward pass without its hooks.
+        # Ctrl-C ends a forward pass without the forward hooks.
         self._end(complete=False)
         if module.training and torch.is_grad_enabled() and not (is_traced() or is_transformed()):
             self.begin_step()
@@ -218,5 +218,5 @@ class Observer:
             sink.write(found)
 
 
-# The verb of the package's interface: ``bn.observe(model)`` makes an ``Observer``.
+# The public name: ``bn.observe(model)`` creates an ``Observer``.
 observe = Observer

@@ -1,4 +1,4 @@
-"""Observations as a report: where the training stands, and curves."""
+"""Observations as a report: the last step, and curves over the training."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from batchnorm.report.channels import Channels, details_of, heat_of
 from batchnorm.report.model import WHOLE, Block, Cell, Plot, Report, Section, Series, Table, Text
 from batchnorm.report.said import say
 
-# Curves of so many layers are drawn in one plot: the ones that differ most over the training.
+# Maximum number of curves in a plot: the layers that change most over the training.
 CURVES = 6
 COLUMNS = (
     "layer",
@@ -106,7 +106,7 @@ def _row(one: Observation) -> tuple[Cell, ...]:
 
 
 def _bands(curves: dict[str, list[Observation]]) -> list[Block]:
-    """Percentiles of the layers whose median moved most, in deviations of the values."""
+    """Return percentile plots of the layers whose median changed most, in standard deviations."""
     moved = {layer: _moved(seen) for layer, seen in curves.items()}
     chosen = sorted(moved, key=moved.__getitem__, reverse=True)[:CURVES]
     blocks: list[Block] = []
@@ -164,7 +164,7 @@ def _series(layer: str, field: str, seen: Sequence[Observation]) -> Series:
 
 
 def _channels(model: nn.Module, curves: dict[str, list[Observation]]) -> list[Section]:
-    """γ, β, μ and σ² of all channels as they are now, and the curves of each layer."""
+    """Return the current γ, β, μ and σ² of all channels, and the curves of each layer."""
     found = [_of_layer(point, curves) for point in points(unwrapped(model))[0]]
     norms = [one for one in found if one.weight or one.var]
     heat: list[Block] = [heat_of(norms)] if norms else []

@@ -1,4 +1,4 @@
-"""The layers that are observed, and what is read at each: moments, values, slopes.
+"""The observed layers, and their measurements: Moments, sampled values, slopes.
 
 Shapes: x (N, C, ...) or (N, L, C); V sampled values.
 """
@@ -22,18 +22,18 @@ ACTIVATIONS = (
     nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.PReLU, nn.ReLU, nn.SELU, nn.SiLU, nn.Sigmoid,
     nn.Softplus, nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold,
 )  # fmt: skip
-# So many values of a tensor are drawn, with repetition, for percentiles and the flat share. The
-# standard error of a median of normal values is then 1.25 / sqrt(4096) = 0.02 of their deviation.
+# Number of values drawn from a tensor, with replacement, for percentiles and the flat share. The
+# standard error of the median of normal values is 1.25 / sqrt(4096) = 0.02 standard deviations.
 VALUES = 4096
-# An activation is flat where its slope is below a fifth of its greatest. For the sigmoid these are
-# outputs within 0.053 of 0 or 1; for ReLU those that are 0.
+# An activation is flat where its slope is below a fifth of its maximum: for the sigmoid, outputs
+# within 0.053 of 0 or 1; for ReLU, outputs of 0.
 FLAT = 0.2
-# Where the greatest slope is looked for.
+# Range and number of points of the search for the maximum slope.
 REACH, GRID = 10.0, 401
 
 
 class Point(NamedTuple):
-    """A layer that is observed: its name in the model, the module, and whether it normalizes."""
+    """An observed layer: its name in the model, the module, and whether it normalizes."""
 
     name: str
     module: nn.Module
@@ -41,10 +41,10 @@ class Point(NamedTuple):
 
 
 def points(model: nn.Module) -> tuple[list[Point], list[str]]:
-    """Return batch normalizations and activation modules, in order; shared ones once.
+    """Return batch normalizations and activation modules, in order; shared modules once.
 
     Returns:
-        The points, and the names of scripted modules, whose calls cannot be seen.
+        The points, and the names of scripted modules, whose calls cannot be observed.
     """
     found, scripted = [], []
     for name, module in model.named_modules():
@@ -59,7 +59,7 @@ def points(model: nn.Module) -> tuple[list[Point], list[str]]:
 
 
 def measurable(x: object) -> bool:
-    """Whether moments of an input can be taken: real, dense, with channels, not empty."""
+    """Return whether an input has Moments: it is real, dense, not empty, and has channels."""
     if not isinstance(x, Tensor) or x.layout is not torch.strided:
         return False
     return x.is_floating_point() and x.ndim >= 2 and x.numel() > 0
@@ -85,10 +85,10 @@ def before_activation(
     output: Tensor,
     where: Tensor,
 ) -> Tensor:
-    """Return what a normalization hands to the activation behind it, at some positions: (V,).
+    """Return the normalized values before the activation, at some positions: (V,).
 
-    A layer that ends in an activation of its own does not return that. Then it is computed,
-    γ (x − μ) / sqrt(σ² + ε) + β + residual, with the statistics of this process's whole batch.
+    If the layer includes an activation, its output is not this value. It is then computed as
+    γ (x − μ) / sqrt(σ² + ε) + β + residual, with the statistics of the whole batch of this process.
     """
     if not _ends_in_activation(layer) and output.shape == given.x.shape:
         return output.detach().take(where)
@@ -113,14 +113,14 @@ def activation_of(layer: nn.Module) -> Callable[[Tensor], Tensor] | None:
     if isinstance(layer, Layer):
         return layer.activation.__call__ if layer.activation != IDENTITY else None
     if isinstance(layer, nn.PReLU) and layer.num_parameters > 1:
-        return None  # its slope depends on the channel
+        return None  # the slope depends on the channel
     return layer.forward if isinstance(layer, ACTIVATIONS) else None
 
 
 def flat_share(function: Callable[[Tensor], Tensor], values: Tensor) -> float:
     """Return the share of values at which the slope is below ``FLAT`` times the greatest slope."""
     grid = torch.linspace(-REACH, REACH, GRID, dtype=values.dtype, device=values.device)
-    # Neither the step's autocast nor its mode for gradients applies to these few values.
+    # Independent of the training step's autocast and grad mode.
     with torch.enable_grad(), torch.autocast(values.device.type, enabled=False):
         z = torch.cat([values.detach(), grid]).requires_grad_()
         (slope,) = torch.autograd.grad(function(z.clone()).sum(), z)

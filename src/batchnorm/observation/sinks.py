@@ -1,4 +1,4 @@
-"""Where observations are written beside memory: JSON lines, and TensorBoard or what is like it."""
+"""Outputs of observations: JSON lines, and TensorBoard or objects with the same method."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from batchnorm.report.jsontext import plain
 
 
 class Writer(Protocol):
-    """What TensorBoard's ``SummaryWriter`` has."""
+    """The method of TensorBoard's ``SummaryWriter`` that is used."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
         """Write one number of one step."""
@@ -25,16 +25,16 @@ class Sink(Protocol):
     """Gets the observations of each sampled step."""
 
     def write(self, found: Sequence[Observation]) -> None:
-        """Write those of one step."""
+        """Write the observations of one step."""
 
     def close(self) -> None:
-        """Write no more."""
+        """Close the output."""
 
 
 class JsonLines:
     """A file with one line of JSON for each layer and sampled step, flushed after each step.
 
-    Of several processes, the first one writes. A disk that is full ends the file, not the training.
+    Only rank 0 writes. If the disk is full, writing ends with a warning, and training continues.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
@@ -58,7 +58,7 @@ class JsonLines:
         """Close the file."""
         if self._file is not None:
             file, self._file = self._file, None
-            # What a full disk did not take is not written again.
+            # Data that a full disk rejected are not written again.
             with contextlib.suppress(OSError):
                 file.close()
 

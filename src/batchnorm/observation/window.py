@@ -1,4 +1,4 @@
-"""One training step as the layers see it: their inputs are measured while the model runs."""
+"""Measures the inputs of the layers while the model runs a training step."""
 
 import contextlib
 import functools
@@ -28,14 +28,14 @@ from batchnorm.observation.points import (
 
 
 class Track:
-    """The batches that one layer got in one of its calls per step, and what was drawn from them.
+    """The batches of one layer in its n-th call per step, and sampled values.
 
     Attributes:
         point: The layer.
-        name: Its name, with the number of the call from the second on.
-        batches: Moments of its inputs, of the steps of this window, oldest first.
-        before: Moments of all batches of the window before; None at first.
-        values: What entered the activation at the sampled step, (V,); None elsewhere.
+        name: Its name, with the number of the call if n > 1.
+        batches: Moments of its inputs in the steps of this window, oldest first.
+        before: Moments of all batches of the previous window; None at first.
+        values: Inputs of the activation at the sampled step, (V,); None at other steps.
     """
 
     def __init__(self, point: Point, name: str) -> None:
@@ -45,7 +45,7 @@ class Track:
         self.values: Tensor | None = None
 
     def observation(self, step: int) -> Observation:
-        """Return the numbers of the sampled step, and begin the next window."""
+        """Return the observation of the sampled step, and begin the next window."""
         layer, last = self.point.module, self.batches[-1]
         window = functools.reduce(Moments.merge, self.batches)
         mean_change, deviation_change = (
@@ -78,12 +78,12 @@ class Tracks:
     def __init__(self) -> None:
         self._tracks: dict[tuple[str, int], Track] = {}
         self._calls: dict[str, int] = {}
-        # Positions are drawn without a trace in the random numbers that the training gets.
+        # A separate generator, so that the random numbers of the training do not change.
         self._generator = torch.Generator().manual_seed(0)
 
     @contextlib.contextmanager
     def measuring(self, points: Sequence[Point], sampled: bool) -> Iterator[None]:
-        """Measure in a block what enters the layers; with ``sampled`` draw values as well."""
+        """Measure the inputs of layers in a block; with ``sampled`` draw values as well."""
         self._calls.clear()
         pairs = (
             (point.module, functools.partial(self._around, point, point.module.forward, sampled))
@@ -93,7 +93,7 @@ class Tracks:
             yield
 
     def observations(self, step: int) -> tuple[Observation, ...]:
-        """Return those of the layers that were called in this step; begin the next window."""
+        """Return the observations of the layers called in this step; begin the next window."""
         called = [track for (name, call), track in self._tracks.items() if self._had(name, call)]
         return tuple(track.observation(step) for track in called if track.batches)
 
@@ -112,7 +112,7 @@ class Tracks:
         if given is None:
             return original(*args, **kwargs)
         track = self._track(point)
-        # Before the call: an activation in place overwrites its input.
+        # Before the call, since an in-place activation overwrites its input.
         moments = given.moments()
         before = None if point.norm or not sampled else self._drawn(given.x)
         output = original(*args, **kwargs)
@@ -134,7 +134,7 @@ class Tracks:
 
 
 def _given(point: Point, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Entered | None:
-    """Return the input of a call; None if it is not one whose moments can be taken."""
+    """Return the input of a call; None if it has no Moments."""
     x = args[0] if args else kwargs.get("input")
     if not isinstance(x, Tensor) or not measurable(x):
         return None

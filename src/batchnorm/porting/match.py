@@ -1,4 +1,4 @@
-"""Which layer of the other library is which of the torch model."""
+"""Matches the layers of the other library's state with the layers of the torch model."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ NO_PART = "names= speaks of {name!r}, and the {source} state has no such layer; 
 NO_PLACE = "names= speaks of {name!r}, and the model has no such layer; it has {known}"
 UNFIT = "bn.port cannot copy {part} to {place}: {why}. Nothing was changed"
 AMBIGUOUS = """\
-bn.port cannot tell which of {parts} of the {source} state is which of {places} of the model: they \
-have the same shapes. Say it: names={{{example}}}. Nothing was changed"""
+bn.port cannot match {parts} of the {source} state with {places} of the model: they have the same \
+shapes. Pass the names: names={{{example}}}. Nothing was changed"""
 NOWHERE = """\
 bn.port found no layer of the model for {part} of the {source} state{why}. Nothing was changed"""
 NOTHING = """\
@@ -26,11 +26,12 @@ def match(
 ) -> Pairs:
     """Return pairs of layers.
 
-    By ``names``; by equal names; by the whole order, where all kinds and shapes agree one by one;
-    by shapes that occur once; and among equal shapes by numbers in names (``Conv_0``, ``Conv_1``).
+    Layers are matched by ``names``; by equal names; by order, if all kinds and shapes agree one by
+    one; by shapes that occur once; and among equal shapes by numbers in names (``Conv_0``,
+    ``Conv_1``).
 
     Raises:
-        SurgeryError: If a layer fits none, or which one is not clear. It names both sides.
+        SurgeryError: If a layer has no match, or several; the message has both sides.
     """
     pairs = _said(parts, places, source, names)
     pairs += _alike(_without(parts, pairs), _without_places(places, pairs))
@@ -60,7 +61,7 @@ def _said(
 
 
 def _alike(parts: Sequence[Part], places: Sequence[Place]) -> Pairs:
-    """Pair layers of one name: ``layers_0/conv`` is ``layers.0.conv``."""
+    """Pair layers with equal names: ``layers_0/conv`` is ``layers.0.conv``."""
     named: dict[str, list[Place]] = {}
     for place in places:
         named.setdefault(_plain(place.name), []).append(place)
@@ -115,13 +116,13 @@ def _ambiguous(parts: Sequence[Part], places: Sequence[Place], source: str) -> S
 
 
 def _numbered(parts: Sequence[Part]) -> list[Part] | None:
-    """Sort layers whose names differ in numbers alone; None if they differ in words."""
+    """Sort layers whose names differ only in numbers; None if they differ otherwise."""
     if len(parts) == 1:
         return list(parts)
     words = {tuple(_pieces(part.name)[::2]) for part in parts}
     numbers = [tuple(map(int, _pieces(part.name)[1::2])) for part in parts]
     if len(words) > 1:
-        # Keras leaves the number out of the first: conv2d, conv2d_1.
+        # Keras omits the number of the first layer: conv2d, conv2d_1.
         bare = [re.sub(r"_\d+$", "", part.name) for part in parts]
         if len(set(bare)) > 1:
             return None
@@ -137,7 +138,7 @@ def _pieces(name: str) -> list[str]:
 
 
 def _has_order(parts: Sequence[Part], source: str) -> bool:
-    """Whether layers come in the order of their making: JAX sorts the keys of mappings."""
+    """Return whether layers are in order of creation; JAX sorts the keys of mappings."""
     names = [part.name.split("/") for part in parts]
     return source == "keras" or (names != sorted(names) and names != sorted(names, key=_by_number))
 
@@ -164,7 +165,7 @@ def _why_not(part: Part, place: Place) -> str:
 
 
 def _nearest(part: Part, places: Sequence[Place]) -> str:
-    """Return why a layer of the kind does not fit; one of the same shapes, if there is one."""
+    """Return why the most similar layer of the same kind does not fit."""
     reasons = [(place, _why_not(part, place)) for place in places if place.kind == part.kind]
     if not reasons:
         return f"; it has no {part.kind} that is left"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from batchnorm.errors import SurgeryError
 
-# Last name of an array -> what it is here.
+# Last name of an array -> its role.
 ROLES: dict[str, dict[str, str]] = {
     "keras": {
         "kernel": "kernel",
@@ -31,9 +31,9 @@ ROLES: dict[str, dict[str, str]] = {
         "embedding": "embedding",
     },
 }
-# Collections that Flax Linen puts around the same names.
+# Collections into which Flax Linen puts the names.
 COLLECTIONS = ("params", "batch_stats")
-# States of random number generators, which say nothing about weights.
+# States of random number generators, which are ignored.
 GENERATORS = ("seed_generator_state", "rngs")
 
 NO_MAPPING = """\
@@ -49,7 +49,7 @@ of {known}. Layers of other kinds have to be copied by hand, and left out of the
 TWICE = "bn.port found two arrays {role!r} of the layer {name!r} in the {source} state"
 NO_NUMBERS = "bn.port expected {name!r} of the {source} state to be an array of numbers, got {got}"
 BARE = """\
-bn.port does not know what the layer {name!r} of the {source} state computes; it has {roles}. \
+bn.port does not know the type of the layer {name!r} of the {source} state; it has {roles}. \
 Expected a kernel of 2 to 5 axes, an embedding, or mean and variance, which come with the weights \
 in {example}"""
 
@@ -58,9 +58,9 @@ class Part(NamedTuple):
     """One layer of the other library.
 
     Attributes:
-        name: Its path, parts joined by ``/``.
+        name: Its path, joined by ``/``.
         kind: ``"linear"``, ``"convolution"``, ``"batch norm"`` or ``"embedding"``.
-        arrays: What it is (a value of ``ROLES``) -> array.
+        arrays: Role (a value of ``ROLES``) -> array.
     """
 
     name: str
@@ -73,14 +73,14 @@ class Part(NamedTuple):
 
 
 def parts(state: Any, source: str) -> list[Part]:
-    """Return the layers of a state in the order in which their first arrays come.
+    """Return the layers of a state, in the order of their first arrays.
 
     Args:
         state: A mapping of names to arrays, which may be nested.
         source: ``"keras"`` or ``"flax"``.
 
     Raises:
-        SurgeryError: If it is no mapping of arrays, or has one whose name is not known.
+        SurgeryError: If it is not a mapping of arrays, or has an array with an unknown name.
     """
     example = EXAMPLES[source]
     if not isinstance(state, Mapping) or not state:
@@ -115,7 +115,7 @@ def _leaves(state: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
 
 
 def _named(path: list[str], source: str) -> tuple[str, str]:
-    """Return the name of the layer, and that of the array in it."""
+    """Return the name of the layer and the name of its array."""
     if source == "flax":
         path = path[path[0] in COLLECTIONS :]
         if path[-1:] == ["value"]:  # of a Variable
@@ -128,7 +128,7 @@ def _named(path: list[str], source: str) -> tuple[str, str]:
 
 
 def _join_separable(found: dict[str, dict[str, Tensor]]) -> None:
-    """Give the bias of a separable convolution, two layers in torch, to the second of them."""
+    """Split a separable convolution into two layers, the second of which gets the bias."""
     for name in [name for name in found if name.endswith("/pointwise_kernel")]:
         bias = found.pop(name.rpartition("/")[0], {})
         found[name] |= bias
@@ -140,13 +140,13 @@ def _tensor(name: str, value: Any, source: str) -> Tensor:
     array = np.asarray(value)
     if array.dtype.kind not in "fiuV" or array.dtype.names:
         raise SurgeryError(NO_NUMBERS.format(name=name, source=source, got=repr(value)[:60]))
-    if array.dtype not in (np.float16, np.float32, np.float64):  # bfloat16 is none of numpy's own
+    if array.dtype not in (np.float16, np.float32, np.float64):  # numpy has no bfloat16
         array = array.astype(np.float32)
     return torch.from_numpy(np.array(array))
 
 
 def _shared_prefix(names: list[str]) -> int:
-    """Return how many characters the first parts take that all names begin with."""
+    """Return the length of the leading path components that all names share."""
     paths = [name.split("/") for name in names]
     shared = 0
     for level in zip(*(path[:-1] for path in paths), strict=False):

@@ -1,4 +1,4 @@
-"""Layers of the torch model, and what an array of another library is in them."""
+"""Layers of the torch model, and the conversion of arrays of another library to their tensors."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,10 +14,10 @@ from batchnorm.surgery import layers
 VERB = "port"
 
 FOREIGN = """\
-bn.port does not know which arrays belong to {name!r}, a {kind} with parameters of its own. \
+bn.port does not know which arrays belong to {name!r}, a {kind} with direct parameters. \
 Nothing was changed"""
 
-# What other libraries have no array for -> the value that computes the same.
+# Parameters for which other libraries may have no array -> the neutral value.
 NEUTRAL = {"weight": 1.0, "bias": 0.0}
 
 
@@ -54,7 +54,7 @@ def places(model: nn.Module) -> list[Place]:
         if not own and not (kind and nn.utils.parametrize.is_parametrized(module)):
             continue
         if kind is None and not any(True for _ in module.parameters(recurse=False)):
-            continue  # buffers of a model's own, such as a table of positions
+            continue  # other buffers, such as a table of positions
         if kind is None or nn.utils.parametrize.is_parametrized(module):
             raise SurgeryError(FOREIGN.format(name=name, kind=type(module).__name__))
         if why := layers.without_values(module):
@@ -74,7 +74,7 @@ def _kind(module: nn.Module) -> str | None:
 
 
 def values(part: Part, place: Place, flatten: Sequence[int] | None = None) -> dict[str, Tensor]:
-    """Return the tensors of a torch layer that computes what a layer of the other library does.
+    """Return the tensors of a torch layer that computes the same as a layer of the other library.
 
     Kernels (..., in, out) become (out, in, ...), those of depthwise convolutions
     (..., in, multiplier) become (in · multiplier, 1, ...).
@@ -82,8 +82,8 @@ def values(part: Part, place: Place, flatten: Sequence[int] | None = None) -> di
     Args:
         part: The layer of the other library.
         place: The layer of the torch model.
-        flatten: Sizes of the axes that were flattened in front of a linear layer, without the
-            channels, which are last there and first in torch.
+        flatten: Sizes of the axes that were flattened before a linear layer, without the channels,
+            which are last in the other library and first in torch.
 
     Raises:
         SurgeryError: If they do not fit; the message is the reason.
@@ -115,7 +115,7 @@ def values(part: Part, place: Place, flatten: Sequence[int] | None = None) -> di
             continue
         if name not in NEUTRAL or parameter.requires_grad:
             raise SurgeryError(
-                f"it trains a {name}, for which there is no array; build it without, or set "
+                f"it trains a {name}, for which there is no array; construct it without, or set "
                 f"{name}.requires_grad_(False): it then becomes {NEUTRAL.get(name)}"
             )
         new[name] = parameter.detach().new_full(parameter.shape, NEUTRAL[name])
@@ -132,7 +132,7 @@ def _turned(kernel: Tensor, layer: Any) -> Tensor:
 
 
 def _flattened(kernel: Tensor, sizes: Sequence[int] | None) -> Tensor:
-    """Return the weight of a linear layer, its inputs in torch's order of a flattened image."""
+    """Return the weight of a linear layer, with inputs in torch's order of a flattened image."""
     if sizes is None:
         return kernel.T
     inside, rest = math.prod(sizes), kernel.shape[0]
@@ -144,10 +144,10 @@ def _flattened(kernel: Tensor, sizes: Sequence[int] | None) -> Tensor:
 
 
 def behind_flatten(some: Sequence[Place]) -> Mapping[str, int]:
-    """Return linear layers that seem to read a flattened image: name -> channels of the image.
+    """Return linear layers that probably read a flattened image: name -> channels of the image.
 
-    They are the first behind a convolution, in order of registration, with a multiple of its
-    channels as inputs.
+    These are the first linear layers after a convolution, in order of registration, whose number of
+    inputs is a multiple of its channels.
     """
     found, channels = {}, 0
     for place in some:

@@ -23,10 +23,10 @@ from batchnorm.surgery.exchange import Exchange, describe, exchange
 from batchnorm.surgery.options import Options
 
 Number = float | Mapping[str, float]
-# A normalization there and here, its class from now on if that changes, and its attributes.
+# A normalization of both models, the new class of the torch layer or None, and its attributes.
 Norm = tuple[Part, Place, type[Layer] | None, dict[str, Any]]
 
-# What the libraries' layers have by default.
+# Defaults of the libraries' layers.
 DEFAULTS = {
     "keras": {"momentum": 0.99, "eps": 1e-3},
     "flax": {"momentum": 0.99, "eps": 1e-5},
@@ -62,36 +62,36 @@ def port(
 ) -> Model:
     r"""Copy weights and statistics of a Keras 3 or Flax model into a torch model, in place.
 
-    Kernels (..., in, out) become (out, in, ...). Batch normalizations become this library's, with
-    ε and momentum of the other one, whose momentum is the weight of the old average: torch's is
-    1 - ``momentum``. Both average the biased variance of batches, and so does training here from
-    now on: ``estimator=bn.Running(1 - momentum, correction=0)``.
+    Kernels (..., in, out) become (out, in, ...). Batch normalizations are converted to this
+    library's, with ε and momentum of the other library, where momentum is the weight of the old
+    average: torch's momentum is 1 - ``momentum``. Keras and Flax average the biased variance, so
+    the converted layers get ``estimator=bn.Running(1 - momentum, correction=0)``.
 
         bn.port(model, {v.path: v.numpy() for v in keras_model.variables}, source="keras")
         bn.port(model, nnx.to_pure_dict(nnx.state(flax_model)), source="flax")
 
-    ``bn.undo(model, "port")`` gives class, ε and momentum back; values stay, as after
+    ``bn.undo(model, "port")`` restores class, ε and momentum, but not values, as after
     ``load_state_dict``.
 
     Args:
         model: A torch model of the same layers: linear, convolutions, embeddings and batch
             normalizations; changed in place.
-        state: Names to arrays, nested or not: a layer's path, and ``kernel``, ``gamma``, ... In the
-            order of the layers for Keras. States of random number generators are ignored.
+        state: Names to arrays, nested or not: a layer's path, then ``kernel``, ``gamma``, ... For
+            Keras in the order of the layers. States of random number generators are ignored.
         source: ``"keras"`` or ``"flax"`` (nnx or Linen).
-        momentum: Of its batch normalizations, one number or one by layer's name; 0.99 by default.
-        eps: Likewise; by default 1e-3 (Keras) or 1e-5 (Flax).
-        names: Layer of the state -> module of the model, where names, order and shapes do not tell.
-        flatten: Linear layer of the state -> height and width of the image that it reads flattened;
-            None if the torch model flattens it with channels last too.
+        momentum: Momentum of its batch normalizations, a number or layer -> number; default 0.99.
+        eps: ε of its batch normalizations, likewise; by default 1e-3 (Keras) or 1e-5 (Flax).
+        names: Layer of the state -> module of the model, if names, order and shapes are ambiguous.
+        flatten: Linear layer of the state -> height and width of the flattened image that it reads;
+            None if the torch model also flattens it with channels last.
 
     Returns:
         The model.
 
     Raises:
-        SurgeryError: If a layer of either side has none on the other, shapes differ, two are
-            possible, or a layer cannot be changed. It names both sides; nothing is changed then.
-        OptionError: If an option is wrong; likewise.
+        SurgeryError: If a layer has no match or several, shapes differ, or a layer cannot be
+            changed. The message has both sides; nothing is changed then.
+        OptionError: If an option is invalid; nothing is changed then.
     """
     _expect(model, source)
     given = _Given(source, momentum, eps, _mapping("names", names), _mapping("flatten", flatten))
@@ -185,7 +185,7 @@ def _expect_known(
 def _expect_flatten(
     pairs: Pairs, some: Sequence[Place], flatten: Mapping[str, Any], source: str
 ) -> None:
-    """Raise if a linear layer seems to read a flattened image, and nothing was said about it."""
+    """Raise if a linear layer probably reads a flattened image that ``flatten`` does not have."""
     flattened = behind_flatten(some)
     for part, place in pairs:
         if place.name in flattened and part.name not in flatten:
@@ -215,7 +215,7 @@ def _moves(pairs: Pairs, flatten: Mapping[str, Any]) -> Iterator[tuple[Tensor, T
 def _attributes(
     place: Place, average: Running, eps: float
 ) -> tuple[type[Layer] | None, dict[str, Any]]:
-    """Return the class of a batch normalization from now on, and its attributes."""
+    """Return the new class of a batch normalization, and its attributes."""
     verdict = rules.decide(place.name, place.layer)
     assert verdict is not None
     if isinstance(verdict, rules.Left):

@@ -1,4 +1,4 @@
-"""The channels of normalizations as blocks: a heat map of all, and one folded part per layer."""
+"""The channels of normalizations as blocks: a heat map, and one collapsed part per layer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ HEAT = (
     "most extreme one is shown; NaN and infinity are magenta. The ends of a scale leave out the "
     "outermost hundredth of the values."
 )
-# Of more layers a page would be hard to read and slow to open.
+# Maximum numbers of layers; larger pages would be slow to open.
 MOST_ROWS, MOST_LAYERS = 400, 200
 
 
 @dataclass(frozen=True)
 class Channels:
-    """Vectors of one layer, a number for each channel; empty where the layer has none.
+    """Vectors of one layer, with one number per channel; empty if the layer has none.
 
     Attributes:
         name: The layer.
@@ -25,7 +25,7 @@ class Channels:
         bias: β.
         mean: The stored mean.
         var: The stored variance.
-        true_mean: The mean that was measured, to be drawn beside the stored one.
+        true_mean: The measured mean, drawn next to the stored mean.
         true_var: The same for the variance.
         curves: Small plots of the layer, such as its history.
     """
@@ -41,14 +41,14 @@ class Channels:
 
 
 def heat_of(layers: Sequence[Channels]) -> Heat:
-    """Return γ, β and σ² of all channels as colours; of the first ``MOST_ROWS`` layers."""
+    """Return γ, β and σ² of all channels as colours, for the first ``MOST_ROWS`` layers."""
     rows = tuple(Row(one.name, (one.weight, one.bias, one.var)) for one in layers[:MOST_ROWS])
     words, cut = say(HEAT), _cut(len(layers), MOST_ROWS)
     return Heat("", ("γ", "β", "σ²"), rows, say("{a} {b}", a=words, b=cut) if cut else words)
 
 
 def details_of(layers: Sequence[Channels]) -> tuple[Block, ...]:
-    """Return one folded part for each layer, of the first ``MOST_LAYERS`` layers."""
+    """Return one collapsed part per layer, for the first ``MOST_LAYERS`` layers."""
     cut = _cut(len(layers), MOST_LAYERS)
     parts: list[Block] = [Text(cut)] if cut else []
     for one in layers[:MOST_LAYERS]:

@@ -1,6 +1,6 @@
-"""Reports in Chinese: every text is looked up by its English template, with the same values.
+"""Reports in Chinese: every text is looked up by its English template and formatted again.
 
-Each package that makes reports has a catalogue of its own words, in its ``chinese`` module.
+Each package with reports has a catalogue of its texts in its ``chinese`` module.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from batchnorm.report.model import Report
 from batchnorm.report.said import Said
 from batchnorm.report.words import of_language
 
-# Words of the blocks that several packages use, and how parts are joined.
+# Texts of blocks that several packages use, and separators.
 COMMON = {
     "(the model)": "（模型本身）",
     "layer": "层",
@@ -33,19 +33,19 @@ COMMON = {
     ),
 }
 
-# Fields whose plain texts are names or numbers of a model; a ``Said`` there is translated, too.
+# Fields whose plain texts are names or numbers of a model; only a ``Said`` is translated there.
 NAMES = {"rows", "name", "subject", "summary", "labels", "evidence", "quantities"}
-# Fields that say how to draw, and words that are no language's.
+# Fields that are never translated: drawing options and identifiers.
 KEPT = {"kind", "severity", "rule", "language"}
 
 
 def translated(report: Report, language: str, *catalogues: Mapping[str, str]) -> Report:
-    """Return the report in a language: ``"en"`` as it is.
+    """Return the report in a language; for ``"en"`` unchanged.
 
     Args:
         report: The report, in English.
         language: ``"en"`` or ``"zh"``.
-        catalogues: English template -> Chinese one, beside ``COMMON``.
+        catalogues: English template -> Chinese template, in addition to ``COMMON``.
 
     Raises:
         OptionError: If the language is unknown.
@@ -61,11 +61,11 @@ def translated(report: Report, language: str, *catalogues: Mapping[str, str]) ->
 
 
 def _changed(value: Any, catalogue: Mapping[str, str], names: bool) -> Any:
-    """Return a block, or a text of one, with all words translated that are in the catalogue."""
+    """Return a block or text with all texts translated that are in the catalogue."""
     if isinstance(value, Said) or (isinstance(value, str) and not names):
         return _said(value, catalogue)
     if isinstance(value, tuple):
-        # The many numbers of histograms and heat maps have no words.
+        # The numbers of histograms and heat maps have no texts.
         if value and isinstance(value[0], float):
             return value
         return tuple(_changed(one, catalogue, names) for one in value)

@@ -31,17 +31,17 @@ from batchnorm.report.model import (
 from batchnorm.report.plots import COLOURS, colour_of, to_svg
 from batchnorm.report.words import of_language
 
-# Options of commands, in which no line is broken.
+# Options of commands, in which lines must not be broken.
 OPTION = re.compile(r"(--[a-z][\w-]*)")
-# Of the page that is rendered: a renderer of a block gets the block and its place alone.
+# Language of the page; a context variable, since renderers get only the block and its place.
 LANGUAGE: ContextVar[str] = ContextVar("LANGUAGE", default="en")
 
 
 def to_html(report: Report) -> str:
     """Return the report as a self-contained page, which requests nothing.
 
-    Every word of the report is escaped; only the pictures drawn here enter as they are. The page is
-    whole without its script, which a report with a sortable table gets.
+    All text of the report is escaped; only the pictures drawn here are inserted unescaped. The page
+    is complete without its script, which is added for sortable tables.
     """
     words = of_language(report.language)
     scripted = any(isinstance(one, Table) and one.sortable for one in _all_blocks(report))
@@ -79,7 +79,7 @@ def _(block: Table, place: str) -> Markup:  # noqa: ARG001
 
 @render.register
 def _(block: Plot, place: str) -> Markup:
-    # The SVG is ours: matplotlib escapes the words it draws, and a small plot has none.
+    # The SVG is safe: matplotlib escapes text, and a small plot has no text.
     if not block.small:
         return _macro("plot", block, Markup(to_svg(block, place)))  # noqa: S704
     legend = [
@@ -87,7 +87,7 @@ def _(block: Plot, place: str) -> Markup:
         for at, series in enumerate(block.series)
     ]
     svg = Markup(pictures.small_svg(block))  # noqa: S704
-    # The ends of a histogram lie below its picture's; those of curves are their lowest and highest.
+    # The ends of a histogram are below the picture; those of curves are minimum and maximum.
     arrows = ("", "") if block.kind == "histogram" else ("↓ ", "↑ ")
     return _macro("small", block, svg, pictures.ends(block), legend, arrows)
 

@@ -12,14 +12,14 @@ from batchnorm.report.model import Report
 def to_json(report: Report) -> str:
     """The whole report as JSON text.
 
-    Each block names its ``type`` and has the fields of its class, whatever kind it is. JSON has no
-    NaN and no infinity: such a number becomes ``null``.
+    Each block has its ``type`` and the fields of its class. JSON has no NaN or infinity: such
+    numbers become ``null``.
     """
     return json.dumps(plain(report), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON has it: mappings, lists, texts, and numbers that are finite."""
+    """Return a value with JSON's types: mappings, lists, texts, and finite numbers."""
     if dataclasses.is_dataclass(value):
         fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"type": type(value).__name__.lower(), **fields}

@@ -30,7 +30,7 @@ def to_markdown(report: Report) -> str:
 
 @singledispatch
 def render(block: object) -> str:
-    """Return the Markdown of a block; ``escape`` keeps its words from being markup."""
+    """Return the Markdown of a block, with its texts escaped."""
     raise no_renderer(block, "markdown")
 
 

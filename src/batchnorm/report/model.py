@@ -32,7 +32,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Text(Block):
-    """A paragraph, and the same in a second language, which stands beside it."""
+    """A paragraph, optionally with its text in a second language next to it."""
 
     words: str
     other: str = ""
@@ -49,8 +49,8 @@ class Formula(Block):
 class Table(Block):
     """Rows of cells under named columns; ``None`` is an empty cell.
 
-    Floats are shown with ``digits`` significant digits, and kept whole in JSON. Where it is
-    ``sortable``, readers of a page can sort its rows by a column and filter them.
+    Floats are shown with ``digits`` significant digits, and unrounded in JSON. If ``sortable``, the
+    rows can be sorted by a column and filtered on a page.
 
     Raises:
         OptionError: If a row has another number of cells than there are columns.
@@ -76,11 +76,11 @@ class Table(Block):
 class Series:
     """A named sequence of numbers to draw.
 
-    ``x`` are positions, shape (P,); words for bars; the values to be counted for a histogram.
-    ``y`` has one number for each ``x``. ``low`` and ``high`` bound a band. In a histogram a series
-    with ``y`` is counted already: ``x`` are the middles of equal parts; and one with ``low`` and
-    ``high`` is a mark, a bar from one to the other with a stroke at ``x``.
-    ``colour`` is a number of a colour, the same in all plots; None for that of its position.
+    ``x`` are positions, shape (P,); labels for bars; the values to be counted for a histogram.
+    ``y`` has one number per ``x``. ``low`` and ``high`` bound a band. In a histogram, a series with
+    ``y`` has counts already, and ``x`` are the centres of the bins; a series with ``low`` and
+    ``high`` is a bar between the two with a stroke at ``x``.
+    ``colour`` is the number of a colour, the same in all plots; None to choose it by position.
     """
 
     name: str
@@ -101,19 +101,19 @@ class Series:
 
 @dataclass(frozen=True)
 class Plot(Block):
-    """A plot of some series; ``caption`` describes it in words.
+    """A plot of series; ``caption`` describes it.
 
     Args:
         title: A short heading.
         kind: ``lines``; ``bands`` (a line between ``low`` and ``high``); ``bars``; ``histogram``.
-        series: What is drawn, in the order of the legend.
-        x_label: What lies along the horizontal axis, with its unit.
-        y_label: The same for the vertical axis.
-        caption: What a reader sees, also the text for those who cannot see it.
-        y_range: Ends of the vertical axis; by default it follows the data.
-        x_log: Whether equal steps to the right multiply by equal factors.
-        y_log: The same upwards.
-        small: Whether a page draws it small, without axes; for many of a kind.
+        series: The series, in the order of the legend.
+        x_label: Label of the horizontal axis, with its unit.
+        y_label: Label of the vertical axis, with its unit.
+        caption: Description of the plot, also the alternative text.
+        y_range: Ends of the vertical axis; by default those of the data.
+        x_log: Whether the horizontal axis is logarithmic.
+        y_log: Whether the vertical axis is logarithmic.
+        small: Whether a page draws it small, without axes; for many similar plots.
     """
 
     title: str
@@ -130,7 +130,7 @@ class Plot(Block):
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a heat map: its name, and for each quantity the values of its channels."""
+    """A row of a heat map: its name, and the values of its channels per quantity."""
 
     name: str
     values: tuple[tuple[float, ...], ...]
@@ -142,9 +142,9 @@ class Heat(Block):
 
     Args:
         title: A short heading.
-        quantities: What the columns show; each has one scale of colours for all rows.
-        rows: A row for each layer; a quantity that it lacks is empty.
-        caption: What a reader sees.
+        quantities: Names of the columns; each has one colour scale for all rows.
+        rows: One row per layer; a quantity that the layer lacks is empty.
+        caption: Description of the heat map.
     """
 
     title: str
@@ -163,7 +163,7 @@ class Heat(Block):
 
 @dataclass(frozen=True)
 class Images(Block):
-    """A strip of grey images, each with a label; the pixels of one are rows of numbers."""
+    """A strip of grey images with labels; the pixels of an image are rows of numbers."""
 
     title: str
     pictures: tuple[tuple[tuple[float, ...], ...], ...]
@@ -173,15 +173,15 @@ class Images(Block):
 
 @dataclass(frozen=True)
 class Grid(Block):
-    """A drawing of values in groups: cells of one number belong together.
+    """A drawing of values in groups: cells with equal numbers are in the same group.
 
     Args:
         title: A short heading.
         rows: Names of the rows.
         columns: Names of the columns.
-        groups: The group of each cell, a tuple for each row.
-        caption: What a reader sees.
-        pixels: Cells are drawn as squares of so many by so many values.
+        groups: The group of each cell, one tuple per row.
+        caption: Description of the drawing.
+        pixels: Number of values along the side of a cell's square.
     """
 
     title: str
@@ -200,7 +200,7 @@ class Grid(Block):
 
 @dataclass(frozen=True)
 class Details(Block):
-    """Blocks under one line, which a page opens on demand."""
+    """Blocks that a page shows after a click on their heading."""
 
     summary: str
     blocks: tuple[Block, ...]
@@ -208,21 +208,20 @@ class Details(Block):
 
 @dataclass(frozen=True)
 class Finding(Block):
-    """What a rule found in a model, a file or a measurement, and what to do about it.
+    """A finding of a rule in a model, a file or a measurement, with a remedy.
 
     Args:
         rule: Identifier of the rule, such as ``"BN001"``.
         severity: ``error`` (results are wrong), ``warning`` (they may be) or ``info``.
-        subject: What it is about: the name of a layer, a parameter or a file; ``""`` is the whole
-            model.
-        message: What was found.
-        remedy: What to do; ``""`` where nothing is to be done.
-        evidence: The numbers that the rule decided by: a mapping of names to plain values, which is
-            copied, or a table.
+        subject: The name of a layer, a parameter or a file; ``""`` is the whole model.
+        message: Description of the finding.
+        remedy: What to do; ``""`` if there is nothing to do.
+        evidence: The numbers on which the rule decided: a mapping of names to plain values, which
+            is copied, or a table.
 
     Raises:
-        OptionError: If the severity is another word, or a value of the evidence is no text, number
-            or None, as a tensor is: ``float(value)`` makes it one.
+        OptionError: If the severity is unknown, or a value of the evidence is not a text, a number
+            or None; convert tensors by ``float(value)``.
     """
 
     rule: str
@@ -230,7 +229,7 @@ class Finding(Block):
     subject: str
     message: str
     remedy: str = ""
-    # Left out of the hash, for a dict has none; findings are compared with their evidence.
+    # Not part of the hash, since a dict has none; but part of comparisons.
     evidence: Mapping[str, Cell] | Table = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -250,11 +249,11 @@ class Finding(Block):
         object.__setattr__(self, "evidence", dict(self.evidence))
 
     def heading(self) -> str:
-        """The rule and what it is about."""
+        """The rule and its subject."""
         return f"{self.rule}: {self.subject or WHOLE}"
 
     def table(self) -> Table | None:
-        """The evidence as a table, one row for each item of a mapping; None where there is none."""
+        """The evidence as a table, with one row per item of a mapping; None without evidence."""
         if isinstance(self.evidence, Table):
             return self.evidence
         rows = tuple(self.evidence.items())
@@ -286,19 +285,18 @@ class Report:
 def cell_text(cell: Cell, digits: int) -> str:
     """Return the text of a cell, the same for all renderers.
 
-    Floats with ``digits`` significant digits, integers whole with commas (1,792), ``None`` as a
-    dash.
+    Floats have ``digits`` significant digits, integers have commas (1,792), ``None`` is a dash.
     """
     if cell is None:
         return "–"
     if isinstance(cell, float):
-        # '#' keeps trailing zeros, so that a column of like numbers lines up.
+        # '#' keeps trailing zeros, so that columns of numbers are aligned.
         return f"{cell:#.{digits}g}".rstrip(".")
     return f"{cell:,}" if type(cell) is int else str(cell)
 
 
 def no_renderer(block: object, renderer: str) -> OptionError:
-    """The error for a block that a renderer has no function for."""
+    """Return the error for a block that a renderer does not support."""
     kind = type(block).__name__
     return OptionError(
         f"expected a block that batchnorm.report.{renderer} can show, got {kind}: register a "
@@ -307,5 +305,5 @@ def no_renderer(block: object, renderer: str) -> OptionError:
 
 
 def is_number(cell: Cell) -> bool:
-    """Whether a cell is set flush right, as numbers are."""
+    """Return whether a cell is a number, which is aligned right."""
     return cell is None or isinstance(cell, int | float)

@@ -14,23 +14,23 @@ from batchnorm.report.model import Grid, Plot, Series
 from batchnorm.report.plots import COLOURS, colour_of
 from batchnorm.report.terminal import finite, share_of
 
-# Cells of a row of a heat map; of channels that share one, the most extreme is shown.
+# Cells in a row of a heat map; for channels that share a cell, the most extreme value is shown.
 CELLS = 256
-# The ends of a scale leave out this share of the values at either side.
+# Share of the values beyond each end of a scale.
 LEFT_OUT = 0.01
-# From low to high; light and dark pages both are told apart from every one.
+# Colours from low to high, all of which differ from light and dark page backgrounds.
 STOPS = ((59, 76, 192), (104, 151, 214), (171, 189, 180), (229, 152, 91), (180, 40, 38))
 NOT_FINITE = (226, 0, 200)
 WIDTH, HEIGHT = 200, 60
 BINS = 24
-# Of a grid, in pixels: a cell, and between cells.
+# Pixels of a cell of a grid, and between cells.
 SIDE, GAP = 64, 10
 # Height of the mark of a mean and deviation above a histogram.
 MARK = 7
 
 
 class Scale(NamedTuple):
-    """What the colours of a quantity mean: the values at both ends, and whether in logarithms."""
+    """The colour scale of a quantity: the values at both ends, and whether it is logarithmic."""
 
     low: float
     high: float
@@ -58,7 +58,7 @@ def scale_of(rows: Sequence[Sequence[float]]) -> Scale | None:
 
 
 def heat_row(values: Sequence[float], scale: Scale) -> str:
-    """Return the address of a PNG, one pixel high, of the values of one layer."""
+    """Return a ``data:`` URL of a PNG, one pixel high, of the values of one layer."""
     count = min(len(values), CELLS)
     cells = [
         values[i * len(values) // count : (i + 1) * len(values) // count] for i in range(count)
@@ -74,12 +74,12 @@ def _cell(values: Sequence[float], scale: Scale) -> int:
 
 
 def gradient() -> str:
-    """Return the colours of heat maps as a gradient of CSS."""
+    """Return the colours of heat maps as a CSS gradient."""
     return f"linear-gradient(to right, {', '.join(f'rgb{stop}' for stop in STOPS)})"
 
 
 def grey(pixels: Sequence[Sequence[float]]) -> str:
-    """Return the address of a PNG of a grey image; its lowest value is black, its highest white."""
+    """Return a ``data:`` URL of a PNG of a grey image, with minimum black and maximum white."""
     values = [value for row in pixels for value in row]
     low, spread = min(values), max(values) - min(values)
     rows = [[round(255 * (v - low) / spread) if spread else 0 for v in row] for row in pixels]
@@ -87,7 +87,7 @@ def grey(pixels: Sequence[Sequence[float]]) -> str:
 
 
 def png(rows: Sequence[Sequence[int]], palette: Sequence[tuple[int, int, int]]) -> str:
-    """Return a ``data:`` address of a PNG, whose pixels are numbers of a palette of 256 colours.
+    """Return a ``data:`` URL of a PNG, whose pixels are indices of a palette of 256 colours.
 
     Reference:
         W3C, "Portable Network Graphics (PNG) Specification", colour type 3.
@@ -132,7 +132,7 @@ def small_svg(plot: Plot) -> str:
 
 
 def ends(plot: Plot) -> tuple[float, float] | None:
-    """Return the lowest and the highest value of a small plot; None where there is none."""
+    """Return the lowest and the highest value of a small plot; None if there are no values."""
     counted = plot.kind == "histogram"
     drawn = [one for one in plot.series if not (counted and one.low)]
     parts = [_edges(one) if counted and one.y else one.x if counted else one.y for one in drawn]
@@ -141,14 +141,14 @@ def ends(plot: Plot) -> tuple[float, float] | None:
 
 
 def _edges(series: Series) -> tuple[float, float]:
-    """Return the ends of a counted series."""
+    """Return the ends of a series with counts."""
     first, last = float(series.x[0]), float(series.x[-1])
     half = (last - first) / (len(series.x) - 1) / 2
     return first - half, last + half
 
 
 def _counted(drawn: Sequence[Series]) -> list[str]:
-    """Return the shapes of a series that is counted, and of marks above it."""
+    """Return the shapes of a series with counts, and of marks above it."""
     series, *marks = drawn
     (low, high), top = _edges(series), (MARK * len(marks) + 2) if marks else 0
     step, most = WIDTH / len(series.y), max(series.y) or 1.0
@@ -238,7 +238,7 @@ def grid_width(grid: Grid) -> int:
 
 
 def grid_svg(grid: Grid) -> str:
-    """Return the cells of a grid as an ``<svg>``, coloured by group; words are left to the page."""
+    """Return the cells of a grid as an ``<svg>``, coloured by group, without text."""
     width, height = grid_width(grid), len(grid.rows) * (SIDE + GAP) - GAP
     cuts = [SIDE * at / grid.pixels for at in range(1, grid.pixels)]
     shapes = []

@@ -2,7 +2,7 @@
 
 The picture takes the page's text colour (``currentColor``) and has no background, so that it is
 legible on light and dark pages and on paper. Series differ in colour and in line style. matplotlib
-is imported where something is drawn: ``import batchnorm`` neither needs nor loads it.
+is imported when something is drawn; ``import batchnorm`` neither needs nor imports it.
 """
 
 import io
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 INK = "#010203"
 COLOURS = ("#3a86c8", "#e0701a", "#2a9d6f", "#b565a7", "#b8912b", "#7f8791")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
-# Text stays text: it can be searched and read aloud. No date: the same plot gives the same bytes.
+# Text stays text, for search and screen readers. No date, so that equal plots have equal bytes.
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "batchnorm",
@@ -45,16 +45,16 @@ STYLE: dict[Any, Any] = {
 NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
-# Inches: of a plot, around bars, and of one place of a bar chart.
+# Inches: size of a plot, margin around bars, and size of one position of a bar chart.
 SIZE, AROUND, PLACE = (4.9, 3.3), 1.3, 0.26
 
 
 def to_svg(plot: Plot, prefix: str) -> str:
-    """The plot as an ``<svg>`` element, ready to stand in an HTML page.
+    """Return the plot as an ``<svg>`` element for an HTML page.
 
     Args:
-        plot: What to draw. Its title and caption are left to the page.
-        prefix: Unique on the page: put before every id, for ids of several pictures must differ.
+        plot: The plot; its title and caption are not drawn.
+        prefix: Prefix of all ids, unique on the page.
 
     Raises:
         MissingExtraError: If matplotlib is not installed.
@@ -64,18 +64,18 @@ def to_svg(plot: Plot, prefix: str) -> str:
         _draw(figure, [plot])
         buffer = io.StringIO()
         with warnings.catch_warnings():
-            # The text stays text, and the browser has the characters that matplotlib's font lacks.
+            # Text stays text, and the browser has the glyphs that matplotlib's font lacks.
             warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
             figure.savefig(buffer, format="svg", transparent=True, metadata=NO_METADATA)
     return _inline(buffer.getvalue(), prefix)
 
 
 def to_figure(plots: Sequence[Plot], path: str | PathLike[str] | None = None) -> "Figure":
-    """The plots side by side, each under its title, as one figure of matplotlib.
+    """Return the plots side by side, with titles, as one matplotlib figure.
 
     Args:
-        plots: What to draw, at least one plot.
-        path: Where to write the figure as well, in the format that its ending says.
+        plots: At least one plot.
+        path: File to which the figure is written, in the format of its suffix; None for none.
 
     Raises:
         MissingExtraError: If matplotlib is not installed.
@@ -173,7 +173,7 @@ def _lines(axes: "Axes", plot: Plot) -> None:
 
 
 def _bars(axes: "Axes", plot: Plot) -> None:
-    # Bars lie on their side: their names then have room, also on a phone.
+    # Horizontal bars, so that labels have room on narrow screens.
     height = 0.8 / len(plot.series)
     for index, series in enumerate(plot.series):
         away = (index + 0.5) * height - 0.4

@@ -1,18 +1,18 @@
-"""Sentences that remember how they were made, so that a report can be translated as a whole."""
+"""Texts that keep their template and values, so that a report can be translated."""
 
 from typing import Any
 
 
 class Said(str):  # noqa: SLOT000 (its attributes are few)
-    """A text that was made from a template, as ``str.format`` does; for other code it is a ``str``.
+    """A ``str`` made by ``str.format`` from a template, which it keeps.
 
-    ``batchnorm.report.chinese`` looks up the template and puts the same values into what it finds.
-    Values that are such texts themselves are translated as well, plain ones stay as they are.
+    ``batchnorm.report.chinese`` looks up the template and formats its translation with the same
+    values. Values that are ``Said`` are translated as well; plain strings are not.
 
     Args:
-        template: The English text, with a named field for each value. Without values it is taken
-            as it is, braces included.
-        values: What goes into the fields.
+        template: The English text, with a named field for each value. Without values it is used
+            unchanged, including braces.
+        values: Values of the fields.
     """
 
     template: str

@@ -1,7 +1,7 @@
 """Reports, sections and blocks as plain text, for terminals, logs and ``print``.
 
-No package is needed. Numbers are set flush right; where ``width`` is given, long lines are wrapped
-and the widest columns of a table are narrowed until it fits. A plot is one line for each series.
+No package is needed. Numbers are aligned right. With a ``width``, long lines are wrapped and the
+widest columns of a table are narrowed until it fits. A plot is one line per series.
 """
 
 import math
@@ -35,10 +35,10 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
-    """Return a row of at most ``width`` blocks, lowest for the least value, highest for the most.
+    """Return a row of at most ``width`` block characters, whose heights show the values.
 
-    Longer rows are thinned to evenly spaced values, first and last included. A value that is not
-    finite becomes a space.
+    Longer rows are thinned to evenly spaced values, including the first and the last. A value that
+    is not finite becomes a space.
     """
     chosen = _thin(values, width)
     known = finite(chosen)
@@ -83,9 +83,9 @@ def _counts(series: Series, bins: int = 20) -> tuple[float, ...]:
 
 
 def share_of(value: float, low: float, high: float) -> float:
-    """Return where a value lies between two ends, from 0 to 1; 0 if both are one."""
+    """Return the position of a value between two ends, from 0 to 1; 0 if the ends are equal."""
     spread = high - low
-    # Two quotients: the difference of the ends of float64 overflows, and inf / inf is NaN.
+    # Two quotients, since the difference of two large float64 values may overflow.
     return value / spread - low / spread if spread > 0 else 0.0
 
 
@@ -106,8 +106,7 @@ def _block(value: float, low: float, high: float) -> str:
     return BLOCKS[round(share_of(value, low, high) * (len(BLOCKS) - 1))]
 
 
-# Between columns; the narrowest column that a table is squeezed to; the length of a line of a note
-# where no width is given.
+# Gap between columns; minimum width of a column; length of lines of a note without a width.
 GAP, NARROWEST, PROSE = "  ", 4, 100
 
 
@@ -116,8 +115,8 @@ def to_text(what: Report | Section | Block, width: int | None = None) -> str:
 
     Args:
         what: A whole report, a section or one block. Plots become one sparkline per series.
-        width: Columns of the terminal; None for lines as long as their content, so that a file or
-            a pipe gets each row of a table in one line.
+        width: Columns of the terminal; None for lines of any length, so that each row of a table is
+            one line in a file or a pipe.
     """
     if isinstance(what, Report):
         head = [_underlined(what.title, "="), *(_wrapped(words, width) for words in what.summary)]
@@ -200,7 +199,7 @@ def _(block: Finding, width: int | None) -> str:
 
 
 def columns_of(text: str) -> int:
-    """Return how many columns of a terminal a text takes: Chinese characters take two."""
+    """Return the number of terminal columns of a text; Chinese characters take two."""
     if text.isascii():
         return len(text)
     return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
@@ -215,7 +214,7 @@ def _wrapped(words: str, width: int | None) -> str:
 
 
 def _lines(words: str, width: int) -> list[str]:
-    """Return words in lines of a width; between Chinese characters a line may end anywhere."""
+    """Wrap a text to lines of a width; between Chinese characters a line may end anywhere."""
     if columns_of(words) == len(words):
         return textwrap.wrap(words, width) or [""]
     lines = [""]
@@ -229,9 +228,9 @@ def _lines(words: str, width: int) -> list[str]:
 def _widths(
     columns: Sequence[Sequence[str]], numbers: Sequence[bool], total: int | None
 ) -> list[int]:
-    """Return the width of each column; where ``total`` is too little, narrow the widest ones.
+    """Return the width of each column; if the sum exceeds ``total``, narrow the widest columns.
 
-    They are narrowed to their longest words at first, then to ``NARROWEST``; numbers stay whole.
+    They are first narrowed to their longest words, then to ``NARROWEST``; numbers are not broken.
     """
     widths = [max(map(columns_of, cells)) for cells in columns]
     room = math.inf if total is None else total - len(GAP) * (len(widths) - 1)

@@ -1,4 +1,4 @@
-"""Words that a page adds to those of its report, in English and Chinese."""
+"""Texts that a page has in addition to its report, in English and Chinese."""
 
 from batchnorm.errors import OptionError
 
@@ -31,10 +31,10 @@ WORDS: dict[str, Words] = {
 
 
 def of_language(language: str) -> Words:
-    """Return the words of a language.
+    """Return the texts of a language.
 
     Raises:
-        OptionError: If there are none.
+        OptionError: If the language is not supported.
     """
     if language not in WORDS:
         raise OptionError(f"expected a language of {', '.join(WORDS)}, got {language!r}")
