@@ -68,7 +68,7 @@ CASES = {
         {"norm": bn.BatchNorm2d(3, statistics=bn.Grouped(2, affine="separate"))}, "for each group",
     ),
     "a part of a tensor": (
-        lambda m, x: m.norm(m.conv(x)[:, :2]), {"norm": nn.BatchNorm2d(2)}, "a part of the tensor"
+        lambda m, x: m.norm(m.conv(x)[:, :2]), {"norm": nn.BatchNorm2d(2)}, "a part of the output"
     ),
     "a part is written to": (
         lambda m, x: m.norm(_written(m.conv(x.detach()))), {}, ""

@@ -24,7 +24,7 @@ from batchnorm.models.stack import Done, record
 
 VERB = "insert"
 
-ASKED = "the model reads its {names}, which a Sequential with a normalization does not have"
+ASKED = "the model reads {names}, which its Sequential with a normalization does not have"
 
 UNPROVED = """\
 bn.insert(init='preserve') would change the model's results in evaluation. Nothing was changed. \
