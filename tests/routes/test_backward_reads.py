@@ -195,8 +195,10 @@ def test_the_second_derivative_goes_where_the_value_came_from_whatever_is_writte
         torch.manual_seed(0)
         x, leaf = torch.randn(2, 8, CHANNELS, dtype=torch.float64).requires_grad_()
         made = (leaf if what == "residual" else leaf[0]) * 2
-        given = {"residual": made} if what == "residual" else {"bias": made}
-        y, _ = bn.functional.normalize(x, **given, activation="silu")
+        if what == "residual":
+            y = bn.BatchNorm1d(CHANNELS, activation="silu").double()(x, made)
+        else:
+            y, _ = bn.functional.normalize(x, None, made, activation="silu")
         if write:
             made.mul_(y.detach() if what == "residual" else 3)
         (first,) = torch.autograd.grad(y, x, torch.ones_like(y) + x.detach(), create_graph=True)
