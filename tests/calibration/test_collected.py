@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchnorm.calibration import collect as collecting
-from batchnorm.calibration.collect import GROUPS, Collected
+from batchnorm.calibration.collect import CHUNKS, Collected
 from batchnorm.moments import Moments
 from support.oracle import POOLED, Tolerance
 from support.oracle import assert_close as close
@@ -33,7 +33,7 @@ def moments_of(values):
 
 
 def collect(batches, waiting, monkeypatch, reads=False):
-    """Collect the batches; ``reads`` says whether the groups are read after each of them."""
+    """Collect the batches; ``reads`` says whether the chunks are read after each of them."""
     monkeypatch.setattr(collecting, "WAITING", waiting)
     collected = Collected(CHANNELS)
     for batch in batches:
@@ -42,7 +42,7 @@ def collect(batches, waiting, monkeypatch, reads=False):
                 collected.batch.put(name, moments_of(values))
         collected.add()
         if reads:
-            collected.groups()
+            collected.chunks()
     return collected
 
 
@@ -62,34 +62,34 @@ def assert_exact(found, collected, batches, mean):
     waiting=st.sampled_from([1, 12, 24, 100, 1 << 19]),
     mean=st.sampled_from([0.0, -1e4]),
 )
-def test_groups_are_runs_of_neighbours_and_all_is_exact(number, seed, waiting, mean):
+def test_chunks_are_runs_of_neighbours_and_all_is_exact(number, seed, waiting, mean):
     batches = batches_of(number, seed, mean)
     with pytest.MonkeyPatch.context() as monkeypatch:
         collected = collect(batches, waiting, monkeypatch)
     assert_exact(collected.total(), collected, batches, mean)
-    groups = collected.groups()
-    assert len(groups.mean) <= GROUPS
+    chunks = collected.chunks()
+    assert len(chunks.mean) <= CHUNKS
     size = 1
-    while -(-number // size) > len(groups.mean):
+    while -(-number // size) > len(chunks.mean):
         size *= 2
-    assert len(groups.mean) == -(-number // size)
-    for i in {0, 1, len(groups.mean) // 2, len(groups.mean) - 1} & set(range(len(groups.mean))):
-        one = Moments(*(part[i] for part in groups))
+    assert len(chunks.mean) == -(-number // size)
+    for i in {0, 1, len(chunks.mean) // 2, len(chunks.mean) - 1} & set(range(len(chunks.mean))):
+        one = Moments(*(part[i] for part in chunks))
         assert_exact(one, collected, batches[i * size : (i + 1) * size], mean)
-    assert len(collected.groups(5).mean) <= 5
+    assert len(collected.chunks(5).mean) <= 5
 
 
-def test_without_a_batch_there_are_no_groups_of_moments():
+def test_without_a_batch_there_are_no_chunks_of_moments():
     empty = Collected(CHANNELS)
-    assert empty.groups().mean.shape == (0, 6)
+    assert empty.chunks().mean.shape == (0, 6)
     assert not empty.total().count.any()
 
 
 @pytest.mark.parametrize("waiting", [1, 48, 1 << 19])
-def test_reading_groups_between_batches_changes_no_bit(waiting, monkeypatch):
+def test_reading_chunks_between_batches_changes_no_bit(waiting, monkeypatch):
     batches = batches_of(200, seed=1)
     alone, asked = (collect(batches, waiting, monkeypatch, reads) for reads in (False, True))
-    for a, b in zip(alone.groups(), asked.groups(), strict=True):
+    for a, b in zip(alone.chunks(), asked.chunks(), strict=True):
         assert torch.equal(a, b)
 
 

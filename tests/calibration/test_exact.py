@@ -174,11 +174,11 @@ def test_two_standard_errors_cover_about_95_percent_of_the_true_values():
     assert 0.85 < var < 0.98  # the variance of a skewed quantity is itself skewed
 
 
-def test_errors_do_not_depend_on_how_many_batches_a_group_has():
+def test_errors_do_not_depend_on_how_many_batches_a_chunk_has():
     values = torch.randn(4096, 8)
-    few = bn.calibrate(nn.BatchNorm1d(8), values.split(64)).layers[""]  # 64 groups of one batch
+    few = bn.calibrate(nn.BatchNorm1d(8), values.split(64)).layers[""]  # 64 chunks of one batch
     many = bn.calibrate(nn.BatchNorm1d(8), values.split(4)).layers[""]  # of 16
-    assert len(few.groups.mean) == len(many.groups.mean) == 64
+    assert len(few.chunks.mean) == len(many.chunks.mean) == 64
     assert ((few.errors.var / many.errors.var - 1).abs() < 1000 * POOLED).all()
     assert ((few.errors.mean * 64 / values.double().std(0) - 1).abs() < 0.3).all()
 

@@ -44,8 +44,8 @@ def test_a_calibration_that_is_saved_and_loaded_is_the_same(options, tmp_path):
     assert list(loaded.layers) == list(found.layers)
     for name, layer in found.layers.items():
         other = loaded.layers[name]
-        values = (*layer.new, *layer.groups, *layer.change)
-        assert all(map(torch.equal, values, (*other.new, *other.groups, *other.change)))
+        values = (*layer.new, *layer.chunks, *layer.change)
+        assert all(map(torch.equal, values, (*other.new, *other.chunks, *other.change)))
 
 
 def test_merged_calibrations_equal_one_calibration_of_all_batches(tmp_path):
@@ -60,7 +60,7 @@ def test_merged_calibrations_equal_one_calibration_of_all_batches(tmp_path):
         close(other.new.var, one.new.var, Tolerance(POOLED, POOLED))
         close(other.errors.var, one.errors.var, Tolerance(POOLED, 1000 * POOLED))
     many = merged.merge(*[merged] * 10)
-    assert len(many.layers["1"].groups.mean) <= 64
+    assert len(many.layers["1"].chunks.mean) <= 64
     model = network()
     assert merged.apply(model) is model
     assert_same_state(model, twin)

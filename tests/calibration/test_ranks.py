@@ -57,7 +57,7 @@ def packed(result):
 def calibrating(rank, shares, upstream):
     model = network()
     result = bn.calibrate(model, share(rank, shares), upstream=upstream)
-    told = (result.batches, result.samples, len(result.layers["1"].groups.mean))
+    told = (result.batches, result.samples, len(result.layers["1"].chunks.mean))
     return packed(result), statistics(model), told
 
 

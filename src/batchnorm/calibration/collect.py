@@ -2,9 +2,9 @@
 
 Kernels write the Moments of the current batch into one preallocated tensor, so that merging a batch
 takes a few operations, independent of the number of layers. The Moments of all batches are kept in
-at most 64 groups of batches; the standard errors are estimated from the variation between groups.
+at most 64 chunks of batches; the standard errors are estimated from the variation between chunks.
 
-``A`` is the number of channels of all layers together, ``K`` the number of groups of batches.
+``A`` is the number of channels of all layers together, ``K`` the number of chunks of batches.
 """
 
 import math
@@ -17,8 +17,8 @@ from torch import Tensor
 from batchnorm.errors import ChannelError
 from batchnorm.moments import Moments, merge, merge_all, merge_runs
 
-# Maximum number of groups of batches; when it is reached, groups are merged in pairs.
-GROUPS = 64
+# Maximum number of chunks of batches; when it is reached, chunks are merged in pairs.
+CHUNKS = 64
 # Maximum number of values waiting to be merged: 4 MB.
 WAITING = 1 << 19
 
@@ -30,30 +30,30 @@ class Errors(NamedTuple):
     var: Tensor
 
 
-def standard_errors(groups: Moments) -> Errors:
-    r"""Estimate the standard errors of mean and variance from the variation between groups.
+def standard_errors(chunks: Moments) -> Errors:
+    r"""Estimate the standard errors of mean and variance from the variation between chunks.
 
-    With :math:`n_g, \mu_g, \sigma_g^2` of group g, :math:`n, \mu, \sigma^2` of all groups, and the
+    With :math:`n_g, \mu_g, \sigma_g^2` of chunk g, :math:`n, \mu, \sigma^2` of all chunks, and the
     mean square about the common mean :math:`q_g = \sigma_g^2 + (\mu_g - \mu)^2`:
 
     .. math:: s_\mu^2 = \tfrac{K}{K-1} \sum_g \big(\tfrac{n_g}{n} (\mu_g - \mu)\big)^2, \qquad
         s_{\sigma^2}^2 = \tfrac{K}{K-1} \sum_g \big(\tfrac{n_g}{n} (q_g - \sigma^2)\big)^2
 
-    The groups are treated as independent samples of different sizes (a ratio estimate of a cluster
-    sample). Values within a group may be correlated, as neighbouring pixels are.
+    The chunks are treated as independent samples of different sizes (a ratio estimate of a cluster
+    sample). Values within a chunk may be correlated, as neighbouring pixels are.
 
     Args:
-        groups: count, mean, m2 of shape (K, A), float64, K >= 1.
+        chunks: count, mean, m2 of shape (K, A), float64, K >= 1.
 
     Returns:
-        Standard errors (A,); NaN if fewer than two groups have values.
+        Standard errors (A,); NaN if fewer than two chunks have values.
 
     Reference:
         Cochran 1977, "Sampling Techniques", section 9A.2 (clusters of unequal size).
     """
-    count, mean, m2 = groups
+    count, mean, m2 = chunks
     assert isinstance(count, Tensor)
-    all_n, all_mean, all_m2 = merge_all(groups)
+    all_n, all_mean, all_m2 = merge_all(chunks)
     some = count > 0
     share = count / all_n
     away = torch.where(some, mean - all_mean, 0.0)
@@ -64,16 +64,16 @@ def standard_errors(groups: Moments) -> Errors:
     return Errors(*((factor * (part * part).sum(0)).sqrt() for part in (share * away, off)))
 
 
-def largest_error(groups: Moments, eps: Tensor | float) -> float:
+def largest_error(chunks: Moments, eps: Tensor | float) -> float:
     r"""Return the largest :math:`s_\mu/\sqrt{\sigma^2+\varepsilon}` or
     :math:`s_{\sigma^2}/2(\sigma^2+\varepsilon)` of all channels; NaN if all are unknown.
 
     These are the shift and the relative change of scale that the errors cause in normalized values.
     """  # noqa: D205
-    if not len(groups.mean):
+    if not len(chunks.mean):
         return math.nan
-    errors = standard_errors(groups)
-    count, _, m2 = merge_all(groups)
+    errors = standard_errors(chunks)
+    count, _, m2 = merge_all(chunks)
     spread = m2 / count + eps
     found = torch.maximum(errors.mean / spread.sqrt(), errors.var / spread / 2)
     known = found[~found.isnan()]
@@ -170,13 +170,13 @@ class Collected:
         self._layers = torch.arange(len(sizes)).repeat_interleave(sizes)
         values = self.batch.values
         # Batches are buffered, so that many are merged at once. Their number is a power of two, so
-        # that a group consists of complete buffers.
-        fit = min(max(WAITING // max(values.numel(), 1), 1), GROUPS)
+        # that a chunk consists of complete buffers.
+        fit = min(max(WAITING // max(values.numel(), 1), 1), CHUNKS)
         self._waiting = values.new_empty(1 << fit.bit_length() - 1, *values.shape)
         self._places = self._waiting.unbind()
         self._counts: list[list[float]] = []
         empty = values[:0]
-        self._groups, self._size, self._taken = Moments(empty, empty, empty), 1, 0
+        self._chunks, self._size, self._taken = Moments(empty, empty, empty), 1, 0
 
     def add(self) -> None:
         """Add ``batch`` and clear it; layers without a count were not called."""
@@ -185,43 +185,43 @@ class Collected:
         self._counts.append([batch.counts.get(name, 0.0) for name in batch.parts])
         batch.counts = {}
         if number + 1 == len(self._places):
-            self._groups, self._size = self._grouped()
+            self._chunks, self._size = self._chunked()
             self._taken += len(self._counts)
             self._counts.clear()
 
-    def groups(self, most: int = GROUPS) -> Moments:
-        """Return at most ``most`` groups in order: count, mean, m2, each (K, A)."""
-        groups, _ = self._grouped()
-        while len(groups.mean) > max(most, 1):
-            groups = merge_runs(groups, 2)
-        return groups
+    def chunks(self, most: int = CHUNKS) -> Moments:
+        """Return at most ``most`` chunks in order: count, mean, m2, each (K, A)."""
+        chunks, _ = self._chunked()
+        while len(chunks.mean) > max(most, 1):
+            chunks = merge_runs(chunks, 2)
+        return chunks
 
     def total(self) -> Moments:
         """Return the Moments of all batches: count, mean, m2, each (A,)."""
-        groups = self.groups()
-        if not len(groups.mean):
+        chunks = self.chunks()
+        if not len(chunks.mean):
             return Moments(*(torch.zeros_like(self.batch.values[0]) for _ in range(3)))
-        return merge_all(groups)
+        return merge_all(chunks)
 
     def split(self, values: Tensor) -> dict[str, Tensor]:
         """Split the last axis of a tensor, A, into layers."""
         parts = values.split(list(self.channels.values()), dim=-1)
         return dict(zip(self.channels, parts, strict=True))
 
-    def _grouped(self) -> tuple[Moments, int]:
-        """Return the groups including buffered batches, and the number of batches per group."""
-        groups, size = self._groups, self._size
+    def _chunked(self) -> tuple[Moments, int]:
+        """Return the chunks including buffered batches, and the number of batches per chunk."""
+        chunks, size = self._chunks, self._size
         if not self._counts:
-            return groups, size
+            return chunks, size
         counts = torch.tensor(self._counts, dtype=torch.float64).index_select(1, self._layers)
         new = Moments(counts, *self._waiting[: len(counts)].unbind(1))
         if size > 1:
             new = merge_runs(new, min(size, len(self._places)))
         if self._taken % size:
-            # The last group is incomplete, and lacks more batches than the buffer has.
-            new = merge(Moments(*(part[-1:] for part in groups)), new)  # type: ignore[index]
-            groups = Moments(*(part[:-1] for part in groups))  # type: ignore[index]
-        groups = Moments(*(torch.cat(pair) for pair in zip(groups, new, strict=True)))  # type: ignore[arg-type]
-        while len(groups.mean) > GROUPS:
-            groups, size = merge_runs(groups, 2), 2 * size
-        return groups, size
+            # The last chunk is incomplete, and lacks more batches than the buffer has.
+            new = merge(Moments(*(part[-1:] for part in chunks)), new)  # type: ignore[index]
+            chunks = Moments(*(part[:-1] for part in chunks))  # type: ignore[index]
+        chunks = Moments(*(torch.cat(pair) for pair in zip(chunks, new, strict=True)))  # type: ignore[arg-type]
+        while len(chunks.mean) > CHUNKS:
+            chunks, size = merge_runs(chunks, 2), 2 * size
+        return chunks, size

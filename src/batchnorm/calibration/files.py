@@ -13,9 +13,9 @@ from batchnorm.files import write_atomically
 from batchnorm.storage.safetensors_file import safetensors
 
 # Tensors of a layer, in order; the names in the file are "layer:key".
-KEYS = ("count", "mean", "m2", "groups.count", "groups.mean", "groups.m2", "old.mean", "old.var")
+KEYS = ("count", "mean", "m2", "chunks.count", "chunks.mean", "chunks.m2", "old.mean", "old.var")
 PLAIN = ("batches", "samples", "rejected", "upstream", "passes", "reached")
-FORMAT = "batchnorm-calibration-2"
+FORMAT = "batchnorm-calibration-3"
 
 NOT_ONE = """\
 expected a file that Calibration.save has written, got {path}, {what}"""

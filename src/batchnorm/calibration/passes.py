@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from batchnorm.calibration.batches import Batches, Options
-from batchnorm.calibration.collect import GROUPS, Collected, largest_error, standard_errors
+from batchnorm.calibration.collect import CHUNKS, Collected, largest_error, standard_errors
 from batchnorm.calibration.measure import MeasuredLayers
 from batchnorm.calibration.stored import Statistics
 from batchnorm.collective import Ranks
@@ -50,12 +50,12 @@ class Measured(NamedTuple):
 
     Attributes:
         moments: Moments of all batches.
-        groups: Moments of groups of batches, (K, C).
+        chunks: Moments of chunks of batches, (K, C).
         batches: Number of batches with values.
     """
 
     moments: Moments
-    groups: Moments
+    chunks: Moments
     batches: int
 
 
@@ -145,7 +145,7 @@ class Passes:
     def compare(self, before: Mapping[str, Statistics]) -> None:
         """Store the change of the estimates in the last pass, in standard errors."""
         for name, measured in self.results[-1].layers.items():
-            errors = standard_errors(measured.groups)
+            errors = standard_errors(measured.chunks)
             steps = [
                 (a - b).abs()[a != b] / unit[a != b]
                 for a, b, unit in zip(self.current[name], before[name], errors, strict=True)
@@ -195,7 +195,7 @@ class _Pass:
             tally.rejected += 1
             tally.where = tally.where or batch.first_not_finite()
             batch.clear()
-        self._tell(samples, lambda: largest_error(collected.groups(), self._eps))
+        self._tell(samples, lambda: largest_error(collected.chunks(), self._eps))
 
     def _is_due(self) -> bool:
         if self._target is None or self._tally.batches < self._next:
@@ -207,24 +207,24 @@ class _Pass:
         """Exchange a status; return whether the target is reached, None if all are done."""
         words = self._ranks.exchange(word)
         if self._target is not None:
-            groups = self._groups()
-            used = groups.count > 0  # type: ignore[operator]
-            # Of values in a single group of batches there is no standard error.
+            chunks = self._chunks()
+            used = chunks.count > 0  # type: ignore[operator]
+            # Of values in a single chunk of batches there is no standard error.
             known = bool((used.sum(0) != 1).all())  # type: ignore[union-attr]
             few = int(used.any(1).sum()) < FEWEST  # type: ignore[union-attr]
-            if known and not few and largest_error(groups, self._eps) <= self._target:
+            if known and not few and largest_error(chunks, self._eps) <= self._target:
                 return True
         return None if all(said == _DONE for said in words) else False
 
-    def _groups(self) -> Moments:
-        """Return the groups of all processes; each process sends a limited number."""
+    def _chunks(self) -> Moments:
+        """Return the chunks of all processes; each process sends a limited number."""
         ranks = self._ranks
-        most = max(2, GROUPS // ranks.size)
-        groups = self._collected.groups(most)
+        most = max(2, CHUNKS // ranks.size)
+        chunks = self._collected.chunks(most)
         if ranks.size == 1:
-            return groups
-        packed = torch.zeros(3, most, groups.mean.shape[1], dtype=torch.float64)
-        packed[:, : len(groups.mean)] = torch.stack(list(groups))  # type: ignore[arg-type]
+            return chunks
+        packed = torch.zeros(3, most, chunks.mean.shape[1], dtype=torch.float64)
+        packed[:, : len(chunks.mean)] = torch.stack(list(chunks))  # type: ignore[arg-type]
         return Moments(*torch.cat(ranks.gather(packed), dim=1))
 
     def _result(self, reached: bool) -> PassResult:
@@ -237,19 +237,19 @@ class _Pass:
             next((one.where for one in tallies if one.where is not None), None),
             sum((one.used for one in tallies), Counter()),
         )
-        return PassResult(self._split(total, self._groups(), tally.used), tally, reached)
+        return PassResult(self._split(total, self._chunks(), tally.used), tally, reached)
 
     def _split(
-        self, total: Moments, groups: Moments, batches: Mapping[str, int]
+        self, total: Moments, chunks: Moments, batches: Mapping[str, int]
     ) -> dict[str, Measured]:
         """Split the Moments of all channels into those of the layers that were called."""
         split = self._collected.split
-        of_all, of_groups = ([split(part) for part in one] for one in (total, groups))  # type: ignore[arg-type]
+        of_all, of_chunks = ([split(part) for part in one] for one in (total, chunks))  # type: ignore[arg-type]
         found = {}
         for name in self._collected.channels:
             count, mean, m2 = (part[name] for part in of_all)
             if count.numel() and count[0] > 0:
-                counts, means, m2s = (part[name] for part in of_groups)
+                counts, means, m2s = (part[name] for part in of_chunks)
                 used = counts[:, 0] > 0
                 found[name] = Measured(
                     Moments(float(count[0]), mean.clone(), m2.clone()),

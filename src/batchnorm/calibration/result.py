@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.calibration import files, report
-from batchnorm.calibration.collect import GROUPS, Errors, largest_error, standard_errors
+from batchnorm.calibration.collect import CHUNKS, Errors, largest_error, standard_errors
 from batchnorm.calibration.stored import Place, Statistics, places, write
 from batchnorm.errors import CalibrationError
 from batchnorm.models.walk import unwrapped, walk
@@ -31,7 +31,7 @@ class LayerStatistics:
 
     Attributes:
         moments: Moments of all inputs of the layer; ``count`` is the number of values per channel.
-        groups: Moments of consecutive groups of batches: count (K, 1), mean and m2 (K, C).
+        chunks: Moments of consecutive chunks of batches: count (K, 1), mean and m2 (K, C).
         batches: Number of batches in which the layer, or the group, had values.
         old: Mean and variance of the layer before the calibration.
         eps: The layer's ``eps``.
@@ -40,7 +40,7 @@ class LayerStatistics:
     """
 
     moments: Moments
-    groups: Moments
+    chunks: Moments
     batches: int
     old: Statistics
     eps: float
@@ -54,12 +54,12 @@ class LayerStatistics:
     @cached_property
     def errors(self) -> Errors:
         """Standard errors of mean and variance, from the variance between batches; may be NaN."""
-        return standard_errors(self.groups)
+        return standard_errors(self.chunks)
 
     @cached_property
     def error(self) -> float:
         """The largest relative error: of the shift or scale of normalized values."""
-        return largest_error(self.groups, self.eps)
+        return largest_error(self.chunks, self.eps)
 
     @cached_property
     def change(self) -> Errors:
@@ -185,7 +185,7 @@ class Calibration:
         tensors: dict[str, Tensor] = {}
         for name, found in self.layers.items():
             count = torch.as_tensor(float(found.moments.count), dtype=torch.float64)
-            parts: Any = (count, *found.moments[1:], *found.groups, *found.old)
+            parts: Any = (count, *found.moments[1:], *found.chunks, *found.old)
             tensors |= {f"{name}:{key}": t for key, t in zip(files.KEYS, parts, strict=True)}
         plain = {key: getattr(self, key) for key in files.PLAIN}
         layers = {name: [one.eps, one.remaining, one.batches] for name, one in self.layers.items()}
@@ -197,9 +197,9 @@ class Calibration:
         layers = {}
         for name, (eps, remaining, batches) in plain["layers"].items():
             count, mean, m2, counts, means, m2s, *old = (tensors[f"{name}:{k}"] for k in files.KEYS)
-            moments, groups = Moments(float(count), mean, m2), Moments(counts, means, m2s)
+            moments, chunks = Moments(float(count), mean, m2), Moments(counts, means, m2s)
             stored = Statistics(*old)
-            layers[name] = LayerStatistics(moments, groups, batches, stored, eps, remaining)
+            layers[name] = LayerStatistics(moments, chunks, batches, stored, eps, remaining)
         return cls(layers, plain["skipped"], **{key: plain[key] for key in files.PLAIN})
 
     def rows(self) -> list[dict[str, Any]]:
@@ -280,13 +280,13 @@ def _merge_layer(name: str, a: LayerStatistics, b: LayerStatistics) -> LayerStat
             f"expected layer {name!r} with the same number of channels in all calibrations, got "
             f"{a.moments.mean.numel()} and {b.moments.mean.numel()}"
         )
-    groups = Moments(*(torch.cat([x, y]) for x, y in zip(a.groups, b.groups, strict=True)))  # type: ignore[list-item]
-    while len(groups.mean) > GROUPS:
-        groups = merge_runs(groups, 2)
+    chunks = Moments(*(torch.cat([x, y]) for x, y in zip(a.chunks, b.chunks, strict=True)))  # type: ignore[list-item]
+    while len(chunks.mean) > CHUNKS:
+        chunks = merge_runs(chunks, 2)
     return replace(
         a,
         moments=merge(a.moments, b.moments),
-        groups=groups,
+        chunks=chunks,
         batches=a.batches + b.batches,
         remaining=max(a.remaining, b.remaining),
     )

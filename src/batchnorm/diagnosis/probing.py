@@ -113,7 +113,7 @@ def measure(
 
 
 def _fit(stored: Statistics, true: Statistics, found: Measured, eps: float) -> Fit:
-    errors = standard_errors(found.groups)
+    errors = standard_errors(found.chunks)
     steps = torch.stack(
         [(a - b).abs() / e for a, b, e in zip(usable(stored), true, errors, strict=True)]
     )
