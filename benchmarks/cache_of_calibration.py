@@ -1,10 +1,10 @@
-"""What ``bn.calibrate(cache_bytes=)`` is worth with upstream="population": rows of data as CSV.
+"""The speedup of ``bn.calibrate(cache_bytes=)`` with upstream="population": rows of data as CSV.
 
     python benchmarks/cache_of_calibration.py
 
 ResNet-50 is calibrated over the same batches with and without the cache, which keeps what the
-earlier part of the network made of each batch. A process for each time, in turns, in both memory
-regimes; the ratio is the time without the cache over that with it.
+earlier part of the network computed for each batch. Each time is from a separate process, in turns,
+in both memory regimes; the ratio is the time without the cache over the time with it.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What one operation takes on a GPU: the parts of ``cuda_session`` that time cells."""
+"""Times of single operations on a GPU: the parts of ``cuda_session`` that time cells."""
 
 import argparse
 import itertools

@@ -1,4 +1,4 @@
-"""Whether the CUDA kernels are right: the parts of ``cuda_session`` that take no times."""
+"""Correctness of the CUDA kernels: the parts of ``cuda_session`` that do not measure times."""
 
 import argparse
 import copy

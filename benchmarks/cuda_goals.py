@@ -1,9 +1,9 @@
-"""What is aimed at on a GPU, beside what ``cuda_session`` found: one line per goal.
+"""Goals on a GPU, compared with the results of ``cuda_session``: one line per goal.
 
     python benchmarks/cuda_goals.py first second
 
-The folders hold the files of the session's calls. Of a goal for many cells the worst is shown. A
-row of ResNet-50's shapes counts: batches of 256, bf16, channels-last.
+The folders have the files of the session's calls. For a goal about many cells the worst cell is
+shown. Only rows of ResNet-50's shapes count: batches of 256, bf16, channels-last.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""What a training step of a network takes on a GPU: a part of ``cuda_session``."""
+"""Times of training steps of networks on a GPU: a part of ``cuda_session``."""
 
 import argparse
 import statistics

@@ -1,4 +1,4 @@
-"""All that only a GPU can tell, in calls of less than ten minutes.
+"""All measurements and tests that need a GPU, in calls of less than ten minutes.
 
     PYTHONPATH=src OUT=first python benchmarks/cuda_session.py
     PYTHONPATH=src OUT=second python benchmarks/cuda_session.py --parts compiled sweep more

@@ -1,4 +1,4 @@
-"""What the doctor finds of planted faults, and what it says of healthy networks: rows as CSV.
+"""Findings of the doctor for planted faults and for healthy networks: rows of data as CSV.
 
     python benchmarks/doctor.py faults
     python benchmarks/doctor.py healthy

@@ -1,4 +1,4 @@
-"""Measure what serves where the native kernels do not, against the same thing by torch.nn.
+"""Times of the implementations that serve calls without native kernels, against torch.nn.
 
     python benchmarks/fallbacks.py      # every cell that has no row yet
 

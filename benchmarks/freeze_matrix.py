@@ -1,4 +1,4 @@
-"""What frozen batch normalization survives, in this library and in others: rows of data as CSV.
+"""Actions after which batch normalization stays frozen, in several libraries: rows of data as CSV.
 
     python benchmarks/freeze_matrix.py
 

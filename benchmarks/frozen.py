@@ -1,4 +1,4 @@
-"""What frozen batch normalization costs in a training step, and what it keeps: rows of data as CSV.
+"""Time and saved memory of frozen batch normalization in a training step: rows of data as CSV.
 
     python benchmarks/frozen.py                       # every cell that has no row yet
     python benchmarks/frozen.py --only resnet50 kept  # cells with these words

@@ -1,4 +1,4 @@
-"""Say which cells of the table fall short of what is aimed at, and by how much.
+"""Print the cells of the table that miss a goal, and by how much.
 
     python benchmarks/goals.py benchmarks/data/cpu/rows.csv
 

@@ -1,4 +1,4 @@
-"""What became of a random graph that was folded: right, wrong, crashed, missed."""
+"""The verdict on a folded random graph: right, wrong, crashed, missed."""
 
 import copy
 from dataclasses import dataclass, field

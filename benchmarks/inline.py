@@ -1,4 +1,4 @@
-"""What an inline marker says: which rows, and what to show of them.
+"""The syntax of inline markers: which rows, and which value to show.
 
     FILE column=value ... : [min|max|range|interval] EXPRESSION [in UNIT]
 

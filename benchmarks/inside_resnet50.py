@@ -1,4 +1,4 @@
-"""What normalization costs inside ResNet-50, and what capture costs: rows of data as CSV.
+"""Time of normalization inside ResNet-50, and time of graph capture: rows of data as CSV.
 
     python benchmarks/inside_resnet50.py
 

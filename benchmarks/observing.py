@@ -1,4 +1,4 @@
-"""What ``bn.observe`` costs a training step of ResNet-18 on the CPU: rows of data as CSV.
+"""Overhead of ``bn.observe`` in a training step of ResNet-18 on the CPU: rows of data as CSV.
 
     python benchmarks/observing.py
 

@@ -1,4 +1,4 @@
-"""What padding changes in the valid outputs of speech models: rows of data as CSV.
+"""The effect of padding on the valid outputs of speech models: rows of data as CSV.
 
     python benchmarks/padding.py
 

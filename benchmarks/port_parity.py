@@ -1,4 +1,4 @@
-"""Outputs of models that ``bn.port`` made, against those of Keras and Flax: rows of data as CSV.
+"""Outputs of models ported by ``bn.port``, against those of Keras and Flax: rows of data as CSV.
 
     python benchmarks/port_parity.py
 

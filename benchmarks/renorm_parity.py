@@ -1,4 +1,4 @@
-"""Batch renormalization of three libraries beside the paper's formula: rows of data as CSV.
+"""Batch renormalization of three libraries against the paper's formula: rows of data as CSV.
 
     PYTHONPATH=folder/of/keras:folder/of/torchrl python benchmarks/renorm_parity.py
 

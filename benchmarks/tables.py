@@ -1,7 +1,7 @@
 """The tables of the pages: a function of rows for each name in ``<!-- rows: NAME -->``.
 
-What a table shows is listed here and not read off the files, so that a row that is missing is an
-error. Cells are "ratio (low–high)" with the 95 % interval of the rows.
+The contents of a table are listed here instead of being read from the files, so that a missing row
+is an error. Cells are "ratio (low–high)" with the 95 % interval of the rows.
 """
 
 from collections.abc import Callable, Iterable, Sequence

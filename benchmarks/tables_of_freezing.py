@@ -1,4 +1,4 @@
-"""The tables of docs/freeze.md: what freezing survives, and what tune mode costs."""
+"""The tables of docs/freeze.md: actions after freezing, and time and memory of frozen layers."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The tables of whole networks: what conversion and captured graphs are worth in each setting."""
+"""The tables of whole networks: speedups of conversion and captured graphs in each setting."""
 
 import itertools
 from collections.abc import Callable, Sequence

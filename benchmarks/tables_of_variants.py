@@ -1,4 +1,4 @@
-"""The tables of docs/statistics.md: what groups and masks cost, and what padding changes."""
+"""The tables of docs/statistics.md: time of groups and masks, and the effect of padding."""
 
 import statistics
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What ``bn.calibrate`` costs beside a plain forward over the same data: rows of data as CSV.
+"""Time of ``bn.calibrate`` relative to a forward pass over the same data: rows of data as CSV.
 
     python benchmarks/throughput_of_use.py --out benchmarks/data/use/throughput.csv
 

@@ -1,4 +1,4 @@
-"""What groups, ghost batches, masks and renormalization cost a layer: rows of data as CSV.
+"""Time of groups, ghost batches, masks and renormalization in a layer: rows of data as CSV.
 
     PYTHONPATH=folder/of/pytorch-tabnet python benchmarks/variants.py
 

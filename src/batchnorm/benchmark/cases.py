@@ -11,7 +11,7 @@ OPS = ("bn", "bn+relu", "bn+add+relu")
 MODES = ("train", "forward", "eval")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# Shape -> whether it is also measured in channels-last memory.
+# Shape -> whether it is also measured with channels-last memory.
 SHAPES: dict[tuple[int, ...], bool] = {
     (32, 64): False,
     (128, 256): False,
@@ -30,10 +30,10 @@ SHAPES: dict[tuple[int, ...], bool] = {
     (8, 64, 16, 28, 28): True,
 }
 
-# The shapes of the table in docs/benchmarks.md, and of a run that does not ask for all.
+# The shapes of the table in docs/benchmarks.md, and of a run without --all.
 TABLE = {(32, 64), (8192, 1024), (32, 1024, 14, 14)}
 
-# What a GPU is measured with: ResNet-50's normalizations at a batch of 256, and dense layers.
+# Shapes for GPUs: ResNet-50's normalizations with a batch of 256, and dense layers.
 CUDA_SHAPES: dict[tuple[int, ...], bool] = {
     (256, 1024): False,
     (8192, 4096): False,
@@ -49,11 +49,11 @@ CUDA_SHAPES: dict[tuple[int, ...], bool] = {
     (256, 64, 112, 112): True,
 }
 
-# Prime, so that no row or image is like another.
+# Prime, so that no two rows or images are equal.
 _DRAWN = 1_048_583
 
-# Copies of the tensor (one read and one write each) that no implementation can do without, each
-# tensor that must be read or written counted once: half a copy per tensor.
+# Minimum memory traffic of any implementation, in copies of the tensor (one read and one write
+# each): each tensor that must be read or written counts once, as half a copy.
 #   forward: x, y (and the residual); eval alike
 #   backward: dy, x, dx (and the residual's gradient, and y or the residual for the mask)
 FLOOR_COPIES = {
@@ -75,8 +75,8 @@ class Case:
         mode: ``train`` is forward and backward, ``forward`` a training forward without
             gradients, ``eval`` an evaluation forward.
         dtype: A key of ``DTYPES``; parameters and statistics are float32.
-        shape: Of the input, (N, C, *).
-        channels_last: Whether the input lies in memory with the channels innermost.
+        shape: Shape of the input, (N, C, *).
+        channels_last: Whether the channels of the input are innermost in memory.
         device: ``cpu`` or ``cuda``.
     """
 
@@ -107,7 +107,7 @@ class Case:
     def tensor(self, seed: int) -> Tensor:
         """Return a random tensor of the case's shape, dtype and memory layout.
 
-        It repeats some million numbers: to draw all would take longer than to measure.
+        It repeats about a million random numbers: drawing all would take longer than measuring.
         """
         generator = torch.Generator(self.device).manual_seed(seed)
         size = prod(self.shape)
@@ -118,13 +118,13 @@ class Case:
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
     def __str__(self) -> str:
-        """Return the cell in words."""
+        """Return a description of the cell."""
         shape = "x".join(map(str, self.shape))
         return f"{self.op} {self.mode} {self.dtype} {shape} {self.layout}"
 
 
 def is_in_table(case: Case) -> bool:
-    """Return whether a cell is of the table: training and evaluation, one operation in bf16 too."""
+    """Return whether a cell is in the table: training and evaluation, bf16 for one operation."""
     if case.shape not in TABLE or case.mode == "forward":
         return False
     return case.dtype == "fp32" or case.op == "bn+add+relu"

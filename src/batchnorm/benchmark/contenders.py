@@ -14,7 +14,7 @@ from batchnorm.ops.backends.choice import use_backend
 
 Run = Callable[[], Any]
 
-# Device -> names and modes of torch.compile. Graphs would copy inputs into buffers of their own.
+# Device -> names and modes of torch.compile, without CUDA graphs, which would copy inputs.
 COMPILED: dict[str, dict[str, str | None]] = {
     "cpu": {"compile": None},
     "cuda": {"compile": None, "compile max-autotune": "max-autotune-no-cudagraphs"},
@@ -40,7 +40,7 @@ class Eager(nn.Module):
 
 
 class Ours(nn.Module):
-    """One layer of ours, served by a backend that is named or chosen."""
+    """A layer of this library, with a named backend or the default."""
 
     def __init__(self, case: Case, backend: str | None = None) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def names(case: Case, compiled: bool = False) -> list[str]:
 
     Args:
         case: The cell.
-        compiled: Whether ``torch.compile`` of the eager module does; on a GPU also with
+        compiled: Whether to include ``torch.compile`` of the eager module; on a GPU also with
             ``mode="max-autotune"``.
     """
     found = ["eager", "ours"]
@@ -77,7 +77,7 @@ def contenders(case: Case, chosen: Iterable[str]) -> dict[str, Run]:
 
 
 def _contender(case: Case, name: str) -> Run:
-    # On a GPU torch's own kernels serve by default, which is what eager is.
+    # On a GPU the default are torch's kernels, like eager.
     backend = None if case.device == "cpu" else "triton"
     ours = name == "ours"
     module: Any = Ours(case, backend) if ours else Eager(case, inplace=name == "eager in place")
@@ -112,7 +112,7 @@ def step(module: nn.Module, case: Case) -> Run:
 
 
 def saved_bytes(module: nn.Module, case: Case) -> int:
-    """Return the bytes of the storages that a training forward keeps for backward, each once."""
+    """Return the bytes of the unique storages that a training forward saves for backward."""
     storages: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -35,13 +35,13 @@ def interleaved(
     most: int = 200,
     clock: Clock | None = None,
 ) -> dict[str, Timing]:
-    """Time functions in turn, so that what disturbs the machine disturbs all of them.
+    """Time functions in turn, so that disturbances of the machine affect all of them.
 
     Args:
         runs: Name -> function without arguments.
-        seconds: About how long to measure each, beyond warming up; at least 5 rounds are made.
-        most: No more rounds than this.
-        clock: Returns the seconds of one of so many calls; that of the CPU if none is given.
+        seconds: Approximate time per function, without warm-up; there are at least 5 rounds.
+        most: Maximum number of rounds.
+        clock: (function, calls) -> seconds per call; by default that of the CPU.
 
     Returns:
         Name -> quantiles. Calls shorter than half a millisecond are timed in batches.
@@ -61,7 +61,7 @@ def interleaved(
 def in_turn(
     names: Iterable[str], rounds: int, measured: Callable[[str], Found]
 ) -> dict[str, list[Found]]:
-    """Measure each of some contenders once per round, the order drawn anew in every round."""
+    """Measure each contender once per round, in a new random order in every round."""
     order, found = list(names), {name: list[Found]() for name in names}
     drawn = random.Random(0)  # noqa: S311
     for _ in range(rounds):
@@ -72,9 +72,9 @@ def in_turn(
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Return two order statistics between which the median lies with at least 95 %.
+    """Return two order statistics that contain the median with a probability of at least 95 %.
 
-    Of less than six values no two hold it so surely; the smallest and the largest are returned.
+    For less than six values there are none; the smallest and the largest are returned.
     """
     ordered, n = sorted(values), len(values)
     below = [sum(comb(n, i) for i in range(k + 1)) / 2**n for k in range(n)]
@@ -83,7 +83,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def page_faults() -> int:
-    """Return how many page faults this process has had; 0 where the system does not count them."""
+    """Return the number of page faults of this process; 0 if the system does not count them."""
     try:
         import resource
     except ImportError:  # Windows
@@ -95,7 +95,7 @@ def clock_of(device: str) -> Clock:
     """Return the clock of a device.
 
     Raises:
-        DeviceError: If there is no such device here.
+        DeviceError: If the device is not available.
     """
     return cpu_clock if device == "cpu" else CudaClock(device)
 
@@ -108,7 +108,7 @@ def copy_run(case: Case) -> Callable[[], Any]:
 
 
 def cpu_clock(run: Callable[[], Any], calls: int) -> float:
-    """Return the seconds of one of so many calls, one after another on warm memory."""
+    """Return the seconds per call of consecutive calls on warm memory."""
     started = time.perf_counter()
     for _ in range(calls):
         run()
@@ -116,11 +116,11 @@ def cpu_clock(run: Callable[[], Any], calls: int) -> float:
 
 
 class CudaClock:
-    """Seconds between two events on the GPU, the cache emptied before each call.
+    """Seconds between two events on the GPU, with the cache flushed before each call.
 
-    A buffer of several times the L2 cache is written first, as in training, where much else goes
-    through the cache between two uses of a tensor. While that is done, and the GPU then sleeps
-    for a while, the CPU is ahead with launching, so that what is timed is the GPU.
+    A buffer of several times the L2 cache is written first, as in training, where other data pass
+    through the cache between two uses of a tensor. Meanwhile, and while the GPU then sleeps, the
+    CPU launches the kernels, so that only GPU time is measured.
     """
 
     FLUSH = 1 << 28
@@ -135,7 +135,7 @@ class CudaClock:
         self._flush = torch.empty(self.FLUSH, dtype=torch.int8, device=device)
 
     def __call__(self, run: Callable[[], Any], calls: int) -> float:
-        """Return the median seconds of so many calls."""
+        """Return the median seconds of ``calls`` calls."""
         events = []
         for _ in range(calls):
             self._flush.zero_()
@@ -151,7 +151,7 @@ class CudaClock:
 
 
 def calls_per_round(run: Callable[[], Any], clock: Clock) -> int:
-    """Warm up, and return after how many calls to look at the clock: a millisecond's worth."""
+    """Warm up, and return the number of calls per timing: about a millisecond."""
     run()
     run()
     once = clock(run, 1)
@@ -159,6 +159,6 @@ def calls_per_round(run: Callable[[], Any], clock: Clock) -> int:
 
 
 def quantiles(taken: list[float]) -> Timing:
-    """Return the quantiles of two times or more."""
+    """Return the quantiles of at least two times."""
     fifths = statistics.quantiles(taken, n=5, method="inclusive")
     return Timing(fifths[0], statistics.median(taken), fifths[3], len(taken))

@@ -29,10 +29,10 @@ def report(rows: Iterable[Row]) -> Report:
 
 
 def write_benchmark(rows: list[Row], out: Path) -> tuple[Path, ...]:
-    """Write rows.csv and report.html into a folder, which is made.
+    """Write rows.csv and report.html into a folder, which is created.
 
     Raises:
-        OptionError: If the folder cannot be made.
+        OptionError: If the folder cannot be created.
         OSError: If a file cannot be written.
     """
     make_folder(out)
@@ -71,7 +71,7 @@ def plot(rows: Iterable[Row], mode: str) -> Plot:
     points: dict[str, list[tuple[float, float]]] = {}
     rows = list(rows)
     dtype = "fp32" if any(row.dtype == "fp32" for row in rows) else "bf16"
-    regime = rows[-1].regime  # kept, where it was measured
+    regime = rows[-1].regime  # kept, if measured
     for row in rows:
         shown = row.regime == regime and row.layout != "channels-last"
         if row.mode == mode and row.dtype == dtype and shown:

@@ -1,16 +1,16 @@
-"""Function calls in fresh processes, which start in a memory regime of the CPU.
+"""Function calls in new processes, which start in a memory regime of the CPU.
 
-A regime is what the process's allocator does with memory that is freed. ``default``: the C library
-as it is. glibc returns large freed blocks to the kernel, so that the next step gets fresh pages,
-each of which the kernel clears on the first write (a page fault). ``kept``: an allocator that keeps
-freed pages. tcmalloc is preloaded where the dynamic linker finds it (Debian:
-``libtcmalloc-minimal4``); PyTorch's tuning guide advises it for CPUs. Elsewhere glibc's tunables
-tell it to map nothing separately and to return nothing.
+A regime determines what the allocator does with freed memory. ``default``: the C library's
+behaviour. glibc returns large freed blocks to the kernel, so the next step gets new pages, each of
+which the kernel clears at the first write (a page fault). ``kept``: an allocator that keeps freed
+pages. tcmalloc is preloaded if the dynamic linker finds it (Debian: ``libtcmalloc-minimal4``);
+PyTorch's tuning guide recommends it for CPUs. Otherwise glibc's tunables disable separate mappings
+and trimming.
 
-A server process is started with the environment of a regime; it imports what a call needs and forks
-for every call. So each call begins with the same heap, without the seconds of an import. In a
-forked process our kernels use one thread (``native/parallel.hpp``): calls that need more are made
-in spawned processes, which import everything anew.
+A server process is started with the environment of a regime; it imports the modules that a call
+needs and forks for every call. So each call starts with the same heap, without the import time. In
+a forked process our kernels use one thread (``native/parallel.hpp``), so calls with more threads
+run in spawned processes, which import everything again.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def variables(regime: str) -> dict[str, str]:
     """Return the environment variables with which a process starts in a regime.
 
     Raises:
-        OptionError: If there is no such regime, or this system has no way to it.
+        OptionError: If the regime is unknown, or not available on this system.
     """
     if regime not in REGIMES:
         raise OptionError(f"expected a memory regime of {', '.join(REGIMES)}; got {regime!r}")
@@ -64,10 +64,10 @@ def variables(regime: str) -> dict[str, str]:
 
 
 def enter(regime: str) -> None:
-    """Start this script again in a regime, unless it runs with the variables of that already.
+    """Restart this script in a regime, unless its environment variables are already set.
 
     Raises:
-        OptionError: If the regime cannot be had here.
+        OptionError: If the regime is not available here.
     """
     wanted = variables(regime)
     if any(os.environ.get(name) != value for name, value in wanted.items()):
@@ -75,7 +75,7 @@ def enter(regime: str) -> None:
 
 
 def allocator() -> str:
-    """Return which allocator this process runs with, as its memory map and variables show."""
+    """Return the allocator of this process, from its memory map and environment variables."""
     maps = Path("/proc/self/maps")
     loaded = maps.read_text() if maps.exists() else ""
     for name in ("tcmalloc", "jemalloc", "mimalloc"):
@@ -89,19 +89,19 @@ Function = Callable[..., Any]
 
 
 class ChildError(RuntimeError):
-    """A call failed in its process; the message holds the traceback there."""
+    """A call failed in its process; the message has the traceback."""
 
 
 @contextlib.contextmanager
 def processes(regime: str, threads: int) -> Iterator[Function]:
-    """Yield ``call(function, *args)``, which runs a function of a module in a process of its own.
+    """Yield ``call(function, *args)``, which runs a module-level function in a separate process.
 
     Args:
         regime: The memory regime of the processes.
-        threads: How many torch uses there; for more than one the processes are not forked.
+        threads: Number of torch's threads; with more than one, processes are not forked.
 
     Raises:
-        OptionError: If the regime cannot be had here.
+        OptionError: If the regime is not available here.
         ChildError: From ``call``, if the function raised or its process died.
     """
     spawn = multiprocessing.get_context("spawn")
@@ -124,7 +124,7 @@ def processes(regime: str, threads: int) -> Iterator[Function]:
     try:
         yield call
     except BaseException:
-        server.terminate()  # and with it a call that was being made
+        server.terminate()  # also ends a running call
         raise
     finally:
         here.close()
@@ -134,7 +134,7 @@ def processes(regime: str, threads: int) -> Iterator[Function]:
 def _serve(pipe: Connection, threads: int) -> None:
     forks = threads == 1 and "fork" in multiprocessing.get_all_start_methods()
     method = "fork" if forks else "spawn"
-    # Ctrl-C reaches every process of the terminal; the caller hears it and ends this one.
+    # Ctrl-C is sent to every process of the terminal; the caller handles it and ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     context = multiprocessing.get_context(method)

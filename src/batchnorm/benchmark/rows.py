@@ -21,22 +21,22 @@ from batchnorm.files import write_atomically
 _PACKAGE = Path(__file__).parents[1]
 _ROOT = _PACKAGE.parents[1]
 
-# What decides how fast a layer and a network of layers are; the hash of a row's code covers it.
+# Packages that determine the speed of layers and networks; a row's code hash covers them.
 _ROOMS = ("ops", "nn", "graph", "memory")
 _SOURCES = {".py", ".hpp", ".cpp", ".csv"}
 
-# What may not differ from the commit that a row names, or the row is not clean.
+# Paths that must not differ from the row's commit; otherwise the row is not clean.
 _MEASURED = ("src", "native", "benchmarks", "CMakeLists.txt", ":!benchmarks/data")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender in one cell; times in seconds, ``copy`` is that of the same run's copy.
+    """One contender in one cell; times in seconds; ``copy`` is the time of a copy in the same run.
 
     ``machine`` is the processor, or the GPU, which has no ``threads`` (0), regime and page faults.
-    ``rounds`` counts processes on the CPU, and rounds of one process on a GPU. ``ratio`` is the
-    median over the rounds of this contender's time over ours, and lies between ``low`` and ``high``
-    with at least 95 %; on a GPU they are 0. ``faults`` are page faults of a step.
+    ``rounds`` is the number of processes on the CPU, and of rounds in one process on a GPU.
+    ``ratio`` is the median over the rounds of this contender's time over ours, ``low`` and ``high``
+    its interval of at least 95 %; on a GPU they are 0. ``faults`` are page faults of a step.
     """
 
     op: str
@@ -70,15 +70,15 @@ class Row:
 
     @property
     def floor_ratio(self) -> float:
-        """How many times the bytes floor: copies that must be made, at the copy's own speed."""
+        """Time relative to the bytes floor: the minimum number of copies, at the copy's speed."""
         return self.median / (self.copy * self.floor_copies)
 
 
 def circumstances(device: str = "cpu") -> dict[str, str | int]:
     """Return commit, machine, versions and allocator of a measurement.
 
-    ``clean`` says whether sources, kernels and measuring scripts were those of ``commit``; ``code``
-    is ``code_hash()``.
+    ``clean`` is whether sources, kernels and measuring scripts are those of ``commit``; ``code`` is
+    ``code_hash()``.
     """
     on_gpu = device != "cpu"
     return {
@@ -95,9 +95,9 @@ def circumstances(device: str = "cpu") -> dict[str, str | int]:
 
 
 def code_hash() -> str:
-    """Return twelve hexadecimal digits that change with the code that a row measures.
+    """Return twelve hexadecimal digits of a hash of the code that a row measures.
 
-    It is of native/ and of the package's ops, nn, graph and memory, as they lie on disk.
+    The hash covers native/ and the package's ops, nn, graph and memory, as they are on disk.
     """
     folders = [_ROOT / "native", *(_PACKAGE / room for room in _ROOMS)]
     found = hashlib.sha256()
@@ -117,7 +117,7 @@ def row_of(
     around: Mapping[str, object],
     **more: object,
 ) -> Row:
-    """Turn a contender's times in a cell into a row; ``around`` and ``more`` are further fields."""
+    """Return a row of a contender's times in a cell; ``around`` and ``more`` are further fields."""
     cell: dict[str, Any] = {
         "op": case.op,
         "mode": case.mode,
@@ -140,7 +140,7 @@ def rows_of(
     saved: Mapping[str, int],
     around: Mapping[str, object],
 ) -> list[Row]:
-    """Turn one cell's timings into rows; the timing named ``copy`` is the yardstick of all."""
+    """Return the rows of one cell's timings; the timing named ``copy`` is the reference."""
     copy = timings["copy"].median
     return [
         row_of(case, name, timing, copy, around, saved_bytes=saved.get(name, 0))
@@ -150,7 +150,7 @@ def rows_of(
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows as CSV, in one step."""
+    """Write rows as CSV, atomically."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
     writer.writeheader()
@@ -159,7 +159,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def _git(*command: str) -> str | None:
-    """Return what git prints about this checkout, or None where there is none."""
+    """Return git's output for this checkout, or None without a checkout."""
     try:
         done = subprocess.run(  # noqa: S603
             ["git", *command],  # noqa: S607

@@ -26,14 +26,14 @@ from batchnorm.progress import Watch
 
 
 class Options(NamedTuple):
-    """How cells are measured.
+    """The options of a measurement.
 
     Attributes:
-        seconds: About how long each contender is timed in each cell and regime, over all processes.
-        compiled: Whether ``torch.compile`` takes part (it compiles each cell anew).
+        seconds: Approximate time per contender, cell and regime, over all processes.
+        compiled: Whether to include ``torch.compile``, which compiles each cell separately.
         regimes: Memory regimes, on the CPU.
-        pairs: Processes of each contender in each cell and regime, on the CPU.
-        threads: Of torch, on the CPU; with more than one, every process takes seconds to start.
+        pairs: Number of processes per contender, cell and regime, on the CPU.
+        threads: Threads of torch, on the CPU; with more than one, processes take seconds to start.
     """
 
     seconds: float = 1.0
@@ -46,19 +46,19 @@ class Options(NamedTuple):
 def measure(
     chosen: Iterable[Case], options: Options = Options(), watch: Watch = lambda *_: None
 ) -> Iterator[Row]:
-    """Measure cells one by one, all contenders of a cell side by side with a copy.
+    """Measure cells one by one, all contenders of a cell together with a copy.
 
-    On the CPU every figure comes from a process of its own, in each memory regime, and the
-    contenders take turns in random order; on a GPU they take turns in one process.
+    On the CPU every time is from a separate process, in each memory regime, and the contenders take
+    turns in random order; on a GPU they take turns in one process.
 
     Args:
         chosen: The cells.
-        options: How.
-        watch: Told ``(stage, done, total)``.
+        options: The options.
+        watch: Called with ``(stage, done, total)``.
 
     Raises:
-        OptionError: If there is no cell, or a regime that cannot be had here.
-        DeviceError: If a cell is of a device that is not here.
+        OptionError: If there is no cell, or a regime is not available here.
+        DeviceError: If the device of a cell is not available.
 
     Returns:
         A row for each contender of each cell, cell by cell, as they are measured.
@@ -87,7 +87,7 @@ def _on_cpu(cells: list[Case], options: Options, watch: Watch) -> Iterator[Row]:
 
 
 class Sample(NamedTuple):
-    """What one process found: seconds of a step and of a copy, page faults, bytes kept."""
+    """The measurements of one process: seconds of a step and a copy, page faults, saved bytes."""
 
     seconds: float
     copy: float
@@ -96,9 +96,9 @@ class Sample(NamedTuple):
 
 
 def sample(case: Case, name: str, seconds: float) -> Sample:
-    """Time one contender in this process, which should be a new one."""
+    """Time one contender in this process, which should be new."""
     run = contenders(case, [name])[name]
-    run()  # with the calls that warm up, the heap finds its size
+    run()  # warm-up, in which the heap grows to its size
     calls = calls_per_round(run, cpu_clock)
     taken, faults, started = list[float](), list[float](), time.perf_counter()
     while len(taken) < 3 or time.perf_counter() - started < seconds:

@@ -1,7 +1,7 @@
 """Images to train on: scikit-learn's bundled digits, or a folder of IDX files.
 
 Shapes: images (N, 1, H, W) float32, labels (N,) int64. Pixels are shifted and scaled by one mean
-and one deviation of the training images, so that no network is handicapped by its input.
+and one standard deviation of the training images, so that inputs suit all networks.
 """
 
 import gzip
@@ -32,7 +32,7 @@ class DataError(BatchNormError, ValueError):
 
 @dataclass(frozen=True)
 class Images:
-    """Images to train on, and others that no training step sees."""
+    """Training images, and held-out images."""
 
     name: str
     train_images: Tensor
@@ -74,8 +74,8 @@ def load_digits() -> Images:
 def load_idx(folder: Path) -> Images:
     """The four files of the MNIST and Fashion-MNIST format, plain or ``.gz``.
 
-    Of large sets the first ``LEARN`` training and ``HOLD_OUT`` test images are taken, so that the
-    tour stays a matter of a minute or two; the page tells how many.
+    Only the first ``LEARN`` training and ``HOLD_OUT`` test images are used, so that the tour takes
+    a minute or two; the page has their numbers.
 
     Raises:
         DataError: If a file is missing, damaged, or of another kind, or images and labels differ
@@ -171,6 +171,6 @@ def _images(
     images = torch.from_numpy(pixels.astype(np.float32)).unsqueeze(1)
     marks = torch.from_numpy(labels.astype(np.int64))
     deviation, mean = torch.std_mean(images[kept].double())
-    # A set of images that are all alike has deviation 0; it then stays as it is.
+    # If all images are equal, the deviation is 0, and the images are not scaled.
     images = ((images - mean) / (deviation if deviation > 0 else 1)).float()
     return Images(name, images[kept], marks[kept], images[held_out], marks[held_out])

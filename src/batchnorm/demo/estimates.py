@@ -19,7 +19,7 @@ WHOLE_SET = "whole training set"
 
 
 def kept_estimators(k: int) -> dict[str, Estimator]:
-    """What the normalized networks of the tour keep side by side; the first is used meanwhile."""
+    """Return the estimators of the normalized networks; the first is selected in training."""
     return {
         "running average": Running(0.1),
         "last batch": LastBatches(1),
@@ -32,15 +32,15 @@ def kept_estimators(k: int) -> dict[str, Estimator]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """How one estimate does.
+    """The accuracy of one estimate.
 
     Attributes:
-        name: Which one.
-        score: On the held-out images.
-        mean_off: How far its means are from those of the whole training set, in deviations
+        name: Name of the estimate.
+        score: Score on the held-out images.
+        mean_off: Distance of its means from those of the whole training set, in standard deviations
             (mean over all channels of all layers).
-        variance_off: How far its variances are from those of the whole training set, relatively
-            (mean of the absolute values).
+        variance_off: Relative distance of its variances from those of the whole training set (mean
+            of the absolute values).
     """
 
     name: str
@@ -59,7 +59,7 @@ class EstimateCurve:
 
 
 class EstimateProbe:
-    """Judges all kept estimates whenever it is asked to, while the network trains."""
+    """Evaluates all estimates while the network trains."""
 
     def __init__(self, network: nn.Module, images: Images, options: Options) -> None:
         self._network = network
@@ -70,7 +70,7 @@ class EstimateProbe:
 
     def record(self, step: int) -> None:
         """Evaluate the held-out images with each estimate in turn; then the first is used again."""
-        # Before the first step nothing has been estimated yet; later every second time will do.
+        # Before the first step there are no estimates; later every second measurement is enough.
         regular = step > 0 and step % (2 * self._options.every) == 0
         if not (regular or step == self._options.steps):
             return
@@ -81,13 +81,13 @@ class EstimateProbe:
         use_estimate(self._network, next(iter(self._losses)))
 
     def result(self) -> tuple[EstimateCurve, ...]:
-        """One curve for each estimate."""
+        """Return one curve per estimate."""
         steps = tuple(self._steps)
         return tuple(EstimateCurve(name, steps, tuple(y)) for name, y in self._losses.items())
 
 
 def judge_estimates(network: nn.Module, images: Images, options: Options) -> tuple[Estimate, ...]:
-    """Judge each estimate of a trained network, the whole training set last; change nothing."""
+    """Evaluate each estimate of a trained network, the whole training set last."""
     calibrated = copy.deepcopy(network)
     calibrate(calibrated, _rounds(images.train_images, options.batch_size), progress=False)
     true = _statistics(calibrated)

@@ -1,4 +1,4 @@
-"""``bn.insert`` on the network without normalization: what it computes, and how it trains then."""
+"""``bn.insert`` on the network without normalization: its outputs, and its training afterwards."""
 
 import copy
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from batchnorm.insertion.insert import insert
 
 @dataclass(frozen=True)
 class Inserted:
-    """What ``bn.insert`` did to the plain network.
+    """The result of ``bn.insert`` for the plain network.
 
     Attributes:
-        activation: What follows each hidden layer.
+        activation: The activation of each hidden layer.
         rate: The learning rate of the training.
-        layers: How many normalizations were put in.
-        difference: The largest difference of an output in `eval()`, over the largest output.
-        curve: The training that followed, from the weights of the plain network.
+        layers: Number of inserted normalizations.
+        difference: The largest change of an output in `eval()`, relative to the largest output.
+        curve: The training afterwards, from the weights of the plain network.
     """
 
     activation: Activation
@@ -39,7 +39,7 @@ def insert_and_train(
     network = copy.deepcopy(plain)
     before = len(list(network.modules()))
     insert(network, images.train_images[:256])
-    # Each is a Sequential of the layer, which stays, and the normalization.
+    # Each inserted Sequential adds two modules: the layer inside and the normalization.
     layers = (len(list(network.modules())) - before) // 2
     with torch.no_grad():
         expected, got = (model(images.test_images).double() for model in (plain, network))

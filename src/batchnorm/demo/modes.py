@@ -11,7 +11,7 @@ from batchnorm.demo.training import evaluate, score
 from batchnorm.nn.base import Layer
 
 BATCH_SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
-# In so many random batches one image is passed through the network.
+# Number of random batches in which one image is passed through the network.
 RANDOM_BATCHES = 100
 
 
@@ -32,8 +32,8 @@ class Modes:
         eval_accuracy: Held-out accuracy in `eval()`; no batch size changes it.
         train_accuracy: Held-out accuracy in `train()` by batch size, with batches of mixed classes
             and with batches sorted by class.
-        image: Number of the held-out image that is looked at: the one whose prediction depends
-            most on the other images of its batch.
+        image: Number of the held-out image whose prediction depends most on the other images of
+            its batch.
         label: Its class.
         in_batches: Predicted probability of its class in `train()`, in random batches.
         alone: The same in `eval()`, alone.
@@ -42,7 +42,7 @@ class Modes:
         fickle_in_eval: The same share in `eval()`.
         moved_by_train: Largest change of a running mean by one forward pass in `train()`.
         moved_by_eval: The same in `eval()`.
-        refusal: What `train()` says to a single image.
+        refusal: The error for a single image in `train()`.
     """
 
     eval_accuracy: float
@@ -171,6 +171,6 @@ def _refusal(network: nn.Module, image: Tensor) -> str:
     try:
         network(image)
     except ValueError as error:
-        # What the layer is follows in brackets; here the words are enough.
+        # Without the description of the layer in brackets.
         return str(error).partition(" [in ")[0]
     return ""

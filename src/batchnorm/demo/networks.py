@@ -19,14 +19,14 @@ from batchnorm.nn.layers import BatchNorm1d, BatchNorm2d
 
 Activation = Literal["sigmoid", "relu"]
 
-# The start that suits a network *without* normalization: each layer passes on the variance it
-# receives (the slope of the sigmoid is 1/4 at most, so its weights start four times as large).
-# With a careless start the comparison would be won before it begins.
+# Gain of the initialization for a network *without* normalization: each layer preserves the
+# variance (the slope of the sigmoid is at most 1/4, so its weights are four times as large). With
+# another initialization the comparison would be unfair.
 GAIN: dict[Activation, float] = {"sigmoid": 4.0, "relu": math.sqrt(2.0)}
 ACTIVATION: dict[Activation, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU}
 HIDDEN = 64
 DENSE_LAYERS = 3
-# Where the tour looks at what enters an activation: the hidden layer farthest from the input.
+# The activation whose input the tour records: that of the last hidden layer.
 WATCHED = f"dense{DENSE_LAYERS}_act"
 
 
