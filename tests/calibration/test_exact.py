@@ -61,20 +61,16 @@ def test_blocks_of_views_of_another_axis_and_of_empty_input():
     assert blocks.moments(torch.empty(0, 3, 4)).count == 0
 
 
-def chain():
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), bn.BatchNorm2d(4, activation="relu"),
-        nn.Conv2d(4, 4, 1), nn.SyncBatchNorm(4),
-    )  # fmt: skip
-
-
 @settings(max_examples=20, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=70), large=st.sampled_from([0, 1e3, 1e5])
 )
 def test_all_layers_get_the_moments_of_exactly_what_they_received(sizes, large):
     torch.manual_seed(len(sizes))
-    model = chain()
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), bn.BatchNorm2d(4, activation="relu"),
+        nn.Conv2d(4, 4, 1), nn.SyncBatchNorm(4),
+    )  # fmt: skip
     seen = received(model)
     found = bn.calibrate(model, [torch.randn(n, 3, 5, 5) + large for n in sizes])
     assert set(found.moments) == set(seen) == {"1", "3", "5"}
@@ -213,13 +209,6 @@ def test_an_option_out_of_range_is_refused_before_anything_is_read(options):
 # --- which layers
 
 
-def three():
-    return nn.Sequential(
-        nn.BatchNorm2d(3),
-        nn.Sequential(nn.BatchNorm2d(3), bn.BatchNorm2d(3, statistics=bn.Frozen())),
-    )
-
-
 @pytest.mark.parametrize(
     ("layers", "expected"),
     [
@@ -233,7 +222,8 @@ def three():
     ],
 )
 def test_layers_are_selected_by_name_pattern_module_or_function(layers, expected):
-    model = three()
+    inner = nn.Sequential(nn.BatchNorm2d(3), bn.BatchNorm2d(3, statistics=bn.Frozen()))
+    model = nn.Sequential(nn.BatchNorm2d(3), inner)
     model[1][0].eval()
     layers = layers(model) if callable(layers) else layers
     found = bn.calibrate(model, images(), layers=layers)

@@ -61,22 +61,6 @@ def test_models_data_and_options_are_refused_in_words(model, data, options, word
         bn.calibrate(model, data, **{"upstream": upstream, **options})
 
 
-def network():
-    model = nn.Sequential(
-        bn.BatchNorm2d(3, activation="relu", estimator=[bn.LastBatches(2), bn.Running(0.1)]),
-        nn.Dropout(0.5),
-        nn.Conv2d(3, 4, 3),
-        nn.BatchNorm2d(4, momentum=None),
-        nn.ReLU(inplace=True),
-        nn.SyncBatchNorm(4),
-        nn.BatchNorm2d(4, track_running_stats=False),
-    )
-    randomize(model)
-    model[0](images()[0])
-    model[1].eval()
-    return model
-
-
 def raising(error):
     def forward(model, batch):
         model(batch)
@@ -114,7 +98,18 @@ FAILURES = {
 @each(name=FAILURES, training=[True, False])
 def test_a_failure_leaves_everything_as_it_was(name, training):
     data, forward, error = FAILURES[name]
-    model = network().train(training)
+    model = nn.Sequential(
+        bn.BatchNorm2d(3, activation="relu", estimator=[bn.LastBatches(2), bn.Running(0.1)]),
+        nn.Dropout(0.5),
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4, momentum=None),
+        nn.ReLU(inplace=True),
+        nn.SyncBatchNorm(4),
+        nn.BatchNorm2d(4, track_running_stats=False),
+    )
+    randomize(model)
+    model[0](images()[0])
+    model.train(training)
     model[3].train(not training)
     model[5].forward = own = lambda x: x * 1
     with refused(error, "", model):

@@ -16,20 +16,11 @@ from batchnorm.report.html import to_html
 from batchnorm.report.jsontext import to_json
 
 
-def network():
-    torch.manual_seed(3)
-    return nn.Sequential(
-        nn.BatchNorm1d(5),
-        nn.Linear(5, 4),
-        nn.BatchNorm1d(4),
-        nn.BatchNorm1d(4, track_running_stats=False),
-    )
-
-
 def calibrated(batches=6):
-    torch.manual_seed(4)
-    data = [3 * torch.randn(300, 5) + 2 for _ in range(batches)]
-    return bn.calibrate(network(), data)
+    torch.manual_seed(3)
+    norms = nn.BatchNorm1d(5), nn.BatchNorm1d(4), nn.BatchNorm1d(4, track_running_stats=False)
+    model = nn.Sequential(norms[0], nn.Linear(5, 4), *norms[1:])
+    return bn.calibrate(model, [3 * torch.randn(300, 5) + 2 for _ in range(batches)])
 
 
 def lines_of_layers(found):

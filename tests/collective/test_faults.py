@@ -27,11 +27,6 @@ def loss_of(y):
     return (y * torch.arange(y.shape[2])).square().sum()
 
 
-def calls_a_new_layer(model, x):
-    new = bn.BatchNorm1d(4, statistics=model[1].statistics)
-    new(model[0](x))
-
-
 def has_many_more_channels(model, x):
     model[1].num_features = 600
     for name in ("running_mean", "running_var", "weight", "bias"):
@@ -48,7 +43,10 @@ FAULTS = {
         lambda m, x: m[1](m[3](m[0](x))),
         "rank 1 is in the forward pass of layer number 1",
     ),
-    "a new layer": (calls_a_new_layer, "rank 1 .* layer number 2"),
+    "a new layer": (
+        lambda m, x: bn.BatchNorm1d(4, statistics=m[1].statistics)(m[0](x)),
+        "rank 1 .* layer number 2",
+    ),
     "many more channels": (has_many_more_channels, "rank 1 .* with 1800 values"),
     "raises": (
         lambda m, x: m[1](torch.randn(1, 7, 1)),

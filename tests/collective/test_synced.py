@@ -118,17 +118,13 @@ def test_a_synchronized_layer_of_timm_is_converted_and_back():
     assert list(model.state_dict()) == keys and not hasattr(act, "statistics")
 
 
-def network():
+def _train(rank, folded):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.SyncBatchNorm(2)
     )
     randomize(model)
-    return model
-
-
-def _train(rank, folded):
-    model = bn.freeze(network(), folded=folded)
+    bn.freeze(model, folded=folded)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     run = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)

@@ -84,16 +84,6 @@ def under_autocast(y, r):
     return F.relu(z), w.float()
 
 
-def under_hooks(y, r):
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t * 1, lambda t: t):
-        return F.relu(y + r)
-
-
-def with_a_negative_slope(y, r):
-    y += r
-    return F.leaky_relu(y, -0.5)
-
-
 def with_a_hook_on_the_sum(y, r):
     z = y + r
     z.register_hook(lambda dy: dy * 3)
@@ -132,7 +122,7 @@ CAPTURED = {
         y + r.to(memory_format=torch.channels_last)
     ),
     "under autocast": under_autocast,
-    "with a slope below 0": with_a_negative_slope,
+    "with a slope below 0": lambda y, r: F.leaky_relu(y.add_(r), -0.5),
     "in channels-last": lambda y, r: F.relu(y.to(memory_format=torch.channels_last)) + y,
     "by its items": lambda y, r: (y.__setitem__(y < 0, 0.0), y)[1],
     "by a slice": lambda y, r: y[:, 1:3],
@@ -154,7 +144,10 @@ BREAKING = {
     "with a hook on the sum": with_a_hook_on_the_sum,
     "with its gradient kept": lambda y, r: (y.retain_grad(), F.relu(y))[1],
     "with a new parameter": lambda y, r: F.relu(y + nn.Parameter(torch.ones(r.shape))),
-    "under hooks of what is saved": under_hooks,
+    "under hooks of saved tensors": lambda y, r: under(
+        torch.autograd.graph.saved_tensors_hooks(lambda t: t * 1, lambda t: t),
+        lambda: F.relu(y + r),
+    ),
     "by a scripted function": lambda y, r: scripted(y, r),
     "by vmap": lambda y, r: torch.vmap(F.relu)(y),
     "by jvp": lambda y, r: torch.func.jvp(F.relu, (y,), (y.detach(),))[1] * r,
