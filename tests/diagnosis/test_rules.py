@@ -10,7 +10,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import batchnorm as bn
 from batchnorm.diagnosis.registry import CHECKPOINT
 from batchnorm.errors import OptionError
-from support import networks, trained
+from support import healthy, trained
+from support.lanes import lanes
 
 STATES = {name: trained.state(name) for name in trained.BUILDERS}
 # Faults that are about the file, each with a test of its own below.
@@ -43,28 +44,18 @@ def test_every_rule_has_a_planted_fault():
 @pytest.mark.parametrize("network", trained.BUILDERS)
 def test_faults_of_a_whole_file_are_found(network):
     state = copy.deepcopy(STATES[network])
-    first, *_, last = trained.layers(state)
+    *_, last = trained.layers(state)
     state[f"{last}.num_batches_tracked"] += 3
     assert found(state) == {("BN206", "")}
     for layer in trained.layers(state):
         state[f"{layer}.num_batches_tracked"].zero_()
     assert found(state) == {("BN204", "")}
-    assert found({key: value for key, value in state.items() if "running" not in key}) == {
-        ("BN001", "")
-    }
-    model = trained.BUILDERS[network]()
-    model(torch.ones(2, 3, 8, 8))
+    without = {key: value for key, value in state.items() if "running" not in key}
+    assert found(without) == {("BN001", "")}
     fresh = trained.BUILDERS[network]()
-    fresh.load_state_dict(
-        {
-            key: value
-            for key, value in model.state_dict().items()
-            if not key.endswith(("running_mean", "running_var", "tracked"))
-        },
-        strict=False,
-    )
+    fresh(torch.ones(2, 3, 8, 8))
+    bn.reset_statistics(fresh)
     assert found(fresh.state_dict()) == {("BN203", "")}
-    assert first in {layer.name for layer in bn.inspect(state).layers}
 
 
 def test_an_average_of_parameters_alone_has_statistics_that_were_never_updated():
@@ -176,41 +167,14 @@ def test_findings_come_the_gravest_first():
 # --- healthy networks
 
 
-FAST = ("torchvision resnet18",)
 SLOW = ("torchvision mobilenet_v3", "timm regnety", "transformers resnet")
 
 
-def _judged(builder, size=64):
-    torch.manual_seed(0)
-    model = trained.train(builder(), steps=3, size=size, batch=8, rate=0.01)
-    return bn.inspect(model.state_dict())
-
-
-def _marks(name):
-    return () if name in FAST else pytest.mark.slow if name in SLOW else pytest.mark.audit
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=_marks(name)) for name in networks.NETWORKS]
-)
+@pytest.mark.parametrize("name", lanes(healthy.NETWORKS, fast=["torchvision resnet18"], slow=SLOW))
 def test_a_healthy_network_has_no_finding_above_info(name):
-    diagnosis = _judged(networks.NETWORKS[name][0], 32 if name in ("mlp", *FAST) else 64)
-    assert len(diagnosis.layers) >= 2
-    assert not diagnosis.at_least("warning")
-
-
-MORE = {
-    "torchvision": ("shufflenet_v2_x0_5", "mnasnet0_5", "efficientnet_b0", "resnext50_32x4d"),
-    "timm": (
-        "ghostnet_050", "repvgg_a0", "lcnet_050", "tf_efficientnet_lite0", "mixnet_s",
-        "hardcorenas_a", "resnet26d", "densenet121",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.audit
-@pytest.mark.parametrize(("library", "name"), [(k, name) for k in MORE for name in MORE[k]])
-def test_another_healthy_network_has_no_finding_above_info(library, name):
-    diagnosis = _judged(getattr(networks, f"_{library}")(name))
+    size = 32 if name in ("mlp", "torchvision resnet18") else 64
+    torch.manual_seed(0)
+    model = trained.train(healthy.NETWORKS[name](), steps=3, size=size, batch=8, rate=0.01)
+    diagnosis = bn.inspect(model.state_dict())
     assert len(diagnosis.layers) >= 2
     assert not diagnosis.at_least("warning")

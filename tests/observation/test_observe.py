@@ -1,7 +1,9 @@
 """bn.observe: its numbers against float64, a training that is as without it, and what it leaves."""
 
+import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import pickle
 import statistics
@@ -16,9 +18,9 @@ import batchnorm as bn
 from batchnorm.errors import OptionError
 from batchnorm.report.html import to_html
 from batchnorm.report.jsontext import to_json
-from batchnorm.report.markdown import to_markdown
+from support.lanes import lanes
 from support.oracle import tolerance
-from support.twins import Calls
+from support.twins import Calls, assert_close, refused
 
 WIDE = tolerance("float64", count=4096, ratio=16)
 
@@ -26,7 +28,7 @@ WIDE = tolerance("float64", count=4096, ratio=16)
 def net(act=nn.Sigmoid, norm=nn.BatchNorm2d):
     torch.manual_seed(1)
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3), norm(4), act(), nn.Conv2d(4, 3, 3), norm(3), act(), nn.Flatten(), nn.LazyLinear(2)
+        nn.Conv2d(2, 4, 3), norm(4), act(), nn.Conv2d(4, 3, 3), norm(3), act(), nn.Flatten(), nn.Linear(48, 2)
     )  # fmt: skip
 
 
@@ -35,25 +37,13 @@ def batches(count, size=6):
     return [torch.randn(size, 2, 8, 8, generator=generator) * 2 + 1 for _ in range(count)]
 
 
-def train(model, data, after=lambda: None):
-    model(data[0]) if any(
-        isinstance(p, nn.UninitializedParameter) for p in model.parameters()
-    ) else None
+def train(model, data):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for x in data:
         optimizer.zero_grad()
         model(x).square().mean().backward()
         optimizer.step()
-        after()
     return model
-
-
-def ready(**kwargs):
-    """A net without lazy layers left, whose counters begin at 0."""
-    model = net(**kwargs)
-    with torch.no_grad():
-        model.eval()(batches(1)[0])
-    return model.train()
 
 
 def channels(x):
@@ -64,138 +54,97 @@ def rms(values):
     return float(values.square().mean().sqrt())
 
 
-def test_numbers_are_those_of_float64_at_hand():
-    """Step 4 of 4, with a window of 3: the inputs are taken by hooks of this test."""
-    model, data, seen = ready(), batches(4), {}
+def test_observed_numbers_are_those_of_float64():
+    """Step 4 of 4, with a window of 3: the inputs come from hooks of this test."""
+    model, data, seen = net(), batches(4), {}
     layers = {name: model[int(name)] for name in ("1", "2", "4", "5")}
     for name, layer in layers.items():
+        calls = seen[name] = []
         layer.register_forward_hook(
-            lambda m, given, y, name=name: seen.setdefault(name, []).append(
-                (given[0].clone(), y.clone())
-            )
+            lambda _, x, y, calls=calls: calls.append((x[0].clone(), y.clone()))
         )
-    running, scale = [], []
-
     with bn.observe(model, every=4, batches=3) as observer:
-        model.register_forward_hook(
-            lambda *_: running.append([b.clone() for b in model[4].buffers()])
-        )
-        scale = [model[1].weight.detach().clone()]
         train(model, data[:3])
-        scale.append(model[1].weight.detach().clone())
+        scale = float(model[1].weight.detach().norm())
+        model.register_forward_hook(lambda *_: seen.update(now=copy.deepcopy(model[4])))
         train(model, data[3:])
 
-    assert [(one.step, one.layer) for one in observer.observations] == [
-        (s, n) for s in (1, 4) for n in layers
-    ]
+    steps = [(one.step, one.layer) for one in observer.observations]
+    assert steps == [(s, n) for s in (1, 4) for n in layers]
+    near = functools.partial(pytest.approx, rel=1e-9)
     found = {one.layer: one for one in observer.observations if one.step == 4}
     for name, one in found.items():
         inputs = [channels(x) for x, _ in seen[name]]
         means, deviations = [x.mean(1) for x in inputs], [x.std(1, correction=0) for x in inputs]
-        assert one.mean_change == pytest.approx(
-            rms((means[3] - means[2]) / deviations[2]), rel=1e-9
-        )
-        assert one.deviation_change == pytest.approx(
-            rms((deviations[3] / deviations[2]).log()), rel=1e-9
-        )
         window = torch.cat(inputs[1:], 1)
-        assert one.mean_drift == pytest.approx(
-            rms((window.mean(1) - means[0]) / deviations[0]), rel=1e-9
-        )
-        entering = (seen[name][3][1] if one.norm else seen[name][3][0]).double().flatten()
+        assert one.mean_change == near(rms((means[3] - means[2]) / deviations[2]))
+        assert one.deviation_change == near(rms((deviations[3] / deviations[2]).log()))
+        assert one.mean_drift == near(rms((window.mean(1) - means[0]) / deviations[0]))
+        entering = seen[name][3][1 if one.norm else 0].double().flatten()
         levels = torch.tensor([0.05, 0.15, 0.5, 0.85, 0.95], dtype=torch.float64)
-        assert one.percentiles == pytest.approx(
-            entering.quantile(levels).tolist(), rel=WIDE.rtol, abs=1e-12
-        )
+        quantiles = entering.quantile(levels).tolist()
+        assert one.percentiles == pytest.approx(quantiles, rel=WIDE.rtol, abs=WIDE.atol)
         if not one.norm:
             slope = entering.sigmoid() * (1 - entering.sigmoid())
             assert one.flat == float((slope < 0.2 * 0.25).double().mean())
             assert one.scale is one.inverse is one.mean_off is None
     norm, inputs = found["4"], [channels(x) for x, _ in seen["4"]]
-    assert norm.inverse == pytest.approx(
-        float((inputs[3].var(1, correction=0) + 1e-5).rsqrt().median()), rel=1e-9
-    )
-    last = (
-        torch.stack([x.mean(1) for x in inputs[1:]]).mean(0),
-        torch.stack([x.var(1) for x in inputs[1:]]).mean(0),
-    )
-    mean, var, _ = running[-1]
-    assert norm.mean_off == pytest.approx(rms((mean - last[0]) / last[1].sqrt()), rel=1e-9)
-    assert norm.variance_off == pytest.approx(rms(var / last[1] - 1), rel=1e-9)
     assert (norm.flat, norm.batches) == (None, 3)
-    assert found["1"].scale == pytest.approx(float(scale[1].norm()))
-    assert float(scale[0].norm()) != float(scale[1].norm())
+    assert norm.inverse == near(float((inputs[3].var(1, correction=0) + 1e-5).rsqrt().median()))
+    mean = torch.stack([x.mean(1) for x in inputs[1:]]).mean(0)
+    var = torch.stack([x.var(1) for x in inputs[1:]]).mean(0)
+    assert norm.mean_off == near(rms((seen["now"].running_mean - mean) / var.sqrt()))
+    assert norm.variance_off == near(rms(seen["now"].running_var / var - 1))
+    assert found["1"].scale == pytest.approx(scale)
 
 
-class Shared(nn.Module):
-    """One normalization and one activation in place, called twice with different inputs."""
-
-    def __init__(self, norm=nn.BatchNorm1d):
-        super().__init__()
-        self.first, self.norm, self.relu, self.last = (
-            nn.Linear(5, 5),
-            norm(5),
-            nn.ReLU(inplace=True),
-            nn.Linear(5, 2),
-        )
-
-    def forward(self, x):
-        y = self.relu(self.norm(self.first(x)))
-        return self.last(self.relu(self.norm(self.first(3 * y) + 1)) + F.dropout(y))
+def call_shared(m, x):
+    y = m.relu(m.norm(m.first(x)))
+    return m.last(m.relu(m.norm(m.first(3 * y) + 1)) + F.dropout(y))
 
 
 def shared():
+    """One normalization and one activation in place, called twice with different inputs."""
     torch.manual_seed(4)
-    return Shared(), [
-        torch.randn(16, 5, generator=torch.Generator().manual_seed(i)) for i in range(7)
-    ]
-
-
-def convolutional():
-    return ready(act=nn.ReLU), batches(7)
-
-
-def converted():
-    return bn.convert(ready(act=nn.ReLU)), batches(7)
+    ends = {"first": nn.Linear(5, 5), "last": nn.Linear(5, 2)}
+    model = Calls(call_shared, norm=nn.BatchNorm1d(5), relu=nn.ReLU(inplace=True), **ends)
+    return model, list(torch.randn(7, 16, 5))
 
 
 def fused():
-    return ready(act=nn.Identity, norm=lambda c: bn.BatchNorm2d(c, activation="tanh")), batches(7)
+    return net(act=nn.Identity, norm=lambda c: bn.BatchNorm2d(c, activation="tanh")), batches(7)
 
 
 def channels_last():
-    return ready(act=nn.GELU).to(memory_format=torch.channels_last), [
-        x.to(memory_format=torch.channels_last) for x in batches(7)
-    ]
-
-
-def compiled():
-    return torch.compile(ready(act=nn.SiLU), backend="eager"), batches(7)
+    model = net(act=nn.GELU).to(memory_format=torch.channels_last)
+    return model, [x.to(memory_format=torch.channels_last) for x in batches(7)]
 
 
 def ours_compiled():
     torch._dynamo.reset()
-    return torch.compile(ready(act=nn.ReLU), backend="batchnorm"), batches(7)
+    return torch.compile(net(act=nn.ReLU), backend="batchnorm"), batches(7)
 
 
-def sparing():
-    return bn.save_memory(bn.convert(ready(act=nn.ReLU))), batches(7)
+FOUR = ["1", "2", "4", "5"]
+# what is trained -> function that returns a model and its data, layers that are observed
+TRAINED = {
+    "shared": (shared, ["norm", "norm (call 2)", "relu", "relu (call 2)"]),
+    "convolutions": (lambda: (net(act=nn.ReLU), batches(7)), FOUR),
+    "converted": (lambda: (bn.convert(net(act=nn.ReLU)), batches(7)), FOUR),
+    "fused": (fused, ["1", "4"]),
+    "channels last": (channels_last, FOUR),
+    "compiled": (lambda: (torch.compile(net(act=nn.SiLU), backend="eager"), batches(7)), FOUR),
+    "ours, compiled": (ours_compiled, FOUR),
+    "save_memory": (lambda: (bn.save_memory(bn.convert(net(act=nn.ReLU))), batches(7)), FOUR),
+}
+COMPILED = ("compiled", "ours, compiled")
 
 
 @pytest.mark.parametrize(
-    ("make", "layers"),
-    [
-        (shared, ["norm", "norm (call 2)", "relu", "relu (call 2)"]),
-        (convolutional, ["1", "2", "4", "5"]),
-        (converted, ["1", "2", "4", "5"]),
-        (fused, ["1", "4"]),
-        (channels_last, ["1", "2", "4", "5"]),
-        pytest.param(compiled, ["1", "2", "4", "5"], marks=pytest.mark.slow),
-        pytest.param(ours_compiled, ["1", "2", "4", "5"], marks=pytest.mark.slow),
-        (sparing, ["1", "2", "4", "5"]),
-    ],
+    "kind", lanes(TRAINED, fast=[k for k in TRAINED if k not in COMPILED], slow=COMPILED)
 )
-def test_a_training_is_what_it_is_without_and_every_layer_is_seen(make, layers):
+def test_observation_changes_no_training_and_covers_every_layer(kind):
+    make, layers = TRAINED[kind]
     model, data = make()
     torch.manual_seed(3)
     expected = train(model, data).state_dict()
@@ -205,9 +154,7 @@ def test_a_training_is_what_it_is_without_and_every_layer_is_seen(make, layers):
         torch.manual_seed(3)
         got = train(model, data).state_dict()
     # Measured steps of a compiled model run uncompiled: other kernels, other rounding.
-    near = tolerance("float32", count=512, ratio=16) if make is ours_compiled else (0, 0)
-    for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=near[0], atol=near[1], msg=name)
+    assert_close(got, expected, exact=kind != "ours, compiled", count=512, ratio=16)
     assert {one.step for one in observer.observations} == {1, 3, 6}
     assert sorted({one.layer for one in observer.observations}) == sorted(layers)
     assert all(one.percentiles for one in observer.observations)
@@ -215,14 +162,13 @@ def test_a_training_is_what_it_is_without_and_every_layer_is_seen(make, layers):
     for attributes, module in zip(before, model.modules()):
         assert "forward" not in vars(module) or "forward" in attributes
         assert not module._forward_hooks or module._forward_hooks == attributes["_forward_hooks"]
-    observer.close()
     train(model, data[:3])
     assert observer.steps == 7
 
 
-def test_what_a_fused_activation_gets_is_computed_and_its_flat_share_too():
+def test_a_fused_activation_has_the_numbers_of_one_that_is_a_module():
     model, data = fused()
-    apart = ready(act=nn.Tanh)
+    apart = net(act=nn.Tanh)
     with bn.observe(model, every=2) as one, bn.observe(apart, every=2) as two:
         train(model, data[:2])
         train(apart, data[:2])
@@ -236,7 +182,7 @@ def test_what_a_fused_activation_gets_is_computed_and_its_flat_share_too():
 
 @pytest.mark.slow
 def test_an_observed_compiled_model_is_compiled_once_and_a_later_compiled_form_is_not_seen():
-    model, data = ready(), batches(9)
+    model, data = net(), batches(9)
     for observed, steps in (("compiled", {1, 3, 6, 9}), ("original", set())):
         torch._dynamo.reset()
         counter = CompileCounter()
@@ -249,9 +195,8 @@ def test_an_observed_compiled_model_is_compiled_once_and_a_later_compiled_form_i
     assert "torch.compile(model)" in str(observer)
 
 
-def test_only_training_steps_count_and_a_failed_one_leaves_no_trace():
-    model = ready()
-    x = batches(1)[0]
+def test_only_complete_training_steps_are_observed():
+    model, (x,) = net(), batches(1)
     with bn.observe(model, every=1) as observer:
         model.eval()(x)
         with torch.no_grad():
@@ -261,39 +206,28 @@ def test_only_training_steps_count_and_a_failed_one_leaves_no_trace():
         with pytest.raises(RuntimeError, match="channels"):
             model(torch.randn(2, 3, 8, 8))
         assert not any("forward" in vars(module) for module in model.modules())
-        assert not observer.observations
         train(model, batches(2))
     assert [one.step for one in observer.observations] == [2] * 4 + [3] * 4
 
 
-class Interrupted(nn.Module):
-    """Interrupts every second call."""
-
-    calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        if self.calls % 2:
-            raise KeyboardInterrupt
-        return x
-
-
 def test_an_interrupt_ends_a_step_and_the_next_one_is_observed():
-    model = nn.Sequential(nn.BatchNorm1d(3), Interrupted())
-    x = torch.randn(8, 3)
+    def interrupt(module, args):
+        if interrupted.pop():
+            raise KeyboardInterrupt
+
+    model, x, interrupted = nn.Sequential(nn.BatchNorm1d(3), nn.Identity()), torch.randn(8, 3), []
+    model[1].register_forward_pre_hook(interrupt)
     with bn.observe(model, every=1) as observer:
-        for _ in range(2):
-            with pytest.raises(KeyboardInterrupt):
+        for interrupts in (True, False, True, False, True):
+            interrupted.append(interrupts)
+            with pytest.raises(KeyboardInterrupt) if interrupts else contextlib.nullcontext():
                 model(x)
-            model(x)
-        with pytest.raises(KeyboardInterrupt):
-            model(x)
     assert [one.step for one in observer.observations] == [2, 4]
     assert not any("forward" in vars(module) for module in model)
 
 
 def test_two_observers_of_a_model_see_the_same_and_leave_nothing():
-    model, data = ready(), batches(5)
+    model, data = net(), batches(5)
     with bn.observe(model, every=2) as one, bn.observe(model, every=2) as two:
         train(model, data)
         one.close()
@@ -320,7 +254,7 @@ def test_numbers_that_are_not_finite_end_neither_the_training_nor_the_report(bad
 
 
 def test_copies_of_an_observed_model_are_not_observed(tmp_path):
-    model = ready()
+    model = net()
     with bn.observe(model, every=1, jsonl=tmp_path / "lines") as observer:
         train(model, batches(1))
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -335,7 +269,7 @@ class Scalars(dict):
 
 def test_lines_scalars_and_memory_have_the_same_numbers(tmp_path):
     path, scalars = tmp_path / "lines.jsonl", Scalars()
-    model = ready()
+    model = net()
     with bn.observe(model, every=2, batches=2, jsonl=path, tensorboard=scalars) as observer:
         train(model, batches(4))
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
@@ -349,7 +283,7 @@ def test_lines_scalars_and_memory_have_the_same_numbers(tmp_path):
 
 
 def test_a_full_disk_ends_the_file_and_not_the_training():
-    model = ready()
+    model = net()
     with bn.observe(model, every=1, jsonl="/dev/full") as observer:
         with pytest.warns(UserWarning, match="/dev/full gets no more observations"):
             train(model, batches(1))
@@ -357,16 +291,19 @@ def test_a_full_disk_ends_the_file_and_not_the_training():
     assert observer.steps == 2
 
 
-def test_inputs_without_moments_are_passed_on():
-    """Empty batches, one-dimensional inputs, and a constant channel beside others."""
+def test_inputs_without_moments_are_not_observed():
+    model = nn.Sequential(nn.Tanh())
+    with bn.observe(model, every=1) as observer:
+        model(torch.randn(4))
+    assert "in which no layer was called" in str(observer)
+
+
+def test_a_constant_channel_has_no_change_and_the_largest_inverse():
     model = nn.Sequential(nn.BatchNorm1d(3), nn.ReLU())
-    flat = nn.Sequential(nn.Tanh())
-    with bn.observe(model, every=1) as observer, bn.observe(flat, every=1) as other:
-        flat(torch.randn(4))
-        x = torch.randn(8, 3) * torch.tensor([1.0, 0.0, 2.0])
+    x = torch.randn(8, 3) * torch.tensor([1.0, 0.0, 2.0])
+    with bn.observe(model, every=1) as observer:
         model(x)
         model(x)
-    assert "in which no layer was called" in str(other)
     last = next(one for one in observer.observations if one.step == 2)
     assert last.mean_change is None  # of one batch in the window
     assert last.mean_drift == 0
@@ -385,15 +322,6 @@ def test_masked_layers_are_measured_where_the_mask_is():
     assert one.percentiles == ()
 
 
-def test_every_renderer_shows_the_report():
-    model = ready()
-    with bn.observe(model, every=2) as observer:
-        train(model, batches(6))
-    report = observer.report()
-    for text in (str(observer), to_markdown(report), to_json(report)):
-        assert "Change of μ per step" in text
-
-
 @pytest.mark.parametrize(
     ("model", "options", "said"),
     [
@@ -405,9 +333,8 @@ def test_every_renderer_shows_the_report():
     ],
 )
 def test_what_cannot_be_observed_is_refused(model, options, said):
-    with pytest.raises(OptionError, match=said):
+    with refused(OptionError, said, model):
         bn.observe(model, **options)
-    assert not model._forward_pre_hooks
 
 
 def test_memory_is_bounded_and_keeps_the_whole_training(monkeypatch):

@@ -61,29 +61,31 @@ def test_a_finding_in_the_terminal_has_its_evidence_in_columns():
     ]
 
 
-def test_a_finding_in_markdown_is_escaped_and_has_a_table_of_evidence():
-    text = markdown.to_markdown(report(finding(message=NASTY)))
-    assert "**warning BN003: layer1.0.bn1**" in text
-    assert "a \\<b\\> \\| \\*c\\* \\[d\\]" in text
-    assert "**Remedy:** bn.calibrate(model, data)" in text
-    assert "| least | 1.25e-09 |" in text
-
-
 def test_a_finding_in_json_keeps_its_numbers_whole():
-    data = json.loads(to_json(report(finding())))["sections"][0]["blocks"][0]
-    assert data == {"type": "finding", **dataclasses.asdict(finding())}
-    data = json.loads(to_json(report(finding(evidence=LAYERS))))["sections"][0]["blocks"][0]
-    assert data["evidence"]["type"] == "table"
-    assert data["evidence"]["rows"] == [["layer1.0.bn1", 1.25e-9], ["layer2.0.bn1", None]]
+    data = json.loads(to_json(report(finding(), finding(evidence=LAYERS))))
+    plain, with_table = data["sections"][0]["blocks"]
+    assert plain == {"type": "finding", **dataclasses.asdict(finding())}
+    assert with_table["evidence"]["type"] == "table"
+    assert with_table["evidence"]["rows"] == [["layer1.0.bn1", 1.25e-9], ["layer2.0.bn1", None]]
 
 
-def test_a_finding_on_a_page_is_escaped_and_says_its_severity_in_words():
-    page = html.to_html(report(finding(message=NASTY, severity="error")))
-    assert '<div class="finding error">' in page
-    assert '<span class="severity">error</span> BN003: layer1.0.bn1' in page
-    assert "a &lt;b&gt; | *c* [d]" in page
-    assert "<strong>Remedy:</strong> bn.calibrate(model, data)" in page
-    assert '<td>least</td><td class="number">1.25e-09</td>' in page
+SHOWN = {
+    markdown.to_markdown: [
+        "**error BN003: layer1.0.bn1**", "a \\<b\\> \\| \\*c\\* \\[d\\]",
+        "**Remedy:** bn.calibrate(model, data)", "| least | 1.25e-09 |",
+    ],
+    html.to_html: [
+        '<div class="finding error">', '<span class="severity">error</span> BN003: layer1.0.bn1',
+        "a &lt;b&gt; | *c* [d]", "<strong>Remedy:</strong> bn.calibrate(model, data)",
+        '<td>least</td><td class="number">1.25e-09</td>',
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("render", SHOWN)
+def test_a_finding_in_markup_is_escaped_and_has_severity_remedy_and_evidence(render):
+    text = render(report(finding(message=NASTY, severity="error")))
+    assert not [words for words in SHOWN[render] if words not in text]
 
 
 @pytest.mark.parametrize(
@@ -126,11 +128,6 @@ class Toy(Block):
     size: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Unknown(Block):
-    """A block that no renderer knows."""
-
-
 def test_a_new_kind_of_block_takes_one_registration_for_each_renderer():
     terminal.render.register(Toy)(lambda toy, width: f"{toy.name}: {toy.size} of {width}")
     markdown.render.register(Toy)(lambda toy: f"*{markdown.escape(toy.name)}* {toy.size}")
@@ -150,9 +147,10 @@ def test_a_new_kind_of_block_takes_one_registration_for_each_renderer():
     [("terminal", terminal.to_text), ("markdown", markdown.to_markdown), ("html", html.to_html)],
 )
 def test_a_block_without_a_registration_is_refused_with_the_line_to_write(renderer, show):
+    unknown = type("Unknown", (Block,), {})
     line = rf"got Unknown: .*@batchnorm\.report\.{renderer}\.render\.register\(Unknown\)"
     with pytest.raises(OptionError, match=line):
-        show(report(Unknown()))
+        show(report(unknown()))
 
 
 # --- columns of text
@@ -225,10 +223,9 @@ def test_a_figure_has_the_plots_side_by_side_with_titles_names_in_order_and_leng
     assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
 
 
-def test_a_figure_of_many_bars_grows_and_each_has_room():
+def test_a_figure_of_many_bars_is_higher():
     few, many = to_figure([bars(3, "a")]), to_figure([bars(100, "a")])
-    assert few.get_figheight() < 4
-    assert many.get_figheight() > 100 * 0.2
+    assert few.get_figheight() < 4 and many.get_figheight() > 100 * 0.2
 
 
 def test_without_matplotlib_a_figure_says_what_to_install(monkeypatch):

@@ -76,13 +76,14 @@ def test_each_template_of_a_package_has_a_chinese_one_with_the_same_fields(packa
             assert fields(english) == fields(chinese), english
 
 
-def test_each_rule_has_a_title_and_a_remedy():
+def test_each_rule_has_a_chinese_title_and_a_remedy():
     assert list(TITLES) == list(REMEDIES) == [rule.id for rule in ALL]
-    chinese = (*TITLES.values(), *REMEDIES.values(), *COMMON.values())
+
+
+@pytest.mark.parametrize("catalogue", [TITLES, REMEDIES, COMMON, *CATALOGUES.values()])
+def test_chinese_texts_have_chinese_punctuation(catalogue):
     halfwidth = re.compile(r"[\u4e00-\u9fff][,;:!?]|[,;:!?][\u4e00-\u9fff]")
-    for catalogue in CATALOGUES.values():
-        chinese += tuple(catalogue.values())
-    assert not [words for words in chinese if halfwidth.search(words)]
+    assert not [words for words in catalogue.values() if halfwidth.search(words)]
 
 
 def texts(value):
@@ -161,15 +162,9 @@ def test_a_said_text_is_the_english_one_also_in_copies():
         assert (other, other.template, other.values) == (one, one.template, one.values)
 
 
-def test_columns_of_chinese_tables_line_up_in_a_terminal():
-    table = Table(
-        "",
-        ("层", "发现", "值"),
-        (("bn1", "统计量为 NaN 或无穷大，共 12 个通道", 1), ("a", "b", 22)),
-    )
-    for width in (None, 30):
-        _, _, *rows = to_text(table, width).splitlines()
-        assert {columns_of(row) for row in (rows[0], rows[-1])} == {
-            columns_of(to_text(table, width).splitlines()[1])
-        }
+@pytest.mark.parametrize("width", [None, 30])
+def test_columns_of_chinese_tables_line_up_in_a_terminal(width):
+    rows = (("bn1", "统计量为 NaN 或无穷大，共 12 个通道", 1), ("a", "b", 22))
+    _, line, first, *_, last = to_text(Table("", ("层", "发现", "值"), rows), width).splitlines()
+    assert columns_of(first) == columns_of(last) == columns_of(line)
     assert columns_of("层 a") == 4

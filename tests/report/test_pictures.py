@@ -1,11 +1,11 @@
 """Blocks of many values in every renderer: heat maps, small plots, images, grids, folded blocks."""
 
 import base64
+import io
 import json
 import re
-import struct
-import zlib
 
+import numpy as np
 import pytest
 
 from batchnorm.errors import OptionError
@@ -29,6 +29,7 @@ from batchnorm.report.markdown import to_markdown
 from batchnorm.report.pictures import CELLS, grey, heat_row, scale_of
 from batchnorm.report.terminal import to_text
 
+image = pytest.importorskip("PIL.Image")  # comes with matplotlib
 NASTY = "a <b> | *c*"
 HEAT = Heat(
     "channels",
@@ -44,25 +45,10 @@ def report(*blocks, language="en"):
 
 
 def pixels(address):
-    """Rows of (red, green, blue) of a PNG with a palette, read by the format's own rules."""
+    """Rows of (red, green, blue) of a PNG."""
     data = base64.b64decode(address.removeprefix("data:image/png;base64,"))
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    at, chunks = 8, {}
-    while at < len(data):
-        (size,) = struct.unpack_from(">I", data, at)
-        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + size]
-        assert struct.unpack_from(">I", data, at + 8 + size)[0] == zlib.crc32(kind + body)
-        chunks[kind], at = body, at + 12 + size
-    width, height = struct.unpack_from(">2I", chunks[b"IHDR"])
-    lines, palette = zlib.decompress(chunks[b"IDAT"]), chunks[b"PLTE"]
-    assert len(lines) == height * (width + 1)
-    return [
-        [
-            tuple(palette[3 * p : 3 * p + 3])
-            for p in lines[row * (width + 1) + 1 : (row + 1) * (width + 1)]
-        ]
-        for row in range(height)
-    ]
+    rows = np.asarray(image.open(io.BytesIO(data)).convert("RGB")).tolist()
+    return [[tuple(pixel) for pixel in row] for row in rows]
 
 
 def test_a_grey_image_has_its_own_black_and_white():
@@ -109,9 +95,8 @@ def test_every_renderer_shows_a_block_and_escapes_its_words(block, words):
     for text in (to_text(one), to_text(one, 40), to_markdown(one), to_html(one), to_json(one)):
         assert all(word in text for word in words)
     assert "<b>" not in to_html(one)
-    assert (
-        json.loads(to_json(one))["sections"][0]["blocks"][0]["type"] == type(block).__name__.lower()
-    )
+    (shown,) = json.loads(to_json(one))["sections"][0]["blocks"]
+    assert shown["type"] == type(block).__name__.lower()
 
 
 def test_a_heat_map_refuses_rows_of_another_length():

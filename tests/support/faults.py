@@ -1,12 +1,13 @@
 """Three small networks trained on handwritten digits, and the faults that tests plant in them."""
 
 import functools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import batchnorm as bn
@@ -103,7 +104,7 @@ def case(name, before=lambda model: model):
     return Case(model, batches(), optimizer, layers)
 
 
-# --- faults in a trained model: each takes a healthy case and returns a sick one
+# --- faults in a trained model: each changes a healthy case
 
 
 def _off(layer, share=1.0):
@@ -116,7 +117,6 @@ def _off(layer, share=1.0):
 
 def _lost(one):
     _off(one.first)
-    return one
 
 
 def _few_steps(one):
@@ -127,34 +127,30 @@ def _few_steps(one):
     one.first.running_var.mul_(36).lerp_(torch.ones_like(one.first.running_var), 0.9**2)
     for name in one.layers:
         one.model.get_submodule(name).num_batches_tracked.fill_(2)
-    return one
 
 
 def _slow(one):
     _off(one.first)
     one.first.momentum = 0.001
     one.first.num_batches_tracked.fill_(20_000)
-    return one
 
 
 def _keras(one):
     one.first.momentum = 0.99
-    return one
 
 
 def _small(one):
     """Give batches of three images, each of one brightness: positions are no further values."""
-    change = lambda images: images.mean((2, 3), keepdim=True).expand_as(images)
-    return replace(one, data=batches(3, 40, change))
+    one.data = batches(3, 40, lambda x: x.mean((2, 3), keepdim=True).expand_as(x))
 
 
 def _other_input(one):
-    return replace(one, data=batches(change=lambda images: images * 3 + 2))
+    one.data = batches(change=lambda images: images * 3 + 2)
 
 
 def _sorted(one):
     images, labels = digits()
-    return replace(one, data=list(images[labels.argsort()].split(64)))
+    one.data = list(images[labels.argsort()].split(64))
 
 
 def _swapped(one):
@@ -163,16 +159,12 @@ def _swapped(one):
     b = next(m for m in layers[1:] if m.num_features == a.num_features)
     for name in ("running_mean", "running_var"):
         mine, other = a.get_buffer(name), b.get_buffer(name)
-        both = mine.clone(), other.clone()
-        mine.copy_(both[1])
-        other.copy_(both[0])
-    return one
+        mine[:], other[:] = other.clone(), mine.clone()
 
 
 def _plain(one):
     one.first.track_running_stats = False
     one.first.running_mean = one.first.running_var = one.first.num_batches_tracked = None
-    return one
 
 
 def _other_class(one):
@@ -182,51 +174,44 @@ def _other_class(one):
     new.load_state_dict(old.state_dict())
     one.model.set_submodule(one.layers[0], new)
     one.optimizer = torch.optim.SGD(one.model.parameters(), 0.1)
-    return one
 
 
 def _requires_grad_off(one):
     one.first.requires_grad_(False)
-    return one
 
 
 def _asleep(one):
     one.model.train()
     one.first.eval()
-    return one
 
 
 def _awake(one):
     one.first.train = lambda mode=True: one.first
-    return one
 
 
 def _still(one):
     one.first.momentum = 0.0
-    return one
 
 
 def _forgotten(one):
     own = {id(p) for p in one.first.parameters()}
     one.optimizer = torch.optim.SGD([p for p in one.model.parameters() if id(p) not in own], 0.1)
-    return one
 
 
 def _decayed(one):
     one.optimizer = torch.optim.SGD(one.model.parameters(), 0.1, weight_decay=0.01)
-    return replace(one, subject="")
+    one.subject = ""
 
 
 def _one_left(one):
     images, labels = digits()
-    loader = DataLoader(TensorDataset(images[:353], labels[:353]), 32)
-    return replace(one, data=loader, subject="")
+    one.data = DataLoader(TensorDataset(images[:353], labels[:353]), 32)
+    one.subject = ""
 
 
 def _without_activation(one):
     names = [name for name, module in one.model.named_modules() if isinstance(module, nn.ReLU)]
     one.model.set_submodule(names[0], nn.Identity())
-    return one
 
 
 # --- faults that show in training steps alone
@@ -241,7 +226,6 @@ STEPS = {"loss": loss, "steps": 8}
 
 def _diverging(one):
     one.optimizer.param_groups[0]["lr"] = 1e30
-    return one
 
 
 def _switched_on(one):
@@ -252,78 +236,68 @@ def _switched_on(one):
             model.get_submodule(name).train()
 
     one.model.register_forward_pre_hook(switch)
-    return one
 
 
 def _inside(kind, one):
     """Put the model into another one."""
-    layers = [f"body.{name}" for name in one.layers]
-    return replace(one, model=kind(one.model), layers=layers)
+    one.model, one.layers = kind(one.model), [f"body.{name}" for name in one.layers]
 
 
-class _Elsewhere(nn.Module):
-    """Trains with copies of the buffers."""
+def _elsewhere(body):
+    """A model that trains with copies of the buffers."""
 
-    def __init__(self, body):
-        super().__init__()
-        self.body = body
+    def call(m, x):
+        state = {name: buffer.clone() for name, buffer in m.body.named_buffers()}
+        trains = torch.is_grad_enabled()
+        return torch.func.functional_call(m.body, state, (x,)) if trains else m.body(x)
 
-    def forward(self, x):
+    return Calls(call, body=body)
+
+
+def _checkpointed(body):
+    def call(m, x):
+        trains = torch.is_grad_enabled()
+        return checkpoint(m.body, x, use_reentrant=False) if trains else m.body(x)
+
+    return Calls(call, body=body)
+
+
+def _skipping(body):
+    """A model with a layer that training steps leave out."""
+
+    def call(m, x):
+        y = m.body(x)
         if not torch.is_grad_enabled():
-            return self.body(x)
-        buffers = {name: buffer.clone() for name, buffer in self.body.named_buffers()}
-        return torch.func.functional_call(
-            self.body, (dict(self.body.named_parameters()), buffers), (x,)
-        )
-
-
-class _Checkpointed(_Elsewhere):
-    def forward(self, x):
-        if not torch.is_grad_enabled():
-            return self.body(x)
-        return torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False)
-
-
-class _Skipping(_Elsewhere):
-    """Has a layer that training steps leave out."""
-
-    def __init__(self, body):
-        super().__init__(body)
-        self.spare = nn.BatchNorm1d(10)
-
-    def forward(self, x):
-        y = self.body(x)
-        if not torch.is_grad_enabled():
-            self.spare(y)
+            m.spare(y)
         return y
+
+    return Calls(call, body=body, spare=nn.BatchNorm1d(10))
 
 
 def _skipped(one):
-    one = replace(_inside(_Skipping, one), subject="spare")
+    _inside(_skipping, one)
+    one.subject = "spare"
     bn.calibrate(one.model, one.data, layers=["spare"])
     one.optimizer = torch.optim.SGD(one.model.parameters(), 0.1)
-    return one
 
 
 def _detached(one):
     one.first.register_forward_hook(lambda layer, args, out: out.detach())
-    return one
 
 
 def _lagging(one):
     one.first.momentum = 0.01
     one.optimizer.param_groups[0]["lr"] = 2.0
-    return one
 
 
 STEPPED = {
     "BN901": _diverging,
     "BN902": _switched_on,
-    "BN903": functools.partial(_inside, _Elsewhere),
+    "BN903": functools.partial(_inside, _elsewhere),
     "BN904": _detached,
     "BN905": _skipped,
     "BN906": _lagging,
-    "BN907": functools.partial(_inside, _Checkpointed),
+    "BN907": functools.partial(_inside, _checkpointed),
 }
 AFTER = {
     "BN501": _lost,
@@ -364,21 +338,14 @@ def _shared(model):
     names = _names(model)
     first = model.get_submodule(names[0])
     later = [n for n in names[1:] if model.get_submodule(n).num_features == first.num_features][-1]
-    model.set_submodule(later, nn.Sequential(_Scale(), first))
+    model.set_submodule(later, nn.Sequential(Calls(lambda _, x: x * 6 + 2), first))
     return model
 
 
-class _Scale(nn.Module):
-    def forward(self, x):
-        return x * 6 + 2
-
-
 def _biased(model):
-    name = _names(model)[0]
-    parent, _, number = name.rpartition(".")
-    before = f"{parent}.{int(number) - 1}" if parent else str(int(number) - 1)
-    old = model.get_submodule(before)
-    old.bias = nn.Parameter(torch.ones(old.weight.shape[0]))
+    *parent, number = _names(model)[0].split(".")
+    before = model.get_submodule(".".join([*parent, str(int(number) - 1)]))
+    before.bias = nn.Parameter(torch.ones(before.weight.shape[0]))
     return model
 
 
@@ -427,11 +394,13 @@ CONSEQUENCES = {
 
 def planted(rule, name):
     """Return a case with the fault that a rule is for."""
-    if rule in BEFORE:
-        one = case(name, BEFORE[rule])
-        return replace(one, subject=SUBJECTS[rule](one.layers) if rule in SUBJECTS else None)
-    one = case(name)
+    one = case(name, BEFORE.get(rule, lambda model: model))
+    if rule in SUBJECTS:
+        one.subject = SUBJECTS[rule](one.layers)
     if rule in STEPPED:
-        return replace(STEPPED[rule](one), options=STEPS)
-    with torch.no_grad():
-        return AFTER[rule](one)
+        STEPPED[rule](one)
+        one.options = STEPS
+    elif rule in AFTER:
+        with torch.no_grad():
+            AFTER[rule](one)
+    return one

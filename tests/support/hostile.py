@@ -54,10 +54,13 @@ def many_layers(count):
     """Return the state dict of so many layers, of one channel each."""
     state = {}
     for i in range(count):
-        state[f"layers.{i}.running_mean"] = torch.full((1,), 0.5)
-        state[f"layers.{i}.running_var"] = torch.full((1,), -1.0 if i % 2 else 2.0)
-        state[f"layers.{i}.weight"] = torch.ones(1)
-        state[f"layers.{i}.bias"] = torch.zeros(1)
+        values = {
+            "running_mean": 0.5,
+            "running_var": -1.0 if i % 2 else 2.0,
+            "weight": 1.0,
+            "bias": 0.0,
+        }
+        state |= {f"layers.{i}.{name}": torch.full((1,), value) for name, value in values.items()}
         state[f"layers.{i}.num_batches_tracked"] = torch.tensor(3)
     return state
 
@@ -111,12 +114,13 @@ def write_all(folder, layers, large):
     if large:
         _large(file)
     _indexes(file, state)
-    torch.save({"weight": torch.ones(3)}, file("no layers.pt", None))
-    torch.save({}, file("nothing.pt", None))
-    torch.save([], file("empty list.pt", None))
-    torch.save("text", file("text.pt", "no state dict"))
-    torch.save(torch.ones(3), file("a tensor.pt", "no state dict"))
-    torch.save(many_layers(layers), file("many layers.pt", None))
+    for name, words, content in (
+        ("no layers.pt", None, {"weight": torch.ones(3)}), ("nothing.pt", None, {}),
+        ("empty list.pt", None, []), ("text.pt", "no state dict", "text"),
+        ("a tensor.pt", "no state dict", torch.ones(3)),
+        ("many layers.pt", None, many_layers(layers)),
+    ):  # fmt: skip
+        torch.save(content, file(name, words))
     file("many layers.safetensors", None).write_bytes(save(many_layers(layers)))
     os.mkfifo(file("pipe.pt", "not a regular file"))
     return files
@@ -134,15 +138,13 @@ def _old(state):
 
 def _large(file):
     """Archives that are small and would become large, and descriptions of many MB."""
-    zeros = b"\0" * (128 << 20)
-    plain = pickle.dumps({}, protocol=2)
-    zipped(file("bomb.pt", "compressed"), plain, [("data/0", zeros)], zipfile.ZIP_DEFLATED)
-    zipped(file("bomb in the pickle.pt", "compressed"), plain + zeros, (), zipfile.ZIP_DEFLATED)
-    zipped(file("many objects.pt", "far more objects"), b"\x80\x02(" + b"}" * (8 << 20) + b"t.")
-    zipped(
-        file("long pickle.pt", "not a checkpoint|far more"),
-        b"\x80\x02" + b"N0" * (20 << 20) + b"N.",
-    )
+    zeros, plain = b"\0" * (128 << 20), pickle.dumps({}, protocol=2)
+    deflated = zipfile.ZIP_DEFLATED
+    zipped(file("bomb.pt", "compressed"), plain, [("data/0", zeros)], deflated)
+    zipped(file("bomb in the pickle.pt", "compressed"), plain + zeros, (), deflated)
+    objects, long = b"\x80\x02(" + b"}" * (8 << 20), b"\x80\x02" + b"N0" * (20 << 20)
+    zipped(file("many objects.pt", "far more objects"), objects + b"t.")
+    zipped(file("long pickle.pt", "not a checkpoint|far more"), long + b"N.")
     with_header(file("huge.safetensors", "its header has"), b" " * (40 << 20))
     with_header(file("spaces.safetensors", "safetensors"), b" " * (30 << 20))
 
@@ -159,11 +161,16 @@ def _archives(file):
     path.write_bytes(raw)
     zipped(file("declared values.pt", None), _storage_of(1 << 30), [("data/0", b"\0" * 16)])
     zipped(file("no storage.pt", "damaged"), _storage_of(4))
-    with zipfile.ZipFile(file("word.pt", "without data.pkl"), "w") as archive:
-        archive.writestr("word/document.xml", "x")
-    with zipfile.ZipFile(file("other archive.pt", "TorchScript"), "w") as archive:
-        for name in ("data.pkl", "constants.pkl", "code/__torch__.py"):
-            archive.writestr(f"archive/{name}", plain)
+    members = {
+        ("word.pt", "without data.pkl"): ["word/document.xml"],
+        ("other archive.pt", "TorchScript"): [
+            f"archive/{name}" for name in ("data.pkl", "constants.pkl", "code/__torch__.py")
+        ],
+    }
+    for (name, words), names in members.items():
+        with zipfile.ZipFile(file(name, words), "w") as archive:
+            for member in names:
+                archive.writestr(member, plain)
 
 
 def _pickles(file, folder):
@@ -171,75 +178,62 @@ def _pickles(file, folder):
     one = [(f"l{i}.running_{part}", torch.ones(1)) for i in range(40) for part in ("mean", "var")]
     expanded = {name: value.expand(1 << 20) for name, value in one}
     torch.save(expanded, file("expanded.pt", "more than their memory"))
-    ran = folder / "ran"
-    code = pickle.dumps({"bn.running_mean": Code(f"touch '{ran}'")}, protocol=2)
-    zipped(file("code.pt", "would call posix.system"), code)
+    torch.save(torch.nn.Linear(2, 2), file("a module.pt", r"would call torch\.nn\.modules"))
+    code = pickle.dumps({"bn.running_mean": Code(f"touch '{folder / 'ran'}'")}, protocol=2)
     magic = _old({})[: len(pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2))]
     file("code.pth", "would call posix.system").write_bytes(magic + code * 4)
-    zipped(file("code of protocol 4.pt", "STACK_GLOBAL"), pickle.dumps(Code("true"), protocol=4))
-    torch.save(torch.nn.Linear(2, 2), file("a module.pt", r"would call torch\.nn\.modules"))
-    big = b"\x80\x02" + _global("builtins", "bytearray") + b"\x8a\x05" + b"\0\0\0\0\x20" + b"\x85R."
-    zipped(file("bytearray.pt", "would call builtins.bytearray"), big)
-    slow = (
-        b"\x80\x02"
-        + _global("_codecs", "encode")
-        + _text("ü" * 400_000)
-        + _text("Puny_Code")
-        + b"\x86R."
+    slow = _global("_codecs", "encode") + _text("ü" * 400_000) + _text("Puny_Code") + b"\x86R."
+    big = _global("builtins", "bytearray") + b"\x8a\x05" + b"\0\0\0\0\x20" + b"\x85R."
+    doubled = b"}q\x00" + b"".join(
+        b"}(" + _text("a") + b"h%c" % i + _text("b") + b"h%cuq%c" % (i, i + 1) for i in range(60)
     )
-    zipped(file("slow codec.pt", "codecs.encode"), slow)
-    zipped(file("text without end.pt", "damaged"), b"\x80\x02X\xff\xff\xff\x7fabc")
-    # Python warns of escapes that it does not know, and warnings are errors here.
-    zipped(file("text with escapes.pt", "damaged"), b"\x80\x02S'\\q'\n.")
-    laughs = b"\x80\x02}q\x00" + b"".join(
-        b"}("
-        + _text("a")
-        + b"h"
-        + bytes([i])
-        + _text("b")
-        + b"h"
-        + bytes([i])
-        + b"uq"
-        + bytes([i + 1])
-        for i in range(60)
-    )
-    zipped(file("doubled 60 times.pt", None), laughs + b".")
-    deep = b"\x80\x02" + b"(" * 1000 + b"}" + b"t" * 1000 + b"."
-    zipped(file("deep.pt", None), deep)
-    itself = b"\x80\x02}q\x00" + _text("a") + b"h\x00s."
-    zipped(file("inside itself.pt", None), itself)
+    pickles = {
+        "code.pt": ("would call posix.system", code),
+        "code of protocol 4.pt": ("STACK_GLOBAL", pickle.dumps(Code("true"), protocol=4)),
+        "bytearray.pt": ("would call builtins.bytearray", b"\x80\x02" + big),
+        "slow codec.pt": ("codecs.encode", b"\x80\x02" + slow),
+        "text without end.pt": ("damaged", b"\x80\x02X\xff\xff\xff\x7fabc"),
+        # Python warns of escapes that it does not know, and warnings are errors here.
+        "text with escapes.pt": ("damaged", b"\x80\x02S'\\q'\n."),
+        "doubled 60 times.pt": (None, b"\x80\x02" + doubled + b"."),
+        "deep.pt": (None, b"\x80\x02" + b"(" * 1000 + b"}" + b"t" * 1000 + b"."),
+        "inside itself.pt": (None, b"\x80\x02}q\x00" + _text("a") + b"h\x00s."),
+    }
+    for name, (words, data) in pickles.items():
+        zipped(file(name, words), data)
 
 
 def _headers(file, state):
     """Headers of safetensors."""
-    content = save(state)
     file("length.safetensors", "declares").write_bytes(
-        (1 << 62).to_bytes(8, "little") + content[8:]
+        (1 << 62).to_bytes(8, "little") + save(state)[8:]
     )
-    with_header(file("nested.safetensors", "safetensors"), b'{"a":' * 100_000)
-    with_header(
-        file("beyond.safetensors", "safetensors"),
-        {"a.running_mean": tensor("F32", [1 << 28], 0, 1 << 30)},
-    )
-    with_header(
-        file("overflow.safetensors", "safetensors"),
-        {"a.running_mean": tensor("F32", [1 << 62, 8], 0, 8)},
-    )
-    with_header(
-        file("negative.safetensors", "safetensors"), {"a.running_mean": tensor("F32", [-1], 0, 4)}
-    )
-    pair = {"a.running_mean": tensor("I8", [8], 0, 8), "a.running_var": tensor("BOOL", [8], 8, 16)}
-    with_header(file("dtypes.safetensors", None), pair, b"\1" * 16)
-    pair = {
-        "a.running_mean": tensor("F4", [8], 0, 4),
-        "a.running_var": tensor("F8_E8M0", [4], 4, 8),
+    mean, var = "a.running_mean", "a.running_var"
+    odd = {mean: tensor("F4", [8], 0, 4), var: tensor("F8_E8M0", [4], 4, 8)}
+    escape = "\x1b[2J\n.running_"
+    escapes = {f"{escape}mean": tensor("F32", [1], 0, 4), f"{escape}var": tensor("F32", [1], 4, 8)}
+    headers = {
+        "nested": ("safetensors", b'{"a":' * 100_000, b""),
+        "beyond": ("safetensors", {mean: tensor("F32", [1 << 28], 0, 1 << 30)}, b""),
+        "overflow": ("safetensors", {mean: tensor("F32", [1 << 62, 8], 0, 8)}, b""),
+        "negative": ("safetensors", {mean: tensor("F32", [-1], 0, 4)}, b""),
+        "dtypes": (
+            None,
+            {mean: tensor("I8", [8], 0, 8), var: tensor("BOOL", [8], 8, 16)},
+            b"\1" * 16,
+        ),
+        "odd dtypes": (None, odd, b"\1" * 8),
+        "escapes": (None, escapes, struct.pack("<ff", 1, -1)),
     }
-    with_header(file("odd dtypes.safetensors", None), pair, b"\1" * 8)
-    escapes = {
-        "\x1b[2J\n.running_mean": tensor("F32", [1], 0, 4),
-        "\x1b[2J\n.running_var": tensor("F32", [1], 4, 8),
-    }
-    with_header(file("escapes.safetensors", None), escapes, struct.pack("<ff", 1, -1))
+    for name, (words, header, tail) in headers.items():
+        with_header(file(f"{name}.safetensors", words), header, tail)
+
+
+# Paths that lead out of the folder of an index.
+OUTSIDE = (
+    "/etc/passwd", "../secret.safetensors", "a/../../b", "C:\\x.safetensors", "..\\x",
+    "\\\\h\\x", "a\0b", "",
+)  # fmt: skip
 
 
 def _indexes(file, state):
@@ -247,33 +241,24 @@ def _indexes(file, state):
     file("shard.safetensors", None).write_bytes(save(state))
     where = dict.fromkeys(state, "shard.safetensors")
     first = next(iter(where))
-    paths = (
-        "/etc/passwd",
-        "../secret.safetensors",
-        "a/../../b",
-        "C:\\x.safetensors",
-        "..\\x",
-        "\\\\h\\x",
-        "a\0b",
-        "",
-    )
-    for number, path in enumerate(paths):
-        index = file(f"leaves {number}.index.json", "outside of its folder")
-        index.write_text(json.dumps({"weight_map": where | {first: path}}))
-    others = {
-        "gone": (where | {"bn.running_mean": "gone.bin", "bn.running_var": "gone.bin"}, "not in"),
+    gone = {"bn.running_mean": "gone.bin", "bn.running_var": "gone.bin"}
+    maps = {
+        f"leaves {n}": (where | {first: OUTSIDE[n]}, "outside of its folder")
+        for n in range(len(OUTSIDE))
+    }
+    maps |= {
+        "gone": (where | gone, "not in"),
         "wrong": (where | {"bn.running_mean": "shard.safetensors"}, "no such tensor"),
         "fifo": (dict.fromkeys(where, "pipe.pt"), "not in"),
         "numbers": (dict.fromkeys(where, 3), "not an index"),
         "list": ([1], "not an index"),
+        "plain": (where, None),
+        "itself": (dict.fromkeys(where, "itself.index.json"), "which is an index"),
     }
-    for name, (content, words) in others.items():
+    for name, (content, words) in maps.items():
         file(f"{name}.index.json", words).write_text(json.dumps({"weight_map": content}))
     file("text.index.json", "not JSON").write_text("{")
     file("deep.index.json", "not JSON").write_text("[" * 100_000)
-    file("plain.index.json", None).write_text(json.dumps({"weight_map": where}))
-    itself = file("itself.index.json", "which is an index")
-    itself.write_text(json.dumps({"weight_map": dict.fromkeys(where, "itself.index.json")}))
 
 
 def judge(path, inspected=lambda: None):

@@ -63,6 +63,7 @@ def why(done):
     return next(iter(done.report.left.values()))
 
 
+CONV, NORM = (lambda: nn.Conv2d(3, 4, 3)), (lambda: nn.BatchNorm2d(4))
 CONVOLUTIONS = {
     "1d": (lambda: nn.Conv1d(3, 4, 3), (2, 3, 9)),
     "2d": (lambda: nn.Conv2d(3, 4, 3, padding=1, stride=2), X2),
@@ -84,15 +85,11 @@ CONVOLUTIONS = {
 NORMS = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
-def channels(layer):
-    return getattr(layer, "out_channels", None) or layer.out_features
-
-
 @each(kind=CONVOLUTIONS, ours=[False, True, True])
-def test_into_the_layer_that_makes_the_tensor(kind, ours):
+def test_a_normalization_is_folded_into_the_layer_before_it(kind, ours):
     build, shape = CONVOLUTIONS[kind]
     layer = build()
-    norm = NORMS[len(shape) - 2](channels(layer))
+    norm = NORMS[len(shape) - 2](getattr(layer, "out_channels", None) or layer.out_features)
     model = S(layer, bn.convert(norm) if ours else norm, nn.ReLU())
     done = fold(model, torch.randn(shape))
     assert done.report.folded == ("1",)
@@ -100,29 +97,87 @@ def test_into_the_layer_that_makes_the_tensor(kind, ours):
 
 
 @pytest.mark.parametrize("kind", ["1d", "2d without bias", "2d groups", "2d dilated", "3d"])
-def test_into_the_layer_that_reads_the_tensor(kind):
+def test_a_normalization_is_folded_into_the_layer_behind_it(kind):
     build, shape = CONVOLUTIONS[kind]
     model = S(NORMS[len(shape) - 2](shape[1]), build(), nn.ReLU())
     assert fold(model, torch.randn(shape)).report.folded == ("0",)
 
 
-NORM_OPTIONS = {
-    "without weight": lambda: nn.BatchNorm2d(4, affine=False),
-    "its own eps": lambda: nn.BatchNorm2d(4, eps=0.3),
-    "a weight without a bias": lambda: bn.BatchNorm2d(4, bias=False),
+class Padding(nn.Conv2d):
+    """A convolution that uses its bias."""
+
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
+
+
+class WithoutBias(nn.Conv2d):
+    """A convolution that ignores a bias."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight)
+
+
+def block():
+    norm = bn.BatchNorm2d(3, activation="leaky_relu(0.2)")
+    conv = nn.Conv2d(3, 3, 3, padding=1)
+    return Calls(lambda m, x: m.norm(m.conv(x), residual=x), conv=conv, norm=norm)
+
+
+def viewed():
+    """A model that views the result of a normalization of a transposed tensor."""
+
+    def call(m, x):
+        y = m.linear(x.flatten(1, 2)).transpose(1, 2)
+        return m.norm(y).view(x.shape[0], -1)
+
+    return Calls(call, linear=nn.Linear(8, 6), norm=nn.BatchNorm1d(6))
+
+
+def branches():
+    """RepVGG: branches, each with a norm, one behind the sum, and concatenation."""
+
+    def call(m, x):
+        y = m.wide(x) + m.narrow(x) - 2 * m.shift
+        return m.norm(torch.cat([m.other(x), m.sum_norm(y)], 1))
+
+    return Calls(
+        call,
+        wide=S(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)),
+        narrow=S(nn.Conv2d(3, 4, 1, bias=False), bn.BatchNorm2d(4)),
+        other=nn.Conv2d(3, 2, 1),
+        shift=nn.Parameter(torch.zeros(4, 1, 1)),
+        sum_norm=nn.BatchNorm2d(4),
+        norm=nn.BatchNorm2d(6),
+    )
+
+
+def wrapped(wrap):
+    model = S(wrap(nn.Conv2d(3, 4, 3, bias=False)), nn.BatchNorm2d(4)).eval()
+    with torch.no_grad():  # what the older function computes can be copied then
+        model(torch.randn(X2))
+    return model
+
+
+PARAMETRIZATIONS = nn.utils.parametrizations
+FOLDED_MODELS = {
+    "a norm without weight": lambda: S(CONV(), nn.BatchNorm2d(4, affine=False)),
+    "a norm with its own eps": lambda: S(CONV(), nn.BatchNorm2d(4, eps=0.3)),
+    "a norm with a weight alone": lambda: S(CONV(), bn.BatchNorm2d(4, bias=False)),
+    "activation and residual": block,
+    "branches": branches,
+    "a viewed result": viewed,
+    "a class of its own with a bias": lambda: S(Padding(3, 4, 3, bias=False), NORM()),
+    "weight_norm": lambda: wrapped(PARAMETRIZATIONS.weight_norm),
+    "spectral_norm": lambda: wrapped(PARAMETRIZATIONS.spectral_norm),
+    "the older weight_norm": lambda: wrapped(nn.utils.weight_norm),
 }
 
 
-@pytest.mark.parametrize("options", NORM_OPTIONS)
-def test_norms_with_options_are_folded(options):
-    fold(S(nn.Conv2d(3, 4, 3), NORM_OPTIONS[options]()), torch.randn(X2))
-
-
-def test_a_layer_of_this_library_leaves_its_activation_and_its_residual():
-    norm = bn.BatchNorm2d(3, activation="leaky_relu(0.2)")
-    conv = nn.Conv2d(3, 3, 3, padding=1)
-    block = Calls(lambda m, x: m.norm(m.conv(x), residual=x), conv=conv, norm=norm)
-    assert "Rest" in str(fold(block, torch.randn(X2)).edits)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("name", FOLDED_MODELS)
+def test_every_normalization_of_a_model_is_folded(name):
+    done = fold(FOLDED_MODELS[name](), torch.randn(X2))
+    assert name != "activation and residual" or "Rest" in str(done.edits)
 
 
 CALLED_TWICE = {
@@ -145,7 +200,6 @@ def through(before, function, after):
     return Calls(call, before=before, function=function, after=after)
 
 
-CONV, NORM = (lambda: nn.Conv2d(3, 4, 3)), (lambda n=4: nn.BatchNorm2d(n))
 THROUGH = {
     "identity and dropout": (CONV, S(nn.Identity(), nn.Dropout2d()), NORM),
     "average pooling": (CONV, nn.AvgPool2d(2, padding=1, count_include_pad=False), NORM),
@@ -165,7 +219,7 @@ THROUGH = {
 
 
 @pytest.mark.parametrize("kind", THROUGH)
-def test_folding_through_operations_between_layer_and_norm(kind):
+def test_a_normalization_is_folded_through_operations_behind_the_layer(kind):
     before, function, after = THROUGH[kind]
     # Behind a flattening each position has a normalization of its own.
     left = ["after"] if kind == "flatten of channels" else []
@@ -181,25 +235,6 @@ def test_positive_scales_alone_are_folded_through_a_maximum(sign, left):
     expected = in_float64(model.eval(), x)
     assert list(bn.fold(model, x).report.left) == left
     assert (model(x) - expected).abs().max() <= FOLDED * expected.abs().max()
-
-
-def test_sums_and_concatenations_are_split_exactly():
-    """RepVGG: branches, each with a norm, one behind the sum, and concatenation."""
-
-    def call(m, x):
-        y = m.wide(x) + m.narrow(x) - 2 * m.shift
-        return m.norm(torch.cat([m.other(x), m.sum_norm(y)], 1))
-
-    model = Calls(
-        call,
-        wide=S(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)),
-        narrow=S(nn.Conv2d(3, 4, 1, bias=False), bn.BatchNorm2d(4)),
-        other=nn.Conv2d(3, 2, 1),
-        shift=nn.Parameter(torch.zeros(4, 1, 1)),
-        sum_norm=nn.BatchNorm2d(4),
-        norm=nn.BatchNorm2d(6),
-    )
-    assert len(fold(model, torch.randn(X2)).report.folded) == 4
 
 
 def call_functions(m, x):
@@ -225,24 +260,16 @@ def test_functional_calls_are_folded_and_then_return_their_input():
     assert torch.equal(F.batch_norm(y, n.running_mean, n.running_var, n.weight, n.bias), y)
 
 
-def test_a_functional_call_without_a_bias_has_no_place_for_the_shift():
-    assert "has no bias" in why(fold(functional(bias=False), torch.randn(X2), left=["norm"]))
+WITHOUT_BIAS = {
+    "functional": (lambda: functional(bias=False), "norm"),
+    "a class of its own": (lambda: S(WithoutBias(3, 4, 3, bias=False), NORM()), "1"),
+}
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        nn.utils.parametrizations.weight_norm,
-        nn.utils.parametrizations.spectral_norm,
-        nn.utils.weight_norm,
-    ],
-)
-def test_a_parametrized_weight_becomes_its_result(wrap):
-    model = S(wrap(nn.Conv2d(3, 4, 3, bias=False)), nn.BatchNorm2d(4))
-    with torch.no_grad():  # what the older function computes can be copied then
-        model.eval()(torch.randn(X2))
-    fold(model, torch.randn(X2))
+@pytest.mark.parametrize("kind", WITHOUT_BIAS)
+def test_a_normalization_behind_a_call_without_a_bias_is_left(kind):
+    build, name = WITHOUT_BIAS[kind]
+    assert "has no bias" in why(fold(build(), torch.randn(X2), left=[name]))
 
 
 def heads():
@@ -269,26 +296,6 @@ def test_layers_of_several_names_are_copied_if_asked():
         assert (in_float64(model, x) - expected).abs().max() < FOLDED
         done.unfold()
     assert optimized(optimizer) == parameters
-
-
-def test_a_class_of_its_own_gets_a_bias_if_it_uses_one():
-    class Same(nn.Conv2d):
-        def forward(self, x):
-            return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
-
-    class Never(nn.Conv2d):
-        def forward(self, x):
-            return F.conv2d(x, self.weight)
-
-    fold(S(Same(3, 4, 3, bias=False), nn.BatchNorm2d(4)), torch.randn(X2))
-    done = fold(S(Never(3, 4, 3, bias=False), nn.BatchNorm2d(4)), torch.randn(X2), left=["1"])
-    assert "has no bias" in why(done)
-
-
-def test_a_result_that_is_viewed_lies_as_it_did():
-    call = lambda m, x: m.norm(m.linear(x).transpose(1, 2)).view(x.shape[0], -1)
-    model = Calls(call, linear=nn.Linear(5, 6), norm=nn.BatchNorm1d(6))
-    fold(model, torch.randn(2, 7, 5))
 
 
 def test_a_converted_model_is_folded_once_and_undone_as_a_whole():

@@ -156,16 +156,19 @@ def test_a_scripted_part_is_left():
     assert "scripted" in done.report.left["part.1"]
 
 
-@pytest.mark.parametrize(
-    "chosen",
-    [
-        lambda x: {"mask": x[:, 0] > 0},
-        lambda x: {"weights": x[:, :1].abs()},  # floating and of the rank of a residual
-    ],
-    ids=["mask", "weights"],
-)
-def test_a_normalization_that_is_given_a_mask_or_weights_is_left(chosen):
-    model = net(lambda m, x: m.norm(m.conv(x), **chosen(x)), norm=bn.BatchNorm2d(3))
+# options of a call -> the source of the layer
+SELECTIONS = {
+    "mask": (lambda x: x[:, 0] > 0, bn.Batch()),
+    "weights": (lambda x: x[:, :1].abs(), bn.Batch()),  # floating and of the rank of a residual
+    "groups": (lambda x: torch.arange(len(x)) % 2, bn.Grouped(2)),
+}
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_a_normalization_that_is_given_a_selection_of_elements_is_left(name):
+    selection, source = SELECTIONS[name]
+    norm = bn.BatchNorm2d(3, statistics=source)
+    model = net(lambda m, x: m.norm(m.conv(x), **{name: selection(x)}), norm=norm)
     assert "called with a mask" in reason(model)
 
 

@@ -1,4 +1,4 @@
-"""Twenty networks: what bn.fold leaves of their batch normalizations, and the error of the rest."""
+"""bn.fold of twenty networks, and of random graphs whose generator says what can be folded."""
 
 import copy
 
@@ -7,7 +7,9 @@ import torch
 
 import batchnorm as bn
 from batchnorm.models.trees import tensors_in
+from graph_verdicts import judge
 from networks_to_fold import NETWORKS, build
+from random_graphs import graph
 from support.lanes import lanes
 
 # Behind a concatenation that others read.
@@ -29,3 +31,13 @@ def test_bn_fold_leaves_what_is_known_of_a_network_and_is_as_exact(name):
         for found in (before, after)
     ]
     assert errors[1] <= 4 * errors[0]
+
+
+@pytest.mark.parametrize("first", lanes(range(0, 1100, 100), fast=[0], slow=[100]))
+def test_random_graphs_are_folded_as_their_construction_says(first):
+    count = 100 if first else 8
+    graphs = [graph(seed) for seed in range(first, first + count)]
+    found = {one.source: judge(one) for one in graphs}
+    assert not {source: verdict for source, verdict in found.items() if not verdict.is_right}
+    assert sum(len(one.legal) for one in graphs) > count
+    assert sum(len(one.illegal) for one in graphs) > count / 2

@@ -139,38 +139,34 @@ def test_copies_fold_by_their_own_weights(copied, when):
     assert folded_maps(other) == MAPS
 
 
-class Block(nn.Module):
+def in_place(m, x):
     """A residual block with ReLU in place, as torchvision writes it."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
-
-    def forward(self, x):
-        return F.relu(self.norm(self.conv(x)) + x, inplace=True)
+    return F.relu(m.norm(m.conv(x)) + x, inplace=True)
 
 
-class Odd(Block):
-    """Uses the convolution's output twice, in one of several ways."""
+def kept_elsewhere(m, x):
+    m.last = m.conv(x)
+    return m.norm(m.last)
 
-    def __init__(self, way):
-        super().__init__()
-        self.way = way
 
-    def forward(self, x):
-        y = self.conv(x)
-        if self.way == "viewed":
-            return self.norm(y.view(y.shape))
-        z = self.norm(y)
-        if self.way == "twice":
-            return z + y
-        if self.way == "returned":
-            return z, y
-        if self.way == "kept":
-            self.last = y
-        if self.way == "read" and float(z.detach().mean()) > 1e9:
-            return y
-        return z
+def read(m, x):
+    y = m.conv(x)
+    z = m.norm(y)
+    return y if float(z.detach().mean()) > 1e9 else z
+
+
+# What becomes of the output of a convolution that is not folded.
+ELSEWHERE = {
+    "twice": lambda m, x: m.norm(y := m.conv(x)) + y,
+    "returned": lambda m, x: (m.norm(y := m.conv(x)), y),
+    "kept": kept_elsewhere,
+    "read": read,
+    "viewed": lambda m, x: m.norm((y := m.conv(x)).view(y.shape)),
+}
+
+
+def block(call=in_place):
+    return Calls(call, conv=nn.Conv2d(3, 3, 3, padding=1), norm=nn.BatchNorm2d(3))
 
 
 IMAGES = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(5))
@@ -184,19 +180,15 @@ def frozen_maps(model):
     return folded_maps(model)
 
 
-@pytest.mark.parametrize("way", ["twice", "returned", "kept", "read", "viewed"])
-def test_an_output_that_goes_elsewhere_is_not_folded(way):
-    model = nn.Sequential(Odd(way)) if way != "returned" else Odd(way)
+@pytest.mark.parametrize("way", ELSEWHERE)
+def test_a_map_whose_output_is_used_elsewhere_is_not_folded(way):
+    model = block(ELSEWHERE[way])
     assert frozen_maps(model) == []
     assert "not folded" in str(bn.edits(model))
 
 
-class Same(nn.Conv2d):
-    """A class of its own."""
-
-
 OTHER_MAPS = {
-    "subclass": lambda: Same(3, 3, 1),
+    "subclass": lambda: type("Same", (nn.Conv2d,), {})(3, 3, 1),
     "reflect": lambda: nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"),
     "same": lambda: nn.Conv2d(3, 3, 3, padding="same"),
     "no map": nn.ReLU,
@@ -226,7 +218,7 @@ def test_a_layer_used_twice_is_folded_where_its_map_is():
 
 
 def test_a_normalization_that_was_replaced_is_an_error():
-    model = bn.freeze(random(nn.Sequential(Block(), Block())), folded=True)
+    model = bn.freeze(random(nn.Sequential(block(), block())), folded=True)
     model(IMAGES)
     model[1].norm = nn.Identity()
     with pytest.raises(SurgeryError, match="did not get that output"):
@@ -234,18 +226,18 @@ def test_a_normalization_that_was_replaced_is_an_error():
 
 
 def test_a_tensor_that_was_copied_on_the_way_is_an_error_and_the_next_pass_begins_anew():
-    model = bn.freeze(random(nn.Sequential(Odd(""))), folded=True)
+    model = bn.freeze(random(block()), folded=True)
     expected = model(IMAGES)
-    model[0].way = "viewed"
+    model.call = ELSEWHERE["viewed"]
     with pytest.raises(SurgeryError, match="another tensor"):
         model(IMAGES)
-    model[0].way = ""
+    model.call = in_place
     assert_close(model(IMAGES), expected, size=32)
 
 
 def test_checkpointing_recomputes_what_was_folded():
-    again = Calls(lambda m, x: checkpoint(m.inner, x, use_reentrant=False), inner=Block())
-    model = random(nn.Sequential(Block(), again, nn.Flatten(), nn.Linear(75, 5)))
+    again = Calls(lambda m, x: checkpoint(m.inner, x, use_reentrant=False), inner=block())
+    model = random(nn.Sequential(block(), again, nn.Flatten(), nn.Linear(75, 5)))
     exact = bn.freeze(copy.deepcopy(model).double(), affine=False)
     bn.freeze(model, affine=False, folded=True)
     dy = torch.randn(2, 5)

@@ -147,15 +147,3 @@ def test_written_out_layers_refuse_masks_weights_and_groups(name, mode, stored):
     model.options = {name: SELECTIONS[name]}
     with pytest.raises(OptionError, match="expected no mask, lengths, weights or groups"):
         model(x)
-
-
-@pytest.mark.parametrize("name", SELECTIONS)
-def test_layers_with_a_selection_are_not_folded(name):
-    source = bn.Grouped(2) if name == "groups" else bn.Batch()
-    model = Selecting({name: SELECTIONS[name]}, statistics=source).eval()
-    randomize(model)
-    x = torch.randn(4, 4)
-    before = model(x)
-    bn.prepare_for_export(model, x, mode="fold")
-    assert "mask, lengths, weights or groups" in bn.edits(model).skipped[0].reason
-    assert torch.equal(model(x), before)
