@@ -7,31 +7,30 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.errors import OptionError
 from support.combinations import pairs
-from support.twins import assert_close, randomize, unchanged
+from support.twins import Calls, assert_close, in_float64, randomize, unchanged
 
 MODES = ["fold", "freeze", "explicit"]
 OPERATORS = ("batch_norm", "BatchNormalization")
 
 
-class Network(nn.Module):
-    """Convolutions and linear layers with normalizations of torch and of ours."""
-
-    def __init__(self, stored):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=stored)
-        self.act = nn.ReLU()
-        self.deep = nn.Conv2d(4, 4, 3, padding=1)
-        self.added = bn.BatchNorm2d(4, activation="relu", track_running_stats=stored)
-        self.linear, self.last = nn.Linear(4, 5), bn.BatchNorm(5, axis=-1, eps=0.1)
-
-    def forward(self, x):
-        x = self.act(self.norm(self.conv(x)))
-        x = self.added(self.deep(x), x)
-        return self.last(self.linear(x.mean(3).transpose(1, 2)))
+def call(m, x):
+    x = m.act(m.norm(m.conv(x)))
+    x = m.added(m.deep(x), x)
+    return m.last(m.linear(x.mean(3).transpose(1, 2)))
 
 
 def network(stored=True, dtype=torch.float32):
-    model = Network(stored)
+    """Convolutions and linear layers with normalizations of torch and of ours, and an input."""
+    norm = nn.BatchNorm2d(4, track_running_stats=stored)
+    added = bn.BatchNorm2d(4, activation="relu", track_running_stats=stored)
+    maps = {
+        "conv": nn.Conv2d(3, 4, 3),
+        "deep": nn.Conv2d(4, 4, 3, padding=1),
+        "linear": nn.Linear(4, 5),
+    }
+    model = Calls(
+        call, norm=norm, act=nn.ReLU(), added=added, last=bn.BatchNorm(5, axis=-1, eps=0.1), **maps
+    )
     randomize(model)
     return model.to(dtype).eval(), torch.randn(4, 3, 8, 8).to(dtype)
 
@@ -114,19 +113,6 @@ def test_onnxruntime_gives_the_models_own_numbers(mode, stored, tmp_path):
     close(torch.as_tensor(y), exact)
 
 
-class Selecting(nn.Module):
-    """Gives a layer of ours a selection of elements, and reads attributes of it."""
-
-    def __init__(self, options, **layer):
-        super().__init__()
-        self.linear, self.norm = nn.Linear(4, 4), bn.BatchNorm(4, **layer)
-        self.options, self.reads = options, False
-
-    def forward(self, x):
-        y = self.norm(self.linear(x), **self.options)
-        return y.view(-1, self.norm.num_features) if self.reads else y
-
-
 SELECTIONS = {
     "mask": torch.tensor([1, 1, 0, 1]).bool(),
     "weights": torch.tensor([1.0, 0.5, 0.0, 1.0]),
@@ -137,13 +123,19 @@ SELECTIONS = {
 @pytest.mark.parametrize(("mode", "stored"), [("fold", False), ("fold", True), ("explicit", True)])
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_written_out_layers_refuse_masks_weights_and_groups(name, mode, stored):
-    x = torch.randn(4, 4)
-    model = Selecting({name: None}, track_running_stats=stored).eval()
+    x, options = torch.randn(4, 4), {name: None}
+    # In the mode "explicit" the model reads an attribute of the layer.
+    model = Calls(
+        lambda m, x: m.norm(m.linear(x), **options).view(
+            -1, m.norm.num_features if mode == "explicit" else 4
+        ),
+        linear=nn.Linear(4, 4),
+        norm=bn.BatchNorm(4, track_running_stats=stored),
+    ).eval()
     randomize(model)
-    model.reads = mode == "explicit"
-    exact = model(x)
+    exact = in_float64(model, x)
     bn.prepare_for_export(model, x, mode=mode)
     assert_close(model(x), exact, size=16)
-    model.options = {name: SELECTIONS[name]}
+    options[name] = SELECTIONS[name]
     with pytest.raises(OptionError, match="expected no mask, lengths, weights or groups"):
         model(x)
