@@ -201,7 +201,7 @@ def test_training_between_two_edits_of_a_layer_stops_undo_between_them():
     trained = model[1].weight.clone()
     double(model, "1")
     replace(model, "1", nn.Identity())
-    with pytest.raises(SurgeryError, match="The 2 edits after it were undone, this one"):
+    with pytest.raises(SurgeryError, match="The 2 edits after it were undone; this edit"):
         bn.undo(model)
     assert [edit.verb for edit in bn.edits(model)] == ["double"]
     assert torch.equal(model[1].weight, trained)
