@@ -24,7 +24,7 @@ ALL = [
 
 
 @pytest.mark.parametrize("name", faults.BUILDERS)
-def test_a_healthy_network_has_no_finding_and_is_as_before(name):
+def test_a_healthy_network_has_no_finding_and_stays_unchanged(name):
     one = faults.case(name)
     gradients = [(parameter, parameter.grad) for parameter in one.model.parameters()]
     random, state = torch.get_rng_state(), copy.deepcopy(one.optimizer.state_dict())
@@ -72,7 +72,7 @@ def test_a_healthy_network_of_others_has_no_finding_above_info(name):
         ({"steps": 2, "loss": lambda out, batch: out.no}, DiagnosisError, "AttributeError"),
     ],
 )
-def test_a_loss_or_steps_that_cannot_be_used_are_told(wrong, error, words):
+def test_a_loss_or_steps_that_cannot_be_used_are_an_error(wrong, error, words):
     one = faults.case("dense")
     with unchanged(one.model), pytest.raises(error, match=words) as raised:
         one.found(**wrong)

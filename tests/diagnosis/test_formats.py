@@ -189,7 +189,7 @@ def test_tensors_without_values_on_this_machine_are_named():
     ("given", "words"),
     [(nn.BatchNorm1d(2), r"model.state_dict\(\)"), (3, "got int"), ([1], "got list")],
 )
-def test_neither_a_path_nor_a_state_is_refused(given, words):
+def test_inspect_refuses_arguments_that_are_no_path_and_no_state_dict(given, words):
     with pytest.raises(OptionError, match=words):
         bn.inspect(given)
 

@@ -58,13 +58,13 @@ def test_no_code_in_a_hostile_file_is_run(outcomes):
     assert path.exists() and not (path.parent / "ran").exists()
 
 
-def test_names_cannot_steer_a_terminal(outcomes):
+def test_control_characters_in_names_are_escaped(outcomes):
     _, _, result = outcomes["escapes.safetensors"]
     assert "\x1b" not in result["message"]
     assert r"\x1b[2J\n" in result["message"]
 
 
-def test_of_many_findings_of_a_rule_some_are_shown(outcomes):
+def test_ten_findings_of_a_rule_are_shown_and_the_others_are_counted(outcomes):
     for ending in ("pt", "safetensors"):
         _, _, result = outcomes[f"many layers.{ending}"]
         assert f"{LAYERS} batch norms; {LAYERS // 2} errors" in result["message"]

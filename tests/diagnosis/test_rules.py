@@ -154,7 +154,7 @@ def test_rules_are_chosen_by_the_beginnings_of_their_names():
             bn.inspect(state, select=[wrong])
 
 
-def test_findings_come_the_gravest_first():
+def test_findings_are_sorted_by_severity():
     state = copy.deepcopy(STATES["dense"])
     trained.FAULTS["BN304"](state, "2")
     trained.FAULTS["BN401"](state, "5")

@@ -332,7 +332,7 @@ def test_masked_layers_are_measured_where_the_mask_is():
         (nn.DataParallel(nn.ReLU()), {}, "DistributedDataParallel"),
     ],
 )
-def test_what_cannot_be_observed_is_refused(model, options, said):
+def test_observe_refuses_models_without_layers_and_wrong_options(model, options, said):
     with refused(OptionError, said, model):
         bn.observe(model, **options)
 

@@ -93,7 +93,7 @@ def test_a_finding_in_markup_is_escaped_and_has_severity_remedy_and_evidence(ren
     [terminal.to_text, lambda f: markdown.render(f), lambda f: html.render(f, "place")],
     ids=["terminal", "markdown", "html"],
 )
-def test_what_a_finding_does_not_have_is_not_shown(render):
+def test_empty_parts_of_a_finding_are_not_shown(render):
     bare = render(finding(remedy="", evidence={}, subject=""))
     assert "Remedy" not in bare and "evidence" not in bare
     assert "(the model)" in bare

@@ -155,7 +155,7 @@ def test_names_of_layers_stay_as_they_are():
     assert section.blocks[0].columns == ("层", "x") and section.blocks[1].words == "存储值"
 
 
-def test_a_said_text_is_the_english_one_also_in_copies():
+def test_a_text_with_fields_is_its_english_text_also_in_copies():
     one = say("{a:.1f} of {b}", a=2.0, b=say("all {c}", c=3))
     assert one == "2.0 of all 3" and say("{no} field") == "{no} field"
     for other in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):

@@ -93,7 +93,7 @@ def test_a_page_is_self_contained_and_its_ids_are_unique(page):
 
 
 @pytest.mark.parametrize("kind", ["lines", "bands", "bars", "histogram"])
-def test_svg_is_well_formed_follows_the_ink_and_comes_out_the_same(kind):
+def test_an_svg_is_well_formed_has_the_colour_of_the_text_and_is_reproducible(kind):
     svg = to_svg(plot(kind), "p")
     ElementTree.fromstring(svg)
     assert "currentColor" in svg
@@ -125,7 +125,7 @@ def test_a_sparkline_rises_with_the_values_and_has_ten_characters_at_most(values
     assert sparkline(list(values), 10) == drawn
 
 
-def test_rows_and_series_must_fit():
+def test_tables_and_series_of_unequal_lengths_are_refused():
     with pytest.raises(OptionError, match="2 columns.*row of 1"):
         Table("t", ("a", "b"), (("x",),))
     with pytest.raises(OptionError, match="'s' has 2 positions"):

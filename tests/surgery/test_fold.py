@@ -188,7 +188,7 @@ CALLED_TWICE = {
 
 @pytest.mark.parametrize("where", CALLED_TWICE)
 @pytest.mark.parametrize("shared", ["decline", "copy"])
-def test_a_norm_that_is_called_twice_is_left(where, shared):
+def test_a_normalization_that_is_called_twice_is_left(where, shared):
     conv, other, norm = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
     model = Calls(CALLED_TWICE[where], conv=conv, other=other, norm=norm)
     done = fold(model, torch.randn(X2), left=["norm"], shared=shared)

@@ -18,7 +18,7 @@ LEFT = {"DenseNet-121": 62}
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", lanes(NETWORKS, slow=["MobileNetV3", "DenseNet-121", "YOLO"]))
-def test_bn_fold_leaves_what_is_known_of_a_network_and_is_as_exact(name):
+def test_a_network_is_folded_up_to_a_known_number_of_layers_and_is_as_exact(name):
     model, x = build(name)
     exact = list(tensors_in(copy.deepcopy(model).double()(x.double())))
     before = list(tensors_in(model(x)))

@@ -112,7 +112,7 @@ def test_an_optimizer_with_gradients_from_before_changes_no_frozen_parameter():
     assert_close(values(model, "1", "7"), before, exact=True)
 
 
-def test_what_frozen_returns_is_json_and_freezes_another_model():
+def test_switches_returned_by_frozen_are_json_and_freeze_another_model():
     model = bn.freeze(network(), affine=False, filter=lambda name, _: name == "7")
     bn.freeze(model, mode=False, filter=lambda name, _: name != "7")
     stored = json.loads(json.dumps(bn.frozen(model)))
@@ -253,7 +253,7 @@ def step(layer, x, dy, route):
     ("switches", "route"),
     [(s, route) for i, s in enumerate(SWITCHES) for route in ("hot", OTHER_ROUTES[i % 3])],
 )
-def test_a_training_step_is_what_the_table_says(switches, route):
+def test_a_training_step_follows_the_table_of_switches(switches, route):
     statistics, affine, mode = switches
     dtype = torch.float64 if route == "float64" else torch.float32
     layer = nn.BatchNorm2d(C, eps=EPS, momentum=MOMENTUM, dtype=dtype)

@@ -19,7 +19,7 @@ def trained(ids=IDS, **options):
     return layer
 
 
-def test_state_dicts_are_merged_group_by_group_over_those_that_have_seen_it():
+def test_state_dicts_are_merged_for_each_group_over_the_states_that_have_seen_it():
     layers = [trained(IDS), trained(IDS.clamp_max(1)), trained(IDS.clamp_min(1))]
     weights, states = torch.tensor([1.0, 2.0, 5.0]).double(), [one.state_dict() for one in layers]
     merged = bn.merge_states(states, weights.tolist())

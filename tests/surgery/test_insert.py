@@ -95,7 +95,7 @@ def variance(y, norm):
 
 
 @pairs(name=NETWORKS, dtype=DTYPES, training=[False, True])
-def test_preserve_keeps_what_evaluation_computes(name, dtype, training):
+def test_init_preserve_keeps_the_outputs_of_evaluation(name, dtype, training):
     model, x, names = built(name, dtype)
     model.train(training)
     expected, outputs = outputs_of(model, names, x)

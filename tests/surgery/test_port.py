@@ -187,7 +187,7 @@ def test_a_state_that_does_not_fit_is_refused_with_the_names_of_both_layers(
         bn.port(model, state, **({"source": "keras"} | options))
 
 
-def test_what_the_other_library_does_not_have_is_neutral_where_it_is_not_trained():
+def test_a_bias_that_the_other_library_does_not_have_is_zero_if_it_is_not_trained():
     model = Net()
     model.conv.bias = nn.Parameter(torch.ones(4).double(), requires_grad=False)
     expected = bn.port(Net(), keras(), source="keras", **FLAT).state_dict()

@@ -49,7 +49,7 @@ def in_evaluation(model, x):
 
 
 @pairs(dtype=DTYPES, inputs=[False, True], pickled=[False, True])
-def test_folding_keeps_what_evaluation_computes(dtype, inputs, pickled):
+def test_remove_by_folding_keeps_the_outputs_of_evaluation(dtype, inputs, pickled):
     model, x, _ = trained(dtype)
     expected = in_evaluation(model, x)
     model = pickle.loads(pickle.dumps(model)) if pickled else model

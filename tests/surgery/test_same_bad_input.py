@@ -148,7 +148,7 @@ def test_nan_at_the_same_places_is_no_difference_and_is_reported():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_models_of_other_dtypes(dtype):
+def test_models_in_other_dtypes_are_compared(dtype):
     model = Net().to(dtype)
     found = bn.same(model, bn.convert(copy.deepcopy(model)), X)
     assert found and found.rounding[0] <= 16 * torch.finfo(dtype).eps
@@ -167,7 +167,7 @@ def test_a_tensor_of_examples_and_batches_of_loaders():
     assert bn.same(a, b, loader).batches == 3
 
 
-def test_caller_keeps_everything_also_with_hooks_that_reach_the_model():
+def test_models_and_gradients_stay_unchanged_although_a_hook_calls_a_layer():
     model = Net()
     model.register_forward_hook(lambda m, args, y: (model.norm(torch.randn(8, 4)), y)[1])
     model.first.weight.grad = torch.ones(4, 4)

@@ -156,7 +156,7 @@ def test_a_planted_difference_is_found_in_its_layer(net, what):
     assert f"the first difference is in {layer}" in str(found)
 
 
-def test_momentum_is_told_in_eval_and_found_in_training(net):
+def test_another_momentum_is_a_note_in_evaluation_and_a_difference_in_training(net):
     other = copy.deepcopy(net)
     other.two.bn1.momentum = 0.11
     found = bn.same(net, other, images())

@@ -129,7 +129,7 @@ IN_USE = {
 
 
 @each(pair=itertools.product(("eval", "train"), BOTH), name=SMALL)
-def test_pairs_that_compute_and_train_the_same(pair, name):
+def test_models_in_another_form_are_the_same_in_evaluation_and_training(pair, name):
     (mode, how), (model, data) = pair, built(name)
     gradients = how != "frozen parameters"
     found = bn.same(model, BOTH[how](model, data), data, mode=mode, gradients=gradients)
@@ -140,7 +140,7 @@ def test_pairs_that_compute_and_train_the_same(pair, name):
 
 # Most that can be folded, compiled or exported is in the network of images.
 @each(how=IN_USE, name=["tokens", "sound", "images", "volume", "images"])
-def test_pairs_that_are_used_alike(how, name):
+def test_models_in_another_form_are_the_same_in_evaluation(how, name):
     model, data = built(name)
     found = bn.same(model, IN_USE[how](model, data), data)
     assert found, str(found)

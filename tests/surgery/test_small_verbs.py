@@ -75,7 +75,7 @@ def test_no_weight_decay_puts_parameters_of_normalizations_into_a_group_of_their
         bn.no_weight_decay(None)
 
 
-def test_a_sound_state_is_returned_as_it_is_and_what_is_none_is_refused():
+def test_repair_returns_a_sound_state_unchanged_and_refuses_other_values():
     state = network().state_dict()
     repaired, repairs = bn.repair(state)
     assert not repairs
@@ -87,7 +87,7 @@ def test_a_sound_state_is_returned_as_it_is_and_what_is_none_is_refused():
             bn.repair(wrong)
 
 
-def test_a_broken_state_is_repaired_and_told():
+def test_repair_replaces_broken_values_and_lists_them():
     model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
     randomize(model)
     state = model.state_dict()

@@ -158,7 +158,7 @@ def test_an_edit_of_a_module_that_was_wrapped_later_has_the_name_of_today():
     assert [edit.names for edit in bn.edits(model)] == [("1.0",), ("1",)]
 
 
-def test_a_name_that_begins_alike_is_another_module():
+def test_an_edit_of_a_module_whose_name_begins_alike_is_not_in_the_way_of_undo():
     model = nn.Sequential(*(nn.ReLU() for _ in range(10)), nn.BatchNorm2d(3))
     bn.convert(model)
     replace(model, "1", nn.SiLU())
@@ -324,7 +324,7 @@ def test_a_model_is_freed_without_the_garbage_collector():
         gc.enable()
 
 
-def test_layers_with_the_names_of_records_are_converted():
+def test_layers_whose_names_are_like_those_of_records_are_converted():
     call = lambda m, x: m._edits(m._batchnorm(x))
     model = Calls(call, _batchnorm=nn.BatchNorm2d(3), _edits=nn.BatchNorm2d(3))
     with unchanged(model):
