@@ -67,9 +67,9 @@ class Ranks:
             distributed.all_gather_object(words, word, group=self._group)
         except RuntimeError as error:
             raise CollectiveError(GONE.format(reason=str(error).splitlines()[0])) from error
-        for rank, said in enumerate(words):
-            if isinstance(said, Failure):
-                raise CollectiveError(f"rank {rank} failed, so all ranks raise: {said.text}")
+        for rank, value in enumerate(words):
+            if isinstance(value, Failure):
+                raise CollectiveError(f"rank {rank} failed, so all ranks raise: {value.text}")
         return words
 
     @contextlib.contextmanager
@@ -107,7 +107,7 @@ class Ranks:
             distributed.all_gather(received, sent, group=self._group)
         except RuntimeError as error:
             raise CollectiveError(GONE.format(reason=str(error).splitlines()[0])) from error
-        return [one.to(home) for one in received]
+        return [part.to(home) for part in received]
 
     def add(self, tensor: Tensor) -> Tensor:
         """Return the sum over all processes, added in the order of ranks: the same bits in each."""
@@ -125,7 +125,7 @@ class Ranks:
             return moments
         count = torch.as_tensor(moments.count, dtype=moments.mean.dtype).expand_as(moments.mean)
         packed = torch.stack([count, moments.mean, moments.m2])
-        first, *others = (Moments(*one) for one in self.gather(packed))
+        first, *others = (Moments(*rows) for rows in self.gather(packed))
         return merge(first, *others)
 
     def agree(self, what: str, mine: Any) -> None:
@@ -188,7 +188,7 @@ class _Adjoint(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, gather: Callable[..., Any], rank: int) -> Tensor:
         """Return the sum, added in the order of ranks."""
         ctx.rest = gather, rank
-        return torch.stack([one[rank] for one in gather(rows)]).sum(0)
+        return torch.stack([part[rank] for part in gather(rows)]).sum(0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]

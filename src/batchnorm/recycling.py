@@ -32,8 +32,8 @@ def recycle_memory(on: bool = True) -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    told = libc.mallopt(_MMAP_MAX, _NONE if on else _AS_BUILT)
-    told &= libc.mallopt(_TRIM_THRESHOLD, _NEVER if on else _LARGE)
+    accepted = libc.mallopt(_MMAP_MAX, _NONE if on else _AS_BUILT)
+    accepted &= libc.mallopt(_TRIM_THRESHOLD, _NEVER if on else _LARGE)
     if not on:
         libc.malloc_trim(0)
-    return bool(told)
+    return bool(accepted)

@@ -258,18 +258,20 @@ class Flow:
         needs = {call.name: 0 for call in self.calls if call.module and call.name in bits}
         made = [0] * len(self.calls)  # dependencies of the results of each call, as bit masks
         outside: dict[int, int] = {}
-        reads, told = iter([*self.reads, None]), 0
+        reads, read_marks = iter([*self.reads, None]), 0
         read = next(reads)
 
         def marks(value: int) -> int:
-            one = self.values[value]
-            if one.producer is not None:
-                return made[one.producer]
-            return outside.setdefault(one.memory, told) if one.origin == "outside" else 0
+            tensor = self.values[value]
+            if tensor.producer is not None:
+                return made[tensor.producer]
+            return (
+                outside.setdefault(tensor.memory, read_marks) if tensor.origin == "outside" else 0
+            )
 
         for call in self.calls:
             while read is not None and read.after <= call.number:
-                told, read = told | marks(read.value), next(reads)
+                read_marks, read = read_marks | marks(read.value), next(reads)
             step = self.step(call.number)
             inputs = [v for v in call.inputs if not self._is_own_buffer(step, v)]
             given = functools.reduce(operator.or_, map(marks, inputs), 0)

@@ -143,9 +143,9 @@ def take(norm: nn.Module, x: Tensor) -> bool:
     handed = _waiting.outputs.get(norm)
     if not handed:
         return False
-    for place, one in enumerate(handed):
-        if one.output() is x:
-            del handed[place]
+    for index, item in enumerate(handed):
+        if item.output() is x:
+            del handed[index]
             return True
     del _waiting.outputs[norm]
     raise SurgeryError(LOST.format(norm=norm, where=", but another tensor"))
@@ -163,7 +163,7 @@ def finish(
         chosen: mask, lengths, weights and groups of the call.
     """
     act = norm.activation
-    if all(one is None for one in chosen.values()):
+    if all(argument is None for argument in chosen.values()):
         return act.over(y) if residual is None else act(y + residual)
     selection = functional.selected(y, norm.axis % y.ndim, **chosen)  # type: ignore[arg-type]
     return selection.clean(act(y if residual is None else y + selection.clean(residual)))
@@ -171,7 +171,7 @@ def finish(
 
 def begin(model: nn.Module) -> None:
     """Remove the outputs that an interrupted forward pass of a model left registered."""
-    for norm in _of(model):
+    for norm in _waiting_in(model):
         del _waiting.outputs[norm]
 
 
@@ -181,18 +181,19 @@ def end(model: nn.Module) -> None:
     Raises:
         SurgeryError: If one of them did not.
     """
-    left = _of(model)
+    left = _waiting_in(model)
     begin(model)
     if left:
         raise SurgeryError(LOST.format(norm=left[0], where=" at all"))
 
 
-def _of(model: nn.Module) -> list[nn.Module]:
+def _waiting_in(model: nn.Module) -> list[nn.Module]:
+    """Return the normalizations of a model that have not received a registered output."""
     if not _waiting.outputs:
         return []
-    own = set(model.modules())
+    modules = set(model.modules())
     waiting = list(_waiting.outputs.items())
-    return [norm for norm, handed in waiting if any(one.layer() in own for one in handed)]
+    return [norm for norm, handed in waiting if any(item.layer() in modules for item in handed)]
 
 
 def _hand_over(layer: nn.Module, norm: nn.Module, y: Tensor) -> None:
@@ -200,7 +201,7 @@ def _hand_over(layer: nn.Module, norm: nn.Module, y: Tensor) -> None:
     # Activation checkpointing ends the recomputation as soon as it has all saved tensors, which may
     # be before the normalization runs.
     if is_recomputing():
-        handed[:] = [one for one in handed if one.output() is not None]
+        handed[:] = [item for item in handed if item.output() is not None]
     handed.append(Handed(weakref.ref(y), weakref.ref(layer)))
 
 

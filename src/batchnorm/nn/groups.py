@@ -99,12 +99,12 @@ def complete(layer: Attributes, state: MutableMapping[str, Tensor], prefix: str)
         return
     whole = ("running_mean", "running_var", "num_batches_tracked")
     for name, of_all in zip(NAMES, whole, strict=True):
-        own = buffers(layer).get(name)
-        given = state.get(prefix + of_all)
-        if own is not None and given is not None and prefix + name not in state:
-            state[prefix + name] = given.expand_as(own)
+        buffer = buffers(layer).get(name)
+        value = state.get(prefix + of_all)
+        if buffer is not None and value is not None and prefix + name not in state:
+            state[prefix + name] = value.expand_as(buffer)
     if source.affine == "separate":
         for name in ("weight", "bias"):
-            own, given = getattr(layer, name), state.get(prefix + name)
-            if own is not None and given is not None and given.ndim == 1:
-                state[prefix + name] = given.expand(source.count, -1)
+            parameter, value = getattr(layer, name), state.get(prefix + name)
+            if parameter is not None and value is not None and value.ndim == 1:
+                state[prefix + name] = value.expand(source.count, -1)

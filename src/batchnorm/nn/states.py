@@ -102,18 +102,18 @@ def load(
         return
     state = source.init(*_known(layer, None))
     found = {}
-    for name, own in state.items():
+    for name, initial in state.items():
         key = start + name
         if key not in given:
             errors.append(f"expected all of the tensors {start}*, or none; {key} is missing.")
-        elif given[key].shape != own.shape:
+        elif given[key].shape != initial.shape:
             errors.append(
                 f"size mismatch for {key}: copying a param with shape {given[key].shape} from "
-                f"checkpoint, the shape in current model is {own.shape}."
+                f"checkpoint, the shape in current model is {initial.shape}."
             )
         else:
-            found[name] = given[key].detach().to(own, copy=True)
-            unexpected[:] = [one for one in unexpected if one != key]
+            found[name] = given[key].detach().to(initial, copy=True)
+            unexpected[:] = [other for other in unexpected if other != key]
     if len(found) == len(state):
         layer.memory = Memory(source, found)
 

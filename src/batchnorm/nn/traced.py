@@ -32,9 +32,11 @@ def forward(layer: Attributes, x: Tensor, residual: Tensor | None) -> Tensor | N
         return None
     mean, var = layer.running_mean, layer.running_var
     weight, bias = affine_of(layer, layer.weight, layer.bias)
-    for one in (mean, var, weight, bias):
-        if one is not None and not (
-            one.shape == (x.size(1),) and one.dtype is torch.float32 and one.device == x.device
+    for tensor in (mean, var, weight, bias):
+        if tensor is not None and not (
+            tensor.shape == (x.size(1),)
+            and tensor.dtype is torch.float32
+            and tensor.device == x.device
         ):
             return None
     if (mean is None) is not (var is None):
@@ -47,14 +49,14 @@ def forward(layer: Attributes, x: Tensor, residual: Tensor | None) -> Tensor | N
     elif mean is None:
         return None
     training = plan == "batch"
-    given = x, mean, var, weight, bias, training, layer.momentum or 0.0, layer.eps
+    arguments = x, mean, var, weight, bias, training, layer.momentum or 0.0, layer.eps
     y: Tensor
     if layer.training and layer.frozen is not None and layer.frozen.folded:
         # The backend "batchnorm" folds nodes with this annotation; torch and Inductor ignore it.
         with annotate({NOTE: "folded"}):
-            y = F.batch_norm(*given)
+            y = F.batch_norm(*arguments)
     else:
-        y = F.batch_norm(*given)
+        y = F.batch_norm(*arguments)
     if training and moves(layer) and layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
     if residual is not None:

@@ -137,8 +137,8 @@ def _replace(layer: Attributes, states: dict[str, object]) -> None:
 def _count(layer: Attributes, batch: Moments) -> None:
     if layer.num_batches_tracked is not None:
         count = batch.count.sum() if isinstance(batch.count, Tensor) else batch.count
-        one = (count > 0).long() if isinstance(count, Tensor) else 1
-        layer.num_batches_tracked.add_(one)
+        increment = (count > 0).long() if isinstance(count, Tensor) else 1
+        layer.num_batches_tracked.add_(increment)
 
 
 def _move(layer: Attributes, batch: Moments) -> None:
@@ -186,8 +186,8 @@ def load(
     }
     known = layer.bank.tensors()
     found = {name: value for name, value in given.items() if name in known}
-    taken = {prefix + name for name in found}
-    unexpected[:] = [key for key in unexpected if key not in taken]
+    loaded = {prefix + name for name in found}
+    unexpected[:] = [key for key in unexpected if key not in loaded]
     errors += layer.bank.load(found)
 
 

@@ -262,12 +262,12 @@ def _again(  # type: ignore[explicit-any]  # kernels differ in their arguments
 def _unserved(
     x: Tensor, alike: tuple[Maybe, ...], vectors: tuple[Maybe, ...], axis: int
 ) -> UnservedError:
-    def told(tensors: tuple[Maybe, ...]) -> str:
+    def described(tensors: tuple[Maybe, ...]) -> str:
         return ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors if t is not None)
 
     return UnservedError(
         f"expected tensors of shape {tuple(x.shape)}, {x.dtype}, and vectors for the channels on "
-        f"axis {axis}, all on the CPU; got [{told(alike)}] and [{told(vectors)}]"
+        f"axis {axis}, all on the CPU; got [{described(alike)}] and [{described(vectors)}]"
     )
 
 
