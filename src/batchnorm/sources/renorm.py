@@ -53,7 +53,7 @@ class Renorm:
     Args:
         r_max: Largest r, >= 1: a number, or a function of ``num_batches_tracked`` before the step,
             a floating tensor of shape ().
-        d_max: Largest \|d\|, >= 0: a number or a function, as for r_max.
+        d_max: Largest |d|, >= 0: a number or a function, as for r_max.
         momentum: Weight of the newest batch in the averages.
         of: The source whose statistics are corrected: ``bn.Batch()``, ``bn.Synced()`` or
             ``bn.Ghost(size)``.
