@@ -104,6 +104,23 @@ def test_batches_of_several_kinds_are_passed_and_an_unused_layer_is_skipped(kind
     assert model.unused.running_mean.tolist() == [5] * 3
 
 
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, first, second, scale=1):
+        return self.norm(first + second) * scale
+
+
+@pytest.mark.parametrize("kind", [lambda x: (x, 2 * x, 7), lambda x: {"second": 2 * x, "first": x}])
+@pytest.mark.parametrize("upstream", ["batch", "population"])
+def test_a_batch_gives_as_many_arguments_as_forward_requires(kind, upstream):
+    model = TwoInputs()
+    bn.calibrate(model, [kind(x) for x in images()], upstream=upstream)
+    assert_exact(model.norm, [3 * x for x in images()])
+
+
 ROWS = [torch.randn(n, 4, 3, generator=torch.Generator().manual_seed(n)) for n in UNEQUAL]
 # What is called -> the layer, its call for a batch, the batches, and what enters the layer.
 CALLS = {

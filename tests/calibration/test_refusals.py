@@ -38,12 +38,7 @@ REFUSED = [
     (net(), [None], {}, "expected a batch that is a tensor.*got NoneType"),
     (net(), [()], {}, "expected a batch that is a tensor.*got tuple"),
     (net(), torch.randn(7, 6), {}, "expected an input of at least 2 dimensions.*layer '1'"),
-    (
-        net(),
-        [{"input": BATCHES[0], "target": 1}],
-        {"upstream": "batch"},
-        r"'target'.*forward=lambda",
-    ),
+    (net(), [{"input": BATCHES[0], "target": 1}], {}, r"'target'.*forward=lambda"),
     (nn.Sequential(nn.BatchNorm2d(3)), [POISONED], {}, "layer '0' has NaN or infinite.*unchanged"),
     (nn.BatchNorm1d(3), [torch.randn(1, 3)], {}, "more than 1 value|at least 2"),
     (net(), BATCHES, {"layers": 3}, "expected layers= to be a name.*got int"),

@@ -69,7 +69,8 @@ def calibrate(
     Args:
         model: Changed in place, at the end; on any exception it is unchanged.
         data: Batches of any sizes, a separate share per process. The model is called with a tensor,
-            with the first item of a tuple or list, or with a mapping or dataclass as keywords.
+            with as many items of a tuple or list as its ``forward`` requires, or with a mapping or
+            dataclass as keywords.
         forward: ``forward(model, batch)``, for batches of any other type.
         upstream: Statistics by which earlier layers normalize: ``"batch"`` or ``"population"``.
         max_batches: Maximum number of batches per process and pass.

@@ -130,6 +130,9 @@ def replaced_forward(pairs: Iterable[tuple[nn.Module, Forward]]) -> Iterator[Non
         for module, new in pairs:
             if isinstance(module, torch.jit.ScriptModule):
                 raise SurgeryError(SCRIPTED.format(kind=module.original_name))
+            if isinstance(new, functools.partial):
+                # So that inspect.signature(module.forward) stays the same: calls depend on it.
+                vars(new)["__wrapped__"] = module.forward
             stack.callback(_put_back, vars(module), vars(module).get("forward"))
             vars(module)["forward"] = new
         yield
