@@ -98,6 +98,16 @@ def test_a_batch_that_is_not_finite_moves_the_statistics_as_the_policy_says(poli
     assert int(layer.num_batches_tracked) == 3 + 1
 
 
+@pytest.mark.parametrize("source", [bn.Pooled(3), bn.Renorm()])
+def test_a_first_step_that_is_refused_leaves_a_source_without_a_state(source):
+    layer = bn.BatchNorm1d(C, statistics=source, on_nonfinite="error")
+    with refused(NonFiniteError, "", layer):
+        layer(torch.full((4, C), torch.nan))
+    with refused(SingleValueError, "", layer):
+        layer(torch.randn(1, C))
+    assert "statistics.mean" not in layer.state_dict()
+
+
 def test_one_group_of_nan_keeps_the_statistics_of_all_groups():
     layer = bn.BatchNorm1d(C, statistics=bn.Grouped(2), on_nonfinite="skip")
     x, ids = torch.randn(6, C), torch.tensor([0, 0, 1, 1, 0, 1])

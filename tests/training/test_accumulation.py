@@ -201,9 +201,11 @@ def without_parameters(source):
     return bn.BatchNorm1d(C, statistics=source, affine=False, track_running_stats=False)
 
 
-def test_pooled_refuses_groups_of_samples():
+@pytest.mark.parametrize("steps", [0, 1])
+def test_pooled_refuses_groups_of_samples(steps):
     layer = without_parameters(bn.Pooled(3))
-    layer(torch.randn(4, C))
+    for _ in range(steps):
+        layer(torch.randn(4, C))
     with refused(OptionError, "Moments of whole batches", layer):
         layer(torch.randn(4, C), groups=GROUPS)
 

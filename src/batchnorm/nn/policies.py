@@ -34,6 +34,7 @@ def by_source(layer: Attributes, call: Arguments) -> tuple[Tensor, Moments | Non
     policy = layer.policy
     if policy is None:
         return states.by_source(layer, call)
+    memory = layer.memory
     try:
         y, moments = states.by_source(layer, call)
     except SingleValueError:
@@ -41,7 +42,11 @@ def by_source(layer: Attributes, call: Arguments) -> tuple[Tensor, Moments | Non
             raise
         return (_by_stored if policy.on_single_value == "stored" else _by_itself)(call), None
     if moments is not None and policy.on_nonfinite != "propagate":
-        moments = _checked(moments, raises=policy.on_nonfinite == "error")
+        try:
+            moments = _checked(moments, raises=policy.on_nonfinite == "error")
+        except NonFiniteError:
+            layer.memory = memory
+            raise
     return y, moments
 
 

@@ -37,13 +37,14 @@ def by_source(layer: Attributes, call: Arguments) -> tuple[Tensor, Moments | Non
     source = layer.statistics
     if not keeps_state(source):
         return functional.by_source(call, source, layer=layer)
-    if layer.memory is None or layer.memory.source != source:
-        layer.memory = Memory(source, source.init(*_known(layer, call.x.device)))
+    memory = layer.memory
+    if memory is None or memory.source != source:
+        memory = Memory(source, source.init(*_known(layer, call.x.device)))
 
     kept = may_be_recomputed()  # read here, since ``adjust`` runs with gradients enabled
 
     def recall(batch: Moments) -> Recalled:
-        memory: Memory | None = layer.memory
+        nonlocal memory
         assert memory is not None
         if is_recomputing():
             for mean, used in reversed(memory.steps):
@@ -53,10 +54,12 @@ def by_source(layer: Attributes, call: Arguments) -> tuple[Tensor, Moments | Non
         used = Recalled(memory.state, None if call.counter is None else call.counter.clone())
         if kept:
             steps = (*memory.steps[1 - KEPT :], (batch.mean.detach(), used))
-            layer.memory = memory._replace(steps=steps)
+            memory = memory._replace(steps=steps)
         return used
 
-    return functional.by_source(call, source, recall, layer)
+    y, moments = functional.by_source(call, source, recall, layer)
+    layer.memory = memory  # only now: a call that raises leaves the layer unchanged
+    return y, moments
 
 
 def step(layer: Attributes, batch: Moments, eps: float) -> None:
