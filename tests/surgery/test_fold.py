@@ -159,7 +159,16 @@ def wrapped(wrap):
 
 
 PARAMETRIZATIONS = nn.utils.parametrizations
+
+
+def difference(m, x):
+    """The average over zero padding takes no shift: the shift goes into the other convolution."""
+    padded = F.avg_pool2d(m.conv(x), 3, 1, padding=1)
+    return m.norm(torch.sub(padded, m.other(x), alpha=3))
+
+
 FOLDED_MODELS = {
+    "a difference": lambda: Calls(difference, conv=CONV(), other=CONV(), norm=NORM()),
     "a norm without weight": lambda: S(CONV(), nn.BatchNorm2d(4, affine=False)),
     "a norm with its own eps": lambda: S(CONV(), nn.BatchNorm2d(4, eps=0.3)),
     "a norm with a weight alone": lambda: S(CONV(), bn.BatchNorm2d(4, bias=False)),
@@ -213,6 +222,7 @@ THROUGH = {
     "channel shuffle": (CONV, nn.ChannelShuffle(2), NORM),
     "upsampling": (CONV, nn.Upsample(scale_factor=2, mode="bilinear"), NORM),
     "numbers": (CONV, lambda x: 1 - -(x * 2 + 3) / 4, NORM),
+    "multiples of numbers": (CONV, lambda x: torch.rsub(x, 2, alpha=3).sub(5, alpha=7), NORM),
     "in place": (CONV, lambda x: x.mul_(0.5).add_(1), NORM),
     "another dtype": (CONV, lambda x: x.double().to(x.dtype), NORM),
 }  # fmt: skip
