@@ -201,7 +201,7 @@ def test_shift_probe_moves_no_statistic_and_counts_flat_values(digits):
     shift = probe.result()
     assert shift.steps == (0, 1)
     assert shift.saturated[0] < 0.05 and shift.saturated[1] == 1.0
-    assert shift.wander == pytest.approx(50, rel=0.02)
+    assert shift.drift == pytest.approx(50, rel=0.02)
     assert shift.one_unit.middle[1] - shift.one_unit.middle[0] == pytest.approx(100)
 
 
@@ -306,7 +306,7 @@ def test_the_whole_demo_shows_what_the_article_claims(digits, tmp_path):
     tour, files = run_demo(None, tmp_path, Options(), silent)
     sigmoid = tour.studies[0]
     assert sigmoid.normalized.curve.steps_to(0.9) < sigmoid.plain.curve.steps_to(0.9) / 2
-    assert sigmoid.normalized.shift.wander < sigmoid.plain.shift.wander / 5
+    assert sigmoid.normalized.shift.drift < sigmoid.plain.shift.drift / 5
     assert max(sigmoid.normalized.shift.saturated) < max(sigmoid.plain.shift.saturated) / 2
     assert sigmoid.normalized.curve.accuracy[-1] > 0.95
     assert all(file.stat().st_size > 0 for file in files)

@@ -30,8 +30,8 @@ def shift_section(tour: Tour) -> Section:
             ),
             Text(
                 "The line is the median; the band reaches from the 15th to the 85th percentile. "
-                "The single unit is not picked by hand: of all 64 it is the one whose median "
-                "moves the middling way.",
+                "The single unit is chosen by a rule: the sum of the changes of its median is the "
+                "median of these sums over all 64 units.",
                 "线为中位数，带为第 15 到第 85 百分位数。单个神经元不是挑选的："
                 "它是 64 个神经元中移动程度居中的一个。",
             ),
@@ -39,11 +39,11 @@ def shift_section(tour: Tour) -> Section:
             *(_flat_plot(study) for study in tour.studies),
             _table(tour),
             Text(
-                "That BN holds the distribution is its arithmetic: the centre can only be β and "
-                "the deviation only γ. Whether this is also why the network learns faster is "
-                "disputed (Santurkar and others, 2018); the plots show the one and the section "
-                "before shows the other.",
-                "BN 保持分布不变是其算式决定的：中心只能是 β，标准差只能是 γ。"
+                "BN keeps the distribution by construction: its mean is β and its deviation |γ|. "
+                "Whether this is also why the network learns faster is disputed (Santurkar and "
+                "others, 2018). The plots here show the first, the previous section shows the "
+                "second.",
+                "BN 保持分布不变是其算式决定的：均值只能是 β，标准差只能是 |γ|。"
                 "这是否就是网络学得更快的原因尚有争议（Santurkar 等，2018）；"
                 "这里的图说明前者，上一节说明后者。",
             ),
@@ -115,7 +115,7 @@ def _table(tour: Tour) -> Table:
     rows = tuple(
         (
             f"{NAME[study.activation]}, {which}",
-            shift.wander,
+            shift.drift,
             100 * shift.saturated[0],
             100 * max(shift.saturated),
             100 * shift.saturated[-1],
@@ -125,8 +125,8 @@ def _table(tour: Tour) -> Table:
     )
     return Table(
         "The shift in numbers",
-        ("network", "wander", "flat at the start, %", "flat at most, %", "flat at the end, %"),
+        ("network", "drift", "flat at the start, %", "flat at most, %", "flat at the end, %"),
         rows,
-        "Wander: how far the centre of a unit's values moves over the training, in deviations of "
-        "those values. 1 means that the centre strays as far as the values lie apart.",
+        "Drift: standard deviation of a unit's mean over the training, in standard deviations of "
+        "its values at one time.",
     )

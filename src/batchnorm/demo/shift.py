@@ -34,13 +34,12 @@ class Shift:
 
     Attributes:
         steps: Numbers of the S recorded steps.
-        unit: Number of the unit whose median wandered middling far among all.
+        unit: Number of the unit whose median has a path of median length among all units.
         one_unit: Percentiles of that unit over the images.
         all_units: Percentiles over the images and all units together.
         saturated: Share of values at which the activation is flat, at each recorded step.
-        wander: Deviation over time of a unit's mean, over the deviation of its values at one
-            time (root mean squares over units). 1: the centre wanders as far as the values lie
-            apart.
+        drift: Standard deviation over time of a unit's mean, divided by the standard deviation of
+            its values at one time (root mean squares over units).
     """
 
     steps: tuple[int, ...]
@@ -48,7 +47,7 @@ class Shift:
     one_unit: Band
     all_units: Band
     saturated: tuple[float, ...]
-    wander: float
+    drift: float
 
 
 class ShiftProbe:
@@ -87,14 +86,14 @@ class ShiftProbe:
     def result(self) -> Shift:
         """Everything recorded so far, as plain numbers."""
         units = torch.stack(self._units)
-        unit = _middling(units[:, 1])
+        unit = _unit_of_median_path(units[:, 1])
         return Shift(
             tuple(self._steps),
             unit,
             _band(units[:, :, unit]),
             _band(torch.stack(self._all)),
             tuple(self._saturated),
-            _wander(*(torch.stack(part) for part in zip(*self._moments, strict=True))),
+            _drift(*(torch.stack(part) for part in zip(*self._moments, strict=True))),
         )
 
 
@@ -113,10 +112,10 @@ def _flat_share(values: Tensor, activation: Activation) -> float:
     return flat.double().mean().item()
 
 
-def _middling(medians: Tensor) -> int:
-    """The unit whose median, (S, U), moved the middling way in all."""
-    way = medians.diff(dim=0).abs().sum(0)
-    return int(way.argsort(stable=True)[len(way) // 2])
+def _unit_of_median_path(medians: Tensor) -> int:
+    """Return the unit whose median, (S, U), has a path of median length."""
+    paths = medians.diff(dim=0).abs().sum(0)
+    return int(paths.argsort(stable=True)[len(paths) // 2])
 
 
 def _band(percentiles: Tensor) -> Band:
@@ -124,7 +123,7 @@ def _band(percentiles: Tensor) -> Band:
     return Band(low, middle, high)
 
 
-def _wander(means: Tensor, variances: Tensor) -> float:
+def _drift(means: Tensor, variances: Tensor) -> float:
     over_time = means.var(0, correction=0).mean()
     at_one_time = variances.mean()
     return float((over_time / at_one_time).sqrt()) if at_one_time > 0 else 0.0
