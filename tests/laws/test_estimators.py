@@ -81,6 +81,7 @@ def test_a_single_running_or_cumulative_estimator_is_the_momentum_of_torch(estim
     assert bn.LastBatches().k == 10
     ours, theirs = bn.BatchNorm1d(3, estimator=estimator), nn.BatchNorm1d(3, momentum=momentum)
     assert ours.momentum == momentum
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
     for x in batches(UNEQUAL):
         ours(x), theirs(x)
     assert_same_state(ours, theirs)

@@ -120,6 +120,7 @@ def assert_layers_are_exact(data, kept, compiled=lambda run: run):
         "running": bn.BatchNorm1d(CHANNELS, momentum=0.3),
         "all": bn.BatchNorm1d(CHANNELS, estimator=ESTIMATORS),
         "biased": bn.BatchNorm1d(CHANNELS, estimator=bn.Running(0.3, correction=0)),
+        "debiased": bn.BatchNorm1d(CHANNELS, estimator=bn.Running(0.3, debias=True)),
     }).double()  # fmt: skip
     run = compiled(lambda x, mask: [layer(x, mask=mask) for layer in layers.values()])
     for x, mask in zip(data, kept):

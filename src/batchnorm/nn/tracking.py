@@ -209,6 +209,7 @@ def _warn_if_narrow(layer: Attributes) -> None:
         return
     for name in ("running_mean", "running_var"):
         dtype = getattr(layer, name).dtype
-        if dtype not in WIDE and not layer.warned:
+        if dtype not in WIDE:
             layer.warned = True
             warnings.warn(NARROW.format(name=name, dtype=dtype), stacklevel=CALLER + 1)
+            return
