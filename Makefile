@@ -1,6 +1,6 @@
-# Every target first makes a virtual environment and fills it: .venv, made with BASE, which gets the
-# torch of requirements/torch.txt. With PYTHON=path/to/python it is build/venv-path-to-python, which
-# uses the torch of that interpreter (2.11 or newer, in whatever build) and gets all else.
+# Every target first creates a virtual environment and installs what it needs: .venv, created with BASE,
+# with the torch of requirements/torch.txt. With PYTHON=path/to/python, build/venv-path-to-python is
+# created instead; it uses the torch of that interpreter (2.11 or newer, any build).
 
 BASE ?= python3
 
@@ -21,7 +21,7 @@ READY := $(VENV)/ready
 TRITON := $(VENV)/triton
 KERNELS := tests/backends/triton
 
-# Which of the tests, for example TESTS=tests/cli/test_command.py.
+# The tests to run, for example TESTS=tests/cli/test_command.py; by default all.
 TESTS ?=
 
 .PHONY: run test test-slow audit test-integrations test-pages test-triton test-driver coverage bench docs lint sanitize neon format clean
@@ -29,31 +29,31 @@ TESTS ?=
 run: $(READY_RUN)
 	$(PY) -m batchnorm demo
 
-# A process for every core: each test computes on one thread.
+# One process per core, at most 4: each test computes on one thread.
 test: $(READY)
 	$(PY) -m pytest -m "not slow and not audit and not cuda" -n auto --maxprocesses 4 --dist worksteal $(TESTS)
 
 test-slow: $(READY)
 	$(PY) -m pytest -m "slow and not audit and not cuda" -n auto --maxprocesses 2 --dist worksteal $(TESTS)
 
-# Long proofs, which .ci/run leaves out: networks step by step, millions of values on every route.
-# By files: the tests of huge tensors are in one, and two of them would not fit into memory.
+# Long tests that .ci/run does not run: networks step by step, millions of values on every code path.
+# --dist loadfile runs tests of a file in one process: two tests of huge tensors would exceed memory.
 audit: $(READY)
 	$(PY) -m pytest -m "audit and not cuda" -n auto --maxprocesses 2 --dist loadfile --timeout 900 $(TESTS)
 
-# The callbacks with the real libraries, and ONNX files: no requirement of anything else.
+# Tests of callbacks with the real libraries, and of ONNX files; only they need these packages.
 test-integrations: $(READY)
 	@echo "Installing requirements/integrations.txt"
 	$(PIP) --constraint $(TORCH) --requirement requirements/integrations.txt
 	$(PY) -m pytest tests/interop tests/diagnosis tests/surgery tests/docs -k "trainers or onnx or keras or pt2e or schedule_free" -m "not cuda and not audit"
 
-# The pages in a browser, which Debian has as chromium; without it they are skipped, and it is said.
+# Tests of the pages in a browser (Debian: chromium); without it they are reported as skipped.
 test-pages: $(READY)
 	$(PIP) --requirement requirements/pages.txt
 	$(PY) -m pytest tests/report tests/demo -k "in_browser" -m "not cuda" -rs
 
 # The Triton kernels without a GPU: run by Triton's interpreter in numpy, and compiled for Hopper.
-# Two lanes side by side; the suite of every backend runs with this one.
+# Two commands in parallel: tests of the kernels, and the tests of all backends with this backend.
 test-triton: $(READY) $(TRITON)/ready
 	(	PYTHONPATH=$(TRITON) $(PY) -m pytest $(KERNELS)/test_driver.py \
 			$(KERNELS)/test_compiled_ahead.py && \
@@ -65,7 +65,7 @@ test-triton: $(READY) $(TRITON)/ready
 		tests/backends/test_contract.py tests/backends/test_accuracy_bounds.py; \
 	suite=$$?; wait $$kernels && exit $$suite
 
-# Whether the CUDA library of the tests has all functions that the driver of the pinned Triton calls.
+# Checks that the tests' fake CUDA library has all functions that the pinned Triton's driver calls.
 test-driver: $(READY) $(TRITON)/ready
 	PYTHONPATH=$(TRITON) $(PY) -m pytest $(KERNELS)/test_driver.py
 
@@ -77,8 +77,8 @@ $(TRITON)/ready: requirements/triton.txt | $(READY)
 coverage: $(READY)
 	$(PY) -m pytest -m "not audit and not cuda" --cov --cov-report=term
 
-# In two memory regimes: "kept" preloads tcmalloc (Debian: apt install libtcmalloc-minimal4), or else
-# sets glibc's tunables. Networks are measured by benchmarks/networks.py.
+# Measures layers in two memory regimes: "kept" preloads tcmalloc (Debian: libtcmalloc-minimal4), or
+# sets glibc's tunables without it. benchmarks/networks.py measures networks.
 bench: $(READY)
 	$(PY) -m batchnorm bench --out benchmarks/data/latest
 
@@ -92,7 +92,7 @@ lint: $(READY)
 	$(PY) benchmarks/figures.py --check
 	$(PY) -m batchnorm.diagnosis.page docs/rules.md --check
 
-# Memory errors, undefined behaviour and races of the native kernels, without Python around them.
+# Looks for memory errors, undefined behaviour and races in the native kernels, run without Python.
 sanitize:
 	cmake -S . -B build/asan -DBATCHNORM_STRESS=ON -DBATCHNORM_OPENMP=OFF -DBATCHNORM_SANITIZE=address,undefined
 	cmake --build build/asan --parallel 2
@@ -118,7 +118,7 @@ else
 	$(BASE) -m venv $(VENV)
 endif
 
-# What the demo needs.
+# Packages for the demo.
 $(READY_RUN): requirements/torch.txt requirements/run.txt pyproject.toml CMakeLists.txt $(wildcard native/*) | $(PY)
 	@echo "Installing what the demo needs into $(VENV): 50 MB to download, 0.5 GB on disk, a minute,"
 	@echo "with $(SAYS_TORCH)"
@@ -127,7 +127,7 @@ $(READY_RUN): requirements/torch.txt requirements/run.txt pyproject.toml CMakeLi
 	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
-# And what tests, lint, pages and measurements need. Networks are for the pinned torch only.
+# Packages for tests, lint, pages and measurements; third-party networks only with the pinned torch.
 $(READY): requirements/dev.txt requirements/networks.txt $(READY_RUN)
 	@echo "Installing what tests, lint and pages need into $(VENV): 70 MB to download, 0.3 GB on disk, a minute"
 	$(PIP) --requirement $(TORCH) --requirement requirements/dev.txt \

@@ -40,13 +40,13 @@ IMAGE, PARTS = 64, 8
 
 
 class Way(NamedTuple):
-    """How a batch is computed.
+    """How the gradients of a batch are computed.
 
     Attributes:
-        parts: Into how many micro-batches it is cut.
-        convert: Options of ``bn.convert``; None for the layers of ``torch.nn``.
-        checkpointed: Whether residual blocks are recomputed in backward.
-        saving: Whether the model is captured, and saves less by ``bn.save_memory``.
+        parts: Number of micro-batches that the batch is split into.
+        convert: Options of ``bn.convert``; None keeps the layers of ``torch.nn``.
+        checkpointed: Whether residual blocks are recomputed in the backward pass.
+        saving: Whether the model is compiled with our backend, under ``bn.save_memory``.
     """
 
     parts: int = 1
@@ -70,7 +70,7 @@ WAYS = {
 
 
 class Recomputed(nn.Module):
-    """A module that is computed again in backward."""
+    """Runs a module under ``torch.utils.checkpoint``, which recomputes it in the backward pass."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Recomputed(nn.Module):
 
 
 def build(way: Way) -> tuple[nn.Module, nn.Module]:
-    """Return the model, and what is called."""
+    """Return the model, and the module to call: the model itself or its compiled form."""
     torch.manual_seed(0)
     torchvision: Any = third_party.torchvision()
     model = torchvision.models.resnet18(num_classes=10)
@@ -113,20 +113,20 @@ def variances(way: Way, x: Tensor, labels: Tensor) -> list[Tensor]:
     model, called = build(way._replace(saving=False))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            # The mean of all micro-batches; elsewhere what came last.
+            # None: the mean over all micro-batches; 1.0: the variance of the last update.
             module.momentum = 1.0 if way.parts == 1 or way.convert else None
     runner(way, called, x, labels)()
     return [m.running_var.double() for m in model.modules() if isinstance(m, nn.BatchNorm2d)]  # type: ignore[union-attr]
 
 
 def sample(name: str, batch: int, steps: int) -> tuple[float, int]:
-    """Return the seconds of a step, and the bytes of the peak, in this process: a new one."""
+    """Return a step's median seconds and peak memory in bytes; call it in a fresh process."""
     way = WAYS[name]
     x, labels = data(batch)
     _, called = build(way)
     step, before = runner(way, called, x, labels), status("VmRSS")
     step()  # captures graphs
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
     taken = []
     for _ in range(steps):
         start = time.perf_counter()
@@ -136,7 +136,7 @@ def sample(name: str, batch: int, steps: int) -> tuple[float, int]:
 
 
 def data(batch: int) -> tuple[Tensor, Tensor]:
-    """Return images whose brightness wanders through the batch, and labels."""
+    """Return random images, each shifted by a random brightness, and random labels."""
     numbers = torch.Generator().manual_seed(0)
     x = torch.randn(batch, 3, IMAGE, IMAGE, generator=numbers)
     shift = torch.randn(batch, 1, 1, 1, generator=numbers)
@@ -144,7 +144,7 @@ def data(batch: int) -> tuple[Tensor, Tensor]:
 
 
 def status(field: str) -> int:
-    """Return a size of this process in bytes."""
+    """Return a size from /proc/self/status in bytes; 0 if the field is missing."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -152,7 +152,7 @@ def status(field: str) -> int:
 
 
 def off(name: str, batch: int) -> tuple[float, float]:
-    """Return how far variances are off: the largest of the first layer, the median of all."""
+    """Return relative errors of variances: the first layer's largest, and the median of all."""
     x, labels = data(batch)
     pairs = zip(variances(WAYS[name], x, labels), variances(Way(), x, labels), strict=True)
     found = [(own / whole - 1).abs() for own, whole in pairs]

@@ -29,7 +29,7 @@ CACHE = {"cache off": 0, "cache on": 2**30}
 
 
 def sample(cache_bytes: int) -> float:
-    """Return the seconds of a calibration in this process, which should be a new one."""
+    """Return the seconds of a calibration; call it in a fresh process."""
     torch.manual_seed(0)
     model = build("resnet50")
     shape = CELL["batch"], 3, CELL["size"], CELL["size"]

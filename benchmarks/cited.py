@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# What a selection means by what it does not say. A value of "*" takes any.
+# Filters for columns that a selection does not mention; "*" matches any value.
 DEFAULTS: dict[str, dict[str, str]] = {
     "networks": {"mode": "train", "dtype": "fp32", "layout": "nchw", "threads": "1"},
     "networks/inside": {"network": "resnet50", "regime": "kept"},
     "cpu": {"mode": "train", "dtype": "fp32"},
     "fallbacks": {"mode": "train", "dtype": "fp32", "kind": "layer"},
 }
-# What tells the rows of a file apart; where these agree, the later row is the newer measurement.
+# Columns that identify a row of a file; if they agree, the later row is the newer measurement.
 IDENTITY: dict[str, tuple[str, ...]] = {
     "networks": ("network", "mode", "layout", "dtype", "batch", "size", "threads", "regime",
                  "contender", "base", "machine"),
@@ -52,19 +52,19 @@ IDENTITY: dict[str, tuple[str, ...]] = {
     "fold/time": ("network", "batch", "contender", "regime", "machine"),
 }  # fmt: skip
 HISTORY = "history"
-# What every row says, those of the history apart.
+# Columns that every row has, except rows of data/history.
 COLUMNS = ("date", "commit", "clean", "machine", "threads", "python", "torch", "code")
 
 Filters = Mapping[str, str | tuple[str, ...]]
 
 
 class CitationError(Exception):
-    """A text asks for rows that are not there, or for one of several."""
+    """Cited rows are missing, or a citation of one row matches several."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row: where it stands, and its values as text."""
+    """A row of a CSV file: path, line number, and values as text."""
 
     path: Path
     line: int
@@ -87,14 +87,14 @@ class Row:
 
     @property
     def clean(self) -> bool:
-        """Whether it was measured with nothing uncommitted; old files say so in the commit."""
+        """Whether all code was committed when measuring; old files mark this in ``commit``."""
         if "clean" in self.values:
             return self.values["clean"] == "True"
         return not self["commit"].endswith("-dirty")
 
 
 class Rows:
-    """The rows below a folder, which remembers those that it has handed out."""
+    """Reads the rows below a folder, and records which of them were cited."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -103,10 +103,10 @@ class Rows:
         self._files: dict[str, list[Row]] = {}
 
     def every(self, name: str, filters: Filters) -> list[Row]:
-        """Return the rows of a file that a selection takes, in their order; at least one.
+        """Return all rows of a file that match the filters, in file order.
 
         Raises:
-            CitationError: If there is none.
+            CitationError: If no row matches.
         """
         asked: dict[str, str | tuple[str, ...]] = {**DEFAULTS.get(name, {}), **filters}
         wanted = {
@@ -125,10 +125,10 @@ class Rows:
         return found
 
     def one(self, name: str, filters: Filters) -> Row:
-        """Return the one row that a selection takes.
+        """Return the only row that matches the filters.
 
         Raises:
-            CitationError: If there is none, or more than one.
+            CitationError: If no row matches, or more than one.
         """
         found = self.every(name, filters)
         if len(found) > 1:
@@ -141,7 +141,7 @@ class Rows:
         return found[0]
 
     def incomplete(self) -> Iterator[str]:
-        """Yield a message for each file with cited rows that lacks columns."""
+        """Yield a message for each file with cited rows that lacks required columns."""
         for path, columns in {row.path: row.values.keys() for row in self.cited()}.items():
             if missing := [column for column in COLUMNS if column not in columns]:
                 yield f"{path}:1: rows must say {', '.join(missing)}; measure them again"
@@ -151,7 +151,7 @@ class Rows:
         return (row for row in self._cited.values() if not row.clean)
 
     def cited(self) -> list[Row]:
-        """Return the cited rows, those of the history apart."""
+        """Return the cited rows, except those of data/history."""
         old = self.folder / HISTORY
         return [row for row in self._cited.values() if old not in row.path.parents]
 
@@ -174,7 +174,7 @@ class Rows:
 
 
 def _newest(rows: list[Row], identity: tuple[str, ...]) -> list[Row]:
-    """Return the last row of each identity; all rows where there is none."""
+    """Return the last row of each identity; all rows if the file has no identity columns."""
     if not identity:
         return rows
     return list({tuple(row[column] for column in identity): row for row in rows}.values())

@@ -12,30 +12,30 @@ from batchnorm.ops.backends.triton import plan as triton_plan
 
 Options = argparse.Namespace
 
-# From many waves of programs to one and a half.
+# On these shapes, a kernel's grid takes from many waves on the GPU down to one and a half.
 SWEPT = [(256, 256, 56, 56), (256, 1024, 14, 14), (256, 2048, 7, 7)]
 
 
 def cells(options: Options) -> Iterator[dict[str, Any]]:
-    """Training steps in channels-last bf16, the largest shapes first."""
+    """Measure training steps in channels-last bf16, the largest shapes first."""
     yield from timed(options, "cells", chosen("bf16", True, "train", options))
 
 
 def compiled(options: Options) -> Iterator[dict[str, Any]]:
-    """The same beside torch.compile, which takes many seconds for each."""
+    """Measure up to eight of them against torch.compile, which takes many seconds for each."""
     some = [case for case in chosen("bf16", True, "train", options) if case.op != "bn"]
     with_add = [case for case in some if "add" in case.op]
     yield from timed(options, "compiled", (with_add[:4] + some[1:4:2] + with_add[4:])[:8], True)
 
 
 def more(options: Options) -> Iterator[dict[str, Any]]:
-    """What the goals do not name."""
+    """Measure cells without a goal: evaluation, contiguous bf16 training, and fp32 training."""
     others = (("bf16", True, "eval"), ("bf16", False, "train"), ("fp32", True, "train"))
     yield from timed(options, "more", [c for kind in others for c in chosen(*kind, options)])
 
 
 def chosen(dtype: str, last: bool, mode: str, options: Options) -> list[cases.Case]:
-    """Cells of ResNet-50's shapes at a batch of 256, the largest first."""
+    """Return cells of ResNet-50's shapes at a batch of 256, the largest first."""
     shapes = [shape for shape in cases.CUDA_SHAPES if len(shape) == 4 and shape[0] == 256]
     shapes.sort(key=lambda shape: -torch.Size(shape).numel())
     shapes = [(8, 4, 3, 3)] if options.tiny else shapes
@@ -50,7 +50,7 @@ def chosen(dtype: str, last: bool, mode: str, options: Options) -> list[cases.Ca
 def timed(
     options: Options, name: str, some: list[cases.Case], compiles: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Measure cells as ``batchnorm bench --device cuda`` does; rows go to a file of that name."""
+    """Measure cells as ``batchnorm bench --device cuda`` does; write rows to ``{name}.csv``."""
     clock = measure.clock_of(options.device)
     around = rows.circumstances(options.device)
     written: list[rows.Row] = []
@@ -77,7 +77,7 @@ def timed(
 
 
 def moved(case: cases.Case) -> float:
-    """Copies' worth of bytes that the kernels read and write, if nothing is found in the cache."""
+    """Return the kernels' memory traffic without cache hits, in units of one copy of x."""
     n, channels, *rest = case.shape
     inner = torch.Size(rest).numel()
     shape = (n * inner, channels, 1) if case.channels_last else (n, channels, inner)
@@ -92,13 +92,13 @@ def moved(case: cases.Case) -> float:
 
 
 def emptied(options: Options) -> None:
-    """Give memory back between contenders."""
+    """Release cached GPU memory between contenders."""
     if options.device != "cpu":
         torch.cuda.empty_cache()
 
 
 def sweep(options: Options) -> Iterator[dict[str, Any]]:
-    """One constant of the plan at a time, on three of ResNet-50's shapes."""
+    """Vary one constant of the launch plan at a time, on three shapes of ResNet-50."""
     tries: dict[str, dict[str, tuple[Any, ...]]] = {
         "PROGRAMS": {"moments": (396, 528), "sums": (396, 528), "apply": (2112,)},
         "TILE": {"moments": (2048, 8192), "sums": (2048, 8192), "apply": (2048, 8192)},

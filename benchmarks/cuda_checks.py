@@ -34,17 +34,18 @@ def arranged(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: st
 
 
 def worst(found: Tensor, exact: Tensor, allowed: oracle.Tolerance) -> float:
-    """The largest error over what is allowed of it; NaN counts as infinite."""
+    """Return the largest ratio of error to tolerance; NaN counts as infinite."""
     error = (found.double() - exact.double()).abs()
     share = (error / (allowed.atol + allowed.rtol * exact.double().abs())).max()
     return float(torch.where(share.isnan(), torch.inf, share))
 
 
 def correct(options: Options) -> Iterator[dict[str, Any]]:
-    """Against plain PyTorch in float64: what is beyond the tolerance, and the errors of Moments.
+    """Compare with plain PyTorch in float64; yield failures, their number, and errors of Moments.
 
-    Each kernel is compiled anew for each tiling, dtype and activation, which takes longer than all
-    else: every shape meets every dtype and layout, and every activation one shape of each path.
+    Compiling each kernel for each tiling, dtype and activation takes most of the time. Therefore
+    every shape is combined with its dtypes and layouts, but every activation only with one shape
+    of each path.
     """
     small = [(29, 3), (5, 3, 7), (3, 5, 4, 7), (2, 3, 2, 3, 5), (300, 40), (1, 2)]
     large = [
@@ -81,14 +82,14 @@ def correct(options: Options) -> Iterator[dict[str, Any]]:
 
 
 def bounds(options: Options) -> Iterator[dict[str, Any]]:
-    """Errors of mean and variance; torch's own kernels beside ours, which alone promise them."""
+    """Yield errors of mean and variance, by our kernels, which promise bounds, and by torch's."""
     shapes = [(4096, 3), (3, 3, 999)] if options.tiny else [(2_000_000, 8), (64, 8, 40_000)]
     backends = {"triton": cuda, "aten": aten}
     for ratio, shape, dtype in itertools.product(
         (0.0, 1e3, 1e6), shapes, (torch.float32, torch.bfloat16)
     ):
         if dtype.itemsize == 2 and ratio == 1e6:
-            continue  # a constant, when rounded
+            continue  # rounding makes x constant
         x = (torch.randn(shape, device=options.device) + ratio).to(dtype)
         exact, m2_exact = reference.moments(x.double(), 1)
         size = torch.maximum(exact.abs(), (m2_exact / x.numel() * x.shape[1]).sqrt())
@@ -109,7 +110,7 @@ def one_step(
     adds: bool,
     device: str,
 ) -> float:
-    """The worst error of a forward and backward pass over what the tests' oracle allows."""
+    """Return the largest ratio of error to the oracle's tolerance, forward and backward."""
     torch.manual_seed(0)
     x, dy, residual = (arranged(shape, layout, dtype, device) for _ in range(3))
     residual = residual if adds else None
@@ -123,7 +124,7 @@ def one_step(
     allowed = oracle.tolerance(dtype, count, 1, 2 * size)
     shares = [worst(y, exact[0], allowed)]
     found = cuda.backward(dy, ForBackward(x, stats, oracle.beside(act, residual, y), act, 1), adds)
-    # The kinks' side is told by the y that was kept, as in any framework.
+    # As in any framework, the saved y decides on which side of a kink z was.
     told = y.double() if act.from_output else none_or_double(residual)
     expected = reference.backward(
         dy.double(), ForBackward(x.double(), exact[1], told, act, 1), adds
@@ -143,7 +144,7 @@ def none_or_double(tensor: Tensor | None) -> Tensor | None:
 
 
 def bits(options: Options) -> Iterator[dict[str, Any]]:
-    """The same bits in every run, by the kernel that makes y again, and on another stream."""
+    """Compare bits across runs, with y recomputed by ``normalize``, and on another stream."""
     large = [(256, 64, 56, 56), (8192, 1024), (1024, 512)]
     shapes = [(40, 3), (3, 4, 5, 6)] if options.tiny else large
     for shape, dtype in itertools.product(shapes, (torch.float32, torch.bfloat16)):
@@ -173,7 +174,7 @@ def bits(options: Options) -> Iterator[dict[str, Any]]:
 
 
 def graph(options: Options) -> Iterator[dict[str, Any]]:
-    """A training step in a CUDA graph; without a GPU the same step, not captured."""
+    """Check a training step in a CUDA graph; without a GPU, the same step without capture."""
     layer = bn.BatchNorm2d(16, activation="relu").to(options.device)
     twin = copy.deepcopy(layer)
     shape = (2, 16, 3, 3) if options.tiny else (64, 16, 28, 28)
@@ -208,7 +209,7 @@ def graph(options: Options) -> Iterator[dict[str, Any]]:
 
 
 def large(options: Options) -> Iterator[dict[str, Any]]:
-    """More than 2^31 elements, the last rows checked."""
+    """Check the last sample of tensors with more than 2^31 elements."""
     for last in (True, False):
         shape = (70, 8, 9) if options.tiny else (700, 64, 224, 224)
         x = torch.zeros(shape, dtype=torch.bfloat16, device=options.device)

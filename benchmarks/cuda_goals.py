@@ -23,7 +23,7 @@ COMPILED = ("compile", "compile max-autotune")
 
 
 class Found(NamedTuple):
-    """A number that a goal is about, and where it was found."""
+    """A measured value, its goal, and the shape or case of the measurement."""
 
     goal: str
     aim: float
@@ -32,7 +32,7 @@ class Found(NamedTuple):
 
 
 def cells(folder: Path, name: str) -> list[dict[str, Row]]:
-    """Return the rows of a file, those of a cell together by contender."""
+    """Return for each cell of a file a dict of contender -> row."""
     found: dict[tuple[str, ...], dict[str, Row]] = {}
     path = folder / name
     for row in read_rows(path) if path.exists() else []:
@@ -42,7 +42,7 @@ def cells(folder: Path, name: str) -> list[dict[str, Row]]:
 
 
 def lines(folder: Path, name: str) -> list[dict[str, str]]:
-    """Return the lines of a part that are not rows."""
+    """Return the lines of a CSV file that is not in the row format; none if it is missing."""
     path = folder / name
     if not path.exists():
         return []
@@ -51,7 +51,7 @@ def lines(folder: Path, name: str) -> list[dict[str, str]]:
 
 
 def of_cells(folder: Path) -> Iterator[Found]:
-    """Yield the ratios of fused operations."""
+    """Yield fused operations' ratios to rivals, and their shares of a copy's speed."""
     rivals = {
         "bn+add+relu": {"eager": 2.0, "eager in place": 1.5, **dict.fromkeys(COMPILED, 1.15)},
         "bn+relu": {"eager": 1.5, **dict.fromkeys(COMPILED, 1.1)},
@@ -74,7 +74,7 @@ def of_cells(folder: Path) -> Iterator[Found]:
 
 
 def of_networks(folder: Path) -> Iterator[Found]:
-    """Yield what ResNet-50 gains."""
+    """Yield the ratios of time and of saved bytes for ResNet-50."""
     found = {
         line["contender"]: line
         for line in lines(folder, "networks.csv")
@@ -90,7 +90,7 @@ def of_networks(folder: Path) -> Iterator[Found]:
 
 
 def of_bounds(folder: Path) -> Iterator[Found]:
-    """Yield the errors of Moments as margins: what is allowed over what was found."""
+    """Yield the margins of Moments: the error bound divided by the measured error."""
     for line in lines(folder, "correct.csv"):
         if line.get("bound", "").startswith("triton"):
             for name, most in (("variance (<= 1e-6)", 1e-6), ("mean (<= 6e-8)", 6e-8)):
@@ -99,7 +99,7 @@ def of_bounds(folder: Path) -> Iterator[Found]:
 
 
 def tell(folders: list[Path]) -> None:
-    """Print the worst of each goal, and whether it is good enough."""
+    """Print the worst value for each goal, and whether it meets the goal."""
     worst: dict[str, Found] = {}
     for folder in folders:
         for part in (of_cells, of_networks, of_bounds):

@@ -20,9 +20,9 @@ Options = argparse.Namespace
 
 
 def networks(options: Options) -> Iterator[dict[str, Any]]:
-    """A training step as it is and converted, with bf16 autocast in channels-last memory.
+    """Measure a training step before and after conversion: bf16 autocast, channels-last.
 
-    torch.compile comes last, for it takes a minute or more for each.
+    torch.compile is measured last, since it takes a minute or more for each network.
     """
     made: list[tuple[str, str]] = [
         (name, contender)
@@ -73,7 +73,7 @@ def network(name: str, contender: str, options: Options) -> nn.Module:
 
 
 def stepped(step: Callable[[], None], options: Options) -> dict[str, float]:
-    """Median milliseconds of a step, with what it takes to launch it, and peak memory."""
+    """Return a step's median milliseconds, including its launch, and its peak memory."""
     on_gpu = options.device != "cpu"
     for _ in range(3):
         step()

@@ -58,7 +58,7 @@ from cuda_networks import networks
 ROWS = ("cells", "compiled", "more")
 Options = argparse.Namespace
 
-# In order of what matters, and what the second call is for.
+# Parts in order of importance; those of SECOND are for a second call.
 FIRST = {part.__name__: part for part in (correct, bits, graph, large, cells, networks)}
 SECOND = {part.__name__: part for part in (compiled, sweep, more)}
 PARTS = FIRST | SECOND
@@ -69,7 +69,7 @@ def shown(value: Any) -> str:
 
 
 def run_part(name: str, options: Options) -> bool:
-    """Run a part, and print and write its lines as they come."""
+    """Run a part; print and write each line as soon as it is measured."""
     print(f"== {name}", flush=True)
     found: list[dict[str, Any]] = []
     try:
@@ -79,7 +79,7 @@ def run_part(name: str, options: Options) -> bool:
             if name not in ROWS:
                 write(options.out / f"{name}.csv", found)
         done = True
-    except Exception:  # noqa: BLE001 - the parts after it are worth the rest of the session
+    except Exception:  # noqa: BLE001 - the session goes on with the next part
         done = False
         traceback.print_exc(limit=8)
     print(f"   {name}: {'done' if done else 'FAILED'}, {options.elapsed():.0f} s", flush=True)
@@ -87,7 +87,7 @@ def run_part(name: str, options: Options) -> bool:
 
 
 def write(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Write all that is known so far: a session may be cut off at any moment."""
+    """Write all lines measured so far, since a session may be cut off at any moment."""
     text = io.StringIO()
     fields = dict.fromkeys(key for line in lines for key in line)
     writer = csv.DictWriter(text, list(fields), lineterminator="\n")
@@ -113,8 +113,8 @@ def main() -> int:
     options.elapsed = lambda: time.perf_counter() - started
     options.over = lambda share: options.elapsed() > share * options.minutes * 60
     options.out.mkdir(parents=True, exist_ok=True)
-    choice.BACKENDS.setdefault("aten", aten)  # without a GPU it means the same
-    if options.tiny:  # make again what would else be too small to gain by it
+    choice.BACKENDS.setdefault("aten", aten)  # choice.py registers it already
+    if options.tiny:  # recompute small results too
         recipe.SMALLEST_BYTES = 0
     for key, value in bn.env().items():
         print(key, value)

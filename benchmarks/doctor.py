@@ -34,12 +34,12 @@ from row_files import append
 from support import faults, healthy, trained
 
 FOLDER = Path(__file__).parent / "data" / "doctor"
-# Findings of other rules that a fault has as well.
+# Rule -> other rules that also find its fault.
 CONSEQUENCES = faults.CONSEQUENCES
 
 
 def of_checkpoints() -> Iterator[dict[str, str]]:
-    """Yield a row for each fault of a state dict, planted in its first layer."""
+    """Yield a row for each fault, planted in the first layer of a state dict."""
     for name in trained.BUILDERS:
         twin = trained.state(name)
         layer = trained.layers(twin)[0]
@@ -52,7 +52,7 @@ def of_checkpoints() -> Iterator[dict[str, str]]:
 
 
 def _mended(rule: str, name: str, state: dict[str, Any]) -> str:
-    """Repair and calibrate a state dict; return whether the rule finds nothing any more."""
+    """Repair and calibrate a state dict; return whether the rule then finds nothing."""
     if rule not in CALIBRATED | {"BN207", "BN208"}:
         return "–"
     model = trained.train(trained.BUILDERS[name](), 0)
@@ -93,7 +93,7 @@ def _yes(value: bool) -> str:
 
 
 def audited(rule: str, name: str) -> str:
-    """Return what torch-audit says of a sick network and not of its twin; "" without it."""
+    """Return rules that torch-audit reports only with the fault; "" if it is not installed."""
     try:
         import torch_audit
     except ImportError:
@@ -121,7 +121,7 @@ def audited(rule: str, name: str) -> str:
 
 
 def _loaded(rule: str, name: str) -> Any:
-    """Return a case with a fault: of the model, or loaded from a state dict."""
+    """Return a case with a fault planted in the model, or in the state dict that it loads."""
     if rule in faults.RULES:
         return faults.planted(rule, name)
     model = trained.train(trained.BUILDERS[name](), 6)

@@ -43,7 +43,7 @@ SHAPES = {
     "channels-last": (16, 64, 56, 56),
 }
 OPS = ("bn", "bn+relu", "bn+add+relu")
-# What is unlike the plain layer; of bn+relu on contiguous images.
+# Calls that differ from the plain layer, measured for bn+relu on contiguous images.
 KINDS = (
     "momentum=None",
     "axis=-1",
@@ -52,13 +52,13 @@ KINDS = (
     "frozen statistics",
     "broadcast residual",
     "torch.compile",
-    "after save_memory",  # last: it changes what serves in the rest of the process
+    "after save_memory",  # last: it affects all later calls in the process
 )
-SECONDS = 0.02  # of one measurement
+SECONDS = 0.02  # per measurement
 
 
 class Cell(NamedTuple):
-    """What is measured."""
+    """The conditions of a measurement."""
 
     world: str
     kind: str
@@ -69,7 +69,7 @@ class Cell(NamedTuple):
 
 
 def cells(world: str) -> list[Cell]:
-    """Return the cells of a world; with the native module, those that it may decline."""
+    """Return the cells of a world; with the native module, only calls that it may decline."""
     modes = ("train", "eval")
     plain = [
         Cell(world, "layer", op, dtype, layout, mode)
@@ -83,7 +83,7 @@ def cells(world: str) -> list[Cell]:
 
 
 class Torchs(nn.Module):
-    """The cell by torch.nn: a layer, an addition and an activation, in place where that may be."""
+    """The cell in torch.nn: a layer, an addition and an activation, in place where possible."""
 
     def __init__(self, cell: Cell, channels: int, axis: int) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Torchs(nn.Module):
 
 
 def pair(cell: Cell) -> tuple[Any, Any]:
-    """Return two functions that do one step of the cell: ours and torch's."""
+    """Return two functions that run one step of the cell: ours and torch.nn's."""
     shape, dtype = SHAPES[cell.layout], DTYPES[cell.dtype]
     axis = -1 if cell.kind == "axis=-1" else 1
     x, r, dy = (torch.randn(shape).to(dtype) for _ in range(3))
@@ -135,7 +135,7 @@ def pair(cell: Cell) -> tuple[Any, Any]:
 
 
 def step(module: Any, x: Tensor, residual: Tensor | None, dy: Tensor, mode: str) -> Any:
-    """Return a function that does one step with a module."""
+    """Return a function that runs one step of a module."""
     if mode == "eval":
 
         def evaluate() -> None:
@@ -198,7 +198,7 @@ def measure(world: str, pairs: int, seconds: float) -> None:
 
 
 def main() -> None:
-    """Measure both worlds, each in a process of its own, or one of them in this one."""
+    """Measure both worlds, each in a child process, or one of them in this process."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

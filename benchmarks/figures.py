@@ -64,7 +64,7 @@ REPAIR = "run `python benchmarks/figures.py`"
 
 @dataclass
 class Page:
-    """A page while it is written: its old text, its new text and what is wrong in the old one."""
+    """A page to check or rewrite: its old text, and the problems found in it."""
 
     name: str
     old: str
@@ -72,12 +72,12 @@ class Page:
     problems: list[tuple[int, str]] = field(default_factory=list)
 
     def wrong(self, offset: int, message: str) -> None:
-        """Remember what is wrong at a place of the old text."""
+        """Record a problem at an offset of the old text."""
         self.problems.append((self.old.count("\n", 0, offset) + 1, message))
 
 
 def written(page: Page, rows: Rows) -> str:
-    """Return the new text of a page; where its rows are missing, the old text stays."""
+    """Return the new text of a page; markers whose rows are missing keep their old text."""
     rows.history_allowed = page.decision
     old, pieces, done = page.old, [], 0
     code = typed.fences(old)
@@ -101,7 +101,7 @@ def written(page: Page, rows: Rows) -> str:
 
 
 def replacement(page: Page, found: re.Match[str], rows: Rows) -> str:
-    """Return what belongs between two comments."""
+    """Return the text that belongs between the two comments of a marker."""
     try:
         if found.re is INLINE:
             return inline.text(found["spec"], rows)
@@ -131,14 +131,14 @@ def compare(page: Page, found: re.Match[str], fresh: str) -> None:
 
 
 def starts_a_line(page: Page, found: re.Match[str]) -> None:
-    """Report comments at which a line begins."""
+    """Report comments of inline markers that stand at the beginning of a line."""
     for offset in (found.start(), found.end("old")):
         if page.old[:offset].rpartition("\n")[2].strip() == "":
             page.wrong(offset, "a marker begins this line, which Markdown takes for HTML; move it")
 
 
 def loose(page: Page, start: int, end: int) -> None:
-    """Report comments that look like markers and are none."""
+    """Report comments that look like markers but are malformed."""
     code = typed.fences(page.old)
     for found in LOOSE.finditer(page.old, start, end):
         if not any(found.start() in lines for lines in code):
@@ -161,14 +161,14 @@ def pages(root: Path) -> list[Page]:
 
 
 def checked(root: Path, data: Path, write: bool) -> tuple[list[str], Rows]:
-    """Return what is wrong, as lines, and the rows that were cited; write pages if asked to."""
+    """Return problems as lines, and the cited rows; rewrite the pages if ``write`` is true."""
     rows, problems = Rows(data), []
     constants, faults = typed.constants(root)
     for page in pages(root):
         fresh = written(page, rows)
         if write and fresh != page.old:
             write_atomically(root / page.name, fresh)
-        if write:  # what was repaired is no problem any more
+        if write:  # drops problems that writing has repaired
             page.problems = [p for p in page.problems if not p[1].endswith(REPAIR)]
             page.old = fresh
         marked = [found.span() for kind in (BLOCK, INLINE) for found in kind.finditer(page.old)]
@@ -188,7 +188,7 @@ def checked(root: Path, data: Path, write: bool) -> tuple[list[str], Rows]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write or check; return the exit status."""
+    """Write or check the pages; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

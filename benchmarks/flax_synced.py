@@ -18,8 +18,8 @@ def step(
     """Return y, dx, dweight, dbias, running mean and variance of each share, in float64.
 
     Args:
-        parts: x (n, C, H, W), its cotangent, and the mask (n, H, W), of each share. Of float64,
-            all is computed in float64, else in float32.
+        parts: For each share, x (n, C, H, W), its cotangent, and the mask (n, H, W). The
+            computation is in float64 for inputs in float64, else in float32.
         weight: (C,).
         bias: (C,).
     """
@@ -27,7 +27,7 @@ def step(
     from flax import linen
 
     jax.config.update("jax_enable_x64", True)
-    # Of torch.nn: 0.1 of the batch, and 1e-5.
+    # As in torch.nn: running statistics take 0.1 of the batch, and eps is 1e-5.
     layer = linen.BatchNorm(axis=1, axis_name="shares", momentum=0.9, epsilon=1e-5)
     sizes = [len(x) for x, _, _ in parts]
     x, dy, mask = (_stacked([part[i] for part in parts], max(sizes)) for i in range(3))
@@ -50,7 +50,7 @@ def step(
     stored = kept["batch_stats"]
     found = []
     for i, size in enumerate(sizes):
-        # The gradients of the parameters are those of all shares.
+        # Parameter gradients are sums over all shares: the first share gets them, the others 0.
         sums = [np.asarray(gradients[name]) * (i == 0) for name in ("scale", "bias")]
         statistics = [np.asarray(stored[name][i]) for name in ("mean", "var")]
         values = [y[i, :size], dx[i, :size], *sums, *statistics]
@@ -59,7 +59,7 @@ def step(
 
 
 def _stacked(parts: list[Tensor], size: int) -> np.ndarray:
-    """Stack arrays along a new axis, each padded with zeros to so many samples."""
+    """Stack arrays along a new axis, each padded with zeros to ``size`` samples."""
     return np.stack(
         [np.pad(p.numpy(), [(0, size - len(p)), *[(0, 0)] * (p.ndim - 1)]) for p in parts]
     )

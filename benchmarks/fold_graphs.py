@@ -24,7 +24,7 @@ from row_files import append, read
 
 ROWS = Path(__file__).parent / "data" / "fold" / "graphs.csv"
 CHUNK = 500
-FIRST = 1_000_000  # those below are the tests'
+FIRST = 1_000_000  # the tests use seeds below
 
 
 def measure(first: int) -> dict[str, object]:
@@ -51,7 +51,7 @@ def measure(first: int) -> dict[str, object]:
 
 
 def main() -> None:
-    """Add the rows that are missing."""
+    """Append the rows that are missing."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

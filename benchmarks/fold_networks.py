@@ -43,7 +43,7 @@ def error(exact: list[Tensor], own: list[Tensor]) -> float:
 
 
 def peer(tool: object, model: nn.Module, x: Tensor) -> str:
-    """Return how many normalizations a tool leaves, or why that does not count."""
+    """Return how many normalizations a tool leaves, or "fails" or "wrong"."""
     with torch.no_grad():
         expected = list(tensors_in(copy.deepcopy(model)(x)))
     try:
@@ -53,7 +53,7 @@ def peer(tool: object, model: nn.Module, x: Tensor) -> str:
             float((a - b).abs().max() / a.abs().max())
             for a, b in zip(expected, found, strict=False)
         )
-    except Exception as raised:  # noqa: BLE001 (whatever another library raises)
+    except Exception as raised:  # noqa: BLE001 (any exception of another library)
         print(f"  {type(raised).__name__}: {str(raised)[:150]!r}", flush=True)
         return "fails"
     return str(left) if off <= WRONG else "wrong"
@@ -87,7 +87,7 @@ def measure(name: str) -> dict[str, object]:
 
 
 def main() -> None:
-    """Add the rows that are missing."""
+    """Append the rows that are missing."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -37,7 +37,7 @@ FIRST = 2_000_000
 WRONG = 1e-3
 CHUNK = 20
 
-Result = tuple[list[Tensor], int, int]  # outputs, normalizations before, after
+Result = tuple[list[Tensor], int, int]  # outputs, and numbers of normalizations before and after
 
 
 def ours(model: nn.Module, x: Tensor) -> Result:
@@ -91,7 +91,7 @@ def onnxruntime(model: nn.Module, x: Tensor) -> Result:
         exported.save(plain)
         options = ort.SessionOptions()
         options.optimized_model_filepath = str(optimized)
-        # The level above makes depthwise convolutions of those that it does not fold.
+        # Higher levels turn normalizations that they do not fold into depthwise convolutions.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.log_severity_level = 4
         session = ort.InferenceSession(plain, options)
@@ -126,7 +126,7 @@ def measure(tool: str, first: int) -> dict[str, object]:
         expected = outputs(copy.deepcopy(one.model)(one.x))
         try:
             found, before, after = TOOLS[tool](one.model, one.x)
-        except Exception as error:  # noqa: BLE001 (whatever another library raises)
+        except Exception as error:  # noqa: BLE001 (any exception of another library)
             print(f"{tool} {seed}: {type(error).__name__}: {str(error)[:100]!r}", flush=True)
             counts["crashed"] += 1
             counts["left"] += total
@@ -143,7 +143,7 @@ def measure(tool: str, first: int) -> dict[str, object]:
 
 
 def main() -> None:
-    """Add the rows that are missing."""
+    """Append the rows that are missing."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -45,7 +45,7 @@ def twin(model: nn.Module) -> nn.Module:
 
 
 def seconds(network: str, batch: int, size: int, contender: str) -> float:
-    """Time a forward pass in this process, which should be a new one."""
+    """Return the seconds of a forward pass; call it in a fresh process."""
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
     x = torch.randn(batch, 3, size, size)
@@ -71,7 +71,7 @@ def seconds(network: str, batch: int, size: int, contender: str) -> float:
 
 
 def main() -> None:
-    """Add the rows that are missing."""
+    """Append the rows that are missing."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

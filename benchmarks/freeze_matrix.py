@@ -34,7 +34,7 @@ Freeze = Callable[[nn.Module], Any]
 
 
 class Net(nn.Module):
-    """Two convolutions with a normalization each; the second may be the first one again."""
+    """Two convolutions, each followed by a batch norm; with ``shared``, the same batch norm."""
 
     def __init__(self, shared: bool = False, dense: bool = False, activated: bool = False) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Net(nn.Module):
             if name.endswith(("mean", "var")):
                 buffer.copy_(torch.rand(4) + (0.5 if name.endswith("var") else -0.5))
             if name == "bn1.running_var":
-                buffer[0] = 1e5  # more than float16 holds
+                buffer[0] = 1e5  # beyond the range of float16
         for module in (self.bn1, self.bn2):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias)
@@ -73,7 +73,7 @@ def transformers() -> tuple[Freeze, None, str]:
     import transformers as library
     from transformers.models.detr import modeling_detr
 
-    # As the library's own models call it.
+    # Transformers calls it under no_grad as well.
     return torch.no_grad()(modeling_detr.replace_batch_norm), None, library.__version__
 
 
@@ -98,13 +98,13 @@ CONTENDERS = {
 
 
 def norms_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return what belongs to the normalizations, by name, without wrappers' prefixes."""
+    """Return the normalizations' part of the state dict, without prefixes of wrappers."""
     found = {name.removeprefix("module."): t for name, t in model.state_dict().items()}
     return {n: t.clone() for n, t in found.items() if n.startswith(("bn", "last"))}
 
 
 def changes(model: nn.Module, x: Tensor, expected: Tensor, optimizer: Any = None) -> list[str]:
-    """Train one step; return what is not as frozen layers have it."""
+    """Train one step; return how the result differs from that of frozen layers."""
     before = norms_of(model)
     if optimizer is None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
@@ -130,7 +130,7 @@ def changes(model: nn.Module, x: Tensor, expected: Tensor, optimizer: Any = None
 
 
 def frozen(freeze: Freeze, **options: bool) -> tuple[nn.Module, Tensor, Tensor]:
-    """Return a frozen network, an input, and what evaluation makes of it."""
+    """Return a frozen network, an input, and its output in eval mode before freezing."""
     torch.manual_seed(0)
     model = Net(**options)
     x = torch.randn(X)
@@ -141,7 +141,7 @@ def frozen(freeze: Freeze, **options: bool) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def after(act: Callable[[nn.Module], nn.Module], **options: bool) -> Callable[..., list[str]]:
-    """Return a check of what a frozen network does in training after an action."""
+    """Return a check that applies ``act`` to a frozen network, then trains one step."""
 
     def check(freeze: Freeze, _: Freeze | None) -> list[str]:
         model, x, expected = frozen(freeze, **options)
@@ -152,7 +152,7 @@ def after(act: Callable[[nn.Module], nn.Module], **options: bool) -> Callable[..
 
 
 def saved_and_loaded(freeze: Freeze, _: Freeze | None) -> list[str]:
-    """Load a frozen state into an ordinary network, and the other way, strictly."""
+    """Load a frozen state dict into an ordinary network, and vice versa, strictly."""
     model, x, expected = frozen(freeze)
     buffer, found = io.BytesIO(), []
     torch.save(model.state_dict(), buffer)
@@ -176,13 +176,13 @@ def _first(error: Exception) -> str:
 
 
 def in_ddp(freeze: Freeze, _: Freeze | None) -> list[str]:
-    """Train in DistributedDataParallel, in a job of one process."""
+    """Train under DistributedDataParallel with one process."""
     model, x, expected = frozen(freeze)
     return changes(nn.parallel.DistributedDataParallel(model), x, expected)
 
 
 def with_old_gradients(freeze: Freeze, _: Freeze | None) -> list[str]:
-    """Freeze a network in training; the optimizer has gradients and momentum of before."""
+    """Freeze after a training step; the optimizer keeps the old gradients and momentum."""
     torch.manual_seed(0)
     model, x = Net(), torch.randn(X)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
@@ -198,7 +198,7 @@ def with_old_gradients(freeze: Freeze, _: Freeze | None) -> list[str]:
 
 
 def unfrozen(freeze: Freeze, unfreeze: Freeze | None) -> list[str]:
-    """Take freezing back, and train on with the optimizer that was there before."""
+    """Freeze and unfreeze, then train with the optimizer that was created before."""
     if unfreeze is None:
         return ["there is none"]
     torch.manual_seed(0)
@@ -223,7 +223,7 @@ def unfrozen(freeze: Freeze, unfreeze: Freeze | None) -> list[str]:
 
 
 def shared(freeze: Freeze, _: Freeze | None) -> list[str]:
-    """Freeze a layer that is used in two places."""
+    """Freeze a layer that is called twice."""
     model, x, expected = frozen(freeze, shared=True)
     found = changes(model, x, expected)
     return found if model.bn1 is model.bn2 else ["becomes two layers", *found]
@@ -245,7 +245,7 @@ ACTIONS: dict[str, Callable[[Freeze, Freeze | None], list[str]]] = {
 
 
 def keras() -> dict[str, list[str] | None]:
-    """Return what keras does with ``layer.trainable = False``; None for what it has not."""
+    """Return Keras's results with ``layer.trainable = False``; None if it lacks the action."""
     third_party.torchvision()
     os.environ["KERAS_BACKEND"] = "torch"
     import keras as library
@@ -317,7 +317,7 @@ def keras() -> dict[str, list[str] | None]:
 
 
 def main() -> None:
-    """Write the rows anew."""
+    """Rewrite all rows."""
     torch.set_num_threads(1)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29577")

@@ -54,7 +54,7 @@ WARM, ROUNDS, SEEDS = 2, 7, 9
 
 
 class Pyramid(nn.Module):
-    """ResNet-50 and a feature pyramid, normalized as detectors that train from scratch do."""
+    """ResNet-50 and a feature pyramid with batch norm, as in detectors trained from scratch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Pyramid(nn.Module):
 
 
 def built(network: str) -> nn.Module:
-    """Return a network with statistics of random images, which keep its activations in range."""
+    """Return a network with running statistics of random images; activations stay in range."""
     torch.manual_seed(0)
     model = Pyramid() if network == "resnet50_fpn" else third_party.torchvision().models.resnet50()
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -86,12 +86,12 @@ def built(network: str) -> nn.Module:
 
 
 def contenders() -> tuple[str, ...]:
-    """Return the names of those that are installed."""
+    """Return the names of the contenders that are installed."""
     return (*CONTENDERS, MMENGINE) if importlib.util.find_spec(MMENGINE) else CONTENDERS
 
 
 def by_mmengine(model: nn.Module) -> nn.Module:
-    """Return a model whose convolutions mmengine scales; its file needs no other one of it."""
+    """Return a model whose convolutions mmengine scales; imports only that file of mmengine."""
     found = importlib.util.find_spec(MMENGINE)
     assert found is not None
     assert found.submodule_search_locations is not None
@@ -106,7 +106,7 @@ def by_mmengine(model: nn.Module) -> nn.Module:
 
 
 def contender(name: str, model: nn.Module) -> nn.Module:
-    """Return a network as a contender trains it."""
+    """Return the network, changed as the contender trains it."""
     norms = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
     if name == "without":
         for path, _ in norms:
@@ -130,7 +130,7 @@ def outputs_of(found: Any) -> list[Tensor]:
 
 
 def prepared(name: str, network: str, layout: str) -> tuple[Callable[[], Any], Callable[[], None]]:
-    """Return functions that do a forward pass, and a training step."""
+    """Return a function for a forward pass, and a function for a training step."""
     torch.set_flush_denormal(True)
     batch, size = NETWORKS[network]
     form: Any = LAYOUTS[layout]
@@ -146,12 +146,12 @@ def prepared(name: str, network: str, layout: str) -> tuple[Callable[[], Any], C
 
 
 def saved_bytes(name: str, network: str, layout: str) -> int:
-    """Return the bytes that a forward pass keeps for backward, each storage once.
+    """Return the bytes that a forward pass saves for backward; each storage counts once.
 
-    Parameters and what autograd keeps of them are the model's own and not counted.
+    Saved parameters do not count, since the model holds their memory anyway.
     """
     forward, _ = prepared(name, network, layout)
-    forward()  # the first pass of "folded" looks at the model
+    forward()  # the first pass of "folded" analyzes the model
     found: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -167,9 +167,9 @@ def saved_bytes(name: str, network: str, layout: str) -> int:
 
 
 def seconds_of_steps(names: tuple[str, ...], network: str, layout: str) -> dict[str, float]:
-    """Return the median step time over that of ``names[0]`` in the same round; its own in seconds.
+    """Return median ratios of step times to ``names[0]`` in the same round.
 
-    Each round starts with another contender.
+    The entry of ``names[0]`` is its median in seconds. Each round starts with another contender.
     """
     steps = {name: prepared(name, network, layout)[1] for name in names}
     taken: dict[str, list[float]] = {name: [] for name in names}
@@ -189,7 +189,7 @@ def seconds_of_steps(names: tuple[str, ...], network: str, layout: str) -> dict[
 
 
 def gradients(name: str, network: str, seed: int) -> dict[str, Tensor]:
-    """Return the gradients of a small batch, by kind, in float64 for the name ``"exact"``."""
+    """Return the gradients of a small batch by kind; ``"exact"`` computes them in float64."""
     model = built(network)
     kinds: dict[str, list[nn.Parameter]] = {"weight": [], "gamma": [], "beta": []}
     for module in model.modules():
@@ -224,8 +224,8 @@ def errors(names: tuple[str, ...], network: str, seed: int) -> dict[tuple[str, s
 def compare_gradients(network: str) -> None:
     """Append the error of every contender's gradients: the median over some batches.
 
-    A single batch says little: most of the error comes from the few values whose sign differs in
-    float32 in front of a relu.
+    One batch is not enough: most of the error comes from a few inputs of a relu, whose sign in
+    float32 differs.
     """
     names = contenders()[1:]
     with processes("default", 1) as call:
@@ -239,7 +239,7 @@ def compare_gradients(network: str) -> None:
 
 
 def measure(network: str, layout: str, regime: str, pairs: int) -> None:
-    """Append a row for each contender, unless this code has them."""
+    """Append a row for each contender, unless the current code has rows already."""
     batch, size = NETWORKS[network]
     names = contenders()
     with processes(regime, 1) as call:
@@ -268,7 +268,7 @@ def measure(network: str, layout: str, regime: str, pairs: int) -> None:
 
 
 def main() -> None:
-    """Add what is missing."""
+    """Append the rows that are missing."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -17,7 +17,7 @@ from row_files import read_rows
 
 
 class Goal(NamedTuple):
-    """Least ratios against eager and eager in place; most against the floor."""
+    """Least speedups over eager and eager in place; largest ratio of our time to the floor."""
 
     eager: float = 1.0
     in_place: float = 1.0
@@ -25,7 +25,7 @@ class Goal(NamedTuple):
 
 
 def goal(row: Row) -> Goal:
-    """Return what is aimed at in the cell of a row."""
+    """Return the goal for the cell of a row."""
     contiguous, large = row.layout == "contiguous", row.megabytes >= 50
     if row.mode == "eval" and row.op == "bn+relu":
         return Goal(2.0, 1.2, 1.6) if large else Goal(floor=1.6)
@@ -46,7 +46,7 @@ def goal(row: Row) -> Goal:
 
 
 def shortfalls(cell: dict[str, Row]) -> Iterator[str]:
-    """Yield what a cell falls short in."""
+    """Yield a message for each goal that a cell misses."""
     ours = cell["ours"]
     aim = goal(ours)
     least = {"eager": aim.eager, "eager in place": aim.in_place, "compile": 1.0}
@@ -60,7 +60,7 @@ def shortfalls(cell: dict[str, Row]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Print one line per cell that falls short, and how many there are."""
+    """Print a line for each cell that misses a goal, and the number of these cells."""
     cells: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in read_rows(Path(sys.argv[1])):
         key = (row.op, row.mode, row.dtype, row.shape, row.layout, row.regime)

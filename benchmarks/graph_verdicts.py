@@ -12,15 +12,15 @@ from random_graphs import Graph, Random
 
 @dataclass
 class Verdict:
-    """What became of a graph.
+    """The result of folding a graph.
 
     Attributes:
-        wrong: The largest difference of the outputs in float64, relative, if it is too large.
-        crashed: What was raised.
-        folded: Number of normalizations that are gone.
-        missed: Legal ones that were left, with the reasons given.
-        trespassed: Illegal ones that were folded.
-        changed: Whether ``unfold`` gave back something else.
+        wrong: The largest relative difference of outputs in float64 if it is too large, else 0.
+        crashed: The exception as text, if folding raised one.
+        folded: Number of folded normalizations.
+        missed: Legal normalizations that were not folded -> the reported reason.
+        trespassed: Illegal normalizations that were folded -> the broken condition.
+        changed: Whether the state dict after ``unfold`` differs from the original.
     """
 
     wrong: float = 0.0
@@ -45,7 +45,7 @@ def in_float64(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def difference(before: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> float:
-    """Return the largest difference over the largest value, over all outputs."""
+    """Return the largest relative difference of an output: max |a - b| / max |a|."""
     worst = 0.0
     for a, b in zip(before, after, strict=True):
         if a.shape != b.shape or not bool(b.isfinite().all()):
@@ -55,7 +55,7 @@ def difference(before: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> float:
 
 
 def judge(one: Graph) -> Verdict:
-    """Fold a graph by ``bn.fold``, and compare with what its construction says."""
+    """Fold a graph by ``bn.fold``, and compare the result with its legal and illegal names."""
     found = Verdict()
     before = in_float64(one.model, one.x)
     state = {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
@@ -68,7 +68,7 @@ def judge(one: Graph) -> Verdict:
         found.crashed = f"{type(error).__name__}: {error}"
         return found
     off = max(difference(before, after), difference(before, own) / 100)
-    # Rounding of parameters, amplified by some layers; what is folded wrongly is off by 0.01 to 10.
+    # Folding rounds parameters, and some layers amplify that; a wrong fold is off by 0.01 to 10.
     found.wrong = off if off > (3000 if one.eps < 1e-6 else 20) * one.eps else 0.0
     found.folded = len(done.report.folded)
     found.missed = {

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from cited import CitationError, Row, Rows
 
-# Factor and decimals; times have three digits.
+# Unit -> (factor, decimals); None for times: three digits.
 UNITS: dict[str, tuple[float, int | None]] = {
     "×": (1, 2),
     "%": (100, 0),
@@ -44,10 +44,10 @@ SPEC = re.compile(
 
 
 def text(spec: str, rows: Rows) -> str:
-    """Return what stands in a marker with this spec.
+    """Return the text of a marker with this spec.
 
     Raises:
-        CitationError: If the spec cannot be read, or its rows are not there.
+        CitationError: If the spec cannot be parsed, or its rows are missing.
     """
     found = SPEC.fullmatch(" ".join(spec.split()))
     if found is None:
@@ -71,7 +71,7 @@ def text(spec: str, rows: Rows) -> str:
 
 
 def selection(words: str) -> tuple[str, dict[str, tuple[str, ...]]]:
-    """Return the file and the filters of the left half of a spec."""
+    """Return file and filters from the part of a spec before the colon."""
     name, *pairs = shlex.split(words)
     filters: dict[str, tuple[str, ...]] = {}
     for pair in pairs:
@@ -101,7 +101,7 @@ def evaluated(expression: str, row: Row) -> float:
 
 
 def own_unit(column: str, value: float) -> str:
-    """Return the unit of a column that is shown as it is."""
+    """Return the default unit of a column, whose spec names none."""
     if column in ("ratio", "low", "high"):
         return "×"
     if column in ("median", "p20", "p80") or column.endswith("seconds"):
@@ -114,7 +114,7 @@ def own_unit(column: str, value: float) -> str:
 
 
 def span(values: list[float], unit: str) -> str:
-    """Return the smallest and the largest value without their unit, or one if they agree."""
+    """Return the range of values without unit: one number if both ends round to the same."""
     factor, decimals = UNITS[unit]
     ends = [digits(factor * value, decimals) for value in (min(values), max(values))]
     return "–".join(dict.fromkeys(ends))
@@ -127,7 +127,7 @@ def shown(values: list[float], unit: str) -> str:
 
 
 def digits(value: float, decimals: int | None) -> str:
-    """Return a number with so many decimals, with three digits for None, as 2e-08 for -1."""
+    """Return a number with ``decimals`` decimals; None: three digits; -1: like 2e-08."""
     if decimals == -1:
         return f"{value:.0e}"
     if decimals is None:

@@ -53,7 +53,7 @@ class Sigmoids(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """Four convolutions, each in F.relu(self.conv(x))."""
+    """Four convolutions, each called as F.relu(self.conv(x))."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 
 def built(network: str, seed: int, images: Images, inserted: bool) -> nn.Module:
-    """Return a network of random weights."""
+    """Return a network with random weights."""
     torch.manual_seed(seed)
     model = NETWORKS[network]()
     if inserted:
@@ -129,7 +129,7 @@ def built(network: str, seed: int, images: Images, inserted: bool) -> nn.Module:
 
 
 def is_same(network: str, images: Images) -> bool:
-    """Return whether insertion that preserves the function does so, as ``bn.same`` judges."""
+    """Return whether ``bn.same`` finds the outputs unchanged by function-preserving insertion."""
     model = built(network, 0, images, inserted=False)
     x = images.train_images[:64]
     other = bn.insert(copy.deepcopy(model), x)
@@ -137,7 +137,7 @@ def is_same(network: str, images: Images) -> bool:
 
 
 def trained(model: nn.Module, rate: float, seed: int, images: Images) -> list[float]:
-    """Return test accuracies, until the goal is reached or the steps are over."""
+    """Train a model; return its test accuracy after every ``EVERY`` steps."""
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9)
     drawn = torch.Generator().manual_seed(seed)
     found = []
@@ -156,12 +156,12 @@ def trained(model: nn.Module, rate: float, seed: int, images: Images) -> list[fl
 
 
 def first(found: list[float]) -> int | None:
-    """Return the first step with the accuracy that is the goal."""
+    """Return the first step whose test accuracy reaches the goal; None if none does."""
     return next((EVERY * n for n, one in enumerate(found, 1) if one >= GOAL), None)
 
 
 def measure() -> None:
-    """Add what is missing."""
+    """Append the rows that are missing."""
     images, around = load_digits(), circumstances()
     had = {(r["network"], r["inserted"], r["rate"], r["seed"]) for r in read(ROWS)}
     for network in NETWORKS:
@@ -182,7 +182,7 @@ def measure() -> None:
 
 
 def plot() -> None:
-    """Draw the accuracies of the better rate of each: median and range over seeds."""
+    """Plot accuracies at the better learning rate: median and range over seeds."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -215,7 +215,7 @@ def plot() -> None:
 
 
 def rank(rows: list[dict[str, str]], rate: float) -> tuple[float, float]:
-    """Return the median of the steps to the goal, and of the last accuracies, negative."""
+    """Return the median steps to the goal, and the negative median of last accuracies."""
     own = [row for row in rows if float(row["rate"]) == rate]
     steps = statistics.median(int(row["steps"] or STEPS + EVERY) for row in own)
     return steps, -statistics.median(float(row["last"]) for row in own)

@@ -34,9 +34,9 @@ BATCH, SIZE = 8, 160
 STEPS = 3
 
 FORWARD = "forward"
-# What is counted inside of the forward pass, and what the autograd engine calls the backward of it:
-# operators and our autograd function, without the Python code that calls them, in both contenders.
-# Sums of gradients where a tensor was used twice are not: they are the same in both contenders.
+# Names of the counted events: operators and our autograd function in the forward pass, and their
+# nodes in the autograd engine. Not counted: the Python code that calls them, and gradient sums for
+# tensors that are used twice, which are the same in both contenders.
 AHEAD = {
     "BatchNormalize",
     "aten::batch_norm",
@@ -70,7 +70,7 @@ def training(contender: str, layout: str) -> Callable[[], None]:
 
 
 def share(contender: str, layout: str) -> tuple[float, float]:
-    """Return the seconds of a step that are counted, and of the step without the profiler."""
+    """Return a step's seconds in counted events, and its seconds without the profiler."""
     step = training(contender, layout)
     for _ in range(3):
         step()
@@ -88,7 +88,7 @@ def share(contender: str, layout: str) -> tuple[float, float]:
 
 
 def _counts(event: Any) -> bool:
-    """Return whether an event is counted, and not part of another that is."""
+    """Return whether an event is counted, and not nested in another counted event."""
     if event.name in BACK:
         return True
     if event.name not in AHEAD:
@@ -100,7 +100,7 @@ def _counts(event: Any) -> bool:
 
 
 def capture(contender: str) -> float:
-    """Return the seconds that the first forward pass takes longer than the second."""
+    """Return by how many seconds the first forward pass is slower than the second."""
     model = CONTENDERS[contender](build("resnet50"))
     x = torch.randn(BATCH, 3, SIZE, SIZE)
     taken = []
@@ -112,7 +112,7 @@ def capture(contender: str) -> float:
 
 
 def write(what: str, layout: str, found: dict[str, list[float]], around: dict[str, Any]) -> None:
-    """Append a row for each contender; the ratio is its time over that of the first."""
+    """Append a row for each contender; the ratio is its time over the first contender's."""
     base = next(iter(found))
     for name, taken in found.items():
         ratios = [own / other for own, other in zip(taken, found[base], strict=True)]

@@ -39,14 +39,14 @@ def contender(rows: Rows, cell: Cell, name: str, regime: str) -> Row:
 
 
 def against(rows: Rows, cell: Cell, rival: str) -> list[str]:
-    """Return the ratios of a rival in both regimes; a dash where it is not measured."""
+    """Return the ratios of a rival in both regimes; dashes if it is not measured."""
     if rival == "eager in place" and cell[1] == "bn":
         return ["–"] * len(REGIMES)
     return [ratio(contender(rows, cell, rival, regime)) for regime in REGIMES]
 
 
 def floor(rows: Rows, cell: Cell) -> list[str]:
-    """Return our time over that of the copies that no implementation can avoid, in both regimes."""
+    """Return our time over the time of the unavoidable copies, in both regimes."""
     found = [contender(rows, cell, "ours", regime) for regime in REGIMES]
     return [
         f"{row.number('median') / (row.number('copy') * row.number('floor_copies')):.2f}"
@@ -61,12 +61,12 @@ def shown(cell: Cell) -> list[str]:
 
 
 def ours(rows: Rows, cells: list[Cell]) -> list[Row]:
-    """Return our own rows of cells, which tell where all were measured."""
+    """Return our rows of cells, from which the caption takes machine and versions."""
     return [contender(rows, cell, "ours", regime) for cell in cells for regime in REGIMES]
 
 
 def short(rows: Rows) -> str:
-    """Return the ten rows of README.md."""
+    """Return the table of ten cells in README.md."""
     lines = [
         [MODES[cell[0]], *shown(cell), *against(rows, cell, "eager"), *floor(rows, cell)]
         for cell in SHORT
@@ -76,7 +76,7 @@ def short(rows: Rows) -> str:
 
 
 def short_chinese(rows: Rows) -> str:
-    """Return the ten rows of README.zh.md."""
+    """Return the table of ten cells in README.zh.md."""
     lines = []
     for cell in SHORT:
         mode, op, dtype, shape, layout = cell
@@ -102,7 +102,7 @@ def short_chinese(rows: Rows) -> str:
 
 
 def long(rows: Rows) -> str:
-    """Return all cells, with every rival."""
+    """Return the tables of all cells with every rival."""
     head = ["op", "input", *both("× eager"), *both("× in place"), *both("× floor")]  # fmt: skip
     parts = [around(ours(rows, CELLS))]
     for mode, title in MODES.items():

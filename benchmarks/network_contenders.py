@@ -15,16 +15,16 @@ from support import third_party
 
 
 class Join(torch.autograd.Function):
-    """An addition that costs nothing: its first operand, with the gradient for both."""
+    """Replaces an addition at no cost: returns x, and passes dy to both operands in backward."""
 
     @staticmethod
     def forward(ctx: Any, one: Tensor, other: Tensor) -> Tensor:  # noqa: ARG004
-        """Return the first."""
+        """Return the first operand."""
         return one.view_as(one)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG004
-        """Return dy for both."""
+        """Return dy for both operands."""
         return dy, dy
 
 
@@ -36,7 +36,7 @@ def mlp() -> nn.Module:
 
 
 def build(name: str) -> nn.Module:
-    """Return a network by name, without dropout of elements or of whole blocks."""
+    """Return a network by name, with dropout and stochastic depth set to 0."""
     model: nn.Module = mlp() if name == "mlp" else getattr(third_party.torchvision().models, name)()
     for module in model.modules():
         if type(module).__name__ in ("Dropout", "StochasticDepth"):
@@ -54,7 +54,7 @@ def _inverted(self: Any, x: Tensor) -> Tensor:
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """Take normalizations, activations and additions out of a torchvision network."""
+    """Remove normalizations, activations and additions from a torchvision network."""
     gone = nn.modules.batchnorm._BatchNorm | nn.ReLU | nn.ReLU6
     forwards = {"Bottleneck": _bottleneck, "InvertedResidual": _inverted}
     for module in list(model.modules()):
@@ -75,7 +75,7 @@ def graph(model: nn.Module, **options: Any) -> nn.Module:
     return compiled(model, backend=bn.graph.backend, **options)
 
 
-# Each is made in a process of its own, which it may change.
+# Each contender is built in its own process, so it may change global state.
 CONTENDERS: dict[str, Callable[[nn.Module], Any]] = {
     "eager": lambda model: model,
     "layers": bn.convert,

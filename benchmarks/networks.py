@@ -43,7 +43,7 @@ COMPILED = ("compile", "compile converted", "graph, inductor")
 
 
 class Cell(NamedTuple):
-    """What is measured side by side."""
+    """The conditions under which contenders are compared."""
 
     network: str
     mode: str
@@ -67,13 +67,13 @@ SIZES = {
     "resnet18": (2, 32),
     "mlp": (128, 32),
 }
-LARGE = (16, 224)  # of ResNet-50, for what is saved for backward
-# Steps of less than 50 ms: there Python's share is large, and torch's backend "eager" the measure.
+LARGE = (16, 224)  # batch and size of ResNet-50 for the table of save_memory
+# Steps below 50 ms spend a large share in Python: torch's backend "eager" is measured as well.
 SMALL_NETWORKS = ("mlp", "resnet18")
 
 
 def plan() -> Iterator[tuple[Cell, tuple[str, ...]]]:
-    """Yield every cell with its contenders, what decides first."""
+    """Yield every cell with its contenders, the most important cells first."""
 
     def cell(
         name: str,
@@ -110,7 +110,7 @@ def plan() -> Iterator[tuple[Cell, tuple[str, ...]]]:
 
 
 class Sample(NamedTuple):
-    """What one process found, of a step: seconds, page faults, bytes kept, the process's peak."""
+    """A step measured in one process: seconds, page faults, saved bytes, peak memory."""
 
     seconds: float
     faults: float
@@ -119,7 +119,7 @@ class Sample(NamedTuple):
 
 
 def sample(cell: Cell, contender: str, count_saved: bool) -> Sample:
-    """Time a contender in this process, which should be a new one."""
+    """Measure a step of a contender; call it in a fresh process."""
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
     form = LAYOUTS[cell.layout]
@@ -128,7 +128,7 @@ def sample(cell: Cell, contender: str, count_saved: bool) -> Sample:
     model = CONTENDERS[contender](build(cell.network).to(memory_format=form))
     before = _status("VmRSS")
     run = runner(model, x, dy, cell)
-    for _ in range(3):  # the first captures a graph, and the heap finds its size
+    for _ in range(3):  # captures a graph, and lets the heap reach its size
         run()
     taken, faults, started = list[float](), list[int](), time.perf_counter()
     while len(taken) < 3 or time.perf_counter() - started < 1.0:
@@ -142,7 +142,7 @@ def sample(cell: Cell, contender: str, count_saved: bool) -> Sample:
 
 
 def runner(model: nn.Module, x: Tensor, dy: Tensor, cell: Cell) -> Callable[[], None]:
-    """Return a function that does one step."""
+    """Return a function that runs one step."""
     model.train(cell.mode == "train")
 
     def cast() -> torch.autocast:
@@ -162,7 +162,7 @@ def runner(model: nn.Module, x: Tensor, dy: Tensor, cell: Cell) -> Callable[[], 
 
 
 def kept_bytes(model: nn.Module, x: Tensor, contender: str) -> int:
-    """Count what a training forward keeps; under save_memory by its own report."""
+    """Return the bytes that a training forward saves; with save_memory, from its report."""
     if contender == "save_memory":
         with bn.save_memory() as report:
             model(x)
@@ -215,7 +215,7 @@ def measure(cell: Cell, contenders: tuple[str, ...], pairs: int, call: Function)
 
 
 def done() -> set[tuple[str, ...]]:
-    """Return the cells and contenders that have rows of this code, machine and torch."""
+    """Return cells and contenders that have rows for this code, machine and torch."""
     here = circumstances()
     same = ("machine", "torch", "code")
     return {

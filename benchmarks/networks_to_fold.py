@@ -185,7 +185,7 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
             if norm.weight is not None:
                 norm.weight.copy_(torch.rand_like(norm.weight) + 0.5)
                 norm.bias.copy_(torch.randn_like(norm.bias) * 0.2)
-        # Statistics of random inputs, layer by layer, so that signals keep their size.
+        # Running statistics of random inputs, so that activations keep their scale.
         for norm in norms:
             norm.momentum, norm.training = None, True
             norm.reset_running_stats()

@@ -28,7 +28,7 @@ from support import third_party
 
 ROWS = Path(__file__).parent / "data" / "observe" / "steps.csv"
 EVERY, BATCHES = 20, 5  # the defaults of bn.observe
-# What a step is -> how many steps are done before it: the next one is of that kind.
+# Kind of step -> number of steps to run before the step of this kind.
 KINDS = {"between": 1, "window": EVERY - BATCHES, "sampled": EVERY - 1}
 
 

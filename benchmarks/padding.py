@@ -24,7 +24,7 @@ MODELS = {"Wav2Vec2Conformer": wav2vec2_conformer, "FastSpeech2Conformer": fasts
 
 
 def main() -> None:
-    """Write all rows anew."""
+    """Rewrite all rows."""
     warnings.simplefilter("ignore")
     ROWS.unlink(missing_ok=True)
     version = transformers.__version__

@@ -47,7 +47,7 @@ class Plain(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two residual blocks, whose names are those of the other library's layers."""
+    """Two residual blocks, with the names of the other library's layers."""
 
     flatten = None
 
@@ -197,7 +197,7 @@ LIBRARIES = {"keras": keras, "flax": flax}
 
 
 def random_of(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Return values for a variable: variances and scales that are positive."""
+    """Return random values for a variable; variances and scales are positive."""
     values = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
     if path.endswith(("variance", "var", "gamma", "scale")):
         return np.abs(values) + 0.5
@@ -205,7 +205,7 @@ def random_of(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def compare(library: str, network: str) -> dict[str, Any]:
-    """Return the differences of one network before and after training."""
+    """Return the differences of a network's outputs before and after training."""
     other = LIBRARIES[library](network)
     state = other.state()
     first = "dense" if library == "keras" else "head"
@@ -241,7 +241,7 @@ def channels_first(x: np.ndarray) -> Tensor:
 
 
 def difference(other: Other, model: nn.Module, x: np.ndarray) -> float:
-    """Return the largest difference of outputs in evaluation over the largest output."""
+    """Return the largest difference of eval-mode outputs over the largest output."""
     expected = other.outputs(x)
     with torch.no_grad():
         got = model.eval()(channels_first(x)).numpy()

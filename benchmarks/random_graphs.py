@@ -21,15 +21,15 @@ CHANNELS = (2, 3, 4, 6)
 
 @dataclass
 class Graph:
-    """A network, its input, and what must become of its normalizations.
+    """A network, its input, and which of its normalizations must be folded.
 
     Attributes:
-        seed: Makes the same network again.
-        model: In eval mode.
+        seed: Draws the same network again.
+        model: The network in eval mode.
         x: Example input.
         legal: Names that must be folded.
         illegal: Name that must stay -> the condition that is broken.
-        source: Of ``forward``.
+        source: Source code of ``forward``.
         eps: Spacing at 1 of the narrowest dtype.
     """
 
@@ -44,7 +44,7 @@ class Graph:
 
 @dataclass
 class Builder:
-    """What was drawn so far: modules, lines of ``forward``, and the current tensor ``x``."""
+    """The network drawn so far: modules, lines of ``forward``, and the tensor ``x``."""
 
     random: random.Random
     channels: int
@@ -66,7 +66,7 @@ class Builder:
         self.lines += lines
 
     def norm(self, channels: int | None = None, rank: int = 2) -> str:
-        """Add a normalization of any kind that knows its channels."""
+        """Add a random kind of normalization with a known number of channels."""
         count = channels or self.channels
         draw = self.random.random()
         eps = self.random.choice((1e-5, 1e-3))
@@ -82,7 +82,7 @@ class Builder:
         return self.add("norm", kinds[rank](count, eps=eps, affine=affine))
 
     def conv(self, out: int | None = None, *, bias: bool | None = None, **options) -> str:
-        """Add a convolution, of a random kind, of the current tensor."""
+        """Add a random kind of convolution for the current tensor."""
         r, inputs = self.random, self.channels
         out = out or r.choice(CHANNELS)
         bias = r.random() < 0.5 if bias is None else bias
@@ -105,7 +105,7 @@ class Builder:
         self.say(self.random.choice(("x = F.relu(x)", "x = torch.sigmoid(x)", "x = F.silu(x)")))
 
 
-# Legal elements.
+# Legal elements: folding must remove their normalizations.
 
 
 def behind_convolution(b: Builder) -> None:
@@ -138,7 +138,7 @@ BETWEEN = (
 
 
 def functional(b: Builder) -> None:
-    """Calls of functions with the parameters of modules, by position and by keyword."""
+    """Calls of ``F`` with the parameters of modules, by position and by keyword."""
     conv, name = _plain_conv(b), b.norm()
     groups = b.parts[conv].groups
     weight, bias = f"self.{conv}.weight", f"self.{conv}.bias"
@@ -170,7 +170,7 @@ def _plain_conv(b: Builder, bias: bool = True, **options) -> str:
 
 
 def concatenated(b: Builder) -> None:
-    """A norm behind ``cat``, split over the layers of the parts."""
+    """A norm behind ``cat``, which folding splits over the concatenated layers."""
     inputs, names, total = b.channels, [], 0
     for _ in range(b.random.choice((2, 3))):
         b.channels = inputs
@@ -185,7 +185,7 @@ def concatenated(b: Builder) -> None:
 
 
 def _narrow(b: Builder) -> None:
-    """Bring the channels back to a usual number."""
+    """Reduce the number of channels by a pointwise convolution."""
     out = b.random.choice(CHANNELS)
     conv = b.add("conv", nn.Conv2d(b.channels, out, 1))
     b.channels = out
@@ -193,7 +193,7 @@ def _narrow(b: Builder) -> None:
 
 
 def summed(b: Builder) -> None:
-    """Branches with norms of their own, and one behind the sum."""
+    """Branches, some with a norm, and sometimes a norm behind their sum."""
     inputs, out = b.channels, b.random.choice(CHANNELS)
     terms = []
     for _ in range(b.random.choice((2, 3))):
@@ -219,7 +219,7 @@ def summed(b: Builder) -> None:
 
 
 def forward_fold(b: Builder) -> None:
-    """A norm behind an activation, before a convolution that pads nothing, or something else."""
+    """A norm behind an activation, before a convolution that does not pad with zeros."""
     b.activate()
     name = b.norm()
     inputs = b.channels
@@ -316,13 +316,13 @@ def behind_activation(b: Builder) -> None:
     conv = b.conv()
     name = b.norm()
     b.say(f"x = self.{name}(self.{conv}(x).{b.random.choice(('tanh()', 'relu_()', 'abs()'))})")
-    # What follows must not be a layer that could take it.
+    # An activation: otherwise the next layer could absorb the normalization.
     b.activate()
     b.illegal[name] = "an activation is between"
 
 
 def another_axis(b: Builder) -> None:
-    """T and C are equal, and the norm is on the wrong one."""
+    """A linear layer on C with a norm on T, of equal size."""
     length = b.size * b.size
     linear = b.add("linear", nn.Linear(b.channels, length))
     back = b.add("linear", nn.Linear(length, b.channels))
@@ -333,7 +333,7 @@ def another_axis(b: Builder) -> None:
 
 
 def zero_padded(b: Builder) -> None:
-    """A shift before a convolution that pads with zeros."""
+    """A norm before a convolution that pads with zeros, where its shift does not apply."""
     b.activate()
     name = b.norm()
     conv = _plain_conv(b)
@@ -360,7 +360,7 @@ def returned(b: Builder) -> None:
 
 
 def branch(b: Builder) -> None:
-    """Python branches on a value; the example takes one way."""
+    """A Python branch on a tensor's value; the example input takes the first path."""
     conv = b.conv(b.channels)
     name = b.norm()
     other = b.random.choice(
@@ -405,7 +405,7 @@ ILLEGAL = (
 
 
 class Random(nn.Module):
-    """A network with a ``forward`` that was compiled from source."""
+    """A network whose ``forward`` is compiled from source code."""
 
     def __init__(self, builder: Builder) -> None:
         super().__init__()
@@ -425,7 +425,7 @@ class Random(nn.Module):
 
 
 class Around(nn.Module):
-    """Two networks in one, of which the second has frames of its own."""
+    """A sequence of networks, each with its own ``forward`` frame."""
 
     def __init__(self, *parts: nn.Module) -> None:
         super().__init__()
@@ -443,7 +443,7 @@ class Around(nn.Module):
 def block(
     draw: random.Random, channels: int, size: int, *, is_branched: bool, torch_only: bool = False
 ) -> Builder:
-    """Draw the elements of one frame. In one that branches nothing is legal."""
+    """Draw the elements of one frame; in a frame with a branch, no normalization is legal."""
     b = Builder(draw, channels, size, torch_only=torch_only)
     for _ in range(draw.randrange(1, 5)):
         element = draw.choice(LEGAL if draw.random() < 0.65 else ILLEGAL)
@@ -464,7 +464,7 @@ def graph(seed: int, *, torch_only: bool = False) -> Graph:
     """Return the network of a seed.
 
     Args:
-        seed: Of everything that is drawn.
+        seed: Seed of all random choices.
         torch_only: Whether all layers are those of torch.nn, and in float32.
     """
     draw = random.Random(seed)  # noqa: S311

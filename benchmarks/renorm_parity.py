@@ -71,7 +71,7 @@ def torchrl_layer() -> Callable[[Tensor], Any]:
 
 
 def our_layer() -> Callable[[Tensor], Any]:
-    """Return ours."""
+    """Return this library's layer."""
     return bn.BatchNorm(CHANNELS, eps=EPS, statistics=bn.Renorm(R_MAX, D_MAX, momentum=MOMENTUM))
 
 
@@ -79,7 +79,7 @@ LAYERS = {"batchnorm": our_layer, "keras": keras_layer, "torchrl": torchrl_layer
 
 
 def main() -> None:
-    """Write all rows anew."""
+    """Rewrite all rows."""
     ROWS.unlink(missing_ok=True)
     for library, make in LAYERS.items():
         torch.manual_seed(0)

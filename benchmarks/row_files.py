@@ -9,7 +9,7 @@ from batchnorm.benchmark.rows import Row
 
 
 def append(path: Path, row: Mapping[str, object]) -> None:
-    """Append a row to a CSV file, which is begun with a header."""
+    """Append a row to a CSV file; a new file gets a header first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     begun = path.exists()
     with path.open("a", encoding="utf-8", newline="") as file:
@@ -20,7 +20,7 @@ def append(path: Path, row: Mapping[str, object]) -> None:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV file as text; none if there is no file."""
+    """Return the rows of a CSV file as text; an empty list if the file does not exist."""
     if not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:
@@ -28,7 +28,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read what ``write_rows`` wrote."""
+    """Return the rows of a file that ``write_rows`` wrote."""
     kinds = {field.name: field.type for field in fields(Row)}
     with path.open(encoding="utf-8", newline="") as file:
         return [

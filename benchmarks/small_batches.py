@@ -33,7 +33,7 @@ BATCHES = (2, 4)
 
 
 def _renorm() -> bn.Renorm:
-    """Limits that widen over 500 steps, as in the paper."""
+    """Return Renorm with limits that widen over 500 steps, as in the paper."""
     return bn.Renorm(
         lambda n: 1 + 2 * (n / 500).clamp(max=1.0), lambda n: 5 * (n / 500).clamp(max=1.0)
     )
@@ -48,7 +48,7 @@ SOURCES: dict[str, Callable[[], object]] = {
 
 
 def built(source: str, seed: int, images: Images) -> nn.Module:
-    """Return a network of random weights."""
+    """Return a network with random weights."""
     torch.manual_seed(seed)
     stride = 1 if images.train_images.shape[-1] < 16 else 2
     model = nn.Sequential(
@@ -82,7 +82,7 @@ def trained(source: str, batch: int, seed: int, images: Images) -> list[float]:
 
 
 def measure(data: dict[str, Images]) -> None:
-    """Add what is missing."""
+    """Append the rows that are missing."""
     around = circumstances()
     had = {(r["data"], r["batch"], r["source"], r["seed"]) for r in read(ROWS)}
     for name, images in data.items():
@@ -101,7 +101,7 @@ def measure(data: dict[str, Images]) -> None:
 
 
 def plot() -> None:
-    """Draw median and range over seeds, a panel for each data set and batch size."""
+    """Plot median and range over seeds, in a panel for each data set and batch size."""
     import matplotlib as mpl
 
     mpl.use("agg")

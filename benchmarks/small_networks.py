@@ -73,7 +73,7 @@ class Inverted(nn.Module):
         return self.body(x) + x if self.adds else self.body(x)
 
 
-# grow, channels, blocks, stride, kernel
+# expansion, channels, blocks, stride, kernel size
 STAGES = (
     (1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3),
     (6, 112, 3, 1, 5), (6, 192, 4, 2, 5), (6, 320, 1, 1, 3),

@@ -46,7 +46,7 @@ def network(side: int, classes: int) -> nn.Sequential:
 
 
 def train(images: Images, size: int, seed: int) -> nn.Module:
-    """A network after few steps."""
+    """Return a network after few training steps."""
     torch.manual_seed(seed)
     model = network(images.train_images.shape[-1], images.classes)
     optimizer = torch.optim.SGD(model.parameters(), 0.02 if size == 2 else 0.05, momentum=0.9)
@@ -60,14 +60,14 @@ def train(images: Images, size: int, seed: int) -> nn.Module:
 
 
 class Sums:
-    """Count, sum and squares of what a layer receives, float64, around its first batch's mean."""
+    """Sums a layer's inputs and their squares in float64, around the mean of the first batch."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.count, self.sum, self.squares, self.center = 0, 0.0, 0.0, None
         layer.register_forward_pre_hook(self)
 
     def __call__(self, _: nn.Module, args: tuple[Tensor]) -> None:
-        """Look at what enters the layer."""
+        """Add the layer's input to the sums."""
         rows = args[0].movedim(1, 0).flatten(1)
         if self.center is None:
             self.center = rows.mean(1, keepdim=True)
@@ -77,19 +77,19 @@ class Sums:
         self.squares = self.squares + away.square().sum(1)
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """Mean and unbiased variance."""
+        """Return mean and unbiased variance."""
         variance = (self.squares - self.sum.square() / self.count) / (self.count - 1)
         return self.center[:, 0] + self.sum / self.count, variance
 
 
 def normalizations(model: nn.Module) -> Layers:
-    """The layers by name, in order."""
+    """Return the layers by name, in order."""
     return {k: layer for k, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)}
 
 
 @torch.no_grad()
 def exact_by_batch(model: nn.Module, batches: Iterable[Tensor]) -> Statistics:
-    """The statistics of what each layer receives in training mode; by plain torch."""
+    """Return the statistics of each layer's inputs in training mode, by plain torch."""
     model = copy.deepcopy(model).double().train()
     sums = {name: Sums(layer) for name, layer in normalizations(model).items()}
     for batch in batches:
@@ -99,7 +99,7 @@ def exact_by_batch(model: nn.Module, batches: Iterable[Tensor]) -> Statistics:
 
 @torch.no_grad()
 def exact_of_population(model: nn.Module, images: Tensor) -> Statistics:
-    """The statistics of what each layer receives in eval, where they are in use themselves."""
+    """Return input statistics in eval mode; earlier layers normalize by their new ones."""
     model = copy.deepcopy(model).double().eval()
     found = {}
     for name, layer in normalizations(model).items():
@@ -110,7 +110,7 @@ def exact_of_population(model: nn.Module, images: Tensor) -> Statistics:
 
 
 def distance(model: nn.Module, goal: Statistics) -> float:
-    """How far the statistics that a model keeps are from others."""
+    """Return the RMS distance of running statistics from ``goal``, in standard deviations."""
     off = []
     for name, (mean, var) in goal.items():
         layer: Any = model.get_submodule(name)
@@ -149,14 +149,14 @@ METHODS: dict[str, Callable[[nn.Module, list[Tensor]], None]] = {
 
 @torch.no_grad()
 def quality(model: nn.Module, images: Images) -> tuple[float, float]:
-    """Accuracy and mean cross-entropy on the test images."""
+    """Return accuracy and mean cross-entropy on the test images."""
     outputs = torch.cat([model.eval()(part) for part in images.test_images.split(500)])
     loss = F.cross_entropy(outputs, images.test_labels)
     return float((outputs.argmax(1) == images.test_labels).double().mean()), float(loss)
 
 
 def compare(images: Images, size: int, seed: int) -> Iterable[dict[str, Any]]:
-    """Rows of one trained network."""
+    """Yield a row for each method on one trained network."""
     trained = train(images, size, seed)
     order = torch.randperm(len(images.train_images))
     batches = list(images.train_images[order].split(size))

@@ -73,7 +73,7 @@ def step(layer: nn.Module, x: Tensor, dy: Tensor, mask: Tensor | None) -> list[T
 
 
 def one_rank(rank: int, size: int, naive: bool) -> dict[tuple[str, ...], list[Tensor] | None]:
-    """Return what a rank computes in every cell; None where the contender raises."""
+    """Return a rank's results for every cell; None where the contender raises."""
     halves = [distributed.new_group(ranks) for ranks in ([0, 1], [2, 3])] if size == 4 else []
     found: dict[tuple[str, ...], list[Tensor] | None] = {}
     for share, sizes in SHARES[size].items():
@@ -170,7 +170,7 @@ def add_errors(
 
 
 def train_rank(rank: int, rounds: int, size: int, image: int) -> dict[str, Any]:  # noqa: ARG001
-    """Return seconds of a step by kind, and the messages of the layers in one step."""
+    """Return seconds of a step by kind, and the sizes of the messages sent in a step."""
     sent: list[int] = []
     gather = distributed.all_gather
 

@@ -45,20 +45,20 @@ def megabytes(row: Row, column: str) -> str:
 
 
 def markdown(head: Sequence[str], left: int, lines: Iterable[Sequence[str]]) -> str:
-    """Return a table, of which so many columns are text and the others numbers."""
+    """Return a table whose first ``left`` columns are text; the others are numbers."""
     rule = ["---"] * left + ["---:"] * (len(head) - left)
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))
 
 
 def where(rows: Iterable[Row]) -> dict[str, str]:
-    """Return the circumstances of rows; where they differ, all of them."""
+    """Return machine, versions and commit of rows; all values, where they differ."""
     found = list(rows)
     columns = ("machine", "threads", "torch", "python", "commit")
     return {column: ", ".join(sorted({row[column] for row in found})) for column in columns}
 
 
 def around(rows: Iterable[Row]) -> str:
-    """Return where rows were measured, in words."""
+    """Return machine, versions, commit and allocators of rows as one line of text."""
     rows = list(rows)
     found = where(rows)
     threads = f"{found['threads']} {'thread' if found['threads'] == '1' else 'threads'}"
@@ -68,19 +68,19 @@ def around(rows: Iterable[Row]) -> str:
 
 
 def allocators(rows: list[Row]) -> list[str]:
-    """Return the allocator of each regime, where rows of times say it."""
+    """Return the allocator of each regime, from rows that name both."""
     timed = [row for row in rows if {"regime", "allocator"} <= set(row.values)]
     pairs = sorted({(row["regime"], row["allocator"]) for row in timed})
     return [f"{regime}: {allocator}" for regime, allocator in pairs]
 
 
 def both(what: str) -> list[str]:
-    """Return the heads of two columns, one for each regime."""
+    """Return the headings of two columns, one for each regime."""
     return [f"{what}, {name}" for name in REGIMES]
 
 
 def fallbacks(rows: Rows) -> str:
-    """Return what serves where the native kernels do not, against torch.nn."""
+    """Return ratios to torch.nn of calls that the native kernels do not handle."""
     cell = ("world", "kind", "op", "dtype", "layout")
     everything = rows.every("fallbacks", {"mode": "*", "dtype": "*", "kind": "*"})
     regimes = [name for name in REGIMES if any(row["regime"] == name for row in everything)]

@@ -8,7 +8,7 @@ from tables import around, markdown, seconds
 
 
 def faults(rows: Rows) -> str:
-    """Return for each rule how many of its faults were found, with other findings beside them."""
+    """Return for each rule how many of its faults were found, and the number of other findings."""
     everything = rows.every("doctor/faults", {})
     lines = []
     for rule in sorted({row["rule"] for row in everything}):
@@ -48,7 +48,7 @@ def _says(row: Row) -> bool:
 
 
 def healthy(rows: Rows) -> str:
-    """Return for each healthy network what is said of it."""
+    """Return the findings for each healthy network."""
     everything = rows.every("doctor/healthy", {})
     lines = [
         [
@@ -68,7 +68,7 @@ def healthy(rows: Rows) -> str:
 
 
 def published(rows: Rows) -> str:
-    """Return what ``inspect`` says of checkpoints that packages ship."""
+    """Return the findings of ``inspect`` in checkpoints that packages ship."""
     everything = rows.every("doctor/published", {})
     lines = [
         [
@@ -82,7 +82,7 @@ def published(rows: Rows) -> str:
 
 
 def observing(rows: Rows) -> str:
-    """Return what ``bn.observe`` costs a training step, as ratios to the step without it."""
+    """Return step times with ``bn.observe``, as ratios to the step without it."""
     everything = rows.every("observe/steps", {})
     columns = ("between", "window", "sampled", "default")
     lines = [

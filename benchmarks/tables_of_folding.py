@@ -15,7 +15,7 @@ TOOLS = {
 
 
 def fold_networks(rows: Rows) -> str:
-    """Return what is left of the batch norms of each network, and the error of the fold."""
+    """Return how many batch norms folding leaves in each network, and its error."""
     everything = rows.every("fold/networks", {})
     lines = []
     for row in everything:
@@ -47,7 +47,7 @@ def fold_graphs(rows: Rows) -> str:
 
 
 def fold_peers(rows: Rows) -> str:
-    """Return what each tool made of the same random graphs."""
+    """Return the results of each tool on the same random graphs."""
     everything = rows.every("fold/peers", {})
     lines = []
     for tool, title in TOOLS.items():
@@ -63,7 +63,7 @@ def fold_peers(rows: Rows) -> str:
 
 
 def fold_time(rows: Rows) -> str:
-    """Return a forward pass over that of the twin without batch normalization."""
+    """Return forward times, as ratios to the twin without batch normalization."""
     cited, lines = [], []
     for regime in REGIMES:
         for network in ("resnet50", "mobilenet_v2", "efficientnet_b0"):

@@ -7,7 +7,7 @@ from tables import around, markdown
 
 
 def matrix(rows: Rows) -> str:
-    """Return what each contender does after each action."""
+    """Return how each contender differs from frozen layers after each action."""
     everything = rows.every("freeze/matrix", {})
     actions = list(dict.fromkeys(row["action"] for row in everything))
     contenders = {row["contender"]: row["version"] for row in everything}
@@ -35,7 +35,7 @@ KINDS = {"weight": "weights", "gamma": "γ", "beta": "β"}
 
 
 def tune(rows: Rows) -> str:
-    """Return step times over those of a network without normalizations, and bytes kept."""
+    """Return step times, as ratios to a network without normalizations, and saved bytes."""
     times = rows.every("freeze/tune", {})
     cells = list(dict.fromkeys((row["regime"], row["layout"]) for row in times))
     lines = []
@@ -60,7 +60,7 @@ def _two(row: Row, column: str) -> str:
 
 
 def gradients(rows: Rows) -> str:
-    """Return the errors of gradients, and how many times those of evaluation they are."""
+    """Return the errors of gradients, and their ratios to the errors in eval mode."""
     every = rows.every("freeze/gradients", {})
     lines = []
     for network, name in dict.fromkeys((row["network"], row["contender"]) for row in every):

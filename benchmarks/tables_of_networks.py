@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from cited import Row, Rows
 from tables import REGIMES, TITLES, WORDS, around, markdown, megabytes, ratio, seconds
 
-# A network is a name, a batch and a size; a cell is that, a mode, a layout and a number format.
+# A network is (name, batch, size); a cell is (network, mode, layout, number format).
 RESNET50, MOBILENET = ("resnet50", "8", "160"), ("mobilenet_v2", "8", "160")
 MLP, RESNET18 = ("mlp", "128", "32"), ("resnet18", "2", "32")
 EFFICIENTNET, DENSENET = ("efficientnet_b0", "8", "160"), ("densenet121", "8", "160")
@@ -14,7 +14,7 @@ Cell = tuple[tuple[str, str, str], str, str, str]
 
 
 def training(*networks: tuple[str, str, str]) -> list[Cell]:
-    """Return the cells of training steps in float32, in both layouts but for the MLP."""
+    """Return the cells of float32 training steps in both layouts; the MLP has only one."""
     return [
         (net, "train", layout, "fp32")
         for net in networks
@@ -23,14 +23,14 @@ def training(*networks: tuple[str, str, str]) -> list[Cell]:
 
 
 NETWORKS = training(RESNET50, MOBILENET, EFFICIENTNET, DENSENET, RESNET18, MLP)
-# Those that the ablation of conversion was measured with.
+# Cells of the ablation of conversion.
 ABLATED = training(RESNET50, MOBILENET, RESNET18, MLP)
 SAVING = [cell for cell in training(RESNET50, MOBILENET) if cell[2] == "nchw"]
 SAVING.insert(1, (("resnet50", "16", "224"), "train", "nchw", "fp32"))
-# What conversion consisted of before graphs were captured, in history/ablation.
+# Contenders of history/ablation: the parts of conversion before graphs were captured.
 PARTS = ["layers", "deferred", "sequences", "converted", "converted, pool off", "save_memory"]
 SMALL = training(RESNET18, MLP)
-# Measured once for each network, with memory kept: the number of threads and the number format.
+# Cells and threads, measured only in the regime "kept": bf16, and two threads.
 MORE = [
     ((net, "train", "nchw", dtype), threads)
     for net in (RESNET50, MOBILENET, EFFICIENTNET, DENSENET, RESNET18, MLP)
@@ -40,7 +40,7 @@ COMPILED = [cell for cell in training(MOBILENET, RESNET18, MLP) if cell[2] == "n
 
 
 class Network:
-    """A cell of networks/rows.csv, or of a file of the same columns, which remembers its rows."""
+    """A cell of networks/rows.csv, or of a file with the same columns; records its cited rows."""
 
     def __init__(self, rows: Rows, cell: Cell, threads: str = "1", name: str = "networks") -> None:
         (self.network, batch, size), self.mode, self.layout, self.dtype = cell
@@ -62,7 +62,7 @@ class Network:
 
 
 def networks(rows: Rows) -> str:
-    """Return what conversion and captured graphs gain in a training step, in both regimes."""
+    """Return the ratios to eager of conversion and captured graphs, in both regimes."""
     cells, lines = [Network(rows, cell) for cell in NETWORKS], []
     for cell in cells:
         ratios = [
@@ -78,7 +78,7 @@ def networks(rows: Rows) -> str:
 
 
 def more(rows: Rows) -> str:
-    """Return what they gain in bfloat16 and on two threads, memory kept."""
+    """Return these ratios in bfloat16 and on two threads, in the regime "kept"."""
     cells, lines = [Network(rows, cell, threads) for cell, threads in MORE], []
     for cell in cells:
         what = WORDS["bf16"] if cell.dtype == "bf16" else "float32, two threads"
@@ -88,7 +88,7 @@ def more(rows: Rows) -> str:
 
 
 def compiled(rows: Rows) -> str:
-    """Return a step behind Inductor over that of ``torch.compile(model)``."""
+    """Return step times with Inductor inside, relative to ``torch.compile(model)``."""
     cells, lines = [Network(rows, cell) for cell in COMPILED], []
     for cell in cells:
         base, *others = (
@@ -101,7 +101,7 @@ def compiled(rows: Rows) -> str:
 
 
 def small(rows: Rows) -> str:
-    """Return the graph of small networks beside torch's backend "eager", in both regimes."""
+    """Return ratios of graphs and of torch's backend "eager" for small networks."""
     cells = [Network(rows, cell) for cell in SMALL]
     lines = [
         [*cell.words(), regime, *(ratio(cell.row(name, regime)) for name in ("dynamo", "graph"))]
@@ -113,7 +113,7 @@ def small(rows: Rows) -> str:
 
 
 def inside(rows: Rows) -> str:
-    """Return what normalization, addition and activation take of a step of ResNet-50."""
+    """Return the time of normalization, addition and activation in a step of ResNet-50."""
     cited, lines = [], []
     for layout in ("nchw", "channels_last"):
         for what in ("normalization, addition, activation", "training step"):
@@ -130,7 +130,7 @@ def inside(rows: Rows) -> str:
 
 
 def saved(rows: Rows) -> str:
-    """Return what save_memory saves."""
+    """Return saved bytes and peak memory with and without save_memory."""
     cells, lines = [Network(rows, cell) for cell in SAVING], []
     for cell in cells:
         eager, saving = (cell.row(name, "kept") for name in ("eager", "save_memory"))
@@ -145,7 +145,7 @@ def saved(rows: Rows) -> str:
 
 
 def ablation(rows: Rows) -> str:
-    """Return the ratio to eager of every contender that conversion consisted of."""
+    """Return the ratio to eager of each part of conversion."""
     cells, lines = [Network(rows, cell, name="history/ablation") for cell in ABLATED], []
     for cell, regime in itertools.product(cells, REGIMES):
         ratios = [ratio(cell.row(name, regime)) for name in PARTS]

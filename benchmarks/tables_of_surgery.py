@@ -11,7 +11,7 @@ LIBRARIES = {"keras": "Keras", "flax": "Flax nnx"}
 
 
 def parity(rows: Rows) -> str:
-    """Return how far outputs of ported models are from those of the other library."""
+    """Return the differences of outputs between ported models and the other library."""
     everything = rows.every("port/parity", {})
     lines = []
     for row in everything:
@@ -25,7 +25,7 @@ def parity(rows: Rows) -> str:
 
 
 def insertion(rows: Rows) -> str:
-    """Return the training steps to the goal, each with the better of the rates."""
+    """Return the training steps to the goal, at the better learning rate."""
     everything = rows.every("insert/steps", {})
     lines = []
     for network in dict.fromkeys(row["network"] for row in everything):
@@ -41,7 +41,7 @@ def insertion(rows: Rows) -> str:
 
 
 def _better(rows: Sequence[Row]) -> str:
-    """Return median and range of the steps over seeds, at the rate where the median is least."""
+    """Return median and range of the steps over seeds, at the rate with the least median."""
     by_rate: dict[str, list[int | None]] = {}
     for row in rows:
         by_rate.setdefault(row["rate"], []).append(int(row["steps"]) if row["steps"] else None)

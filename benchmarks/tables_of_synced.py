@@ -37,7 +37,7 @@ def errors(rows: Rows) -> str:
 
 
 def _worst(errors: Iterable[float]) -> float | None:
-    """Return the largest error; NaN where one is, None of none."""
+    """Return the largest error: NaN if any error is NaN, None if there are no errors."""
     return max(errors, key=lambda one: math.inf if math.isnan(one) else one, default=None)
 
 

@@ -8,7 +8,7 @@ from tables import TITLES, WORDS, around, markdown, megabytes, ratio, seconds
 
 
 def calibration(rows: Rows) -> str:
-    """Return what the cache of ``bn.calibrate`` gains."""
+    """Return the time of ``bn.calibrate`` with and without its cache."""
     keys = ("network", "layout", "batch", "size", "batches")
     everything = rows.every("calibration", {})
     regimes = list(dict.fromkeys(row["regime"] for row in everything))
@@ -55,7 +55,7 @@ def _spread(rows: list[Row], column: str) -> str:
 
 
 def throughput(rows: Rows) -> str:
-    """Return how long calibration takes next to a plain forward."""
+    """Return the time of calibration, compared with a plain forward pass."""
     everything = rows.every("use/throughput", {})
     lines = []
     for row in everything:
@@ -69,7 +69,7 @@ def throughput(rows: Rows) -> str:
 
 
 def accumulation(rows: Rows) -> str:
-    """Return what a large batch costs whole and as micro-batches, and what its statistics are."""
+    """Return time, memory and errors of statistics for a large batch and for micro-batches."""
     everything = rows.every("use/accumulation", {})
     lines = [
         [

@@ -14,7 +14,7 @@ MODES = {
 
 
 def times(rows: Rows) -> str:
-    """Return forward and backward over the plain layer's, a column for each shape."""
+    """Return times relative to the plain layer's, in a column for each shape."""
     every = rows.every("variants/times", {})
     shapes = list(dict.fromkeys(row["shape"] for row in every))
     had = {(row["shape"], row["contender"]) for row in every}
@@ -65,7 +65,7 @@ def small_batches(rows: Rows) -> str:
 
 
 def renorm(rows: Rows) -> str:
-    """Return how far each library's outputs are from the paper's formula."""
+    """Return the differences of each library's outputs from the paper's formula."""
     every = rows.every("variants/renorm", {})
     lines = [[f"{row['library']} {row['version']}", row["error"]] for row in every]
     head = ["library", f"largest difference over {every[0]['steps']} steps"]

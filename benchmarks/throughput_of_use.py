@@ -69,7 +69,7 @@ CASES: tuple[tuple[str, Callable[[], nn.Module], tuple[int, ...], int], ...] = (
 def compare(
     make: Callable[[], nn.Module], data: list[Tensor], rounds: int
 ) -> tuple[list[float], list[float]]:
-    """Seconds of plain forwards over the data, and of calibrations."""
+    """Return the seconds of plain forward passes over the data, and of calibrations."""
     model = make().train()
 
     @torch.no_grad()
@@ -91,7 +91,7 @@ def compare(
 
 
 def throughput(rounds: int) -> Iterable[dict[str, Any]]:
-    """Rows of all cases."""
+    """Yield the rows of all cases."""
     for name, make, shape, number in CASES:
         torch.manual_seed(0)
         plain, ours = compare(make, [torch.randn(shape) for _ in range(number)], rounds)

@@ -43,13 +43,13 @@ KINDS = {
         rf"{_DIGITS}[\s-]?(?:{_UNITS})(?![\w/])|{_CHINESE}(?:毫秒|微秒|秒|分钟|分半|小时)"
     ),
 }
-# A cell with nothing but numbers, one of them with decimals.
+# A table cell of numbers only, at least one of them with decimals.
 CELL = re.compile(r"(?<=\| )(?=[^|\n]*\d\.\d)[\d(–](?:[ \d.,/–→±×%()\[\]-]*[\d)×%–\]])?(?= *\|)")
 
 
 @dataclass
 class Constant:
-    """A text that may have a figure in it, and how often it was met."""
+    """A text whose figures need no row, and how many figures it covered."""
 
     file: str
     text: str
@@ -57,13 +57,13 @@ class Constant:
     used: int = 0
 
     def places(self, text: str) -> Iterator[range]:
-        """Yield where it stands; lines may be broken elsewhere."""
+        """Yield the spans of this text on a page; line breaks may differ."""
         words = r"\s+".join(map(re.escape, self.text.split()))
         return (range(*found.span()) for found in re.finditer(words, text))
 
 
 def constants(root: Path) -> tuple[list[Constant], list[str]]:
-    """Return the list of constants of a repository, and what is wrong with it."""
+    """Return the constants of a repository, and messages about malformed entries."""
     path = root / CONSTANTS
     if not path.is_file():
         return [], []
@@ -84,17 +84,17 @@ def unused(listed: list[Constant]) -> Iterator[str]:
 
 
 def fences(text: str) -> list[range]:
-    """Return where the fenced code blocks of a text are."""
+    """Return the spans of a text's fenced code blocks."""
     return [range(*found.span()) for found in FENCE.finditer(text)]
 
 
 def figures(text: str, marked: list[tuple[int, int]]) -> Iterator[tuple[range, str]]:
-    """Yield place and kind of each figure outside of code blocks and markers, in order."""
+    """Yield span and kind of each figure outside of code blocks and markers, in order."""
     hidden = [*fences(text), *(range(*span) for span in marked)]
     kinds = {**KINDS, "number in a table": CELL}
     found = [(range(*m.span()), kind) for kind, rule in kinds.items() for m in rule.finditer(text)]
     seen = 0
-    for place, kind in sorted(found, key=lambda one: one[0].start):  # the order of kinds decides
+    for place, kind in sorted(found, key=lambda one: one[0].start):  # ties: order of kinds
         if place.start >= seen and not any(place.start in lines for lines in hidden):
             seen = place.stop
             yield place, kind
@@ -103,7 +103,7 @@ def figures(text: str, marked: list[tuple[int, int]]) -> Iterator[tuple[range, s
 def problems(
     name: str, text: str, marked: list[tuple[int, int]], listed: list[Constant], decision: bool
 ) -> Iterator[tuple[int, str]]:
-    """Yield place and message for each figure of a page that nothing accounts for."""
+    """Yield place and message for each figure without a row, constant or history line."""
     own = [constant for constant in listed if constant.file == name]
     places = [(place, constant) for constant in own for place in constant.places(text)]
     dated = [place for found in HISTORY.finditer(text) if (place := _rule_of(text, found.start()))]
@@ -131,7 +131,7 @@ def problems(
 
 
 def _rule_of(text: str, start: int) -> range:
-    """Return the part of a text for which a line of history at ``start`` speaks."""
+    """Return the span that a history line at ``start`` covers: the rest of its section."""
     above = [found for found in HEADING.finditer(text) if found.start() < start]
     level = len(above[-1][1]) if above else 1
     after = [f.start() for f in HEADING.finditer(text, start) if len(f[1]) <= level]

@@ -35,7 +35,7 @@ WARM, SECONDS, LEAST = 3, 9.0, 9
 
 
 class Loop(nn.Module):
-    """Normalize each chunk of so many samples by one layer."""
+    """Normalize each chunk of ``size`` samples with the same layer."""
 
     def __init__(self, channels: int, size: int, rank: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Loop(nn.Module):
 
 
 def contenders(shape: tuple[int, ...]) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return each as a function of the input; the first is our plain layer."""
+    """Return each contender as a function of the input; the first is our plain layer."""
     numbers = torch.Generator().manual_seed(1)
     samples, channels = shape[:2]
     made: dict[str, Callable[[Tensor], Tensor]] = {
@@ -75,7 +75,7 @@ def contenders(shape: tuple[int, ...]) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def ratios(name: str) -> dict[str, float]:
-    """Return the median of a pass over that of the plain layer in the same round."""
+    """Return median ratios of a pass's time to the plain layer's in the same round."""
     shape = SHAPES[name]
     torch.manual_seed(0)
     x, dy = torch.randn(shape).requires_grad_(), torch.randn(shape)
@@ -85,7 +85,7 @@ def ratios(name: str) -> dict[str, float]:
     while turn < LEAST or time.perf_counter() - started < SECONDS:
         first = turn % len(names)
         for one in names[first:] + names[:first]:
-            for _ in range(2):  # what the contender before left in the caches is not counted
+            for _ in range(2):  # the first pass warms the caches and is not counted
                 x.grad = None
                 before = time.perf_counter()
                 runs[one](x).backward(dy)
