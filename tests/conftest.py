@@ -15,10 +15,10 @@ if INTERPRETED:
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out backends that cannot serve here.
+    """Deselect tests of backends that cannot run here.
 
-    Where it is not interpreted, it declines the CPU tensors of these tests. Torch's own kernels
-    promise less than these tests ask for, and have tests of their own.
+    Without its interpreter, Triton declines the CPU tensors of these tests. Torch's own kernels
+    (aten) promise less accuracy than these tests require, and have separate tests.
     """
     left_out = {item for item in items if "aten" in _parameters(item)}
     if not INTERPRETED:
@@ -48,7 +48,7 @@ def _seeded():
 
 @pytest.fixture(autouse=True)
 def _promised_accuracy():
-    """Without the native module, have the reference serve: torch's kernels promise less."""
+    """Without the native module, use the reference backend: torch's kernels promise less."""
     serving = contextlib.nullcontext() if "cpu" in BACKENDS else use_backend("reference")
     with serving:
         yield
@@ -56,11 +56,11 @@ def _promised_accuracy():
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
-    """Small tensors gain nothing from more; tests that are about threads set their number."""
+    """Use one thread for small tensors; tests of threads set their number themselves."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def everything_has_a_recipe(monkeypatch):
-    """Small results have recipes too."""
+    """Let save_memory use recipes for small results too."""
     monkeypatch.setattr("batchnorm.memory.recipe.SMALLEST_BYTES", 0)

@@ -1,9 +1,9 @@
-"""Launching on a GPU that is not there.
+"""Compiles and launches Triton kernels without a GPU.
 
-All that Triton does at a launch is done, by Triton itself: arguments are bound and specialized, the
-kernel is compiled for the GPU, its launcher by the C compiler, and the launcher is called. It then
-calls ``fake_cuda.c`` instead of libcuda, which refuses what a real one would refuse. It runs with
-Triton 3.6 (torch 2.11) and 3.7 (torch 2.12 and 2.13).
+Triton itself does every step of a launch: it binds and specializes the arguments, compiles the kernel
+for the GPU, compiles the launcher with the C compiler, and calls the launcher. The launcher calls
+``fake_cuda.c`` instead of libcuda; the fake refuses what libcuda would refuse. Works with Triton 3.6
+(torch 2.11) and 3.7 (torch 2.12 and 2.13).
 """
 
 import contextlib
@@ -32,7 +32,7 @@ NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia"
 COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 FOLDER = tempfile.TemporaryDirectory(prefix="fake-cuda-")
 
-# grid and block in x, y, z, and bytes of shared memory: how a CUlaunchConfig begins
+# first fields of a CUlaunchConfig: grid and block in x, y, z, and bytes of shared memory
 Config = ctypes.c_uint * 7
 Watcher = ctypes.CFUNCTYPE(
     None, ctypes.c_void_p, ctypes.POINTER(Config), ctypes.POINTER(ctypes.c_void_p)
@@ -40,7 +40,7 @@ Watcher = ctypes.CFUNCTYPE(
 
 
 class Launch(NamedTuple):
-    """One launch, and its kernel as ptxas left it."""
+    """A kernel launch, and the kernel's resources as ptxas compiled it."""
 
     name: str
     grid: tuple[int, int, int]
@@ -64,12 +64,12 @@ class Launch(NamedTuple):
 
     @property
     def pipelined(self):
-        """Whether tiles are copied to shared memory while others are worked on."""
+        """Whether tiles are copied to shared memory asynchronously, during work on other tiles."""
         return "cp.async" in self.ptx
 
 
 def missing():
-    """Return what such launches lack here, or None where nothing."""
+    """Return why these launches cannot run on this machine, or None if they can."""
     if torch.cuda.is_available():
         return "there is a GPU, and its libcuda"
     return None if cuda._compiles() else "Triton needs a C compiler and Python.h"
@@ -77,7 +77,7 @@ def missing():
 
 @functools.cache
 def usage(cubin):
-    """Registers of a thread, and bytes that did not fit into them."""
+    """Return registers per thread, and bytes per thread that were spilled to the stack."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -92,7 +92,7 @@ def usage(cubin):
 
 @functools.cache
 def libcuda():
-    """The library, compiled and loaded under the name by which launchers ask for it."""
+    """Compile the fake library, and load it under the name that launchers ask for."""
     path = Path(FOLDER.name, "libcuda.so.1")
     source = Path(__file__).with_name("fake_cuda.c")
     flags = ["-shared", "-fPIC", "-I", NVIDIA / "include", "-Wl,-soname,libcuda.so.1"]
@@ -102,7 +102,7 @@ def libcuda():
 
 
 class Driver(CudaDriver):
-    """Triton's own; the number of the current device is its capability: 90 is a Hopper."""
+    """Triton's driver for a fake current device, whose number is its capability: 90 is Hopper."""
 
     def __init__(self, capability):
         libcuda()
@@ -114,7 +114,7 @@ class Driver(CudaDriver):
 
 @contextlib.contextmanager
 def launches(capability=90):
-    """Launch to no effect inside the block; the list fills with ``Launch``."""
+    """Make launches in the block go to the fake library; yields a list that collects them."""
     found, genuine = [], JITFunction.run
 
     def run(kernel, *args, **kwargs):
@@ -142,9 +142,9 @@ def launches(capability=90):
 
 
 def step(x, act="relu", adds=True, momentum=0.1, parameters=torch.float32):
-    """Call what a layer calls in a training step and in evaluation, and what save_memory calls.
+    """Call the backend as a layer does in a training step and in evaluation, and as save_memory does.
 
-    Only addresses of tensors are looked at, so that large ones cost no memory: nothing writes to them.
+    Only addresses of tensors are used and nothing is written, so large tensors need no memory.
     """
     weight, bias = (torch.empty(x.shape[1], dtype=parameters) for _ in range(2))
     mean, var = (torch.empty(x.shape[1]) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Data and models for calibrations, and what a calibration must give and must leave alone."""
+"""Data and models for tests of calibration, and checks of what it must and must not change."""
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ def assert_exact(layer, data):
 
 
 def received(model):
-    """Name of each normalization -> what enters it from now on."""
+    """Return the name of each normalization -> a list that collects its inputs from now on."""
     seen = {}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):

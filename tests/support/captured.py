@@ -1,4 +1,4 @@
-"""A model and its copy in captured graphs, step by step, against torch's eager."""
+"""Compares steps of a model in eager mode with steps of its copy in captured graphs."""
 
 import copy
 
@@ -10,13 +10,13 @@ from batchnorm.graph.fuse import fuse
 
 
 def compiled(model, **options):
-    """A copy of a model behind the backend, which shares nothing with it."""
+    """Return a deep copy of a model, compiled with this library's backend."""
     torch.compiler.reset()
     return torch.compile(copy.deepcopy(model), backend=bn.graph.backend, **options)
 
 
 def step(model, x, seed):
-    """Outputs, and gradients of a random cotangent for the input and every parameter."""
+    """Return outputs, and gradients of input and parameters for a random cotangent."""
     x = x.detach().clone().requires_grad_()
     model.zero_grad()
     y = model(x)
@@ -28,9 +28,9 @@ def step(model, x, seed):
 
 
 def assert_same(plain, other, xs, relative=1e-9):
-    """A training step for each of some inputs, then an evaluation: everything as torch has it.
+    """Compare a training step for each input, then the buffers, then an evaluation.
 
-    Returns what the layers were fused with in training.
+    Returns ``bn.fused(other)`` after training.
     """
     for seed, x in enumerate(xs):
         found = step(other, x, seed)
@@ -53,7 +53,7 @@ def assert_same(plain, other, xs, relative=1e-9):
 
 
 def assert_same_buffers(plain, other):
-    """Statistics to 1e-12, counters exactly."""
+    """Compare statistics to 1e-12, and counters exactly."""
     for want, got in zip(plain.buffers(), other.buffers(), strict=True):
         if want.dtype.is_floating_point:
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
@@ -62,12 +62,12 @@ def assert_same_buffers(plain, other):
 
 
 def partners(model):
-    """What each layer is fused with, by name."""
+    """Return the name of each layer -> the operations that it is fused with."""
     return {name: found.partners for name, found in bn.fused(model).items()}
 
 
 def before_inductor(gm, inputs):
-    """A backend that gives AOTAutograd what Inductor would be given, without Inductor."""
+    """Compile with AOTAutograd the graph that Inductor would get, without Inductor."""
     fuse(gm, eager=False)
     inner.lower(gm)
     return torch._dynamo.lookup_backend("aot_eager")(gm, inputs)

@@ -1,4 +1,4 @@
-"""Random tensors of many layouts and dtypes, and what the oracle says of their normalization."""
+"""Random tensors of many layouts and dtypes, and the oracle's results for normalizing them."""
 
 import functools
 
@@ -32,7 +32,7 @@ LAYOUTS = {
     "swapped": (6, 3, 5),
     "offset": (4, 3, 9),
 }
-# Vectors with a rest, panels of channels, chunks and parts of planes, chunks of rows.
+# A shape for each loop: vectors with a remainder, panels of channels, chunks of planes and rows.
 WIDE = {
     "dense": (37, 19),
     "dense_wide": (9, 133),
@@ -52,7 +52,7 @@ def plain(t):
 
 
 class Case:
-    """Random tensors, and what the oracle says of them."""
+    """Random tensors, with the oracle's results and tolerances."""
 
     def __init__(self, layout, act, dtype, residual=False, param=None):
         self.layout, self.act = layout, act
@@ -61,7 +61,7 @@ class Case:
         self.shape = LAYOUTS.get(layout) or WIDE[layout]
         channels = self.shape[self.axis]
         param = getattr(torch, param or ("float64" if dtype == "float64" else "float32"))
-        # What is saved of y is rounded to its dtype, so values keep their distance from a kink.
+        # The saved y is rounded to its dtype, so z must keep a distance from the activation's kinks.
         margin = 0.04 if dtype in ("bfloat16", "float16") and residual else 1e-4
         for seed in range(200):
             torch.manual_seed(seed)
@@ -83,12 +83,12 @@ class Case:
         self.fine = oracle.tolerance(fine, self.done.count, ratio, 2 * size)
         coarse = COARSE.get(act.name, 0)
         self.allowed = self.allowed._replace(atol=self.allowed.atol + coarse * 4)
-        # A backend may hand dz over between its two passes in the gradient of the residual, whose
-        # dtype rounds it; dx carries that rounding at the size of dz, not of dx.
+        # Between its two passes, a backend may store dz as the residual's gradient, rounded to that
+        # dtype. The error of dx is then relative to the size of dz, not of dx.
         handed = np.abs(self.gradients.residual) * np.abs(self.scale()) if residual else np.zeros(1)
         narrow = oracle.ROUNDING[dtype][0] if dtype in ("bfloat16", "float16") else 0
         self.inner = self.allowed._replace(atol=self.allowed.atol + narrow * float(handed.max()))
-        # Sums over the batch are at the size of their count.
+        # Absolute errors of sums over the batch grow with the count.
         atol = (self.fine.atol + coarse) * self.done.count
         self.sums = self.fine._replace(atol=atol)
 
@@ -96,7 +96,7 @@ class Case:
         return arrange(torch.randn(self.shape, dtype=torch.float64).to(self.dtype), self.layout)
 
     def solve(self, stored=None):
-        """Compute what is expected, by statistics of the batch or stored (mean, var)."""
+        """Compute expected results, with batch statistics or with stored (mean, var)."""
         given = [plain(t) for t in (self.weight, self.bias, self.residual)]
         options = {"act": self.act, "eps": EPS, "statistics": stored}
         self.done = oracle.forward(plain(self.x), self.axis, *given, **options)
@@ -130,7 +130,7 @@ def check_gradients(case, found):
 
 
 def check_functions(serving, case):
-    """Every function of a backend is the textbook."""
+    """Check every function of a backend against the oracle."""
     mean, var, rstd = case.statistics()
     residual, epilogue = case.residual is not None, Epilogue(*case.given)
     found = serving.moments(case.x, case.axis)
@@ -159,7 +159,7 @@ def check_functions(serving, case):
 
 
 def run(case, source=None, **statistics):
-    """y and gradients by autograd, for a random cotangent."""
+    """Return y, moments, and gradients by autograd for the case's cotangent."""
     tensors = [case.x, case.weight, case.bias, case.residual]
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
     x, weight, bias, residual = leaves
@@ -180,14 +180,14 @@ def run(case, source=None, **statistics):
 
 
 def fill_with_nan(monkeypatch):
-    """Have new tensors of torch hold NaN, where they usually hold harmless zeros."""
+    """Make torch.empty and empty_like return NaN, since new memory often holds zeros."""
     for name in ("empty", "empty_like"):
         create = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *a, f=create, **k: f(*a, **k).fill_(torch.nan))
 
 
 def check_half_residual(backend, act, dtype, weight=None, bias=None):
-    """Check that dx is made of dz itself, not of the residual's gradient, which is dz in half."""
+    """Check that dx is computed from dz, not from dz rounded to the residual's half precision."""
     x, dy, residual = torch.randn(3, 64, 3, 4, 4).to(dtype)
     act, leaves = activation(act), [t.clone().requires_grad_() for t in (x, residual)]
     options = {"residual": leaves[1], "activation": act}
@@ -196,7 +196,7 @@ def check_half_residual(backend, act, dtype, weight=None, bias=None):
         dx, _ = torch.autograd.grad(y, leaves, dy)
     done = oracle.forward(plain(x), 1, plain(weight), plain(bias), plain(residual), act)
     expected = oracle.backward(plain(dy), done, 1, plain(weight), act)
-    # One rounding of dx, and what float32 arithmetic adds to gradients.
+    # One rounding of dx, and errors of float32 arithmetic.
     oracle.assert_close(
         plain(dx), expected.x, oracle.Tolerance(1e-5, 1.01 * torch.finfo(dtype).eps / 2)
     )

@@ -1,4 +1,4 @@
-"""A convolutional block, and a model that computes it again in backward."""
+"""A convolutional block, and a model that recomputes it in the backward pass."""
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ def block():
 
 
 class Checkpointed(nn.Module):
-    """A block that is computed again in backward, with dropout in it where that is asked for."""
+    """A block under activation checkpointing (``reentrant=None``: without), then a norm and a relu."""
 
     def __init__(self, reentrant=False, dropout=0.0):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Few combinations of parameters in place of all of them."""
+"""Parametrizes tests with few combinations of values instead of all."""
 
 from collections.abc import Iterable
 from itertools import cycle, islice
@@ -9,7 +9,7 @@ from allpairspy import AllPairs
 
 
 def _name(value: Any) -> str:
-    """Name a parameter alike in every process: the text of a function holds its address."""
+    """Return the same test id in every process: ``str(function)`` would contain an address."""
     return str(getattr(value, "__name__", value))
 
 

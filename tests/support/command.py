@@ -1,4 +1,4 @@
-"""The command line of this checkout, run in this process or in one of its own."""
+"""Runs the command line of this checkout, in this process or in a child process."""
 
 import os
 import sys
@@ -21,7 +21,7 @@ def command(*arguments, cwd=None, **changes):
 
 
 def run(*arguments, **changes):
-    """Run the command in this process, which is sooner done than one of its own."""
+    """Run the command in this process, which is faster than a child process."""
     from typer.testing import CliRunner
 
     from batchnorm.cli.app import app

@@ -1,4 +1,4 @@
-"""A network with everything that a comparison of models has to look into, and how one is trained."""
+"""A network with every structure that a comparison of models has to handle."""
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ class Net(nn.Module):
 
 
 def settled(model, *shape, steps=5):
-    """Give a model parameters and statistics as after training."""
+    """Set random parameters, and running statistics of a few batches; return the model in eval."""
     for module in model.modules():
         if getattr(module, "running_mean", None) is not None and module.weight is not None:
             nn.init.uniform_(module.weight, 0.5, 1.5)

@@ -52,16 +52,16 @@ def digits():
 
 @dataclass
 class Case:
-    """What is diagnosed."""
+    """Arguments of ``bn.diagnose``, and the expected subject of its finding."""
 
     model: Any
     data: Any
     optimizer: Any = None
-    # The layers that a fault is planted in.
+    # Names of the batch norms; faults are planted in the first by default.
     layers: list = field(default_factory=list)
-    # Where the finding should be; the first layer by default.
+    # Subject of the expected finding; None: the first layer.
     subject: str | None = None
-    # Of bn.diagnose.
+    # Further options of bn.diagnose.
     options: dict = field(default_factory=dict)
 
     @property
@@ -108,7 +108,7 @@ def case(name, before=lambda model: model):
 
 
 def _off(layer, share=1.0):
-    """Replace a part of the statistics by those of other data."""
+    """Shift and scale the running statistics at random, in proportion to ``share``."""
     torch.manual_seed(5)
     sigma = layer.running_var.sqrt()
     layer.running_mean += share * 2 * sigma * torch.randn_like(sigma)
@@ -120,7 +120,7 @@ def _lost(one):
 
 
 def _few_steps(one):
-    """Give the first layer inputs of another scale, and the statistics that two steps would leave."""
+    """Scale the first layer's inputs by 6; set the statistics as two training steps would."""
     before = next(m for m in one.model.modules() if isinstance(m, nn.Linear | nn.Conv2d))
     before.weight *= 6
     one.first.running_mean.mul_(6 * (1 - 0.9**2))
@@ -140,7 +140,7 @@ def _keras(one):
 
 
 def _small(one):
-    """Give batches of three images, each of one brightness: positions are no further values."""
+    """Use batches of three images of constant brightness: all positions have the same value."""
     one.data = batches(3, 40, lambda x: x.mean((2, 3), keepdim=True).expand_as(x))
 
 
@@ -214,7 +214,7 @@ def _without_activation(one):
     one.model.set_submodule(names[0], nn.Identity())
 
 
-# --- faults that show in training steps alone
+# --- faults that only training steps show
 
 
 def loss(output, batch):
@@ -239,12 +239,12 @@ def _switched_on(one):
 
 
 def _inside(kind, one):
-    """Put the model into another one."""
+    """Wrap the model in another module."""
     one.model, one.layers = kind(one.model), [f"body.{name}" for name in one.layers]
 
 
 def _elsewhere(body):
-    """A model that trains with copies of the buffers."""
+    """Return a model that uses copies of its buffers in training steps."""
 
     def call(m, x):
         state = {name: buffer.clone() for name, buffer in m.body.named_buffers()}
@@ -263,7 +263,7 @@ def _checkpointed(body):
 
 
 def _skipping(body):
-    """A model with a layer that training steps leave out."""
+    """Return a model with a layer that training steps do not call."""
 
     def call(m, x):
         y = m.body(x)
@@ -334,7 +334,7 @@ def _names(model):
 
 
 def _shared(model):
-    """Call the first layer in the place of a later one of its size, too, behind a factor."""
+    """Replace a later layer of the same size by the first layer, called on scaled inputs."""
     names = _names(model)
     first = model.get_submodule(names[0])
     later = [n for n in names[1:] if model.get_submodule(n).num_features == first.num_features][-1]
@@ -357,7 +357,7 @@ def _dropped(model):
 
 
 def _around(act, model):
-    """Return a network to whose output in eval mode something else is done."""
+    """Return a network that applies ``act`` to its output in eval mode only."""
     call = lambda m, x: m.body(x) if m.training else m.act(m.body(x))
     return Calls(call, body=model, act=act)
 
@@ -374,14 +374,14 @@ ACTS = {
     "BN806": functools.partial(_in_graphs, torch.compiler.is_dynamo_compiling),
     "BN807": functools.partial(_in_graphs, torch.compiler.is_exporting),
 }
-# Rules that are judged with graphs=True.
+# Rules that need graphs=True.
 GRAPHS = {"BN806", "BN807"}
 BEFORE = {"BN601": _shared, "BN602": _with, "BN603": _biased, "BN604": _dropped}
 BEFORE |= {rule: functools.partial(_around, act) for rule, act in ACTS.items()}
 RULES = (*AFTER, *BEFORE, *STEPPED)
 SUBJECTS = {"BN602": lambda names: "spare", "BN604": lambda names: names[-1]}
 SUBJECTS |= {rule: lambda names: "" for rule in ACTS}
-# Rules whose findings follow from a fault as well.
+# Rule -> other rules that also find its fault.
 _BESIDE = {"BN802", "BN803", "BN804"}
 CONSEQUENCES = {
     "BN105": {"BN401"}, "BN207": {"BN206"}, "BN208": {"BN206"}, "BN201": {"BN206"},
@@ -393,7 +393,7 @@ CONSEQUENCES = {
 
 
 def planted(rule, name):
-    """Return a case with the fault that a rule is for."""
+    """Return a case with the fault that a rule should find."""
     one = case(name, BEFORE.get(rule, lambda model: model))
     if rule in SUBJECTS:
         one.subject = SUBJECTS[rule](one.layers)

@@ -1,4 +1,4 @@
-"""Networks of third parties after a short training on photographs, with settled statistics."""
+"""Third-party networks after a short training on photographs, with settled statistics."""
 
 import functools
 

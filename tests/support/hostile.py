@@ -1,4 +1,4 @@
-"""Files that would harm a reader, and a child process that counts what reading each of them takes."""
+"""Malicious and damaged files, and a child process that measures time and memory of reading each."""
 
 import io
 import json
@@ -22,7 +22,7 @@ SPARE = 64 << 20
 
 
 class Code:
-    """Calls ``os.system`` where a pickle of it is loaded."""
+    """An object whose unpickling calls ``os.system``."""
 
     def __init__(self, command):
         self.command = command
@@ -32,7 +32,7 @@ class Code:
 
 
 def zipped(path, data, members=(), compress=zipfile.ZIP_STORED):
-    """Write an archive as ``torch.save`` does, with a pickle of one's own."""
+    """Write an archive as ``torch.save`` does, with ``data`` as its pickle."""
     with zipfile.ZipFile(path, "w", compress) as archive:
         for name, content in (
             ("data.pkl", data), ("version", b"3\n"), ("byteorder", b"little"), *members,
@@ -41,7 +41,7 @@ def zipped(path, data, members=(), compress=zipfile.ZIP_STORED):
 
 
 def with_header(path, header, tail=b""):
-    """Write a safetensors file with a header of one's own."""
+    """Write a safetensors file with the given header."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + tail)
 
@@ -51,7 +51,7 @@ def tensor(dtype, shape, start, stop):
 
 
 def many_layers(count):
-    """Return the state dict of so many layers, of one channel each."""
+    """Return the state dict of ``count`` layers with one channel each."""
     state = {}
     for i in range(count):
         values = {
@@ -75,7 +75,7 @@ def _text(text):
 
 
 def _storage_of(numel):
-    """Return a pickle of one tensor whose storage declares so many values."""
+    """Return a pickle of one tensor whose storage declares ``numel`` values."""
     plain = io.BytesIO()
     torch.save({"bn.running_mean": torch.ones(4)}, plain)
     with zipfile.ZipFile(plain) as archive:
@@ -86,9 +86,9 @@ def _storage_of(numel):
 
 
 def write_all(folder, layers, large):
-    """Write every file; return name -> (path, words that the message must have, None if it is read).
+    """Write every file; return name -> (path, pattern of the error message, None if it is readable).
 
-    ``large``: with the files of 20 MB and more, of which some are bombs.
+    ``large``: also write files of 20 MB and more, some of them decompression bombs.
     """
     state = trained.state("convolutional")
     files = {}
@@ -137,7 +137,7 @@ def _old(state):
 
 
 def _large(file):
-    """Archives that are small and would become large, and descriptions of many MB."""
+    """Small archives that decompress to large ones, and headers and pickles of many MB."""
     zeros, plain = b"\0" * (128 << 20), pickle.dumps({}, protocol=2)
     deflated = zipfile.ZIP_DEFLATED
     zipped(file("bomb.pt", "compressed"), plain, [("data/0", zeros)], deflated)
@@ -150,7 +150,7 @@ def _large(file):
 
 
 def _archives(file):
-    """Archives that declare what they have not, and archives of other programs."""
+    """Archives with false declarations of their content, and archives of other programs."""
     plain = pickle.dumps({}, protocol=2)
     zipped(file("compressed.pt", "compressed"), plain, (), zipfile.ZIP_DEFLATED)
     path = file("declared size.pt", "damaged|longer")
@@ -174,7 +174,7 @@ def _archives(file):
 
 
 def _pickles(file, folder):
-    """Pickles that call something, or go on for ever."""
+    """Pickles that call functions, and pickles that nest or expand without limit."""
     one = [(f"l{i}.running_{part}", torch.ones(1)) for i in range(40) for part in ("mean", "var")]
     expanded = {name: value.expand(1 << 20) for name, value in one}
     torch.save(expanded, file("expanded.pt", "more than their memory"))
@@ -193,7 +193,7 @@ def _pickles(file, folder):
         "bytearray.pt": ("would call builtins.bytearray", b"\x80\x02" + big),
         "slow codec.pt": ("codecs.encode", b"\x80\x02" + slow),
         "text without end.pt": ("damaged", b"\x80\x02X\xff\xff\xff\x7fabc"),
-        # Python warns of escapes that it does not know, and warnings are errors here.
+        # Python warns about unknown escapes, and warnings are errors here.
         "text with escapes.pt": ("damaged", b"\x80\x02S'\\q'\n."),
         "doubled 60 times.pt": (None, b"\x80\x02" + doubled + b"."),
         "deep.pt": (None, b"\x80\x02" + b"(" * 1000 + b"}" + b"t" * 1000 + b"."),
@@ -204,7 +204,7 @@ def _pickles(file, folder):
 
 
 def _headers(file, state):
-    """Headers of safetensors."""
+    """Safetensors files with invalid or unusual headers."""
     file("length.safetensors", "declares").write_bytes(
         (1 << 62).to_bytes(8, "little") + save(state)[8:]
     )
@@ -237,7 +237,7 @@ OUTSIDE = (
 
 
 def _indexes(file, state):
-    """Indexes that leave their folder or are none."""
+    """Indexes that refer to files outside of their folder, and malformed indexes."""
     file("shard.safetensors", None).write_bytes(save(state))
     where = dict.fromkeys(state, "shard.safetensors")
     first = next(iter(where))
@@ -262,9 +262,9 @@ def _indexes(file, state):
 
 
 def judge(path, inspected=lambda: None):
-    """Return whether a file is read or refused, the message, and the CPU seconds that it took.
+    """Return whether a file is read, refused or crashes the reader; the message; the CPU seconds.
 
-    ``inspected`` is called before what was found is written out as text.
+    ``inspected`` is called after ``bn.inspect``, before the findings are formatted as text.
     """
     start = time.process_time()
     try:
@@ -274,7 +274,7 @@ def judge(path, inspected=lambda: None):
         json.loads(found.to_json())
     except (BatchNormError, OSError) as error:
         outcome, message = "refused", str(error)
-    except BaseException as error:  # noqa: BLE001 (a crash is what the test is about)
+    except BaseException as error:  # noqa: BLE001 (tests check for crashes)
         outcome, message = "crashed", f"{type(error).__name__}: {error}"
     return {"outcome": outcome, "message": message, "seconds": time.process_time() - start}
 
@@ -307,7 +307,7 @@ for path in json.load(sys.stdin):
 
 
 def judged(paths, good, room=512 << 20):
-    """Return what became of each file, in a child of 10 seconds and ``room`` bytes for addresses."""
+    """Judge each file in a child process with 10 CPU seconds and ``room`` more bytes of address space."""
     places = {**os.environ, "PYTHONPATH": os.pathsep.join((SOURCE, str(Path(__file__).parents[1])))}
     command = [sys.executable, "-c", CHILD, str(good), room]
     with processes.started(command, stdin=-1, env=places) as child:

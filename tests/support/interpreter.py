@@ -1,15 +1,15 @@
 """Triton's interpreter, with the rounding of a GPU.
 
-Triton (3.6 to 3.7) truncates in its interpreter where it narrows float32 to bfloat16; a GPU rounds to
-nearest, ties to even. And it adds up the rows of a tile one after another; a GPU adds a few in each
-thread, and the threads' sums in a tree. Imported by conftest where TRITON_INTERPRET=1 is set.
+The interpreter of Triton 3.6 and 3.7 truncates float32 to bfloat16; a GPU rounds to nearest, ties to
+even. The interpreter adds the rows of a tile one after another; on a GPU, each thread adds a few rows,
+and a tree adds the threads' sums. Imported by conftest if TRITON_INTERPRET=1 is set.
 """
 
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-# A GPU says nothing of overflows and NaN.
+# A GPU does not report overflows and NaN.
 np.seterr(all="ignore")
 
 _convert = interpreter._convert_float
@@ -20,7 +20,7 @@ def _rounded(data, input_dtype, output_dtype, rounding_mode):
         return _convert(data, input_dtype, output_dtype, rounding_mode)
     bits = np.ascontiguousarray(data).view(np.uint32)
     nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    # Of a NaN, which addition could turn into a zero, the upper half is kept.
+    # NaN keeps its upper half, since the addition above could turn it into a zero.
     return np.where(np.isnan(data), (bits >> 16) | 0x40, nearest).astype(np.uint16)
 
 
@@ -38,8 +38,8 @@ def _tree(self, data):
 
 interpreter.ReduceOps.sum = _tree
 
-# A function that a kernel calls patches triton.language all over again; once for a kernel will do,
-# and takes half the time.
+# The interpreter patches triton.language again for each function that a kernel calls. Patching once
+# per kernel is enough, and takes half the time.
 _patch = interpreter._patch_lang
 _patched = set()
 

@@ -1,4 +1,4 @@
-"""Which of many parameters run in which lane: a few always, more in CI, all in the audit."""
+"""Assigns parameters of a test to lanes: a few run always, more in CI, all in the audit."""
 
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -9,7 +9,7 @@ import pytest
 def lanes(
     values: Iterable[Any], *, fast: Collection[Any] = (), slow: Collection[Any] = ()
 ) -> list[Any]:
-    """Return the values as parameters: those of ``slow`` are marked so, others are for the audit."""
+    """Return parameters: ``fast`` without a mark, ``slow`` marked slow, all others marked audit."""
     values = list(values)
     assert all(v in values for v in (*fast, *slow)), f"expected some of {values}, got {fast} {slow}"
     return [

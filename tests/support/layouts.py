@@ -2,12 +2,12 @@
 
 import torch
 
-# Of rows (n, C), see ``of_rows``; n is a multiple of 8.
+# Layouts that ``of_rows`` gives to rows (n, C); n is a multiple of 8.
 LAYOUTS = ["(N,C)", "(N,C,L)", "NCHW", "channels-last", "axis=-1", "axis=0", "strided"]
 
 
 def arrange(t, layout):
-    """Return the same tensor in the memory order that the name of a layout says."""
+    """Return a tensor of the same shape in the memory order of a named layout."""
     if layout == "channels_last":
         return t.contiguous(memory_format=torch.channels_last)
     if layout == "channels_last_3d":

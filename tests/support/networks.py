@@ -1,4 +1,4 @@
-"""Networks of third parties, small enough for a test, as functions that build them."""
+"""Functions that build third-party networks, small enough for a test."""
 
 from collections.abc import Callable
 
@@ -27,7 +27,7 @@ def _densenet() -> nn.Module:
 
 
 class _Pooled(nn.Module):
-    """A transformers model with its pooled output."""
+    """Returns the pooled output of a transformers model."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def mlp() -> nn.Module:
 
 _HF = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2]}
 
-# name -> (builder, how many layers at least are fused in training)
+# name -> (builder, least number of layers that are fused in training)
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "mlp": (mlp, 2),
     "torchvision resnet18": (_torchvision("resnet18"), 17),
@@ -97,7 +97,7 @@ def _segmentation(name: str, encoder: str) -> Callable[[], nn.Module]:
 _SMALL = {"init_features": 16, "growth_rate": 8, "block_config": (2, 2)}
 _UNET = {"channels": (8, 16, 32), "strides": (2, 2), "num_res_units": 2, "norm": "batch"}
 
-# name -> (builder, normalizations, activations and additions that are fused in a captured graph)
+# name -> (builder, numbers of normalizations, activations and additions fused in a captured graph)
 CAPTURED: dict[str, tuple[Callable[[], nn.Module], int, int, int]] = {
     "mlp": (mlp, 2, 2, 0),
     "torchvision resnet50": (_torchvision("resnet50"), 53, 49, 16),
@@ -128,7 +128,7 @@ CAPTURED: dict[str, tuple[Callable[[], nn.Module], int, int, int]] = {
 def without_dropout(model: nn.Module) -> nn.Module:
     """Set every rate of dropout to 0."""
     for module in model.modules():
-        rates = ["drop_rate"]  # timm's networks give it to F.dropout
+        rates = ["drop_rate"]  # timm's networks pass it to F.dropout
         if "drop" in type(module).__name__.lower():
             rates += ["p", "drop_prob"]
         for rate in rates:

@@ -1,6 +1,6 @@
-"""Batch normalization by the textbook, in numpy: knows neither the library nor torch.
+"""Batch normalization by its textbook formulas in numpy, without this library and without torch.
 
-Statistics are summed exactly (``math.fsum``); everything else is long double where the machine has
+Sums for statistics are exact (``math.fsum``); everything else is in long double if the machine has
 it. Arguments and results are numpy arrays; per-channel ones are (C,).
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 
 WIDE = np.longdouble
 
-# name -> (half a unit in the last place of 1, the same of the arithmetic that computes it)
+# dtype -> (its unit roundoff, the unit roundoff of the arithmetic that computes results in it)
 ROUNDING = {
     "float64": (2.0**-53, 2.0**-53),
     "float32": (2.0**-24, 2.0**-24),
@@ -30,24 +30,24 @@ class Tolerance(NamedTuple):
 SAME = Tolerance(0.0, 0.0)
 # A float32 buffer that was rounded once: one unit in the last place, as docs/calibrate.md promises.
 STORED = Tolerance(2.0**-24, 2.0**-23)
-# Of a variance in float32, relative (docs/statistics.md, accuracy).
+# Relative error of a variance in float32 (docs/statistics.md, accuracy).
 VARIANCE = 1e-6
-# Moments in float64, relative: two roundings of each of 10 000 terms at worst (docs/calibrate.md).
+# Relative error of moments in float64: at worst 2 roundings of each of 10 000 terms (docs/calibrate.md).
 POOLED = 1e-12
 
 
 def tolerance(dtype, count=1, ratio=0.0, size=1.0):
-    """How far a result may lie from the oracle: the one judge of every test.
+    """Return how far a result may be from the oracle's; all tests use this tolerance.
 
-    8 * u * (1 + |mean| / std) * |weight| in the arithmetic's rounding u, whatever the count where
-    sums are wider than the arithmetic (float32 and below) and growing with its logarithm where they
-    are not (float64); and what rounding to the result's dtype adds in proportion to it.
+    ``atol`` is 8 * u * (1 + |mean| / std) * |weight|, where u is the unit roundoff of the arithmetic.
+    For float64 it grows with the logarithm of the count; narrower dtypes are summed in wider ones.
+    ``rtol`` is 4 * u, plus the rounding to the result's dtype.
 
     Args:
-        dtype: Of the result, by name.
+        dtype: Dtype of the result, or its name.
         count: Values per channel.
         ratio: The largest |mean| / std of a channel.
-        size: The largest |weight|, with what else is added or multiplied on the way.
+        size: The largest |weight|, including other factors and terms.
     """
     result, arithmetic = ROUNDING[str(dtype).removeprefix("torch.")]
     summing = 1 + math.log2(max(count, 1)) if arithmetic == 2.0**-53 else 1
@@ -56,7 +56,7 @@ def tolerance(dtype, count=1, ratio=0.0, size=1.0):
 
 
 def assert_close(got, expected, allowed, what=""):
-    """Compare within a tolerance; NaN and infinities must stand at the same places."""
+    """Compare within a tolerance; NaN and infinities must be at the same places."""
     got, expected = np.asarray(got, WIDE), np.asarray(expected, WIDE)
     assert got.shape == expected.shape, f"{what}: shape {got.shape}, expected {expected.shape}"
     finite = np.isfinite(expected)
@@ -74,25 +74,25 @@ def assert_close(got, expected, allowed, what=""):
 
 
 def rows(x, axis):
-    """The values of each channel: (C, n)."""
+    """Return the values of each channel: (C, n)."""
     x = np.asarray(x, np.float64)
     return np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
 
 
 def column(v, x, axis):
-    """A (C,) array shaped to broadcast against x."""
+    """Return a (C,) array in a shape that broadcasts against x."""
     shape = [1] * np.ndim(x)
     shape[axis] = -1
     return np.asarray(v, WIDE).reshape(shape)
 
 
 def total(values):
-    """Their sum, rounded once; of a list, as numpy makes an object of each value otherwise."""
+    """Return the exact sum, rounded once; a list spares fsum a numpy object for each value."""
     return math.fsum(values.tolist())
 
 
 def moments(x, axis, weights=None):
-    """Count, mean and sum of squared deviations per channel; weights (n,) are of the values."""
+    """Return count, mean and sum of squared deviations per channel; weights (n,) weight values."""
     values = rows(x, axis)
     weights = np.ones(values.shape[1]) if weights is None else np.asarray(weights, np.float64)
     count = total(weights)
@@ -107,7 +107,7 @@ def moments(x, axis, weights=None):
 
 
 class Pass(NamedTuple):
-    """A forward pass, with what its gradient needs."""
+    """A forward pass, with the values that its gradient needs."""
 
     y: np.ndarray
     z: np.ndarray
@@ -130,7 +130,7 @@ def forward(
 ):
     """act((x - mean) / sqrt(var + eps) * weight + bias + residual).
 
-    ``statistics`` is (mean, var) where they are given, else those of x are taken.
+    ``statistics`` is (mean, var); by default, the statistics of x.
     """
     count, mean, m2 = moments(x, axis)
     var = m2 / count if count else np.ones_like(m2)
@@ -149,12 +149,12 @@ def forward(
 
 
 def beside(act, residual, y):
-    """What tells a backend's backward act'(z) besides x and stats."""
+    """Return the tensor that backward needs for act'(z) besides x and stats, or None."""
     return None if residual is None else y if act.from_output else residual
 
 
 class Gradients(NamedTuple):
-    """Of x, weight, bias and the residual."""
+    """Gradients of x, weight, bias and the residual."""
 
     x: np.ndarray
     weight: np.ndarray
@@ -165,7 +165,7 @@ class Gradients(NamedTuple):
 def backward(dy, done, axis=1, weight=None, act=("identity", 0.0), constant=False):
     """dx = weight * rstd * (dz - mean(dz) - xhat * mean(dz * xhat)); Ioffe and Szegedy, section 3.
 
-    ``constant`` says that the statistics were given: then both means are nought.
+    ``constant``: the statistics do not depend on x; then both means are 0.
     """
     dz = np.asarray(dy, WIDE) * derivative(act, done.z)
     dbias = np.array([total(row) for row in rows(dz, axis)])
@@ -181,7 +181,7 @@ def backward(dy, done, axis=1, weight=None, act=("identity", 0.0), constant=Fals
     return Gradients(column(scale, dz, axis) * centered, dweight, dbias, dz)
 
 
-# Where an activation has no derivative.
+# Points at which an activation has no derivative.
 KINKS = {
     "relu": (0,),
     "relu6": (0, 6),
@@ -193,7 +193,7 @@ KINKS = {
 
 
 def far_from_kinks(act, z, margin):
-    """Whether rounding cannot move a value over a kink."""
+    """Return whether every z is further than ``margin`` from all kinks."""
     return all(np.abs(np.asarray(z) - kink).min(initial=1) > margin for kink in KINKS.get(act, ()))
 
 
@@ -218,7 +218,7 @@ def _tanh_inside(z):
 
 
 def activate(act, z):
-    """The activation (name, slope), by its definition."""
+    """Return the activation (name, slope) of z, by its definition."""
     name, slope = act
     z = np.asarray(z, WIDE)
     return {
@@ -238,7 +238,7 @@ def activate(act, z):
 
 
 def derivative(act, z):
-    """Its derivative; at a kink, the one of PyTorch (that of the flat side for the ReLUs)."""
+    """Return its derivative at z; at a kink, PyTorch's value (the flat side's for the ReLUs)."""
     name, slope = act
     z = np.asarray(z, WIDE)
     inner = np.tanh(_tanh_inside(z)) if name == "gelu_tanh" else None
@@ -262,7 +262,7 @@ def derivative(act, z):
 
 
 class Selected(NamedTuple):
-    """A step with weights and groups; statistics are (groups, C), ``scale`` rstd * weight."""
+    """A step with weights and groups; statistics are (groups, C), ``scale`` is rstd * weight."""
 
     y: np.ndarray
     z: np.ndarray
@@ -276,7 +276,7 @@ class Selected(NamedTuple):
 
 
 def selected(x, dy, axis, ids, groups, weights, weight, bias, residual, act, eps=1e-5):
-    """Each group is a batch of its own, of the elements whose weight is not 0; elsewhere all is 0.
+    """Normalize each group's elements of non-zero weight as a batch; other results are 0.
 
     With weights w and n = sum(w), the statistics are weighted means, and
     dx_i = weight * rstd * (dz_i - w_i / n * sum(dz) - w_i / n * xhat_i * sum(dz * xhat)).

@@ -1,4 +1,4 @@
-"""Processes that a test starts and that end with it, whatever ends the test."""
+"""Child processes of a test, which are killed when the test ends, also by an error."""
 
 import contextlib
 import os
@@ -8,11 +8,11 @@ import subprocess
 
 @contextlib.contextmanager
 def started(command, **options):
-    """The process of a command; at the end of the block its whole group of processes is killed."""
+    """Start a command; at the end of the block, kill its whole process group."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     words = [str(word) for word in command]
     before = signal.getsignal(signal.SIGINT)
-    # A process inherits an ignored SIGINT from its parent; what a test starts has to obey it.
+    # A child would inherit an ignored SIGINT, but processes of tests must react to it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         process = subprocess.Popen(
@@ -28,7 +28,7 @@ def started(command, **options):
 
 
 def run(command, timeout=280, **options):
-    """What ``subprocess.run`` returns, as text; nothing of it is left running."""
+    """Like ``subprocess.run`` in text mode, but leaves no process of the command running."""
     with started(command, **options) as process:
         out, errors = process.communicate(timeout=timeout)
         return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
@@ -38,6 +38,6 @@ def _kill(process):
     if os.name == "nt":
         process.kill()
         return
-    # The group outlives its first process where that one left children behind.
+    # If the first process left children, the group still exists after it has ended.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

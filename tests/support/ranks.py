@@ -19,7 +19,7 @@ def across_ranks(
 
     Rank ``lost`` ends without a result: its entry is None.
     """
-    # One server imports torch and this package; each rank is a fork of it, which takes no time.
+    # A fork server imports torch and this package once; starting a rank is then only a fork.
     torch.multiprocessing.set_forkserver_preload(["torch", "batchnorm"])
     with tempfile.TemporaryDirectory() as folder:
         context = torch.multiprocessing.start_processes(
@@ -49,10 +49,10 @@ def _one(rank: int, function: Callable[..., Any], size: int, folder: str, args: 
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
     try:
         torch.save(function(rank, *args), Path(folder) / f"{rank}.pt")
-        with contextlib.suppress(RuntimeError):  # the other may be gone, which some tests are about
+        with contextlib.suppress(RuntimeError):  # some tests end other ranks early
             torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
-    # Threads that gloo leaves behind may abort the interpreter at its exit (std::terminate); the result
-    # is written, so that it can end at once.
+    # Threads of gloo may abort the interpreter at its exit (std::terminate). The result is written, so
+    # exit without cleanup.
     os._exit(0)

@@ -1,4 +1,4 @@
-"""Networks with and without bn.save_memory, step by step, to the same bits."""
+"""Compares steps of networks with and without bn.save_memory, bit by bit."""
 
 import copy
 
@@ -43,7 +43,7 @@ def chain() -> nn.Module:
 
 
 def fused(model: nn.Module) -> nn.Module:
-    """Return a model behind the backend, where activations have recipes."""
+    """Return a model compiled with this library's backend, where activations have recipes."""
     torch.compiler.reset()
     return torch.compile(model, backend=bn.graph.backend)  # type: ignore[return-value]
 
@@ -83,7 +83,7 @@ def check_bits(model: nn.Module, x: Tensor, between=lambda _: None, passes: int 
 
 
 def layers() -> nn.Module:
-    """A chain of layers that compute their activation, in eager mode."""
+    """Return a chain of layers that compute their activation themselves, in eager mode."""
     parts: list[nn.Module] = [nn.Conv2d(3, 8, 3, bias=False)]
     for _ in range(6):
         parts += [bn.BatchNorm2d(8, activation="relu"), nn.Conv2d(8, 8, 3, padding=1)]

@@ -1,4 +1,4 @@
-"""Speech models of transformers with batch normalization, and what padding changes in them."""
+"""Speech models of transformers with batch normalization, and how padding changes their outputs."""
 
 import contextlib
 import copy
@@ -84,13 +84,13 @@ def fastspeech2_conformer() -> tuple[torch.nn.Module, Run]:
 
 
 def changes(make: Callable[[], tuple[torch.nn.Module, Run]]) -> dict[str, list[float]]:
-    """Return mode -> relative change of the valid outputs for each number of padded frames."""
+    """Return mode -> relative changes of the valid outputs, for each number of padded frames."""
     torch.manual_seed(0)
     model, run = make()
     norms = {"filter": lambda _, module: isinstance(module, bn.BatchNorm1d)}
     bn.set_options(
         model, momentum=1.0, **norms
-    )  # evaluation is then by the statistics of this batch
+    )  # evaluation then uses the statistics of this batch
     run(0, lambda mask: bn.masked(model.train(), mask=mask))
     state = copy.deepcopy(model.state_dict())
     found = {}

@@ -25,14 +25,14 @@ AROUND = {
 
 
 def rows(**columns):
-    """A row for each combination of the values of columns that are tuples; others are constants."""
+    """Yield a row for each combination of values; a column is a tuple of values or a constant."""
     given = [value if isinstance(value, tuple) else (value,) for value in columns.values()]
     for values in itertools.product(*given):
         yield {**dict(zip(columns, values)), **AROUND}
 
 
 def timed(cell):
-    """A row with numbers that follow from its cell."""
+    """Return a row whose numbers are derived from a checksum of its cell."""
     number = zlib.crc32(repr(sorted(cell.items())).encode()) % 200 / 100
     times = {"median": 0.1 + number, "p20": 0.09 + number, "p80": 0.12 + number}
     ends = {"ratio": 1 + number, "low": 0.95 + number, "high": 1.05 + number}

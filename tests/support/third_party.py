@@ -1,7 +1,7 @@
 """Third-party models of torchvision, timm and transformers, on a torch without torchvision's compiled operators.
 
 Importing torchvision registers fake kernels for its operators, for which their schemas must exist.
-Where its extension cannot be loaded they are declared here; none of them is ever called.
+If its extension cannot be loaded, they are declared here; no test calls these operators.
 """
 
 import functools
@@ -38,13 +38,13 @@ def timm() -> ModuleType:
 
 
 def transformers(name: str = "transformers") -> ModuleType:
-    """Return transformers, which imports torchvision, or a module of it, or skip the test."""
+    """Return transformers (which imports torchvision) or a module of it, or skip the test."""
     torchvision()
     return pytest.importorskip(name)
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """Frozen statistics and affine parameters as detectron2 has them."""
+    """Frozen statistics and affine parameters, as in detectron2."""
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()

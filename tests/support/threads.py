@@ -1,4 +1,4 @@
-"""Results that must have the same bits for any number of threads."""
+"""Checks that results have the same bits for any number of threads."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 
 def assert_same_bits(compute: Callable[[], Iterable[Any]], *numbers: int) -> None:
-    """Compare what is computed with each number of threads: tensors, and tuples of them."""
+    """Compare the tensors, or tuples of them, that are computed with each number of threads."""
     before, seen = torch.get_num_threads(), []
     try:
         for number in numbers:

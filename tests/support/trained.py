@@ -5,7 +5,7 @@ from torch import nn
 
 
 class Residual(nn.Module):
-    """Two blocks; γ at the end of each begins at 0."""
+    """Two residual blocks; the last γ of each is initialized to 0."""
 
     def __init__(self):
         super().__init__()
@@ -116,7 +116,7 @@ def _half_dead(state, layer):
     variances[: (len(variances) + 1) // 2] = 1e-12
 
 
-# rule -> what plants its fault in one layer of a state dict
+# rule -> function that plants its fault in one layer of a state dict
 FAULTS = {
     "BN101": _set("running_mean", 0, float("nan")),
     "BN102": _set("running_var", 1, -0.25),

@@ -1,4 +1,4 @@
-"""A layer of ours and the layer of ``torch.nn`` that it must equal, in the same state."""
+"""Pairs of a layer of this library and the ``torch.nn`` layer that it must equal, in the same state."""
 
 import contextlib
 import copy
@@ -26,7 +26,7 @@ CHANNELS = 5
 
 
 def randomize(layer: nn.Module) -> None:
-    """Give parameters and statistics values that show when one of them is forgotten."""
+    """Set random parameters and statistics, so that a missing factor or term shows."""
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             parameter.copy_(torch.randn_like(parameter) + (name == "weight"))
@@ -42,7 +42,7 @@ def twins(
 ) -> tuple[Any, Any]:
     """Return (ours, torch.nn's) of one kind with the same random parameters and statistics.
 
-    Only ours has the activation; the other options are of both.
+    Only our layer has the activation; both have the other options.
     """
     build, of_torch = PAIRS[kind]
     ours, theirs = build(features, activation=activation, **options), of_torch(features, **options)
@@ -86,7 +86,7 @@ def assert_optimizes(optimizer: torch.optim.Optimizer, model: nn.Module) -> None
 
 
 class Calls(nn.Module):
-    """Modules by name, and the function that is their ``forward``."""
+    """A module with named submodules, whose ``forward`` is a given function."""
 
     def __init__(self, call: Callable[..., Any], **parts: Any) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Calls(nn.Module):
 
 
 def through_file(model: nn.Module) -> Any:
-    """Return what ``torch.load`` makes of what ``torch.save`` writes of a model."""
+    """Save a model by ``torch.save``, and return what ``torch.load`` restores."""
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -128,7 +128,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
 
 def assert_unchanged(before: dict[str, Any], model: nn.Module) -> None:
-    """Compare with a snapshot, to the last bit; NaN equals NaN."""
+    """Compare a model with a snapshot, bit by bit; NaN equals NaN."""
     after = snapshot(model)
     assert before.keys() == after.keys()
     for name, old in before.items():
@@ -145,7 +145,7 @@ def without_values(tensor: Tensor) -> bool:
 
 
 def everything(model: nn.Module) -> dict[str, Any]:
-    """Return the parts of all modules as they are: objects, classes, attributes, hooks."""
+    """Return the parts of all modules, not copied: objects, classes, attributes, hooks."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         found[name] = (module, type(module), dict(module.__dict__))
@@ -159,7 +159,7 @@ def everything(model: nn.Module) -> dict[str, Any]:
 
 
 def assert_identical(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Compare what ``everything`` returned: the same objects, or equal plain values."""
+    """Compare results of ``everything``: the same objects, or equal plain values."""
     assert before.keys() == after.keys()
     for name, one in before.items():
         if name.endswith(" parts"):
@@ -176,7 +176,7 @@ def assert_identical(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def unchanged(*models: Any) -> Iterator[None]:
-    """Compare what is a model before and after a block: objects, hooks, attributes and values."""
+    """Check that a block leaves models unchanged: objects, hooks, attributes and values."""
     given = [
         model
         for model in models
@@ -193,7 +193,7 @@ def unchanged(*models: Any) -> Iterator[None]:
 def refused(
     error: type[BaseException] | tuple[type[BaseException], ...], match: str = "", *models: Any
 ) -> Iterator[None]:
-    """Expect an error that says so, and models that are what they were."""
+    """Expect an error whose message matches, and unchanged models."""
     with unchanged(*models), pytest.raises(error, match=match or None):
         yield
 
@@ -209,15 +209,15 @@ def assert_close(
 ) -> None:
     """Compare tensors within ``oracle.tolerance`` of the dtype of ``got``, integers exactly.
 
-    Lists, tuples and dicts are compared item by item. An expected tensor in float64 is exact, one of
-    the same dtype is rounded too, which doubles what is allowed. NaN equals NaN.
+    Lists, tuples and dicts are compared item by item. An expected tensor in float64 counts as
+    exact; in the dtype of ``got``, it is rounded too, which doubles the tolerance. NaN equals NaN.
 
     Args:
         got: A tensor, or tensors.
-        expected: As many.
+        expected: Tensors in the same structure.
         what: Name in the message.
         exact: Whether all numbers must be equal.
-        dtype: In which parameters or values were rounded on the way; that of ``got`` by default.
+        dtype: Dtype to which parameters or values were rounded on the way; by default that of ``got``.
         spread: ``count``, ``ratio`` and ``size`` of ``oracle.tolerance``.
     """
     if isinstance(expected, dict):
@@ -250,7 +250,7 @@ def assert_same_steps(
     modes: tuple[bool, ...] = (True, False),
     **spread: float,
 ) -> None:
-    """Compare a step of two layers in each mode, with random inputs and cotangents, and states."""
+    """Compare steps of two layers in each mode, with random inputs and cotangents, and their states."""
     for training in modes:
         ours.train(training)
         theirs.train(training)
@@ -260,9 +260,9 @@ def assert_same_steps(
 
 
 def assert_same_state(ours: nn.Module, theirs: nn.Module, **options: Any) -> None:
-    """Compare state dicts by ``assert_close``: the same keys in the same order, of any dtypes.
+    """Compare state dicts by ``assert_close``: the same keys in the same order; dtypes may differ.
 
-    States of estimators are compared where both have them.
+    States of estimators are compared only if both have them.
     """
     state, expected = ours.state_dict(), theirs.state_dict()
     for one, other in ((state, expected), (expected, state)):

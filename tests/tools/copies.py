@@ -1,7 +1,7 @@
-"""Tests against a changed copy of the sources, in forked processes that have torch loaded already.
+"""Runs tests against a changed copy of the sources, in forks of a process that has loaded torch.
 
-An editable install maps ``batchnorm`` onto the sources of the checkout, whatever ``sys.path`` says;
-its finder is removed in each fork, which then imports the copy.
+An editable install maps ``batchnorm`` to the sources of the checkout, whatever ``sys.path`` says.
+Therefore each fork removes the finder of the install, and then imports the copy.
 """
 
 import os
@@ -21,12 +21,12 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-SECONDS, OF_PROCESSOR = 1800, 150  # an endless loop has failed; a process may be paused
+SECONDS, OF_PROCESSOR = 1800, 150  # against endless loops; wall-clock time includes pauses
 
 
 @contextmanager
 def copied() -> Iterator[Path]:
-    """Yield a copy of ``src``, with the native module that is installed."""
+    """Yield a copy of ``src``, with the installed native module."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "src"
         shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
@@ -38,7 +38,7 @@ def copied() -> Iterator[Path]:
 
 
 def passes(source: Path, tests: Sequence[str]) -> None:
-    """Raise if tests do not pass: what fails without a change would notice every change.
+    """Raise unless tests pass without a change: otherwise they would fail for every change.
 
     Raises:
         RuntimeError: If they fail or do not run.
@@ -56,7 +56,7 @@ def fails(source: Path, tests: Sequence[str], plugins: Sequence[object] = ()) ->
     if not process:
         try:
             os._exit(_run(source, tests, plugins))
-        finally:  # nothing that the parent has set up may be taken down here
+        finally:  # skips cleanup of what the parent has set up
             os._exit(pytest.ExitCode.INTERNAL_ERROR)
     return outcome(process)
 
@@ -72,7 +72,7 @@ def outcome(process: int) -> str:
 
 
 def limit(seconds: float = OF_PROCESSOR) -> None:
-    """End this process when it has run for too long, or for so many more seconds of a processor."""
+    """End this process after ``SECONDS``, or after ``seconds`` more of CPU time."""
     signal.alarm(SECONDS)
     most = int(time.process_time() + seconds)
     resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))
@@ -88,8 +88,8 @@ def _run(source: Path, tests: Sequence[str], plugins: Sequence[object]) -> int:
     sys.dont_write_bytecode = True
     sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in type(f).__module__]
     sys.path.insert(0, str(source))
-    os.environ["PYTHONPATH"] = str(source)  # of processes that tests start
-    # That a test fails is enough: no smaller example is sought.
+    os.environ["PYTHONPATH"] = str(source)  # for processes that tests start
+    # A failure is enough: hypothesis need not shrink its example.
     phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
     hypothesis.settings.register_profile("first failure", phases=phases, database=None)
     hypothesis.settings.load_profile("first failure")

@@ -1,12 +1,12 @@
-"""Which small changes of the code no test of the fast suite notices.
+"""Finds small changes of the code that no test of the fast suite notices.
 
     python tests/tools/mutants.py                        # every mutant of TARGETS: about an hour
-    python tests/tools/mutants.py moments.py nn/tracking.py    # of these files
-    python tests/tools/mutants.py moments.py 3 17              # those of these numbers
+    python tests/tools/mutants.py moments.py nn/tracking.py    # the mutants of these files
+    python tests/tools/mutants.py moments.py 3 17              # mutants 3 and 17 of this file
 
-An operator, a comparison or a number is changed, one at a time, in a copy of src. mutmut does the
-same with an installation of its own, in which the native module and an editable install's finder
-do not go together. Survivors are in mutants.md, each with its reason.
+Each mutant changes one operator, comparison or number in a copy of src. mutmut does the same, but with
+an installation in which the native module and the finder of an editable install do not work together.
+mutants.md lists the survivors, each with its reason.
 """
 
 import ast
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from copies import copied, fails
 from trial import COUNTS, Mutant, Trial, differing, tell
 
-# File -> the tests that are about it; a mutant that they miss survives. The first that fails ends a run.
+# File -> its tests; a mutant survives if all of them pass. The first failure ends a run.
 LAWS = ["laws/test_moments.py", "laws/test_estimators.py", "laws/test_estimators_exact.py"]
 ESTIMATORS = [*LAWS[1:], "nn/test_masks.py", "nn/test_state.py", "nn/test_bad_input.py"]
 STATES = [*ESTIMATORS, "training/test_accumulation.py", "surgery/test_convert_options.py"]
@@ -46,7 +46,7 @@ SWAPS = {
 
 
 def expressions(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield the nodes of code that is computed: no annotation, message or docstring."""
+    """Yield the nodes of executed code, without annotations, messages and docstrings."""
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns") or isinstance(node, ast.Raise | ast.JoinedStr):
             continue
@@ -57,7 +57,7 @@ def expressions(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def changed(node: ast.AST) -> ast.AST | None:
-    """Return another node in the place of one, or None."""
+    """Return a mutated copy of a node, or None if no mutation applies to it."""
     new: ast.AST = copy.copy(node)
     if isinstance(node, ast.BinOp | ast.BoolOp) and type(node.op) in SWAPS:
         new.op = SWAPS[type(node.op)]()
@@ -83,7 +83,7 @@ class Replace(ast.NodeTransformer):
 
 
 def mutants(source: str, path: str) -> Iterator[Mutant]:
-    """Yield every change of a file."""
+    """Yield every mutant of a file."""
     code, number = compile(source, path, "exec"), 0
     while True:
         tree = ast.parse(source)

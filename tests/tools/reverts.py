@@ -1,10 +1,10 @@
-"""Whether the fast suite catches defects that were mended once, each put back into a copy of src.
+"""Checks that the fast suite catches fixed defects, each put back into a copy of src.
 
     python tests/tools/reverts.py            # all of reverts.toml
-    python tests/tools/reverts.py 6a6344d    # those of a commit
+    python tests/tools/reverts.py 6a6344d    # entries of a commit
 
-A revert is the commit that mended the defect, the text that stands in a file of ``src/batchnorm``
-today, and the text with which the defect is back; and tests of the fast suite that must fail.
+An entry has the commit that fixed the defect, a file of ``src/batchnorm`` with its text today
+(``now``), the text that restores the defect (``then``), and tests of the fast suite that must fail.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The entries of reverts.toml fit the code: each text stands once in its file, each test exists."""
+"""The entries of reverts.toml fit the code: each text occurs once in its file, each test exists."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Tests against many changes of one file, in forks of a process that has collected them."""
+"""Runs tests against many changes of one file, in forks of a process that has collected them."""
 
 import ast
 import gc
@@ -17,18 +17,18 @@ from typing import NamedTuple, TextIO
 import pytest
 from copies import limit, outcome
 
-# Noticed and survived, in every process.
+# Numbers of noticed and survived mutants, shared by all processes.
 COUNTS = multiprocessing.Array("i", 2)
 
 
 class Mutant(NamedTuple):
-    """A changed file.
+    """A change of a file.
 
     Attributes:
-        told: Its number, and what was changed.
+        told: Its number and the change, as text.
         tree: The code with the change.
-        functions: Code of the functions that have changed, before and after; None if the code
-            outside of functions has.
+        functions: Code of the changed functions, before and after; None if code outside of
+            functions changes.
     """
 
     told: str
@@ -36,7 +36,7 @@ class Mutant(NamedTuple):
     functions: list[tuple[CodeType, CodeType]] | None
 
     def take(self) -> None:
-        """Change the functions in this process."""
+        """Replace the code of the changed functions in this process."""
         loaded = [one for one in gc.get_objects() if type(one) is FunctionType]
         for old, new in self.functions or ():
             own = [one for one in loaded if one.__code__ == old]
@@ -47,7 +47,7 @@ class Mutant(NamedTuple):
 
 
 def differing(one: CodeType, other: CodeType) -> list[tuple[CodeType, CodeType]] | None:
-    """Return the functions of modules or classes that differ; None if what is around them does."""
+    """Return the functions that differ; None if code of modules or classes around them differs."""
     inner = [[c for c in code.co_consts if isinstance(c, CodeType)] for code in (one, other)]
     rest = [
         code.replace(co_consts=tuple(c for c in code.co_consts if not isinstance(c, CodeType)))
@@ -67,11 +67,11 @@ def differing(one: CodeType, other: CodeType) -> list[tuple[CodeType, CodeType]]
 
 
 class Trial:
-    """Plugin of pytest: collects tests once, and runs them in a fork of the process per mutant.
+    """Plugin of pytest: collects tests once, and runs them in one fork of the process per mutant.
 
-    A mutant of functions is their code, which a fork replaces; torch, batchnorm and the tests are
-    not imported again. A fork runs the tests that call these functions without a change: first
-    those that noticed most mutants before, then the quickest.
+    A fork replaces the code of the changed functions, so torch, batchnorm and the tests are not
+    imported again. It runs only tests that call these functions in the unchanged code: first the
+    tests that noticed most mutants so far, then the quickest.
     """
 
     def __init__(self, path: Path, tried: Sequence[Mutant], said: Path) -> None:
@@ -83,18 +83,18 @@ class Trial:
         self.failed: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keep how long a test takes, and whether it fails."""
+        """Record the seconds of a test, and whether it fails."""
         if report.when == "call":
             self.seconds[report.nodeid] = report.duration
         self.failed += [report.nodeid] * report.failed
 
     def pytest_sessionfinish(self) -> None:
-        """Tell the process that has forked this one."""
+        """Write the results to a file, for the parent process."""
         calls = {item: sorted(names) for item, names in self.calls.items()}
         self.said.write_text(json.dumps([calls, self.seconds, self.failed]))
 
     def pytest_runtest_protocol(self, item: pytest.Item) -> None:
-        """Collect the functions of the file that a test calls; end one that has an endless loop."""
+        """Prepare the record of the functions that a test calls, and limit its CPU time."""
         self.item = item.nodeid
         self.calls[self.item] = set()
         limit(10 + 10 * self.seconds.get(self.item, 10))
@@ -104,15 +104,15 @@ class Trial:
             self.calls[self.item].add(frame.f_code.co_qualname)
 
     def _run(self, prepare: Callable[[], None]) -> str | None:
-        """Fork; return how tests fail there, or None in the fork."""
+        """Fork; return how tests fail in the fork, or None within the fork."""
         if not (process := os.fork()):
             prepare()
             return None
         return outcome(process)
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
-        """Try every mutant; None in a fork, where pytest goes on to run the tests."""
-        importlib.import_module("torch._dynamo")  # seconds, once for all forks
+        """Try every mutant; return None in a fork, where pytest then runs the tests."""
+        importlib.import_module("torch._dynamo")  # takes seconds; here once for all forks
         if (how := self._run(lambda: sys.setprofile(self._called))) is None:
             return None
         if how:
