@@ -10,6 +10,7 @@ import torch
 
 import batchnorm as bn
 from support.speech import changes, fastspeech2_conformer, wav2vec2_conformer
+from support.twins import assert_close
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -58,7 +59,7 @@ def test_batch_renormalization_trains_as_in_keras():
     assert worst < 1e-5
     for name, own in (("renorm_mean", "statistics.mean"), ("renorm_stddev", "statistics.std")):
         expected = getattr(theirs, name).value.detach().double()
-        torch.testing.assert_close(ours.state_dict()[own], expected, rtol=2e-6, atol=2e-6)
+        assert_close(ours.state_dict()[own], expected, dtype=torch.float32)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from batchnorm.ops.backends import cpu  # noqa: E402
 from batchnorm.ops.call import Epilogue, RunningBuffers  # noqa: E402
 from support.cases import ACTS, DTYPES, EPS, WIDE, Case, check_functions  # noqa: E402
 from support.combinations import pairs  # noqa: E402
+from support.twins import assert_close  # noqa: E402
 
 SIMD = ["avx512", "avx2", "baseline"]
 # Where rounding moves no value over a kink, of which many values have some nearby.
@@ -73,7 +74,7 @@ def test_running_statistics_of_the_native_kernels_are_those_of_torch(layout, dty
     cpu.forward(x, Epilogue(), EPS, 1, RunningBuffers(*ours, counter, 0.3))
     F.batch_norm(x.double(), *theirs, training=True, momentum=0.3)
     assert counter.item() == 42
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6, check_dtype=False)
+    assert_close(ours, theirs)
 
 
 def test_a_result_is_written_to_an_output_of_another_memory_order():
