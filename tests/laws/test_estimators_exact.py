@@ -11,7 +11,6 @@ import batchnorm as bn
 from batchnorm.estimators.merged import known
 from support import oracle
 from support.combinations import pairs
-from support.lanes import lanes
 
 SIZES = [3, 7, 5, 3, 6, 11, 9]
 CHANNELS = 2
@@ -141,8 +140,9 @@ def test_layers_are_exact_in_float64(masked):
     assert_layers_are_exact(batches(), masks() if masked else [None] * len(SIZES))
 
 
-# Inductor takes minutes for layers of seven estimators.
-@pytest.mark.parametrize("backend", lanes(["aot_eager", "inductor"], slow=["aot_eager"]))
+# Capturing layers of seven estimators takes minutes.
+@pytest.mark.audit
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_layers_are_exact_in_float64(backend):
     torch.compiler.reset()
     compiled = functools.partial(torch.compile, dynamic=True, backend=backend)
