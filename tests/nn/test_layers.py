@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import batchnorm as bn
 from support.combinations import each, pairs
+from support.lanes import lanes
 from support.twins import (
     CHANNELS,
     KIND,
@@ -96,7 +97,10 @@ def test_every_option_means_what_it_means_in_torch(rank: int, options: dict[str,
     assert str(ours) == str(theirs)
 
 
-@pytest.mark.parametrize("route", ["eager", "masked", "compiled"])
+ROUTES = ["eager", "masked", "compiled"]
+
+
+@pytest.mark.parametrize("route", lanes(ROUTES, fast=ROUTES[:2], slow=ROUTES[2:]))
 def test_a_layer_whose_statistics_were_set_to_none_counts_batches_as_torch_does(route):
     ours, theirs = twins("2d")
     x = torch.randn(SHAPES[4])

@@ -134,6 +134,7 @@ def test_a_recorded_graph_of_a_step_holds_no_operation_of_ours():
     torch.testing.assert_close(graph(x * 2), step(x * 2))
 
 
+@pytest.mark.slow
 def test_transforms_of_torch_func_inside_a_graph_equal_eager():
     slope = torch.func.grad(lambda x: normalize(x, activation="silu").pow(3).sum())
     tangent = lambda x: torch.func.jvp(normalize, (x,), (x.square(),))[1]
