@@ -45,7 +45,6 @@ import torch
 import batchnorm as bn
 from batchnorm.files import write_atomically
 from batchnorm.memory import recipe
-from batchnorm.ops.backends import aten, choice
 from batchnorm.ops.backends.triton import cuda
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -113,7 +112,6 @@ def main() -> int:
     options.elapsed = lambda: time.perf_counter() - started
     options.over = lambda share: options.elapsed() > share * options.minutes * 60
     options.out.mkdir(parents=True, exist_ok=True)
-    choice.BACKENDS.setdefault("aten", aten)  # choice.py registers it already
     if options.tiny:  # recompute small results too
         recipe.SMALLEST_BYTES = 0
     for key, value in bn.env().items():

@@ -151,7 +151,7 @@ def _result(
         for name, place in where.items()
         if name in passes.found
     }
-    seen = {name for one in passes.results for name in one.layers}
+    seen = passes.seen
     unused = {
         name: _why_unused(place, name in seen)
         for name, place in where.items()
@@ -197,7 +197,7 @@ def _check(passes: Passes, allow_nan: bool) -> None:
             "no layer to calibrate was called: the model's forward does not use these layers, or "
             "all batches were empty; the model is unchanged"
         )
-    seen = {name for result in passes.results for name in result.layers}
+    seen = passes.seen
     for name, layer in passes.layers.by_name.items():
         _, *groups = passes.layers.keys([name])
         if groups and name in passes.found and seen.isdisjoint(groups):

@@ -111,6 +111,11 @@ class Passes:
         self.remaining: dict[str, float] = {}
         self.results: list[PassResult] = []
 
+    @property
+    def seen(self) -> set[str]:
+        """Names of the layers, and of the groups of samples, that had values in any pass."""
+        return {name for result in self.results for name in result.layers}
+
     def once(self) -> None:
         """Measure all layers in one pass; all normalize by the batch, as in training."""
         self.layers.configure(self.names)
