@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -65,6 +65,7 @@ def test_blocks_of_views_of_another_axis_and_of_empty_input():
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=70), large=st.sampled_from([0, 1e3, 1e5])
 )
+@example(sizes=[1, 6], large=0)  # a mean exactly between two float32
 def test_all_layers_get_the_moments_of_exactly_what_they_received(sizes, large):
     torch.manual_seed(len(sizes))
     model = nn.Sequential(
@@ -77,9 +78,9 @@ def test_all_layers_get_the_moments_of_exactly_what_they_received(sizes, large):
     for name, moments in found.moments.items():
         assert_exact(moments, seen[name])
     count, mean, m2 = oracle(seen["1"])
-    np.testing.assert_array_equal(
-        model[1].running_mean.numpy(), mean.astype(np.float64).astype(np.float32)
-    )
+    # The nearest float32. With few values the mean can lie exactly between two: then either is nearest.
+    stored = model[1].running_mean.numpy()
+    assert (np.abs(stored - mean) <= 0.500001 * np.spacing(np.abs(stored))).all()
     close(model[1].running_var.double().numpy(), m2 / (count - 1), STORED)
 
 
