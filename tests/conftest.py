@@ -1,6 +1,7 @@
 """Every test starts from the same random state."""
 
 import contextlib
+import gc
 import inspect
 import os
 
@@ -12,6 +13,16 @@ from batchnorm.ops.backends.choice import BACKENDS, use_backend
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     import support.interpreter  # noqa: F401
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Exclude imported modules and collected tests from garbage collection: it takes 10 % of the time."""
+    gc.disable()
+    found = yield
+    gc.freeze()
+    gc.enable()
+    return found
 
 
 def pytest_collection_modifyitems(config, items):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from support.lanes import lanes
+
 pytest.importorskip("sklearn")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -28,7 +30,7 @@ EXAMPLES_OF = {
 }
 
 
-@pytest.mark.parametrize("name", EXAMPLES_OF)
+@pytest.mark.parametrize("name", lanes(EXAMPLES_OF, fast=["pruned"], slow=EXAMPLES_OF))
 def test_an_example_gains_accuracy_by_exact_statistics(example, name):
     if name == "schedule_free":
         pytest.importorskip("schedulefree")

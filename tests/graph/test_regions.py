@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import batchnorm as bn
 from support.captured import assert_same, assert_same_buffers, compiled, step
 from support.checkpointed import C, Checkpointed, block, images
+from support.lanes import lanes
 from support.ranks import across_ranks
 from support.saving import bytes_kept
 from support.twins import Calls, assert_close
@@ -61,6 +62,7 @@ def test_operators_that_write_to_a_buffer_in_a_checkpointed_region():
     assert_same(Marked(False), compiled(Marked(True)), [images()])
 
 
+@pytest.mark.slow
 def test_checkpointed_region_keeps_less():
     x = images(batch=32).requires_grad_()
     whole, checkpointed = Checkpointed(reentrant=None), Checkpointed()
@@ -104,6 +106,7 @@ def test_converted_layers_with_options_equal_their_eager_step():
     assert_same_buffers(plain, other)
 
 
+@pytest.mark.slow
 # Dynamo says once that it has given up.
 @pytest.mark.filterwarnings("ignore:.*recompile_limit")
 def test_beyond_the_limit_of_recompilations_the_model_runs_unfused():
@@ -125,7 +128,7 @@ def test_model_that_dynamo_does_not_capture_runs_as_in_eager_mode():
     assert bn.fused(other)["block.1"].state in ("unseen", "fused")
 
 
-@pytest.mark.parametrize("back", [False, True], ids=["converted", "and undone"])
+@pytest.mark.parametrize("back", lanes([False, True], fast=[False], slow=[True]))
 def test_a_model_that_is_converted_after_compiling_equals_eager(back):
     plain = Checkpointed(reentrant=None)
     other = compiled(plain)

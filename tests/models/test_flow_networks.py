@@ -19,14 +19,14 @@ NETWORKS = {
     "googlenet": {"num_classes": 4, "aux_logits": False, "init_weights": False},
     "shufflenet_v2_x0_5": {"num_classes": 4},
 }
-LARGE = {"densenet121", "googlenet"}
+FAST = {"resnet18", "mobilenet_v3_small"}
 # In shufflenet, halves of one tensor go two ways; a flow counts what lies in one memory together.
 HALVES = {"shufflenet_v2_x0_5"}
 VIEWS = {"flatten", "view", "chunk", "transpose", "contiguous", "size", "getattr", "getitem"}
 
 
 @pytest.fixture(
-    scope="module", params=lanes(NETWORKS, fast=NETWORKS.keys() - LARGE, slow=["densenet121"])
+    scope="module", params=lanes(NETWORKS, fast=FAST, slow=NETWORKS.keys() - FAST - {"googlenet"})
 )
 def network(request):
     """Name, model, traced graph, and a pass in evaluation and in training."""

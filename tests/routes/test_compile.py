@@ -36,6 +36,7 @@ def assert_same_step(compiled, plain, x):
 
 
 @each(
+    fast=2,
     options=[{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}],
     activation=["relu", "silu"],
     training=[True, False, False, True],
@@ -93,6 +94,7 @@ def test_an_exported_step_by_statistics_of_the_batch_moves_the_buffers(model):
 
 
 @each(
+    fast=1,
     residual=[True, False],
     activation=[("identity", 0.0), ("relu", 0.0), ("elu", 1.3)],
     last=[True, True, False],
@@ -142,6 +144,7 @@ def test_a_compiled_step_has_the_nodes_of_torchs_own_layer():
     assert sorted(captured(bn.convert(nn.BatchNorm1d(3)), x)) == sorted(expected)
 
 
+@pytest.mark.slow
 def test_a_step_under_vmap_is_captured_as_plain_operations():
     layer = bn.BatchNorm1d(3, track_running_stats=False)
     function = torch.func.vmap(lambda x: layer(x))
@@ -194,6 +197,7 @@ class SideBySide(nn.Module):
         return {name: layer(*given) for (name, (_, *given)), layer in cases}
 
 
+@pytest.mark.slow
 def test_compiled_steps_of_every_kind_of_layer_equal_eager_ones():
     plain, twin = SideBySide(), SideBySide()
     call = compiled(twin)

@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import batchnorm as bn
 from batchnorm.ops.backends.choice import BACKENDS
+from support.combinations import each
+from support.lanes import lanes
 from support.twins import assert_close, assert_same_state, randomize
 
 
@@ -50,9 +52,11 @@ def by_every_route(function, given, cotangent):
     return found
 
 
-@pytest.mark.parametrize(
-    ("shape", "axis", "activation"),
-    [((6, 3), 1, "silu"), ((4, 3, 5), 1, None), ((3, 3, 4, 2), 1, "relu"), ((4, 5, 3), -1, "elu")],
+@each(
+    fast=2,
+    shape=[(6, 3), (4, 5, 3), (4, 3, 5), (3, 3, 4, 2)],
+    axis=[1, -1, 1, 1],
+    activation=["silu", "elu", None, "relu"],
 )
 def test_every_route_gives_the_same_step(activation, shape, axis):
     given = torch.randn(shape), torch.randn(3), torch.randn(3), torch.randn(shape)
@@ -72,7 +76,9 @@ def test_residuals_broadcast_and_promote_as_in_torch_add(dtype, other):
         assert (y.shape, y.dtype) == (added.shape, added.dtype)
 
 
-@pytest.mark.parametrize("shape", [(3, 1, 1), (2, 4, 3, 2, 5)])
+@pytest.mark.parametrize(
+    "shape", lanes([(3, 1, 1), (2, 4, 3, 2, 5)], fast=[(3, 1, 1)], slow=[(2, 4, 3, 2, 5)])
+)
 def test_every_route_gives_the_same_step_with_a_residual_that_broadcasts(shape):
     given = torch.randn(4, 3, 2, 5), torch.randn(3), torch.randn(shape)
     ours = lambda x, w, r: normalize(x, w, residual=r, activation="silu")
@@ -95,6 +101,7 @@ def test_every_route_gives_the_same_step_with_a_mask():
         assert not y[hidden].any() and not dx[hidden].any()
 
 
+@pytest.mark.slow
 def test_a_masked_layer_trains_compiled_as_it_does_eagerly():
     plain, x = bn.BatchNorm1d(3, activation="relu"), torch.randn(6, 3, 4)
     twin = copy.deepcopy(plain)

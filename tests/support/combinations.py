@@ -19,9 +19,16 @@ def pairs(indirect: tuple[str, ...] = (), **axes: Iterable[Any]) -> pytest.MarkD
     return pytest.mark.parametrize(tuple(axes), found, ids=_name, indirect=indirect)
 
 
-def each(**axes: Iterable[Any]) -> pytest.MarkDecorator:
-    """Parametrize so that each value of each axis occurs: for axes that do not interact."""
+def each(*, fast: int | None = None, **axes: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrize so that each value of each axis occurs: for axes that do not interact.
+
+    The rows after the first ``fast`` are marked slow.
+    """
     columns = [list(values) for values in axes.values()]
     length = max(map(len, columns))
-    found = list(zip(*(islice(cycle(values), length) for values in columns), strict=True))
+    rows = zip(*(islice(cycle(values), length) for values in columns), strict=True)
+    found = [
+        row if fast is None or i < fast else pytest.param(*row, marks=pytest.mark.slow)
+        for i, row in enumerate(rows)
+    ]
     return pytest.mark.parametrize(tuple(axes), found, ids=_name)
