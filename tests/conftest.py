@@ -1,4 +1,8 @@
-"""Every test starts from the same random state."""
+"""Every test starts from the same random state.
+
+torch is imported in functions: pytest-xdist's main process, which runs no test, starts its workers
+3 s earlier without it.
+"""
 
 import contextlib
 import gc
@@ -6,9 +10,6 @@ import inspect
 import os
 
 import pytest
-import torch
-
-from batchnorm.ops.backends.choice import BACKENDS, use_backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
@@ -36,6 +37,8 @@ def pytest_collection_modifyitems(config, items):
         left_out |= {item for item in items if "triton" in _parameters(item)}
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
+    import torch
+
     if "bias" not in inspect.signature(torch.nn.BatchNorm1d).parameters:
         for item in items:
             options = [v for v in _values(item) if isinstance(v, dict) and "bias" in v]
@@ -54,12 +57,16 @@ def _parameters(item):
 
 @pytest.fixture(autouse=True)
 def _seeded():
+    import torch
+
     torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def _promised_accuracy():
     """Without the native module, use the reference backend: torch's kernels promise less."""
+    from batchnorm.ops.backends.choice import BACKENDS, use_backend
+
     serving = contextlib.nullcontext() if "cpu" in BACKENDS else use_backend("reference")
     with serving:
         yield
@@ -68,6 +75,8 @@ def _promised_accuracy():
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """Use one thread for small tensors; tests of threads set their number themselves."""
+    import torch
+
     torch.set_num_threads(1)
 
 

@@ -137,6 +137,7 @@ def test_hooks_that_an_interrupt_leaves_are_removed_by_the_next_pass():
     assert saved_tensor_hooks() is None
 
 
+@pytest.mark.slow
 def test_save_memory_of_a_model_equals_the_plain_model_in_transforms_and_graphs():
     model = bn.save_memory(bn.convert(residual().eval()))
     plain = bn.convert(copy.deepcopy(bn.undo(copy.deepcopy(model))))

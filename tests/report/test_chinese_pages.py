@@ -26,6 +26,7 @@ from batchnorm.report.html import to_html
 from batchnorm.report.said import say
 from batchnorm.report.terminal import columns_of, to_text
 from support import faults, trained
+from support.lanes import lanes
 
 SOURCES = Path(bn.__file__).parent
 CATALOGUES = {
@@ -108,7 +109,7 @@ def english_in(report):
 RULES = ("BN501", "BN502", "BN508", "BN601", "BN705", "BN706", "BN707", "BN802", "BN901", "BN906")
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", lanes(RULES, fast=RULES[::3], slow=RULES))
 def test_a_diagnosis_of_a_model_is_in_chinese(rule):
     diagnosis, _ = faults.planted(rule, "dense").found()
     report = page_of(diagnosis, None, "zh")

@@ -50,6 +50,7 @@ def test_a_model_compiled_as_one_graph_equals_eager(activation, options, trainin
         assert_same_step(compiled, plain, torch.randn(6, 3, 5, 5))
 
 
+@pytest.mark.slow
 def test_a_dynamic_graph_computes_the_same_for_other_batch_sizes():
     torch.compiler.reset()
     plain = Block()

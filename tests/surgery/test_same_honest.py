@@ -123,8 +123,8 @@ IN_USE = {
     "compiled": changed(lambda model: torch.compile(model, backend="eager")),
     "compiled in place": changed(compiled_in_place),
     "traced": lambda model, data: torch.jit.trace(model, data, check_trace=False, strict=False),
-    "batchnorm backend": changed(lambda model: torch.compile(model, backend="batchnorm")),
     "exported": lambda model, data: torch.export.export(model, (data,)),
+    "batchnorm backend": changed(lambda model: torch.compile(model, backend="batchnorm")),
 }
 
 
@@ -139,7 +139,7 @@ def test_models_in_another_form_are_the_same_in_evaluation_and_training(pair, na
 
 
 # Most that can be folded, compiled or exported is in the network of images.
-@each(how=IN_USE, name=["tokens", "sound", "images", "volume", "images"])
+@each(fast=8, how=IN_USE, name=["tokens", "sound", "images", "volume", "images"])
 def test_models_in_another_form_are_the_same_in_evaluation(how, name):
     model, data = built(name)
     found = bn.same(model, IN_USE[how](model, data), data)
