@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 
 import pytest
 import torch
@@ -80,10 +81,14 @@ def test_ten_thousand_layers_are_judged_in_time(tmp_path):
     small = tmp_path / "small.safetensors"
     save_file(hostile.many_layers(3), small)
     paths = [tmp_path / "layers.pt", tmp_path / "layers.safetensors"]
-    for path, result in zip(paths, hostile.judged(paths, small), strict=True):
+    start = time.process_time()
+    torch.load(paths[0], weights_only=True)
+    # torch.load takes 0.1 ms per tensor, half of the time of an inspection.
+    limits = {".pt": 3 * (time.process_time() - start), ".safetensors": 10}
+    for path, result in zip(paths, hostile.judged(paths, small, seconds=60), strict=True):
         assert result["outcome"] == "read", result["message"]
-        assert "10,000 batch norms; 5000 errors" in result["message"]
-        assert result["seconds"] < 10
+        assert "10,000 batch norms; 5,000 errors" in result["message"]
+        assert result["seconds"] < limits[path.suffix]
         # torch.load alone takes more than 2 kB for each of the 50,000 tensors of 4 or 8 bytes.
         objects = 128 << 20 if path.suffix == ".pt" else 0
         assert result["grown"] <= 2 * path.stat().st_size + hostile.SPARE + objects

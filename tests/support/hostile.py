@@ -296,7 +296,7 @@ for path in json.load(sys.stdin):
             print(json.dumps({"outcome": f"died with status {status}", "message": "", "grown": 0, "seconds": 0}), flush=True)
         continue
     resource.setrlimit(resource.RLIMIT_AS, (seen("VmSize") + int(sys.argv[2]),) * 2)
-    resource.setrlimit(resource.RLIMIT_CPU, (10, 10))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[3]),) * 2)
     open("/proc/self/clear_refs", "w").write("5")
     before, peaks = seen("VmHWM"), []
     result = judge(path, lambda: peaks.append(seen("VmHWM")))
@@ -306,10 +306,10 @@ for path in json.load(sys.stdin):
 """
 
 
-def judged(paths, good, room=512 << 20):
-    """Judge each file in a child process with 10 CPU seconds and ``room`` more bytes of address space."""
+def judged(paths, good, room=512 << 20, seconds=10):
+    """Judge each file in a child process with bounds: CPU seconds, and more bytes of address space."""
     places = {**os.environ, "PYTHONPATH": os.pathsep.join((SOURCE, str(Path(__file__).parents[1])))}
-    command = [sys.executable, "-c", CHILD, str(good), room]
+    command = [sys.executable, "-c", CHILD, str(good), room, seconds]
     with processes.started(command, stdin=-1, env=places) as child:
         out, errors = child.communicate(json.dumps([str(path) for path in paths]), timeout=280)
     assert child.returncode == 0, errors
