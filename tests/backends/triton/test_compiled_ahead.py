@@ -21,6 +21,9 @@ from batchnorm.benchmark import cases
 from batchnorm.ops.activations import NAMES
 from support.combinations import each
 
+# 80 s on two cores; make test-triton runs them, and test-slow where torch has brought its Triton.
+pytestmark = pytest.mark.slow
+
 SHAPES = {
     "dense": ((64, 96), False),
     "dense, large": ((8192, 1024), False),
