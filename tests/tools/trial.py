@@ -37,6 +37,7 @@ class Mutant(NamedTuple):
 
     def take(self) -> None:
         """Replace the code of the changed functions in this process."""
+        gc.unfreeze()  # conftest.py has frozen what was loaded
         loaded = [one for one in gc.get_objects() if type(one) is FunctionType]
         for old, new in self.functions or ():
             own = [one for one in loaded if one.__code__ == old]
