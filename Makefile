@@ -24,7 +24,7 @@ KERNELS := tests/backends/triton
 # The tests to run, for example TESTS=tests/cli/test_command.py; by default all.
 TESTS ?=
 
-.PHONY: run test test-slow audit test-integrations test-pages test-triton test-driver coverage bench docs lint sanitize neon format clean
+.PHONY: run test test-slow audit test-integrations test-pages test-triton coverage bench docs lint sanitize neon format clean
 
 run: $(READY_RUN)
 	$(PY) -m batchnorm demo
@@ -64,10 +64,6 @@ test-triton: $(READY) $(TRITON)/ready
 		-n auto --maxprocesses 2 --dist worksteal \
 		tests/backends/test_contract.py tests/backends/test_accuracy_bounds.py; \
 	suite=$$?; wait $$kernels && exit $$suite
-
-# Checks that the tests' fake CUDA library has all functions that the pinned Triton's driver calls.
-test-driver: $(READY) $(TRITON)/ready
-	PYTHONPATH=$(TRITON) $(PY) -m pytest $(KERNELS)/test_driver.py
 
 $(TRITON)/ready: requirements/triton.txt | $(READY)
 	@echo "Installing Triton into $(TRITON): 0.2 GB to download, 0.7 GB on disk"

@@ -18,12 +18,17 @@ if INTERPRETED:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    """Exclude imported modules and collected tests from garbage collection: it takes 10 % of the time."""
+    """Exclude what exists after the collection of tests from garbage collection: saves 10 % of the time.
+
+    gc.get_referrers does not return frozen objects: of a model that a test file creates on import,
+    error messages name a layer by its class alone.
+    """
     gc.disable()
-    found = yield
-    gc.freeze()
-    gc.enable()
-    return found
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(config, items):
@@ -59,7 +64,9 @@ def _parameters(item):
 def _seeded():
     import torch
 
-    torch.default_generator.manual_seed(0)
+    # Without a GPU torch.manual_seed queues calls for one, which takes 2 ms.
+    seed = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+    seed(0)
 
 
 @pytest.fixture(autouse=True)

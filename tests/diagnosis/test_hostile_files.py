@@ -83,8 +83,8 @@ def test_ten_thousand_layers_are_judged_in_time(tmp_path):
     paths = [tmp_path / "layers.pt", tmp_path / "layers.safetensors"]
     start = time.process_time()
     torch.load(paths[0], weights_only=True)
-    # torch.load takes 0.1 ms per tensor, half of the time of an inspection.
-    limits = {".pt": 3 * (time.process_time() - start), ".safetensors": 10}
+    # An inspection takes about twice as long as torch.load alone, which takes 0.1 ms per tensor.
+    limits = {".pt": 4 * (time.process_time() - start), ".safetensors": 10}
     for path, result in zip(paths, hostile.judged(paths, small, seconds=60), strict=True):
         assert result["outcome"] == "read", result["message"]
         assert "10,000 batch norms; 5,000 errors" in result["message"]

@@ -21,7 +21,9 @@ def inputs(name, number, dtype):
     return [torch.randn(4, 3, size, size, dtype=dtype) for _ in range(number)]
 
 
-@pytest.mark.parametrize("convert", lanes([False, True], fast=[False], slow=[True]))
+@pytest.mark.parametrize(
+    "convert", lanes([False, True], fast=[False], slow=[True]), ids=["as it is", "converted"]
+)
 @pytest.mark.parametrize("name", lanes(BUILDERS, fast=QUICK, slow=SLOW))
 def test_steps_in_float64_equal_eager(name, convert):
     torch.manual_seed(0)

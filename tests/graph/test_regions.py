@@ -128,7 +128,9 @@ def test_model_that_dynamo_does_not_capture_runs_as_in_eager_mode():
     assert bn.fused(other)["block.1"].state in ("unseen", "fused")
 
 
-@pytest.mark.parametrize("back", lanes([False, True], fast=[False], slow=[True]))
+@pytest.mark.parametrize(
+    "back", lanes([False, True], fast=[False], slow=[True]), ids=["converted", "and undone"]
+)
 def test_a_model_that_is_converted_after_compiling_equals_eager(back):
     plain = Checkpointed(reentrant=None)
     other = compiled(plain)

@@ -307,7 +307,7 @@ for path in json.load(sys.stdin):
 
 
 def judged(paths, good, room=512 << 20, seconds=10):
-    """Judge each file in a child process with bounds: CPU seconds, and more bytes of address space."""
+    """Judge each file in a child process with ``seconds`` of CPU time and ``room`` more bytes of address space."""
     places = {**os.environ, "PYTHONPATH": os.pathsep.join((SOURCE, str(Path(__file__).parents[1])))}
     command = [sys.executable, "-c", CHILD, str(good), room, seconds]
     with processes.started(command, stdin=-1, env=places) as child:

@@ -20,7 +20,7 @@ def across_ranks(
     Rank ``lost`` ends without a result: its entry is None.
     """
     # A fork server imports torch, Dynamo (which calibrate uses) and this package once; starting a rank is
-    # then only a fork.
+    # then only a fork. So Dynamo is always loaded in ranks.
     torch.multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", "batchnorm"])
     with tempfile.TemporaryDirectory() as folder:
         context = torch.multiprocessing.start_processes(

@@ -123,8 +123,8 @@ IN_USE = {
     "compiled": changed(lambda model: torch.compile(model, backend="eager")),
     "compiled in place": changed(compiled_in_place),
     "traced": lambda model, data: torch.jit.trace(model, data, check_trace=False, strict=False),
-    "exported": lambda model, data: torch.export.export(model, (data,)),
     "batchnorm backend": changed(lambda model: torch.compile(model, backend="batchnorm")),
+    "exported": lambda model, data: torch.export.export(model, (data,)),
 }
 
 
