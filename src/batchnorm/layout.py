@@ -15,8 +15,8 @@ from batchnorm.errors import ChannelError, DeviceError, DtypeError, LayoutError,
 TOO_FEW_VALUES = """\
 Expected more than 1 value per channel when training, got input size {shape} (channel axis \
 {axis}), where 1 value per channel counts: its variance is 0 and the output would be the bias alone.
-Drop the last incomplete batch (DataLoader(..., drop_last=True)), use a larger batch, or call \
-.eval() to normalize with the stored statistics."""
+Drop the last incomplete batch (DataLoader(..., drop_last=True)), use a larger batch, create the \
+layer with on_single_value="stored", or call .eval() to normalize with the stored statistics."""
 
 
 def channel_axis(ndim: int, axis: int) -> int:

@@ -14,7 +14,7 @@ from batchnorm.nn.common import Attributes
 from batchnorm.ops.activations import IDENTITY
 
 SCRIPTED = """\
-torch.jit.script would compile {layer} as torch.nn's layer, which computes something else: \
+torch.jit.script cannot compile {layer}, because it compiles torch.nn's layer in its place: \
 {reason}. torch.jit.trace in eval mode, torch.export and torch.compile take the model as it is; \
 nothing was changed."""
 
@@ -65,7 +65,7 @@ def _beyond_torch(layer: Attributes) -> str | None:
     if layer.activation != IDENTITY:
         return (
             f"it has activation={str(layer.activation)!r}; build the layer without activation= and "
-            "put the torch.nn module behind it"
+            "put the torch.nn module after it"
         )
     if layer.statistics.plan != "batch":
         return f"it has statistics={layer.statistics}; build the layer without statistics="

@@ -2,9 +2,9 @@
 
 By default the first backend that serves the call is used. A backend named by ``use_backend`` raises
 if it cannot serve a call. ``bn.env()`` shows the list, with the reasons why a backend is not
-available. On devices for which this library has no kernels, ordinary calls need no backend:
-``torch_norm`` computes them (``is_torchs``). This includes the CPU if the native module is missing;
-a warning at import says so.
+available. On devices for which no kernels of this library are selected by default, ordinary calls
+need no backend: ``torch_norm`` computes them (``is_torchs``). This includes the CPU if the native
+module is missing; a warning at import says so.
 """
 
 import contextlib

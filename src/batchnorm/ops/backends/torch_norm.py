@@ -1,8 +1,9 @@
 """Normalization by ``torch.batch_norm`` under ordinary autograd, as ``torch.nn`` computes it.
 
-This serves eager calls on devices for which this library has no kernels: CPUs without the native
-module, CUDA, and others. Speed, saved tensors and higher derivatives are those of
-``torch.nn.BatchNorm2d`` followed by an in-place addition and activation. There are two differences:
+This serves eager calls for which no kernels of this library are selected by default: on CPUs
+without the native module, on CUDA, and on other devices. Speed, saved tensors and higher
+derivatives are those of ``torch.nn.BatchNorm2d`` followed by an in-place addition and activation.
+There are two differences:
 inputs with the channels on another axis than 1 are viewed as (outer, C, inner), and per-channel
 tensors are cast to the compute dtype, the only dtype that torch accepts on all devices.
 
