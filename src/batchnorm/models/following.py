@@ -19,9 +19,9 @@ from batchnorm.compat import operators
 from batchnorm.compat.modes import is_dynamo_loaded
 from batchnorm.errors import SurgeryError
 from batchnorm.models.flow import WATCHED, Flow
+from batchnorm.models.flow_builder import Args, FlowBuilder, Kwargs, Operator
 from batchnorm.models.inputs import Forward, replaced_forward
 from batchnorm.models.preserve import attributes_kept, preserved
-from batchnorm.models.record import Args, Kwargs, Operator, Record
 from batchnorm.models.trees import tensors_in, tensors_within
 from batchnorm.models.walk import unwrapped, walk
 
@@ -69,14 +69,14 @@ def flow(model: nn.Module, /, *args: object, **kwargs: object) -> Flow:
     # If Dynamo is not loaded, no model is compiled, and set_stance would import it.
     eager = is_dynamo_loaded()
     stance = torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext()
-    record = Record()
+    builder = FlowBuilder()
     try:
         with preserved(model), attributes_kept(model), stance:
-            return _follow(record, model, lambda: model(*args, **kwargs), (args, kwargs))
+            return _follow(builder, model, lambda: model(*args, **kwargs), (args, kwargs))
     except SurgeryError:
         raise
     except Exception as error:
-        name = record.failed
+        name = builder.failed
         layer = f"{name} ({type(model.get_submodule(name)).__name__})" if name else "the model"
         message = RAISED.format(layer=layer, kind=type(error).__name__, error=error)
         raise SurgeryError(message) from error
@@ -93,13 +93,15 @@ def follow(model: nn.Module, run: Callable[[], object], given: object = ()) -> F
     Raises:
         Exception: Any exception of the model.
     """
-    return _follow(Record(), model, run, given)
+    return _follow(FlowBuilder(), model, run, given)
 
 
-def _follow(record: Record, model: nn.Module, run: Callable[[], object], given: object) -> Flow:
-    record.register("parameter", model.named_parameters(remove_duplicate=False))
-    record.register("buffer", model.named_buffers(remove_duplicate=False))
-    inputs = [record.value(tensor, "input") for tensor in tensors_within(given)]
+def _follow(
+    builder: FlowBuilder, model: nn.Module, run: Callable[[], object], given: object
+) -> Flow:
+    builder.register("parameter", model.named_parameters(remove_duplicate=False))
+    builder.register("buffer", model.named_buffers(remove_duplicate=False))
+    inputs = [builder.value(tensor, "input") for tensor in tensors_within(given)]
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -109,69 +111,69 @@ def _follow(record: Record, model: nn.Module, run: Callable[[], object], given: 
     for module, (first, *_) in names.items():
         if isinstance(module, torch.jit.ScriptModule):
             if module not in scripted:
-                record.unseen[f"calls of modules in the scripted module {first!r}"] = None
+                builder.unseen[f"calls of modules in the scripted module {first!r}"] = None
             scripted.update(module.modules())
         else:
             leaf = first in normalizations or not any(True for _ in module.children())
-            pairs.append((module, functools.partial(record.call, first, leaf, module.forward)))
-    with replaced_forward(pairs), _Functions(record), _Operators(record):
+            pairs.append((module, functools.partial(builder.call, first, leaf, module.forward)))
+    with replaced_forward(pairs), _Functions(builder), _Operators(builder):
         result = run()
-    outputs = [record.value(tensor) for tensor in tensors_within(result)]
+    outputs = [builder.value(tensor) for tensor in tensors_within(result)]
     del result
     return Flow(
-        tuple(record.values),
-        tuple(record.calls),
+        tuple(builder.values),
+        tuple(builder.calls),
         tuple(inputs),
         tuple(outputs),
-        record.kept(),
-        tuple(record.reads),
-        tuple(record.unseen),
+        builder.kept(),
+        tuple(builder.reads),
+        tuple(builder.unseen),
         {name: first for first, *rest in names.values() for name in (first, *rest)},
-        record.parameters,
+        builder.parameters,
         normalizations,
     )
 
 
 class _Operators(operators.DispatchMode):
-    """Passes operators to the recorder."""
+    """Passes operators to the builder."""
 
     # ``torch.cond`` and the like are recorded as one operator that reads its inputs.
     supports_higher_order_operators = True
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, builder: FlowBuilder) -> None:
         super().__init__()
-        self._record = record
+        self._builder = builder
 
     def __torch_dispatch__(
         self, func: Operator, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         kwargs = kwargs or {}
-        if self._record.is_aside:
+        if self._builder.is_aside:
             return func(*args, **kwargs)
-        return self._record.operate(func, args, kwargs)
+        return self._builder.operate(func, args, kwargs)
 
 
 class _Functions(TorchFunctionMode):
-    """Passes the outermost calls of torch's Python API to the recorder."""
+    """Passes the outermost calls of torch's Python API to the builder."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, builder: FlowBuilder) -> None:
         super().__init__()
-        self._record = record
+        self._builder = builder
 
     def __torch_function__(
         self, func: Operator, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
-        kwargs, record = kwargs or {}, self._record
-        if record.is_aside:
+        kwargs, builder = kwargs or {}, self._builder
+        if builder.is_aside:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name in _PRINTING:
-            with record.aside():
+            with builder.aside():
                 return func(*args, **kwargs)
         if name in _READING:
-            record.read(name, map(record.value, tensors_in(args)))
-        before, record.api = record.api, record.api or name
+            builder.read(name, map(builder.value, tensors_in(args)))
+        before, builder.api = builder.api, builder.api or name
         try:
             return func(*args, **kwargs)
         finally:
-            record.api = before
+            builder.api = before

@@ -1,4 +1,4 @@
-"""The record of a running pass, written by ``following``: numbered calls, tensors and reads."""
+"""Collects what a running pass does, for ``following``: numbered calls, tensors and reads."""
 
 import contextlib
 import dataclasses
@@ -24,8 +24,8 @@ Args = tuple[object, ...]
 Kwargs = Mapping[str, object]
 
 
-class Record:
-    """The record of a pass while it runs."""
+class FlowBuilder:
+    """Collects the calls, tensors and reads of a running pass, from which a ``Flow`` is built."""
 
     def __init__(self) -> None:
         self.values: list[Value] = []
@@ -34,7 +34,7 @@ class Record:
         self.unseen: dict[str, None] = {}
         self.parameters: dict[str, int] = {}
         self.api = ""
-        # True while the recorder reads a tensor or a tensor is printed: calls are not recorded.
+        # True while this object reads a tensor or a tensor is printed: calls are not recorded.
         self.is_aside = False
         # The innermost module whose forward raised an error.
         self.failed = ""
