@@ -33,7 +33,7 @@ def faults(rows: Rows) -> str:
         str(sum(len(row["false"].split()) for row in everything if row["false"] != "–")), "",
         f"{sum(_says(row) for row in everything)} of {len(everything)}",
     ]  # fmt: skip
-    head = ["rule", "fault", "found", "missed", "false alarms", "mended by `--fix`", "torch-audit"]  # fmt: skip  # noqa: E501
+    head = ["rule", "fault", "found", "missed", "false alarms", "repaired by `--fix`", "torch-audit"]  # fmt: skip  # noqa: E501
     return f"{around(everything)}\n\n{markdown(head, 2, [*lines, total])}"
 
 

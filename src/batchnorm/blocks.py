@@ -1,9 +1,9 @@
 """Moments of large tensors in float64 with bounded memory: computed block by block, then merged.
 
 A tensor is viewed as (outer, C, inner) and divided into blocks that fit into the cache as float64;
-the Moments of the blocks are merged pairwise. The bits do not depend on the number of threads: nor
-does the order of sums in the native kernel, and without that kernel the blocks are so small that
-PyTorch sums each of them on one thread.
+the Moments of the blocks are merged pairwise. The result has the same bits for any number of
+threads: the native kernel adds in a fixed order; without it each block is small enough that PyTorch
+reduces it on one thread.
 """
 
 from collections.abc import Callable

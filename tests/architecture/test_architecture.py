@@ -53,7 +53,7 @@ def room_of(path):
 
 @functools.cache
 def parsed(path):
-    """The statements of a file, outermost first: of expressions no test here asks."""
+    """The statements of a file, outermost first; expressions are skipped: no test reads them."""
     found = [ast.parse(path.read_text())]
     for node in found:  # which grows meanwhile
         parts = ast.iter_child_nodes(node)

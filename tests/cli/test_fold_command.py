@@ -50,7 +50,7 @@ def test_fold_writes_a_folded_checkpoint_and_prints_the_proof(folder):
     torch.save({"state_dict": {f"module.{n}": t for n, t in model.state_dict().items()}}, "in.pt")
     done = folded("--example", "folded_net:example", "--checkpoint", "in.pt")
     assert done.exit_code == 0, done.stderr
-    assert "1 batch normalizations folded, 1 left" in done.stdout
+    assert "1 batch normalization folded, 1 left" in done.stdout
     assert "5: left: relu does not commute" in done.stdout
     assert "proved for the path of this example" in done.stdout
     state = torch.load("folded.pt")

@@ -113,7 +113,7 @@ def test_json_has_what_the_page_says(files):
     }
     assert [layer["name"] for layer in wrong["layers"]] == ["2", "5"]
     assert wrong["layers"][0]["statistics"]["negative"] == 1
-    assert wrong["not_checked"]["BN403"].startswith("no ONNX")
+    assert wrong["not_checked"]["BN403"].startswith("only ONNX files")
     assert note["findings"][0]["rule"] == "BN304"
     assert json.loads(bn.inspect("wrong.pt").to_json()) == wrong
 

@@ -37,7 +37,7 @@ INTERRUPTED = 130
 Data = Annotated[str, typer.Option(help="Batches, or a function that returns them.", metavar=THING)]
 Maker = Annotated[
     str | None,
-    typer.Option(help="Optimizer, or a function of the model that makes it.", metavar=THING),
+    typer.Option(help="An optimizer, or a function of the model that returns one.", metavar=THING),
 ]
 Forward = Annotated[str | None, typer.Option(help="forward(model, batch).", metavar=THING)]
 Loss = Annotated[str | None, typer.Option(help="loss(output, batch), for --steps.", metavar=THING)]
@@ -47,7 +47,7 @@ Graphs = Annotated[
 ]
 Fix = Annotated[
     bool,
-    typer.Option("--fix", help="Mend what a checkpoint can carry, and write one to --out."),
+    typer.Option("--fix", help="Repair the statistics and write the repaired checkpoint to --out."),
 ]
 
 

@@ -1,4 +1,4 @@
-"""The paired modules of two models: their parameters, statistics and options, and surgery's log."""
+"""The paired modules of two models: their parameters, statistics and options, and edits."""
 
 import math
 from collections import defaultdict

@@ -9,8 +9,8 @@ from batchnorm.report.model import WHOLE, Cell, Finding, Report, Section, Table,
 from batchnorm.report.terminal import to_text
 
 NOTE = (
-    "difference: the largest of float64 copies of both, over the scale; scale: the largest value "
-    "of a; allowed: 16 ulp of the parameters' dtype × amplification."
+    "difference: largest |y_b − y_a| in float64, divided by the scale; scale: largest |y_a|; "
+    "allowed: 16 ulp of the parameters' dtype × amplification."
 )
 MOST = 12
 
@@ -113,7 +113,7 @@ class Same:
         if findings:
             sections.append(Section("Differences", findings))
         if self.notes:
-            sections.append(Section("Told", tuple(map(Text, self.notes))))
+            sections.append(Section("Notes", tuple(map(Text, self.notes))))
         if self.layers:
             sections.append(Section("Layers", (self._table(self.layers),)))
         return Report("Comparison", (self._words(),), tuple(sections))

@@ -177,7 +177,7 @@ def _padded(batch: Any) -> tuple[Any, Tensor, int]:
         if "mask" in str(name) and isinstance(value, Tensor) and value.ndim == 2
     ]
     if not masks:
-        raise _CannotError("the batch has no mask of shape (N, L) by name")
+        raise _CannotError("the batch has no tensor of shape (N, L) whose name contains 'mask'")
     mask = masks[0]
     size, length = mask.shape
     added = max(1, length // 4)

@@ -11,21 +11,23 @@ REASONS = {
     "no averaged copy (ema, teacher, swa, ...) beside a layer": (
         "没有与各层对应的平均副本（ema、teacher、swa 等）"
     ),
-    "no ONNX model; a state dict does not say it": "不是 ONNX 模型；state dict 中没有这一信息",
+    "only ONNX files contain training_mode": "只有 ONNX 文件含有 training_mode",
     "no batch went through the model": "没有任何批次通过模型",
     "fewer than two batches: no standard errors": "不足两个批次，没有标准误差",
     "fewer than four batches of several samples": "含多个样本的批次不足四个",
     "no optimizer was given": "没有给出优化器",
     "no training steps were made": "没有做训练步",
     "a single process, or group= was not given": "只有一个进程，或没有给出 group=",
-    "the data are no DataLoader with a length": "数据不是有长度的 DataLoader",
+    "data is not a DataLoader with __len__": "数据不是带 __len__ 的 DataLoader",
     "the model was given in eval mode": "给出的模型处于评估模式",
     "the model could not be run in eval mode": "模型无法在评估模式下运行",
     "no pass in training mode could be made": "无法在训练模式下运行",
     "no pass in eval mode could be made": "无法在评估模式下运行",
     "the flow of data could not be recorded": "无法记录数据流",
     "the model returns no floating tensor": "模型没有返回浮点张量",
-    "the batch has no mask of shape (N, L) by name": "批次中没有名字含 mask、形状为 (N, L) 的张量",
+    "the batch has no tensor of shape (N, L) whose name contains 'mask'": (
+        "批次中没有名字含 mask、形状为 (N, L) 的张量"
+    ),
     "the batch cannot be divided into samples": "批次不能拆成样本",
     "outputs are not one for each sample": "输出与样本不是一一对应",
     "forward= calls the model in its own way": "forward= 以自己的方式调用模型",
@@ -70,6 +72,7 @@ MESSAGES = {
     "trained: no training step went through it.": (
         "统计量、γ 和 β 都与新建的层相同，而另外 {others} 层经过训练：训练没有经过该层。"
     ),
+    "The only batch norm is as in a new model.": "唯一的批归一化层与新建模型中的相同。",
     "All {layers} batch norms are as in a new model.": (
         "全部 {layers} 个批归一化层都与新建模型中的相同。"
     ),
@@ -150,7 +153,7 @@ MESSAGES = {
         "该层是 {kind}，ε 为 {eps:g}，momentum 为 {momentum}；另外 {count} 层是 {other}，"
         "相应为 {their_eps:g} 和 {their_momentum}。"
     ),
-    "With {activation} behind it the stored statistics of {follower} fit, and without they do "
+    "With {activation} after it the stored statistics of {follower} fit, and without they do "
     "not.": "在它后面加上 {activation}，{follower} 存储的统计量就符合输入；不加则不符。",
     # BN7
     "γ and β have requires_grad=False, but a pass in training mode moved its statistics.": (
@@ -223,7 +226,7 @@ PAGE = {
     "Layers": "各层",
     "Layers by their effect on the output": "各层按对输出的影响排序",
     "Channels": "通道",
-    "What was not seen": "没有检查到的",
+    "Not checked": "未检查",
     "What enters each layer": "各层的输入",
     "Values that enter a layer, of all channels, normalized by the stored statistics: where these "
     "fit, the mean is 0 and the deviation 1. Bars: mean ± deviation, by the stored statistics and "
@@ -276,16 +279,15 @@ PAGE = {
     "effect: how far the output moves, in its deviations, when this layer alone gets the true "
     "statistics. distance: how far normalized values are off, in deviations; errors: the same in "
     "standard errors. gap: difference of the layer's output between training and eval. "
-    "independent: what the values of a batch amount to.": (
+    "independent: effective number of independent values in a batch.": (
         "影响：只给这一层换上真实统计量时，模型输出改变多少个标准差。"
         "距离：归一化后的值偏离多少个标准差；标准误差数：同样的偏离以标准误差为单位。"
         "训练与评估之差：该层的输出在两种模式下的差别。"
-        "独立值数：一个批次的值相当于多少个独立值。"
+        "独立值数：一个批次中独立值的有效个数。"
     ),
-    "Seen: what the tensors alone say. Whether the statistics fit the data is seen with data only: "
-    "bn.calibrate(model, data) tells how far they are off.": (
-        "这里只看张量本身。统计量是否符合数据，只有用数据才能知道："
-        "bn.calibrate(model, data) 会给出它们的偏差。"
+    "Only the tensors were read. Use bn.calibrate or bn.diagnose with data to check whether the "
+    "statistics fit the data.": (
+        "只读取了张量。要检查统计量是否符合数据，请用 bn.calibrate 或 bn.diagnose 并给出数据。"
     ),
 }
 _RULES = {rule.title: TITLES[rule.id] for rule in ALL} | {

@@ -83,7 +83,9 @@ def _all_at_start(evidence: Evidence) -> Iterator[Found]:
     if quiet and len(quiet) == len(evidence.layers):
         yield Found(
             "",
-            say("All {layers} batch norms are as in a new model.", layers=len(quiet)),
+            say("All {layers} batch norms are as in a new model.", layers=len(quiet))
+            if len(quiet) > 1
+            else say("The only batch norm is as in a new model."),
             {"layers": len(quiet)},
         )
 

@@ -110,7 +110,7 @@ def _lost(layer: LayerUse) -> Judged:
         return None
     return (
         say(
-            "With {activation} behind it the stored statistics of {follower} fit, and without they "
+            "With {activation} after it the stored statistics of {follower} fit, and without they "
             "do not.",
             activation=wiring.lost,
             follower=wiring.follower,
@@ -177,7 +177,7 @@ MODEL: tuple[UseRule, ...] = (
         "Dropout increases the variance in training but not in eval, so the stored variance is "
         'too large for eval (Li et al. 2018, "Understanding the Disharmony between Dropout and '
         'Batch Normalization by Variance Shift").',
-        "Move the dropout behind the last batch norm; or calibrate, which measures without "
+        "Move the dropout after the last batch norm; or calibrate, which measures without "
         "dropout: bn.calibrate(model, data).",
         each(_dropout),
         _no_flow,

@@ -110,7 +110,7 @@ def _normalizes_by_batch(layer: Layer) -> Judged:
 
 
 def _no_graph(evidence: Evidence) -> str:
-    return "" if evidence.graph else say("no ONNX model; a state dict does not say it")
+    return "" if evidence.graph else say("only ONNX files contain training_mode")
 
 
 SCALE: tuple[LayerRule, ...] = (

@@ -120,7 +120,7 @@ def _no_loader(use: Use) -> str:
     return (
         ""
         if use.leftover is not None or use.refused
-        else say("the data are no DataLoader with a length")
+        else say("data is not a DataLoader with __len__")
     )
 
 

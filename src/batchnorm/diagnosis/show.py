@@ -44,7 +44,7 @@ _MEASURED_NOTE = (
     "effect: how far the output moves, in its deviations, when this layer alone gets the true "
     "statistics. distance: how far normalized values are off, in deviations; errors: the same in "
     "standard errors. gap: difference of the layer's output between training and eval. "
-    "independent: what the values of a batch amount to."
+    "independent: effective number of independent values in a batch."
 )
 _COUNTED: dict[Severity, tuple[str, str]] = {
     "error": ("{count:,} error", "{count:,} errors"),
@@ -52,8 +52,8 @@ _COUNTED: dict[Severity, tuple[str, str]] = {
     "info": ("{count:,} info", "{count:,} info"),
 }
 _LIMITS = (
-    "Seen: what the tensors alone say. Whether the statistics fit the data is seen with data only: "
-    "bn.calibrate(model, data) tells how far they are off."
+    "Only the tensors were read. Use bn.calibrate or bn.diagnose with data to check whether the "
+    "statistics fit the data."
 )
 
 
@@ -75,7 +75,7 @@ def report_of(
         sections.append(Section("Layers by their effect on the output", (_ranked(measured, most),)))
     words = tuple(Text(text) for text in (*left_out, *(() if measured else (_LIMITS,))))
     if words:
-        sections.append(Section("What was not seen", words))
+        sections.append(Section("Not checked", words))
     return Report(printable(subject), (summary(layers, findings),), tuple(sections))
 
 

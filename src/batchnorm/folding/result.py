@@ -44,7 +44,8 @@ class Report:
         return PATHS[min(self.examples, 2)]
 
     def __str__(self) -> str:
-        lines = [f"{len(self.folded)} batch normalizations folded, {len(self.left)} left"]
+        kind = "batch normalization" if len(self.folded) == 1 else "batch normalizations"
+        lines = [f"{len(self.folded)} {kind} folded, {len(self.left)} left"]
         lines += [f"  {name or '(the model)'}: left: {why}" for name, why in self.left.items()]
         if self.folded:
             single = f"single folds within {self.worst:.2g} of 16 units in the last place"

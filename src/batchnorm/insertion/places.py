@@ -35,11 +35,11 @@ bn.insert cannot insert a batch normalization after {name!r} ({kind}), which the
 filter=lambda name, module: ... leaves layers out"""
 
 FEW = """\
-bn.insert expected examples with 2 values per channel or more behind {name!r}, got {count}; pass \
+bn.insert expected examples with 2 values per channel or more after {name!r}, got {count}; pass \
 a larger batch, or a list of batches. Nothing was changed"""
 
 INFINITE = """\
-bn.insert expected finite values behind {name!r}, got NaN or infinite ones. Nothing was changed"""
+bn.insert expected finite values after {name!r}, got NaN or infinite ones. Nothing was changed"""
 
 ELSEWHERE = "its output is also read by {who}"
 RETURNED = "its output is returned, or kept by the model"

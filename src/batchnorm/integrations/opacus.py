@@ -64,7 +64,7 @@ def register(*subclasses: type[Layer]) -> None:
 
 def _fix(layer: Any, **options: Any) -> nn.Module:
     if layer.activation != IDENTITY:
-        _refuse(layer, "activation", "build it without activation= and put the module behind it")
+        _refuse(layer, "activation", "build it without activation= and put the module after it")
     if list(layer.children()):
         _refuse(layer, "drop layer and activation", "call bn.undo(model) first")
     if layer.axis != 1:

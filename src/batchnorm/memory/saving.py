@@ -54,7 +54,8 @@ class Saved:
     def __str__(self) -> str:
         share = f" ({100 * self.kept / self.without:.0f} %)" if self.without else ""
         note = NOTHING if self.without and self.kept > 0.95 * self.without else ""
-        return f"kept {_megabytes(self.kept)} of {_megabytes(self.without)}{share}{note}"
+        kept, without = _megabytes(self.kept), _megabytes(self.without)
+        return f"saved for backward: {kept} instead of {without}{share}{note}"
 
     def _count(self, tensor: Tensor, which: int) -> int:
         storage = tensor.untyped_storage()

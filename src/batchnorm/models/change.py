@@ -1,4 +1,4 @@
-"""The values in a module's undo record: ``Edit`` (log line), ``Change`` (undo), ``Record``.
+"""The values in a module's undo record: ``Edit`` (its line), ``Change`` (undo), ``Record``.
 
 A record is the only attribute that surgery adds to modules (``_batchnorm_edits`` in ``__dict__``).
 It is stored in the edited module, so copies, pickles and other models that contain the module have
@@ -118,7 +118,7 @@ class Entry(NamedTuple):
 
     Attributes:
         when: Order of all edits: nanoseconds since 1970, or more if the clock was set back.
-        edit: The log line, with names relative to the owner of the record.
+        edit: The line of ``bn.edits``, with names relative to the owner of the record.
         change: How to undo it; None if nothing was changed.
     """
 

@@ -20,7 +20,9 @@ from batchnorm.models.change import (
 )
 from batchnorm.models.stack import Placed, first_on_top, stack, take_back
 
-UNKNOWN = "expected a verb with edits in the model ({known}), got {verb!r}; bn.edits(model) has all"
+UNKNOWN = """\
+expected one of the verbs with edits in the model ({known}), got {verb!r}; \
+bn.edits(model) lists all edits"""
 
 STANDS = """\
 bn.undo(model, {verb!r}) cannot undo an edit of a module that a later edit has changed too:
@@ -65,11 +67,11 @@ class Edits(tuple[Edit, ...]):  # noqa: SLOT001 (a tuple with an attribute has a
 
 
 def edits(model: nn.Module) -> Edits:
-    """Return the log of changes to a model, and of modules left unchanged with the reasons.
+    """Return the record of edits of a model, with unchanged modules and the reasons.
 
     Args:
-        model: A model, or a part of it. Modules that a verb left unchanged are logged in the model
-            that was passed to the verb.
+        model: A model, or a part of it. Modules that a verb left unchanged are recorded in the
+            model that was passed to the verb.
 
     Returns:
         The edits that have not been undone, with current names; several conversions of one layer
@@ -116,7 +118,7 @@ def undo(model: Model, verb: str | None = None, *, force: bool = False) -> Model
     wanted = [one for one in placed if verb in (None, one.edit.verb)]
     if verb is not None and not wanted:
         known = sorted({one.edit.verb for one in placed})
-        raise OptionError(UNKNOWN.format(known=", ".join(known) or "it has none", verb=verb))
+        raise OptionError(UNKNOWN.format(known=", ".join(known) or "none", verb=verb))
     others = [one for one in placed if verb not in (None, one.edit.verb)]
     for one in wanted:
         later = first_on_top(one, others)
@@ -144,7 +146,7 @@ def undo(model: Model, verb: str | None = None, *, force: bool = False) -> Model
 def forget(model: Model) -> Model:
     """Drop the tensors that ``bn.undo`` keeps: ``bn.edits(model).kept`` bytes.
 
-    The log stays. Edits that need no tensors can still be undone, for example those of
+    The record of edits stays. Edits that need no tensors can still be undone, for example those of
     ``bn.convert``; for all others ``bn.undo`` raises from now on.
 
     Args:
@@ -166,8 +168,8 @@ def forget(model: Model) -> Model:
 def keep_undo() -> Iterator[None]:
     """Include the tensors that ``bn.undo`` keeps in pickles of models, in a ``with`` block.
 
-    Otherwise a pickle of a model has the log, and only edits that need no tensors can be undone,
-    such as those of ``bn.convert``. Copies (``copy.deepcopy``) are always complete.
+    Otherwise a pickle of a model has the record of edits, and only edits that need no tensors can
+    be undone, such as those of ``bn.convert``. Copies (``copy.deepcopy``) are always complete.
 
         with bn.keep_undo():
             torch.save(model, path)

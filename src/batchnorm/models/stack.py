@@ -18,7 +18,7 @@ class Done(NamedTuple):
     """The edit of one or several modules by a verb, as an argument of ``record``.
 
     Attributes:
-        edit: The entry of the log, with names relative to the model.
+        edit: The entry of the record, with names relative to the model.
         change: How to undo it; None if nothing was changed.
         owner: The name of the module that stores the record: the smallest module that contains all
             changed modules.

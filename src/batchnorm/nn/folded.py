@@ -1,4 +1,4 @@
-"""Convolutions and linear layers that compute the frozen normalization behind them.
+"""Convolutions and linear layers that compute the frozen normalization after them.
 
 In the first training pass, ``bn.freeze(model, folded=True)`` finds convolutions and linear layers
 whose output is used by one frozen normalization only, and sets their ``__class__`` to a class of
@@ -60,13 +60,13 @@ _waiting = _Waiting()
 
 
 class Folding(nn.Module):
-    """Mixin of a layer that computes the normalization behind it."""
+    """Mixin of a layer that computes the normalization after it."""
 
     weight: Tensor
     bias: Tensor | None
 
     def forward(self, input: Tensor, *more: object) -> Tensor:
-        """Return the layer's output, normalized if the frozen layer behind it is in training."""
+        """Return the layer's output, normalized if the frozen layer after it is in training."""
         if isinstance(input, fx.Proxy):
             return foreign.call_module(self, input)
         (norm,) = vars(self)[BEHIND]
@@ -81,31 +81,31 @@ class Folding(nn.Module):
 
 
 class FoldingConv1d(Folding, nn.Conv1d):
-    """A ``torch.nn.Conv1d`` that computes the normalization behind it."""
+    """A ``torch.nn.Conv1d`` that computes the normalization after it."""
 
 
 class FoldingConv2d(Folding, nn.Conv2d):
-    """A ``torch.nn.Conv2d`` that computes the normalization behind it."""
+    """A ``torch.nn.Conv2d`` that computes the normalization after it."""
 
 
 class FoldingConv3d(Folding, nn.Conv3d):
-    """A ``torch.nn.Conv3d`` that computes the normalization behind it."""
+    """A ``torch.nn.Conv3d`` that computes the normalization after it."""
 
 
 class FoldingConvTranspose1d(Folding, nn.ConvTranspose1d):
-    """A ``torch.nn.ConvTranspose1d`` that computes the normalization behind it."""
+    """A ``torch.nn.ConvTranspose1d`` that computes the normalization after it."""
 
 
 class FoldingConvTranspose2d(Folding, nn.ConvTranspose2d):
-    """A ``torch.nn.ConvTranspose2d`` that computes the normalization behind it."""
+    """A ``torch.nn.ConvTranspose2d`` that computes the normalization after it."""
 
 
 class FoldingConvTranspose3d(Folding, nn.ConvTranspose3d):
-    """A ``torch.nn.ConvTranspose3d`` that computes the normalization behind it."""
+    """A ``torch.nn.ConvTranspose3d`` that computes the normalization after it."""
 
 
 class FoldingLinear(Folding, nn.Linear):  # type: ignore[misc]
-    """A ``torch.nn.Linear`` that computes the normalization behind it."""
+    """A ``torch.nn.Linear`` that computes the normalization after it."""
 
 
 _TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -206,7 +206,7 @@ def _hand_over(layer: nn.Module, norm: nn.Module, y: Tensor) -> None:
 
 
 def _is_common(layer: Folding, norm: Attributes, x: Tensor) -> bool:
-    """Return whether the layer must compute the normalization behind it in this call."""
+    """Return whether the layer must compute the normalization after it in this call."""
     frozen = norm.frozen
     if frozen is None or not (frozen.folded and norm.training and is_calm()):
         return False

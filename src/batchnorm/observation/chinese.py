@@ -2,12 +2,15 @@
 
 CHINESE = {
     "{kind}, observed while it trained": "{kind}：训练过程的观察",
-    "{steps:,} training steps, {sampled:,} of them sampled, the last one at step {last:,}; "
-    "{layers:,} layers": (
-        "{steps:,} 个训练步，采样 {sampled:,} 步，最后一次在第 {last:,} 步；{layers:,} 层"
+    "{steps}, {sampled:,} sampled, the last one at step {last:,}; {layers}": (
+        "{steps}，采样 {sampled:,} 步，最后一次在第 {last:,} 步；{layers}"
     ),
-    "{steps:,} training steps, in which no layer was called with an input to measure": (
-        "{steps:,} 个训练步，其中没有任何层得到可以测量的输入"
+    "{steps:,} training step": "{steps:,} 个训练步",
+    "{steps:,} training steps": "{steps:,} 个训练步",
+    "{layers:,} layer": "{layers:,} 层",
+    "{layers:,} layers": "{layers:,} 层",
+    "{steps}, in which no layer was called with an input to measure": (
+        "{steps}，其中没有任何层得到可以测量的输入"
     ),
     "No training step was seen. A step is a call of the observed model, in training mode and "
     "with gradients enabled; observe the module that is called, and torch.compile(model) "

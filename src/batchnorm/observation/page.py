@@ -51,12 +51,13 @@ def report_of(
     if not layers:
         return Report(title, (_nothing(steps),), ())
     summary = say(
-        "{steps:,} training steps, {sampled:,} of them sampled, the last one at step {last:,}; "
-        "{layers:,} layers",
-        steps=steps,
+        "{steps}, {sampled:,} sampled, the last one at step {last:,}; {layers}",
+        steps=_counted(steps),
         sampled=len(kept),
         last=kept[-1][0].step,
-        layers=len(layers),
+        layers=say(
+            "{layers:,} layer" if len(layers) == 1 else "{layers:,} layers", layers=len(layers)
+        ),
     )
     curves = {
         layer: [one for step in kept for one in step if one.layer == layer] for layer in layers
@@ -70,10 +71,15 @@ def report_of(
     return Report(title, (summary,), tuple(part for part in sections if part.blocks))
 
 
+def _counted(steps: int) -> str:
+    words = "{steps:,} training step" if steps == 1 else "{steps:,} training steps"
+    return say(words, steps=steps)
+
+
 def _nothing(steps: int) -> str:
     if steps:
-        words = "{steps:,} training steps, in which no layer was called with an input to measure"
-        return say(words, steps=steps)
+        words = "{steps}, in which no layer was called with an input to measure"
+        return say(words, steps=_counted(steps))
     return say(
         "No training step was seen. A step is a call of the observed model, in training mode and "
         "with gradients enabled; observe the module that is called, and torch.compile(model) "

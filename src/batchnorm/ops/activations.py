@@ -166,5 +166,5 @@ def _unknown(spec: object) -> str:
     return (
         f"expected an activation that can be fused ({', '.join(NAMES)}; leaky_relu and elu take "
         f"a slope, as in 'leaky_relu(0.2)') or its torch.nn module, got {spec!r}; "
-        "leave activation=None and put the module behind the layer"
+        "leave activation=None and put the module after the layer"
     )

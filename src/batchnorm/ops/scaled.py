@@ -1,4 +1,4 @@
-"""A convolution or linear map fused with the frozen normalization behind it, by scaled weights.
+"""A convolution or linear map fused with the frozen normalization after it, by scaled weights.
 
 With s = γ / sqrt(σ² + ε), the normalization of W ∗ x + b by stored statistics is
 

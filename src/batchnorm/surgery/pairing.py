@@ -1,4 +1,4 @@
-"""Finds, in the first training pass, layers that can compute the normalization behind them.
+"""Finds, in the first training pass, layers that can compute the normalization after them.
 
 ``bn.freeze(model, folded=True)`` has no example inputs. Therefore a forward pre-hook of the model
 records an additional pass on copies of the first training inputs (``models.following.flow``), and
@@ -25,7 +25,7 @@ from batchnorm.nn.base import Layer
 
 _VERB = "freeze"
 
-WAITS = "the first training pass shows which layers compute the normalization behind them"
+WAITS = "the first training pass shows which layers compute the normalization after them"
 
 FAILED = """\
 bn.freeze(folded=True) could not record a training pass of %s (%s). Frozen normalizations are \
@@ -201,7 +201,7 @@ def _is_read_about(seen: Flow, within: int | None) -> bool:
 
 
 def _unable(layer: Any, norm: Any, seen: Flow, name: str) -> Apart | None:
-    """Return why a layer cannot compute the normalization behind it; None if it can."""
+    """Return why a layer cannot compute the normalization after it; None if it can."""
     if isinstance(layer, folded.Folding):
         return None
     if type(layer) not in folded.FOLDING or "forward" in vars(layer):

@@ -44,7 +44,7 @@ def save_memory(model: Model | None = None, *, enabled: bool = True) -> Model | 
         with bn.save_memory() as saved:
             loss = criterion(model(x), y)
         loss.backward()
-        print(saved)                      # kept ... of ... MB, each storage once
+        print(saved)  # saved for backward: ... MB instead of ... MB, each storage once
 
     Args:
         model: Apply to all further forward passes of this model; None: return a context manager.
