@@ -39,9 +39,9 @@ def normalize_batch(call: Arguments) -> tuple[Tensor, Moments | None]:
     whole = call.selection.is_whole
     if not whole:
         call = call.per_group()
-    elif _is_added_behind(call):
+    elif _is_added_after(call):
         y, moments = normalize_batch(call._replace(residual=None, act=IDENTITY))
-        return _added_behind(y, call), moments
+        return _added_after(y, call), moments
     x, selection, rest = call.x, call.selection, (call.eps, call.axis)
     size = layout.values_per_channel(x.shape, call.axis)
     running = None
@@ -90,9 +90,9 @@ def normalize_by(call: Arguments, mean: Tensor, var: Tensor) -> Tensor:
         assert call.mean is not None
         assert call.var is not None
         mean, var = call.mean, call.var
-    elif _is_added_behind(call):
+    elif _is_added_after(call):
         z = normalize_by(call._replace(residual=None, act=IDENTITY), mean, var)
-        return _added_behind(z, call)
+        return _added_after(z, call)
     elif is_traced():
         return _aten(call, mean, var)
     x, epilogue, axis, selection = call.x, call.epilogue, call.axis, call.selection
@@ -114,7 +114,7 @@ def normalize_by(call: Arguments, mean: Tensor, var: Tensor) -> Tensor:
     return y
 
 
-def _is_added_behind(call: Arguments) -> bool:
+def _is_added_after(call: Arguments) -> bool:
     """Return whether only a broadcast or promoted residual keeps kernels from serving the call."""
     if torch.compiler.is_compiling():
         kernels = not is_transformed()
@@ -123,7 +123,7 @@ def _is_added_behind(call: Arguments) -> bool:
     return kernels and not call.same_residual
 
 
-def _added_behind(z: Tensor, call: Arguments) -> Tensor:
+def _added_after(z: Tensor, call: Arguments) -> Tensor:
     """Return act(z + residual), in place if z has the result's shape and dtype."""
     residual = call.residual
     assert residual is not None
