@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from batchnorm import layout
 from batchnorm import selection as selecting
-from batchnorm.compat.modes import is_calm, is_recorded
+from batchnorm.compat.modes import is_recorded, may_use_kernels
 from batchnorm.errors import OptionError
 from batchnorm.estimators.running import check_momentum, move
 from batchnorm.moments import Moments
@@ -200,7 +200,7 @@ def by_source(
     alone = sharing is None or sharing.merge is None
     if alone:
         layout.check_enough_values(call.x, call.axis)
-    if alone and not call.selection.is_whole and call.x.device.type == "cpu" and is_calm():
+    if alone and not call.selection.is_whole and call.x.device.type == "cpu" and may_use_kernels():
         selecting.check_enough(call.x, call.axis, call.selection)
     if sharing is None or sharing.is_own:
         return routes.normalize_batch(call)

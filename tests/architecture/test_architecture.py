@@ -31,7 +31,7 @@ LEVELS = [
     {"cli"},
 ]
 # Other packages import report/__init__; cli and benchmark import inside of functions to start quickly.
-FACES = {"batchnorm.report"}
+PACKAGES_IMPORTED_WHOLE = {"batchnorm.report"}
 LAZY = {"cli", "benchmark"}
 
 FILES = sorted(
@@ -98,7 +98,9 @@ def test_a_file_imports_lower_levels_or_siblings():
                 assert level(other) < level(own), f"{path} ({own}) imports {module}"
             target = SOURCE.joinpath(*module.split(".")[1:])
             if target.is_dir():
-                assert module in FACES, f"{path} imports the package {module}, not a file of it"
+                assert module in PACKAGES_IMPORTED_WHOLE, (
+                    f"{path} imports the package {module}, not a file of it"
+                )
             assert not lazy or own in LAZY, f"{path} imports {module} inside a function"
 
 

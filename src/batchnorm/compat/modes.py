@@ -38,7 +38,7 @@ from torch.compiler import is_compiling
 Result = TypeVar("Result")
 
 
-def is_calm() -> bool:
+def may_use_kernels() -> bool:
     """Return whether kernels may access memory: no graph, mode, transform or forward-mode AD."""
     # Every call of a layer runs this, so is_traced() is inlined.
     return (
@@ -55,7 +55,11 @@ def is_out_of_reach(dy: Tensor) -> bool:
 
     A mode is active, or dy is batched (``is_grads_batched``) or a zero tensor without storage.
     """
-    return not is_calm() or torch._C._functorch.is_legacy_batchedtensor(dy) or dy._is_zerotensor()
+    return (
+        not may_use_kernels()
+        or torch._C._functorch.is_legacy_batchedtensor(dy)
+        or dy._is_zerotensor()
+    )
 
 
 def is_traced() -> bool:

@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
 from batchnorm.compat.autograd import saved_tensor_hooks
-from batchnorm.compat.modes import is_calm, is_dynamo_loaded
+from batchnorm.compat.modes import is_dynamo_loaded, may_use_kernels
 from batchnorm.compat.tensors import base
 from batchnorm.errors import SurgeryError
 from batchnorm.memory.recipe import Kept, Recomputable, RecordingBackend, recipe_of
@@ -99,7 +99,7 @@ class SaveMemory:
             _is_ours(outer) or getattr(outer[0], "__module__", "") == "torch.utils.checkpoint"
         )
         # Transforms of torch.func do not support hooks on saved tensors.
-        if not known and is_calm():
+        if not known and may_use_kernels():
             self._outer = outer
             pack, unpack = _outside_graphs(self._pack), _outside_graphs(self._unpack)
             self._hooks = saved_tensors_hooks(pack, unpack)

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.nn import Parameter
 
 from batchnorm import functional
-from batchnorm.compat.modes import is_calm, is_recomputing
+from batchnorm.compat.modes import is_recomputing, may_use_kernels
 from batchnorm.compat.modules import has_forward_hooks, has_global_forward_hooks
 from batchnorm.errors import SurgeryError
 from batchnorm.nn import foreign
@@ -208,7 +208,7 @@ def _hand_over(layer: nn.Module, norm: nn.Module, y: Tensor) -> None:
 def _is_common(layer: Folding, norm: Attributes, x: Tensor) -> bool:
     """Return whether the layer must compute the normalization after it in this call."""
     frozen = norm.frozen
-    if frozen is None or not (frozen.folded and norm.training and is_calm()):
+    if frozen is None or not (frozen.folded and norm.training and may_use_kernels()):
         return False
     if isinstance(norm.statistics, Grouped):  # groups have weights and statistics of their own
         return False

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from batchnorm.compat.modes import is_calm, is_recomputing
+from batchnorm.compat.modes import is_recomputing, may_use_kernels
 from batchnorm.compat.modules import tables
 from batchnorm.errors import UnservedError
 from batchnorm.layout import compute_dtype
@@ -28,9 +28,9 @@ _PLAIN = (Parameter, Tensor, type(None))
 
 def forward(layer: Attributes, x: Tensor, residual: Tensor | None) -> Tensor | None:
     """Return the result of the layer, or None if the general path must compute it."""
-    # is_calm() also checks whether Dynamo is compiling: after a graph break Dynamo traces this
-    # function without its caller. Kernels need strided memory, unlike mkldnn and sparse tensors.
-    if type(x) is not Tensor or x.layout is not torch.strided or not is_calm():
+    # may_use_kernels() also checks whether Dynamo is compiling: after a graph break Dynamo traces
+    # this function without its caller. Kernels need strided memory, unlike mkldnn and sparse tensors.
+    if type(x) is not Tensor or x.layout is not torch.strided or not may_use_kernels():
         return None
     axis, rank, plan = layer.axis, x.dim(), plan_of(layer)
     if plan is None:
@@ -71,7 +71,12 @@ def call(
     A captured graph has tensors instead of a layer, so statistics, parameters and the counter are
     arguments. In training the running statistics and the counter are updated.
     """
-    if type(x) is not Tensor or x.layout is not torch.strided or x.dim() < 2 or not is_calm():
+    if (
+        type(x) is not Tensor
+        or x.layout is not torch.strided
+        or x.dim() < 2
+        or not may_use_kernels()
+    ):
         return None
     if training and not 0 < eps < torch.inf:
         return None

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from batchnorm import layout
-from batchnorm.compat.modes import is_calm, is_traced, is_transformed
+from batchnorm.compat.modes import is_traced, is_transformed, may_use_kernels
 from batchnorm.moments import Moments
 from batchnorm.ops.activations import IDENTITY
 from batchnorm.ops.autograd import eager
@@ -143,7 +143,7 @@ def is_plain(call: Arguments) -> bool:
     for tensor in (x, call.weight, call.bias, call.residual):
         if tensor is not None and type(tensor) is not Tensor and type(tensor) is not Parameter:
             return False
-    return is_calm()
+    return may_use_kernels()
 
 
 def _aten(

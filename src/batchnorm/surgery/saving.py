@@ -6,7 +6,7 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from batchnorm.compat.modes import is_calm
+from batchnorm.compat.modes import may_use_kernels
 from batchnorm.compat.modules import remove_forward_hooks
 from batchnorm.errors import OptionError
 from batchnorm.memory.saving import SaveMemory
@@ -90,7 +90,7 @@ def _enter(model: nn.Module, args: Any) -> None:  # noqa: ARG001
         while blocks and blocks[-1][1].is_innermost():
             blocks.pop()[1].__exit__(None, None, None)
         blocks.clear()
-    if is_calm():
+    if may_use_kernels():
         block = SaveMemory()
         block.__enter__()
         blocks.append((model, block))
