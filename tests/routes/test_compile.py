@@ -120,7 +120,7 @@ def test_the_registered_operations_pass_opcheck(activation, residual, last, dtyp
         ((None, None, torch.ones(3)), "residual"),
     ],
 )
-def test_an_operation_refuses_what_would_read_beyond_its_tensors(tensors, words):
+def test_an_operation_refuses_arguments_that_would_read_out_of_bounds(tensors, words):
     with pytest.raises(RuntimeError, match=words):
         torch.ops.batchnorm.forward(torch.randn(4, 3), *tensors, "relu", 0.0, 1e-5, 1)
 

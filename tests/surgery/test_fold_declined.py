@@ -99,7 +99,7 @@ def _written(y):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_normalization_that_cannot_be_folded_is_left_with_a_reason(case):
+def test_a_normalization_that_cannot_be_folded_is_skipped_with_a_reason(case):
     forward, parts, expected = CASES[case]
     assert expected in reason(net(forward, **parts))
 

@@ -354,7 +354,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize("case", LEFT)
-def test_a_layer_is_left_with_a_reason_and_the_others_are_not(case):
+def test_a_layer_is_skipped_with_a_reason_and_the_others_are_not(case):
     build, reason = LEFT[case]
     model = build()
     expected = in_float64(model, X)
