@@ -29,7 +29,7 @@ _PLAIN = (Parameter, Tensor, type(None))
 def forward(layer: Attributes, x: Tensor, residual: Tensor | None) -> Tensor | None:
     """Return the result of the layer, or None if the general path must compute it."""
     # may_use_kernels() also checks whether Dynamo is compiling: after a graph break Dynamo traces
-    # this function without its caller. Kernels need strided memory, unlike mkldnn and sparse tensors.
+    # this function without its caller. Kernels need strided memory, not mkldnn or sparse tensors.
     if type(x) is not Tensor or x.layout is not torch.strided or not may_use_kernels():
         return None
     axis, rank, plan = layer.axis, x.dim(), plan_of(layer)
