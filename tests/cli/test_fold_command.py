@@ -1,4 +1,4 @@
-"""batchnorm fold: from a checkpoint to a folded checkpoint, with the proof printed."""
+"""batchnorm fold: from a checkpoint to a folded checkpoint, with the result of the check printed."""
 
 import json
 import sys
@@ -52,7 +52,7 @@ def test_fold_writes_a_folded_checkpoint_and_prints_the_proof(folder):
     assert done.exit_code == 0, done.stderr
     assert "1 batch normalization folded, 1 left" in done.stdout
     assert "5: left: relu does not commute" in done.stdout
-    assert "proved for the path of this example" in done.stdout
+    assert "checked on the path of this example" in done.stdout
     state = torch.load("folded.pt")
     assert list(state)[:2] == ["0.weight", "0.bias"] and not any(n.startswith("1.") for n in state)
     expected = model(folded_net.example)

@@ -189,7 +189,7 @@ def test_a_list_of_examples_proves_for_the_paths_that_they_take():
     done = bn.fold(model, [small, large])
     assert done.report.folded == ("first_norm",)
     assert "without it" in done.report.left["norm"] and done.report.examples == 2
-    assert "proved for the paths of these examples" in str(done.report)
+    assert "checked on the paths of these examples" in str(done.report)
 
 
 def test_a_fold_that_changes_the_output_is_undone_with_a_reason():

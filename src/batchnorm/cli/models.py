@@ -113,7 +113,7 @@ def fold(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
 ) -> None:
-    """Fold batch normalizations into the layers around them, prove it, and write the weights."""
+    """Fold batch normalizations into neighbouring layers, check the result, write the weights."""
     from batchnorm.folding.commands import Job, run
 
     with told_in_one_line():

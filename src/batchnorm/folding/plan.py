@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from batchnorm.compat.modules import weight_now
 from batchnorm.folding.branch import BranchWalk
+from batchnorm.folding.check import ULPS, Way, error_of
 from batchnorm.folding.known import wide
 from batchnorm.folding.ledger import Affines, Changes, Leaf, Ledger
 from batchnorm.folding.maps import Declined
-from batchnorm.folding.proof import ULPS, Way, error_of
 from batchnorm.folding.scene import Instance, Scene
 from batchnorm.folding.walk import Walk
 
@@ -36,7 +36,7 @@ class Fold(NamedTuple):
         changes: Leaf -> its change.
         way: Whether it is folded into the producer of its input, into the consumer of its result,
             or into a convolution of the same input.
-        error: The largest error in its proof, in units in the last place.
+        error: The largest error in its check, in units in the last place.
         restrided: Whether its result had another memory order than its input.
     """
 

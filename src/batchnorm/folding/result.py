@@ -1,4 +1,4 @@
-"""The result of ``bn.fold``: the model, the edits, and the report of the proof."""
+"""The result of ``bn.fold``: the model, the edits, and the report of the check."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from batchnorm.models.change import Model
 from batchnorm.models.edits import Edits, edits, undo
 
 PATHS = {
-    1: "proved for the path of this example",
-    2: "proved for the paths of these examples",
+    1: "checked on the path of this example",
+    2: "checked on the paths of these examples",
 }
 
 

@@ -1,4 +1,4 @@
-"""The proof of one fold: the operators on its way are run again, in float64, on random inputs.
+"""The numerical check of a fold: the operators on its way run again, in float64, on random inputs.
 
 They run twice: with the old parameters and the normalization, and with the new parameters, rounded
 as they will be stored, without it. The results differ by the rounding of the parameters. The bound
