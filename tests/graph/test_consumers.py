@@ -196,7 +196,7 @@ def compare(uses, training, fullgraph):
         assert_close(run(other, x, r), run(plain, x, r), dtype=torch.float32, size=64)
 
 
-USUAL = (
+FEW = (
     "in place, then again",
     "in a checkpoint",
     "added to itself in place",
@@ -205,7 +205,7 @@ USUAL = (
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("uses", lanes([USUAL, CAPTURED], fast=[USUAL], slow=[CAPTURED]), ids=len)
+@pytest.mark.parametrize("uses", lanes([FEW, CAPTURED], fast=[FEW], slow=[CAPTURED]), ids=len)
 def test_uses_of_results_in_one_graph_equal_eager(uses, training):
     compare({name: CAPTURED[name] for name in uses}, training, fullgraph=True)
 
