@@ -179,7 +179,7 @@ def routed(m, x):
     return m.norm(y) if x.mean() < 1 else m.other(y)
 
 
-def test_a_list_of_examples_proves_for_the_paths_that_they_take():
+def test_a_fold_is_checked_on_the_paths_of_all_examples():
     small, large = torch.randn(X), torch.full(X, 1e3)
     first = {"first": nn.Conv2d(3, 3, 1), "first_norm": nn.BatchNorm2d(3)}
     model = net(routed, other=nn.BatchNorm2d(3), **first)

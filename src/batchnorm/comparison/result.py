@@ -6,6 +6,7 @@ from typing import Any
 
 from batchnorm.report.jsontext import to_json
 from batchnorm.report.model import WHOLE, Cell, Finding, Report, Section, Table, Text
+from batchnorm.report.said import counted
 from batchnorm.report.terminal import to_text
 
 NOTE = (
@@ -153,9 +154,9 @@ class Same:
         where = ""
         if self.first is not None:
             where = f": the first difference is in {self.first.layer or WHOLE}"
-        parts = [f"{verdict}{where}; {_count(self.batches, 'batch', 'batches')}, mode={self.mode}"]
+        parts = [f"{verdict}{where}; {counted(self.batches, 'batch', 'batches')}, mode={self.mode}"]
         if self.layers:
-            count = _count(len(self.layers), "layer", "layers")
+            count = counted(len(self.layers), "layer", "layers")
             parts.append(
                 f"{count} compared in float64, off by {self.error:.3g} of the scale at most"
             )
@@ -167,7 +168,3 @@ class Same:
         if known:
             parts.append(f"rounding of the outputs in their own dtype: {', '.join(known)}")
         return ", ".join(parts)
-
-
-def _count(number: int, one: str, several: str) -> str:
-    return f"{number:,} {one if number == 1 else several}"

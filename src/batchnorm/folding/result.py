@@ -6,6 +6,7 @@ from typing import Any, Generic
 
 from batchnorm.models.change import Model
 from batchnorm.models.edits import Edits, edits, undo
+from batchnorm.report.said import counted
 
 PATHS = {
     1: "checked on the path of this example",
@@ -44,8 +45,8 @@ class Report:
         return PATHS[min(self.examples, 2)]
 
     def __str__(self) -> str:
-        kind = "batch normalization" if len(self.folded) == 1 else "batch normalizations"
-        lines = [f"{len(self.folded)} {kind} folded, {len(self.left)} left"]
+        number = counted(len(self.folded), "batch normalization", "batch normalizations")
+        lines = [f"{number} folded, {len(self.left)} left"]
         lines += [f"  {name or '(the model)'}: left: {why}" for name, why in self.left.items()]
         if self.folded:
             single = f"single folds within {self.worst:.2g} of 16 units in the last place"

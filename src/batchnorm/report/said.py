@@ -33,3 +33,8 @@ def _made(template: str, values: dict[str, Any]) -> Said:
 
 
 say = Said
+
+
+def counted(number: int, one: str, several: str) -> str:
+    """Return a number with the singular or plural of a word, in English alone."""
+    return f"{number:,} {one if number == 1 else several}"

@@ -152,5 +152,5 @@ def test_threads_may_call_at_once():
     call = lambda *_: cpu.forward(x, Epilogue(act=RELU), 1e-5, 1)
     expected = call()
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        for found in pool.map(call, range(20)):
+        for found in pool.map(call, range(80)):
             assert_close(found, expected, exact=True)
